@@ -1,0 +1,5 @@
+"""The hybrid engine: one copy of the weights, a training gear and a generation gear."""
+
+from gearshift.engine.hybrid import EngineConfig, HybridEngine
+
+__all__ = ["EngineConfig", "HybridEngine"]

@@ -1,0 +1,33 @@
+"""The errors a user may meet. Each message is one sentence that names the thing, the way out last."""
+
+
+class GearshiftError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it in one line."""
+
+
+class ConfigError(GearshiftError):
+    """A recipe or an override has a wrong key, type or value."""
+
+
+class DataError(GearshiftError):
+    """A data file or one of its rows cannot be used."""
+
+
+class ModelError(GearshiftError):
+    """A model cannot be found, loaded, or run by the engine."""
+
+
+class CapacityError(GearshiftError):
+    """A request does not fit: a prompt longer than the cache, a sequence longer than the model."""
+
+
+class CheckpointError(GearshiftError):
+    """A checkpoint is missing, broken, or belongs to another configuration."""
+
+
+class NumericalError(GearshiftError):
+    """A loss, a gradient or a reward is not finite."""
+
+
+class NotBuiltError(GearshiftError):
+    """Something the design names that this version does not do yet."""

@@ -1,0 +1,48 @@
+"""The training gear's forward: Hugging Face's own modules over packed tokens, then the fused head.
+
+Any causal language model whose attention goes through Hugging Face's interface runs here, the policy and
+the reference alike.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gearshift.models.attention import PackedLayout
+from gearshift.models.describe import head_of
+from gearshift.models.logprobs import TokenScores, token_logprobs
+from gearshift.types import PackedBatch
+
+
+def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """[T, H] last hidden states of the packed tokens; nothing is padded, nothing crosses sequences."""
+    out = model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        layout=PackedLayout(batch),
+    )
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def token_scores(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    temperature: float = 1.0,
+    value_head: nn.Module | None = None,
+) -> TokenScores:
+    """Log-probs, entropy and (with `value_head`) values of the scored tokens, from one pass.
+
+    Log-probs are under softmax(logits / temperature). Gradients flow if they are enabled.
+    """
+    rows_MH = hidden_states(model, batch)[batch.predictors]
+    scores = token_logprobs(head_of(model), rows_MH, batch.targets, temperature)
+    return scores if value_head is None else scores._replace(values=value_head(rows_MH))
+
+
+def token_values(critic: PreTrainedModel, value_head: nn.Module, batch: PackedBatch) -> Tensor:
+    """[M] values of a separate critic: a backbone and its value head."""
+    values: Tensor = value_head(hidden_states(critic, batch)[batch.predictors])
+    return values

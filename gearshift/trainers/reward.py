@@ -1,0 +1,101 @@
+"""The reward model: a score for a whole answer, learned from pairs of a better and a worse one.
+
+loss = -log sigmoid(score(chosen) - score(rejected)), Bradley and Terry 1952, as in Ouyang et al. 2022; the mean is
+over the pairs of the whole batch. The backbone is any sequence classifier with one label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.algorithms.preference_losses import bradley_terry
+from gearshift.data import DataConfig, Mixture, PreferenceExample, render_completion
+from gearshift.errors import DataError
+from gearshift.models.classifier import score_all, sequence_scores
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.stage import Stage, StageConfig, chunks_by_tokens
+from gearshift.trainers.step import update
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of prompt + chosen and of prompt + rejected."""
+
+
+class RewardModelConfig(StageConfig):
+    """Step 2: the reward model."""
+
+    data: DataConfig = DataConfig()
+    """`prompt`/`chosen`/`rejected` rows."""
+    heldout: DataConfig = DataConfig()
+    """Pairs that only measure accuracy."""
+    model: str | None = None
+    """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs."""
+    batch_size: int = Field(16, ge=1)
+    """Pairs in one update."""
+    max_length: int = Field(1024, ge=2)
+    """Longer sequences are refused."""
+    max_tokens: int = Field(4096, ge=1)
+    """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
+    center: float = Field(0.0, ge=0)
+    """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
+    """AdamW and its schedule."""
+
+    def steps(self, pairs: int) -> int:
+        """Updates in all."""
+        return max(1, round(self.epochs * pairs / self.batch_size))
+
+
+def render_pairs(
+    examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Pair]:
+    """Token ids of both sides of each pair; raises `DataError` for one that is too long."""
+    pairs = []
+    for i, example in enumerate(examples):
+        sides = []
+        for answer in (example.chosen, example.rejected):
+            prompt_ids, answer_ids = render_completion(tokenizer, example.prompt, answer)
+            sides.append([*prompt_ids, *answer_ids])
+        longest = max(map(len, sides))
+        if longest > max_length:
+            raise DataError(f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, or drop the pair.")
+        pairs.append((sides[0], sides[1]))
+    return pairs
+
+
+def train_reward_model(
+    config: RewardModelConfig, model: PreTrainedModel, pairs: Mixture[Pair], stage: Stage
+) -> None:
+    """Train the classifier in place."""
+    optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
+    stage.track(model=model, optimizer=optimizer)
+
+    def loss_of(batch: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = sequence_scores(model, [side for pair in batch for side in pair])
+        chosen_P, rejected_P = scores[0::2], scores[1::2]
+        share = len(batch) / config.batch_size
+        loss = bradley_terry(chosen_P, rejected_P, center=config.center).mean() * share
+        right = (chosen_P > rejected_P).float().mean() * share
+        return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
+
+    model.train()
+    for step in stage.steps():
+        batch = sorted(pairs.batch(step, config.batch_size), key=lambda p: max(map(len, p)))
+        lengths = [2 * max(map(len, pair)) for pair in batch]
+        micro = [batch[where] for where in chunks_by_tokens(lengths, config.max_tokens)]
+        with stage.phase("train"):
+            metrics = update(micro, loss_of, optimizer)
+        stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair))
+    model.eval()
+
+
+def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> float:
+    """Fraction of pairs whose chosen side scores higher."""
+    scores = score_all(model, [side for pair in pairs for side in pair])
+    return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

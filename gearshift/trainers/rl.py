@@ -1,0 +1,413 @@
+"""The reinforcement-learning loop: sample prompts, collect, score, advantages, update.
+
+With the defaults this is REINFORCE with a learned baseline (advantage = reward - value), a penalty on the KL to the
+reference, and one update a rollout. Every other method is another name in the config: an advantage function that
+gives each token its weight, and a loss that consumes the weights. The loop does not know which.
+How it differs from the textbook: the gradient is normalised over the whole rollout however it is cut into
+micro-batches; a group's prompt is computed once; dropout is off, so that the first ratio is exactly 1.
+Legend: T packed tokens, N completions, A longest completion, M tokens that the policy wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gearshift.algorithms.advantages import ADVANTAGES, NEEDS_VALUES, token_rewards
+from gearshift.algorithms.kl import KL_ESTIMATORS
+from gearshift.algorithms.normalize import loss_weights, pad_rows, row_mask, unpad_rows, whiten
+from gearshift.algorithms.policy_losses import POLICY_LOSSES, value_loss
+from gearshift.data.packing import pack_groups
+from gearshift.engine import HybridEngine
+from gearshift.errors import DataError
+from gearshift.models.forward import token_scores, token_values
+from gearshift.models.heads import ValueHead
+from gearshift.models.logprobs import TokenScores
+from gearshift.rollouts.collector import Collector, Start
+from gearshift.runtime.config import Config
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.seeding import generator, named_seed
+from gearshift.trainers.stage import Stage, StageConfig
+from gearshift.trainers.step import update
+from gearshift.types import PackedBatch, SamplingParams, Trajectory
+
+Advantage = Literal["reinforce", "gae", "rloo", "grpo", "dr_grpo"]
+PolicyLossName = Literal["reinforce", "ppo_clip"]
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+class KLConfig(Config):
+    """Keeping the policy near the reference."""
+
+    beta: float = Field(0.02, ge=0)
+    """Weight of the KL; at 0 no reference model is kept."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How the KL is estimated from sampled tokens; in the loss use k2 or k3, for k1 has no gradient there."""
+    where: Literal["reward", "loss"] = "reward"
+    """Subtract it from each token's reward, or add it to the loss."""
+
+
+class RewardSource(Config):
+    """One part of the reward."""
+
+    source: str = "environment"
+    """`environment`; `model` (this run's reward model); `model:FOLDER`; `package.module:function`; `file.py:function`."""
+    weight: float = 1.0
+    """Its weight in the sum; 0 only logs it."""
+
+
+class RLConfig(StageConfig):
+    """Step 3: reinforcement learning."""
+
+    steps: int = Field(60, ge=1)
+    """Rollouts, each followed by its updates."""
+    prompts: int = Field(8, ge=1)
+    """Prompts in one rollout."""
+    group_size: int = Field(8, ge=1)
+    """Completions of each prompt."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling, and so of the policy that is trained."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Below 1 the sampler is not the policy that is trained; ratios stay about the untruncated policy."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer of one turn."""
+    rewards: tuple[RewardSource, ...] = (RewardSource(),)
+    """What is rewarded; the environment's own reward is logged in any case."""
+    advantage: Advantage = "reinforce"
+    """How rewards become weights of tokens."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount from token to token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Of generalised advantage estimation."""
+    whiten: bool = False
+    """Bring the rollout's advantages to mean 0 and variance 1."""
+    value: Literal["head", "critic"] = "head"
+    """The value net, where the advantage needs one: a head on the policy, or a separate model."""
+    value_coefficient: float = Field(0.5, ge=0)
+    """Weight of the value loss."""
+    value_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    """Of the value head, or of the critic (where 1e-5 is a better rate)."""
+    loss: PolicyLossName = "reinforce"
+    """The policy loss."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """`ppo_clip`: the ratio stays above 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """`ppo_clip`: the ratio stays below 1 + clip_high."""
+    aggregation: Aggregation = "token_mean"
+    """Whether each token or each completion counts the same."""
+    epochs: int = Field(1, ge=1)
+    """Passes over one rollout."""
+    minibatches: int = Field(1, ge=1)
+    """Updates in one pass."""
+    kl: KLConfig = KLConfig()
+    """Penalty on the distance to the reference policy."""
+    max_tokens: int = Field(4096, ge=1)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
+    """Of the policy."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in all."""
+        return self.steps * self.epochs * self.minibatches
+
+    def sampling(self) -> SamplingParams:
+        """How rollouts are sampled."""
+        return SamplingParams(
+            n=self.group_size,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+Scorer = Callable[[Sequence[Trajectory]], tuple[list[float | None], dict[str, list[float | None]]]]
+"""Trajectories -> the reward of each (None: it has none and is left out), and every part by name."""
+
+
+@dataclass
+class ValueNet:
+    """The baseline: a head, on the policy's trunk or on a critic's own."""
+
+    head: ValueHead
+    critic: PreTrainedModel | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of head and critic."""
+        return [*self.head.parameters(), *(self.critic.parameters() if self.critic else ())]
+
+
+class RLTrainer:
+    """Holds what lives across steps; `train` is the loop."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        engine: HybridEngine,
+        collector: Collector,
+        rows: int | None,
+        score: Scorer,
+        stage: Stage,
+        reference: PreTrainedModel | None = None,
+        critic: PreTrainedModel | None = None,
+    ) -> None:
+        """`rows`: how many rows the environment draws from, or None where each episode is drawn by its seed.
+        `reference` is needed where `kl.beta` > 0; `critic` (a causal LM) where `value` is `critic`."""
+        self.config, self.engine, self.collector = config, engine, collector
+        self.rows, self.score, self.stage, self.reference = rows, score, stage, reference
+        self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
+        stage.track(model=engine.model, optimizer=self.optimizers[0])
+        self.value_net: ValueNet | None = None
+        if config.advantage in NEEDS_VALUES:
+            head = ValueHead(engine.model.config.hidden_size).to(engine.device)
+            self.value_net = ValueNet(head, critic if config.value == "critic" else None)
+            optimizer = MasterAdamW(self.value_net.parameters(), config.value_optimizer, config.updates)
+            self.optimizers.append(optimizer)
+            stage.track(value_head=head, value_optimizer=optimizer)
+            if self.value_net.critic is not None:
+                stage.track(critic=self.value_net.critic)
+
+    def train(self) -> None:
+        """Sample prompts, collect, score, advantages, update; until the stage's last step."""
+        for step in self.stage.steps(on_resume=self.engine.weights_changed):
+            with self.stage.phase("generate"), self.engine.generating():
+                trajectories = self.collector.collect(self.starts(step), self.config.sampling())
+            with self.stage.phase("reward"):
+                trajectories, rewards, parts = self.rewarded(trajectories)
+            batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
+            with self.stage.phase("score"):
+                batch, scored = self.with_advantages(batch, trajectories, rewards)
+            with self.stage.phase("train"):
+                updated = self.update(batch, step)
+            metrics = describe_rollout(trajectories, rewards, parts)
+            metrics |= scored | updated | {"environment/failures": float(self.collector.failures)}
+            self.stage.rollouts.append(step, {"episodes": [record(t, r) for t, r in zip(trajectories, rewards, strict=True)]})
+            self.stage.log(step, metrics, tokens=len(batch))
+
+    def starts(self, step: int) -> list[Start]:
+        """The rollout's prompts: rows in an order shuffled anew each epoch, a function of (seed, step)."""
+        P, seed = self.config.prompts, self.stage.seed
+        groups = range(step * P, (step + 1) * P)
+        if self.rows is None:
+            return [Start(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
+        orders = {
+            epoch: torch.randperm(self.rows, generator=generator(seed, f"prompts/{epoch}"))
+            for epoch in {g // self.rows for g in groups}
+        }
+        return [
+            Start(g, named_seed(seed, f"episode/{g}") % 2**31, int(orders[g // self.rows][g % self.rows]))
+            for g in groups
+        ]
+
+    def rewarded(
+        self, trajectories: list[Trajectory]
+    ) -> tuple[list[Trajectory], list[float], dict[str, list[float | None]]]:
+        """Trajectories that have a reward, their rewards, and every part of it by name."""
+        totals, parts = self.score(trajectories)
+        kept = [i for i, total in enumerate(totals) if total is not None]
+        if not kept:
+            why = self.collector.last_failure or "every reward was None or not finite"
+            raise DataError(f"No episode of this rollout has a reward ({why}); look at the environment and the rewards.")
+        parts = {name: [values[i] for i in kept] for name, values in parts.items()}
+        return [trajectories[i] for i in kept], [float(totals[i] or 0.0) for i in kept], parts
+
+    def with_advantages(
+        self, batch: PackedBatch, trajectories: list[Trajectory], rewards: list[float]
+    ) -> tuple[PackedBatch, dict[str, float]]:
+        """Give the batch its advantages, and what the loss will compare with (reference, old log-probs, returns)."""
+        config, device = self.config, batch.input_ids.device
+        kl_in_reward = config.kl.beta > 0 and config.kl.where == "reward"
+        if self.value_net or kl_in_reward or config.epochs * config.minibatches > 1:
+            old = self.scores(batch)
+            batch = batch.with_scored(old_logprobs=old.logprobs)
+        if config.kl.beta > 0:
+            batch = batch.with_scored(ref_logprobs=self.reference_logprobs(batch))
+        counts_N = torch.tensor([sum(t.loss_mask) for t in trajectories], device=device)
+        mask_NA = row_mask(counts_N)
+        rewards_NA = place_rewards(trajectories, rewards, mask_NA)
+        if kl_in_reward:
+            kl_M = KL_ESTIMATORS[config.kl.estimator](batch.scored("old_logprobs"), batch.scored("ref_logprobs"))
+            rewards_NA = token_rewards(rewards_NA, pad_rows(kl_M, counts_N), config.kl.beta, mask_NA)
+        advantages_NA, returns_NA = ADVANTAGES[config.advantage](
+            rewards_NA,
+            mask_NA,
+            values_NA=pad_rows(old.values, counts_N) if self.value_net else None,
+            group_N=torch.tensor([t.group_id for t in trajectories], device=device),
+            gamma=config.gamma,
+            lam=config.lam,
+        )
+        metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std())}
+        if self.value_net:
+            error_M = unpad_rows(returns_NA, mask_NA) - old.values
+            metrics["value/explained_variance"] = 1.0 - float(
+                error_M.var() / unpad_rows(returns_NA, mask_NA).var().clamp(min=1e-8)
+            )
+        if config.whiten:
+            advantages_NA = whiten(advantages_NA, mask_NA)
+        batch = batch.with_scored(
+            advantages=unpad_rows(advantages_NA, mask_NA), returns=unpad_rows(returns_NA, mask_NA)
+        )
+        return batch, metrics
+
+    def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
+        """All updates of one rollout; metrics are means over them."""
+        config = self.config
+        history = []
+        for epoch in range(config.epochs):
+            for mini in minibatches(batch, config.minibatches, generator(self.stage.seed, f"mini/{step}/{epoch}")):
+                counts = mini.counts[mini.counts > 0]
+                weights = loss_weights(counts, config.aggregation).to(batch.input_ids.device)
+                mini = mini.with_scored(loss_weights=weights)
+                with self.engine.training():
+                    history.append(update(mini.split(config.max_tokens), self.loss_of, *self.optimizers))
+                self.engine.weights_changed()
+        return {name: fmean(h[name] for h in history) for name in history[0]}
+
+    def loss_of(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one micro-batch."""
+        config = self.config
+        weights_M = batch.scored("loss_weights")
+        scores = self.engine.logprobs(batch, config.temperature, self._shared_head)
+        old_M = scores.logprobs.detach() if batch.old_logprobs is None else batch.scored("old_logprobs")
+        policy = POLICY_LOSSES[config.loss](
+            scores.logprobs, old_M, batch.scored("advantages"),
+            clip_low=config.clip_low, clip_high=config.clip_high,
+        )  # fmt: skip
+        loss = (weights_M * policy.loss_M).sum()
+        metrics = {name: (weights_M * value_M).sum() for name, value_M in policy.metrics.items()}
+        metrics["entropy"] = (weights_M * scores.entropy).sum()
+        gap_M = (old_M - batch.scored("sampler_logprobs")).abs()
+        metrics["sampling/logprob_gap"] = (weights_M * gap_M).sum()
+        if config.kl.beta > 0:
+            ref_M = batch.scored("ref_logprobs")
+            metrics["kl"] = (weights_M * KL_ESTIMATORS["k3"](scores.logprobs, ref_M)).sum()
+            if config.kl.where == "loss":
+                kl_M = KL_ESTIMATORS[config.kl.estimator](scores.logprobs, ref_M)
+                loss = loss + config.kl.beta * (weights_M * kl_M).sum()
+        if self.value_net:
+            values_M = scores.values
+            if self.value_net.critic is not None:
+                values_M = token_values(self.value_net.critic, self.value_net.head, batch)
+            error = (weights_M * value_loss(values_M, batch.scored("returns"))).sum()
+            loss = loss + config.value_coefficient * error
+            metrics["value/loss"] = error
+        return loss, metrics
+
+    @torch.no_grad()
+    def scores(self, batch: PackedBatch) -> TokenScores:
+        """[M] log-probs, entropy and values of the policy before this rollout's updates."""
+        parts = []
+        for micro in batch.split(self.config.max_tokens):
+            with self.engine.training(), torch.no_grad():
+                part = self.engine.logprobs(micro, self.config.temperature, self._shared_head)
+                if self.value_net and self.value_net.critic is not None:
+                    part = part._replace(values=token_values(self.value_net.critic, self.value_net.head, micro))
+            parts.append(part)
+        joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
+        return TokenScores(*joined)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """[M] log-probs under the reference policy."""
+        if self.reference is None:
+            raise ValueError("kl.beta > 0 needs a reference model.")
+        return torch.cat([
+            token_scores(self.reference, micro, self.config.temperature).logprobs
+            for micro in batch.split(self.config.max_tokens)
+        ])  # fmt: skip
+
+    @property
+    def _shared_head(self) -> ValueHead | None:
+        return self.value_net.head if self.value_net and self.value_net.critic is None else None
+
+
+def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> PackedBatch:
+    """Groups with their prompt stored once, in the order of the trajectories, which come group by group."""
+    groups: dict[int, list[Trajectory]] = {}
+    for t in trajectories:
+        groups.setdefault(t.group_id, []).append(t)
+    batch = pack_groups(
+        [
+            (
+                members[0].token_ids[: members[0].prompt_length],
+                [(t.token_ids[t.prompt_length :], t.loss_mask[t.prompt_length :]) for t in members],
+            )
+            for members in groups.values()
+        ],
+        max_tokens=max_tokens,
+    )
+    sampled = [
+        logprob
+        for t in trajectories
+        for logprob, mask in zip(t.logprobs, t.loss_mask, strict=True)
+        if mask
+    ]
+    return batch.with_scored(sampler_logprobs=torch.tensor(sampled))
+
+
+def place_rewards(
+    trajectories: Sequence[Trajectory], rewards: Sequence[float], mask_NA: Tensor
+) -> Tensor:
+    """[N, A] rewards by token: each turn's own where it ended, and what was scored beyond them at the last token."""
+    rewards_NA = torch.zeros(mask_NA.shape, dtype=torch.float32, device=mask_NA.device)
+    for i, (t, total) in enumerate(zip(trajectories, rewards, strict=True)):
+        written = [r for r, mask in zip(t.rewards, t.loss_mask, strict=True) if mask]
+        written[-1] += total - sum(written)
+        rewards_NA[i, : len(written)] = torch.tensor(written)
+    return rewards_NA
+
+
+def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[PackedBatch]:
+    """The batch's trees dealt into `count` batches in a random order; the batch itself for one."""
+    if count == 1:
+        return [batch]
+    trees = batch.trees()
+    if count > len(trees):
+        raise DataError(f"A rollout of {len(trees)} groups cannot be cut into minibatches={count}; lower it.")
+    shuffled = [trees[i] for i in torch.randperm(len(trees), generator=order)]
+    return [PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)]
+
+
+def describe_rollout(
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[float],
+    parts: dict[str, list[float | None]],
+) -> dict[str, float]:
+    """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
+    lengths = [sum(t.loss_mask) for t in trajectories]
+    by_group: dict[int, list[float]] = {}
+    for t, reward in zip(trajectories, rewards, strict=True):
+        by_group.setdefault(t.group_id, []).append(reward)
+    metrics = {
+        "reward": fmean(rewards),
+        "reward_std": fmean(pstdev(group) for group in by_group.values()),
+        "frac_reward_zero_std": fmean(pstdev(group) < 1e-8 for group in by_group.values()),
+        "success": fmean(bool(t.info.get("success", False)) for t in trajectories),
+        "completions/mean_length": fmean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean(t.finish_reason == "length" for t in trajectories),
+    }
+    for name, values in parts.items():
+        known = [v for v in values if v is not None]
+        if known:
+            metrics[f"rewards/{name}/mean"] = fmean(known)
+            metrics[f"rewards/{name}/std"] = pstdev(known)
+    return metrics
+
+
+def record(trajectory: Trajectory, reward: float) -> dict[str, Any]:
+    """What `rollouts.jsonl` keeps of an episode."""
+    return {
+        "group_id": trajectory.group_id,
+        "messages": trajectory.info["messages"],
+        "token_ids": trajectory.token_ids[trajectory.prompt_length :],
+        "reward": reward,
+        "finish_reason": trajectory.finish_reason,
+    }

@@ -1,0 +1,94 @@
+"""Supervised fine-tuning: maximise the log-probability of what the assistant should have said.
+
+loss = - sum over trained tokens of log p(token) / (trained tokens in the whole batch).
+Differs from the textbook in nothing but the packing: no padding, and the mean is over tokens, not over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from gearshift.algorithms.normalize import loss_weights
+from gearshift.data import (
+    ChatExample,
+    DataConfig,
+    Mixture,
+    TextExample,
+    pack,
+    render_supervised,
+    render_text,
+)
+from gearshift.engine import HybridEngine
+from gearshift.errors import DataError
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.stage import Stage, StageConfig
+from gearshift.trainers.step import update
+from gearshift.types import PackedBatch
+
+
+class SFTConfig(StageConfig):
+    """Step 1: supervised fine-tuning."""
+
+    data: DataConfig = DataConfig()
+    """Examples; `text`, `messages`, `prompt`/`completion`, ShareGPT or Alpaca rows."""
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the examples."""
+    batch_size: int = Field(16, ge=1)
+    """Examples in one update."""
+    max_length: int = Field(1024, ge=2)
+    """Longer examples are refused."""
+    max_tokens: int = Field(4096, ge=1)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
+    """AdamW and its schedule."""
+
+    def steps(self, examples: int) -> int:
+        """Updates in all."""
+        return max(1, round(self.epochs * examples / self.batch_size))
+
+
+Rendered = tuple[list[int], list[int]]
+
+
+def render_examples(
+    examples: Sequence[ChatExample | TextExample], engine: HybridEngine, max_length: int
+) -> list[Rendered]:
+    """(token ids, mask) of each example. Raises `DataError` for one that is too long, or has nothing to train on."""
+    rendered = []
+    for i, example in enumerate(examples):
+        if isinstance(example, TextExample):
+            ids, mask = render_text(engine.tokenizer, example.text)
+        else:
+            ids, mask = render_supervised(engine.tokenizer, example.messages)
+        limit = min(max_length, engine.max_length)
+        if len(ids) > limit:
+            raise DataError(f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, or drop the example.")
+        if not any(mask):
+            raise DataError(f"Example {i + 1} has no assistant words to train on; add a reply or drop it.")
+        rendered.append((ids, mask))
+    return rendered
+
+
+def train_sft(
+    config: SFTConfig, engine: HybridEngine, examples: Mixture[Rendered], stage: Stage
+) -> None:
+    """Train the engine's model in place on rendered examples."""
+    optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
+    stage.track(model=engine.model, optimizer=optimizer)
+
+    def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = engine.logprobs(batch)
+        weights_M = batch.scored("loss_weights")
+        loss = -(weights_M * scores.logprobs).sum()
+        return loss, {"entropy": (weights_M * scores.entropy).sum()}
+
+    for step in stage.steps(on_resume=engine.weights_changed):
+        batch = pack(examples.batch(step, config.batch_size)).to(engine.device)
+        batch = batch.with_scored(loss_weights=loss_weights(batch.counts, "token_mean").to(engine.device))
+        with stage.phase("train"), engine.training(dropout=True):
+            metrics = update(batch.split(config.max_tokens), loss_of, optimizer)
+        engine.weights_changed()
+        stage.log(step, metrics, tokens=len(batch))

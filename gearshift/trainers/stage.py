@@ -1,0 +1,153 @@
+"""What every trainer needs around its loop: a folder, resuming, checkpoints, metrics, progress, clean interrupts.
+
+A trainer iterates `stage.steps()` and calls `stage.log()`; the rest happens between its steps. All state that a
+step may read is either tracked here or a function of (seed, step), so a resumed run repeats the run that was cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+
+from gearshift.errors import CheckpointError, GearshiftError
+from gearshift.runtime import checkpoint
+from gearshift.runtime.config import Config
+from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers
+from gearshift.runtime.progress import Progress
+from gearshift.runtime.seeding import named_seed
+
+
+class StageConfig(Config):
+    """Saving and logging, the same for every stage."""
+
+    save_every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0 saves at an interrupt only."""
+    keep: int = Field(1, ge=1)
+    """Checkpoints that are kept."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Where metrics go besides `metrics.jsonl`."""
+
+
+class Interrupted(GearshiftError):
+    """The run was asked to stop, and has saved itself."""
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint holds."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Stage:
+    """One stage of a run. `total` steps in `folder`, resumed from its newest checkpoint."""
+
+    def __init__(
+        self, name: str, folder: Path, total: int, seed: int, config: StageConfig, identity: Any = None
+    ) -> None:
+        """`identity` (JSON) is what a checkpoint must have been made under to be taken up again."""
+        self.name, self.folder, self.total, self.seed, self.config = name, folder, total, seed, config
+        self.timer = PhaseTimer()
+        self._identity = hashlib.blake2b(
+            json.dumps(identity, sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+        self._tracked: dict[str, Stateful] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.rollouts = MetricsLog(folder / "rollouts.jsonl")
+        self._trackers = Trackers(config.trackers, folder, f"{folder.parent.name}/{name}", {})
+        self._progress: Progress | None = None
+
+    def track(self, **objects: Stateful) -> None:
+        """Put these objects' state into every checkpoint."""
+        self._tracked |= objects
+
+    def steps(self, on_resume: Callable[[], None] = lambda: None) -> Iterator[int]:
+        """The steps still to do. Before each, torch's generator is seeded from (seed, stage, step).
+
+        Raises `Interrupted` after SIGTERM or Ctrl-C, with the last finished step saved.
+        """
+        start = self._resume(on_resume)
+        self.metrics.truncate_after(start - 1)
+        self.rollouts.truncate_after(start - 1)
+        with checkpoint.Interrupt() as interrupt, Progress(self.total, self.name) as progress:
+            self._progress = progress
+            progress.advance(start)
+            for step in range(start, self.total):
+                torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
+                self._began = time.perf_counter()
+                yield step
+                due = self.config.save_every and (step + 1) % self.config.save_every == 0
+                if interrupt.requested or (due and step + 1 < self.total):
+                    self._save(step + 1)
+                if interrupt.requested and step + 1 < self.total:
+                    raise Interrupted(
+                        f"Stopped after step {step + 1} of {self.total} ({self.name}); everything is saved, "
+                        "and the same command goes on from here."
+                    )
+
+    def phase(self, name: str) -> Any:
+        """Time a phase of the step and show it: `with stage.phase("generate"): ...`"""
+        if self._progress is not None:
+            self._progress.phase(name)
+        return self.timer(name)
+
+    def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Record a finished step: `tokens` it worked on, its metrics, and the seconds of its phases."""
+        seconds = self.timer.pop()
+        record = {
+            **metrics,
+            **{f"seconds/{phase}": s for phase, s in seconds.items()},
+            "step_time": time.perf_counter() - self._began,
+            "num_tokens": float(tokens),
+        }
+        self.metrics.append(step, record)
+        self._trackers.log(step, record)
+        if self._progress is not None:
+            shown = {k: metrics[k] for k in ("loss", "reward", "kl", "accuracy") if k in metrics}
+            self._progress.advance(1, tokens=tokens, **shown)
+
+    def _save(self, step: int) -> None:
+        tensors, skeleton = checkpoint.flatten(
+            {name: thing.state_dict() for name, thing in self._tracked.items()}
+        )
+        state = {"step": step, "identity": self._identity, "tracked": skeleton}
+        checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.config.keep)
+
+    def _resume(self, on_resume: Callable[[], None]) -> int:
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if newest is None:
+            return 0
+        tensors, state = checkpoint.load(newest)
+        if state["identity"] != self._identity:
+            raise CheckpointError(
+                f"{newest} was made under another configuration; choose another run.dir, or delete that folder."
+            )
+        saved = checkpoint.unflatten(tensors, state["tracked"])
+        for name, thing in self._tracked.items():
+            thing.load_state_dict(saved[name])
+        on_resume()
+        return int(state["step"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Consecutive runs whose padded size (longest x count) stays within `max_tokens`, one item at least."""
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > max_tokens:
+            yield slice(first, i)
+            first = i

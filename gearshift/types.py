@@ -1,0 +1,249 @@
+"""The records that rooms hand to each other. Nothing here computes more than an index.
+
+Legend: T packed tokens, N sequences, M scored tokens (where the loss mask is 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gearshift.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = dict[str, str]
+"""One chat message: `{"role": "user", "content": "..."}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample completions. Raises `ConfigError` on values no distribution has."""
+
+    n: int = 1
+    """Completions for each prompt (the size of a group)."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 means greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
+    max_new_tokens: int = 128
+    """A completion that reaches it ends with finish reason `length`."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion (kept in it); the model's end tokens always do."""
+    seed: int | None = None
+    """Seed of these requests; None takes the engine's."""
+
+    def __post_init__(self) -> None:
+        for name, ok, must in (
+            ("n", self.n >= 1, "be at least 1"),
+            ("temperature", self.temperature >= 0, "be 0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be 0 (all) or more"),
+            ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"sampling {name} is {getattr(self, name)}; it must {must}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine wrote for one prompt."""
+
+    token_ids: list[int]
+    """The sampled tokens, the end token included when `finish_reason` is `stop`."""
+    logprobs: list[float]
+    """log p(token) in nats under softmax(logits / temperature), before any truncation (top-k,
+    top-p, min-p): the policy that importance ratios are about. Greedy: under softmax(logits)."""
+    finish_reason: FinishReason
+    weights_version: int
+    """Which weights wrote it; see `HybridEngine.weights_changed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One episode as the policy saw it, token in, token out.
+
+    Example, two turns (the environment's words have mask 0):
+
+        token_ids    user user | yes stop | user user | no  stop
+        loss_mask    0    0    | 1   1    | 0    0    | 1   1
+        logprobs     0    0    | -.1 -.2  | 0    0    | -.7 -.1
+        rewards      0    0    | 0   0.5  | 0    0    | 0   1.0
+    """
+
+    token_ids: list[int]
+    loss_mask: list[int]
+    """1 where the policy wrote the token."""
+    logprobs: list[float]
+    """Behaviour log-probs (see `Completion.logprobs`); 0 where the mask is 0."""
+    rewards: list[float]
+    """A turn's reward stands at the turn's last policy token."""
+    group_id: int
+    """Episodes that started from the same prompt share it."""
+    prompt_length: int
+    """Tokens before the first policy token; a group shares them."""
+    finish_reason: FinishReason
+    """Of the last completion: `length` marks an episode that was cut short."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What the environment said of the episode, `prompt` and `completion` texts included."""
+
+    @property
+    def reward(self) -> float:
+        """The undiscounted return of the episode."""
+        return sum(self.rewards)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Many sequences end to end, with no padding. The only batch type of training.
+
+    A sequence may continue another one, its *parent*: it then attends to the parent's tokens too, and its
+    positions go on from them. So the prompt of a group is stored, computed and differentiated once:
+
+        input_ids     p p p | a a | b b b | c c        prompt, then its three completions
+        position_ids  0 1 2 | 3 4 | 3 4 5 | 3 4
+        cu_seqlens    0 3 5 8 10
+        parents       -1 0 0 0
+        loss_mask     0 0 0 | 1 1 | 1 1 1 | 1 1
+
+    A token with mask 1 is predicted from the hidden state before it: the token to its left, or, at the start
+    of a sequence with a parent, the parent's last token.
+    """
+
+    input_ids: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64."""
+    cu_seqlens: Tensor
+    """[N+1] int64, on the CPU: where each sequence starts, then T."""
+    parents: Tensor
+    """[N] int64, on the CPU: the index of the sequence that this one continues, or -1."""
+    loss_mask: Tensor
+    """[T] bool: the scored tokens, M of them."""
+    loss_weights: Tensor | None = None
+    """[T] float32: what each scored token counts for in the loss; made over the whole batch, so that
+    the gradient does not depend on how the batch is split."""
+    advantages: Tensor | None = None
+    """[T] float32."""
+    returns: Tensor | None = None
+    """[T] float32: the target of the value model."""
+    old_logprobs: Tensor | None = None
+    """[T] float32: under the policy before the first update on this batch."""
+    ref_logprobs: Tensor | None = None
+    """[T] float32: under the reference policy."""
+    sampler_logprobs: Tensor | None = None
+    """[T] float32: as the generation gear reported them when it sampled."""
+
+    def __len__(self) -> int:
+        """T, the number of tokens to compute."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def predictors(self) -> Tensor:
+        """[M] int64: for each scored token the index of the hidden state that predicts it.
+
+        Raises ValueError where a scored token opens a sequence without a parent: nothing predicts it.
+        """
+        previous = torch.arange(-1, len(self) - 1)
+        starts = self.cu_seqlens[:-1]
+        parents_end = torch.where(
+            self.parents >= 0, self.cu_seqlens[self.parents.clamp(min=0) + 1] - 1, -1
+        )
+        previous[starts] = parents_end
+        rows = previous.to(self.loss_mask.device)[self.loss_mask]
+        if bool((rows < 0).any()):
+            raise ValueError("A scored token opens a sequence that has no parent.")
+        return rows
+
+    @property
+    def targets(self) -> Tensor:
+        """[M] int64: the scored tokens themselves."""
+        return self.input_ids[self.loss_mask]
+
+    @property
+    def counts(self) -> Tensor:
+        """[N] int64, on the CPU: scored tokens in each sequence (0 for a shared prompt)."""
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.loss_mask.cpu().cumsum(0)])
+        return ends[self.cu_seqlens[1:]] - ends[self.cu_seqlens[:-1]]
+
+    def scored(self, name: str) -> Tensor:
+        """[M]: the per-token field `name` at the scored tokens. Raises ValueError if it is not set."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"This batch has no {name}.")
+        return value[self.loss_mask]
+
+    def with_scored(self, **values_M: Tensor) -> PackedBatch:
+        """A copy whose per-token fields hold these [M] values at the scored tokens, 0 elsewhere."""
+        spread = {}
+        for name, value in values_M.items():
+            spread[name] = torch.zeros(len(self), dtype=torch.float32, device=self.input_ids.device)
+            spread[name][self.loss_mask] = value.detach().float()
+        return replace(self, **spread)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its token tensors on `device`; the layout stays on the CPU."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        return replace(self, **moved)
+
+    @staticmethod
+    def join(batches: Sequence[PackedBatch]) -> PackedBatch:
+        """The batches end to end as one; all must have the same fields set."""
+        tokens = torch.tensor([0, *(len(b) for b in batches)]).cumsum(0)
+        sequences = torch.tensor([0, *(len(b.parents) for b in batches)]).cumsum(0)
+        joined = {
+            f.name: torch.cat([getattr(b, f.name) for b in batches])
+            for f in fields(PackedBatch)
+            if f.name not in ("cu_seqlens", "parents") and getattr(batches[0], f.name) is not None
+        }
+        starts = [b.cu_seqlens[:-1] + t for b, t in zip(batches, tokens, strict=False)]
+        parents = [
+            torch.where(b.parents >= 0, b.parents + n, -1)
+            for b, n in zip(batches, sequences, strict=False)
+        ]
+        return PackedBatch(
+            **joined, cu_seqlens=torch.cat([*starts, tokens[-1:]]), parents=torch.cat(parents)
+        )
+
+    def trees(self) -> list[tuple[int, int]]:
+        """Runs of sequences [first, last) that attend to nobody outside: a lone one, or one group."""
+        roots = [i for i, parent in enumerate(self.parents.tolist()) if parent < 0]
+        return list(zip(roots, [*roots[1:], len(self.parents)], strict=True))
+
+    def slice(self, first: int, last: int) -> PackedBatch:
+        """Sequences [first, last) as a batch of their own; they must be whole trees."""
+        start, end = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
+        cut = {
+            f.name: getattr(self, f.name)[start:end]
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        parents = self.parents[first:last]
+        return replace(
+            self,
+            **cut,
+            cu_seqlens=self.cu_seqlens[first : last + 1] - start,
+            parents=torch.where(parents >= 0, parents - first, parents),
+        )
+
+    def split(self, max_tokens: int) -> Iterator[PackedBatch]:
+        """Cut into micro-batches of whole trees, in order, each of at most `max_tokens` where trees allow."""
+        first = 0
+        trees = self.trees()
+        for (start, end), after in zip(trees, [*trees[1:], None], strict=True):
+            upto = int(self.cu_seqlens[after[1]]) if after else None
+            if upto is None or upto - int(self.cu_seqlens[first]) > max_tokens:
+                yield self.slice(first, end)
+                first = end
