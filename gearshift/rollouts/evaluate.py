@@ -36,10 +36,10 @@ def evaluate(
     collector: Collector,
     rows: int,
     max_new_tokens: int,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int, int], None] = lambda episodes, tokens: None,
     at_once: int = 64,
 ) -> Evaluation:
-    """Run rows 0 .. `rows`-1 greedily, `at_once` together; `progress` hears the tokens of each batch.
+    """Run rows 0 .. `rows`-1 greedily, `at_once` together; `progress` hears the episodes and tokens of each batch.
 
     Raises `DataError` if no episode came to its end.
     """
@@ -50,7 +50,7 @@ def evaluate(
             starts, SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
         )
         done += ended
-        progress(sum(sum(t.loss_mask) for t in ended))
+        progress(len(starts), sum(sum(t.loss_mask) for t in ended))
     if not done:
         raise DataError(f"No held-out episode came to its end; the last failure: {collector.last_failure}.")
     samples = [

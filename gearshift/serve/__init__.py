@@ -1,0 +1,1 @@
+"""What talks to a person or a program: the terminal chat (and, later, a server)."""

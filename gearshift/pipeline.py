@@ -1,0 +1,381 @@
+"""A recipe, and what running it means: prepare data, evaluate, three stages, evaluate, report.
+
+Everything is kept in the run's folder as it is done, and nothing that lies there is done again: the same command
+goes on after an interrupt, and a second run of a finished recipe only prints its table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.data import DataConfig, Mixture, clean, load_rows, to_preference, to_supervised
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.errors import ConfigError
+from gearshift.models.classifier import use_own_pad
+from gearshift.models.load import (
+    ModelConfig,
+    load_classifier,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.evaluate import evaluate
+from gearshift.rollouts.gym_text import make_environment
+from gearshift.rollouts.reward_sum import RewardSum
+from gearshift.rollouts.tasks import get_task
+from gearshift.rollouts.tasks.voice import VoiceConfig
+from gearshift.runtime.config import Config, dump
+from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.progress import Progress
+from gearshift.runtime.report import write_report
+from gearshift.trainers.gap import logprob_gap
+from gearshift.trainers.reward import (
+    RewardModelConfig,
+    pair_accuracy,
+    render_pairs,
+    train_reward_model,
+)
+from gearshift.trainers.rl import RLConfig, RLTrainer
+from gearshift.trainers.sft import SFTConfig, render_examples, train_sft
+from gearshift.trainers.stage import Stage, write_json
+from gearshift.types import SamplingParams
+
+StageName = Literal["sft", "reward", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
+Example = TypeVar("Example")
+Row = dict[str, Any]
+
+
+class RunConfig(Config):
+    """Where a run lives, and what it is made from."""
+
+    dir: str = "runs/run"
+    """The run's folder."""
+    seed: int = Field(0, ge=0)
+    """All randomness of the run flows from it."""
+
+
+class EvalConfig(Config):
+    """Held-out evaluation, before and after each stage."""
+
+    limit: int | None = Field(None, ge=1)
+    """Held-out rows to use; None takes all."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer."""
+
+
+class Recipe(Config):
+    """A whole run. A stage that is left out (or null) is not run."""
+
+    run: RunConfig = RunConfig()
+    """Folder and seed."""
+    model: ModelConfig = ModelConfig()
+    """What to start from."""
+    engine: EngineConfig = EngineConfig()
+    """The hybrid engine."""
+    task: VoiceConfig | None = None
+    """What the environment is, and the data that it makes."""
+    sft: SFTConfig | None = None
+    """Step 1: supervised fine-tuning."""
+    reward: RewardModelConfig | None = None
+    """Step 2: the reward model."""
+    rl: RLConfig | None = None
+    """Step 3: reinforcement learning."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+
+
+class Run:
+    """One run of a recipe in its folder."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print) -> None:
+        """Raises `ConfigError` if the folder holds a run of another recipe."""
+        self.recipe, self.say = recipe, say
+        self.folder = Path(recipe.run.dir)
+        self.seed = recipe.run.seed
+        if recipe.model.threads:
+            torch.set_num_threads(recipe.model.threads)
+
+    def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
+        """Run these stages (and what they need of data); returns and writes the summary."""
+        self._claim_folder()
+        if self.recipe.task:
+            self._prepare_data()
+            self._heldout("base", lambda: self._engine(None))
+        wanted = tuple(stages)
+        if self.recipe.sft and "sft" in wanted:
+            self._stage("sft", self._sft)
+        if self.recipe.reward and "reward" in wanted:
+            self._stage("reward", self._reward)
+        if self.recipe.rl and "rl" in wanted:
+            self._stage("rl", self._rl)
+        return self._summarise()
+
+    # Stages
+
+    def _sft(self, folder: Path) -> dict[str, Any]:
+        config = self.recipe.sft
+        assert config is not None
+        engine = self._engine(None)
+        examples = self._mixture(
+            config.data,
+            lambda rows: render_examples([to_supervised(r) for r in rows], engine, config.max_length),
+        )
+        stage = self._new_stage("sft", config.steps(len(examples)), config)
+        train_sft(config, engine, examples, stage)
+        self._save(folder, engine.model, engine.tokenizer, "supervised fine-tuning")
+        self._heldout("sft", lambda: engine)
+        return {"examples": len(examples), "steps": stage.total}
+
+    def _reward(self, folder: Path) -> dict[str, Any]:
+        config = self.recipe.reward
+        assert config is not None
+        start = config.model or self._newest_policy(before="reward")
+        model = load_classifier(self.recipe.model, start)
+        tokenizer = load_tokenizer(self.recipe.model, start)
+        use_own_pad(model, tokenizer)
+
+        def render(rows: list[Row]) -> list[Any]:
+            return render_pairs([to_preference(r) for r in rows], tokenizer, config.max_length)
+
+        pairs = self._mixture(config.data, render)
+        stage = self._new_stage("reward", config.steps(len(pairs)), config)
+        train_reward_model(config, model, pairs, stage)
+        self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)")
+        heldout = [pair for source in self._rows(config.heldout) for pair in render(source)]
+        accuracy = pair_accuracy(model, heldout) if heldout else None
+        return {"pairs": len(pairs), "heldout_pairs": len(heldout), "accuracy": accuracy, "steps": stage.total}
+
+    def _rl(self, folder: Path) -> dict[str, Any]:
+        config = self.recipe.rl
+        assert config is not None
+        if self.recipe.task is None:
+            raise ConfigError("rl needs an environment; set task.name, for example task.name=voice_assistant.")
+        start = self._newest_policy(before="rl")
+        engine = self._engine(start)
+        reference = load_policy(self.recipe.model, start) if config.kl.beta > 0 else None
+        needs_critic = config.value == "critic"
+        collector = self._collector(engine, "train")
+        trainer = RLTrainer(
+            config,
+            engine,
+            collector,
+            self._count_rows("train"),
+            RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
+            self._new_stage("rl", config.steps, config),
+            reference=reference.requires_grad_(False) if reference is not None else None,
+            critic=load_policy(self.recipe.model, start) if needs_critic else None,
+        )
+        trainer.train()
+        self._save(folder, engine.model, engine.tokenizer, f"reinforcement learning ({config.advantage})")
+        evaluated = self._heldout("rl", lambda: engine)
+        gap = self._gap(engine, config.max_new_tokens)
+        return {"steps": config.steps, "failures": collector.failures, "gap": gap, "heldout": evaluated["success"]}
+
+    def _stage(self, name: StageName, work: Callable[[Path], dict[str, Any]]) -> None:
+        folder = self.folder / name
+        if (folder / "done.json").exists():
+            self.say(f"{name}: done before, kept ({folder})")
+            return
+        began = time.perf_counter()
+        result = work(folder)
+        write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
+
+    def _new_stage(self, name: str, total: int, config: SFTConfig | RewardModelConfig | RLConfig) -> Stage:
+        identity = {"recipe": self.recipe.model_dump(mode="json", exclude={"run": {"dir"}}), "stage": name}
+        return Stage(name, self.folder / name, total, self.seed, config, identity)
+
+    # Parts
+
+    def _engine(self, name: str | None) -> HybridEngine:
+        model = load_policy(self.recipe.model, name)
+        return HybridEngine(
+            model, load_tokenizer(self.recipe.model, name), self.recipe.engine, seed=self.seed
+        )
+
+    def _newest_policy(self, before: str) -> str | None:
+        sft = self.folder / "sft"
+        if self.recipe.sft and not (sft / "done.json").exists():
+            raise ConfigError(f"{before} starts from the sft stage, which has not run in {self.folder}; run it first, or set sft=null.")
+        return str(sft) if self.recipe.sft else None
+
+    def _collector(self, engine: HybridEngine, split: str) -> Collector:
+        assert self.recipe.task is not None
+        environment = get_task(self.recipe.task.name).environment
+        path = str(self._data(split))
+        return Collector(
+            lambda: make_environment(environment, path=path), engine.tokenizer, engine.generate
+        )
+
+    def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
+        """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
+        collector = self._collector(engine, "heldout")
+        params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
+        gap = logprob_gap(engine, collector, rows=min(16, self._count_rows("heldout")), params=params)
+        return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
+
+    def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> dict[str, Any]:
+        """Evaluate a policy on the held-out rows, once; the result is kept in the run's folder."""
+        path = self.folder / "heldout" / f"{name}.json"
+        if path.exists():
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return kept
+        if self.recipe.task is None:
+            return {"success": None}
+        began = time.perf_counter()
+        engine = engine_of()
+        rows = self._count_rows("heldout")
+        if self.recipe.eval.limit:
+            rows = min(rows, self.recipe.eval.limit)
+        with Progress(rows, f"held-out {name}") as progress, engine.generating():
+            result = evaluate(
+                self._collector(engine, "heldout"),
+                rows,
+                self.recipe.eval.max_new_tokens,
+                lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            **result.summary(),
+            "seconds": time.perf_counter() - began,
+            "samples": result.samples,
+        }
+        write_json(path, record)
+        self.say(f"held-out {name}: {result.success:.1%} right of {result.n}")
+        return record
+
+    # Data
+
+    def _prepare_data(self) -> None:
+        task = self.recipe.task
+        assert task is not None
+        done = self.folder / "data" / "done.json"
+        if done.exists():
+            return
+        began = time.perf_counter()
+        self.say(f"data: preparing {task.name}")
+        files = get_task(task.name).prepare(task, self.seed, self.folder / "data")
+        seconds = time.perf_counter() - began
+        write_json(done, {"files": {k: str(v) for k, v in files.items()}, "seconds": seconds})
+
+    def _data(self, split: str) -> Path:
+        return self.folder / "data" / f"{split}.jsonl"
+
+    def _count_rows(self, split: str) -> int:
+        return len(load_rows(str(self._data(split))))
+
+    def _rows(self, config: DataConfig) -> list[list[Row]]:
+        """The cleaned rows of each source; `task:NAME` is a file that the task prepared."""
+        sources = []
+        for source in config.sources:
+            path = source.path
+            if path.startswith("task:"):
+                path = str(self._data(path.removeprefix("task:")))
+            rows, report = clean(load_rows(path, source.split)[: source.limit], config.clean)
+            self.say(f"data: {source.path}: {report}")
+            sources.append(rows)
+        return sources
+
+    def _mixture(
+        self, config: DataConfig, render: Callable[[list[Row]], list[Example]]
+    ) -> Mixture[Example]:
+        if not config.sources:
+            raise ConfigError("This stage has no data; name some under data.sources.")
+        weights = [source.weight for source in config.sources]
+        return Mixture([render(rows) for rows in self._rows(config)], weights, self.seed)
+
+    # Records
+
+    def _claim_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, text = self.folder / "recipe.yaml", dump(self.recipe)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"{self.folder} holds a run of another recipe (see {path}); choose another run.dir, or delete it."
+            )
+        path.write_text(text, encoding="utf-8")
+
+    def _save(
+        self, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, how: str
+    ) -> None:
+        base = self.recipe.model.name
+        card = (
+            f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"
+            f"The recipe is in `recipe.yaml` of the run; seed {self.seed}.\n"
+        )
+        save_model(folder, model, tokenizer, card)
+
+    def _read(self, *parts: str) -> dict[str, Any]:
+        path = self.folder.joinpath(*parts)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @cached_property
+    def _policies(self) -> Sequence[str]:
+        return ("base", "sft", "rl")
+
+    def _summarise(self) -> dict[str, Any]:
+        done = {name: self._read(name, "done.json") for name in STAGES}
+        heldout = {name: self._read("heldout", f"{name}.json") for name in self._policies}
+        heldout = {name: record for name, record in heldout.items() if record}
+        gap = done["rl"].get("gap", {})
+        seconds = {name: record["seconds"] for name, record in done.items() if record}
+        seconds |= {f"heldout_{name}": record["seconds"] for name, record in heldout.items()}
+        if prepared := self._read("data", "done.json"):
+            seconds["data"] = prepared["seconds"]
+        table = {
+            name: {k: v for k, v in record.items() if k not in ("samples", "seconds")}
+            for name, record in heldout.items()
+        }
+        summary = {
+            "heldout": {name: record["success"] for name, record in heldout.items()},
+            "heldout_detail": table,
+            "reward_model": {"accuracy": done["reward"].get("accuracy")},
+            "seconds": seconds,
+            "engine": {
+                "logprob_gap": gap.get("mean"),
+                "logprob_gap_max": gap.get("max"),
+                "dtype": gap.get("dtype"),
+            },
+            "seed": self.seed,
+            "model": self.recipe.model.name,
+            "stages": done,
+        }
+        write_json(self.folder / "summary.json", summary)
+        write_report(
+            self.folder,
+            title=self.folder.name,
+            metrics={
+                name: read_metrics(self.folder / name / "metrics.jsonl")
+                for name in STAGES
+                if (self.folder / name / "metrics.jsonl").exists()
+            },
+            samples_before_after=_side_by_side(heldout),
+            heldout=table,
+            summary=summary,
+        )
+        return summary
+
+
+def _side_by_side(heldout: dict[str, dict[str, Any]], count: int = 24) -> list[dict[str, Any]]:
+    """The same held-out prompts under each policy, those that changed first."""
+    rows: dict[int, dict[str, Any]] = {}
+    for name, record in heldout.items():
+        for sample in record["samples"]:
+            row = rows.setdefault(
+                sample["row"],
+                {"prompt": sample["prompt"], "gold": sample["gold"], "stages": {}, "rewards": {}},
+            )
+            row["stages"][name] = sample["completion"]
+            row["rewards"][name] = sample["reward"]
+    ordered = sorted(rows.values(), key=lambda r: len(set(r["rewards"].values())) == 1)
+    return ordered[:count]

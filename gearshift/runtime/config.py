@@ -1,0 +1,243 @@
+"""Configs: the base class of every component's config, and how YAML and `key=value` words fill it.
+
+A room of its own so that a wrong recipe is told in one place and one way: the key, what was given,
+what is wanted. It knows no component: the classes stand beside what they configure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from gearshift.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of all configs: unknown keys are errors, a config never changes, docstrings describe."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """The config in the YAML file at `path` (None: all defaults), changed by `overrides`.
+
+    An override is `key.sub=value` or, into a list, `key.0.sub=value`; its value is YAML. Raises
+    `ConfigError`, one line, on a missing or broken file, a bad override, a bad key, type or value.
+    """
+    tree = _read(path) if path else {}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        where = f"{path}: " if path else ""
+        errors = error.errors(include_url=False)
+        raise ConfigError(where + _explain(cls, tree, errors)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe(cls: type[BaseModel]) -> list[str]:
+    """A line for each key, `key: type = default  - docstring`; nested keys are dotted."""
+    lines = []
+    for key, field in _leaves(cls):
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "" if default is PydanticUndefined else f" = {_short(default)}"
+        text = f"  - {' '.join(field.description.split())}" if field.description else ""
+        lines.append(f"{key}: {_type_name(field.annotation)}{shown}{text}")
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-5` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                problem = f"the key `{name}` is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot and a signed exponent in a float, so that `1e-5` would be a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in the file; an empty file is an empty mapping."""
+    if not path.is_file():
+        names = [f.name for f in path.parent.glob("*") if f.is_file()]
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
+        raise ConfigError(f"There is no file {path}; {hint}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}.") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path} holds {_short(tree)}; a recipe is made of `key: value` lines.")
+    return tree or {}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + (error.problem or error.context or "it cannot be read")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Write one `key.sub=value` into the tree, making the sections on its way."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"The override `{override}` is not of the form key.sub=value.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problem = _yaml_problem(error)
+        raise ConfigError(
+            f"The value of the override `{override}` is not valid YAML ({problem}); quote it."
+        ) from None
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[:depth])
+        slot: Any = part
+        if isinstance(node, list):
+            slot = int(part) if part.isdecimal() else len(node)
+            if slot >= len(node):
+                raise ConfigError(
+                    f"The override `{override}`: `{here}` is a list of {len(node)};"
+                    f" `{part}` must be an index from 0 to {len(node) - 1}."
+                )
+        elif not isinstance(node, dict):
+            raise ConfigError(
+                f"The override `{override}`: `{here}` is {_short(node)}, which has no keys inside."
+            )
+        if depth == len(parts) - 1:
+            node[slot] = value
+        elif isinstance(node, dict) and node.get(slot) is None:
+            node[slot] = {}
+        node = node[slot]
+
+
+def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetails]) -> str:
+    """The first error in words; branches of a union that failed on the same key count as one."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    # A misspelt key often comes with a missing one: the spelling is the better thing to say.
+    for error in sorted(errors, key=lambda e: e["type"] != "extra_forbidden"):
+        by_key.setdefault(_dotted(tree, error), []).append(error)
+    key, same = next(iter(by_key.items()))
+    more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
+    kind = same[0]["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key `{key}`; {_nearest(cls, key)}{more}"
+    if kind == "missing":
+        return f"`{key}` is missing; it has no default.{more}"
+    wanted = " or ".join(dict.fromkeys(_wanted(e) for e in same))
+    if kind == "value_error":
+        return f"`{key}`: {wanted}{more}" if key else f"{wanted}{more}"
+    return f"`{key}` is {_short(same[0]['input'])}; it should be {wanted}.{more}"
+
+
+def _dotted(node: Any, error: ErrorDetails) -> str:
+    """The key as the user writes it: pydantic's location without the names of union branches."""
+    keys = []
+    for i, part in enumerate(error["loc"]):
+        inside = part in node if isinstance(node, dict) else isinstance(part, int)
+        if inside:
+            node = node[part]
+        if inside or (error["type"] == "missing" and i == len(error["loc"]) - 1):
+            keys.append(str(part))
+    return ".".join(keys)
+
+
+def _wanted(error: ErrorDetails) -> str:
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "a section with keys of its own"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return message.removeprefix("Input should be ").removeprefix("Input should ")
+
+
+def _nearest(cls: type[BaseModel], key: str) -> str:
+    """What the user may have meant by an unknown key."""
+    *path, last = key.split(".")
+    level: list[type[BaseModel]] = [cls]
+    for part in path:
+        fields = [m.model_fields[part] for m in level if part in m.model_fields]
+        # A list's index and a dict's key are not fields: the models inside are already at hand.
+        level = [m for f in fields for m in _models(f.annotation)] if fields else level
+    keys = [name for model in level for name in model.model_fields]
+    near = difflib.get_close_matches(last, keys, n=1)
+    if near:
+        return f"did you mean `{'.'.join([*path, near[0]])}`?"
+    elsewhere = [k for k, _ in _leaves(cls) if k.split(".")[-1] == last]
+    if elsewhere:
+        return f"did you mean `{elsewhere[0]}`?"
+    return f"the keys there are {', '.join(keys)}."
+
+
+def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key with its field; a list's elements stand under `0`."""
+    for name, field in cls.model_fields.items():
+        key, inner = f"{prefix}{name}", _models(field.annotation)
+        if inner != [field.annotation]:
+            yield key, field
+        below = f"{key}.0." if typing.get_origin(field.annotation) is list else f"{key}."
+        for model in inner:
+            yield from _leaves(model, below)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that a type is made of: `list[A] | B | None` -> A, B."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def _type_name(annotation: Any) -> str:
+    """The type as help shows it: `list[str] | none`, `'linear' | 'cosine'`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, parts))
+    if origin:
+        return f"{origin.__name__}[{', '.join(map(_type_name, parts))}]"
+    if annotation in (None, types.NoneType):
+        return "null"
+    return getattr(annotation, "__name__", "...")
+
+
+def _short(value: Any) -> str:
+    """The value as JSON, cut to what fits a line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

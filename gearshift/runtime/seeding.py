@@ -1,0 +1,61 @@
+"""Randomness with no hidden state: counter-based uniforms, and seeds derived from names.
+
+A room of its own because reproducibility rests on it: what is drawn depends on (seed, request, sample,
+position) and on nothing else, so not on batching, not on what was drawn before, not on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10: four random 32-bit words for each counter of four words under a key of two.
+
+    counter: four int64 tensors of one shape, values in [0, 2^32); so is what returns. A round takes
+    (c0, c1, c2, c3) to (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)).
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product wraps in int64; its bits are right, and the mask takes away the copied sign.
+        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((right >> 32) & _WORD) ^ c1 ^ k0, right & _WORD
+        c2, c3 = ((left >> 32) & _WORD) ^ c3 ^ k1, left & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def philox_uniform(seed: int, request_ids: Tensor, sample: Tensor, positions: Tensor) -> Tensor:
+    """[B] float64, uniform in (0, 1) and never 0 or 1: one for each (request, sample, position).
+
+    request_ids [B] int64; sample and positions [B], below 2^32. Counter = (request low, request high,
+    sample, position), key = the low 64 bits of the seed.
+    """
+    requests = request_ids.long()
+    counter = [requests & _WORD, (requests >> 32) & _WORD, sample.long(), positions.long()]
+    high, low, _, _ = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    bits = (high << 21) | (low >> 11)
+    # 53 bits fill a double exactly, so the top stays below 1; a zero takes its neighbour's value.
+    return bits.clamp(min=1).double() * 2.0**-53
+
+
+def named_seed(seed: int, name: str) -> int:
+    """A seed in [0, 2^63) for one named use of the run's seed, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one named use: two uses never share a stream."""
+    return torch.Generator().manual_seed(named_seed(seed, name))

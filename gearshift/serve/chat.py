@@ -1,0 +1,65 @@
+"""Talk to a model in the terminal, its answer appearing as it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from gearshift.data.chat import render_prompt
+from gearshift.engine import HybridEngine
+from gearshift.errors import CapacityError
+from gearshift.types import Message, SamplingParams
+
+
+def reply(
+    engine: HybridEngine, messages: list[Message], params: SamplingParams, request_id: int = 0
+) -> Iterator[str]:
+    """The answer's text in pieces. A piece is held back while its bytes are half a character."""
+    prompt = render_prompt(engine.tokenizer, messages)
+    ids: list[int] = []
+    shown = ""
+    with engine.generating():
+        for token in engine.stream(prompt, params, request_id):
+            ids.append(token)
+            text = engine.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+    rest = engine.tokenizer.decode(ids, skip_special_tokens=True)
+    if rest != shown:
+        yield rest[len(shown) :]
+
+
+def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remember: bool) -> None:
+    """Read lines, answer them, until /quit or the end of input. `remember` keeps earlier turns in the prompt."""
+    console = Console(highlight=False)
+    console.print("[dim]/new starts over, /quit leaves.[/dim]")
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    turn = 0
+    while True:
+        try:
+            line = console.input("[bold]you>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/new" or not remember:
+            messages = list(opening)
+        if not line or line == "/new":
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            pieces = []
+            for piece in reply(engine, messages, params, request_id=turn):
+                console.print(piece, end="", markup=False, soft_wrap=True)
+                pieces.append(piece)
+            console.print()
+        except CapacityError as error:
+            console.print(f"[red]{error}[/red]")
+            messages = list(opening)
+            continue
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        turn += 1
