@@ -26,7 +26,7 @@ from gearshift.engine.decode import forward
 from gearshift.engine.scheduler import Scheduler, Sampled, StopRule, completion
 from gearshift.engine.weights import AliasedWeights
 from gearshift.errors import CapacityError, GearshiftError
-from gearshift.models.attention import ATTENTION
+from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import check_head, describe, head_of
 from gearshift.models.forward import hidden_states, token_scores
 from gearshift.models.load import end_tokens
@@ -154,6 +154,7 @@ class HybridEngine:
     def _shifted(self, gear: Gear) -> Iterator[None]:
         before = self.gear
         if gear != before:
+            require_attention(self.model)
             if self.weights is not None:
                 self.weights.check()
             if gear == "training" and not self.config.keep_cache:

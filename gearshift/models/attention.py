@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from gearshift.errors import ModelError
 from gearshift.types import PackedBatch
@@ -99,6 +99,15 @@ def hf_attention(
 
 
 AttentionInterface.register(ATTENTION, hf_attention)
+
+
+def require_attention(model: PreTrainedModel) -> None:
+    """Raises `ModelError` where the model would ignore a layout: every sequence would see every other."""
+    if model.config._attn_implementation != ATTENTION:
+        raise ModelError(
+            f"The model's attention is {model.config._attn_implementation!r}; the engine needs its own: run "
+            f"model.set_attn_implementation({ATTENTION!r})."
+        )
 
 
 class PackedLayout:

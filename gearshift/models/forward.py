@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gearshift.models.attention import PackedLayout
+from gearshift.models.attention import PackedLayout, require_attention
 from gearshift.models.describe import head_of
 from gearshift.models.logprobs import TokenScores, token_logprobs
 from gearshift.types import PackedBatch
@@ -17,6 +17,7 @@ from gearshift.types import PackedBatch
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """[T, H] last hidden states of the packed tokens; nothing is padded, nothing crosses sequences."""
+    require_attention(model)
     out = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import render_prompt, render_turn
+from gearshift.errors import DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
@@ -117,6 +118,12 @@ class Collector:
         groups: dict[int, list[_Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.start.group_id, []).append(episode)
+        for members in groups.values():
+            if any(e.token_ids != members[0].token_ids for e in members):
+                name = type(members[0].environment.unwrapped).__name__
+                raise DataError(
+                    f"{name} started differently from the same seed; its reset must be a function of seed and options."
+                )
         ids = [group << _TURN_BITS + _SAMPLE_BITS for group in groups]
         prompts = [members[0].token_ids for members in groups.values()]
         written = self._generate(prompts, params, ids)

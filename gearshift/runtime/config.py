@@ -133,8 +133,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             slot = int(part) if part.isdecimal() else len(node)
             if slot >= len(node):
                 raise ConfigError(
-                    f"The override `{override}`: `{here}` is a list of {len(node)};"
-                    f" `{part}` must be an index from 0 to {len(node) - 1}."
+                    f"The override `{override}`: the list `{here}` has {len(node)} entries,"
+                    f" counted from 0, and no `{part}`."
                 )
         elif not isinstance(node, dict):
             raise ConfigError(
@@ -170,7 +170,8 @@ def _dotted(node: Any, error: ErrorDetails) -> str:
     """The key as the user writes it: pydantic's location without the names of union branches."""
     keys = []
     for i, part in enumerate(error["loc"]):
-        inside = part in node if isinstance(node, dict) else isinstance(part, int)
+        indices = range(len(node)) if isinstance(node, list) else ()
+        inside = part in (node if isinstance(node, dict) else indices)
         if inside:
             node = node[part]
         if inside or (error["type"] == "missing" and i == len(error["loc"]) - 1):
@@ -182,7 +183,7 @@ def _wanted(error: ErrorDetails) -> str:
     if error["type"] in ("model_type", "model_attributes_type"):
         return "a section with keys of its own"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return message.removeprefix("Input should be ").removeprefix("Input should ")
+    return message.removeprefix("Input should be ").split(", unable to")[0]
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str:
@@ -193,7 +194,7 @@ def _nearest(cls: type[BaseModel], key: str) -> str:
         fields = [m.model_fields[part] for m in level if part in m.model_fields]
         # A list's index and a dict's key are not fields: the models inside are already at hand.
         level = [m for f in fields for m in _models(f.annotation)] if fields else level
-    keys = [name for model in level for name in model.model_fields]
+    keys = list(dict.fromkeys(name for model in level for name in model.model_fields))
     near = difflib.get_close_matches(last, keys, n=1)
     if near:
         return f"did you mean `{'.'.join([*path, near[0]])}`?"
@@ -204,14 +205,15 @@ def _nearest(cls: type[BaseModel], key: str) -> str:
 
 
 def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key with its field; a list's elements stand under `0`."""
+    """Every dotted key with its field; a list's elements stand under `0`, a dict's `<name>`."""
     for name, field in cls.model_fields.items():
         key, inner = f"{prefix}{name}", _models(field.annotation)
         if inner != [field.annotation]:
             yield key, field
-        below = f"{key}.0." if typing.get_origin(field.annotation) is list else f"{key}."
+        origin = typing.get_origin(field.annotation)
+        inside = "0." if origin is list else "<name>." if origin is dict else ""
         for model in inner:
-            yield from _leaves(model, below)
+            yield from _leaves(model, f"{key}.{inside}")
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -1,7 +1,7 @@
 """Randomness with no hidden state: counter-based uniforms, and seeds derived from names.
 
-A room of its own because reproducibility rests on it: what is drawn depends on (seed, request, sample,
-position) and on nothing else, so not on batching, not on what was drawn before, not on the device.
+A room of its own because reproducibility rests on it: what is drawn depends on (seed, request,
+sample, position) and on nothing else: not on batching, on earlier draws, or on the device.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 def philox_uniform(seed: int, request_ids: Tensor, sample: Tensor, positions: Tensor) -> Tensor:
     """[B] float64, uniform in (0, 1) and never 0 or 1: one for each (request, sample, position).
 
-    request_ids [B] int64; sample and positions [B], below 2^32. Counter = (request low, request high,
-    sample, position), key = the low 64 bits of the seed.
+    request_ids [B] int64; sample and positions [B], below 2^32; or shapes that broadcast. The
+    counter is (request low, request high, sample, position), the key the seed's low 64 bits.
     """
     requests = request_ids.long()
     counter = [requests & _WORD, (requests >> 32) & _WORD, sample.long(), positions.long()]

@@ -1,0 +1,181 @@
+"""Reward functions: how they are named, loaded, called and added up.
+
+A room of its own because their signature is TRL's and their authors are users: every fault is told
+here, by name. It knows texts and numbers, no model and no environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Awaitable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, SupportsFloat, cast
+
+from gearshift.errors import ConfigError
+from gearshift.types import Message
+
+Rewards = Sequence[float | None]
+
+
+class RewardFunction(Protocol):
+    """TRL's signature: `f(prompts, completions, completion_ids=..., **columns)`, sync or async.
+
+    Every argument is a list with one entry a sample (the columns are those of the data); so is what
+    returns, with None where the function does not apply.
+    """
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **kwargs: Any
+    ) -> Rewards | Awaitable[Rewards]: ...
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The function that `module:function` or `path/to/file.py:function` names.
+
+    Raises `ConfigError` when there is no such file, module or function, or its import fails.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ConfigError(
+            f"The reward `{spec}` is not of the form module:function or path/file.py:function."
+        )
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{place} has no function `{name}` for a reward; check the spelling.")
+    return cast(RewardFunction, function)
+
+
+def combine(
+    functions: Sequence[tuple[str, RewardFunction, float]],
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None,
+    columns: dict[str, list[Any]],
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Each sample's weighted sum, and each function's own rewards by its name.
+
+    `functions` are (name, function, weight); total_i = sum of weight * reward_i over those that
+    apply. None, "does not apply", leaves a function out of that sample's sum; a reward that is not
+    finite becomes None and leaves the sample without a total, because a sum without it would count it
+    as 0. A sample to which nothing applies has no total either.
+
+    Raises `ConfigError` naming the function that raises, or that returns anything but one number or
+    None a sample.
+    """
+    results: list[Any] = []
+    for name, function, _ in functions:
+        try:
+            results.append(
+                function(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=completion_ids,
+                    **columns,
+                )
+            )
+        except Exception as error:
+            raise _raised(name, error) from error
+    _await_all([name for name, _, _ in functions], results)
+
+    totals: list[list[float]] = [[] for _ in completions]
+    parts: dict[str, list[float | None]] = {}
+    for (name, _, weight), result in zip(functions, results, strict=True):
+        values = _checked(name, result, len(completions))
+        for terms, value in zip(totals, values, strict=True):
+            if value is not None:
+                terms.append(weight * value)
+        label = name if name not in parts else f"{name}#{len(parts)}"
+        parts[label] = [v if v is not None and math.isfinite(v) else None for v in values]
+    return [sum(t) if t and math.isfinite(sum(t)) else None for t in totals], parts
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"There is no reward file {path}; check the path.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"The reward file {path} fails on import: {_words(error)}.") from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The reward module `{name}` needs `{error.name}`, which is not there;"
+            " install it or check the spelling."
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"The reward module {name} fails on import: {_words(error)}.") from error
+
+
+def _await_all(names: Sequence[str], results: list[Any]) -> None:
+    """Replace the awaitables among the results by what they return; they run side by side."""
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if not waiting:
+        return
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(results[i] for i in waiting), return_exceptions=True)
+
+    # A thread of its own has no event loop yet; the caller's (a notebook's, say) may have one.
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(asyncio.run, gather()).result()
+    for i, answer in zip(waiting, answers, strict=True):
+        if isinstance(answer, BaseException):
+            raise _raised(names[i], answer) from answer
+        results[i] = answer
+
+
+def _checked(name: str, result: Any, samples: int) -> list[float | None]:
+    """The function's answer as a list of floats and None."""
+    if not isinstance(result, Iterable) or isinstance(result, str):
+        raise ConfigError(
+            f"The reward function {name} returned {_short(result)};"
+            " it must return a list of numbers."
+        )
+    values = list(result)
+    if len(values) != samples:
+        raise ConfigError(
+            f"The reward function {name} returned {len(values)} rewards for {samples} completions;"
+            " it must return one each."
+        )
+    return [None if value is None else _number(name, value) for value in values]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, SupportsFloat):  # not a string, which float() would read
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
+        pass
+    raise ConfigError(
+        f"The reward function {name} returned {_short(value)} as a reward;"
+        " it must be a number or None."
+    )
+
+
+def _raised(name: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"The reward function {name} raised {_words(error)}; mend it or take it out."
+    )
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(". ")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,108 @@
+"""What somebody who waits wants to see: phase, step, tokens per second, time left, a few figures.
+
+On a terminal one live line, elsewhere (a log file, CI) a plain line now and then. No trainer is
+known here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+from time import monotonic
+from types import TracebackType
+from typing import ClassVar
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+_PLAIN_SECONDS = 10.0
+_WINDOW = 20
+
+
+class Progress:
+    """Progress over `total_steps`; a context manager. Inside a live one it prints plain lines."""
+
+    _live: ClassVar[Progress | None] = None
+
+    def __init__(
+        self,
+        total_steps: int,
+        description: str,
+        *,
+        done: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        """done: steps that an earlier run did, which say nothing about this one's speed."""
+        self.total, self.description, self.done = total_steps, description, done
+        self._console = console or Console(stderr=True)
+        self._phase = ""
+        self._figures: dict[str, float] = {}
+        self._tokens = 0
+        # (when, steps, tokens) of the last advances: speeds are moving averages over them.
+        self._marks = deque([(monotonic(), done, 0)], maxlen=_WINDOW)
+        self._printed = monotonic()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal and Progress._live is None:
+            Progress._live = self
+            self._bar = Bar(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[line]}", markup=False),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(
+                self.description, total=self.total, completed=self.done, line=self.line()
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._phase = ""
+        self._show(last=True)
+        if self._bar:
+            self._bar.stop()
+            Progress._live = None
+
+    def phase(self, name: str) -> None:
+        """Say what is going on now, such as `generate` or `update`."""
+        self._phase = name
+        self._show()
+
+    def advance(self, step: int = 1, tokens: int = 0, **figures: float) -> None:
+        """Count `step` finished steps and their tokens; show these figures from now on."""
+        self.done += step
+        self._tokens += tokens
+        self._figures |= figures
+        self._marks.append((monotonic(), self.done, self._tokens))
+        self._show()
+
+    def line(self) -> str:
+        """`12/200  generate  1,234 tokens/s  0:03:20 left  reward 0.41`."""
+        (began, done_then, tokens_then), (now, _, _) = self._marks[0], self._marks[-1]
+        elapsed = max(now - began, 1e-9)
+        parts = [f"{self.done}/{self.total}", self._phase]
+        if self._tokens > tokens_then:
+            parts.append(f"{(self._tokens - tokens_then) / elapsed:,.0f} tokens/s")
+        if done_then < self.done < self.total:
+            left = (self.total - self.done) * elapsed / (self.done - done_then)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        parts += [f"{name} {value:.3g}" for name, value in self._figures.items()]
+        return "  ".join(filter(None, parts))
+
+    def _show(self, last: bool = False) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, line=self.line(), refresh=last)
+        elif last or monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = monotonic()
+            text = f"{self.description}  {self.line()}"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,58 @@
+"""Environments that a model of a few thousand weights can learn, and ones that misbehave."""
+
+from typing import Any
+
+from gearshift.rollouts.environment import TextEnvironment
+from gearshift.types import Message
+
+
+class SayLetters(TextEnvironment):
+    """One turn: the reward is the fraction of the answer's characters that are ASCII letters."""
+
+    def _start(self, options: dict[str, Any] | None) -> str:
+        word = str(self.np_random.integers(0, 9))
+        self.messages: list[Message] = [{"role": "user", "content": f"say letters {word}"}]
+        return self.messages[0]["content"]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._start(options), {"messages": self.messages, "row": 0}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        reward = sum(c.isascii() and c.isalpha() for c in action) / max(len(action), 1)
+        return "", reward, True, False, {"success": reward > 0.5}
+
+
+class TwoTurns(SayLetters):
+    """Two turns, each rewarded: first with 0.25, then with 1."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        if self.turn == 1:
+            return "and again", 0.25, False, False, {}
+        return "", 1.0, True, False, {"success": True}
+
+
+class Faulty(SayLetters):
+    """Every other episode raises, or gives NaN."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Faulty.made += 1
+        self.fault = {0: "raise", 1: "nan"}.get(Faulty.made % 4)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self.fault == "raise":
+            raise RuntimeError("the simulator fell over")
+        observation, reward, *rest = super().step(action)
+        return observation, float("nan") if self.fault == "nan" else reward, *rest

@@ -1,0 +1,49 @@
+"""Invariant 2: greedy tokens equal Hugging Face `generate`'s."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import SamplingParams
+from tests.zoo import FAMILIES, PROMPTS, random_model
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
+
+
+def hugging_face(model: PreTrainedModel, prompt: list[int], new: int, end: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=end,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    engine = HybridEngine(random_model(family), tiny_tokenizer(), EngineConfig(max_rows=3))
+    with engine.generating():
+        ours = [group[0].token_ids for group in engine.generate(PROMPTS, GREEDY)]
+    theirs = random_model(family, attention="eager")
+    assert ours == [hugging_face(theirs, prompt, 24, end=2) for prompt in PROMPTS]
+
+
+@pytest.mark.slow
+def test_the_embedded_model() -> None:
+    config = ModelConfig(dtype="float32")
+    tokenizer = load_tokenizer(config)
+    texts = ["The capital of France is", "Once upon a time", "1, 2, 3,", "def add(a, b):"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    engine = HybridEngine(load_policy(config), tokenizer)
+    with engine.generating():
+        ours = [group[0].token_ids for group in engine.generate(prompts, GREEDY)]
+    theirs = load_policy(config)
+    theirs.set_attn_implementation("sdpa")
+    assert ours == [hugging_face(theirs, p, 24, tokenizer.eos_token_id) for p in prompts]

@@ -1,0 +1,64 @@
+"""Invariant 5: packed = padded = prompt-shared, and one micro-batch = many: the loss and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gearshift.engine import HybridEngine
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import PackedBatch, SamplingParams
+from tests.oracles.scores import lone_logprobs
+from tests.zoo import PROMPTS, pack_completions, random_model
+
+Groups = list[tuple[list[int], list[list[int]]]]
+
+
+@pytest.fixture(params=["llama", "qwen3", "gpt2", "gemma2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def gradients(engine: HybridEngine, batches: list[PackedBatch]) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of sum_i w_i log p_i with weights that differ from token to token."""
+    engine.model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        with engine.training():
+            loss = (batch.scored("loss_weights") * engine.logprobs(batch).logprobs).sum()
+            loss.backward()
+        total += loss.item()
+    return total, [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+
+
+def assert_same(a: tuple[float, list[Tensor]], b: tuple[float, list[Tensor]]) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5)
+    for ours, theirs in zip(a[1], b[1], strict=True):
+        # Relative to the whole gradient's norm: some entries are zero but for rounding.
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+
+
+def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
+    engine = HybridEngine(random_model(family), tiny_tokenizer())
+    with engine.generating():
+        groups = engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12))
+    shared = pack_completions(PROMPTS, groups, share=True)
+    repeated = pack_completions(PROMPTS, groups, share=False)
+    assert len(shared) < len(repeated)
+    weights = torch.rand(int(shared.loss_mask.sum()))
+    of_shared = gradients(engine, [shared.with_scored(loss_weights=weights)])
+    of_repeated = gradients(engine, [repeated.with_scored(loss_weights=weights)])
+    assert_same(of_shared, of_repeated)
+    many = list(shared.with_scored(loss_weights=weights).split(max_tokens=20))
+    assert len(many) == len(PROMPTS)
+    assert_same(gradients(engine, many), of_shared)
+
+    alone = random_model(family, attention="eager")
+    i, loss = 0, torch.zeros(())
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for c in group:
+            logprobs, _ = lone_logprobs(alone, prompt, c.token_ids)
+            loss = loss + (weights[i : i + len(logprobs)] * logprobs).sum()
+            i += len(logprobs)
+    loss.backward()
+    grads = [p.grad for p in alone.parameters() if p.grad is not None]
+    assert_same(of_shared, (loss.item(), grads))

@@ -1,0 +1,133 @@
+"""Rewards add up as their docstring says, and a faulty function is told by its name."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.errors import ConfigError
+from gearshift.rollouts.rewards import combine, load_reward
+
+PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+TEXTS = ["one", "three"]
+
+
+def length(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    return [float(len(c)) for c in completions]
+
+
+def second_only(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    return [None, 10]
+
+
+async def later(prompts: Any, completions: list[str], *, bonus: list[float], **_: Any) -> Any:
+    await asyncio.sleep(0.001)
+    return bonus
+
+
+def run(*functions: Any, columns: Any = None) -> Any:
+    named = [(f.__name__, f, weight) for f, weight in functions]
+    return combine(named, PROMPTS, TEXTS, [[1], [2]], columns or {})
+
+
+def test_weights_and_none() -> None:
+    totals, parts = run((length, 0.5), (second_only, 2.0))
+    assert totals == [1.5, 22.5]
+    assert parts == {"length": [3.0, 5.0], "second_only": [None, 10.0]}
+
+
+def test_nothing_applies() -> None:
+    assert run((second_only, 1.0))[0] == [None, 10.0]
+
+
+def test_columns_and_async() -> None:
+    totals, parts = run((later, 1.0), (length, 1.0), columns={"bonus": [0.25, 0.5]})
+    assert totals == [3.25, 5.5]
+    assert parts["later"] == [0.25, 0.5]
+
+
+def test_async_inside_a_running_loop() -> None:
+    async def notebook() -> Any:
+        return run((later, 1.0), columns={"bonus": [1.0, 2.0]})[0]
+
+    assert asyncio.run(notebook()) == [1.0, 2.0]
+
+
+def test_not_finite_is_no_reward_and_no_total() -> None:
+    def broken(**_: Any) -> list[float]:
+        return [float("nan"), float("inf")]
+
+    totals, parts = run((length, 1.0), (broken, 1.0))
+    assert totals == [None, None]
+    assert parts == {"length": [3.0, 5.0], "broken": [None, None]}
+
+
+def test_tensors_and_flags_are_numbers() -> None:
+    def tensors(**_: Any) -> Any:
+        return torch.tensor([0.5, 2.0])
+
+    def flags(**_: Any) -> Any:
+        return (True, False)
+
+    assert run((tensors, 1.0), (flags, 1.0))[0] == [1.5, 2.0]
+
+
+def test_two_functions_of_one_name_are_both_reported() -> None:
+    _, parts = run((length, 1.0), (length, 2.0))
+    assert list(parts.values()) == [[3.0, 5.0], [3.0, 5.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0], "returned 1 rewards for 2"),
+        (None, "returned None"),
+        (1.0, "returned 1.0"),
+        (["1", "2"], "returned '1' as a reward"),
+        (torch.zeros(2, 2), "as a reward"),
+    ],
+)
+def test_wrong_answers_name_the_function(answer: Any, said: str) -> None:
+    def culprit(**_: Any) -> Any:
+        return answer
+
+    with pytest.raises(ConfigError, match=f"culprit .*{said}"):
+        run((length, 1.0), (culprit, 1.0))
+
+
+def test_exceptions_name_the_function() -> None:
+    def culprit(**_: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    async def culprit_later(**_: Any) -> Any:
+        raise KeyError("gold")
+
+    with pytest.raises(ConfigError, match="culprit raised ZeroDivisionError: by zero"):
+        run((culprit, 1.0))
+    with pytest.raises(ConfigError, match="culprit_later raised KeyError"):
+        run((culprit_later, 1.0))
+    with pytest.raises(ConfigError, match=r"later raised TypeError.*bonus"):
+        run((later, 1.0))
+
+
+def test_load_reward(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def short(completions, **_):\n    return [-len(c) for c in completions]\n")
+    assert load_reward(f"{file}:short")(prompts=PROMPTS, completions=TEXTS) == [-3, -5]
+    assert load_reward("gearshift.rollouts.tasks.voice:voice_reward").__name__ == "voice_reward"
+
+
+def test_load_reward_says_what_is_missing(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    for spec, said in (
+        ("nothing", "not of the form"),
+        (f"{tmp_path}/none.py:f", "no reward file"),
+        ("no_such_module.at_all:f", "no_such_module"),
+        ("gearshift.rollouts.rewards:nothing", "no function `nothing`"),
+        (f"{broken}:f", "ZeroDivisionError"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_reward(spec)

@@ -1,0 +1,152 @@
+"""A wrong recipe is one line that names the key and the way out; a right one round-trips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from gearshift.errors import ConfigError
+from gearshift.runtime.config import Config, describe, dump, load
+
+
+class Optimizer(Config):
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning
+    rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | Literal["auto"] = "auto"
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def ordered(self) -> Optimizer:
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+
+class Reward(Config):
+    name: str
+    weight: float = 1.0
+
+
+class Recipe(Config):
+    model: str
+    optimizer: Optimizer = Optimizer()
+    rewards: list[Reward] = Field(default_factory=list)
+    named: dict[str, Reward] = Field(default_factory=dict)
+    second: Optimizer | None = None
+    schedule: Literal["linear", "cosine"] = "linear"
+    steps: int = Field(default=8, ge=1)
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BAD = [
+    ("model: m\noptimzer: {lr: 1}", [], ["unknown key `optimzer`", "did you mean `optimizer`"]),
+    ("model: m\noptimizer: {lrr: 1}", [], ["`optimizer.lrr`", "did you mean `optimizer.lr`"]),
+    ("model: m\nlr: 1", [], ["unknown key `lr`", "did you mean `optimizer.lr`"]),
+    ("model: m\nqqq: 1", [], ["`qqq`", "the keys there are model, optimizer, rewards, named"]),
+    ("model: m\nrewards: [{name: a, wieght: 2}]", [], ["`rewards.0.wieght`", "`rewards.0.weight`"]),
+    ("model: m\nnamed: {x: {name: a, wait: 2}}", [], ["`named.x.wait`", "`named.x.weight`"]),
+    ("model: m\nsecond: {clipp: 2}", [], ["`second.clipp`", "did you mean `second.clip`"]),
+    ("model: m\nrewards: [{weight: 2}]", [], ["`rewards.0.name` is missing"]),
+    ("steps: 3", [], ["`model` is missing"]),
+    ("model: m\nsteps: many", [], ['`steps` is "many"', "a valid integer"]),
+    ("model: m\nsteps: 1.5", [], ["`steps` is 1.5", "a valid integer"]),
+    ("model: m\nsteps: 0", [], ["`steps` is 0", "greater than or equal to 1"]),
+    ("model: m\nschedule: liner", [], ['`schedule` is "liner"', "'linear' or 'cosine'"]),
+    ("model: m\noptimizer: 3", [], ["`optimizer` is 3", "a section with keys of its own"]),
+    ("model: m\noptimizer: {clip: x}", [], ["`optimizer.clip`", "a valid number or 'auto'."]),
+    ("model: m\noptimizer: {betas: [1]}", [], ["`optimizer.betas.1` is missing"]),
+    ("model: m\noptimizer: {low: 3}", [], ["`optimizer`: low must not be above high"]),
+    ("model: m\noptimizer: {lr: 0}", [], ["`optimizer.lr` is 0", "greater than 0"]),
+    ("model: 3\nsteps: 0\nrewards: 1", [], ["`model` is 3", "(and 2 more)"]),
+    ("model: m\nmodel: n", [], ["line 2", "the key `model` is given twice"]),
+    ("model: m\noptimizer:\n  lr: 1\n  lr: 2", [], ["line 4", "`lr` is given twice"]),
+    ("model: [m\nsteps: 1", [], ["not valid YAML", "line 2"]),
+    ("model: !!python/object:os.system m", [], ["not valid YAML", "line 1"]),
+    ("- model", [], ["`key: value`"]),
+    ("model: m", ["steps"], ["override `steps`", "key.sub=value"]),
+    ("model: m", ["=3"], ["override `=3`", "key.sub=value"]),
+    ("model: m", ["steps=[1"], ["override `steps=[1`", "not valid YAML", "quote it"]),
+    ("model: m", ["model.x=3"], ['`model` is "m"', "no keys inside"]),
+    ("model: m\nrewards: [{name: a}]", ["rewards.1.name=b"], ["`rewards` has 1 entries", "`1`"]),
+    ("model: m\nrewards: [{name: a}]", ["rewards.name=b"], ["`rewards` has 1 entries", "`name`"]),
+    ("model: m", ["optimizer.lrr=1"], ["`optimizer.lrr`", "did you mean `optimizer.lr`"]),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "said"), BAD)
+def test_bad_config_is_one_clear_line(
+    tmp_path: Path, text: str, overrides: list[str], said: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Recipe, recipe(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    recipe(tmp_path, "model: m")
+    with pytest.raises(ConfigError, match=r"did you mean .*recipe\.yaml\?"):
+        load(Recipe, tmp_path / "recipes.yml", [])
+    with pytest.raises(ConfigError, match="check the path"):
+        load(Recipe, tmp_path / "nowhere" / "recipe.yaml", [])
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load(Recipe, path, [])
+
+
+def test_overrides_win_over_the_file_and_reach_into_lists(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "model: m\noptimizer:\nrewards:\n- name: a\n- name: b\n")
+    given = ["optimizer.lr=1e-4", "rewards.1.weight=0.5", "second.low=1", "model=x=y", "steps=9"]
+    loaded = load(Recipe, path, given)
+    assert loaded.optimizer.lr == 1e-4
+    assert [r.weight for r in loaded.rewards] == [1.0, 0.5]
+    assert loaded.second == Optimizer(low=1)
+    assert (loaded.model, loaded.steps) == ("x=y", 9)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "+1e-5", ".00001", "1_0e-6"])
+def test_exponents_are_numbers(text: str) -> None:
+    assert load(Optimizer, None, [f"lr={text}", f"clip={text}"]) == Optimizer(lr=1e-5, clip=1e-5)
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "12e-x", "'1e-5'"])
+def test_words_with_an_e_stay_words(text: str) -> None:
+    assert load(Reward, None, [f"name={text}"]).name == text.strip("'")
+
+
+def test_dump_loads_back(tmp_path: Path) -> None:
+    config = load(Recipe, None, ["model='ä: 1e-5'", "optimizer.lr=3e-7", "rewards=[{name: a}]"])
+    assert load(Recipe, recipe(tmp_path, dump(config)), []) == config
+
+
+def test_describe_has_a_line_for_each_key() -> None:
+    lines = describe(Recipe)
+    assert "model: str" in lines
+    assert "optimizer.lr: float = 1e-05  - Peak learning rate." in lines
+    assert "optimizer.betas: tuple[float, float] = [0.9, 0.95]" in lines
+    assert "rewards.0.weight: float = 1.0" in lines
+    assert "named.<name>.name: str" in lines
+    assert "second: Optimizer | null = null" in lines
+    assert "schedule: 'linear' | 'cosine' = \"linear\"" in lines
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Optimizer().__setattr__("lr", 1.0)

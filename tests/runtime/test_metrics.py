@@ -1,0 +1,150 @@
+"""Metrics survive a crash and a resume; trackers get what they are asked to get."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gearshift.errors import ConfigError, DataError
+from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers, read_metrics
+
+
+def test_one_line_a_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(0, {"reward": 0.1, "kl": 1e-7})
+    log.append(1, {"reward": 0.25, "text": "two\nlines ä\u2028", "n": 3})
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 3 and lines[2] == ""
+    assert read_metrics(log.path) == [
+        {"step": 0, "reward": 0.1, "kl": 1e-7},
+        {"step": 1, "reward": 0.25, "text": "two\nlines ä\u2028", "n": 3},
+    ]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    inf, nan = float("inf"), float("nan")
+    log.append(0, {"a": nan, "b": inf, "c": -inf, "deep": [{"x": (1.0, nan)}]})
+    strict = json.loads(log.path.read_text(), parse_constant=pytest.fail)
+    assert strict == {"step": 0, "a": None, "b": None, "c": None, "deep": [{"x": [1.0, None]}]}
+
+
+def test_a_resumed_run_drops_later_lines_and_the_torn_one(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(6):
+        log.append(step, {"loss": 1 / 3 + step})
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [record["step"] for record in read_metrics(log.path)] == list(range(6))
+    log.truncate_after(3)
+    log.append(4, {"loss": 9.0})
+    records = read_metrics(log.path)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[3]["loss"] == 1 / 3 + 3 and records[4]["loss"] == 9.0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncating_before_the_first_line_is_no_error(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.truncate_after(-1)
+    log.append(0, {})
+    log.truncate_after(-1)
+    assert read_metrics(log.path) == []
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 "):
+        read_metrics(path)
+
+
+class Calls:
+    """A library whose every function notes its call and returns the library."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Calls:
+            self.made.append((name, args, kwargs))
+            return self
+
+        return call
+
+
+CASES: list[tuple[TrackerName, str, list[str], str]] = [
+    ("tensorboard", "torch.utils.tensorboard", ["SummaryWriter", "add_text"], "close"),
+    ("trackio", "trackio", ["init"], "finish"),
+    ("wandb", "wandb", ["init"], "finish"),
+    ("mlflow", "mlflow", ["set_experiment", "start_run", "log_dict"], "end_run"),
+]
+LOGGED = {
+    "tensorboard": [("add_scalar", ("reward", 0.5, 7), {}), ("add_scalar", ("kl", 0.1, 7), {})],
+    "trackio": [("log", ({"reward": 0.5, "kl": 0.1},), {"step": 7})],
+    "wandb": [("log", ({"reward": 0.5, "kl": 0.1},), {"step": 7})],
+    "mlflow": [("log_metrics", ({"reward": 0.5, "kl": 0.1},), {"step": 7})],
+}
+
+
+@pytest.mark.parametrize(("name", "module", "opened", "closed"), CASES)
+def test_each_tracker_gets_the_figures(
+    name: TrackerName,
+    module: str,
+    opened: list[str],
+    closed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, module, calls)
+    trackers = Trackers([name], tmp_path, "run/rl", {"lr": 1e-5})
+    assert [call[0] for call in calls.made] == opened
+    calls.made.clear()
+    trackers.log(7, {"reward": 0.5, "kl": 0.1})
+    assert calls.made == LOGGED[name]
+    calls.made.clear()
+    trackers.close()
+    assert [call[0] for call in calls.made] == [closed]
+
+
+@pytest.mark.parametrize(("name", "module", "opened", "closed"), CASES)
+def test_a_missing_library_names_its_install(
+    name: TrackerName,
+    module: str,
+    opened: list[str],
+    closed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'gearshift\[{name}\]'"):
+        Trackers([name], tmp_path, "run", {})
+
+
+def test_no_tracker_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, module, _, _ in CASES:
+        monkeypatch.setitem(sys.modules, module, None)
+    Trackers([], tmp_path, "run", {}).log(0, {"reward": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    timer = PhaseTimer()
+    for seconds in (1.0, 2.5):
+        with timer("generate"):
+            clock.now += seconds
+        clock.now += 100
+    with pytest.raises(ZeroDivisionError), timer("update"):
+        clock.now += 4
+        _ = 1 / 0
+    assert timer.pop() == {"generate": 3.5, "update": 4.0}
+    assert timer.pop() == {}

@@ -1,0 +1,62 @@
+"""A tiny RL run, as the tests of the loop make it."""
+
+from pathlib import Path
+from typing import Any
+
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.environment import TextEnvironment
+from gearshift.trainers.rl import RLConfig, RLTrainer
+from gearshift.trainers.stage import Stage
+from gearshift.types import Trajectory
+from tests.gyms import SayLetters
+
+TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
+
+
+def small(**changes: Any) -> RLConfig:
+    """Two prompts, four completions of at most eight tokens."""
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "prompts": 2,
+        "group_size": 4,
+        "max_new_tokens": 8,
+        "save_every": 0,
+        "optimizer": {"lr": 1e-2, "warmup": 0},
+        "value_optimizer": {"lr": 1e-2},
+        **changes,
+    }
+    return RLConfig.model_validate(settings)
+
+
+def own_reward(
+    trajectories: list[Trajectory],
+) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
+    """The environment's reward as it is."""
+    return list(trajectories), {"environment": [t.reward for t in trajectories]}
+
+
+def trainer(
+    config: RLConfig,
+    folder: Path,
+    environment: type[TextEnvironment] = SayLetters,
+    seed: int = 0,
+    model: Any = None,
+) -> RLTrainer:
+    """A trainer of the tiny model, ready to `train()`."""
+    engine = HybridEngine(
+        model or tiny_model(), tiny_tokenizer(), EngineConfig(max_rows=8), seed=seed
+    )
+    reference = load_policy(TINY) if config.kl.beta > 0 else None
+    return RLTrainer(
+        config,
+        engine,
+        Collector(environment, engine.tokenizer, engine.generate),
+        rows=None,
+        score=own_reward,
+        stage=Stage("rl", folder, config.steps, seed, config),
+        reference=reference,
+        critic=load_policy(TINY) if config.value == "critic" else None,
+    )

@@ -1,0 +1,122 @@
+"""A run that was cut and resumed is the run that was not, bit for bit; a signal saves and stops it."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.errors import CheckpointError
+from gearshift.runtime import checkpoint
+from gearshift.trainers.rl import RLTrainer
+from gearshift.trainers.stage import Interrupted, Stage
+from tests.trainers.rl_runs import small, trainer
+
+
+def fingerprint(run: RLTrainer) -> dict[str, str]:
+    """Hashes of everything a run ends with; times are left out of the metrics."""
+    state: dict[str, Any] = {k: v.state_dict() for k, v in run.stage._tracked.items()}
+    tensors, skeleton = checkpoint.flatten(state)
+    weights = hashlib.blake2b()
+    for name in sorted(tensors):
+        weights.update(name.encode())
+        weights.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+    folder = run.stage.folder
+    metrics = [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "step_time"))}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        "weights and optimizer": weights.hexdigest(),
+        "scalars": json.dumps(skeleton, sort_keys=True),
+        "metrics": json.dumps(metrics),
+        "sampled tokens": (folder / "rollouts.jsonl").read_text(),
+    }
+
+
+def stop_after(run: RLTrainer, step: int) -> None:
+    """Have SIGTERM arrive during this step."""
+    log = run.stage.log
+
+    def log_and_signal(at: int, metrics: dict[str, float], tokens: int) -> None:
+        log(at, metrics, tokens)
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    run.stage.log = log_and_signal  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("value", ["head", "critic"])
+def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None:
+    config = small(steps=20, value=value, epochs=2, minibatches=2, loss="ppo_clip")
+    straight = trainer(config, tmp_path / "straight")
+    straight.train()
+
+    cut = trainer(config, tmp_path / "cut")
+    stop_after(cut, 6)
+    with pytest.raises(Interrupted, match="after step 7 of 20"):
+        cut.train()
+    resumed = trainer(config, tmp_path / "cut")
+    resumed.train()
+    assert fingerprint(resumed) == fingerprint(straight)
+
+
+def test_steps_after_the_checkpoint_are_done_again(tmp_path: Path) -> None:
+    """Killed between checkpoints: what was logged after the last one must not stay twice in the metrics."""
+    config = small(steps=6, save_every=2)
+    straight = trainer(config, tmp_path / "straight")
+    straight.train()
+
+    killed = trainer(config, tmp_path / "cut")
+    log = killed.stage.log
+
+    def log_and_die(at: int, metrics: dict[str, float], tokens: int) -> None:
+        log(at, metrics, tokens)
+        if at == 4:
+            raise MemoryError
+
+    killed.stage.log = log_and_die  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        killed.train()
+    resumed = trainer(config, tmp_path / "cut")
+    resumed.train()
+    assert fingerprint(resumed) == fingerprint(straight)
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    config = small(steps=4)
+    run = trainer(config, tmp_path)
+    stop_after(run, 1)
+    with pytest.raises(Interrupted):
+        run.train()
+    other = trainer(config, tmp_path)
+    other.stage = Stage("rl", tmp_path, 4, 0, config, identity="another")
+    other.stage.track(model=other.engine.model)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        other.train()
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, which: signal.Signals) -> None:
+    command = [
+        sys.executable, "-m", "gearshift", "run", "tests/smoke/tiny.yaml",
+        f"run.dir={tmp_path / 'run'}", "rl.steps=400", "sft=null", "reward=null", "eval.limit=4",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "rl" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(which)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + which
+    assert "everything is saved" in errors and "Traceback" not in errors
+    [saved] = (tmp_path / "run" / "rl" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert len(metrics.read_text().splitlines()) == step < 400

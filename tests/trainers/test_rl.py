@@ -1,0 +1,108 @@
+"""The loop: it learns, with every advantage and loss; faulty environments cost their own episodes only."""
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from gearshift.engine import HybridEngine
+from gearshift.errors import DataError
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.rollouts.collector import Collector, Start
+from gearshift.runtime.metrics import read_metrics
+from gearshift.trainers.rl import pack_trajectories, place_rewards
+from gearshift.types import SamplingParams
+from tests.gyms import Faulty, SayLetters, TwoTurns
+from tests.trainers.rl_runs import small, trainer
+from tests.zoo import random_model
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"advantage": "reinforce"},
+        {"advantage": "reinforce", "value": "critic"},
+        {"advantage": "gae", "loss": "ppo_clip", "epochs": 2},
+        {"advantage": "rloo"},
+        {"advantage": "grpo", "loss": "ppo_clip", "kl": {"beta": 0.01, "estimator": "k3", "where": "loss"}},
+        {"advantage": "dr_grpo", "aggregation": "sequence_mean"},
+    ],
+    ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)),
+)
+def test_it_learns(tmp_path: Path, method: dict[str, object]) -> None:
+    config = small(steps=40, prompts=4, group_size=8, **{"kl": {"beta": 0}, **method})
+    trainer(config, tmp_path).train()
+    rewards = [m["reward"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+    assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.3
+
+
+def test_a_large_beta_holds_the_policy_near_the_reference(tmp_path: Path) -> None:
+    ends = {}
+    for beta in (0.001, 1.0):
+        config = small(steps=15, prompts=4, group_size=8, kl={"beta": beta, "estimator": "k1", "where": "reward"})
+        trainer(config, tmp_path / str(beta)).train()
+        ends[beta] = read_metrics(tmp_path / str(beta) / "metrics.jsonl")[-1]["kl"]
+    assert ends[1.0] < 0.3 * ends[0.001]
+
+
+def test_a_faulty_environment_costs_its_own_episodes(tmp_path: Path) -> None:
+    run = trainer(small(steps=2, kl={"beta": 0}), tmp_path, environment=Faulty)
+    run.train()
+    metrics = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert metrics["environment/failures"] == 8  # half of two rollouts of eight
+    assert all(v == v for v in metrics.values())
+
+
+def test_a_rollout_without_any_reward_says_why(tmp_path: Path) -> None:
+    class Broken(SayLetters):
+        def step(self, action: str) -> tuple:
+            raise RuntimeError("no server")
+
+    with pytest.raises(DataError, match="no server"):
+        trainer(small(), tmp_path, environment=Broken).train()
+
+
+def test_a_group_that_starts_differently_is_refused() -> None:
+    class Restless(SayLetters):
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+            return super().reset(seed=None, options=options)
+
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    collector = Collector(Restless, engine.tokenizer, engine.generate)
+    with engine.generating(), pytest.raises(DataError, match="Restless started differently"):
+        collector.collect([Start(0, seed=0)], SamplingParams(n=8, max_new_tokens=2))
+
+
+def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    collector = Collector(TwoTurns, engine.tokenizer, engine.generate)
+    with engine.generating():
+        episodes = collector.collect([Start(3, seed=0)], SamplingParams(n=6, max_new_tokens=40))
+    finished = [t for t in episodes if t.info.get("success")]
+    assert finished, "at least one episode must get to its second turn"
+    for t in finished:
+        assert t.reward == 1.25
+        rewarded = [i for i, r in enumerate(t.rewards) if r]
+        assert len(rewarded) == 2 and all(t.loss_mask[i] for i in rewarded)
+        text = engine.tokenizer.decode(t.token_ids)
+        assert text.count("<|im_start|>assistant\n") == 2 and "and again<|im_end|>" in text
+        assert text.count("<|im_start|>user") == 2
+    batch = pack_trajectories(finished, 4096)
+    with engine.training(), torch.no_grad():
+        scored = engine.logprobs(batch).logprobs
+    assert (scored - batch.scored("sampler_logprobs")).abs().max() <= 1e-5
+    rows = torch.ones(len(finished), int(batch.counts.max()), dtype=torch.bool)
+    assert place_rewards(finished, rows).sum(1).tolist() == [1.25] * len(finished)
+
+
+def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
+    ends = []
+    for tokens in (10_000, 40):
+        # A large eps makes AdamW linear in the gradient; its first step is else the gradient's sign.
+        linear = {"lr": 0.1, "eps": 1.0}
+        config = small(steps=3, max_tokens=tokens, optimizer=linear, value_optimizer=linear)
+        run = trainer(config, tmp_path / str(tokens))
+        run.train()
+        ends.append(torch.cat([p.detach().flatten() for p in run.engine.model.parameters()]))
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * ends[0].norm()
