@@ -1,0 +1,46 @@
+"""Raw rows to batches: sources, cleaning, formats, chat templates, mixtures, packing."""
+
+from gearshift.data.chat import (
+    render_completion,
+    render_prompt,
+    render_supervised,
+    render_text,
+    render_turn,
+)
+from gearshift.data.clean import CleanConfig, CleanReport, clean
+from gearshift.data.formats import (
+    ChatExample,
+    PreferenceExample,
+    PromptExample,
+    TextExample,
+    to_preference,
+    to_prompt,
+    to_supervised,
+)
+from gearshift.data.mixture import Mixture
+from gearshift.data.packing import pack, pack_groups
+from gearshift.data.sources import DataConfig, SourceConfig, load_rows
+
+__all__ = [
+    "ChatExample",
+    "CleanConfig",
+    "CleanReport",
+    "DataConfig",
+    "Mixture",
+    "PreferenceExample",
+    "PromptExample",
+    "SourceConfig",
+    "TextExample",
+    "clean",
+    "load_rows",
+    "pack",
+    "pack_groups",
+    "render_completion",
+    "render_prompt",
+    "render_supervised",
+    "render_text",
+    "render_turn",
+    "to_preference",
+    "to_prompt",
+    "to_supervised",
+]

@@ -1,0 +1,172 @@
+"""The ecosystem's row formats, and the few records that stages learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from gearshift.errors import DataError
+from gearshift.types import Message
+
+Row = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """Plain text, all of it trained."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A conversation; the assistant's messages are trained."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """Something to answer, and the columns that rewards may read."""
+
+    prompt: list[Message]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """A better and a worse answer."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+
+
+def to_supervised(row: Row) -> ChatExample | TextExample:
+    """From `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+    elif "conversations" in row:
+        messages = _sharegpt(row["conversations"])
+    elif "prompt" in row and "completion" in row:
+        messages = [*_prompt(row["prompt"]), *_answer(row["completion"], "completion")]
+    elif "instruction" in row and "output" in row:
+        parts = [_string(row["instruction"], "instruction"), str(row.get("input") or "")]
+        user = "\n\n".join(filter(None, parts))
+        messages = [_message("user", user), _message("assistant", _string(row["output"], "output"))]
+    elif "text" in row:
+        return TextExample(_string(row["text"], "text"))
+    else:
+        _unknown(row, "text; messages; prompt and completion; conversations; instruction and output")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise DataError("A conversation has no assistant message to learn from; add one or drop the row.")
+    return ChatExample(messages)
+
+
+def to_prompt(row: Row) -> PromptExample:
+    """From `prompt` (text or messages), or a conversation without its last answer. Raises `DataError`."""
+    if "prompt" in row:
+        columns = {k: v for k, v in row.items() if k != "prompt"}
+        return PromptExample(_prompt(row["prompt"]), columns)
+    if "messages" in row or "conversations" in row or "instruction" in row:
+        example = to_supervised({**row, "output": row.get("output", "-")})
+        assert isinstance(example, ChatExample)
+        last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
+        if last == 0:
+            raise DataError("A conversation begins with the assistant, so there is no prompt; drop the row.")
+        return PromptExample(example.messages[:last], {})
+    _unknown(row, "prompt; messages; conversations; instruction")
+
+
+def to_preference(row: Row) -> PreferenceExample:
+    """From `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that share all but the last message.
+
+    Raises `DataError`.
+    """
+    if "chosen" not in row or "rejected" not in row:
+        _unknown(row, "prompt, chosen and rejected; chosen and rejected conversations")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        sides = [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
+        prompt = _prompt(row["prompt"])
+        # Some sets repeat the prompt in front of each side.
+        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+        if any(len(side) != 1 for side in sides):
+            raise DataError("chosen and rejected must each be one assistant message after the prompt.")
+    else:
+        both = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+        prompt, sides = both[0][:-1], [both[0][-1:], both[1][-1:]]
+        if not prompt or prompt != both[1][:-1]:
+            raise DataError("chosen and rejected must be conversations that differ in their last message only.")
+    texts = [side[0]["content"] for side in sides]
+    if texts[0] == texts[1]:
+        raise DataError("chosen and rejected are the same; drop the row.")
+    return PreferenceExample(prompt, *texts)
+
+
+def _unknown(row: Row, accepted: str) -> NoReturn:
+    raise DataError(f"A row has the keys {', '.join(map(str, row))}; it needs one of: {accepted}.")
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _string(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"`{key}` is {_show(value)}; it must be a text that is not empty.")
+    return value
+
+
+def _prompt(value: Any) -> list[Message]:
+    if isinstance(value, str):
+        return [_message("user", _string(value, "prompt"))]
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] == "assistant":
+        raise DataError("A prompt ends with the assistant's words; move them to `completion`.")
+    return messages
+
+
+def _answer(value: Any, key: str) -> list[Message]:
+    if isinstance(value, str):
+        return [_message("assistant", _string(value, key))]
+    messages = _messages(value, key)
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
+    return messages
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"`{key}` is {_show(value)}; it must be a list of messages that is not empty.")
+    messages = []
+    for item in value:
+        if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
+            raise DataError(f"A message in `{key}` is {_show(item)}; it must have `role` and `content`.")
+        if item["role"] not in ROLES:
+            raise DataError(f"A message in `{key}` has the role {_show(item['role'])}; roles are {', '.join(ROLES)}.")
+        messages.append(_message(item["role"], _string(item["content"], "content")))
+    return messages
+
+
+def _sharegpt(value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"`conversations` is {_show(value)}; it must be a list that is not empty.")
+    messages = []
+    for item in value:
+        if not isinstance(item, Mapping) or not {"from", "value"} <= set(item):
+            raise DataError(f"A turn in `conversations` is {_show(item)}; it must have `from` and `value`.")
+        if item["from"] not in _SHAREGPT:
+            raise DataError(
+                f"A turn in `conversations` is from {_show(item['from'])}; it must be one of {', '.join(_SHAREGPT)}."
+            )
+        messages.append(_message(_SHAREGPT[item["from"]], _string(item["value"], "value")))
+    return messages
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
