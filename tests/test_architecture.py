@@ -1,4 +1,6 @@
-"""The floors of the house: imports run downwards only, and no two packages of one floor import each other."""
+"""The floors of the house: imports run downwards only, and no two packages of one floor import each
+other.
+"""
 
 import ast
 import subprocess

@@ -77,11 +77,15 @@ PROMPTS = [[3, 4, 5, 6, 7], [10, 11, 12], [20] * 17, [5, 9, 200, 77]]
 
 
 def random_model(family: str, attention: str = ATTENTION) -> PreTrainedModel:
-    """The same random weights at every call; biases and norms too are random, so that none can be forgotten."""
+    """The same random weights at every call; biases and norms too are random, so that none can be
+    forgotten.
+    """
     generator = torch.Generator().manual_seed(7)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(CONFIGS[family]), attn_implementation=attention
+        )
     for parameter in model.parameters():
         if parameter.ndim == 1:
             noise = torch.randn(parameter.shape, generator=generator)

@@ -1,6 +1,8 @@
-"""Advantages: how rewards become the weight of each token. The trainer calls them by name and knows no more.
+"""Advantages: how rewards become the weight of each token. The trainer calls them by name and knows
+no more.
 
-Tensors only. Legend: N completions, A the longest, padded places are 0; `mask_NA` is True on a prefix of each row.
+Tensors only. Legend: N completions, A the longest, padded places are 0; `mask_NA` is True on a
+prefix of each row.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class AdvantageFn(Protocol):
 
 
 def token_rewards(rewards_NA: Tensor, kl_NA: Tensor, beta: float, mask_NA: Tensor) -> Tensor:
-    """r_t - beta * KL_t: the KL as a cost of each token (Ziegler et al. 2019; Ouyang et al. 2022). [N, A]."""
+    """r_t - beta * KL_t: the KL as a cost of each token (Ziegler et al. 2019; Ouyang et al. 2022).
+    [N, A].
+    """
     return (rewards_NA - beta * kl_NA).masked_fill(~mask_NA, 0.0)
 
 
@@ -51,7 +55,8 @@ def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
 def reinforce_baseline(
     rewards_NA: Tensor, values_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0
 ) -> Advantages:
-    """A_t = G_t - V(s_t): REINFORCE with a learned baseline (Williams 1992; Sutton and Barto, section 13.4).
+    """A_t = G_t - V(s_t): REINFORCE with a learned baseline (Williams 1992; Sutton and Barto,
+    section 13.4).
 
     The baseline is a constant to the policy, so the gradient stays unbiased whatever V is.
     """
@@ -62,7 +67,8 @@ def reinforce_baseline(
 def gae(
     rewards_NA: Tensor, values_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> Advantages:
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et al. 2016).
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et
+    al. 2016).
 
     A row ends at its last token: V beyond it is 0. Returns are A + V.
     """
@@ -90,7 +96,8 @@ def rloo(rewards_N: Tensor, group_N: Tensor) -> Tensor:
 def grpo(rewards_N: Tensor, group_N: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """A_i = (r_i - mean) / (std + eps) over the group, std with n - 1 (Shao et al. 2024). [N].
 
-    `scale=False` keeps r_i - mean, which does not favour easy and hard prompts (Dr. GRPO, Liu et al. 2025).
+    `scale=False` keeps r_i - mean, which does not favour easy and hard prompts (Dr. GRPO, Liu et
+    al. 2025).
     """
     sum_N, size_N, index_N = _by_group(rewards_N, group_N)
     centred_N = rewards_N - sum_N / size_N

@@ -20,15 +20,18 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2. Biased as a value, small variance; on-policy its gradient in the loss is exactly
-    that of the reverse KL."""
+    """(log p - log q)^2 / 2. Biased as a value, small variance; on-policy its gradient in the loss
+    is exactly that of the reverse KL.
+    """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """q / p - 1 - log(q / p). Unbiased, small variance, never negative. The choice for a figure to watch.
+    """q / p - 1 - log(q / p). Unbiased, small variance, never negative. The choice for a figure to
+    watch.
 
-    In the loss its on-policy gradient is that of the forward KL(reference, policy), not of the reverse one.
+    In the loss its on-policy gradient is that of the forward KL(reference, policy), not of the
+    reverse one.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio

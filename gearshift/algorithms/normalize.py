@@ -1,4 +1,5 @@
-"""Rows and masks: between flat and padded, means, whitening, and what each token counts for in a loss.
+"""Rows and masks: between flat and padded, means, whitening, and what each token counts for in a
+loss.
 
 Tensors only. Legend: N completions, A the longest, M all policy tokens, flat in completion order.
 """
@@ -37,7 +38,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over the masked entries, 0 elsewhere; `shift_mean=False` gives the mean back.
+    """(x - mean) / sqrt(variance + eps) over the masked entries, 0 elsewhere; `shift_mean=False`
+    gives the mean back.
 
     The variance is the biased one. A single entry becomes 0 (or stays its mean).
     """
@@ -52,7 +54,8 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1
 def loss_weights(
     counts_N: Tensor, mode: Aggregation | Literal["fixed_length"], length: int | None = None
 ) -> Tensor:
-    """[M] what each token counts for, so that sum(weights * loss) is the batch's loss however it is split.
+    """[M] what each token counts for, so that sum(weights * loss) is the batch's loss however it is
+    split.
 
     token_mean: 1 / M (DAPO). sequence_mean: 1 / (N * own length) (GRPO as published). fixed_length:
     1 / (N * `length`) (Dr. GRPO). N counts completions with at least one token.

@@ -40,7 +40,9 @@ def reinforce(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> PolicyLoss:
-    """-A * log p: its gradient is the policy gradient (Williams 1992). No ratio, so one update a rollout is meant."""
+    """-A * log p: its gradient is the policy gradient (Williams 1992). No ratio, so one update a
+    rollout is meant.
+    """
     ratio_M = torch.exp(logprobs_M - old_logprobs_M).detach()
     return PolicyLoss(-advantages_M.detach() * logprobs_M, {"ratio": ratio_M})
 
@@ -53,7 +55,9 @@ def ppo_clip(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> PolicyLoss:
-    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = p / p_old (Schulman et al. 2017)."""
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = p / p_old (Schulman et
+    al. 2017).
+    """
     advantages_M = advantages_M.detach()
     log_ratio_M = logprobs_M - old_logprobs_M.detach()
     ratio_M = torch.exp(log_ratio_M)
@@ -76,7 +80,9 @@ def value_loss(
     old_values_M: Tensor | None = None,
     clip: float | None = None,
 ) -> Tensor:
-    """[M] (V - R)^2 / 2; with `clip`, the greater of that and the same with V kept within `clip` of the old value."""
+    """[M] (V - R)^2 / 2; with `clip`, the greater of that and the same with V kept within `clip` of
+    the old value.
+    """
     loss_M = 0.5 * (values_M - returns_M) ** 2
     if clip is None or old_values_M is None:
         return loss_M

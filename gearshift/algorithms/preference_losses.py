@@ -11,8 +11,8 @@ def bradley_terry(
 ) -> Tensor:
     """[P] -log sigmoid(chosen - rejected - margin) + center * (chosen + rejected)^2.
 
-    Bradley and Terry 1952, as in Ouyang et al. 2022; the margin as in Touvron et al. 2023; the last term keeps
-    scores around zero (Eisenstein et al. 2023).
+    Bradley and Terry 1952, as in Ouyang et al. 2022; the margin as in Touvron et al. 2023; the last
+    term keeps scores around zero (Eisenstein et al. 2023).
     """
     difference_P = chosen_P - rejected_P
     if margin is not None:

@@ -1,7 +1,8 @@
 """Chats to tokens by the tokenizer's own template, with exact masks of what the assistant said.
 
-The mask comes from prefixes of the template's rendering: what stands between a conversation that asks for an answer
-and the same conversation with the answer is what the assistant must learn to write, its end token included.
+The mask comes from prefixes of the template's rendering: what stands between a conversation that
+asks for an answer and the same conversation with the answer is what the assistant must learn to
+write, its end token included.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 def render_supervised(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    """(token ids, mask): the ids are the template's own rendering of the whole conversation; the mask is 1 on each
-    assistant message's words and its end token, not on what the template writes after it.
+    """(token ids, mask): the ids are the template's own rendering of the whole conversation; the
+    mask is 1 on each assistant message's words and its end token, not on what the template writes
+    after it.
 
     Raises `DataError` if the template cannot tell where an answer begins.
     """
@@ -65,9 +67,11 @@ def render_completion(
 
 
 def render_turn(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[int]:
-    """What follows an answer's end token when `message` comes next and the assistant is asked again.
+    """What follows an answer's end token when `message` comes next and the assistant is asked
+    again.
 
-    So that an episode goes on from the sampled tokens themselves: they are never encoded a second time.
+    So that an episode goes on from the sampled tokens themselves: they are never encoded a second
+    time.
     """
     opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     before = render_prompt(tokenizer, opening[:1])
@@ -115,7 +119,9 @@ def _render(
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int) -> int:
-    """Where an answer that ends the rendering `ids` ends itself: after its last special token, if it has one."""
+    """Where an answer that ends the rendering `ids` ends itself: after its last special token, if
+    it has one.
+    """
     special = set(tokenizer.all_special_ids)
     for i in reversed(range(start, len(ids))):
         if ids[i] in special:

@@ -1,4 +1,6 @@
-"""Cleaning: mend the text, drop what is empty, twice there, or of the wrong length; and say how much of each."""
+"""Cleaning: mend the text, drop what is empty, twice there, or of the wrong length; and say how
+much of each.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from pydantic import Field
 
 from gearshift.runtime.config import Config
 
-# Zero-width characters and controls, but tab and newline, and but the joiners that scripts and emoji need.
+# Zero-width characters and controls, but tab and newline, and but the joiners that scripts and
+# emoji need.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
 
@@ -47,7 +50,9 @@ class CleanReport:
     length: int
 
     def __str__(self) -> str:
-        dropped = f"{self.empty} empty, {self.duplicate} duplicate, {self.length} of the wrong length"
+        dropped = (
+            f"{self.empty} empty, {self.duplicate} duplicate, {self.length} of the wrong length"
+        )
         return f"{self.kept} of {self.rows} rows kept ({self.changed} mended; dropped {dropped})"
 
 

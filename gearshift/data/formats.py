@@ -11,7 +11,13 @@ from gearshift.types import Message
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +66,20 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
     elif "text" in row:
         return TextExample(_string(row["text"], "text"))
     else:
-        _unknown(row, "text; messages; prompt and completion; conversations; instruction and output")
+        _unknown(
+            row, "text; messages; prompt and completion; conversations; instruction and output"
+        )
     if not any(m["role"] == "assistant" for m in messages):
-        raise DataError("A conversation has no assistant message to learn from; add one or drop the row.")
+        raise DataError(
+            "A conversation has no assistant message to learn from; add one or drop the row."
+        )
     return ChatExample(messages)
 
 
 def to_prompt(row: Row) -> PromptExample:
-    """From `prompt` (text or messages), or a conversation without its last answer. Raises `DataError`."""
+    """From `prompt` (text or messages), or a conversation without its last answer. Raises
+    `DataError`.
+    """
     if "prompt" in row:
         columns = {k: v for k, v in row.items() if k != "prompt"}
         return PromptExample(_prompt(row["prompt"]), columns)
@@ -76,13 +88,16 @@ def to_prompt(row: Row) -> PromptExample:
         assert isinstance(example, ChatExample)
         last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
         if last == 0:
-            raise DataError("A conversation begins with the assistant, so there is no prompt; drop the row.")
+            raise DataError(
+                "A conversation begins with the assistant, so there is no prompt; drop the row."
+            )
         return PromptExample(example.messages[:last], {})
     _unknown(row, "prompt; messages; conversations; instruction")
 
 
 def to_preference(row: Row) -> PreferenceExample:
-    """From `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that share all but the last message.
+    """From `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that share all but
+    the last message.
 
     Raises `DataError`.
     """
@@ -95,12 +110,16 @@ def to_preference(row: Row) -> PreferenceExample:
         # Some sets repeat the prompt in front of each side.
         sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
         if any(len(side) != 1 for side in sides):
-            raise DataError("chosen and rejected must each be one assistant message after the prompt.")
+            raise DataError(
+                "chosen and rejected must each be one assistant message after the prompt."
+            )
     else:
         both = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
         prompt, sides = both[0][:-1], [both[0][-1:], both[1][-1:]]
         if not prompt or prompt != both[1][:-1]:
-            raise DataError("chosen and rejected must be conversations that differ in their last message only.")
+            raise DataError(
+                "chosen and rejected must be conversations that differ in their last message only."
+            )
     texts = [side[0]["content"] for side in sides]
     if texts[0] == texts[1]:
         raise DataError("chosen and rejected are the same; drop the row.")
@@ -141,13 +160,19 @@ def _answer(value: Any, key: str) -> list[Message]:
 
 def _messages(value: Any, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"`{key}` is {_show(value)}; it must be a list of messages that is not empty.")
+        raise DataError(
+            f"`{key}` is {_show(value)}; it must be a list of messages that is not empty."
+        )
     messages = []
     for item in value:
         if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
-            raise DataError(f"A message in `{key}` is {_show(item)}; it must have `role` and `content`.")
+            raise DataError(
+                f"A message in `{key}` is {_show(item)}; it must have `role` and `content`."
+            )
         if item["role"] not in ROLES:
-            raise DataError(f"A message in `{key}` has the role {_show(item['role'])}; roles are {', '.join(ROLES)}.")
+            raise DataError(
+                f"A message in `{key}` has the role {_show(item['role'])}; roles are {', '.join(ROLES)}."
+            )
         messages.append(_message(item["role"], _string(item["content"], "content")))
     return messages
 
@@ -158,7 +183,9 @@ def _sharegpt(value: Any) -> list[Message]:
     messages = []
     for item in value:
         if not isinstance(item, Mapping) or not {"from", "value"} <= set(item):
-            raise DataError(f"A turn in `conversations` is {_show(item)}; it must have `from` and `value`.")
+            raise DataError(
+                f"A turn in `conversations` is {_show(item)}; it must have `from` and `value`."
+            )
         if item["from"] not in _SHAREGPT:
             raise DataError(
                 f"A turn in `conversations` is from {_show(item['from'])}; it must be one of {', '.join(_SHAREGPT)}."

@@ -1,6 +1,8 @@
-"""Several sources with weights as one endless order of examples: a pure function of (seed, position).
+"""Several sources with weights as one endless order of examples: a pure function of (seed,
+position).
 
-So the data position in a checkpoint is the step, and a resumed run sees what the uninterrupted one would have.
+So the data position in a checkpoint is the step, and a resumed run sees what the uninterrupted one
+would have.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ T = TypeVar("T")
 
 
 class Mixture(Generic[T]):
-    """An epoch is a multiset of the sources' rows, shuffled anew each time; each source is walked in its own
-    shuffled order, so that no row comes twice before all of its source came once."""
+    """An epoch is a multiset of the sources' rows, shuffled anew each time; each source is walked
+    in its own shuffled order, so that no row comes twice before all of its source came once.
+    """
 
     def __init__(self, sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> None:
-        """`weights` are relative to each other: 1 and 3 mean a quarter and three quarters of an epoch.
+        """`weights` are relative to each other: 1 and 3 mean a quarter and three quarters of an
+        epoch.
 
         Raises `DataError` if a source is empty.
         """
         for i, source in enumerate(sources):
             if not source:
-                raise DataError(f"Source {i + 1} has no rows left; look at its file and at what cleaning dropped.")
+                raise DataError(
+                    f"Source {i + 1} has no rows left; look at its file and at what cleaning dropped."
+                )
         self._sources, self._seed = sources, seed
         rows, total = sum(map(len, sources)), sum(weights)
         ends = [round(rows * sum(weights[: i + 1]) / total) for i in range(len(weights))]

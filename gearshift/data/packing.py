@@ -26,8 +26,9 @@ def pack_groups(
 ) -> PackedBatch:
     """Prompts with their continuations (ids, mask), in the continuations' order.
 
-    share=True stores a prompt once, as the parent of its continuations; a group of more than `max_tokens` is cut
-    into trees that fit, each with the prompt. share=False repeats the prompt, unscored, before each continuation.
+    share=True stores a prompt once, as the parent of its continuations; a group of more than
+    `max_tokens` is cut into trees that fit, each with the prompt. share=False repeats the prompt,
+    unscored, before each continuation.
     """
     if not share:
         return pack(
@@ -80,7 +81,9 @@ def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> Pack
 
 
 def pad(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
-    """([N, L] token ids padded on the right, [N, L] attention mask) of a batch without shared prompts."""
+    """([N, L] token ids padded on the right, [N, L] attention mask) of a batch without shared
+    prompts.
+    """
     if (batch.parents >= 0).any():
         raise ValueError("A batch with shared prompts cannot be padded.")
     rows = batch.input_ids.split((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())

@@ -22,7 +22,9 @@ class SourceConfig(Config):
     """One source of rows."""
 
     path: str
-    """A file (JSONL, JSON, CSV, Parquet), a data set's name on the hub, or `task:NAME`, a file that the task made."""
+    """A file (JSONL, JSON, CSV, Parquet), a data set's name on the hub, or `task:NAME`, a file that
+    the task made.
+    """
     weight: float = Field(1.0, gt=0)
     """Its share of the mixture, relative to the other sources'."""
     split: str = "train"
@@ -63,7 +65,9 @@ def _jsonl(file: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number} is not JSON ({error.msg}); mend or delete the line.") from None
+            raise DataError(
+                f"{file}, line {number} is not JSON ({error.msg}); mend or delete the line."
+            ) from None
         rows.append(_object(row, f"{file}, line {number}"))
     return rows
 
@@ -72,7 +76,9 @@ def _json(file: Path) -> list[Row]:
     try:
         rows = json.loads(_text(file))
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno} is not JSON ({error.msg}); mend it.") from None
+        raise DataError(
+            f"{file}, line {error.lineno} is not JSON ({error.msg}); mend it."
+        ) from None
     if not isinstance(rows, list):
         raise DataError(f"{file} holds no list of rows; wrap them in [ ], or use JSONL.")
     return [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
@@ -89,7 +95,9 @@ def _csv(file: Path) -> list[Row]:
                 )
             rows.append(dict(row))
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num} is not CSV ({error}); mend or delete the line.") from None
+        raise DataError(
+            f"{file}, line {reader.line_num} is not CSV ({error}); mend or delete the line."
+        ) from None
     return rows
 
 
@@ -101,7 +109,9 @@ def _parquet(file: Path) -> list[Row]:
     try:
         return list(parquet.read_table(file).to_pylist())
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} is not Parquet ({str(error).splitlines()[0]}); write it anew.") from None
+        raise DataError(
+            f"{file} is not Parquet ({str(error).splitlines()[0]}); write it anew."
+        ) from None
 
 
 def _from_hub(name: str, split: str) -> list[Row]:

@@ -1,4 +1,5 @@
-"""Keys and values of live sequences: a slot a row, a token's place its position. Knows no model and no request.
+"""Keys and values of live sequences: a slot a row, a token's place its position. Knows no model and
+no request.
 
 No slot outlives the call that filled it, so a change of weights leaves nothing stale to read.
 """
@@ -29,7 +30,9 @@ class KVCache:
         self.rows = rows
 
     def write(self, layer: int, where: Span, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, S, D] at rows and positions of `where`; returns all that those rows hold so far."""
+        """Store [B, K, S, D] at rows and positions of `where`; returns all that those rows hold so
+        far.
+        """
         if layer not in self.keys:
             self.keys[layer] = self._empty(key)
             self.values[layer] = self._empty(value)
@@ -59,7 +62,9 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Span:
-    """Where one forward writes and looks: rows [start, stop) at `positions` [B, S], keys below `extent`."""
+    """Where one forward writes and looks: rows [start, stop) at `positions` [B, S], keys below
+    `extent`.
+    """
 
     rows: slice
     positions: Tensor
@@ -67,7 +72,9 @@ class Span:
 
 
 class CachedLayout:
-    """Attention of one forward of the generation gear: write, then look at positions up to one's own."""
+    """Attention of one forward of the generation gear: write, then look at positions up to one's
+    own.
+    """
 
     def __init__(self, cache: KVCache, where: Span) -> None:
         self.cache, self.where = cache, where

@@ -1,7 +1,8 @@
-"""One forward of the generation gear: tokens at positions in, last hidden states out, keys and values cached.
+"""One forward of the generation gear: tokens at positions in, last hidden states out, keys and
+values cached.
 
-A described architecture runs as plain functions over the aliased buffers; any other through the Hugging Face
-forward, with the same cache and the same attention.
+A described architecture runs as plain functions over the aliased buffers; any other through the
+Hugging Face forward, with the same cache and the same attention.
 Legend: B rows, S tokens a row (1 when decoding), H hidden.
 """
 

@@ -7,7 +7,8 @@
         scores = engine.logprobs(batch)
         loss.backward(); optimizer.step(); engine.weights_changed()
 
-The gears share parameters, attention arithmetic and head; they differ in what they keep (a cache or a graph).
+The gears share parameters, attention arithmetic and head; they differ in what they keep (a cache or
+a graph).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.engine.cache import KVCache
 from gearshift.engine.decode import forward
-from gearshift.engine.scheduler import Scheduler, Sampled, StopRule, completion
+from gearshift.engine.scheduler import Sampled, Scheduler, StopRule, completion
 from gearshift.engine.weights import AliasedWeights
 from gearshift.errors import CapacityError, GearshiftError
 from gearshift.models.attention import ATTENTION, require_attention
@@ -93,8 +94,9 @@ class HybridEngine:
 
     @contextmanager
     def training(self, dropout: bool = False) -> Iterator[HybridEngine]:
-        """Training gear. Dropout is off unless asked for, as reinforcement learning needs: the policy that is
-        scored must be the policy that sampled."""
+        """Training gear. Dropout is off unless asked for, as reinforcement learning needs: the
+        policy that is scored must be the policy that sampled.
+        """
         with self._shifted("training"), torch.enable_grad():
             was = self.model.training
             self.model.train(dropout)
@@ -111,8 +113,9 @@ class HybridEngine:
     ) -> list[list[Completion]]:
         """`params.n` completions of each prompt, in the prompts' order.
 
-        What is sampled is a function of (seed, request id, sample, position) and the weights only: not of the
-        other prompts, nor of how many rows run together. Request ids default to 0, 1, ...
+        What is sampled is a function of (seed, request id, sample, position) and the weights only:
+        not of the other prompts, nor of how many rows run together. Request ids default to 0, 1,
+        ...
         Raises `CapacityError` for an empty prompt, or one that leaves no room for `max_new_tokens`.
         """
         params = params or SamplingParams()
@@ -134,7 +137,9 @@ class HybridEngine:
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
     ) -> TokenScores:
-        """Log-probs, entropy (and values) of the batch's scored tokens; see `models.forward.token_scores`."""
+        """Log-probs, entropy (and values) of the batch's scored tokens; see
+        `models.forward.token_scores`.
+        """
         self._require("training", "logprobs")
         return token_scores(self.model, batch, temperature, value_head)
 
@@ -168,7 +173,9 @@ class HybridEngine:
     def _require(self, gear: Gear, what: str) -> None:
         if self.gear != gear:
             manager = "generating" if gear == "generation" else "training"
-            raise GearshiftError(f"{what} needs the {gear} gear; call it inside `with engine.{manager}()`.")
+            raise GearshiftError(
+                f"{what} needs the {gear} gear; call it inside `with engine.{manager}()`."
+            )
 
     def _schedule(
         self,
@@ -214,7 +221,11 @@ class HybridEngine:
         """A cache of at least this size; the one at hand where it is large enough."""
         cache = self._cache
         if cache is None or cache.allocated < rows or cache.length < length:
-            grown = (rows, length) if cache is None else (max(rows, cache.allocated), max(length, cache.length))
+            grown = (
+                (rows, length)
+                if cache is None
+                else (max(rows, cache.allocated), max(length, cache.length))
+            )
             self._cache = cache = KVCache(*grown)
         cache.open(rows)
         return cache

@@ -1,4 +1,5 @@
-"""From logits to tokens and their log-probabilities in one pass. A pure function of logits and uniforms.
+"""From logits to tokens and their log-probabilities in one pass. A pure function of logits and
+uniforms.
 
 Legend: B rows, V vocabulary, G blocks of the vocabulary.
 """
@@ -13,14 +14,12 @@ from gearshift.types import SamplingParams
 _BLOCK = 256
 
 
-def sample(
-    logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams
-) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverse CDF; with temperature 0 take the most likely.
 
     Args: logits [B, V] float32; uniforms [B] float64 in (0, 1), one a row (not read when greedy).
-    Returns tokens [B] int64 and their log-probabilities [B] float32 under softmax(logits / temperature),
-    *before* top-k, top-p and min-p: the policy whose ratios training takes.
+    Returns tokens [B] int64 and their log-probabilities [B] float32 under softmax(logits /
+    temperature), *before* top-k, top-p and min-p: the policy whose ratios training takes.
     """
     if params.temperature == 0:
         tokens_B = logits_BV.argmax(-1)
@@ -37,8 +36,8 @@ def sample(
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """[B] int64: the token at which the running sum of weights first exceeds uniform * total.
 
-    Two levels, so that no running sum goes over all of V: first the block, then the token inside it.
-    Weights need not be normalised; a token of weight 0 is never drawn.
+    Two levels, so that no running sum goes over all of V: first the block, then the token inside
+    it. Weights need not be normalised; a token of weight 0 is never drawn.
     """
     B, V = weights_BV.shape
     blocks = -(-V // _BLOCK)
@@ -46,9 +45,7 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     block_ends_BG = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = (uniforms_B * block_ends_BG[:, -1])[:, None]
     block_B1 = torch.searchsorted(block_ends_BG, target_B1, right=True).clamp(max=blocks - 1)
-    before_B1 = torch.where(
-        block_B1 > 0, block_ends_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0
-    )
+    before_B1 = torch.where(block_B1 > 0, block_ends_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
     inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, _BLOCK)).squeeze(1)
     ends = inside.double().cumsum(-1)
     token_B1 = torch.searchsorted(ends, target_B1 - before_B1, right=True)
@@ -59,9 +56,11 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """[B, V] logits with -inf where top-k, top-p or min-p drop the token; the same tensor if none is asked.
+    """[B, V] logits with -inf where top-k, top-p or min-p drop the token; the same tensor if none
+    is asked.
 
-    Top-p counts the probability of what top-k left, as Hugging Face does. The most likely token always stays.
+    Top-p counts the probability of what top-k left, as Hugging Face does. The most likely token
+    always stays.
     """
     if params.top_k and params.top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(params.top_k, -1).values[:, -1:]

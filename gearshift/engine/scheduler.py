@@ -1,7 +1,9 @@
-"""Who runs when: requests wait, are admitted to rows of the cache, decode together, and leave when done.
+"""Who runs when: requests wait, are admitted to rows of the cache, decode together, and leave when
+done.
 
-First form: a row is reserved for a request's greatest length when it is admitted, and a freed row is refilled
-at the next step. The loop is `step()`; `HybridEngine` hides it behind `generate` and `stream`.
+First form: a row is reserved for a request's greatest length when it is admitted, and a freed row
+is refilled at the next step. The loop is `step()`; `HybridEngine` hides it behind `generate` and
+`stream`.
 Legend: B rows of one forward, S tokens a row.
 """
 
@@ -81,7 +83,9 @@ class Scheduler:
         self.prefill_tokens, self.device = prefill_tokens, device
 
     def step(self) -> list[Sampled]:
-        """One token for every live sequence, new ones admitted first; returns those that got a token."""
+        """One token for every live sequence, new ones admitted first; returns those that got a
+        token.
+        """
         decoding = len(self.live)
         hidden = [self._decode(decoding)] if decoding else []
         hidden += self._admit()
@@ -124,7 +128,8 @@ class Scheduler:
 
     def _prefill(self, batch: list[list[Sampled]], longest: int) -> Tensor:
         """[rows, H]: the state that predicts each admitted sequence's first token."""
-        # Each prompt is computed at the row of its group's first sequence; rows are put in order after.
+        # Each prompt is computed at the row of its group's first sequence; rows are put in order
+        # after.
         first = len(self.live)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for i, members in enumerate(batch):

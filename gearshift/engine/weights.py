@@ -1,4 +1,5 @@
-"""One storage: parameters that are used together are stored together, and the model's own are views of it.
+"""One storage: parameters that are used together are stored together, and the model's own are views
+of it.
 
 So an optimizer that writes in place has already told the generation gear. What breaks the aliasing
 (`.to()`, `.data =`) is found at a shift and mended.
@@ -28,7 +29,10 @@ class FusedRows:
             for parameter, buffer in ((linear.weight, self.weight), (linear.bias, self.bias)):
                 if buffer is None:
                     continue
-                if parameter.dtype != buffer.dtype or parameter.data_ptr() != buffer[row].data_ptr():
+                if (
+                    parameter.dtype != buffer.dtype
+                    or parameter.data_ptr() != buffer[row].data_ptr()
+                ):
                     return False
             row += linear.out_features
         return True

@@ -1,7 +1,10 @@
-"""Attention as both gears compute it: one function for the arithmetic, and its entry in Hugging Face's registry.
+"""Attention as both gears compute it: one function for the arithmetic, and its entry in Hugging
+Face's registry.
 
-What a layer may attend to arrives as an argument of the model's forward (`layout=`), never as a global.
-Legend: B rows, S queries a row, L keys a row, H query heads, K key heads, R = H / K, D head size, T packed tokens.
+What a layer may attend to arrives as an argument of the model's forward (`layout=`), never as a
+global.
+Legend: B rows, S queries a row, L keys a row, H query heads, K key heads, R = H / K, D head size, T
+packed tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class AttentionOptions:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: AttentionOptions) -> Tensor:
     """Grouped-query attention that never repeats keys.
 
-    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may look.
+    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
+    look.
     Returns [B, H, S, D].
     """
     B, H, S, D = query.shape
@@ -102,7 +106,9 @@ AttentionInterface.register(ATTENTION, hf_attention)
 
 
 def require_attention(model: PreTrainedModel) -> None:
-    """Raises `ModelError` where the model would ignore a layout: every sequence would see every other."""
+    """Raises `ModelError` where the model would ignore a layout: every sequence would see every
+    other.
+    """
     if model.config._attn_implementation != ATTENTION:
         raise ModelError(
             f"The model's attention is {model.config._attn_implementation!r}; the engine needs its own: run "
@@ -111,10 +117,12 @@ def require_attention(model: PreTrainedModel) -> None:
 
 
 class PackedLayout:
-    """Attention of a `PackedBatch`: each tree (a lone sequence, or a group with its shared prompt) is a row.
+    """Attention of a `PackedBatch`: each tree (a lone sequence, or a group with its shared prompt)
+    is a row.
 
-    Only attention sees rows padded to the longest tree; everything else in the model runs on T tokens.
-    A token sees those of its own sequence and of its sequence's ancestors whose position is not after its own.
+    Only attention sees rows padded to the longest tree; everything else in the model runs on T
+    tokens. A token sees those of its own sequence and of its sequence's ancestors whose position is
+    not after its own.
     """
 
     def __init__(self, batch: PackedBatch) -> None:

@@ -1,7 +1,7 @@
 """Sequences to scores: a reward model's forward, for training it and for asking it.
 
-Any backbone that `AutoModelForSequenceClassification` loads, decoder or encoder; so the forward is Hugging
-Face's own, on padded rows, and a saved model scores elsewhere exactly as it did here.
+Any backbone that `AutoModelForSequenceClassification` loads, decoder or encoder; so the forward is
+Hugging Face's own, on padded rows, and a saved model scores elsewhere exactly as it did here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from gearshift.errors import CapacityError
 def use_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the pair a pad token that is not the end token, where the vocabulary has one to spare.
 
-    Decoder classifiers read the score at the last token that is not padding: with pad = end, the end of the
-    text would be taken for padding.
+    Decoder classifiers read the score at the last token that is not padding: with pad = end, the
+    end of the text would be taken for padding.
     """
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = next(
-            (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t not in (None, tokenizer.eos_token)),
+            (
+                t
+                for t in (tokenizer.unk_token, tokenizer.bos_token)
+                if t not in (None, tokenizer.eos_token)
+            ),
             None,
         )
         tokenizer.pad_token = spare or tokenizer.eos_token

@@ -1,5 +1,6 @@
-"""What an architecture is made of, read off a Hugging Face model: its head, and (where we know it) a plan
-by which the generation gear runs it without Hugging Face's modules. Describes; computes nothing.
+"""What an architecture is made of, read off a Hugging Face model: its head, and (where we know it)
+a plan by which the generation gear runs it without Hugging Face's modules. Describes; computes
+nothing.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def head_of(model: PreTrainedModel) -> Head:
     """The language-model head, with the scale and soft cap that some families put on logits."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no linear language-model head; load a causal LM.")
+        raise ModelError(
+            f"{type(model).__name__} has no linear language-model head; load a causal LM."
+        )
     config = model.config
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -96,9 +99,11 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, hidden_MH: Tensor, input_ids: Tensor) -> None:
-    """Compare our head with the model's own logits on a short input; raises `ModelError` if they differ.
+    """Compare our head with the model's own logits on a short input; raises `ModelError` if they
+    differ.
 
-    It keeps a family whose logits go through something `head_of` does not know from training wrongly.
+    It keeps a family whose logits go through something `head_of` does not know from training
+    wrongly.
     """
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")

@@ -1,7 +1,7 @@
 """The training gear's forward: Hugging Face's own modules over packed tokens, then the fused head.
 
-Any causal language model whose attention goes through Hugging Face's interface runs here, the policy and
-the reference alike.
+Any causal language model whose attention goes through Hugging Face's interface runs here, the
+policy and the reference alike.
 """
 
 from __future__ import annotations

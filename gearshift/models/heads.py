@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class ValueHead(nn.Module):
     """V(state before a token): a linear map of the hidden state, in fp32, zero at the start.
 
-    Starting at zero makes the first advantages the plain returns, so that a fresh head does no harm.
-    `detach` keeps the value loss out of the shared trunk.
+    Starting at zero makes the first advantages the plain returns, so that a fresh head does no
+    harm. `detach` keeps the value loss out of the shared trunk.
     """
 
     def __init__(self, hidden_size: int, detach: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Where models come from: the embedded one, the tiny one, a local folder, or a Hugging Face name; and how they are saved.
+"""Where models come from: the embedded one, the tiny one, a local folder, or a Hugging Face name;
+and how they are saved.
 
 Nothing is loaded by pickle: safetensors only.
 """
@@ -39,9 +40,13 @@ class ModelConfig(Config):
     """Which model, in what precision, on which device."""
 
     name: str = EMBEDDED
-    """`embedded` (SmolLM2-135M-Instruct, no download), `tiny` (random, for tests), a folder, or a Hugging Face name."""
+    """`embedded` (SmolLM2-135M-Instruct, no download), `tiny` (random, for tests), a folder, or a
+    Hugging Face name.
+    """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where the hardware has it."""
+    """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where
+    the hardware has it.
+    """
     device: str = "auto"
     """`auto` takes a GPU if there is one; otherwise a torch device such as `cpu` or `cuda:1`."""
     threads: int | None = Field(None, ge=1)
@@ -57,7 +62,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"Device {name!r} is not available here; use device=auto or cpu.") from error
+        raise ModelError(
+            f"Device {name!r} is not available here; use device=auto or cpu."
+        ) from error
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -80,7 +87,9 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
         model: PreTrainedModel = tiny_model().to(dtype)
         model.set_attn_implementation(ATTENTION)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION)
+        model = _from_pretrained(
+            AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION
+        )
     return model.to(device).eval()
 
 
@@ -129,7 +138,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
 ) -> None:
-    """Write what `from_pretrained` reads: safetensors, config, generation config, tokenizer, chat template, card."""
+    """Write what `from_pretrained` reads: safetensors, config, generation config, tokenizer, chat
+    template, card.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Aliased parameters are slices of one buffer; the file gets each as a tensor of its own.
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(model) else set()
@@ -140,9 +151,11 @@ def save_model(
 
 
 def embedded_folder() -> Path:
-    """The embedded model as a `save_pretrained` folder, converted once from the installed package's GGUF file.
+    """The embedded model as a `save_pretrained` folder, converted once from the installed package's
+    GGUF file.
 
-    It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package is missing.
+    It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package
+    is missing.
     """
     cache = Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
     folder = cache / "smollm2-135m-instruct"

@@ -1,4 +1,5 @@
-"""The one way to compute a log-probability: head, log-softmax, gather and entropy, fused in chunks of rows.
+"""The one way to compute a log-probability: head, log-softmax, gather and entropy, fused in chunks
+of rows.
 
 Legend: M scored tokens, V vocabulary, H hidden.
 """
@@ -48,16 +49,19 @@ class Head:
 def token_logprobs(
     head: Head, hidden_MH: Tensor, targets_M: Tensor, temperature: float = 1.0
 ) -> TokenScores:
-    """Log-probability of each target and entropy of its distribution, under softmax(logits / temperature).
+    """Log-probability of each target and entropy of its distribution, under softmax(logits /
+    temperature).
 
-    `[M, V]` logits never exist: rows go through in chunks, and the backward pass computes a chunk's logits
-    again (`torch.utils.checkpoint`). Temperature 0 (greedy) scores under temperature 1.
+    `[M, V]` logits never exist: rows go through in chunks, and the backward pass computes a chunk's
+    logits again (`torch.utils.checkpoint`). Temperature 0 (greedy) scores under temperature 1.
     """
     rows = max(1, _CHUNK_ENTRIES // head.linear.out_features)
     parts = []
     for hidden, targets in zip(hidden_MH.split(rows), targets_M.split(rows), strict=True):
         if torch.is_grad_enabled():
-            part = checkpoint(_chunk, head, hidden, targets, temperature or 1.0, use_reentrant=False)
+            part = checkpoint(
+                _chunk, head, hidden, targets, temperature or 1.0, use_reentrant=False
+            )
         else:
             part = _chunk(head, hidden, targets, temperature or 1.0)
         parts.append(part)

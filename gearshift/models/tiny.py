@@ -1,4 +1,6 @@
-"""A random Llama of a few thousand weights with a byte-level tokenizer: every test and smoke run starts from it."""
+"""A random Llama of a few thousand weights with a byte-level tokenizer: every test and smoke run
+starts from it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     hidden_size: int = 32, layers: int = 2, vocab_size: int = 259, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention and tied embeddings, its weights drawn from `seed`, in fp32."""
+    """A Llama with grouped-query attention and tied embeddings, its weights drawn from `seed`, in
+    fp32.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -1,7 +1,8 @@
-"""Episodes: environments answer, the policy writes, and what both said becomes trajectories of tokens.
+"""Episodes: environments answer, the policy writes, and what both said becomes trajectories of
+tokens.
 
-Takes a generate function and never sees an engine or a trainer. Token in, token out: what was sampled is never
-decoded and encoded again; text is made for the environment only.
+Takes a generate function and never sees an engine or a trainer. Token in, token out: what was
+sampled is never decoded and encoded again; text is made for the environment only.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Collector:
         self.last_failure = ""
 
     def collect(self, starts: Sequence[Start], params: SamplingParams) -> list[Trajectory]:
-        """`params.n` episodes from each start, in order; one whose environment failed is left out and counted."""
+        """`params.n` episodes from each start, in order; one whose environment failed is left out
+        and counted.
+        """
         episodes = [
             _Episode(self._idle.pop() if self._idle else self._make(), start, sample)
             for start in starts
@@ -97,7 +100,9 @@ class Collector:
             self._guarded(episode, self._reset)
         turn = 0
         while running := [e for e in episodes if e.running]:
-            for episode, completion in zip(running, self._write(running, params, turn), strict=True):
+            for episode, completion in zip(
+                running, self._write(running, params, turn), strict=True
+            ):
                 episode.say(completion)
                 self._guarded(episode, self._step)
             turn += 1
@@ -137,7 +142,9 @@ class Collector:
     def _guarded(self, episode: _Episode, do: Callable[[_Episode], None]) -> None:
         try:
             do(episode)
-        except Exception as error:  # an environment is the user's code: its fault costs its own episode
+        except (
+            Exception
+        ) as error:  # an environment is the user's code: its fault costs its own episode
             self.failures += 1
             self.last_failure = f"{type(error).__name__}: {error}"
             episode.running, episode.finish_reason = False, "abort"

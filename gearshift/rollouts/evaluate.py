@@ -1,4 +1,6 @@
-"""Held-out evaluation: every row once, greedily; how often the episode succeeded, and what was written."""
+"""Held-out evaluation: every row once, greedily; how often the episode succeeded, and what was
+written.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ class Evaluation:
 
     def summary(self) -> dict[str, float]:
         """The figures without the samples."""
-        return {"n": self.n, "success": self.success, "reward": self.reward, "mean_length": self.mean_length}
+        return {
+            "n": self.n,
+            "success": self.success,
+            "reward": self.reward,
+            "mean_length": self.mean_length,
+        }
 
 
 def evaluate(
@@ -39,7 +46,8 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda episodes, tokens: None,
     at_once: int = 64,
 ) -> Evaluation:
-    """Run rows 0 .. `rows`-1 greedily, `at_once` together; `progress` hears the episodes and tokens of each batch.
+    """Run rows 0 .. `rows`-1 greedily, `at_once` together; `progress` hears the episodes and tokens
+    of each batch.
 
     Raises `DataError` if no episode came to its end.
     """
@@ -52,7 +60,9 @@ def evaluate(
         done += ended
         progress(len(starts), sum(sum(t.loss_mask) for t in ended))
     if not done:
-        raise DataError(f"No held-out episode came to its end; the last failure: {collector.last_failure}.")
+        raise DataError(
+            f"No held-out episode came to its end; the last failure: {collector.last_failure}."
+        )
     samples = [
         {
             "row": t.group_id,

@@ -47,10 +47,14 @@ class ModelReward:
 
 
 class RewardSum:
-    """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it is not named."""
+    """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
+    is not named.
+    """
 
     def __init__(self, sources: Sequence[Source], config: ModelConfig, reward_model: Path) -> None:
-        """`reward_model`: the folder that the source `model` means. Raises `ConfigError` for an unknown source."""
+        """`reward_model`: the folder that the source `model` means. Raises `ConfigError` for an
+        unknown source.
+        """
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
         self.functions: list[tuple[str, RewardFunction, float]] = []
         for s in sources:
@@ -59,7 +63,9 @@ class RewardSum:
             if s.source == "model" or s.source.startswith("model:"):
                 folder = Path(s.source.removeprefix("model").removeprefix(":") or reward_model)
                 if not folder.is_dir():
-                    raise ConfigError(f"rl.rewards: there is no reward model in {folder}; run the reward stage first.")
+                    raise ConfigError(
+                        f"rl.rewards: there is no reward model in {folder}; run the reward stage first."
+                    )
                 self.functions.append(("model", ModelReward(config, folder), s.weight))
             else:
                 self.functions.append((s.source, load_reward(s.source), s.weight))
@@ -67,10 +73,11 @@ class RewardSum:
     def __call__(
         self, trajectories: Sequence[Trajectory]
     ) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
-        """Each trajectory with its rewards as they count (None where a part is missing), and every part by name.
+        """Each trajectory with its rewards as they count (None where a part is missing), and every
+        part by name.
 
-        The environment's rewards stay at their turns, times their weight; what is added stands at the last token
-        that the policy wrote.
+        The environment's rewards stay at their turns, times their weight; what is added stands at
+        the last token that the policy wrote.
         """
         parts: dict[str, list[float | None]] = {ENVIRONMENT: [t.reward for t in trajectories]}
         added: list[float | None] = [0.0] * len(trajectories)

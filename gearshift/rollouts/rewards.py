@@ -63,7 +63,7 @@ def combine(
 
     `functions` are (name, function, weight); total_i = sum of weight * reward_i over those that
     apply. None, "does not apply", leaves a function out of that sample's sum; a reward that is not
-    finite becomes None and leaves the sample without a total, because a sum without it would count it
+    finite becomes None and leaves the sample without a total: a sum without it would count it
     as 0. A sample to which nothing applies has no total either.
 
     Raises `ConfigError` naming the function that raises, or that returns anything but one number or

@@ -30,14 +30,18 @@ class OptimizerConfig(Config):
     """Decoupled decay; matrices only, never norms and biases."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is scaled down to this norm."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
+        "constant_with_warmup"
+    )
     """How the learning rate goes on after warm-up."""
     warmup: int = Field(0, ge=0)
     """Steps of linear warm-up."""
 
 
 class MasterAdamW:
-    """AdamW whose parameters are fp32 copies of the model's (or the model's own, where they are fp32)."""
+    """AdamW whose parameters are fp32 copies of the model's (or the model's own, where they are
+    fp32).
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
@@ -63,7 +67,8 @@ class MasterAdamW:
         )
 
     def step(self) -> float:
-        """Clip, update, write the model's parameters in place, clear gradients; returns the norm before the clip.
+        """Clip, update, write the model's parameters in place, clear gradients; returns the norm
+        before the clip.
 
         Raises `NumericalError`, and writes nothing, if a gradient is not finite.
         """
@@ -93,9 +98,7 @@ class MasterAdamW:
         masters: list[Tensor] = [m.detach() for m in self.masters]
         return {
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {
-                k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"
-            },
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "masters": masters,
         }
 

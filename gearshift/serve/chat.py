@@ -32,7 +32,9 @@ def reply(
 
 
 def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remember: bool) -> None:
-    """Read lines, answer them, until /quit or the end of input. `remember` keeps earlier turns in the prompt."""
+    """Read lines, answer them, until /quit or the end of input. `remember` keeps earlier turns in
+    the prompt.
+    """
     console = Console(highlight=False)
     console.print("[dim]/new starts over, /quit leaves.[/dim]")
     opening: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -1,7 +1,8 @@
 """The reward model: a score for a whole answer, learned from pairs of a better and a worse one.
 
-loss = -log sigmoid(score(chosen) - score(rejected)), Bradley and Terry 1952, as in Ouyang et al. 2022; the mean is
-over the pairs of the whole batch. The backbone is any sequence classifier with one label.
+loss = -log sigmoid(score(chosen) - score(rejected)), Bradley and Terry 1952, as in Ouyang et al.
+2022; the mean is over the pairs of the whole batch. The backbone is any sequence classifier with
+one label.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def render_pairs(
             sides.append([*prompt_ids, *answer_ids])
         longest = max(map(len, sides))
         if longest > max_length:
-            raise DataError(f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, or drop the pair.")
+            raise DataError(
+                f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, or drop the pair."
+            )
         pairs.append((sides[0], sides[1]))
     return pairs
 

@@ -1,10 +1,11 @@
 """The reinforcement-learning loop: sample prompts, collect, score, advantages, update.
 
-With the defaults this is REINFORCE with a learned baseline (advantage = reward - value), a penalty on the KL to the
-reference, and one update a rollout. Every other method is another name in the config: an advantage function that
-gives each token its weight, and a loss that consumes the weights. The loop does not know which.
-How it differs from the textbook: the gradient is normalised over the whole rollout however it is cut into
-micro-batches; a group's prompt is computed once; dropout is off, so that the first ratio is exactly 1.
+With the defaults this is REINFORCE with a learned baseline (advantage = reward - value), a penalty
+on the KL to the reference, and one update a rollout. Every other method is another name in the
+config: an advantage function that gives each token its weight, and a loss that consumes the
+weights. The loop does not know which. How it differs from the textbook: the gradient is normalised
+over the whole rollout however it is cut into micro-batches; a group's prompt is computed once;
+dropout is off, so that the first ratio is exactly 1.
 Legend: T packed tokens, N completions, A longest completion, M tokens that the policy wrote.
 """
 
@@ -49,7 +50,9 @@ class KLConfig(Config):
     beta: float = Field(0.02, ge=0)
     """Weight of the KL; at 0 no reference model is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the KL is estimated from sampled tokens; in the loss use k2 or k3, for k1 has no gradient there."""
+    """How the KL is estimated from sampled tokens; in the loss use k2 or k3, for k1 has no gradient
+    there.
+    """
     where: Literal["reward", "loss"] = "reward"
     """Subtract it from each token's reward, or add it to the loss."""
 
@@ -58,7 +61,9 @@ class RewardSource(Config):
     """One part of the reward."""
 
     source: str = "environment"
-    """`environment`; `model` (this run's reward model); `model:FOLDER`; `package.module:function`; `file.py:function`."""
+    """`environment`; `model` (this run's reward model); `model:FOLDER`; `package.module:function`;
+    `file.py:function`.
+    """
     weight: float = 1.0
     """Its weight in the sum; 0 only logs it."""
 
@@ -75,7 +80,9 @@ class RLConfig(StageConfig):
     temperature: float = Field(1.0, gt=0)
     """Of sampling, and so of the policy that is trained."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Below 1 the sampler is not the policy that is trained; ratios stay about the untruncated policy."""
+    """Below 1 the sampler is not the policy that is trained; ratios stay about the untruncated
+    policy.
+    """
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer of one turn."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
@@ -130,7 +137,9 @@ class RLConfig(StageConfig):
 
 Parts = dict[str, list[float | None]]
 Scorer = Callable[[Sequence[Trajectory]], tuple[list[Trajectory | None], Parts]]
-"""Trajectories -> each with its rewards as they count (None: it has none), and every part of them by name."""
+"""Trajectories -> each with its rewards as they count (None: it has none), and every part of them
+by name.
+"""
 
 
 @dataclass
@@ -159,8 +168,10 @@ class RLTrainer:
         reference: PreTrainedModel | None = None,
         critic: PreTrainedModel | None = None,
     ) -> None:
-        """`rows`: how many rows the environment draws from, or None where each episode is drawn by its seed.
-        `reference` is needed where `kl.beta` > 0; `critic` (a causal LM) where `value` is `critic`."""
+        """`rows`: how many rows the environment draws from, or None where each episode is drawn by
+        its seed. `reference` is needed where `kl.beta` > 0; `critic` (a causal LM) where `value` is
+        `critic`.
+        """
         self.config, self.engine, self.collector = config, engine, collector
         self.rows, self.score, self.stage, self.reference = rows, score, stage, reference
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
@@ -169,7 +180,9 @@ class RLTrainer:
         if config.advantage in NEEDS_VALUES:
             head = ValueHead(engine.model.config.hidden_size).to(engine.device)
             self.value_net = ValueNet(head, critic if config.value == "critic" else None)
-            optimizer = MasterAdamW(self.value_net.parameters(), config.value_optimizer, config.updates)
+            optimizer = MasterAdamW(
+                self.value_net.parameters(), config.value_optimizer, config.updates
+            )
             self.optimizers.append(optimizer)
             stage.track(value_head=head, value_optimizer=optimizer)
             if self.value_net.critic is not None:
@@ -193,7 +206,9 @@ class RLTrainer:
             self.stage.log(step, metrics, tokens=len(batch))
 
     def starts(self, step: int) -> list[Start]:
-        """The rollout's prompts: rows in an order shuffled anew each epoch, a function of (seed, step)."""
+        """The rollout's prompts: rows in an order shuffled anew each epoch, a function of (seed,
+        step).
+        """
         P, seed = self.config.prompts, self.stage.seed
         groups = range(step * P, (step + 1) * P)
         if self.rows is None:
@@ -203,7 +218,11 @@ class RLTrainer:
             for epoch in {g // self.rows for g in groups}
         }
         return [
-            Start(g, named_seed(seed, f"episode/{g}") % 2**31, int(orders[g // self.rows][g % self.rows]))
+            Start(
+                g,
+                named_seed(seed, f"episode/{g}") % 2**31,
+                int(orders[g // self.rows][g % self.rows]),
+            )
             for g in groups
         ]
 
@@ -222,7 +241,9 @@ class RLTrainer:
     def with_advantages(
         self, batch: PackedBatch, trajectories: list[Trajectory]
     ) -> tuple[PackedBatch, dict[str, float]]:
-        """Give the batch its advantages, and what the loss will compare with (reference, old log-probs, returns)."""
+        """Give the batch its advantages, and what the loss will compare with (reference, old
+        log-probs, returns).
+        """
         config, device = self.config, batch.input_ids.device
         kl_in_reward = config.kl.beta > 0 and config.kl.where == "reward"
         if self.value_net or kl_in_reward or config.epochs * config.minibatches > 1:
@@ -234,8 +255,12 @@ class RLTrainer:
         mask_NA = row_mask(counts_N)
         rewards_NA = place_rewards(trajectories, mask_NA)
         if kl_in_reward:
-            kl_M = KL_ESTIMATORS[config.kl.estimator](batch.scored("old_logprobs"), batch.scored("ref_logprobs"))
-            rewards_NA = token_rewards(rewards_NA, pad_rows(kl_M, counts_N), config.kl.beta, mask_NA)
+            kl_M = KL_ESTIMATORS[config.kl.estimator](
+                batch.scored("old_logprobs"), batch.scored("ref_logprobs")
+            )
+            rewards_NA = token_rewards(
+                rewards_NA, pad_rows(kl_M, counts_N), config.kl.beta, mask_NA
+            )
         advantages_NA, returns_NA = ADVANTAGES[config.advantage](
             rewards_NA,
             mask_NA,
@@ -262,21 +287,40 @@ class RLTrainer:
         config = self.config
         history = []
         for epoch in range(config.epochs):
-            for mini in minibatches(batch, config.minibatches, generator(self.stage.seed, f"mini/{step}/{epoch}")):
+            for mini in minibatches(
+                batch, config.minibatches, generator(self.stage.seed, f"mini/{step}/{epoch}")
+            ):
                 counts = mini.counts[mini.counts > 0]
                 weights = loss_weights(counts, config.aggregation).to(batch.input_ids.device)
                 mini = mini.with_scored(loss_weights=weights)
+                if self.only_advantages_count:
+                    assert mini.advantages is not None
+                    mini = mini.keep_trees(mini.advantages != 0)
                 with self.engine.training():
-                    history.append(update(mini.split(config.max_tokens), self.loss_of, *self.optimizers))
+                    history.append(
+                        update(mini.split(config.max_tokens), self.loss_of, *self.optimizers)
+                    )
                 self.engine.weights_changed()
         return {name: fmean(h[name] for h in history) for name in history[0]}
 
+    @property
+    def only_advantages_count(self) -> bool:
+        """Whether a group whose advantages are all 0 has no gradient, so that it need not be computed.
+
+        Its weight in the mean stays: the gradient is the same, sooner.
+        """
+        return self.value_net is None and (self.config.kl.beta == 0 or self.config.kl.where == "reward")
+
     def loss_of(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one micro-batch."""
+        """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one
+        micro-batch.
+        """
         config = self.config
         weights_M = batch.scored("loss_weights")
         scores = self.engine.logprobs(batch, config.temperature, self._shared_head)
-        old_M = scores.logprobs.detach() if batch.old_logprobs is None else batch.scored("old_logprobs")
+        old_M = (
+            scores.logprobs.detach() if batch.old_logprobs is None else batch.scored("old_logprobs")
+        )
         policy = POLICY_LOSSES[config.loss](
             scores.logprobs, old_M, batch.scored("advantages"),
             clip_low=config.clip_low, clip_high=config.clip_high,
@@ -309,7 +353,9 @@ class RLTrainer:
             with self.engine.training(), torch.no_grad():
                 part = self.engine.logprobs(micro, self.config.temperature, self._shared_head)
                 if self.value_net and self.value_net.critic is not None:
-                    part = part._replace(values=token_values(self.value_net.critic, self.value_net.head, micro))
+                    part = part._replace(
+                        values=token_values(self.value_net.critic, self.value_net.head, micro)
+                    )
             parts.append(part)
         joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
         return TokenScores(*joined)
@@ -330,7 +376,9 @@ class RLTrainer:
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> PackedBatch:
-    """Groups with their prompt stored once, in the order of the trajectories, which come group by group."""
+    """Groups with their prompt stored once, in the order of the trajectories, which come group by
+    group.
+    """
     groups: dict[int, list[Trajectory]] = {}
     for t in trajectories:
         groups.setdefault(t.group_id, []).append(t)
@@ -368,9 +416,13 @@ def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[
         return [batch]
     trees = batch.trees()
     if count > len(trees):
-        raise DataError(f"A rollout of {len(trees)} groups cannot be cut into minibatches={count}; lower it.")
+        raise DataError(
+            f"A rollout of {len(trees)} groups cannot be cut into minibatches={count}; lower it."
+        )
     shuffled = [trees[i] for i in torch.randperm(len(trees), generator=order)]
-    return [PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)]
+    return [
+        PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)
+    ]
 
 
 def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: maximise the log-probability of what the assistant should have said.
 
 loss = - sum over trained tokens of log p(token) / (trained tokens in the whole batch).
-Differs from the textbook in nothing but the packing: no padding, and the mean is over tokens, not over rows.
+Differs from the textbook in nothing but the packing: no padding, and the mean is over tokens, not
+over rows.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ Rendered = tuple[list[int], list[int]]
 def render_examples(
     examples: Sequence[ChatExample | TextExample], engine: HybridEngine, max_length: int
 ) -> list[Rendered]:
-    """(token ids, mask) of each example. Raises `DataError` for one that is too long, or has nothing to train on."""
+    """(token ids, mask) of each example. Raises `DataError` for one that is too long, or has
+    nothing to train on.
+    """
     rendered = []
     for i, example in enumerate(examples):
         if isinstance(example, TextExample):
@@ -65,9 +68,13 @@ def render_examples(
             ids, mask = render_supervised(engine.tokenizer, example.messages)
         limit = min(max_length, engine.max_length)
         if len(ids) > limit:
-            raise DataError(f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, or drop the example.")
+            raise DataError(
+                f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, or drop the example."
+            )
         if not any(mask):
-            raise DataError(f"Example {i + 1} has no assistant words to train on; add a reply or drop it.")
+            raise DataError(
+                f"Example {i + 1} has no assistant words to train on; add a reply or drop it."
+            )
         rendered.append((ids, mask))
     return rendered
 
@@ -87,7 +94,9 @@ def train_sft(
 
     for step in stage.steps(on_resume=engine.weights_changed):
         batch = pack(examples.batch(step, config.batch_size)).to(engine.device)
-        batch = batch.with_scored(loss_weights=loss_weights(batch.counts, "token_mean").to(engine.device))
+        batch = batch.with_scored(
+            loss_weights=loss_weights(batch.counts, "token_mean").to(engine.device)
+        )
         with stage.phase("train"), engine.training(dropout=True):
             metrics = update(batch.split(config.max_tokens), loss_of, optimizer)
         engine.weights_changed()

@@ -1,7 +1,9 @@
-"""What every trainer needs around its loop: a folder, resuming, checkpoints, metrics, progress, clean interrupts.
+"""What every trainer needs around its loop: a folder, resuming, checkpoints, metrics, progress,
+clean interrupts.
 
-A trainer iterates `stage.steps()` and calls `stage.log()`; the rest happens between its steps. All state that a
-step may read is either tracked here or a function of (seed, step), so a resumed run repeats the run that was cut.
+A trainer iterates `stage.steps()` and calls `stage.log()`; the rest happens between its steps. All
+state that a step may read is either tracked here or a function of (seed, step), so a resumed run
+repeats the run that was cut.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,10 +53,22 @@ class Stage:
     """One stage of a run. `total` steps in `folder`, resumed from its newest checkpoint."""
 
     def __init__(
-        self, name: str, folder: Path, total: int, seed: int, config: StageConfig, identity: Any = None
+        self,
+        name: str,
+        folder: Path,
+        total: int,
+        seed: int,
+        config: StageConfig,
+        identity: Any = None,
     ) -> None:
         """`identity` (JSON) is what a checkpoint must have been made under to be taken up again."""
-        self.name, self.folder, self.total, self.seed, self.config = name, folder, total, seed, config
+        self.name, self.folder, self.total, self.seed, self.config = (
+            name,
+            folder,
+            total,
+            seed,
+            config,
+        )
         self.timer = PhaseTimer()
         self._identity = hashlib.blake2b(
             json.dumps(identity, sort_keys=True).encode(), digest_size=16
@@ -77,9 +92,12 @@ class Stage:
         start = self._resume(on_resume)
         self.metrics.truncate_after(start - 1)
         self.rollouts.truncate_after(start - 1)
-        with checkpoint.Interrupt() as interrupt, Progress(self.total, self.name) as progress:
+        with (
+            checkpoint.Interrupt() as interrupt,
+            Progress(self.total, self.name, done=start) as progress,
+            closing(self._trackers),
+        ):
             self._progress = progress
-            progress.advance(start)
             for step in range(start, self.total):
                 torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
                 self._began = time.perf_counter()
@@ -100,7 +118,9 @@ class Stage:
         return self.timer(name)
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Record a finished step: `tokens` it worked on, its metrics, and the seconds of its phases."""
+        """Record a finished step: `tokens` it worked on, its metrics, and the seconds of its
+        phases.
+        """
         seconds = self.timer.pop()
         record = {
             **metrics,
@@ -145,7 +165,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
-    """Consecutive runs whose padded size (longest x count) stays within `max_tokens`, one item at least."""
+    """Consecutive runs whose padded size (longest x count) stays within `max_tokens`, one item at
+    least.
+    """
     first = 0
     for i in range(1, len(lengths) + 1):
         if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > max_tokens:

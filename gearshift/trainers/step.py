@@ -20,10 +20,12 @@ def update(
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     *optimizers: MasterAdamW,
 ) -> dict[str, float]:
-    """Sum the losses and metrics of the micro-batches, back-propagate each, then step every optimizer.
+    """Sum the losses and metrics of the micro-batches, back-propagate each, then step every
+    optimizer.
 
-    A micro-batch's loss is already weighted over the whole batch, so that the sum is the batch's loss and its
-    gradient does not depend on the split. Raises `NumericalError` if the loss is not finite; nothing is updated.
+    A micro-batch's loss is already weighted over the whole batch, so that the sum is the batch's
+    loss and its gradient does not depend on the split. Raises `NumericalError` if the loss is not
+    finite; nothing is updated.
     """
     totals: dict[str, float] = defaultdict(float)
     for micro in micro_batches:

@@ -26,7 +26,9 @@ def test_rows_and_prefill_size_do_not_matter(engine: HybridEngine) -> None:
 def test_a_request_alone_writes_what_it_writes_among_others(engine: HybridEngine) -> None:
     with engine.generating():
         together = engine.generate(PROMPTS, PARAMS, request_ids=[40, 41, 42, 43])
-        alone = [engine.generate([p], PARAMS, request_ids=[40 + i])[0] for i, p in enumerate(PROMPTS)]
+        alone = [
+            engine.generate([p], PARAMS, request_ids=[40 + i])[0] for i, p in enumerate(PROMPTS)
+        ]
     assert [[c.token_ids for c in g] for g in together] == [[c.token_ids for c in g] for g in alone]
 
 
@@ -40,6 +42,8 @@ def test_seed_request_and_sample_all_matter(engine: HybridEngine) -> None:
     with engine.generating():
         [group] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[1])
         [other] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[2])
-        [reseeded] = engine.generate(PROMPTS[:1], SamplingParams(n=3, max_new_tokens=20, seed=6), [1])
+        [reseeded] = engine.generate(
+            PROMPTS[:1], SamplingParams(n=3, max_new_tokens=20, seed=6), [1]
+        )
     texts = [tuple(c.token_ids) for c in (*group, *other, *reseeded)]
     assert len(set(texts)) == len(texts)

@@ -1,5 +1,6 @@
-"""Invariant 4: at the first update the ratio is 1, nothing is clipped and the KL to the reference is 0, also with
-dropout configured."""
+"""Invariant 4: at the first update the ratio is 1, nothing is clipped and the KL to the reference
+is 0, also with dropout configured.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Invariant 5: packed = padded = prompt-shared, and one micro-batch = many: the loss and every gradient."""
+"""Invariant 5: packed = padded = prompt-shared, and one micro-batch = many: the loss and every
+gradient.
+"""
 
 import pytest
 import torch

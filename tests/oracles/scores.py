@@ -1,4 +1,6 @@
-"""Log-probs the slow, obvious way: one sequence at a time through Hugging Face's own forward, no batch, no cache."""
+"""Log-probs the slow, obvious way: one sequence at a time through Hugging Face's own forward, no
+batch, no cache.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from transformers import PreTrainedModel
 def lone_logprobs(
     model: PreTrainedModel, prompt: list[int], completion: list[int], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """[A] log-prob of each completion token and [A] entropy of its distribution. `model` uses eager attention."""
+    """[A] log-prob of each completion token and [A] entropy of its distribution. `model` uses eager
+    attention.
+    """
     ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
     log_p = torch.log_softmax(logits, -1)

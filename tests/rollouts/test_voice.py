@@ -38,6 +38,8 @@ READINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("turn on the kitchen lights", "HassTurnOn", {"area": "kitchen", "domain": "light"}),
     ("switch off the coffee maker", "HassTurnOff", {"name": "coffee maker"}),
     ("please close the left blind", "HassTurnOff", {"name": "left blind"}),
+    # The door by its name, not the doors of the area "garage".
+    ("raise the garage door to 50", "HassSetPosition", {"name": "garage door", "position": 50}),
     (
         "set the bedroom brightness to 50%",
         "HassLightSet",

@@ -68,7 +68,9 @@ def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None
 
 
 def test_steps_after_the_checkpoint_are_done_again(tmp_path: Path) -> None:
-    """Killed between checkpoints: what was logged after the last one must not stay twice in the metrics."""
+    """Killed between checkpoints: what was logged after the last one must not stay twice in the
+    metrics.
+    """
     config = small(steps=6, save_every=2)
     straight = trainer(config, tmp_path / "straight")
     straight.train()

@@ -1,4 +1,6 @@
-"""The loop: it learns, with every advantage and loss; faulty environments cost their own episodes only."""
+"""The loop: it learns, with every advantage and loss; faulty environments cost their own episodes
+only.
+"""
 
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +27,11 @@ from tests.zoo import random_model
         {"advantage": "reinforce", "value": "critic"},
         {"advantage": "gae", "loss": "ppo_clip", "epochs": 2},
         {"advantage": "rloo"},
-        {"advantage": "grpo", "loss": "ppo_clip", "kl": {"beta": 0.01, "estimator": "k3", "where": "loss"}},
+        {
+            "advantage": "grpo",
+            "loss": "ppo_clip",
+            "kl": {"beta": 0.01, "estimator": "k3", "where": "loss"},
+        },
         {"advantage": "dr_grpo", "aggregation": "sequence_mean"},
     ],
     ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)),
@@ -40,7 +46,12 @@ def test_it_learns(tmp_path: Path, method: dict[str, object]) -> None:
 def test_a_large_beta_holds_the_policy_near_the_reference(tmp_path: Path) -> None:
     ends = {}
     for beta in (0.001, 1.0):
-        config = small(steps=15, prompts=4, group_size=8, kl={"beta": beta, "estimator": "k1", "where": "reward"})
+        config = small(
+            steps=15,
+            prompts=4,
+            group_size=8,
+            kl={"beta": beta, "estimator": "k1", "where": "reward"},
+        )
         trainer(config, tmp_path / str(beta)).train()
         ends[beta] = read_metrics(tmp_path / str(beta) / "metrics.jsonl")[-1]["kl"]
     assert ends[1.0] < 0.3 * ends[0.001]
@@ -99,7 +110,8 @@ def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
 def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
     ends = []
     for tokens in (10_000, 40):
-        # A large eps makes AdamW linear in the gradient; its first step is else the gradient's sign.
+        # A large eps makes AdamW linear in the gradient; its first step is else the gradient's
+        # sign.
         linear = {"lr": 0.1, "eps": 1.0}
         config = small(steps=3, max_tokens=tokens, optimizer=linear, value_optimizer=linear)
         run = trainer(config, tmp_path / str(tokens))

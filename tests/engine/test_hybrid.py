@@ -1,0 +1,104 @@
+"""The engine's manners: limits, stop rules, memory; an architecture that it would compute wrongly is refused."""
+
+import pytest
+import torch
+
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.errors import CapacityError, ConfigError, ModelError
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import SamplingParams
+from tests.zoo import PROMPTS, pack_completions, random_model
+
+
+@pytest.fixture
+def engine() -> HybridEngine:
+    return HybridEngine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=64))
+
+
+def test_a_prompt_that_does_not_fit_is_refused(engine: HybridEngine) -> None:
+    with engine.generating():
+        with pytest.raises(CapacityError, match="Prompt 1 has 60 tokens.*limit of 64"):
+            engine.generate([[3], [4] * 60], SamplingParams(max_new_tokens=5))
+        with pytest.raises(CapacityError, match="Prompt 0 is empty"):
+            engine.generate([[]])
+        [[c]] = engine.generate([[4] * 59], SamplingParams(max_new_tokens=5))
+        assert len(c.token_ids) <= 5
+
+
+def test_finish_reasons(engine: HybridEngine) -> None:
+    with engine.generating():
+        groups = engine.generate(PROMPTS, SamplingParams(n=16, max_new_tokens=40))
+    completions = [c for group in groups for c in group]
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for c in completions:
+        ended = c.token_ids[-1] in engine.end_tokens
+        assert (c.finish_reason == "stop") == ended
+        assert ended or len(c.token_ids) == 40
+        assert not engine.end_tokens & set(c.token_ids[:-1])
+        assert len(c.logprobs) == len(c.token_ids)
+
+
+def test_stop_strings_end_a_completion(engine: HybridEngine) -> None:
+    params = SamplingParams(n=8, max_new_tokens=30, temperature=1.0)
+    with engine.generating():
+        [free] = engine.generate(PROMPTS[:1], params)
+        text = engine.tokenizer.decode(free[0].token_ids)
+        stop = text[len(text) // 2]
+        [held] = engine.generate(PROMPTS[:1], SamplingParams(n=8, max_new_tokens=30, stop=(stop,)))
+    for a, b in zip(free, held, strict=True):
+        assert a.token_ids[: len(b.token_ids)] == b.token_ids
+        words = engine.tokenizer.decode(b.token_ids)
+        assert stop not in engine.tokenizer.decode(b.token_ids[:-1])
+        assert (stop in words) or a.token_ids == b.token_ids
+    assert held[0].finish_reason == "stop"
+
+
+def test_no_prompts_no_completions(engine: HybridEngine) -> None:
+    with engine.generating():
+        assert engine.generate([]) == []
+
+
+def test_memory_is_reported_and_given_back() -> None:
+    config = EngineConfig(keep_cache=False)
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), config)
+    weights = sum(p.nbytes for p in engine.model.parameters())
+    assert engine.memory()["weights"] == weights > engine.memory()["aliased"] > 0
+    with engine.generating():
+        engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=3))
+    # 8 rows x 20 positions x 2 layers x (k, v) x 2 heads x 8 x 4 bytes
+    assert engine.memory()["cache"] == 8 * 20 * 2 * 2 * 2 * 8 * 4
+    with engine.training():
+        assert engine.memory()["cache"] == 0
+
+
+def test_a_head_that_does_something_else_is_refused() -> None:
+    model = random_model("llama")
+    forward = model.forward
+
+    def other(*args: object, **kwargs: object) -> object:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    model.forward = other
+    with pytest.raises(ModelError, match="not supported yet"):
+        HybridEngine(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 1.0}, {"max_new_tokens": 0}]
+)
+def test_sampling_parameters_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+def test_a_head_bias_and_untied_head_are_used() -> None:
+    """GPT-NeoX's head is its own matrix; greedy parity elsewhere covers it, this covers its gradient."""
+    engine = HybridEngine(random_model("gpt_neox"), tiny_tokenizer())
+    with engine.generating():
+        groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
+    with engine.training():
+        engine.logprobs(pack_completions(PROMPTS, groups)).logprobs.sum().backward()
+    head = engine.model.get_output_embeddings().weight
+    assert head.grad is not None and torch.isfinite(head.grad).all() and head.grad.abs().sum() > 0

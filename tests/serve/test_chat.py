@@ -1,0 +1,50 @@
+"""The terminal chat: streams whole characters, remembers or not, and survives what does not fit."""
+
+import io
+
+import pytest
+
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.serve.chat import chat, reply
+from gearshift.types import SamplingParams
+from tests.zoo import random_model
+
+
+@pytest.fixture
+def engine() -> HybridEngine:
+    return HybridEngine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=200))
+
+
+def test_pieces_make_the_answer(engine: HybridEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters of several bytes come whole: one token is one byte here."""
+    answer = [*engine.tokenizer.encode("né — 家 ok"), 2]
+    monkeypatch.setattr(engine, "stream", lambda *_: iter(answer))
+    pieces = list(reply(engine, [{"role": "user", "content": "hi"}], SamplingParams()))
+    assert "".join(pieces) == "né — 家 ok"
+    assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
+
+
+def test_a_conversation(
+    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[list[str]] = []
+
+    def answer(_: HybridEngine, messages: list[dict[str, str]], *args: object, **kwargs: object):
+        said.append([m["content"] for m in messages])
+        yield "[bold]fine"
+
+    monkeypatch.setattr("gearshift.serve.chat.reply", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/new\nthree\n/quit\nfour\n"))
+    chat(engine, "sys", SamplingParams(), remember=True)
+    assert said == [["sys", "one"], ["sys", "one", "[bold]fine", "two"], ["sys", "three"]]
+    assert "[bold]fine" in capsys.readouterr().out  # a model's brackets are not markup
+
+
+def test_without_memory_each_request_stands_alone(
+    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n" + "x" * 400 + "\nthree"))
+    chat(engine, None, SamplingParams(max_new_tokens=4), remember=False)
+    out = capsys.readouterr().out
+    assert out.count("you>") == 5 and "limit of 200" in out

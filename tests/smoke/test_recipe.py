@@ -1,0 +1,93 @@
+"""The whole recipe, as a user runs it, on the tiny model: what it writes, and that a second run does nothing again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from gearshift.cli import main
+
+RECIPE = str(Path(__file__).parent / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    main(["run", RECIPE, f"run.dir={folder}"])
+    return folder
+
+
+def test_summary_has_what_is_promised(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["heldout"]) == {"base", "sft", "rl"}
+    assert all(0 <= x <= 1 for x in summary["heldout"].values())
+    assert 0 <= summary["reward_model"]["accuracy"] <= 1
+    assert {"data", "sft", "reward", "rl", "heldout_rl"} <= set(summary["seconds"])
+    assert 0 < summary["engine"]["logprob_gap"] <= 1e-5
+    assert summary["engine"]["dtype"] == "float32"
+    assert summary["heldout_detail"]["rl"]["n"] == 12
+
+
+def test_every_stage_loads_with_transformers(run: Path) -> None:
+    for stage in ("sft", "rl"):
+        AutoModelForCausalLM.from_pretrained(run / stage)
+        assert AutoTokenizer.from_pretrained(run / stage).chat_template
+    model = AutoModelForSequenceClassification.from_pretrained(run / "reward")
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id != AutoTokenizer.from_pretrained(run / "reward").eos_token_id
+    assert not list(run.rglob("*.bin")) and not list(run.rglob("*.pt"))
+
+
+def test_metrics_have_their_names(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    wanted = {"reward", "entropy", "completions/mean_length", "grad_norm", "seconds/generate"}
+    assert wanted <= set(rows[0])
+    for name in rows[0]:
+        base = name.replace("rewards/environment", "rewards/NAME")
+        parts = [base, f"/{base.rsplit('/', 1)[-1]}"]
+        assert any(f"`{part}`" in documented for part in parts), f"{name} is not in docs/metrics.md"
+    episodes = [json.loads(x) for x in (run / "rl" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(episodes[0]["episodes"]) == 4
+
+
+def test_report_shows_the_run(run: Path) -> None:
+    html = (run / "report.html").read_text()
+    assert html.count("<svg") >= 3
+    assert "http://" not in html.replace("http://www.w3.org", "") or "src=" not in html
+
+
+def test_a_second_run_trains_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "rl" / "model.safetensors").stat().st_mtime_ns
+    main(["run", RECIPE, f"run.dir={run}"])
+    assert (run / "rl" / "model.safetensors").stat().st_mtime_ns == before
+    assert "done before" in capsys.readouterr().out
+
+
+def test_it_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["generate", str(run), "turn on the light", "--max-new-tokens", "8", "--temperature", "1"])
+    first = capsys.readouterr().out
+    main(["generate", str(run / "rl"), "turn on the light", "--max-new-tokens", "8", "--temperature", "1"])
+    assert first == capsys.readouterr().out and first.strip()
+
+
+def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", RECIPE, f"run.dir={tmp_path / 'none'}", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "GiB  total" in out and "rl: 3 steps of 2 prompts x 2 completions" in out
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_reward_model_can_be_the_reward(run: Path, tmp_path: Path) -> None:
+    """A second recipe: the proxy alone is optimised, and the verifier's score is still logged."""
+    folder = tmp_path / "proxy"
+    main([
+        "run", RECIPE, f"run.dir={folder}", "sft=null", "reward=null", "rl.advantage=rloo",
+        f"rl.rewards=[{{source: 'model:{run / 'reward'}'}}]",
+    ])  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["rewards/model/mean"])
+        assert "rewards/environment/mean" in row
