@@ -70,7 +70,8 @@ def main() -> None:
         "tokens_per_second": rates,
         "seconds": samples,
         "settings": vars(options),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     path = Path(__file__).parent / "results" / "generation.json"

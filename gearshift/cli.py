@@ -45,14 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = _parser().parse_args(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise NotBuiltError(
-                "Training on several processes is not built yet; start one process, without torchrun."
+                "Training on several processes is not built yet; start one process, "
+                "without torchrun."
             )
         arguments.do(arguments)
     except GearshiftError as error:
-        from gearshift.trainers.stage import Interrupted
+        from gearshift.trainers.stage import InterruptedRunError
 
         print(f"gearshift: {error}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)
+        sys.exit(128 + signal.SIGTERM if isinstance(error, InterruptedRunError) else 1)
     except KeyboardInterrupt:
         print("gearshift: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def recipe_folder() -> Path:
-    """Where the recipes that ship with gearshift lie: in the package, or beside it in a checkout."""
+    """Where the recipes shipped with gearshift lie: in the package, or beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
@@ -173,7 +174,8 @@ def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
         console.print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
         console.print(
-            f"engine: the gears' log-probs differ by {gap:.1e} nat on average ({summary['engine']['dtype']})"
+            f"engine: the gears' log-probs differ by {gap:.1e} nat on average "
+            f"({summary['engine']['dtype']})"
         )
     minutes = sum(summary["seconds"].values()) / 60
     console.print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
@@ -259,7 +261,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
     source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
     if not source.exists():
         raise ConfigError(
-            f"There is no recipe {arguments.name!r}; there are: {', '.join(p.stem for p in available)}."
+            f"There is no recipe {arguments.name!r}; there are: "
+            f"{', '.join(p.stem for p in available)}."
         )
     target = Path(arguments.to)
     target = target / source.name if target.is_dir() else target
@@ -299,7 +302,8 @@ def _doctor(_: argparse.Namespace) -> None:
         else f"{torch.get_num_threads()} threads"
     )
     print(
-        f"device       {device} ({name}), weights in {str(resolve_dtype('auto', device)).removeprefix('torch.')}"
+        f"device       {device} ({name}), weights in "
+        f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
     )
     wanted = {
         "torch": "", "transformers": "", "gymnasium": "",

@@ -1,4 +1,4 @@
-"""The errors a user may meet. Each message is one sentence that names the thing, the way out last."""
+"""The errors a user may meet. Each message is one sentence: the thing, then the way out."""
 
 
 class GearshiftError(Exception):

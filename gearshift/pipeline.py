@@ -229,7 +229,8 @@ class Run:
         sft = self.folder / "sft"
         if self.recipe.sft and not (sft / "done.json").exists():
             raise ConfigError(
-                f"{before} starts from the sft stage, which has not run in {self.folder}; run it first, or set sft=null."
+                f"{before} starts from the sft stage, which has not run in {self.folder}; "
+                "run it first, or set sft=null."
             )
         return str(sft) if self.recipe.sft else None
 
@@ -327,7 +328,8 @@ class Run:
         path, text = self.folder / "recipe.yaml", dump(self.recipe)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise ConfigError(
-                f"{self.folder} holds a run of another recipe (see {path}); choose another run.dir, or delete it."
+                f"{self.folder} holds a run of another recipe (see {path}); "
+                "choose another run.dir, or delete it."
             )
         path.write_text(text, encoding="utf-8")
 
@@ -352,7 +354,9 @@ class Run:
         heldout = {name: self._read("heldout", f"{name}.json") for name in self._policies}
         heldout = {name: record for name, record in heldout.items() if record}
         gap = done["rl"].get("gap", {})
-        seconds = {name: record["seconds"] for name, record in done.items() if record}
+        seconds: dict[str, float] = {
+            name: record["seconds"] for name, record in done.items() if record
+        }
         seconds |= {f"heldout_{name}": record["seconds"] for name, record in heldout.items()}
         if prepared := self._read("data", "done.json"):
             seconds["data"] = prepared["seconds"]

@@ -28,7 +28,8 @@ def plan(recipe: Recipe) -> str:
     lines = [
         dump(recipe).rstrip(),
         "",
-        f"# {recipe.model.name}: {parameters / 1e6:.0f} M parameters in {str(dtype).removeprefix('torch.')} on {device}",
+        f"# {recipe.model.name}: {parameters / 1e6:.0f} M parameters "
+        f"in {str(dtype).removeprefix('torch.')} on {device}",
         "# Plan:",
         *(f"#   {line}" for line in _stages(recipe)),
         "# Memory of the largest stage:",
@@ -66,13 +67,15 @@ def _stages(recipe: Recipe) -> list[str]:
         lines.append(f"sft: {recipe.sft.epochs:g} epochs in batches of {recipe.sft.batch_size}")
     if recipe.reward:
         lines.append(
-            f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} pairs"
+            f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} "
+            "pairs"
         )
     if recipe.rl:
         rl = recipe.rl
         lines.append(
             f"rl: {rl.steps} steps of {rl.prompts} prompts x {rl.group_size} completions, "
-            f"advantage {rl.advantage}, loss {rl.loss}, {rl.epochs * rl.minibatches} updates a step, "
+            f"advantage {rl.advantage}, loss {rl.loss}, "
+            f"{rl.epochs * rl.minibatches} updates a step, "
             f"KL {rl.kl.estimator} x {rl.kl.beta:g} in the {rl.kl.where}"
         )
     return lines or ["nothing: the recipe has no stage"]

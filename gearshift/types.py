@@ -178,7 +178,7 @@ class PackedBatch:
         return ends[self.cu_seqlens[1:]] - ends[self.cu_seqlens[:-1]]
 
     def scored(self, name: str) -> Tensor:
-        """[M]: the per-token field `name` at the scored tokens. Raises ValueError if it is not set."""
+        """[M]: the per-token field `name` at the scored tokens. Raises ValueError if not set."""
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"This batch has no {name}.")
@@ -221,7 +221,7 @@ class PackedBatch:
         )
 
     def trees(self) -> list[tuple[int, int]]:
-        """Runs of sequences [first, last) that attend to nobody outside: a lone one, or one group."""
+        """Runs of sequences [first, last) that attend to none outside: a lone one, or a group."""
         roots = [i for i, parent in enumerate(self.parents.tolist()) if parent < 0]
         return list(zip(roots, [*roots[1:], len(self.parents)], strict=True))
 
@@ -242,7 +242,7 @@ class PackedBatch:
         )
 
     def keep_trees(self, wanted_T: Tensor) -> PackedBatch:
-        """The trees that hold at least one wanted token (`wanted_T` [T] bool); the first if none does."""
+        """The trees with at least one wanted token (`wanted_T` [T] bool); the first if none."""
         trees = self.trees()
         cu = self.cu_seqlens
         kept = [(a, b) for a, b in trees if bool(wanted_T[int(cu[a]) : int(cu[b])].any())]
@@ -256,7 +256,7 @@ class PackedBatch:
         """
         first = 0
         trees = self.trees()
-        for (start, end), after in zip(trees, [*trees[1:], None], strict=True):
+        for (_, end), after in zip(trees, [*trees[1:], None], strict=True):
             upto = int(self.cu_seqlens[after[1]]) if after else None
             if upto is None or upto - int(self.cu_seqlens[first]) > max_tokens:
                 yield self.slice(first, end)

@@ -1,4 +1,4 @@
-"""What a user may get wrong: each gives one clear line that names the thing, and a non-zero exit; never a traceback."""
+"""A user's mistake gives one clear line that names the thing and a non-zero exit, no traceback."""
 
 import json
 from pathlib import Path

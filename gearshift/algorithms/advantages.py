@@ -45,7 +45,7 @@ def token_rewards(rewards_NA: Tensor, kl_NA: Tensor, beta: float, mask_NA: Tenso
 def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + gamma * G_{t+1}, the discounted reward to go. [N, A]."""
     out_NA = torch.zeros_like(rewards_NA)
-    later_N = torch.zeros_like(rewards_NA[:, 0]) if rewards_NA.shape[1] else None
+    later_N = rewards_NA.new_zeros(len(rewards_NA))
     for t in reversed(range(rewards_NA.shape[1])):
         later_N = (rewards_NA[:, t] + gamma * later_N).masked_fill(~mask_NA[:, t], 0.0)
         out_NA[:, t] = later_N

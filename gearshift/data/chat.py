@@ -60,7 +60,8 @@ def render_completion(
     whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
     if whole[: len(before)] != before:
         raise DataError(
-            "The chat template renders a prompt differently once it is answered; give the tokenizer a template "
+            "The chat template renders a prompt differently once it is answered; "
+            "give the tokenizer a template "
             "whose rendering only grows."
         )
     return before, whole[len(before) : _end_of_turn(tokenizer, whole, len(before))]
@@ -80,7 +81,8 @@ def render_turn(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[in
     whole = render_prompt(tokenizer, [*opening, message])
     if whole[:end] != answered[:end]:
         raise DataError(
-            "The chat template rewrites earlier turns when a new one comes; give the tokenizer a template whose "
+            "The chat template rewrites earlier turns when a new one comes; "
+            "give the tokenizer a template whose "
             "rendering only grows."
         )
     return whole[end:]
@@ -101,7 +103,8 @@ def _render(
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError(
-            "The tokenizer has no chat template; set tokenizer.chat_template and save it, or use `text` rows."
+            "The tokenizer has no chat template; set tokenizer.chat_template and save it, "
+            "or use `text` rows."
         )
     try:
         ids = tokenizer.apply_chat_template(
@@ -113,7 +116,8 @@ def _render(
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise DataError(
-            "The chat template writes the BOS token twice; take one of the two out of the template or the tokenizer."
+            "The chat template writes the BOS token twice; "
+            "take one of the two out of the template or the tokenizer."
         )
     return ids
 
@@ -141,7 +145,8 @@ def _template_mask(
         )
         return list(out["assistant_masks"])
     raise DataError(
-        "The chat template renders earlier turns differently once they are answered, so the assistant's tokens "
+        "The chat template renders earlier turns differently once they are answered, "
+        "so the assistant's tokens "
         "cannot be told; add {% generation %} marks to the template."
     )
 

@@ -171,7 +171,8 @@ def _messages(value: Any, key: str) -> list[Message]:
             )
         if item["role"] not in ROLES:
             raise DataError(
-                f"A message in `{key}` has the role {_show(item['role'])}; roles are {', '.join(ROLES)}."
+                f"A message in `{key}` has the role {_show(item['role'])}; "
+                f"roles are {', '.join(ROLES)}."
             )
         messages.append(_message(item["role"], _string(item["content"], "content")))
     return messages
@@ -188,7 +189,8 @@ def _sharegpt(value: Any) -> list[Message]:
             )
         if item["from"] not in _SHAREGPT:
             raise DataError(
-                f"A turn in `conversations` is from {_show(item['from'])}; it must be one of {', '.join(_SHAREGPT)}."
+                f"A turn in `conversations` is from {_show(item['from'])}; "
+                f"it must be one of {', '.join(_SHAREGPT)}."
             )
         messages.append(_message(_SHAREGPT[item["from"]], _string(item["value"], "value")))
     return messages

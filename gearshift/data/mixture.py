@@ -33,7 +33,8 @@ class Mixture(Generic[T]):
         for i, source in enumerate(sources):
             if not source:
                 raise DataError(
-                    f"Source {i + 1} has no rows left; look at its file and at what cleaning dropped."
+                    f"Source {i + 1} has no rows left; look at its file and at what cleaning "
+                    "dropped."
                 )
         self._sources, self._seed = sources, seed
         rows, total = sum(map(len, sources)), sum(weights)

@@ -97,5 +97,6 @@ def check_length(lengths: Sequence[int], max_length: int, what: str = "Sequence"
     for i, length in enumerate(lengths):
         if length > max_length:
             raise CapacityError(
-                f"{what} {i + 1} has {length} tokens, over the limit of {max_length}; shorten it or raise the limit."
+                f"{what} {i + 1} has {length} tokens, over the limit of {max_length}; "
+                "shorten it or raise the limit."
             )

@@ -91,7 +91,8 @@ def _csv(file: Path) -> list[Row]:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
-                    f"{file}, line {reader.line_num} has not as many fields as the header; mend or delete the line."
+                    f"{file}, line {reader.line_num} has not as many fields as the header; "
+                    "mend or delete the line."
                 )
             rows.append(dict(row))
     except csv.Error as error:
@@ -119,14 +120,16 @@ def _from_hub(name: str, split: str) -> list[Row]:
         import datasets
     except ImportError:
         raise DataError(
-            f"{name} is no file here, and a data set of the hub needs pip install 'gearshift[data]'."
+            f"{name} is no file here, and a data set of the hub needs pip install "
+            "'gearshift[data]'."
         ) from None
     try:
         return [dict(row) for row in datasets.load_dataset(name, split=split)]
     except Exception as error:  # the library raises a great many kinds
         reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{name} is neither a file nor a data set that could be loaded ({reason}); check the name."
+            f"{name} is neither a file nor a data set that could be loaded ({reason}); "
+            "check the name."
         ) from None
 
 

@@ -47,7 +47,7 @@ class KVCache:
         return keys[:, :, : where.extent], values[:, :, : where.extent]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Row `target` becomes row `source` up to `length`: a shared prompt, or a row that moves."""
+        """Row `target` becomes row `source` up to `length`: a shared prompt, or a moving row."""
         for store in (*self.keys.values(), *self.values.values()):
             store[target, :, :length] = store[source, :, :length]
 

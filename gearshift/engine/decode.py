@@ -56,7 +56,7 @@ def _described(
         x = x + layer.out(seen.transpose(1, 2).reshape(B, S, H * D))
         gate, up = F.linear(layer.mlp_norm(x), gate_up_rows.weight, gate_up_rows.bias).chunk(2, -1)
         x = x + layer.down(F.silu(gate) * up)
-    return plan.final_norm(x)  # type: ignore[no-any-return]
+    return plan.final_norm(x)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

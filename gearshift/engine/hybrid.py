@@ -61,7 +61,7 @@ class HybridEngine:
         config: EngineConfig | None = None,
         seed: int = 0,
     ) -> None:
-        """Fuses the weights of a described architecture and checks the head; raises `ModelError`."""
+        """Fuse the weights of a described architecture, check the head; raises `ModelError`."""
         self.model, self.tokenizer = model, tokenizer
         self.config, self.seed = config or EngineConfig(), seed
         if model.config._attn_implementation != ATTENTION:
@@ -88,7 +88,7 @@ class HybridEngine:
 
     @contextmanager
     def generating(self) -> Iterator[HybridEngine]:
-        """Generation gear: no gradients, dropout off. Nests; the gear before comes back at the end."""
+        """Generation gear: no gradients, dropout off. Nests; the gear before comes back after."""
         with self._shifted("generation"), torch.no_grad():
             yield self
 

@@ -66,7 +66,7 @@ def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
         smallest_B1 = logits_BV.topk(params.top_k, -1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     if params.top_p < 1:
-        ordered_BV, order_BV = logits_BV.sort(-1, descending=True, stable=True)
+        ordered_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = torch.softmax(ordered_BV, -1).cumsum(-1)
         drop_BV = (before_BV - torch.softmax(ordered_BV, -1)) >= params.top_p
         logits_BV = logits_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -torch.inf)

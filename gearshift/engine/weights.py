@@ -38,7 +38,7 @@ class FusedRows:
         return True
 
     def mend(self) -> None:
-        """Alias again; the parameters' present values win, and stay the same `Parameter` objects."""
+        """Alias again; the parameters' present values win, in the same `Parameter` objects."""
         self.weight, self.bias = self._fuse()
 
     def _fuse(self) -> tuple[Tensor, Tensor | None]:

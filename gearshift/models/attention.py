@@ -111,7 +111,8 @@ def require_attention(model: PreTrainedModel) -> None:
     """
     if model.config._attn_implementation != ATTENTION:
         raise ModelError(
-            f"The model's attention is {model.config._attn_implementation!r}; the engine needs its own: run "
+            f"The model's attention is {model.config._attn_implementation!r}; "
+            "the engine needs its own: run "
             f"model.set_attn_implementation({ATTENTION!r})."
         )
 

@@ -43,7 +43,8 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
     longest = max(len(s) for s in sequences)
     if longest > limit:
         raise CapacityError(
-            f"A sequence of {longest} tokens is longer than the reward model's {limit}; shorten the "
+            f"A sequence of {longest} tokens is longer than the reward model's {limit}; "
+            "shorten the "
             "prompt or lower max_new_tokens."
         )
     ids = torch.full((len(sequences), longest), model.config.pad_token_id or 0, dtype=torch.int64)

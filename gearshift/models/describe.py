@@ -20,7 +20,7 @@ LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One pre-norm layer. Modules, not tensors: a parameter may be re-pointed after this was made."""
+    """One pre-norm layer. Modules, not tensors: a parameter may be re-pointed later."""
 
     input_norm: nn.Module
     qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
@@ -116,6 +116,7 @@ def check_head(model: PreTrainedModel, hidden_MH: Tensor, input_ids: Tensor) -> 
     tolerance = 1e-3 if theirs.dtype == torch.float32 and hidden_MH.dtype == torch.float32 else 0.1
     if not bool((ours - theirs).abs().max() <= tolerance * scale):
         raise ModelError(
-            f"The logits of {type(model).__name__} are not those of its head on its hidden states, so its "
+            f"The logits of {type(model).__name__} are not those of its head on its hidden states, "
+            "so its "
             "log-probabilities would be wrong; this architecture is not supported yet."
         )

@@ -16,7 +16,7 @@ from gearshift.types import PackedBatch
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[T, H] last hidden states of the packed tokens; nothing is padded, nothing crosses sequences."""
+    """[T, H] last hidden states of the packed tokens; no padding, nothing crosses sequences."""
     require_attention(model)
     out = model.base_model(
         input_ids=batch.input_ids[None],

@@ -221,7 +221,8 @@ def _from_pretrained(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"Model {name!r} could not be loaded ({reason}); give a folder with a saved model, a Hugging Face "
+            f"Model {name!r} could not be loaded ({reason}); give a folder with a saved model, "
+            "a Hugging Face "
             f"name, or `embedded`."
         ) from error
     finally:

@@ -30,7 +30,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head as a function of hidden states: logits = softcap(scale * (h W^T + b))."""
+    """A language-model head on hidden states: logits = softcap(scale * (h W^T + b))."""
 
     linear: nn.Linear
     scale: float = 1.0

@@ -22,7 +22,7 @@ from gearshift.types import Completion, FinishReason, Message, SamplingParams, T
 Generate = Callable[
     [Sequence[Sequence[int]], SamplingParams, Sequence[int]], list[list[Completion]]
 ]
-"""(prompts, params, request ids) -> `params.n` completions of each prompt: `HybridEngine.generate`."""
+"""(prompts, params, request ids) -> `params.n` completions a prompt: `HybridEngine.generate`."""
 
 _TURN_BITS, _SAMPLE_BITS = 8, 16
 
@@ -127,7 +127,8 @@ class Collector:
             if any(e.token_ids != members[0].token_ids for e in members):
                 name = type(members[0].environment.unwrapped).__name__
                 raise DataError(
-                    f"{name} started differently from the same seed; its reset must be a function of seed and options."
+                    f"{name} started differently from the same seed; "
+                    "its reset must be a function of seed and options."
                 )
         ids = [group << _TURN_BITS + _SAMPLE_BITS for group in groups]
         prompts = [members[0].token_ids for members in groups.values()]

@@ -1,4 +1,4 @@
-"""The reward of an episode: a weighted sum of the environment's own, reward models, and functions."""
+"""An episode's reward: a weighted sum of the environment's own, reward models, and functions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class RewardSum:
                 folder = Path(s.source.removeprefix("model").removeprefix(":") or reward_model)
                 if not folder.is_dir():
                     raise ConfigError(
-                        f"rl.rewards: there is no reward model in {folder}; run the reward stage first."
+                        f"rl.rewards: there is no reward model in {folder}; "
+                        "run the reward stage first."
                     )
                 self.functions.append(("model", ModelReward(config, folder), s.weight))
             else:

@@ -80,7 +80,8 @@ class MasterAdamW:
         if not norm < float("inf"):
             self.optimizer.zero_grad()
             raise NumericalError(
-                f"The gradient's norm is {norm}; nothing was updated. Lower lr, or look for a bad reward or row."
+                f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
+                "or look for a bad reward or row."
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

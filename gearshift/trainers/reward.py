@@ -66,7 +66,8 @@ def render_pairs(
         longest = max(map(len, sides))
         if longest > max_length:
             raise DataError(
-                f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, or drop the pair."
+                f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, "
+                "or drop the pair."
             )
         pairs.append((sides[0], sides[1]))
     return pairs

@@ -233,7 +233,8 @@ class RLTrainer:
         if not kept:
             why = self.collector.last_failure or "every reward was None or not finite"
             raise DataError(
-                f"No episode of this rollout has a reward ({why}); look at the environment and the rewards."
+                f"No episode of this rollout has a reward ({why}); "
+                "look at the environment and the rewards."
             )
         parts = {name: [values[i] for i in kept] for name, values in parts.items()}
         return [t for t in totals if t is not None], parts
@@ -246,8 +247,10 @@ class RLTrainer:
         """
         config, device = self.config, batch.input_ids.device
         kl_in_reward = config.kl.beta > 0 and config.kl.where == "reward"
+        values_M: Tensor | None = None
         if self.value_net or kl_in_reward or config.epochs * config.minibatches > 1:
             old = self.scores(batch)
+            values_M = old.values
             batch = batch.with_scored(old_logprobs=old.logprobs)
         if config.kl.beta > 0:
             batch = batch.with_scored(ref_logprobs=self.reference_logprobs(batch))
@@ -264,14 +267,14 @@ class RLTrainer:
         advantages_NA, returns_NA = ADVANTAGES[config.advantage](
             rewards_NA,
             mask_NA,
-            values_NA=pad_rows(old.values, counts_N) if self.value_net else None,
+            values_NA=None if values_M is None else pad_rows(values_M, counts_N),
             group_N=torch.tensor([t.group_id for t in trajectories], device=device),
             gamma=config.gamma,
             lam=config.lam,
         )
         metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std())}
-        if self.value_net:
-            error_M = unpad_rows(returns_NA, mask_NA) - old.values
+        if values_M is not None:
+            error_M = unpad_rows(returns_NA, mask_NA) - values_M
             metrics["value/explained_variance"] = 1.0 - float(
                 error_M.var() / unpad_rows(returns_NA, mask_NA).var().clamp(min=1e-8)
             )
@@ -305,11 +308,12 @@ class RLTrainer:
 
     @property
     def only_advantages_count(self) -> bool:
-        """Whether a group whose advantages are all 0 has no gradient, so that it need not be computed.
+        """Whether a group whose advantages are all 0 has no gradient and need not be computed.
 
         Its weight in the mean stays: the gradient is the same, sooner.
         """
-        return self.value_net is None and (self.config.kl.beta == 0 or self.config.kl.where == "reward")
+        kl = self.config.kl
+        return self.value_net is None and (kl.beta == 0 or kl.where == "reward")
 
     def loss_of(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one
@@ -336,10 +340,10 @@ class RLTrainer:
             if config.kl.where == "loss":
                 kl_M = KL_ESTIMATORS[config.kl.estimator](scores.logprobs, ref_M)
                 loss = loss + config.kl.beta * (weights_M * kl_M).sum()
-        if self.value_net:
-            values_M = scores.values
-            if self.value_net.critic is not None:
-                values_M = token_values(self.value_net.critic, self.value_net.head, batch)
+        values_M = scores.values
+        if self.value_net and self.value_net.critic is not None:
+            values_M = token_values(self.value_net.critic, self.value_net.head, batch)
+        if values_M is not None:
             error = (weights_M * value_loss(values_M, batch.scored("returns"))).sum()
             loss = loss + config.value_coefficient * error
             metrics["value/loss"] = error

@@ -69,7 +69,8 @@ def render_examples(
         limit = min(max_length, engine.max_length)
         if len(ids) > limit:
             raise DataError(
-                f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, or drop the example."
+                f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, "
+                "or drop the example."
             )
         if not any(mask):
             raise DataError(

@@ -38,7 +38,7 @@ class StageConfig(Config):
     """Where metrics go besides `metrics.jsonl`."""
 
 
-class Interrupted(GearshiftError):
+class InterruptedRunError(GearshiftError):
     """The run was asked to stop, and has saved itself."""
 
 
@@ -87,7 +87,7 @@ class Stage:
     def steps(self, on_resume: Callable[[], None] = lambda: None) -> Iterator[int]:
         """The steps still to do. Before each, torch's generator is seeded from (seed, stage, step).
 
-        Raises `Interrupted` after SIGTERM or Ctrl-C, with the last finished step saved.
+        Raises `InterruptedRunError` after SIGTERM or Ctrl-C, with the last finished step saved.
         """
         start = self._resume(on_resume)
         self.metrics.truncate_after(start - 1)
@@ -106,8 +106,9 @@ class Stage:
                 if interrupt.requested or (due and step + 1 < self.total):
                     self._save(step + 1)
                 if interrupt.requested and step + 1 < self.total:
-                    raise Interrupted(
-                        f"Stopped after step {step + 1} of {self.total} ({self.name}); everything is saved, "
+                    raise InterruptedRunError(
+                        f"Stopped after step {step + 1} of {self.total} ({self.name}); "
+                        "everything is saved, "
                         "and the same command goes on from here."
                     )
 
@@ -148,7 +149,8 @@ class Stage:
         tensors, state = checkpoint.load(newest)
         if state["identity"] != self._identity:
             raise CheckpointError(
-                f"{newest} was made under another configuration; choose another run.dir, or delete that folder."
+                f"{newest} was made under another configuration; choose another run.dir, "
+                "or delete that folder."
             )
         saved = checkpoint.unflatten(tensors, state["tracked"])
         for name, thing in self._tracked.items():

@@ -35,9 +35,10 @@ def update(
             totals[name] += float(value.detach())
         if not math.isfinite(totals["loss"]):
             raise NumericalError(
-                f"The loss is {totals['loss']}; nothing was updated. Lower lr, or look for a bad reward or row."
+                f"The loss is {totals['loss']}; nothing was updated. Lower lr, "
+                "or look for a bad reward or row."
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     lr = optimizers[0].lr
     norms = [optimizer.step() for optimizer in optimizers]
     return {**totals, "grad_norm": norms[0], "learning_rate": lr}

@@ -1,4 +1,4 @@
-"""The engine's manners: limits, stop rules, memory; an architecture that it would compute wrongly is refused."""
+"""The engine's limits, stop rules, memory; an architecture it would compute wrongly is refused."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def engine() -> HybridEngine:
 
 def test_a_prompt_that_does_not_fit_is_refused(engine: HybridEngine) -> None:
     with engine.generating():
-        with pytest.raises(CapacityError, match="Prompt 1 has 60 tokens.*limit of 64"):
+        with pytest.raises(CapacityError, match=r"Prompt 1 has 60 tokens.*limit of 64"):
             engine.generate([[3], [4] * 60], SamplingParams(max_new_tokens=5))
         with pytest.raises(CapacityError, match="Prompt 0 is empty"):
             engine.generate([[]])
@@ -86,7 +86,8 @@ def test_a_head_that_does_something_else_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 1.0}, {"max_new_tokens": 0}]
+    "wrong",
+    [{"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 1.0}, {"max_new_tokens": 0}],
 )
 def test_sampling_parameters_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -94,7 +95,7 @@ def test_sampling_parameters_are_checked(wrong: dict[str, float]) -> None:
 
 
 def test_a_head_bias_and_untied_head_are_used() -> None:
-    """GPT-NeoX's head is its own matrix; greedy parity elsewhere covers it, this covers its gradient."""
+    """GPT-NeoX's head is its own matrix; greedy parity covers it elsewhere, its gradient here."""
     engine = HybridEngine(random_model("gpt_neox"), tiny_tokenizer())
     with engine.generating():
         groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))

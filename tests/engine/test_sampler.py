@@ -1,4 +1,4 @@
-"""The sampler draws from the right distribution, reports the untruncated policy, and never draws what was dropped."""
+"""The sampler draws rightly, reports the untruncated policy, and never draws what was dropped."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from gearshift.engine.sampler import inverse_cdf, sample, truncate
 from gearshift.types import SamplingParams
 from tests.oracles import sampler as oracle
 
-WEIGHTS = st.lists(st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0]), min_size=1, max_size=700).filter(any)
+WEIGHT = st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0])
+WEIGHTS = st.lists(WEIGHT, min_size=1, max_size=700).filter(any)
 
 
 @given(WEIGHTS, st.floats(1e-9, 1 - 1e-9))

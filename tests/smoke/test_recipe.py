@@ -1,4 +1,4 @@
-"""The whole recipe, as a user runs it, on the tiny model: what it writes, and that a second run does nothing again."""
+"""The whole recipe on the tiny model: what it writes, and that a second run does nothing again."""
 
 import json
 from pathlib import Path
@@ -67,9 +67,10 @@ def test_a_second_run_trains_nothing(run: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_it_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["generate", str(run), "turn on the light", "--max-new-tokens", "8", "--temperature", "1"])
+    options = ["--max-new-tokens", "8", "--temperature", "1"]
+    main(["generate", str(run), "turn on the light", *options])
     first = capsys.readouterr().out
-    main(["generate", str(run / "rl"), "turn on the light", "--max-new-tokens", "8", "--temperature", "1"])
+    main(["generate", str(run / "rl"), "turn on the light", *options])
     assert first == capsys.readouterr().out and first.strip()
 
 

@@ -1,4 +1,4 @@
-"""A run that was cut and resumed is the run that was not, bit for bit; a signal saves and stops it."""
+"""A run cut and resumed is the run that was not, bit for bit; a signal saves and stops it."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ import torch
 from gearshift.errors import CheckpointError
 from gearshift.runtime import checkpoint
 from gearshift.trainers.rl import RLTrainer
-from gearshift.trainers.stage import Interrupted, Stage
+from gearshift.trainers.stage import InterruptedRunError, Stage
 from tests.trainers.rl_runs import small, trainer
 
 
@@ -60,7 +60,7 @@ def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None
 
     cut = trainer(config, tmp_path / "cut")
     stop_after(cut, 6)
-    with pytest.raises(Interrupted, match="after step 7 of 20"):
+    with pytest.raises(InterruptedRunError, match="after step 7 of 20"):
         cut.train()
     resumed = trainer(config, tmp_path / "cut")
     resumed.train()
@@ -95,7 +95,7 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     config = small(steps=4)
     run = trainer(config, tmp_path)
     stop_after(run, 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run.train()
     other = trainer(config, tmp_path)
     other.stage = Stage("rl", tmp_path, 4, 0, config, identity="another")

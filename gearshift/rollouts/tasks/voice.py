@@ -83,7 +83,7 @@ def command_text(reading: Reading) -> str:
 def score_command(completion: str, utterance: str) -> float:
     """1 for the right command, less than 1 for any other JSON object, 0 for anything else.
 
-    Wrong: 0.05 + 0.15 for the right intent + 0.2 * F1 of the slots, as pairs of key and value. The
+    Wrong: 0.1 + 0.3 for the right intent + 0.4 * F1 of the slots, as pairs of key and value. The
     order of the keys and white space around the object do not matter. Raises `DataError` if the
     parser cannot read the utterance.
     """
@@ -102,7 +102,7 @@ def score_command(completion: str, utterance: str) -> float:
         return 1.0
     total = len(command) + len(gold.slots)
     f1 = 2 * right / total if total else 0.0
-    return 0.05 + 0.15 * float(intent) + 0.2 * f1
+    return 0.1 + 0.3 * float(intent) + 0.4 * f1
 
 
 def is_exact(completion: str, utterance: str) -> bool:
