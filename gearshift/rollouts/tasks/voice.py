@@ -83,9 +83,10 @@ def command_text(reading: Reading) -> str:
 def score_command(completion: str, utterance: str) -> float:
     """1 for the right command, less than 1 for any other JSON object, 0 for anything else.
 
-    Wrong: 0.1 + 0.3 for the right intent + 0.4 * F1 of the slots, as pairs of key and value. The
-    order of the keys and white space around the object do not matter. Raises `DataError` if the
-    parser cannot read the utterance.
+    Wrong: 0.1 + 0.3 for the right intent + 0.4 * the fraction of slots with the right value, of all
+    that the command or the right one has. So leaving a slot out is no better than getting it wrong.
+    The order of the keys and white space around the object do not matter. Raises `DataError` if
+    the parser cannot read the utterance.
     """
     gold = read(utterance)
     if gold is None:
@@ -100,9 +101,8 @@ def score_command(completion: str, utterance: str) -> float:
     right = sum(_same(command.get(name), value) for name, value in gold.slots.items())
     if intent and right == len(gold.slots) == len(command):
         return 1.0
-    total = len(command) + len(gold.slots)
-    f1 = 2 * right / total if total else 0.0
-    return 0.1 + 0.3 * float(intent) + 0.4 * f1
+    slots = command.keys() | gold.slots.keys()
+    return 0.1 + 0.3 * float(intent) + (0.4 * right / len(slots) if slots else 0.0)
 
 
 def is_exact(completion: str, utterance: str) -> bool:

@@ -1,0 +1,134 @@
+"""Each advantage against its definition, written out in loops; and the policy gradient against enumeration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gearshift.algorithms.advantages import (
+    ADVANTAGES,
+    NEEDS_VALUES,
+    gae,
+    grpo,
+    reinforce_baseline,
+    returns,
+    rloo,
+    token_rewards,
+)
+from gearshift.algorithms.policy_losses import reinforce
+from tests.algorithms.ragged import FLOATS, assert_rows, column, padded, rows
+from tests.oracles import advantages as oracle
+
+UNIT = st.sampled_from([0.0, 0.3, 0.9, 1.0])
+settings.load_profile("algorithms")
+
+
+@given(rows(2), UNIT)
+def test_returns_and_the_learned_baseline(data: list, gamma: float) -> None:
+    rewards, mask = padded(column(data, 0))
+    values, _ = padded(column(data, 1))
+    expected = oracle.returns(column(data, 0), gamma)
+    assert_rows(returns(rewards, mask, gamma), mask, expected)
+    out = reinforce_baseline(rewards, values, mask, gamma)
+    assert_rows(out.returns_NA, mask, expected)
+    centred = [
+        [g - v for g, v in zip(a, b, strict=True)]
+        for a, b in zip(expected, column(data, 1), strict=True)
+    ]
+    assert_rows(out.advantages_NA, mask, centred)
+
+
+@given(rows(2), UNIT, UNIT)
+def test_gae(data: list, gamma: float, lam: float) -> None:
+    rewards, mask = padded(column(data, 0))
+    values, _ = padded(column(data, 1))
+    # A value model says something of padding too; it must not be heard.
+    loud = values.masked_fill(~mask, 99.0)
+    out = gae(rewards, loud, mask, gamma, lam)
+    expected = oracle.gae(column(data, 0), column(data, 1), gamma, lam)
+    assert_rows(out.advantages_NA, mask, expected)
+    assert torch.allclose(out.returns_NA[mask], (out.advantages_NA + values)[mask])
+
+
+def test_gae_with_lambda_one_is_the_learned_baseline() -> None:
+    rewards, values = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    a = gae(rewards, values, mask, 0.9, 1.0).advantages_NA
+    assert torch.allclose(a, reinforce_baseline(rewards, values, mask, 0.9).advantages_NA)
+
+
+@given(st.lists(st.tuples(FLOATS, st.integers(0, 3)), min_size=1, max_size=12))
+def test_group_baselines(data: list[tuple[float, int]]) -> None:
+    rewards, groups = [r for r, _ in data], [g for _, g in data]
+    r, g = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+    expected = torch.tensor(oracle.rloo(rewards, groups), dtype=torch.float64)
+    assert torch.allclose(rloo(r, g), expected, atol=1e-9)
+    for scale in (True, False):
+        expected = torch.tensor(oracle.grpo(rewards, groups, scale), dtype=torch.float64)
+        assert torch.allclose(grpo(r, g, scale), expected, atol=1e-6)
+
+
+def test_equal_rewards_teach_nothing() -> None:
+    r, g = torch.full((6,), 0.7), torch.tensor([0, 0, 0, 1, 1, 1])
+    assert rloo(r, g).abs().max() < 1e-6 and grpo(r, g).abs().max() < 1e-3
+
+
+@given(rows(2), st.floats(0, 2))
+def test_kl_is_a_cost_of_each_token(data: list, beta: float) -> None:
+    rewards, mask = padded(column(data, 0))
+    kl, _ = padded(column(data, 1))
+    expected = [[r - beta * k for r, k in row] for row in data]
+    assert_rows(token_rewards(rewards, kl, beta, mask), mask, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_all_share_one_signature(name: str) -> None:
+    rewards, mask = padded([[0.0, 0.0, 1.0], [0.5], [0.0, 2.0]])
+    values = torch.randn(3, 3).double().requires_grad_()
+    out = ADVANTAGES[name](
+        rewards,
+        mask,
+        values_NA=values if name in NEEDS_VALUES else None,
+        group_N=torch.tensor([5, 5, 9]),
+        gamma=1.0,
+        lam=0.95,
+    )
+    assert out.advantages_NA.shape == out.returns_NA.shape == (3, 3)
+    assert (out.advantages_NA[~mask] == 0).all()
+    assert not out.advantages_NA.requires_grad and not out.returns_NA.requires_grad
+    if name in NEEDS_VALUES:
+        with pytest.raises(ValueError, match="values"):
+            ADVANTAGES[name](
+                rewards, mask, values_NA=None, group_N=torch.zeros(3), gamma=1.0, lam=1.0
+            )
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.4, -2.0])
+def test_reinforce_with_any_baseline_is_the_exact_policy_gradient(baseline: float) -> None:
+    """Enumerated: sum_a p(a) grad[-(r(a) - b) log p(a)] = -grad E[r], for every b."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    reward = torch.tensor([1.0, 0.2, -0.5, 0.9], dtype=torch.float64)
+    [exact] = torch.autograd.grad(-(torch.softmax(logits, 0) * reward).sum(), logits)
+    log_p = torch.log_softmax(logits, 0)
+    value = torch.full((4, 1), baseline, dtype=torch.float64)
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    advantages = reinforce_baseline(reward[:, None], value, mask).advantages_NA[:, 0]
+    losses = reinforce(log_p, log_p.detach(), advantages).loss_M
+    [ours] = torch.autograd.grad((log_p.detach().exp() * losses).sum(), logits)
+    assert torch.allclose(ours, exact, atol=1e-12)
+
+
+def test_rloo_is_unbiased() -> None:
+    """Enumerated over all pairs of samples of one prompt."""
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    reward = torch.tensor([1.0, 0.2, -0.5], dtype=torch.float64)
+    [exact] = torch.autograd.grad(-(torch.softmax(logits, 0) * reward).sum(), logits)
+    log_p = torch.log_softmax(logits, 0)
+    p = log_p.detach().exp()
+    total = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(3):
+            advantages = rloo(reward[[a, b]], torch.zeros(2))
+            total = total - p[a] * p[b] * (advantages * log_p[[a, b]]).mean()
+    [ours] = torch.autograd.grad(total, logits)
+    assert torch.allclose(ours, exact, atol=1e-12)

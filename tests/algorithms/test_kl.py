@@ -1,0 +1,70 @@
+"""KL estimators by exact enumeration over a small vocabulary: their means, and what their gradients are the gradients of."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gearshift.algorithms.kl import KL_ESTIMATORS
+
+
+@pytest.fixture
+def policies() -> tuple[Tensor, Tensor]:
+    """Logits of the policy (with a gradient) and log-probs of the reference over 8 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, dtype=torch.float64, generator=generator).requires_grad_()
+    reference = torch.log_softmax(torch.randn(8, dtype=torch.float64, generator=generator), 0)
+    return logits, reference
+
+
+def expectation(logits: Tensor, per_token: Tensor) -> Tensor:
+    """Mean over tokens drawn from the policy; the drawing itself has no gradient."""
+    return (torch.softmax(logits, 0).detach() * per_token).sum()
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+def test_unbiased(name: str, policies: tuple[Tensor, Tensor]) -> None:
+    logits, q = policies
+    p = torch.log_softmax(logits, 0)
+    exact = (p.exp() * (p - q)).sum()
+    assert torch.allclose(expectation(logits, KL_ESTIMATORS[name](p, q)), exact, atol=1e-12)
+
+
+def test_k2_is_biased_but_second_order_right(policies: tuple[Tensor, Tensor]) -> None:
+    logits, q = policies
+    for scale, tolerance in ((1.0, None), (1e-3, 1e-2)):
+        p = torch.log_softmax(q + scale * logits, 0)
+        exact = (p.exp() * (p - q)).sum()
+        mean = (p.exp() * KL_ESTIMATORS["k2"](p, q)).sum()
+        if tolerance is None:
+            assert abs(mean / exact - 1) > 0.05
+        else:
+            assert abs(mean / exact - 1) < tolerance
+
+
+def test_gradients_in_the_loss(policies: tuple[Tensor, Tensor]) -> None:
+    logits, q = policies
+    p = torch.log_softmax(logits, 0)
+    [reverse] = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    [forward] = torch.autograd.grad((q.exp() * (q - p)).sum(), logits, retain_graph=True)
+    found = {
+        name: torch.autograd.grad(expectation(logits, k(p, q)), logits, retain_graph=True)[0]
+        for name, k in KL_ESTIMATORS.items()
+    }
+    assert torch.allclose(found["k1"], torch.zeros(8).double(), atol=1e-12)
+    assert torch.allclose(found["k2"], reverse, atol=1e-12)
+    assert torch.allclose(found["k3"], forward, atol=1e-12)
+    assert not torch.allclose(forward, reverse, atol=1e-3)
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl(policies: tuple[Tensor, Tensor]) -> None:
+    logits, q = policies
+    p = torch.log_softmax(logits, 0)
+    [reverse] = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    cost = KL_ESTIMATORS["k1"](p, q).detach()
+    [ours] = torch.autograd.grad(expectation(logits, cost * p), logits)
+    assert torch.allclose(ours, reverse, atol=1e-12)
+
+
+def test_k3_and_k2_are_never_negative() -> None:
+    p, q = torch.randn(1000).double(), torch.randn(1000).double()
+    assert (KL_ESTIMATORS["k3"](p, q) >= 0).all() and (KL_ESTIMATORS["k2"](p, q) >= 0).all()
