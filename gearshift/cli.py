@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gearshift.trainers.stage import InterruptedRunError
 
         print(f"gearshift: {error}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM if isinstance(error, InterruptedRunError) else 1)
+        sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
     except KeyboardInterrupt:
         print("gearshift: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

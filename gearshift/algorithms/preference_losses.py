@@ -18,8 +18,3 @@ def bradley_terry(
     if margin is not None:
         difference_P = difference_P - margin
     return -F.logsigmoid(difference_P) + center * (chosen_P + rejected_P) ** 2
-
-
-def accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Fraction of pairs whose chosen side scores higher."""
-    return (chosen_P > rejected_P).float().mean()

@@ -1,13 +1,11 @@
-"""Token sequences to the one batch type, and padded rows for models that need them."""
+"""Token sequences to the one batch type."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
-from gearshift.errors import CapacityError
 from gearshift.types import PackedBatch
 
 Piece = tuple[Sequence[int], Sequence[int]]
@@ -78,25 +76,3 @@ def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> Pack
         parents=torch.tensor(parents, dtype=torch.int64),
         loss_mask=torch.tensor(masks, dtype=torch.bool),
     )
-
-
-def pad(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
-    """([N, L] token ids padded on the right, [N, L] attention mask) of a batch without shared
-    prompts.
-    """
-    if (batch.parents >= 0).any():
-        raise ValueError("A batch with shared prompts cannot be padded.")
-    rows = batch.input_ids.split((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    ones = [torch.ones_like(row) for row in rows]
-    return ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
-
-
-def check_length(lengths: Sequence[int], max_length: int, what: str = "Sequence") -> None:
-    """Raises `CapacityError` that names the first sequence longer than `max_length`."""
-    for i, length in enumerate(lengths):
-        if length > max_length:
-            raise CapacityError(
-                f"{what} {i + 1} has {length} tokens, over the limit of {max_length}; "
-                "shorten it or raise the limit."
-            )

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gearshift.data.chat import end_token_ids
 from gearshift.engine.cache import KVCache
 from gearshift.engine.decode import forward
 from gearshift.engine.scheduler import Sampled, Scheduler, StopRule, completion
@@ -70,6 +71,8 @@ class HybridEngine:
         self.plan = describe(model)
         self.weights = AliasedWeights(self.plan) if self.plan else None
         self.end_tokens = end_tokens(model, tokenizer)
+        if tokenizer.chat_template:
+            self.end_tokens |= end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
         self._cache: KVCache | None = None

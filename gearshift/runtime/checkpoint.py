@@ -105,13 +105,19 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 
 
 class Interrupt:
-    """While it is open, SIGTERM and SIGINT only set `requested`; a second one acts as it used to.
+    """While it is open, SIGTERM and SIGINT only set `signal`; a second one acts as it used to.
 
     A loop that looks at `requested` between steps can so save and leave. Signals belong to the main
     thread: elsewhere it does nothing.
     """
 
-    requested = False
+    signal: int = 0
+    """Number of the signal that came; 0 for none."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether one came."""
+        return self.signal != 0
 
     def __enter__(self) -> Interrupt:
         self._before: dict[int, Any] = {}
@@ -129,7 +135,7 @@ class Interrupt:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signal = number
         self._restore()
 
     def _restore(self) -> None:

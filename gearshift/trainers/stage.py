@@ -41,6 +41,11 @@ class StageConfig(Config):
 class InterruptedRunError(GearshiftError):
     """The run was asked to stop, and has saved itself."""
 
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Number of the signal that asked."""
+
 
 class Stateful(Protocol):
     """Anything that a checkpoint holds."""
@@ -109,7 +114,8 @@ class Stage:
                     raise InterruptedRunError(
                         f"Stopped after step {step + 1} of {self.total} ({self.name}); "
                         "everything is saved, "
-                        "and the same command goes on from here."
+                        "and the same command goes on from here.",
+                        interrupt.signal,
                     )
 
     def phase(self, name: str) -> Any:

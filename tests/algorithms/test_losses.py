@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gearshift.algorithms.policy_losses import POLICY_LOSSES, ppo_clip, value_loss
-from gearshift.algorithms.preference_losses import accuracy, bradley_terry
+from gearshift.algorithms.preference_losses import bradley_terry
 from tests.algorithms.ragged import FLOATS
 
 settings.load_profile("algorithms")
@@ -84,4 +84,3 @@ def test_bradley_terry_of_equals_is_a_coin_and_of_extremes_is_finite() -> None:
     zero = torch.zeros(1)
     assert float(bradley_terry(zero, zero)) == pytest.approx(math.log(2))
     assert torch.isfinite(bradley_terry(torch.tensor([-500.0]), torch.tensor([500.0]))).all()
-    assert float(accuracy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))) == 0.5
