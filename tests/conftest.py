@@ -10,5 +10,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
+    # Threads that spin cost a tiny model more than they compute for it.
+    torch.set_num_threads(2 if request.node.get_closest_marker("slow") else 1)

@@ -1,4 +1,6 @@
-"""Each advantage against its definition, written out in loops; and the policy gradient against enumeration."""
+"""Each advantage against its definition, written out in loops; and the policy gradient against
+enumeration.
+"""
 
 import pytest
 import torch

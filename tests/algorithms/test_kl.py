@@ -1,4 +1,6 @@
-"""KL estimators by exact enumeration over a small vocabulary: their means, and what their gradients are the gradients of."""
+"""KL estimators by exact enumeration over a small vocabulary: their means, and what their gradients
+are the gradients of.
+"""
 
 import pytest
 import torch
@@ -56,7 +58,9 @@ def test_gradients_in_the_loss(policies: tuple[Tensor, Tensor]) -> None:
     assert not torch.allclose(forward, reverse, atol=1e-3)
 
 
-def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl(policies: tuple[Tensor, Tensor]) -> None:
+def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl(
+    policies: tuple[Tensor, Tensor],
+) -> None:
     logits, q = policies
     p = torch.log_softmax(logits, 0)
     [reverse] = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)

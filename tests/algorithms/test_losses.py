@@ -69,9 +69,7 @@ def test_bradley_terry(pairs: list[tuple[float, float, float]], center: float) -
         torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in zip(*pairs, strict=True)
     )
     loss = bradley_terry(chosen, rejected, margin, center)
-    expected = [
-        math.log1p(math.exp(-(c - r - m))) + center * (c + r) ** 2 for c, r, m in pairs
-    ]
+    expected = [math.log1p(math.exp(-(c - r - m))) + center * (c + r) ** 2 for c, r, m in pairs]
     assert torch.allclose(loss, torch.tensor(expected).double(), atol=1e-9)
     loss.sum().backward()
     slope = [-1 / (1 + math.exp(c - r - m)) for c, r, m in pairs]

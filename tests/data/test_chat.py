@@ -1,4 +1,6 @@
-"""Chat templates: exact masks, one BOS, the end token trained, and answers that go on from sampled tokens."""
+"""Chat templates: exact masks, one BOS, the end token trained, and answers that go on from sampled
+tokens.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,9 @@ from gearshift.models.load import ModelConfig, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from tests.oracles.chat_masks import chatml_mask
 
-WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|>"), min_size=1, max_size=20)
+WORDS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="<|>"), min_size=1, max_size=20
+)
 CHATS = st.builds(
     lambda system, turns: (
         ([{"role": "system", "content": system}] if system else [])
@@ -105,7 +109,12 @@ REWRITING = (
 def test_a_template_that_rewrites_uses_its_own_marks_or_is_refused() -> None:
     chat = [
         {"role": role, "content": words}
-        for role, words in (("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok"))
+        for role, words in (
+            ("user", "hi"),
+            ("assistant", "yo"),
+            ("user", "so"),
+            ("assistant", "ok"),
+        )
     ]
     tokenizer = with_template(REWRITING)
     ids, mask = render_supervised(tokenizer, chat)
@@ -123,10 +132,14 @@ def test_plain_text_ends_and_is_all_trained() -> None:
 
 @given(WORDS, WORDS, WORDS)
 @settings(max_examples=40, deadline=None)
-def test_prompt_answer_and_next_turn_make_the_conversation(first: str, answer: str, then: str) -> None:
+def test_prompt_answer_and_next_turn_make_the_conversation(
+    first: str, answer: str, then: str
+) -> None:
     prompt = [{"role": "user", "content": first}]
     prompt_ids, answer_ids = render_completion(TOKENIZER, prompt, answer)
     assert answer_ids[-1] in end_token_ids(TOKENIZER)
     following = {"role": "user", "content": then}
     whole = [*prompt, {"role": "assistant", "content": answer}, following]
-    assert [*prompt_ids, *answer_ids, *render_turn(TOKENIZER, following)] == render_prompt(TOKENIZER, whole)
+    assert [*prompt_ids, *answer_ids, *render_turn(TOKENIZER, following)] == render_prompt(
+        TOKENIZER, whole
+    )

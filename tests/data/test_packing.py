@@ -1,4 +1,6 @@
-"""Packing: shared and repeated prompts score the same tokens in the same order; slices and joins undo each other."""
+"""Packing: shared and repeated prompts score the same tokens in the same order; slices and joins
+undo each other.
+"""
 
 import pytest
 import torch
@@ -10,9 +12,13 @@ from gearshift.types import PackedBatch
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=6)
 PIECE = TOKENS.flatmap(
-    lambda ids: st.tuples(st.just(ids), st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids)))
+    lambda ids: st.tuples(
+        st.just(ids), st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids))
+    )
 )
-GROUPS = st.lists(st.tuples(TOKENS, st.lists(PIECE, min_size=1, max_size=4)), min_size=1, max_size=4)
+GROUPS = st.lists(
+    st.tuples(TOKENS, st.lists(PIECE, min_size=1, max_size=4)), min_size=1, max_size=4
+)
 
 
 def context(batch: PackedBatch, index: int) -> list[int]:
@@ -30,9 +36,7 @@ def test_shared_scores_what_repeated_scores(groups: list, max_tokens: int | None
     shared = pack_groups(groups, max_tokens=max_tokens)
     repeated = pack_groups(groups, share=False)
     assert shared.targets.tolist() == repeated.targets.tolist()
-    seen = [
-        [context(batch, int(i)) for i in batch.predictors] for batch in (shared, repeated)
-    ]
+    seen = [[context(batch, int(i)) for i in batch.predictors] for batch in (shared, repeated)]
     assert seen[0] == seen[1]
     assert shared.position_ids.tolist() == [len(context(shared, i)) - 1 for i in range(len(shared))]
     assert [c for c in shared.counts.tolist() if c] == [c for c in repeated.counts.tolist() if c]

@@ -26,7 +26,9 @@ SUPERVISED = {
     "messages": {"messages": [USER, BOT]},
     "prompt and completion": {"prompt": "hi", "completion": "yo"},
     "prompt and completion as messages": {"prompt": [USER], "completion": [BOT]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    },
     "alpaca": {"instruction": "hi", "input": "", "output": "yo"},
 }
 
@@ -89,7 +91,7 @@ def test_bad_rows_are_named(convert, row: dict, named: str) -> None:
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
-ROWS = [{"prompt": "hé, \"quoted\"\nline", "completion": "a"}, {"prompt": "b", "completion": "c"}]
+ROWS = [{"prompt": 'hé, "quoted"\nline', "completion": "a"}, {"prompt": "b", "completion": "c"}]
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:
@@ -151,7 +153,13 @@ def test_cleaning() -> None:
         {"text": "same"},
         {"instruction": "go", "input": "", "output": "ok"},
     ]
-    assert (report.rows, report.kept, report.empty, report.duplicate, report.length) == (8, 3, 2, 1, 2)
+    assert (report.rows, report.kept, report.empty, report.duplicate, report.length) == (
+        8,
+        3,
+        2,
+        1,
+        2,
+    )
     assert str(report).startswith("3 of 8 rows kept") and "\n" not in str(report)
     untouched, _ = clean(rows[:1], CleanConfig(fix_text=False, strip=False))
     assert untouched == rows[:1]

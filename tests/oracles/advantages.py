@@ -1,4 +1,6 @@
-"""Advantages by Python loops over lists of floats, one completion at a time, each from its definition."""
+"""Advantages by Python loops over lists of floats, one completion at a time, each from its
+definition.
+"""
 
 import statistics
 

@@ -1,4 +1,6 @@
-"""Which characters of a rendered conversation the assistant wrote, by walking the ChatML text itself."""
+"""Which characters of a rendered conversation the assistant wrote, by walking the ChatML text
+itself.
+"""
 
 
 def chatml_mask(text: str) -> list[bool]:

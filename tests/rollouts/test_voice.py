@@ -101,7 +101,7 @@ def test_scores_by_hand() -> None:
         ({"brightness": 50}, 0.1 + 0.3 + 0.4 * 2 / 3),
         ({"brightness": "1"}, 0.1 + 0.3 + 0.4 * 2 / 3),
         ({"brightness": True}, 0.1 + 0.3 + 0.4 * 2 / 3),
-        ({"floor": "basement"}, 0.1 + 0.3 + 0.4 * 2 * 3 / 7),
+        ({"floor": "basement"}, 0.1 + 0.3 + 0.4 * 3 / 4),
         ({"intent": "HassTurnOn"}, 0.1 + 0.4),
         ({"intent": ["HassLightSet"], "area": {}, "brightness": [], "domain": None}, 0.1),
     ):

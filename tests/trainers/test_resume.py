@@ -26,7 +26,9 @@ def fingerprint(run: RLTrainer) -> dict[str, str]:
     weights = hashlib.blake2b()
     for name in sorted(tensors):
         weights.update(name.encode())
-        weights.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+        weights.update(
+            tensors[name].detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     folder = run.stage.folder
     metrics = [
         {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "step_time"))}
