@@ -101,8 +101,10 @@ def test_no_template_and_a_refusing_template_are_told() -> None:
 
 REWRITING = (
     "{% for m in messages %}[{{ m['role'] }}{{ '!' if loop.last else '.' }}]"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant!]{% endif %}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant!]{% endif %}"
 )
 
 

@@ -102,9 +102,8 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(ROWS)
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
         assert load_rows(str(tmp_path / f"a.{kind}")) == ROWS, kind
 
@@ -149,7 +148,7 @@ def test_cleaning() -> None:
     ]
     kept, report = clean(rows, CleanConfig(min_chars=2, max_chars=50))
     assert kept == [
-        {"text": "don’t  do\n\tthis"},
+        {"text": "don\u2019t  do\n\tthis"},
         {"text": "same"},
         {"instruction": "go", "input": "", "output": "ok"},
     ]
