@@ -7,6 +7,7 @@ prefix of each row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -90,21 +91,24 @@ def rloo(rewards_N: Tensor, group_N: Tensor) -> Tensor:
     """
     sum_N, size_N, _ = _by_group(rewards_N, group_N)
     others_N = (sum_N - rewards_N) / (size_N - 1).clamp(min=1)
-    return rewards_N - others_N
+    return (rewards_N - others_N).to(rewards_N.dtype)
 
 
 def grpo(rewards_N: Tensor, group_N: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """A_i = (r_i - mean) / (std + eps) over the group, std with n - 1 (Shao et al. 2024). [N].
+    """A_i = (r_i - mean) / (std + eps) over the group (Shao et al. 2024). [N].
+
+    The standard deviation divides by n - 1, and eps is 1e-4, as in TRL. A completion alone in its
+    group gets 0.
 
     `scale=False` keeps r_i - mean, which does not favour easy and hard prompts (Dr. GRPO, Liu et
     al. 2025).
     """
     sum_N, size_N, index_N = _by_group(rewards_N, group_N)
     centred_N = rewards_N - sum_N / size_N
-    if not scale:
-        return centred_N
-    squares_N = torch.zeros_like(rewards_N).index_add(0, index_N, centred_N**2)[index_N]
-    return centred_N / (torch.sqrt(squares_N / (size_N - 1).clamp(min=1)) + eps)
+    if scale:
+        squares_N = torch.zeros_like(sum_N).index_add(0, index_N, centred_N**2)[index_N]
+        centred_N = centred_N / (torch.sqrt(squares_N / (size_N - 1).clamp(min=1)) + eps)
+    return centred_N.to(rewards_N.dtype)
 
 
 def broadcast(advantages_N: Tensor, mask_NA: Tensor) -> Tensor:
@@ -113,11 +117,15 @@ def broadcast(advantages_N: Tensor, mask_NA: Tensor) -> Tensor:
 
 
 def _by_group(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and size of each completion's group, and the group's index."""
+    """Sum and size of each completion's group, and the group's index.
+
+    In float64, where the mean of equal float32 rewards is that reward to the last bit: a tie then
+    has advantage 0, not a rounding error that `grpo` blows up, and its group can be left out.
+    """
     _, index_N = torch.unique(group_N, return_inverse=True)
-    zeros_N = torch.zeros_like(rewards_N)
-    sum_N = zeros_N.index_add(0, index_N, rewards_N)[index_N]
-    size_N = zeros_N.index_add(0, index_N, torch.ones_like(rewards_N))[index_N]
+    zeros_N = torch.zeros_like(rewards_N, dtype=torch.float64)
+    sum_N = zeros_N.index_add(0, index_N, rewards_N.double())[index_N]
+    size_N = zeros_N.index_add(0, index_N, torch.ones_like(zeros_N))[index_N]
     return sum_N, size_N, index_N
 
 
@@ -149,7 +157,7 @@ def _gae(
     return gae(rewards_NA, values_NA, mask_NA, gamma, lam)
 
 
-def _of_sequences(score: object) -> AdvantageFn:
+def _of_sequences(score: Callable[[Tensor, Tensor], Tensor]) -> AdvantageFn:
     def fn(
         rewards_NA: Tensor,
         mask_NA: Tensor,
@@ -159,7 +167,7 @@ def _of_sequences(score: object) -> AdvantageFn:
         gamma: float,
         lam: float,
     ) -> Advantages:
-        advantages_N = score(rewards_NA.sum(1), group_N)  # type: ignore[operator]
+        advantages_N = score(rewards_NA.masked_fill(~mask_NA, 0.0).sum(1), group_N)
         return Advantages(broadcast(advantages_N, mask_NA), returns(rewards_NA, mask_NA, gamma))
 
     return fn

@@ -21,7 +21,9 @@ def row_mask(counts_N: Tensor) -> Tensor:
 
 
 def pad_rows(values_M: Tensor, counts_N: Tensor) -> Tensor:
-    """[M] flat values -> [N, A] padded with 0."""
+    """[M] flat values -> [N, A] padded with 0. Raises ValueError unless the counts add up to M."""
+    if len(values_M) != int(counts_N.sum()):
+        raise ValueError(f"{len(values_M)} values do not fill {int(counts_N.sum())} places.")
     mask_NA = row_mask(counts_N)
     values_NA = torch.zeros(mask_NA.shape, dtype=values_M.dtype, device=values_M.device)
     return values_NA.masked_scatter(mask_NA, values_M)

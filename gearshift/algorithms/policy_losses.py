@@ -81,11 +81,17 @@ def value_loss(
     clip: float | None = None,
 ) -> Tensor:
     """[M] (V - R)^2 / 2; with `clip`, the greater of that and the same with V kept within `clip` of
-    the old value.
+    the old value (Schulman et al. 2017's code). Returns and old values are constants.
+
+    Raises ValueError where a clip has no old values.
     """
+    returns_M = returns_M.detach()
     loss_M = 0.5 * (values_M - returns_M) ** 2
-    if clip is None or old_values_M is None:
+    if clip is None:
         return loss_M
+    if old_values_M is None:
+        raise ValueError("A value clip needs the old values.")
+    old_values_M = old_values_M.detach()
     near_M = old_values_M + (values_M - old_values_M).clamp(-clip, clip)
     return torch.maximum(loss_M, 0.5 * (near_M - returns_M) ** 2)
 

@@ -14,22 +14,28 @@ from typing import Any
 import ftfy
 from pydantic import Field
 
+from gearshift.data.formats import COLUMNS, SourceRow
 from gearshift.runtime.config import Config
 
-# Zero-width characters and controls, but tab and newline, and but the joiners that scripts and
-# emoji need.
-_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
+# Zero-width characters, controls and halves of surrogate pairs, but tab and newline, and but the
+# joiners that scripts and emoji need.
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\ud800-\udfff]")
+_BLANK_LINES = re.compile(r"\A\s*\n")
+# Full-width punctuation is how Chinese and Japanese are written, and curly quotes are no mistake.
+_FIXER = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, explain=False)
 
 
 class CleanConfig(Config):
     """What cleaning does."""
 
     fix_text: bool = True
-    """Mend mojibake and the like (ftfy); straight quotes stay straight, curly ones curly."""
+    """Mend mojibake and the like (ftfy); quotes and full-width characters stay as they are."""
     strip: bool = True
-    """Take white space off the ends, unify line ends, drop invisible characters."""
+    """Take white space off the ends, unify line ends, drop invisible characters. The first line of
+    several keeps its indentation.
+    """
     drop_empty: bool = True
-    """Drop rows in which a text is empty."""
+    """Drop rows in which a text that is read or learned is empty."""
     drop_duplicates: bool = True
     """Drop rows that are, once cleaned, exactly an earlier one."""
     min_chars: int = Field(0, ge=0)
@@ -65,12 +71,14 @@ def clean(
     changed = empty = duplicate = length = 0
     for row in rows:
         mended = _mend(row, config)
-        texts = _texts(mended)
+        learned = {k: v for k, v in mended.items() if k in COLUMNS and (k != "input" or v)}
+        leaves = _leaves(learned or mended)
+        texts = [leaf for leaf in leaves if isinstance(leaf, str)]
         size = sum(map(len, texts))
         digest = hashlib.blake2b(
             json.dumps(mended, sort_keys=True, default=str).encode(), digest_size=16
         ).digest()
-        if config.drop_empty and (not texts or not all(map(str.strip, texts))):
+        if config.drop_empty and (not leaves or not all(map(str.strip, texts))):
             empty += 1
         elif config.drop_duplicates and digest in seen:
             duplicate += 1
@@ -78,7 +86,7 @@ def clean(
             length += 1
         else:
             changed += mended != row
-            kept.append(mended)
+            kept.append(SourceRow(mended, row.where) if isinstance(row, SourceRow) else mended)
         seen.add(digest)
     return kept, CleanReport(len(rows), len(kept), changed, empty, duplicate, length)
 
@@ -91,16 +99,20 @@ def _mend(value: Any, config: CleanConfig) -> Any:
     if not isinstance(value, str):
         return value
     if config.fix_text:
-        value = ftfy.fix_text(value, uncurl_quotes=False)
+        value = ftfy.fix_text(value, _FIXER)
     if config.strip:
-        value = _INVISIBLE.sub("", value.replace("\r\n", "\n").replace("\r", "\n")).strip()
+        value = _INVISIBLE.sub("", value.replace("\r\n", "\n").replace("\r", "\n")).rstrip()
+        value = _BLANK_LINES.sub("", value)
+        # Code that lost only its first indentation would be broken code.
+        value = value if "\n" in value else value.lstrip()
     return value
 
 
-def _texts(value: Any) -> list[str]:
+def _leaves(value: Any) -> list[Any]:
+    """What a row says: every value in it but nulls, and but who speaks where something is said."""
     if isinstance(value, dict):
-        # Alpaca's `input` is empty where the instruction says all.
-        return [t for key, inner in value.items() if key != "input" or inner for t in _texts(inner)]
+        said = {k: inner for k, inner in value.items() if k not in ("role", "from")}
+        return [x for inner in (said or value).values() for x in _leaves(inner)]
     if isinstance(value, list):
-        return [t for inner in value for t in _texts(inner)]
-    return [value] if isinstance(value, str) else []
+        return [x for inner in value for x in _leaves(inner)]
+    return [] if value is None else [value]

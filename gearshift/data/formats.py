@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NoReturn, TypeVar
 
 from gearshift.errors import DataError
 from gearshift.types import Message
 
 Row = Mapping[str, Any]
+Record = TypeVar("Record")
+_PARTS = ("prompt", "completion", "chosen", "rejected", "instruction", "input", "output")
+COLUMNS = frozenset(("text", "messages", "conversations", *_PARTS))
+"""The columns that hold what is read and learned; any other is the user's own."""
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {
     "human": "user",
@@ -18,6 +23,16 @@ _SHAREGPT = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+class SourceRow(dict[str, Any]):
+    """A row that knows where it stands (`data.jsonl, line 3`), so that an error can say it."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, columns: Row, where: str) -> None:
+        super().__init__(columns)
+        self.where = where
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,20 @@ class PreferenceExample:
     rejected: str
 
 
+def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
+    """The conversion, its errors beginning with where the row stands."""
+
+    @wraps(convert)
+    def located(row: Row) -> Record:
+        try:
+            return convert(row)
+        except DataError as error:
+            raise DataError(f"{getattr(row, 'where', 'A row')}: {error}") from None
+
+    return located
+
+
+@_located
 def to_supervised(row: Row) -> ChatExample | TextExample:
     """From `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
     if "messages" in row:
@@ -60,9 +89,7 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
     elif "prompt" in row and "completion" in row:
         messages = [*_prompt(row["prompt"]), *_answer(row["completion"], "completion")]
     elif "instruction" in row and "output" in row:
-        parts = [_string(row["instruction"], "instruction"), str(row.get("input") or "")]
-        user = "\n\n".join(filter(None, parts))
-        messages = [_message("user", user), _message("assistant", _string(row["output"], "output"))]
+        messages = [_alpaca(row), _message("assistant", _string(row["output"], "output"))]
     elif "text" in row:
         return TextExample(_string(row["text"], "text"))
     else:
@@ -71,30 +98,38 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
         )
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(
-            "A conversation has no assistant message to learn from; add one or drop the row."
+            "the conversation has no assistant message to learn from; add one or drop the row."
+        )
+    if messages[0]["role"] == "assistant":
+        raise DataError(
+            "the conversation begins with the assistant; put a user message first or drop the row."
         )
     return ChatExample(messages)
 
 
+@_located
 def to_prompt(row: Row) -> PromptExample:
-    """From `prompt` (text or messages), or a conversation without its last answer. Raises
-    `DataError`.
+    """From `prompt` (text or messages), `messages`, ShareGPT or Alpaca; of a conversation that ends
+    with an answer, what comes before it. Every other column is kept. Raises `DataError`.
     """
     if "prompt" in row:
-        columns = {k: v for k, v in row.items() if k != "prompt"}
-        return PromptExample(_prompt(row["prompt"]), columns)
-    if "messages" in row or "conversations" in row or "instruction" in row:
-        example = to_supervised({**row, "output": row.get("output", "-")})
-        assert isinstance(example, ChatExample)
-        last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-        if last == 0:
-            raise DataError(
-                "A conversation begins with the assistant, so there is no prompt; drop the row."
-            )
-        return PromptExample(example.messages[:last], {})
-    _unknown(row, "prompt; messages; conversations; instruction")
+        used, messages = {"prompt"}, _prompt(row["prompt"])
+    elif "messages" in row:
+        used, messages = {"messages"}, _messages(row["messages"], "messages")
+    elif "conversations" in row:
+        used, messages = {"conversations"}, _sharegpt(row["conversations"])
+    elif "instruction" in row:
+        used, messages = {"instruction", "input"}, [_alpaca(row)]
+    else:
+        _unknown(row, "prompt; messages; conversations; instruction")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise DataError("there is no prompt before the assistant's words; drop the row.")
+    return PromptExample(messages, {k: v for k, v in row.items() if k not in used})
 
 
+@_located
 def to_preference(row: Row) -> PreferenceExample:
     """From `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that share all but
     the last message.
@@ -114,7 +149,11 @@ def to_preference(row: Row) -> PreferenceExample:
                 "chosen and rejected must each be one assistant message after the prompt."
             )
     else:
-        both = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            raise DataError(
+                "chosen and rejected are texts without a `prompt`; add one, or give conversations."
+            )
+        both = [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
         prompt, sides = both[0][:-1], [both[0][-1:], both[1][-1:]]
         if not prompt or prompt != both[1][:-1]:
             raise DataError(
@@ -127,7 +166,7 @@ def to_preference(row: Row) -> PreferenceExample:
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
-    raise DataError(f"A row has the keys {', '.join(map(str, row))}; it needs one of: {accepted}.")
+    raise DataError(f"the keys are {', '.join(map(str, row))}; accepted are: {accepted}.")
 
 
 def _message(role: str, content: str) -> Message:
@@ -140,12 +179,19 @@ def _string(value: Any, key: str) -> str:
     return value
 
 
+def _alpaca(row: Row) -> Message:
+    """The instruction and, below it, the input, which may be empty or missing."""
+    given = row.get("input") or ""
+    parts = [_string(row["instruction"], "instruction"), given and _string(given, "input")]
+    return _message("user", "\n\n".join(filter(None, parts)))
+
+
 def _prompt(value: Any) -> list[Message]:
     if isinstance(value, str):
         return [_message("user", _string(value, "prompt"))]
     messages = _messages(value, "prompt")
     if messages[-1]["role"] == "assistant":
-        raise DataError("A prompt ends with the assistant's words; move them to `completion`.")
+        raise DataError("the prompt ends with the assistant's words; move them to `completion`.")
     return messages
 
 
@@ -167,11 +213,11 @@ def _messages(value: Any, key: str) -> list[Message]:
     for item in value:
         if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
             raise DataError(
-                f"A message in `{key}` is {_show(item)}; it must have `role` and `content`."
+                f"a message in `{key}` is {_show(item)}; it must have `role` and `content`."
             )
         if item["role"] not in ROLES:
             raise DataError(
-                f"A message in `{key}` has the role {_show(item['role'])}; "
+                f"a message in `{key}` has the role {_show(item['role'])}; "
                 f"roles are {', '.join(ROLES)}."
             )
         messages.append(_message(item["role"], _string(item["content"], "content")))
@@ -185,11 +231,11 @@ def _sharegpt(value: Any) -> list[Message]:
     for item in value:
         if not isinstance(item, Mapping) or not {"from", "value"} <= set(item):
             raise DataError(
-                f"A turn in `conversations` is {_show(item)}; it must have `from` and `value`."
+                f"a turn in `conversations` is {_show(item)}; it must have `from` and `value`."
             )
-        if item["from"] not in _SHAREGPT:
+        if item["from"] not in list(_SHAREGPT):  # a list: what is given may not be hashable
             raise DataError(
-                f"A turn in `conversations` is from {_show(item['from'])}; "
+                f"a turn in `conversations` is from {_show(item['from'])}; "
                 f"it must be one of {', '.join(_SHAREGPT)}."
             )
         messages.append(_message(_SHAREGPT[item["from"]], _string(item["value"], "value")))

@@ -7,6 +7,7 @@ would have.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -38,31 +39,27 @@ class Mixture(Generic[T]):
                 )
         self._sources, self._seed = sources, seed
         rows, total = sum(map(len, sources)), sum(weights)
-        ends = [round(rows * sum(weights[: i + 1]) / total) for i in range(len(weights))]
-        self._counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        self._order = lru_cache(maxsize=4)(self._shuffle)
+        self._ends = [round(rows * sum(weights[: i + 1]) / total) for i in range(len(weights))]
+        # An epoch's order, and each source's: made when reached, kept while near.
+        self._permutation = lru_cache(maxsize=64)(self._make_permutation)
 
     def __len__(self) -> int:
         """Examples in an epoch: as many as the sources have rows."""
-        return sum(self._counts)
+        return self._ends[-1]
 
     def example_at(self, position: int) -> T:
         """The example at this place of the endless order."""
         epoch, place = divmod(position, len(self))
-        source, nth = self._order(epoch)[place]
-        walk, index = divmod(epoch * self._counts[source] + nth, len(self._sources[source]))
-        return self._sources[source][self._permutation(source, walk)[index]]
+        entry = self._permutation(f"mixture/{epoch}", len(self))[place]
+        source = bisect_right(self._ends, entry)
+        rows, first = self._sources[source], self._ends[source - 1] if source else 0
+        nth = epoch * (self._ends[source] - first) + entry - first
+        walk, index = divmod(nth, len(rows))
+        return rows[self._permutation(f"source/{source}/{walk}", len(rows))[index]]
 
     def batch(self, step: int, batch_size: int) -> list[T]:
         """Examples [step * batch_size, (step + 1) * batch_size)."""
         return [self.example_at(step * batch_size + i) for i in range(batch_size)]
 
-    def _shuffle(self, epoch: int) -> list[tuple[int, int]]:
-        entries = [(s, n) for s, count in enumerate(self._counts) for n in range(count)]
-        order = torch.randperm(len(entries), generator=generator(self._seed, f"mixture/{epoch}"))
-        return [entries[i] for i in order.tolist()]
-
-    @lru_cache(maxsize=64)  # noqa: B019 - a mixture lives as long as its stage
-    def _permutation(self, source: int, walk: int) -> list[int]:
-        named = generator(self._seed, f"source/{source}/{walk}")
-        return torch.randperm(len(self._sources[source]), generator=named).tolist()
+    def _make_permutation(self, name: str, size: int) -> list[int]:
+        return torch.randperm(size, generator=generator(self._seed, name)).tolist()

@@ -13,7 +13,9 @@ Piece = tuple[Sequence[int], Sequence[int]]
 
 
 def pack(sequences: Sequence[Piece]) -> PackedBatch:
-    """(ids, mask) pairs end to end, each a sequence of its own."""
+    """(ids, mask) pairs end to end, each a sequence of its own. Raises ValueError for an empty one,
+    or where ids and mask differ in length.
+    """
     return _pack((ids, mask, 0, -1) for ids, mask in sequences)
 
 
@@ -46,7 +48,7 @@ def _trees(
     for prompt, continuations in groups:
         root, size = -1, 0
         for ids, mask in continuations:
-            if root < 0 or (max_tokens and size + len(ids) > max_tokens):
+            if root < 0 or (max_tokens is not None and size + len(ids) > max_tokens):
                 root, size = count, len(prompt)
                 yield prompt, [0] * len(prompt), 0, -1
                 count += 1
@@ -62,7 +64,7 @@ def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> Pack
     masks: list[int] = []
     starts, parents = [0], []
     for row_ids, mask, first, parent in rows:
-        if len(row_ids) != len(mask):
+        if not len(row_ids) == len(mask) > 0:
             raise ValueError(f"{len(row_ids)} token ids came with a mask of {len(mask)}.")
         ids += row_ids
         positions += range(first, first + len(row_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
+from gearshift.data.formats import SourceRow
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config
 
-Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -42,50 +43,55 @@ class DataConfig(Config):
     """Applied to each source."""
 
 
-def load_rows(path: str, split: str = "train") -> list[Row]:
+def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     """All rows of a file or a data set. Raises `DataError` that names the file and the line."""
-    file = Path(path)
-    if not file.suffix and not file.exists() and not path.startswith((".", "/", "~")):
+    file = Path(path).expanduser()
+    known = file.suffix.lower() in _SUFFIXES
+    # Names on the hub may have dots (`owner/set-v1.5`); a file's folder is there.
+    if not (file.exists() or known or path.startswith((".", "/", "~"))) and (
+        not file.suffix or not file.parent.is_dir()
+    ):
         return _from_hub(path, split)
-    if file.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"{path} is none of {', '.join(_SUFFIXES)}; convert it to one of them.")
+    if not file.exists():
+        raise DataError(f"{path} does not exist{_nearest(file)}")
     if not file.is_file():
-        raise DataError(f"{path} does not exist{_nearest(file)}.")
+        raise DataError(f"{path} is a folder; name a file in it.")
+    if not known:
+        raise DataError(f"{path} is none of {', '.join(_SUFFIXES)}; convert it to one of them.")
     rows = _READERS[file.suffix.lower()](file)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
     return rows
 
 
-def _jsonl(file: Path) -> list[Row]:
+def _jsonl(file: Path) -> list[SourceRow]:
     rows = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    # Not splitlines(): a JSON string may hold a raw U+2028, which is no line end.
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # broken, or a number or nesting too large
             raise DataError(
-                f"{file}, line {number} is not JSON ({error.msg}); mend or delete the line."
+                f"{file}, line {number} is not JSON ({error}); mend or delete the line."
             ) from None
         rows.append(_object(row, f"{file}, line {number}"))
     return rows
 
 
-def _json(file: Path) -> list[Row]:
+def _json(file: Path) -> list[SourceRow]:
     try:
         rows = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}, line {error.lineno} is not JSON ({error.msg}); mend it."
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON ({error}); mend it.") from None
     if not isinstance(rows, list):
         raise DataError(f"{file} holds no list of rows; wrap them in [ ], or use JSONL.")
     return [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _csv(file: Path) -> list[Row]:
-    reader = csv.DictReader(_text(file).splitlines(keepends=True), strict=True)
+def _csv(file: Path) -> list[SourceRow]:
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     rows = []
     try:
         for row in reader:
@@ -94,7 +100,7 @@ def _csv(file: Path) -> list[Row]:
                     f"{file}, line {reader.line_num} has not as many fields as the header; "
                     "mend or delete the line."
                 )
-            rows.append(dict(row))
+            rows.append(SourceRow(row, f"{file}, line {reader.line_num}"))
     except csv.Error as error:
         raise DataError(
             f"{file}, line {reader.line_num} is not CSV ({error}); mend or delete the line."
@@ -102,20 +108,21 @@ def _csv(file: Path) -> list[Row]:
     return rows
 
 
-def _parquet(file: Path) -> list[Row]:
+def _parquet(file: Path) -> list[SourceRow]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(f"{file} needs Parquet support; pip install 'gearshift[data]'.") from None
     try:
-        return list(parquet.read_table(file).to_pylist())
+        rows = parquet.ParquetFile(file).read().to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file} is not Parquet ({str(error).splitlines()[0]}); write it anew."
         ) from None
+    return [SourceRow(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _from_hub(name: str, split: str) -> list[Row]:
+def _from_hub(name: str, split: str) -> list[SourceRow]:
     try:
         import datasets
     except ImportError:
@@ -124,9 +131,10 @@ def _from_hub(name: str, split: str) -> list[Row]:
             "'gearshift[data]'."
         ) from None
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split)]
+        rows = datasets.load_dataset(name, split=split)
+        return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     except Exception as error:  # the library raises a great many kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
             f"{name} is neither a file nor a data set that could be loaded ({reason}); "
             "check the name."
@@ -138,19 +146,21 @@ _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, "
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")  # as it is: CSV's line ends are its own
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it.") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); check its rights.") from None
 
 
-def _object(row: Any, where: str) -> Row:
+def _object(row: Any, where: str) -> SourceRow:
     if not isinstance(row, dict) or not row:
         raise DataError(f"{where} is not an object with keys; mend or delete it.")
-    return row
+    return SourceRow(row, where)
 
 
 def _nearest(file: Path) -> str:
     if not file.parent.is_dir():
-        return f", nor does its folder {file.parent}"
+        return f", nor does its folder {file.parent}; check the path."
     near = difflib.get_close_matches(file.name, [p.name for p in file.parent.iterdir()], 1)
-    return f"; did you mean {file.parent / near[0]}?" if near else ""
+    return f"; did you mean {file.parent / near[0]}?" if near else "; check the path."

@@ -70,9 +70,7 @@ class HybridEngine:
         model.eval()
         self.plan = describe(model)
         self.weights = AliasedWeights(self.plan) if self.plan else None
-        self.end_tokens = end_tokens(model, tokenizer)
-        if tokenizer.chat_template:
-            self.end_tokens |= end_token_ids(tokenizer)
+        self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
         self._cache: KVCache | None = None

@@ -7,7 +7,7 @@ Legend: M scored tokens, V vocabulary, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,29 +53,65 @@ def token_logprobs(
     temperature).
 
     `[M, V]` logits never exist: rows go through in chunks, and the backward pass computes a chunk's
-    logits again (`torch.utils.checkpoint`). Temperature 0 (greedy) scores under temperature 1.
+    logits again. Temperature 0 (greedy) scores under temperature 1.
     """
     rows = max(1, _CHUNK_ENTRIES // head.linear.out_features)
-    parts = []
-    for hidden, targets in zip(hidden_MH.split(rows), targets_M.split(rows), strict=True):
-        if torch.is_grad_enabled():
-            part = checkpoint(
-                _chunk, head, hidden, targets, temperature or 1.0, use_reentrant=False
-            )
-        else:
-            part = _chunk(head, hidden, targets, temperature or 1.0)
-        parts.append(part)
+    parts = [
+        _score_chunk(head, hidden, targets, temperature or 1.0)
+        for hidden, targets in zip(hidden_MH.split(rows), targets_M.split(rows), strict=True)
+    ]
     if not parts:
         empty = hidden_MH.sum(-1).float()
         return TokenScores(empty, empty)
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _chunk(
+def _score_chunk(
     head: Head, hidden_CH: Tensor, targets_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logits_CV = head.logits(hidden_CH) / temperature
-    norm_C = torch.logsumexp(logits_CV, -1)
-    logprobs_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1) - norm_C
-    entropy_C = norm_C - (torch.softmax(logits_CV, -1) * logits_CV).sum(-1)
-    return logprobs_C, entropy_C
+    if not torch.is_grad_enabled():
+        logprobs_C, entropy_C = _LogSoftmaxAt.apply(head.logits(hidden_CH), targets_C, temperature)
+        return logprobs_C, entropy_C
+
+    def chunk(hidden_CH: Tensor) -> tuple[Tensor, Tensor]:
+        return _LogSoftmaxAt.apply(head.logits(hidden_CH), targets_C, temperature)
+
+    return checkpoint(chunk, hidden_CH, use_reentrant=False)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """(log p_t, H) of p = softmax(x / T) in few passes over x, which it may overwrite.
+
+    d log p_t / dx = (onehot_t - p) / T and dH / dx = -p (log p + H) / T.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        log_p_CV = logits_CV.div_(temperature) if temperature != 1.0 else logits_CV
+        log_p_CV = log_p_CV.sub_(torch.logsumexp(log_p_CV, -1, keepdim=True))
+        logprobs_C = log_p_CV.gather(1, targets_C[:, None]).squeeze(1)
+        entropy_C = -torch.linalg.vecdot(log_p_CV.exp(), log_p_CV)
+        ctx.save_for_backward(log_p_CV, targets_C, entropy_C)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs_C, entropy_C
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs_C: Tensor | None, grad_entropy_C: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        log_p_CV, targets_C, entropy_C = ctx.saved_tensors
+        grad_CV = log_p_CV.exp()
+        weight_C1 = torch.zeros_like(entropy_C)[:, None]
+        if grad_logprobs_C is not None:
+            weight_C1 = weight_C1 - grad_logprobs_C[:, None]
+        if grad_entropy_C is not None:
+            surprise_CV = (log_p_CV + entropy_C[:, None]) * grad_entropy_C[:, None]
+            grad_CV.mul_(weight_C1 - surprise_CV)
+        else:
+            grad_CV.mul_(weight_C1)
+        if grad_logprobs_C is not None:
+            grad_CV.scatter_add_(1, targets_C[:, None], grad_logprobs_C[:, None])
+        return (grad_CV / ctx.temperature if ctx.temperature != 1.0 else grad_CV), None, None

@@ -20,7 +20,7 @@ def column(data: list[list[tuple[float, ...]]], i: int) -> list[list[float]]:
 def padded(data: list[list[float]]) -> tuple[Tensor, Tensor]:
     """[N, A] float64 and its mask. What stands in the padding is loud, for nothing may read it."""
     longest = max(map(len, data))
-    values = torch.full((len(data), longest), 0.0, dtype=torch.float64)
+    values = torch.full((len(data), longest), 99.0, dtype=torch.float64)
     mask = torch.zeros(len(data), longest, dtype=torch.bool)
     for i, row in enumerate(data):
         values[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
@@ -28,7 +28,9 @@ def padded(data: list[list[float]]) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
-def assert_rows(ours: Tensor, mask: Tensor, expected: list[list[float]]) -> None:
+def assert_rows(
+    ours: Tensor, mask: Tensor, expected: list[list[float]], atol: float = 1e-9
+) -> None:
     flat = torch.tensor([x for row in expected for x in row], dtype=torch.float64)
-    assert torch.allclose(ours[mask], flat, atol=1e-9)
+    assert torch.allclose(ours[mask], flat, atol=atol)
     assert (ours[~mask] == 0).all()

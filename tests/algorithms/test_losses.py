@@ -27,8 +27,9 @@ def ppo_oracle(lp: float, old: float, a: float, low: float, high: float) -> tupl
 
 @given(TOKENS, st.sampled_from([0.1, 0.2]), st.sampled_from([0.2, 0.28]))
 def test_ppo_clip(tokens: list[tuple[float, float, float]], low: float, high: float) -> None:
-    lp, old, a = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
-    lp.requires_grad_()
+    lp, old, a = (
+        torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in zip(*tokens, strict=True)
+    )
     out = ppo_clip(lp, old, a, clip_low=low, clip_high=high)
     out.loss_M.sum().backward()
     expected = [ppo_oracle(*t, low, high) for t in tokens]
@@ -36,6 +37,19 @@ def test_ppo_clip(tokens: list[tuple[float, float, float]], low: float, high: fl
     assert torch.allclose(lp.grad, torch.tensor([e[1] for e in expected]).double(), atol=1e-9)
     flat = torch.tensor([e[1] == 0 and t[2] != 0 for e, t in zip(expected, tokens, strict=True)])
     assert torch.equal(out.metrics["clip_fraction"].bool(), flat)
+    assert old.grad is None and a.grad is None  # constants of the update
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+@given(TOKENS)
+def test_figures_of_each_token(name: str, tokens: list[tuple[float, float, float]]) -> None:
+    lp, old, a = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
+    metrics = POLICY_LOSSES[name](lp, old, a, clip_low=0.2, clip_high=0.2).metrics
+    ratio = [math.exp(x - y) for x, y, _ in tokens]
+    assert torch.allclose(metrics["ratio"], torch.tensor(ratio).double(), atol=1e-9)
+    if name == "ppo_clip":
+        kl = [r - 1 - math.log(r) for r in ratio]
+        assert torch.allclose(metrics["approx_kl"], torch.tensor(kl).double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
@@ -52,15 +66,28 @@ def test_on_policy_every_loss_has_the_policy_gradient(name: str) -> None:
 
 @given(TOKENS, st.sampled_from([None, 0.2]))
 def test_value_loss(tokens: list[tuple[float, float, float]], clip: float | None) -> None:
-    v, r, old = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
-    expected = []
+    v, r, old = (
+        torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in zip(*tokens, strict=True)
+    )
+    expected, slopes = [], []
     for value, target, before in tokens:
-        loss = (value - target) ** 2 / 2
+        loss, slope = (value - target) ** 2 / 2, value - target
         if clip is not None:
             near = min(max(value, before - clip), before + clip)
-            loss = max(loss, (near - target) ** 2 / 2)
+            if (near - target) ** 2 / 2 > loss:  # the clipped side counts, and it is flat
+                loss, slope = (near - target) ** 2 / 2, 0.0
         expected.append(loss)
-    assert torch.allclose(value_loss(v, r, old, clip), torch.tensor(expected).double(), atol=1e-9)
+        slopes.append(slope)
+    losses = value_loss(v, r, old, clip)
+    assert torch.allclose(losses, torch.tensor(expected).double(), atol=1e-9)
+    losses.sum().backward()
+    assert torch.allclose(v.grad, torch.tensor(slopes).double(), atol=1e-9)
+    assert r.grad is None and old.grad is None  # targets are constants
+
+
+def test_a_value_clip_without_old_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="old values"):
+        value_loss(torch.ones(1), torch.zeros(1), clip=0.2)
 
 
 @given(TOKENS, st.sampled_from([0.0, 0.01]))

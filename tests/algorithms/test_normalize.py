@@ -28,6 +28,8 @@ def test_padding_and_back(counts: list[int]) -> None:
         list(range(1 + sum(counts[:i]), 1 + sum(counts[: i + 1]))) for i in range(len(counts))
     ]
     assert torch.equal(unpad_rows(rows, row_mask(counts_N)), flat)
+    with pytest.raises(ValueError, match="do not fill"):
+        pad_rows(torch.cat([flat, flat[:1]]), counts_N)
 
 
 @given(COUNTS)

@@ -15,6 +15,7 @@ from gearshift.data.chat import (
     render_text,
     render_turn,
 )
+from gearshift.data.packing import pack
 from gearshift.errors import DataError
 from gearshift.models.load import ModelConfig, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
@@ -127,9 +128,10 @@ def test_a_template_that_rewrites_uses_its_own_marks_or_is_refused() -> None:
         render_supervised(with_template(unmarked), chat)
 
 
-def test_plain_text_ends_and_is_all_trained() -> None:
+def test_plain_text_ends_and_is_all_trained_but_what_nothing_predicts() -> None:
     ids, mask = render_text(TOKENIZER, "hello")
-    assert TOKENIZER.decode(ids) == "hello<|im_end|>" and all(mask)
+    assert TOKENIZER.decode(ids) == "hello<|im_end|>" and mask == [0, 1, 1, 1, 1, 1]
+    assert pack([(ids, mask)]).predictors.tolist() == [0, 1, 2, 3, 4]
 
 
 @given(WORDS, WORDS, WORDS)

@@ -1,11 +1,8 @@
-"""Which characters of a rendered conversation the assistant wrote, by walking the ChatML text
-itself.
-"""
+"""Which characters of a rendered conversation the assistant wrote, by walking the text itself."""
 
 
-def chatml_mask(text: str) -> list[bool]:
-    """True on the words of each assistant message and on its end marker."""
-    opening, end = "<|im_start|>assistant\n", "<|im_end|>"
+def answer_mask(text: str, opening: str, end: str) -> list[bool]:
+    """True on what stands between each `opening` and the next `end`, and on that `end`."""
     mask = [False] * len(text)
     at = 0
     while (start := text.find(opening, at)) >= 0:
@@ -14,3 +11,8 @@ def chatml_mask(text: str) -> list[bool]:
         mask[first:last] = [True] * (last - first)
         at = last
     return mask
+
+
+def chatml_mask(text: str) -> list[bool]:
+    """The same for ChatML."""
+    return answer_mask(text, "<|im_start|>assistant\n", "<|im_end|>")
