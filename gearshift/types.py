@@ -241,14 +241,33 @@ class PackedBatch:
             parents=torch.where(parents >= 0, parents - first, parents),
         )
 
-    def keep_trees(self, wanted_T: Tensor) -> PackedBatch:
-        """The trees with at least one wanted token (`wanted_T` [T] bool); the first if none."""
-        trees = self.trees()
-        cu = self.cu_seqlens
-        kept = [(a, b) for a, b in trees if bool(wanted_T[int(cu[a]) : int(cu[b])].any())]
-        if len(kept) == len(trees):
-            return self
-        return PackedBatch.join([self.slice(*tree) for tree in kept or trees[:1]])
+    def keep(self, wanted_T: Tensor) -> PackedBatch:
+        """The sequences that hold a wanted token (`wanted_T` [T] bool), and those that they
+        continue; the first tree if no token is wanted.
+        """
+        lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        parents = self.parents.tolist()
+        kept = [bool(part.any()) for part in wanted_T.split(lengths.tolist())]
+        for i in reversed(range(len(kept))):  # a parent comes before its children
+            if kept[i] and parents[i] >= 0:
+                kept[parents[i]] = True
+        if not any(kept):
+            return self.slice(*self.trees()[0])
+        kept_N = torch.tensor(kept)
+        kept_T = torch.repeat_interleave(kept_N, lengths).to(wanted_T.device)
+        moved_N = kept_N.cumsum(0) - 1
+        cut = {
+            f.name: getattr(self, f.name)[kept_T]
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        old = self.parents[kept_N]
+        return replace(
+            self,
+            **cut,
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths[kept_N].cumsum(0)]),
+            parents=torch.where(old >= 0, moved_N[old.clamp(min=0)], -1),
+        )
 
     def split(self, max_tokens: int) -> Iterator[PackedBatch]:
         """Cut into micro-batches of whole trees, in order, each of at most `max_tokens` where trees

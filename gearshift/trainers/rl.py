@@ -93,6 +93,9 @@ class RLConfig(StageConfig):
     """Discount from token to token."""
     lam: float = Field(0.95, ge=0, le=1)
     """Of generalised advantage estimation."""
+    positive_only: bool = False
+    """Learn from what beat its baseline and leave the rest, as rejection sampling does (RAFT, Dong
+    et al. 2023). Not the policy gradient, but less noise where samples are few."""
     whiten: bool = False
     """Bring the rollout's advantages to mean 0 and variance 1."""
     value: Literal["head", "critic"] = "head"
@@ -280,6 +283,8 @@ class RLTrainer:
             )
         if config.whiten:
             advantages_NA = whiten(advantages_NA, mask_NA)
+        if config.positive_only:
+            advantages_NA = advantages_NA.clamp(min=0.0)
         batch = batch.with_scored(
             advantages=unpad_rows(advantages_NA, mask_NA), returns=unpad_rows(returns_NA, mask_NA)
         )
@@ -298,7 +303,7 @@ class RLTrainer:
                 mini = mini.with_scored(loss_weights=weights)
                 if self.only_advantages_count:
                     assert mini.advantages is not None
-                    mini = mini.keep_trees(mini.advantages != 0)
+                    mini = mini.keep(mini.advantages != 0)
                 with self.engine.training():
                     history.append(
                         update(mini.split(config.max_tokens), self.loss_of, *self.optimizers)
@@ -308,7 +313,7 @@ class RLTrainer:
 
     @property
     def only_advantages_count(self) -> bool:
-        """Whether a group whose advantages are all 0 has no gradient and need not be computed.
+        """Whether a completion whose advantage is 0 has no gradient and need not be computed.
 
         Its weight in the mean stays: the gradient is the same, sooner.
         """

@@ -56,11 +56,17 @@ def test_splitting_and_joining(groups: list, max_tokens: int) -> None:
     assert torch.equal(whole.scored("advantages"), values)
 
 
-def test_trees_without_a_wanted_token_are_dropped() -> None:
-    batch = pack_groups([([1], [([2], [1])]), ([3], [([4], [1]), ([5], [1])])])
-    kept = batch.keep_trees(batch.input_ids == 5)
-    assert kept.input_ids.tolist() == [3, 4, 5] and kept.parents.tolist() == [-1, 0, 0]
-    assert batch.keep_trees(batch.input_ids == 77).input_ids.tolist() == [1, 2]
+def test_sequences_without_a_wanted_token_are_dropped_and_their_prompt_kept() -> None:
+    batch = pack_groups([([1], [([2], [1])]), ([3], [([4], [1]), ([5, 6], [1, 1])])])
+    batch = batch.with_scored(advantages=torch.tensor([2.0, 4.0, 5.0, 6.0]))
+    kept = batch.keep(batch.input_ids == 6)
+    assert kept.input_ids.tolist() == [3, 5, 6] and kept.parents.tolist() == [-1, 0]
+    assert kept.cu_seqlens.tolist() == [0, 1, 3]
+    assert kept.position_ids.tolist() == [0, 1, 2]
+    assert kept.scored("advantages").tolist() == [5.0, 6.0]
+    both = batch.keep((batch.input_ids == 2) | (batch.input_ids == 4))
+    assert both.input_ids.tolist() == [1, 2, 3, 4] and both.parents.tolist() == [-1, 0, -1, 2]
+    assert batch.keep(batch.input_ids == 77).input_ids.tolist() == [1, 2]
 
 
 def test_a_scored_token_needs_a_predictor() -> None:

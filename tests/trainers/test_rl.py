@@ -13,7 +13,7 @@ from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rl import pack_trajectories, place_rewards
+from gearshift.trainers.rl import RLTrainer, pack_trajectories, place_rewards
 from gearshift.types import SamplingParams
 from tests.gyms import Faulty, SayLetters, TwoTurns
 from tests.trainers.rl_runs import small, trainer
@@ -27,6 +27,7 @@ from tests.zoo import random_model
         {"advantage": "reinforce", "value": "critic"},
         {"advantage": "gae", "loss": "ppo_clip", "epochs": 2},
         {"advantage": "rloo"},
+        {"advantage": "rloo", "positive_only": True},
         {
             "advantage": "grpo",
             "loss": "ppo_clip",
@@ -41,6 +42,21 @@ def test_it_learns(tmp_path: Path, method: dict[str, object]) -> None:
     trainer(config, tmp_path).train()
     rewards = [m["reward"] for m in read_metrics(tmp_path / "metrics.jsonl")]
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.3
+
+
+def test_what_is_not_computed_does_not_change_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions of advantage 0 are left out: the weights end as if they had been computed."""
+    ends = []
+    linear = {"lr": 0.1, "eps": 1.0}  # linear in the gradient, unlike AdamW's first step
+    config = small(steps=3, advantage="rloo", positive_only=True, kl={"beta": 0}, optimizer=linear)
+    for folder in ("skipped", "computed"):
+        run = trainer(config, tmp_path / folder)
+        run.train()
+        ends.append(torch.cat([p.detach().flatten() for p in run.engine.model.parameters()]))
+        monkeypatch.setattr(RLTrainer, "only_advantages_count", property(lambda self: False))
+    assert (ends[0] - ends[1]).norm() <= 1e-5 * ends[0].norm()
 
 
 def test_a_large_beta_holds_the_policy_near_the_reference(tmp_path: Path) -> None:
