@@ -47,7 +47,7 @@ from gearshift.trainers.reward import (
     train_reward_model,
 )
 from gearshift.trainers.rl import RLConfig, RLTrainer
-from gearshift.trainers.sft import SFTConfig, render_examples, train_sft
+from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
 from gearshift.trainers.stage import Stage, write_json
 from gearshift.types import SamplingParams
 
@@ -128,12 +128,7 @@ class Run:
         config = self.recipe.sft
         assert config is not None
         engine = self._engine(None)
-        examples = self._mixture(
-            config.data,
-            lambda rows: render_examples(
-                [to_supervised(r) for r in rows], engine, config.max_length
-            ),
-        )
+        examples = self._examples(config.data, engine, config.max_length)
         stage = self._new_stage("sft", config.steps(len(examples)), config)
         train_sft(config, engine, examples, stage)
         self._save(folder, engine.model, engine.tokenizer, "supervised fine-tuning")
@@ -174,7 +169,7 @@ class Run:
         start = self._newest_policy(before="rl")
         engine = self._engine(start)
         reference = load_policy(self.recipe.model, start) if config.kl.beta > 0 else None
-        needs_critic = config.value == "critic"
+        mix, needs_critic = config.supervised, config.value == "critic"
         collector = self._collector(engine, "train")
         trainer = RLTrainer(
             config,
@@ -185,6 +180,7 @@ class Run:
             self._new_stage("rl", config.steps, config),
             reference=reference.requires_grad_(False) if reference is not None else None,
             critic=load_policy(self.recipe.model, start) if needs_critic else None,
+            examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
         )
         trainer.train()
         self._save(
@@ -312,6 +308,14 @@ class Run:
             self.say(f"data: {source.path}: {report}")
             sources.append(rows)
         return sources
+
+    def _examples(
+        self, config: DataConfig, engine: HybridEngine, max_length: int
+    ) -> Mixture[Rendered]:
+        return self._mixture(
+            config,
+            lambda rows: render_examples([to_supervised(r) for r in rows], engine, max_length),
+        )
 
     def _mixture(
         self, config: DataConfig, render: Callable[[list[Row]], list[Example]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from gearshift.algorithms.advantages import ADVANTAGES, NEEDS_VALUES, token_rewa
 from gearshift.algorithms.kl import KL_ESTIMATORS
 from gearshift.algorithms.normalize import loss_weights, pad_rows, row_mask, unpad_rows, whiten
 from gearshift.algorithms.policy_losses import POLICY_LOSSES, value_loss
+from gearshift.data import DataConfig, Mixture
 from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
@@ -35,6 +37,7 @@ from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.config import Config
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
+from gearshift.trainers.sft import Rendered, supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage, StageConfig
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch, SamplingParams, Trajectory
@@ -66,6 +69,21 @@ class RewardSource(Config):
     """
     weight: float = 1.0
     """Its weight in the sum; 0 only logs it."""
+
+
+class SupervisedMix(Config):
+    """Labelled examples that each update learns from besides the rollout, so that what supervised
+    tuning taught is not lost (PPO-ptx; Ouyang et al. 2022).
+    """
+
+    data: DataConfig = DataConfig()
+    """The examples; none to leave it."""
+    weight: float = Field(1.0, gt=0)
+    """Of their mean token loss, beside the policy loss."""
+    batch_size: int = Field(8, ge=1)
+    """Examples beside each update."""
+    max_length: int = Field(1024, ge=2)
+    """Longer examples are refused."""
 
 
 class RLConfig(StageConfig):
@@ -118,6 +136,8 @@ class RLConfig(StageConfig):
     """Updates in one pass."""
     kl: KLConfig = KLConfig()
     """Penalty on the distance to the reference policy."""
+    supervised: SupervisedMix = SupervisedMix()
+    """Labelled examples mixed into each update."""
     max_tokens: int = Field(4096, ge=1)
     """Tokens in one micro-batch; bounds memory, does not change the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
@@ -170,11 +190,13 @@ class RLTrainer:
         stage: Stage,
         reference: PreTrainedModel | None = None,
         critic: PreTrainedModel | None = None,
+        examples: Mixture[Rendered] | None = None,
     ) -> None:
         """`rows`: how many rows the environment draws from, or None where each episode is drawn by
         its seed. `reference` is needed where `kl.beta` > 0; `critic` (a causal LM) where `value` is
-        `critic`.
+        `critic`; `examples` are mixed into the updates.
         """
+        self.examples = examples
         self.config, self.engine, self.collector = config, engine, collector
         self.rows, self.score, self.stage, self.reference = rows, score, stage, reference
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
@@ -275,7 +297,7 @@ class RLTrainer:
             gamma=config.gamma,
             lam=config.lam,
         )
-        metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std())}
+        metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std(correction=0))}
         if values_M is not None:
             error_M = unpad_rows(returns_NA, mask_NA) - values_M
             metrics["value/explained_variance"] = 1.0 - float(
@@ -293,11 +315,12 @@ class RLTrainer:
     def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """All updates of one rollout; metrics are means over them."""
         config = self.config
-        history = []
+        history: list[dict[str, float]] = []
         for epoch in range(config.epochs):
             for mini in minibatches(
                 batch, config.minibatches, generator(self.stage.seed, f"mini/{step}/{epoch}")
             ):
+                nth = step * config.epochs * config.minibatches + len(history)
                 counts = mini.counts[mini.counts > 0]
                 weights = loss_weights(counts, config.aggregation).to(batch.input_ids.device)
                 mini = mini.with_scored(loss_weights=weights)
@@ -305,11 +328,19 @@ class RLTrainer:
                     assert mini.advantages is not None
                     mini = mini.keep(mini.advantages != 0)
                 with self.engine.training():
-                    history.append(
-                        update(mini.split(config.max_tokens), self.loss_of, *self.optimizers)
-                    )
+                    micros = [*mini.split(config.max_tokens), *self.supervised(nth)]
+                    computed = float(mini.scored("loss_weights").sum())
+                    loss_of = partial(self.loss_of, computed=computed)
+                    history.append(update(micros, loss_of, *self.optimizers))
                 self.engine.weights_changed()
         return {name: fmean(h[name] for h in history) for name in history[0]}
+
+    def supervised(self, nth: int) -> list[PackedBatch]:
+        """The labelled examples that stand beside the `nth` update, in micro-batches."""
+        if self.examples is None:
+            return []
+        rows = self.examples.batch(nth, self.config.supervised.batch_size)
+        return list(supervised_batch(rows).to(self.engine.device).split(self.config.max_tokens))
 
     @property
     def only_advantages_count(self) -> bool:
@@ -320,11 +351,16 @@ class RLTrainer:
         kl = self.config.kl
         return self.value_net is None and (kl.beta == 0 or kl.where == "reward")
 
-    def loss_of(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, batch: PackedBatch, computed: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one
-        micro-batch.
+        micro-batch; or the weighted loss of one of labelled examples.
+
+        Metrics are means over what is computed, which has `computed` of the loss's weights.
         """
         config = self.config
+        if batch.advantages is None:
+            loss, _ = supervised_loss(self.engine, batch)
+            return config.supervised.weight * loss, {"supervised/loss": loss}
         weights_M = batch.scored("loss_weights")
         scores = self.engine.logprobs(batch, config.temperature, self._shared_head)
         old_M = (
@@ -335,13 +371,14 @@ class RLTrainer:
             clip_low=config.clip_low, clip_high=config.clip_high,
         )  # fmt: skip
         loss = (weights_M * policy.loss_M).sum()
-        metrics = {name: (weights_M * value_M).sum() for name, value_M in policy.metrics.items()}
-        metrics["entropy"] = (weights_M * scores.entropy).sum()
+        share_M = weights_M / computed
+        metrics = {name: (share_M * value_M).sum() for name, value_M in policy.metrics.items()}
+        metrics["entropy"] = (share_M * scores.entropy).sum()
         gap_M = (old_M - batch.scored("sampler_logprobs")).abs()
-        metrics["sampling/logprob_gap"] = (weights_M * gap_M).sum()
+        metrics["sampling/logprob_gap"] = (share_M * gap_M).sum()
         if config.kl.beta > 0:
             ref_M = batch.scored("ref_logprobs")
-            metrics["kl"] = (weights_M * KL_ESTIMATORS["k3"](scores.logprobs, ref_M)).sum()
+            metrics["kl"] = (share_M * KL_ESTIMATORS["k3"](scores.logprobs, ref_M)).sum()
             if config.kl.where == "loss":
                 kl_M = KL_ESTIMATORS[config.kl.estimator](scores.logprobs, ref_M)
                 loss = loss + config.kl.beta * (weights_M * kl_M).sum()
@@ -351,7 +388,7 @@ class RLTrainer:
         if values_M is not None:
             error = (weights_M * value_loss(values_M, batch.scored("returns"))).sum()
             loss = loss + config.value_coefficient * error
-            metrics["value/loss"] = error
+            metrics["value/loss"] = error / computed
         return loss, metrics
 
     @torch.no_grad()

@@ -80,6 +80,20 @@ def render_examples(
     return rendered
 
 
+def supervised_batch(examples: Sequence[Rendered]) -> PackedBatch:
+    """The examples as one batch, each trained token with the same weight; the weights sum to 1."""
+    batch = pack(examples)
+    return batch.with_scored(loss_weights=loss_weights(batch.counts, "token_mean"))
+
+
+def supervised_loss(engine: HybridEngine, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted negative log-likelihood of a batch's trained tokens, and metrics."""
+    scores = engine.logprobs(batch)
+    weights_M = batch.scored("loss_weights")
+    loss = -(weights_M * scores.logprobs).sum()
+    return loss, {"entropy": (weights_M * scores.entropy).sum()}
+
+
 def train_sft(
     config: SFTConfig, engine: HybridEngine, examples: Mixture[Rendered], stage: Stage
 ) -> None:
@@ -88,16 +102,10 @@ def train_sft(
     stage.track(model=engine.model, optimizer=optimizer)
 
     def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = engine.logprobs(batch)
-        weights_M = batch.scored("loss_weights")
-        loss = -(weights_M * scores.logprobs).sum()
-        return loss, {"entropy": (weights_M * scores.entropy).sum()}
+        return supervised_loss(engine, batch)
 
     for step in stage.steps(on_resume=engine.weights_changed):
-        batch = pack(examples.batch(step, config.batch_size)).to(engine.device)
-        batch = batch.with_scored(
-            loss_weights=loss_weights(batch.counts, "token_mean").to(engine.device)
-        )
+        batch = supervised_batch(examples.batch(step, config.batch_size)).to(engine.device)
         with stage.phase("train"), engine.training(dropout=True):
             metrics = update(batch.split(config.max_tokens), loss_of, optimizer)
         engine.weights_changed()

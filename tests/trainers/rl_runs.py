@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from gearshift.data import Mixture
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.trainers.rl import RLConfig, RLTrainer
+from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
 from gearshift.types import Trajectory
 from tests.gyms import SayLetters
@@ -44,6 +46,7 @@ def trainer(
     environment: type[TextEnvironment] = SayLetters,
     seed: int = 0,
     model: Any = None,
+    examples: Mixture[Rendered] | None = None,
 ) -> RLTrainer:
     """A trainer of the tiny model, ready to `train()`."""
     engine = HybridEngine(
@@ -59,4 +62,5 @@ def trainer(
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=reference,
         critic=load_policy(TINY) if config.value == "critic" else None,
+        examples=examples,
     )

@@ -8,9 +8,10 @@ from statistics import fmean
 import pytest
 import torch
 
+from gearshift.data import Mixture
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
-from gearshift.models.tiny import tiny_tokenizer
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.rl import RLTrainer, pack_trajectories, place_rewards
@@ -57,6 +58,32 @@ def test_what_is_not_computed_does_not_change_the_update(
         ends.append(torch.cat([p.detach().flatten() for p in run.engine.model.parameters()]))
         monkeypatch.setattr(RLTrainer, "only_advantages_count", property(lambda self: False))
     assert (ends[0] - ends[1]).norm() <= 1e-5 * ends[0].norm()
+
+
+def test_labelled_examples_add_their_weighted_gradient(tmp_path: Path) -> None:
+    """One update with examples = one without + weight * the mean token loss's own gradient."""
+    rendered = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 1]), ([9, 4, 3, 11], [0, 1, 0, 1])]
+    examples = Mixture([rendered], [1.0], seed=0)
+    linear = {"lr": 0.1, "eps": 1e4, "max_grad_norm": 1e9}  # AdamW's first step is then linear
+    mix = {"weight": 0.5, "batch_size": 2}
+    config = small(steps=1, kl={"beta": 0}, optimizer=linear, advantage="rloo", supervised=mix)
+    ends = []
+    for name, given in (("mixed", examples), ("alone", None)):
+        run = trainer(config, tmp_path / name, examples=given)
+        run.train()
+        ends.append([p.detach() for p in run.engine.model.parameters()])
+
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    losses = []
+    for ids, mask in rendered:
+        logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        losses += [-logprobs[i - 1, ids[i]] for i in range(1, len(ids)) if mask[i]]
+    (0.5 * torch.stack(losses).mean()).backward()
+    for mixed, alone, parameter in zip(*ends, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        expected = -0.1 * parameter.grad / 1e4
+        assert (mixed - alone - expected).norm() <= 0.02 * expected.norm() + 1e-9
 
 
 def test_a_large_beta_holds_the_policy_near_the_reference(tmp_path: Path) -> None:
