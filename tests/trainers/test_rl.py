@@ -64,7 +64,7 @@ def test_labelled_examples_add_their_weighted_gradient(tmp_path: Path) -> None:
     """One update with examples = one without + weight * the mean token loss's own gradient."""
     rendered = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 1]), ([9, 4, 3, 11], [0, 1, 0, 1])]
     examples = Mixture([rendered], [1.0], seed=0)
-    linear = {"lr": 0.1, "eps": 1e4, "max_grad_norm": 1e9}  # AdamW's first step is then linear
+    linear = {"lr": 10.0, "eps": 1e3, "max_grad_norm": 1e9}  # AdamW's first step is then linear
     mix = {"weight": 0.5, "batch_size": 2}
     config = small(steps=1, kl={"beta": 0}, optimizer=linear, advantage="rloo", supervised=mix)
     ends = []
@@ -82,7 +82,7 @@ def test_labelled_examples_add_their_weighted_gradient(tmp_path: Path) -> None:
     (0.5 * torch.stack(losses).mean()).backward()
     for mixed, alone, parameter in zip(*ends, model.parameters(), strict=True):
         assert parameter.grad is not None
-        expected = -0.1 * parameter.grad / 1e4
+        expected = -10.0 * parameter.grad / 1e3
         assert (mixed - alone - expected).norm() <= 0.02 * expected.norm() + 1e-9
 
 
