@@ -37,6 +37,15 @@ class SamplingParams:
     """A completion that reaches it ends with finish reason `length`."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion (kept in it); the model's end tokens always do."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further tokens that end a completion (kept in it)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the prompt or the completion has are divided by it where positive and
+    multiplied where negative (Keskar et al. 2019); 1 leaves them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Runs of tokens that are never completed."""
     seed: int | None = None
     """Seed of these requests; None takes the engine's."""
 
@@ -48,6 +57,8 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "be 0 (all) or more"),
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
+            ("bad_words", all(self.bad_words), "hold no empty run"),
         ):
             if not ok:
                 raise ConfigError(f"sampling {name} is {getattr(self, name)}; it must {must}.")
@@ -60,8 +71,13 @@ class Completion:
     token_ids: list[int]
     """The sampled tokens, the end token included when `finish_reason` is `stop`."""
     logprobs: list[float]
-    """log p(token) in nats under softmax(logits / temperature), before any truncation (top-k,
-    top-p, min-p): the policy that importance ratios are about. Greedy: under softmax(logits)."""
+    """log p(token) in nats under softmax(logits / temperature), untouched by truncation (top-k,
+    top-p, min-p), penalty, bias and bad words: the policy that training scores and that importance
+    ratios are about. Greedy: under softmax(logits)."""
+    drawn_logprobs: list[float]
+    """log p(token) under the distribution that the token was drawn from, all of that applied; what
+    an importance ratio against the sampler itself needs. Equal to `logprobs` where nothing of it
+    is asked for."""
     finish_reason: FinishReason
     weights_version: int
     """Which weights wrote it; see `HybridEngine.weights_changed`."""

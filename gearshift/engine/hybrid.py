@@ -13,20 +13,25 @@ a graph).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
-from gearshift.engine.cache import KVCache
-from gearshift.engine.decode import forward
-from gearshift.engine.scheduler import Sampled, Scheduler, StopRule, completion
-from gearshift.engine.weights import AliasedWeights
+from gearshift.engine import requests
+from gearshift.engine.cache import BLOCK, BlockCache
+from gearshift.engine.decode import described, generic
+from gearshift.engine.kernels import Places
+from gearshift.engine.native import kernels_for
+from gearshift.engine.scheduler import Scheduler, Timing
+from gearshift.engine.weights import AliasedWeights, can_pack
 from gearshift.errors import CapacityError, GearshiftError
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import check_head, describe, head_of
@@ -46,10 +51,46 @@ class EngineConfig(Config):
     """Completions that decode together."""
     max_length: int | None = Field(None, ge=2)
     """Longest prompt plus completion; None takes the model's."""
-    prefill_tokens: int = Field(8192, ge=1)
+    prefill_tokens: int = Field(4096, ge=1)
     """Prompt tokens that one prefill computes together."""
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values the cache holds at most; None makes room for `max_rows` of the
+    longest requests at hand. With less room, sequences wait or are computed again.
+    """
     keep_cache: bool = True
-    """Keep the cache's memory while training; false gives it back at each shift."""
+    """Keep the cache's memory (and packed weights) while training; false gives it back at each
+    shift."""
+    packed_weights: bool | None = None
+    """Multiply by a copy of the weights in the CPU's own layout, made anew for each version; None
+    does so where it is faster (bf16 on a CPU that multiplies bf16).
+    """
+
+
+class Stream:
+    """The tokens of one completion as they are sampled; other requests run on meanwhile."""
+
+    def __init__(self, engine: HybridEngine, sequence: requests.Sequence) -> None:
+        self._engine, self._sequence, self._told = engine, sequence, 0
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> int:
+        while self._told == len(self._sequence.token_ids):
+            if self._sequence.finish_reason is not None:
+                raise StopIteration
+            self._engine.step()
+        self._told += 1
+        return self._sequence.token_ids[self._told - 1]
+
+    def abort(self) -> None:
+        """End the request here; its part of the cache is free at once."""
+        self._engine.abort(self._sequence)
+
+    @property
+    def completion(self) -> Completion:
+        """What was written so far; `finish_reason` is `abort` until it has ended by itself."""
+        return self._sequence.completion(self._engine.weights_version)
 
 
 class HybridEngine:
@@ -69,11 +110,15 @@ class HybridEngine:
             model.set_attn_implementation(ATTENTION)
         model.eval()
         self.plan = describe(model)
-        self.weights = AliasedWeights(self.plan) if self.plan else None
+        self.head = head_of(model)
+        self.weights = AliasedWeights(self.plan, self.head.linear) if self.plan else None
+        self.kernels = kernels_for(next(model.parameters()))
         self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
-        self._cache: KVCache | None = None
+        self.shift_seconds = 0.0
+        self._written = self._writes()
+        self._scheduler: Scheduler | None = None
         self._check_head()
 
     @property
@@ -86,6 +131,8 @@ class HybridEngine:
         """Longest prompt plus completion, in tokens."""
         longest = getattr(self.model.config, "max_position_embeddings", None) or 2**20
         return min(longest, self.config.max_length or longest)
+
+    # Gears
 
     @contextmanager
     def generating(self) -> Iterator[HybridEngine]:
@@ -106,6 +153,21 @@ class HybridEngine:
             finally:
                 self.model.train(was)
 
+    def weights_changed(self) -> None:
+        """Say that the parameters were written: a new version begins, and what the cache holds of
+        the old one is forgotten. Raises `GearshiftError` while requests are on their way.
+        """
+        if self._scheduler is not None:
+            if not self._scheduler.idle:
+                raise GearshiftError(
+                    "The weights changed while requests were running; let them end, or abort them."
+                )
+            self._scheduler.cache.forget()
+        self._written = self._writes()
+        self.weights_version += 1
+
+    # Generation
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -120,20 +182,40 @@ class HybridEngine:
         Raises `CapacityError` for an empty prompt, or one that leaves no room for `max_new_tokens`.
         """
         params = params or SamplingParams()
-        scheduler, groups = self._schedule(prompts, params, request_ids)
-        while not scheduler.done:
-            scheduler.step()
-        return [[completion(s, self.weights_version) for s in group] for group in groups]
+        request_ids = range(len(prompts)) if request_ids is None else request_ids
+        groups = self._add(prompts, [params] * len(prompts), request_ids)
+        try:
+            while any(s.finish_reason is None for group in groups for s in group):
+                self.step()
+        except BaseException:  # an interrupt too: what nobody waits for must not run on
+            for sequence in (s for group in groups for s in group):
+                self.abort(sequence)
+            raise
+        return [[s.completion(self.weights_version) for s in group] for group in groups]
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, request_id: int = 0
-    ) -> Iterator[int]:
-        """The tokens of one completion as they are sampled, the same that `generate` would give."""
-        params = params or SamplingParams()
-        scheduler, [[sequence]] = self._schedule([prompt], params, [request_id], n=1)
-        while not scheduler.done:
-            scheduler.step()
-            yield sequence.token_ids[-1]
+    ) -> Stream:
+        """The tokens of one completion as they are sampled, the same that `generate` would give.
+
+        The request runs beside others: of other streams, and of `generate`.
+        """
+        params = replace(params or SamplingParams(), n=1)
+        [[sequence]] = self._add([prompt], [params], [request_id])
+        return Stream(self, sequence)
+
+    def step(self) -> None:
+        """One token for every request on its way. `generate` and `stream` call it."""
+        self._require("generation", "Sampling")
+        if self._scheduler is not None and not self._scheduler.idle:
+            self._scheduler.step()
+
+    def abort(self, sequence: requests.Sequence) -> None:
+        """End a request where it stands, if it has not ended."""
+        if self._scheduler is not None and sequence.finish_reason is None:
+            self._scheduler.abort(sequence)
+
+    # Training
 
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
@@ -144,32 +226,68 @@ class HybridEngine:
         self._require("training", "logprobs")
         return token_scores(self.model, batch, temperature, value_head)
 
-    def weights_changed(self) -> None:
-        """Say that the parameters were written: a new version begins."""
-        self.weights_version += 1
+    # Reports
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose. `aliased` is part of `weights`, not a copy."""
         return {
             "weights": sum(p.nbytes for p in self.model.parameters()),
+            "gradients": sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None),
             "aliased": self.weights.bytes() if self.weights else 0,
-            "cache": self._cache.bytes() if self._cache else 0,
+            "packed": self.weights.packed_bytes() if self.weights else 0,
+            "cache": self._scheduler.cache.bytes() if self._scheduler else 0,
         }
+
+    def timing(self) -> Timing:
+        """What generation did since this was last asked, and begin anew."""
+        if self._scheduler is None:
+            return Timing()
+        done, self._scheduler.timing = self._scheduler.timing, Timing()
+        return done
+
+    # Inside
 
     @contextmanager
     def _shifted(self, gear: Gear) -> Iterator[None]:
         before = self.gear
         if gear != before:
-            require_attention(self.model)
-            if self.weights is not None:
-                self.weights.check()
-            if gear == "training" and not self.config.keep_cache:
-                self._cache = None
+            began = time.perf_counter()
+            self._shift(gear)
+            self.shift_seconds += time.perf_counter() - began
         self.gear = gear
         try:
             yield
         finally:
             self.gear = before
+
+    def _shift(self, gear: Gear) -> None:
+        require_attention(self.model)
+        mended = self.weights.check() if self.weights else 0
+        if mended or self._writes() != self._written:
+            self.weights_changed()
+        if gear == "training" and not self.config.keep_cache:
+            if self._scheduler is not None and not self._scheduler.idle:
+                raise GearshiftError("Requests are running; let them end before training.")
+            self._scheduler = None
+            if self.weights:
+                self.weights.unpack()
+        if gear == "generation" and self.weights and self._packs:
+            self.weights.pack(self.weights_version, self.config.max_rows)
+
+    @property
+    def _packs(self) -> bool:
+        wanted = self.config.packed_weights
+        possible = can_pack(next(self.model.parameters()))
+        if wanted and not possible:
+            raise GearshiftError(
+                "engine.packed_weights needs bf16 weights on a CPU that multiplies bf16; "
+                "leave it out, and it is used where it can be."
+            )
+        return possible if wanted is None else wanted
+
+    def _writes(self) -> int:
+        """Grows with every in-place write to a parameter, whoever does it."""
+        return sum(p._version for p in self.model.parameters())
 
     def _require(self, gear: Gear, what: str) -> None:
         if self.gear != gear:
@@ -178,58 +296,83 @@ class HybridEngine:
                 f"{what} needs the {gear} gear; call it inside `with engine.{manager}()`."
             )
 
-    def _schedule(
+    def _add(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        request_ids: Sequence[int] | None,
-        n: int | None = None,
-    ) -> tuple[Scheduler, list[list[Sampled]]]:
+        params: Sequence[SamplingParams],
+        request_ids: Sequence[int],
+    ) -> list[list[requests.Sequence]]:
         self._require("generation", "Sampling")
-        request_ids = range(len(prompts)) if request_ids is None else request_ids
-        for i, prompt in enumerate(prompts):
-            self._check_room(i, len(prompt), params.max_new_tokens)
+        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            self._check_room(i, len(prompt), own.max_new_tokens)
         groups = [
-            [Sampled(list(prompt), request_id, j) for j in range(n or params.n)]
-            for prompt, request_id in zip(prompts, request_ids, strict=True)
+            [
+                requests.Sequence(
+                    list(prompt),
+                    own,
+                    request_id,
+                    sample,
+                    self.seed if own.seed is None else own.seed,
+                    self.end_tokens | frozenset(own.stop_token_ids),
+                )
+                for sample in range(own.n)
+            ]
+            for prompt, own, request_id in zip(prompts, params, request_ids, strict=True)
         ]
-        longest = max((len(prompt) for prompt in prompts), default=0) + params.max_new_tokens
-        rows = min(self.config.max_rows, sum(len(group) for group in groups))
-        head = head_of(self.model)
-        scheduler = Scheduler(
-            groups,
-            params,
-            StopRule(self.end_tokens, params.max_new_tokens, params.stop, self.tokenizer.decode),
-            self._room(rows, longest),
-            lambda ids, layout: forward(self.model, self.plan, self.weights, ids, layout),
-            head.logits,
-            self.seed if params.seed is None else params.seed,
+        scheduler = self._scheduler or self._new_scheduler()
+        self._scheduler = scheduler
+        self._make_room(scheduler, groups)
+        for group in groups:
+            scheduler.add(group)
+        return groups
+
+    def _new_scheduler(self) -> Scheduler:
+        cache = BlockCache()
+
+        def forward(ids: Tensor, places: Places) -> Tensor:
+            if self.plan is not None and self.weights is not None:
+                return described(self.plan, self.weights, self.kernels, cache, ids, places)
+            return generic(self.model, self.kernels, cache, ids, places)
+
+        def logits(hidden: Tensor) -> Tensor:
+            linear = self.weights.head if self.weights else self.head.linear
+            return self.head.shaped(linear(hidden))
+
+        return Scheduler(
+            cache,
+            forward,
+            logits,
+            self.kernels.draw,
+            self.tokenizer.decode,
+            self.config.max_rows,
             self.config.prefill_tokens,
             self.device,
         )
-        return scheduler, groups
 
     def _check_room(self, index: int, length: int, new: int) -> None:
         if length == 0:
             raise CapacityError(f"Prompt {index} is empty; give at least one token.")
-        if length + new > self.max_length:
-            raise CapacityError(
-                f"Prompt {index} has {length} tokens, and with max_new_tokens={new} passes the "
-                f"limit of {self.max_length}; shorten the prompt or lower max_new_tokens."
-            )
+        limits = {"the limit": self.max_length, "the cache, engine.cache_tokens": self._cache_limit}
+        for name, limit in limits.items():
+            if limit is not None and length + new > limit:
+                raise CapacityError(
+                    f"Prompt {index} has {length} tokens, and with max_new_tokens={new} passes "
+                    f"{name} of {limit}; shorten the prompt or lower max_new_tokens."
+                )
 
-    def _room(self, rows: int, length: int) -> KVCache:
-        """A cache of at least this size; the one at hand where it is large enough."""
-        cache = self._cache
-        if cache is None or cache.allocated < rows or cache.length < length:
-            grown = (
-                (rows, length)
-                if cache is None
-                else (max(rows, cache.allocated), max(length, cache.length))
-            )
-            self._cache = cache = KVCache(*grown)
-        cache.open(rows)
-        return cache
+    @property
+    def _cache_limit(self) -> int | None:
+        """Tokens in the blocks that the configured cache has."""
+        tokens = self.config.cache_tokens
+        return None if tokens is None else tokens // BLOCK * BLOCK
+
+    def _make_room(self, scheduler: Scheduler, groups: list[list[requests.Sequence]]) -> None:
+        if self._cache_limit is not None:
+            scheduler.cache.grow(self._cache_limit // BLOCK)
+            return
+        live = len(scheduler.live) + sum(len(group) for group in (*scheduler.waiting, *groups))
+        longest = max((len(g[0].prompt) + g[0].params.max_new_tokens for g in groups), default=0)
+        scheduler.cache.grow(min(live, self.config.max_rows) * -(-longest // BLOCK))
 
     @torch.no_grad()
     def _check_head(self) -> None:

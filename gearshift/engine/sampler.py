@@ -1,36 +1,59 @@
-"""From logits to tokens and their log-probabilities in one pass. A pure function of logits and
-uniforms.
+"""From logits to tokens and their log-probabilities. A pure function of logits, uniforms and each
+row's history.
 
 Legend: B rows, V vocabulary, G blocks of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from gearshift.types import SamplingParams
 
+Draw = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(logits [B, V], temperatures [B], uniforms [B]) -> tokens and log-probs [B]."""
+
 _BLOCK = 256
 
 
-def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF; with temperature 0 take the most likely.
+def sample(
+    draw: Draw,
+    logits_BV: Tensor,
+    uniforms_B: Tensor,
+    params: Sequence[SamplingParams],
+    history: Callable[[int], Sequence[int]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row, by inverse CDF, or the most likely where the temperature is 0.
 
-    Args: logits [B, V] float32; uniforms [B] float64 in (0, 1), one a row (not read when greedy).
-    Returns tokens [B] int64 and their log-probabilities [B] float32 under softmax(logits /
-    temperature), *before* top-k, top-p and min-p: the policy whose ratios training takes.
+    Args: `draw` does it where nothing but the temperature is asked for; logits [B, V] as the head
+    gave them; uniforms [B] float64 in (0, 1); each row's parameters; `history` gives a row's
+    tokens, prompt and completion, which penalty and bad words look at.
+    Returns [B] tokens; [B] float32 log-probs under softmax(logits / temperature); and the same
+    under the distribution that the token was drawn from. See `Completion` for which is which.
     """
-    if params.temperature == 0:
-        tokens_B = logits_BV.argmax(-1)
-    else:
-        logits_BV = logits_BV / params.temperature
-        norm_B = torch.logsumexp(logits_BV, -1)
-        kept_BV = truncate(logits_BV, params)
-        tokens_B = inverse_cdf(torch.exp(kept_BV - norm_B[:, None]), uniforms_B)
-        return tokens_B, logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - norm_B
-    chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    return tokens_B, chosen_B - torch.logsumexp(logits_BV, -1)
+    temperature_B = torch.tensor([p.temperature for p in params], device=logits_BV.device)
+    if not any(map(_adjusts, params)):
+        tokens_B, logprobs_B = draw(logits_BV, temperature_B, uniforms_B)
+        return tokens_B, logprobs_B, logprobs_B
+    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+    adjusted_BV = logits_BV.float().clone()
+    for row, p in enumerate(params):
+        if p.repetition_penalty != 1 or p.logit_bias or p.bad_words:
+            _adjust(adjusted_BV[row], p, history(row))
+    adjusted_BV /= scale_B1
+    for p in set(params):
+        rows = [i for i, own in enumerate(params) if own == p]
+        adjusted_BV[rows] = truncate(adjusted_BV[rows], p)
+    drawn_BV = torch.log_softmax(adjusted_BV, -1)
+    greedy_B = temperature_B == 0
+    tokens_B = inverse_cdf(drawn_BV.exp(), uniforms_B)
+    tokens_B = torch.where(greedy_B, adjusted_BV.argmax(-1), tokens_B)
+    policy_BV = torch.log_softmax(logits_BV.float() / scale_B1, -1)
+    at = tokens_B[:, None]
+    return tokens_B, policy_BV.gather(1, at).squeeze(1), drawn_BV.gather(1, at).squeeze(1)
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -74,3 +97,24 @@ def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
         floor_B1 = logits_BV.amax(-1, keepdim=True) + torch.log(torch.tensor(params.min_p))
         logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
     return logits_BV
+
+
+def _adjusts(p: SamplingParams) -> bool:
+    """Whether more than the temperature shapes the distribution."""
+    truncates = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+    return truncates or p.repetition_penalty != 1 or bool(p.logit_bias or p.bad_words)
+
+
+def _adjust(logits_V: Tensor, p: SamplingParams, history: Sequence[int]) -> None:
+    """Penalty, bias and bad words, in place and in this order (Hugging Face's)."""
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(history)), device=logits_V.device)
+        held = logits_V[seen]
+        logits_V[seen] = torch.where(
+            held > 0, held / p.repetition_penalty, held * p.repetition_penalty
+        )
+    for token, bias in p.logit_bias:
+        logits_V[token] += bias
+    for *before, last in p.bad_words:
+        if not before or list(history[-len(before) :]) == before:
+            logits_V[last] = -torch.inf

@@ -1,180 +1,260 @@
-"""Who runs when: requests wait, are admitted to rows of the cache, decode together, and leave when
-done.
+"""Who runs when: sequences wait, are admitted as blocks of the cache allow, decode together, and
+leave when they end. A freed place is taken at the next step.
 
-First form: a row is reserved for a request's greatest length when it is admitted, and a freed row
-is refilled at the next step. The loop is `step()`; `HybridEngine` hides it behind `generate` and
-`stream`.
-Legend: B rows of one forward, S tokens a row.
+When the cache runs out, the sequence admitted last gives up its blocks and waits again; what it had
+written is computed anew later. Since a token is a function of (seed, request, sample, position) and
+the weights, the completion is the same.
+Legend: B live sequences, T tokens of one forward, W blocks of the longest sequence.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gearshift.engine.cache import CachedLayout, KVCache, Span
-from gearshift.engine.sampler import sample
+from gearshift.engine.cache import BLOCK, BlockCache
+from gearshift.engine.kernels import Places
+from gearshift.engine.requests import Decode, Sequence
+from gearshift.engine.sampler import Draw, sample
+from gearshift.errors import NumericalError
 from gearshift.runtime.seeding import philox_uniform
-from gearshift.types import Completion, FinishReason, SamplingParams
 
-Forward = Callable[[Tensor, CachedLayout], Tensor]
-"""[B, S] token ids and their layout -> [B, S, H]."""
+Forward = Callable[[Tensor, Places], Tensor]
+"""[T] token ids and their places -> [T, C]."""
 Logits = Callable[[Tensor], Tensor]
-"""[B, H] -> [B, V] float32."""
-
-
-@dataclass(slots=True, eq=False)
-class Sampled:
-    """One completion on its way."""
-
-    prompt: list[int]
-    request_id: int
-    sample_index: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
+"""[B, C] -> [B, V]."""
 
 
 @dataclass(slots=True)
-class StopRule:
-    """When a completion ends: an end token, a stop string, or the longest length."""
+class Timing:
+    """What the scheduler has done, since it was last set to zero."""
 
-    end_tokens: frozenset[int]
-    max_new_tokens: int
-    strings: tuple[str, ...]
-    decode: Callable[[list[int]], str]
-
-    def reason(self, sequence: Sampled) -> FinishReason | None:
-        """Why the sequence ends with its newest token, or None."""
-        if sequence.token_ids[-1] in self.end_tokens:
-            return "stop"
-        if self.strings and any(s in self.decode(sequence.token_ids) for s in self.strings):
-            return "stop"
-        return "length" if len(sequence.token_ids) >= self.max_new_tokens else None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prefill_tokens: int = 0
+    """Prompt tokens computed; those whose keys were known are not among them."""
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed, because their keys were there."""
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    preemptions: int = 0
 
 
 class Scheduler:
-    """Runs the sequences of one call to their ends, `max_rows` at a time."""
+    """Runs sequences to their ends, at most `max_rows` at a time."""
 
     def __init__(
         self,
-        groups: Sequence[Sequence[Sampled]],
-        params: SamplingParams,
-        stop: StopRule,
-        cache: KVCache,
+        cache: BlockCache,
         forward: Forward,
         logits: Logits,
-        seed: int,
+        draw: Draw,
+        decode: Decode,
+        max_rows: int,
         prefill_tokens: int,
         device: torch.device,
     ) -> None:
-        self.waiting = deque(deque(group) for group in groups)
-        self.live: list[Sampled] = []
-        self.params, self.stop, self.seed = params, stop, seed
-        self.cache, self.forward, self.logits = cache, forward, logits
-        self.prefill_tokens, self.device = prefill_tokens, device
+        self.waiting: deque[deque[Sequence]] = deque()
+        self.live: list[Sequence] = []
+        self.cache, self.forward, self.logits, self.draw = cache, forward, logits, draw
+        self.decode, self.device = decode, device
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.timing = Timing()
 
-    def step(self) -> list[Sampled]:
-        """One token for every live sequence, new ones admitted first; returns those that got a
-        token.
-        """
-        decoding = len(self.live)
-        hidden = [self._decode(decoding)] if decoding else []
-        hidden += self._admit()
-        served = list(self.live)
-        self._sample(torch.cat(hidden))
-        for row in reversed(range(len(self.live))):
-            if self.live[row].finish_reason is not None:
-                self._free(row)
-        return served
+    def add(self, group: list[Sequence]) -> None:
+        """Queue the completions of one prompt."""
+        self.waiting.append(deque(group))
+
+    def abort(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is. One that has ended stays as it is."""
+        if sequence in self.live:
+            self._leave(sequence)
+            sequence.finish_reason = "abort"
+            return
+        for group in self.waiting:
+            if sequence in group:
+                group.remove(sequence)
+                sequence.finish_reason = "abort"
+        self.waiting = deque(group for group in self.waiting if group)
 
     @property
-    def done(self) -> bool:
+    def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.live
 
-    def _decode(self, rows: int) -> Tensor:
-        newest = torch.tensor([[s.token_ids[-1]] for s in self.live], device=self.device)
-        positions = torch.tensor([[s.length - 1] for s in self.live], device=self.device)
-        extent = max(s.length for s in self.live)
-        layout = CachedLayout(self.cache, Span(slice(0, rows), positions, extent))
-        return self.forward(newest, layout)[:, 0]
-
-    def _admit(self) -> list[Tensor]:
-        """Fill free rows from the queue; a group's prompt is computed once and its keys copied."""
+    def step(self) -> None:
+        """One token for every live sequence, new ones admitted first."""
+        began = time.perf_counter()
         hidden = []
-        while self.waiting and len(self.live) < self.cache.rows:
-            batch: list[list[Sampled]] = []
-            free, longest = self.cache.rows - len(self.live), 0
-            while self.waiting and free:
-                longest = max(longest, len(self.waiting[0][0].prompt))
-                if batch and longest * (len(batch) + 1) > self.prefill_tokens:
-                    break
-                group = self.waiting[0]
-                batch.append([group.popleft() for _ in range(min(free, len(group)))])
-                free -= len(batch[-1])
-                if not group:
-                    self.waiting.popleft()
-            hidden.append(self._prefill(batch, longest))
-        return hidden
+        if self.live:
+            self._make_room()
+            hidden.append(self._decode())
+            self.timing.decode_tokens += len(self.live)
+            self.timing.decode_steps += 1
+        decoded = time.perf_counter()
+        hidden += self._admit()
+        prefilled = time.perf_counter()
+        self._sample(torch.cat(hidden))
+        for sequence in [s for s in self.live if s.finish_reason is not None]:
+            self._leave(sequence)
+        self.timing.prefill_seconds += prefilled - decoded
+        self.timing.decode_seconds += time.perf_counter() - began - (prefilled - decoded)
 
-    def _prefill(self, batch: list[list[Sampled]], longest: int) -> Tensor:
-        """[rows, H]: the state that predicts each admitted sequence's first token."""
-        # Each prompt is computed at the row of its group's first sequence; rows are put in order
-        # after.
-        first = len(self.live)
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for i, members in enumerate(batch):
-            ids[i, : len(members[0].prompt)] = torch.tensor(members[0].prompt)
-        positions = torch.arange(longest, device=self.device).expand(len(batch), longest)
-        where = Span(slice(first, first + len(batch)), positions, longest)
-        hidden = self.forward(ids.to(self.device), CachedLayout(self.cache, where))
-        last = torch.tensor([len(members[0].prompt) - 1 for members in batch], device=self.device)
-        states = hidden[torch.arange(len(batch), device=self.device), last]
-        # Spread from the back, so that no prompt is overwritten before it was copied.
-        target = first + sum(len(members) for members in batch)
-        for i, members in reversed(list(enumerate(batch))):
-            for _ in members:
-                target -= 1
-                if target != first + i:
-                    self.cache.copy(first + i, target, len(members[0].prompt))
-        self.live += [sequence for members in batch for sequence in members]
-        sizes = torch.tensor([len(members) for members in batch], device=self.device)
-        return states.repeat_interleave(sizes, 0)
+    # Live sequences
+
+    def _make_room(self) -> None:
+        """A block for each live sequence whose newest token opens one; who has none waits."""
+        for sequence in list(self.live):
+            if len(sequence.blocks) * BLOCK >= sequence.length:
+                continue
+            while sequence.blocks and not self.cache.available:
+                self._preempt(self.live[-1])
+            if sequence.blocks:
+                sequence.blocks.append(self.cache.allocate())
+
+    def _decode(self) -> Tensor:
+        """[B, C]: the state after each live sequence's newest token."""
+        ids = torch.tensor([s.token_ids[-1] for s in self.live])
+        positions = torch.tensor([s.length - 1 for s in self.live])
+        places = self._places(self.live, torch.arange(len(self.live)), positions)
+        return self.forward(ids.to(self.device), places)
 
     def _sample(self, hidden: Tensor) -> None:
-        column = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self.device)
+
         uniforms = philox_uniform(
-            self.seed,
+            column([s.seed for s in self.live]),
             column([s.request_id for s in self.live]),
             column([s.sample_index for s in self.live]),
             column([len(s.token_ids) for s in self.live]),
         )
-        tokens, logprobs = sample(self.logits(hidden), uniforms, self.params)
-        for sequence, token, logprob in zip(
-            self.live, tokens.tolist(), logprobs.tolist(), strict=True
-        ):
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.finish_reason = self.stop.reason(sequence)
+        drawn = sample(
+            self.draw,
+            self.logits(hidden),
+            uniforms,
+            [s.params for s in self.live],
+            lambda row: self.live[row].tokens,
+        )
+        tokens, logprobs, drawn_logprobs = (column.tolist() for column in drawn)
+        if not all(map(_is_number, logprobs)):
+            raise NumericalError(
+                "The policy's logits are not finite, so nothing can be sampled; look for a "
+                "learning rate that is too high, or broken weights."
+            )
+        rows = zip(self.live, tokens, logprobs, drawn_logprobs, strict=True)
+        for sequence, token, logprob, drawn_logprob in rows:
+            sequence.append(token, logprob, drawn_logprob, self.decode)
 
-    def _free(self, row: int) -> None:
-        last = self.live.pop()
-        if row < len(self.live):
-            self.cache.copy(len(self.live), row, last.length)
-            self.live[row] = last
+    def _leave(self, sequence: Sequence) -> None:
+        """Give the blocks back; what they hold can be found again by a prompt that goes on."""
+        self.live.remove(sequence)
+        self.cache.learn(sequence.blocks, sequence.tokens[: max(0, sequence.length - 1)])
+        self.cache.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        self.waiting.appendleft(deque([sequence]))
+        self.timing.preemptions += 1
+
+    # Admission
+
+    def _admit(self) -> list[Tensor]:
+        """[new, C] states that predict the next token of each admitted sequence, batch by batch."""
+        hidden = []
+        while batch := self._next_batch():
+            hidden.append(self._prefill(batch))
+        return hidden
+
+    def _next_batch(self) -> list[tuple[list[Sequence], int]]:
+        """Sequences of the queue that fit, with their blocks, as (those of one beginning, tokens
+        whose keys are known).
+        """
+        tokens = 0
+        batch: list[tuple[list[Sequence], int]] = []
+        rows = self.max_rows - len(self.live)
+        while self.waiting and rows:
+            group = self.waiting[0]
+            first = group[0].tokens
+            known = self.cache.known(first)
+            new = len(first) - len(known) * BLOCK
+            if batch and tokens + new > self.prefill_tokens:
+                break
+            # Known blocks that nobody uses count as available until they are shared.
+            for block in known:
+                self.cache.share(block)
+            blocks, tail = -(-len(first) // BLOCK), int(len(first) % BLOCK > 0)
+            spare = len(self.live) + sum(len(members) for members, _ in batch)
+            free = self.cache.available - (blocks - len(known)) - min(spare, self.max_rows // 4)
+            if free < 0 and spare:
+                self.cache.release(known)
+                break
+            leader = group.popleft()
+            members = [leader]
+            leader.blocks = [
+                *known, *(self.cache.allocate() for _ in range(blocks - len(known)))
+            ]  # fmt: skip
+            self.cache.learn(leader.blocks, first)
+            rows, free = rows - 1, max(0, free)
+            while group and rows and group[0].length == len(first) and free >= tail:
+                follower = group.popleft()
+                follower.blocks = [*leader.blocks[: len(first) // BLOCK]]
+                for block in follower.blocks:
+                    self.cache.share(block)
+                if tail:
+                    follower.blocks.append(self.cache.allocate())
+                members.append(follower)
+                rows, free = rows - 1, free - tail
+            if not group:
+                self.waiting.popleft()
+            batch.append((members, len(known) * BLOCK))
+            tokens += new
+            self.timing.shared_tokens += len(members) * len(first) - new
+            self.timing.prefill_tokens += new
+        return batch
+
+    def _prefill(self, batch: list[tuple[list[Sequence], int]]) -> Tensor:
+        leaders = [members[0] for members, _ in batch]
+        ids = [
+            torch.tensor(leader.tokens[known:])
+            for leader, (_, known) in zip(leaders, batch, strict=True)
+        ]
+        counts = torch.tensor([len(new) for new in ids])
+        rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
+        positions = torch.cat(
+            [
+                torch.arange(known, known + len(new))
+                for new, (_, known) in zip(ids, batch, strict=True)
+            ]
+        )
+        hidden = self.forward(
+            torch.cat(ids).to(self.device), self._places(leaders, rows, positions)
+        )
+        last = hidden[(counts.cumsum(0) - 1).to(self.device)]
+        copies = [
+            (members[0].blocks[-1], follower.blocks[-1])
+            for members, _ in batch
+            if members[0].length % BLOCK
+            for follower in members[1:]
+        ]
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            self.cache.copy(sources, targets)
+        self.live += [sequence for members, _ in batch for sequence in members]
+        sizes = torch.tensor([len(members) for members, _ in batch])
+        return last.repeat_interleave(sizes.to(self.device), 0)
+
+    def _places(self, sequences: list[Sequence], rows: Tensor, positions: Tensor) -> Places:
+        width = max(len(s.blocks) for s in sequences)
+        table = torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences])
+        return Places(rows.to(self.device), positions.to(self.device), table.to(self.device))
 
 
-def completion(sequence: Sampled, weights_version: int) -> Completion:
-    """What is handed out of a sequence; one that has not ended was aborted."""
-    return Completion(
-        sequence.token_ids, sequence.logprobs, sequence.finish_reason or "abort", weights_version
-    )
+def _is_number(x: float) -> bool:
+    return x - x == 0.0

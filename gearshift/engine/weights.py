@@ -2,39 +2,65 @@
 of it.
 
 So an optimizer that writes in place has already told the generation gear. What breaks the aliasing
-(`.to()`, `.data =`) is found at a shift and mended.
+(`.to()`, `.data =`) is found at a shift and mended. Where a CPU multiplies faster by weights in a
+layout of its own, a packed copy is a cache of one weights version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from gearshift.models.describe import Plan
+from gearshift.models.describe import Plan, own
 
 
-class FusedRows:
-    """Several linear layers of one input, their weights (and biases) row slices of one buffer."""
+class FusedLinear:
+    """Several linear layers of one input as one: weights (and biases) are slices of one buffer.
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.linears = tuple(linears)
+    A layer may carry an adapter (LoRA); it is added to the layer's slice of the output. GPT-2's
+    `Conv1D`, whose weight is the transpose, is one too.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        self.linears: list[Any] = [own(module) for module in modules]
+        self.transposed = isinstance(self.linears[0], Conv1D)
+        self.packed: Tensor | None = None
         self.weight, self.bias = self._fuse()
+        ends = torch.tensor([self._out(linear) for linear in self.linears]).cumsum(0).tolist()
+        self.slices = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, sum of outs]."""
+        if self.packed is not None:
+            bias = self.bias
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        for module, part in zip(self.modules, self.slices, strict=True):
+            for down, up, scaling in adapters(module):
+                y[:, part] += up(down(x.to(down.weight.dtype))).to(y.dtype) * scaling
+        return y
+
+    def pack(self, rows: int) -> None:
+        """Copy the weight into the layout that products of about `rows` rows are fastest in."""
+        weight = self.weight.t().contiguous() if self.transposed else self.weight
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
     def is_aliased(self) -> bool:
         """Whether each parameter still lies where its slice of the buffer does."""
-        row = 0
-        for linear in self.linears:
+        for linear, part in zip(self.linears, self.slices, strict=True):
             for parameter, buffer in ((linear.weight, self.weight), (linear.bias, self.bias)):
-                if buffer is None:
+                if buffer is None or parameter is None:
                     continue
-                if (
-                    parameter.dtype != buffer.dtype
-                    or parameter.data_ptr() != buffer[row].data_ptr()
-                ):
+                place = buffer if len(self.linears) == 1 else buffer[part]
+                if parameter.dtype != buffer.dtype or parameter.data_ptr() != place.data_ptr():
                     return False
-            row += linear.out_features
         return True
 
     def mend(self) -> None:
@@ -42,35 +68,90 @@ class FusedRows:
         self.weight, self.bias = self._fuse()
 
     def _fuse(self) -> tuple[Tensor, Tensor | None]:
+        if len(self.linears) == 1:
+            [linear] = self.linears
+            return linear.weight.data, None if linear.bias is None else linear.bias.data
         with torch.no_grad():
             weight = torch.cat([linear.weight for linear in self.linears])
             has_bias = self.linears[0].bias is not None
             bias = torch.cat([linear.bias for linear in self.linears]) if has_bias else None
             row = 0
             for linear in self.linears:
-                rows = slice(row, row + linear.out_features)
+                rows = slice(row, row + len(linear.weight))
                 linear.weight.data = weight[rows]
                 if bias is not None:
                     linear.bias.data = bias[rows]
-                row += linear.out_features
+                row = rows.stop
         return weight, bias
+
+    def _out(self, linear: Any) -> int:
+        return int(linear.weight.shape[1 if self.transposed else 0])
 
 
 class AliasedWeights:
-    """The fused buffers of every layer of a plan."""
+    """Every product of a plan's layers, and of the head."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.qkv = [FusedRows(layer.qkv) for layer in plan.layers]
-        self.gate_up = [FusedRows(layer.gate_up) for layer in plan.layers]
+    def __init__(self, plan: Plan, head: nn.Module) -> None:
+        self.qkv = [FusedLinear(layer.qkv) for layer in plan.layers]
+        self.out = [FusedLinear([layer.out]) for layer in plan.layers]
+        self.up = [FusedLinear(layer.up) for layer in plan.layers]
+        self.down = [FusedLinear([layer.down]) for layer in plan.layers]
+        self.head = FusedLinear([head])
+        self.packed_version: int | None = None
+
+    def __iter__(self) -> Iterator[FusedLinear]:
+        yield from (*self.qkv, *self.out, *self.up, *self.down, self.head)
 
     def check(self) -> int:
         """Mend whatever lost its aliasing; returns how many buffers had."""
-        broken = [rows for rows in (*self.qkv, *self.gate_up) if not rows.is_aliased()]
-        for rows in broken:
-            rows.mend()
+        broken = [linear for linear in self if not linear.is_aliased()]
+        for linear in broken:
+            linear.mend()
         return len(broken)
 
+    def pack(self, version: int, rows: int) -> None:
+        """Have packed copies of this weights version."""
+        if self.packed_version != version:
+            for linear in self:
+                linear.pack(rows)
+            self.packed_version = version
+
+    def unpack(self) -> None:
+        """Give the packed copies back."""
+        for linear in self:
+            linear.packed = None
+        self.packed_version = None
+
     def bytes(self) -> int:
-        """Bytes of all buffers. They are the model's own storage, not a copy."""
-        tensors = (t for rows in (*self.qkv, *self.gate_up) for t in (rows.weight, rows.bias))
-        return sum(t.nbytes for t in tensors if t is not None)
+        """Bytes of the fused buffers. They are the model's own storage, not a copy."""
+        fused = [linear for linear in self if len(linear.linears) > 1]
+        return sum(
+            t.nbytes for linear in fused for t in (linear.weight, linear.bias) if t is not None
+        )
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed copies."""
+        return sum(linear.weight.nbytes for linear in self if linear.packed is not None)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether products with a packed copy of this weight are faster here: bf16 on a CPU that
+    multiplies bf16.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def adapters(module: Any) -> list[tuple[nn.Linear, nn.Linear, float]]:
+    """(down, up, scaling) of each LoRA adapter that is switched on in this layer."""
+    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+        return []
+    return [
+        (module.lora_A[name], module.lora_B[name], module.scaling[name])
+        for name in module.active_adapters
+        if name in module.lora_A
+    ]

@@ -150,6 +150,13 @@ def save_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def cache_folder() -> Path:
+    """Where things that are made once for a machine lie: `$GEARSHIFT_CACHE`, or
+    `~/.cache/gearshift`.
+    """
+    return Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
+
+
 def embedded_folder() -> Path:
     """The embedded model as a `save_pretrained` folder, converted once from the installed package's
     GGUF file.
@@ -157,7 +164,7 @@ def embedded_folder() -> Path:
     It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package
     is missing.
     """
-    cache = Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
+    cache = cache_folder()
     folder = cache / "smollm2-135m-instruct"
     if (folder / "model.safetensors").exists():
         return folder

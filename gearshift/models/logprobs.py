@@ -38,7 +38,13 @@ class Head:
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """[M, V] float32, computed in the head's own precision."""
-        logits_MV = self.linear(hidden_MH).float()
+        return self.shaped(self.linear(hidden_MH)).float()
+
+    def shaped(self, logits_MV: Tensor) -> Tensor:
+        """Scale and soft cap on what the linear layer gave: float32, or untouched without them."""
+        if self.scale == 1.0 and self.softcap is None:
+            return logits_MV
+        logits_MV = logits_MV.float()
         if self.scale != 1.0:
             logits_MV = logits_MV * self.scale
         if self.softcap is not None:

@@ -18,7 +18,10 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+Words = int | Tensor
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[Words, Words]) -> list[Tensor]:
     """Philox4x32-10: four random 32-bit words for each counter of four words under a key of two.
 
     counter: four int64 tensors of one shape, values in [0, 2^32); so is what returns. A round takes
@@ -36,11 +39,14 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def philox_uniform(seed: int, request_ids: Tensor, sample: Tensor, positions: Tensor) -> Tensor:
+def philox_uniform(
+    seed: int | Tensor, request_ids: Tensor, sample: Tensor, positions: Tensor
+) -> Tensor:
     """[B] float64, uniform in (0, 1) and never 0 or 1: one for each (request, sample, position).
 
-    request_ids [B] int64; sample and positions [B], below 2^32; or shapes that broadcast. The
-    counter is (request low, request high, sample, position), the key the seed's low 64 bits.
+    request_ids [B] int64; sample and positions [B], below 2^32; or shapes that broadcast. The seed
+    is one number, or [B] of them. The counter is (request low, request high, sample, position),
+    the key the seed's low 64 bits.
     """
     requests = request_ids.long()
     counter = [requests & _WORD, (requests >> 32) & _WORD, sample.long(), positions.long()]

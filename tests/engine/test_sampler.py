@@ -1,13 +1,34 @@
 """The sampler draws rightly, reports the untruncated policy, and never draws what was dropped."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from gearshift.engine.sampler import inverse_cdf, sample, truncate
+from gearshift.engine.kernels import TorchKernels
+from gearshift.engine.native import kernels_for
+from gearshift.engine.sampler import inverse_cdf, truncate
+from gearshift.engine.sampler import sample as sample_rows
 from gearshift.types import SamplingParams
 from tests.oracles import sampler as oracle
+
+KERNELS = [TorchKernels(), kernels_for(torch.zeros(1))]
+
+
+def sample(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    params: SamplingParams,
+    history: tuple[int, ...] = (),
+    kernels: TorchKernels = KERNELS[0],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One row's parameters and history for all rows."""
+    rows = [params] * len(logits)
+    return sample_rows(kernels.draw, logits.contiguous(), uniforms, rows, lambda row: history)
+
 
 WEIGHT = st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0])
 WEIGHTS = st.lists(WEIGHT, min_size=1, max_size=700).filter(any)
@@ -27,15 +48,17 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform: float) -> N
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, [300, 511, 512]] = torch.tensor([0.1, 0.2, 0.3])
     u = torch.tensor([uniform], dtype=torch.float64)
-    token, logprob = sample(logits, u, SamplingParams())
-    assert int(token) in (300, 512) and torch.isfinite(logprob).all()
+    for kernels in KERNELS:
+        token, logprob, _ = sample(logits, u, SamplingParams(), kernels=kernels)
+        assert int(token) in (300, 512) and torch.isfinite(logprob).all()
 
 
-def test_frequencies_are_the_probabilities() -> None:
+@pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "native"])
+def test_frequencies_are_the_probabilities(kernels: TorchKernels) -> None:
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
     uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     params = SamplingParams(temperature=0.7)
-    tokens, logprobs = sample(logits.expand(20_000, 5), uniforms, params)
+    tokens, logprobs, _ = sample(logits.expand(20_000, 5), uniforms, params, kernels=kernels)
     p = torch.softmax(logits / 0.7, -1)
     assert torch.allclose(torch.bincount(tokens, minlength=5) / 20_000, p, atol=2e-4)
     assert torch.allclose(logprobs, p.log()[tokens], atol=1e-5)
@@ -60,14 +83,56 @@ def test_truncation_keeps_the_oracles_tokens(
 def test_log_probs_are_of_the_policy_before_truncation() -> None:
     logits = torch.randn(64, 50)
     u = torch.rand(64, dtype=torch.float64)
-    tokens, logprobs = sample(logits, u, SamplingParams(top_k=3, temperature=0.5))
-    assert (tokens[:, None] == logits.topk(3).indices).any(1).all()
+    tokens, logprobs, drawn = sample(logits, u, SamplingParams(top_k=3, temperature=0.5))
+    top = logits.topk(3).indices
+    assert (tokens[:, None] == top).any(1).all()
     expected = torch.log_softmax(logits / 0.5, -1).gather(1, tokens[:, None])[:, 0]
     assert torch.allclose(logprobs, expected, atol=1e-5)
+    left = torch.log_softmax(logits.gather(1, top) / 0.5, -1)
+    assert torch.allclose(drawn, left[tokens[:, None] == top], atol=1e-5)
 
 
 def test_greedy_takes_the_most_likely_and_scores_it_at_temperature_one() -> None:
     logits = torch.randn(8, 300)
-    tokens, logprobs = sample(logits, torch.rand(8).double(), SamplingParams(temperature=0.0))
-    assert torch.equal(tokens, logits.argmax(-1))
-    assert torch.allclose(logprobs, torch.log_softmax(logits, -1).amax(-1), atol=1e-5)
+    for kernels in KERNELS:
+        tokens, logprobs, _ = sample(
+            logits, torch.rand(8).double(), SamplingParams(temperature=0.0), kernels=kernels
+        )
+        assert torch.equal(tokens, logits.argmax(-1))
+        assert torch.allclose(logprobs, torch.log_softmax(logits, -1).amax(-1), atol=1e-5)
+
+
+def test_the_repetition_penalty_is_hugging_faces() -> None:
+    logits, history = torch.randn(4, 60), (3, 9, 9, 41)
+    u = torch.rand(4, dtype=torch.float64)
+    tokens, logprobs, drawn = sample(logits, u, SamplingParams(repetition_penalty=1.7), history)
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history] * 4), logits.clone())
+    expected = torch.log_softmax(theirs, -1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(drawn, expected, atol=1e-5)
+    untouched = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(logprobs, untouched, atol=1e-5)
+
+
+def test_bias_and_bad_words_shape_what_is_drawn() -> None:
+    logits = torch.zeros(2000, 6)
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+
+    def frequencies(history: tuple[int, ...] = (1,), **params: object) -> list[float]:
+        tokens, _, _ = sample(logits, u, SamplingParams(**params), history)
+        return (torch.bincount(tokens, minlength=6) / 2000).tolist()
+
+    assert frequencies(logit_bias=((4, math.log(5)),))[4] == pytest.approx(0.5, abs=1e-3)
+    assert frequencies(bad_words=((2,),))[2] == 0
+    assert frequencies(bad_words=((1, 2),))[2] == 0
+    assert frequencies(history=(2, 3), bad_words=((1, 2),))[2] > 0.1
+    assert frequencies(history=(0, 1, 5), bad_words=((1, 5, 2),))[2] == 0
+
+
+def test_rows_are_sampled_by_their_own_parameters() -> None:
+    logits, u = torch.randn(3, 40), torch.rand(3, dtype=torch.float64)
+    own = [SamplingParams(top_k=2), SamplingParams(temperature=0.0), SamplingParams(top_p=0.4)]
+    together = sample_rows(KERNELS[0].draw, logits, u, own, lambda row: ())
+    for i, params in enumerate(own):
+        alone = sample(logits[i : i + 1], u[i : i + 1], params)
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.allclose(ours[i], theirs[0])

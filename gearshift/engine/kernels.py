@@ -1,0 +1,152 @@
+"""The generation gear's operations between matrix products, as plain tensor functions.
+
+They run on any device, and they are what the compiled kernels of a CPU (`native.py`) are held to:
+the same functions with the same rounding.
+
+Legend: T tokens of one forward, B sequences, S tokens a sequence, L positions looked at, H query
+heads, K key heads, D head size, P positions in a block, C hidden size, F MLP size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gearshift.engine.cache import BLOCK
+from gearshift.engine.sampler import inverse_cdf
+from gearshift.models.attention import AttentionOptions, attend
+from gearshift.models.describe import Gate, Norm
+
+
+class Places:
+    """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
+    blocks are `table[rows[t]]`.
+
+    A sequence's tokens come together and in order, and sequences come in the table's order.
+    """
+
+    def __init__(self, rows: Tensor, positions: Tensor, table: Tensor) -> None:
+        self.rows, self.positions, self.table = rows, positions, table
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[T]: block * P + place in the block, where each token's key is written."""
+        block = self.table[self.rows, self.positions // BLOCK]
+        return block * BLOCK + self.positions % BLOCK
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """[B, S]: each sequence's tokens, filled up with its last."""
+        counts = torch.bincount(self.rows, minlength=len(self.table))
+        ends = counts.cumsum(0)
+        inside = torch.arange(int(counts.max()), device=counts.device)
+        return torch.minimum((ends - counts)[:, None] + inside, ends[:, None] - 1)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[T]: where each token lies in `padded`, row after row."""
+        starts = torch.searchsorted(self.rows, self.rows)
+        inside = torch.arange(len(self.rows), device=self.rows.device) - starts
+        return self.rows * self.padded.shape[1] + inside
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """[B, W]: the blocks that some token of this forward may look at."""
+        return self.table[:, : int(self.positions.max()) // BLOCK + 1]
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
+        L = self.blocks.shape[1] * BLOCK
+        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
+
+
+class Kernels(Protocol):
+    """The operations; `TorchKernels` says what each computes."""
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]: ...
+
+    def rotate_and_write(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+    ) -> Tensor: ...
+
+    def attend(
+        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+    ) -> Tensor: ...
+
+    def gate(self, both: Tensor, gate: Gate) -> Tensor: ...
+
+    def draw(
+        self, logits: Tensor, temperature: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class TorchKernels:
+    """Every operation as tensor functions."""
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """[T, C] each: the residual stream x + delta, and its norm. `x` may be overwritten."""
+        x = x if delta is None else x + delta
+        return x, norm.module(x)
+
+    def rotate_and_write(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+    ) -> Tensor:
+        """qkv [T, H + 2K, D]: rotate queries and keys by (cos, sin) [T, rotary size], store keys
+        and values, return the queries [T, H, D].
+        """
+        K, D = store.shape[2], qkv.shape[2]
+        query, key, value = qkv.split((qkv.shape[1] - 2 * K, K, K), dim=1)
+        if rotary is not None:
+            query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+        blocks, inside = places.slots // BLOCK, places.slots % BLOCK
+        store[:, 0].unflatten(-1, (D, BLOCK))[blocks, :, :, inside] = key
+        store[:, 1].unflatten(-1, (BLOCK, D))[blocks, :, inside] = value
+        return query
+
+    def attend(
+        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+    ) -> Tensor:
+        """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
+        D = query.shape[2]
+        held = store[places.blocks].transpose(1, 3)  # [B, K, 2, W, P * D]
+        key = held[:, :, 0].unflatten(-1, (D, BLOCK)).transpose(3, 4).flatten(2, 3)
+        value = held[:, :, 1].unflatten(-1, (BLOCK, D)).flatten(2, 3)
+        mask = places.distance >= 0
+        if options.window is not None:
+            mask = mask & (places.distance < options.window)
+        padded = query[places.padded].transpose(1, 2)  # [B, H, S, D]
+        out = attend(padded, key, value, mask, options)
+        return out.transpose(1, 2).flatten(0, 1)[places.flat]
+
+    def gate(self, both: Tensor, gate: Gate) -> Tensor:
+        """[T, 2F] gate and up -> [T, F] act(gate) * up."""
+        left, up = both.chunk(2, -1)
+        return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
+
+    def draw(self, logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, V] logits, [B] float32 temperatures (0: the most likely token), [B] float64 uniforms
+        in (0, 1) -> [B] tokens by inverse CDF, and [B] their log-probs under softmax(logits /
+        temperature) (temperature 1 where it is 0).
+        """
+        greedy = temperature == 0
+        scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+        norm = torch.logsumexp(scaled, -1)
+        tokens = inverse_cdf(torch.exp(scaled - norm[:, None]), uniforms)
+        tokens = torch.where(greedy, scaled.argmax(-1), tokens)
+        return tokens, scaled.gather(1, tokens[:, None]).squeeze(1) - norm
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first dimensions of [T, heads, D], two halves of them as real and
+    imaginary part.
+    """
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    left, right = turned.chunk(2, -1)
+    turned = turned * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned

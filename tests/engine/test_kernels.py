@@ -1,0 +1,163 @@
+"""The compiled kernels compute what the tensor functions do, in fp32 and in bf16 to the bit or
+nearly; and the tensor functions' attention is plain attention.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gearshift.engine.cache import BLOCK
+from gearshift.engine.kernels import Places, TorchKernels
+from gearshift.engine.native import NativeKernels, kernels_for
+from gearshift.models.attention import AttentionOptions
+from gearshift.models.describe import Norm
+
+DTYPES = [torch.float32, torch.bfloat16]
+SLOW = TorchKernels()
+
+
+def fast(dtype: torch.dtype) -> TorchKernels:
+    kernels = kernels_for(torch.zeros(1, dtype=dtype))
+    if not isinstance(kernels, NativeKernels):
+        pytest.skip("no C++ compiler here")
+    return kernels
+
+
+class RMS(torch.nn.Module):
+    """Llama's (or, with an offset, Gemma's) norm, as Hugging Face writes it."""
+
+    def __init__(self, size: int, offset: bool) -> None:
+        super().__init__()
+        self.weight, self.offset = torch.nn.Parameter(torch.randn(size)), offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        if self.offset:
+            return (h * (1 + self.weight.float())).to(x.dtype)
+        return self.weight * h.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [8, 100, 576, 2048, 5000])
+@pytest.mark.parametrize("kind", ["rms", "offset", "layer"])
+@torch.no_grad()
+def test_norms(kind: str, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(size)
+    if kind == "layer":
+        norm = Norm(torch.nn.LayerNorm(size).to(dtype), 1e-5, center=True)
+        norm.module.weight.normal_()
+        norm.module.bias.normal_()
+    else:
+        norm = Norm(RMS(size, kind == "offset").to(dtype), 1e-5, offset=kind == "offset")
+    x, delta = torch.randn(2, 7, size).to(dtype).mul(3).unbind()
+    ours, theirs = fast(dtype).add_norm(x.clone(), delta, norm), SLOW.add_norm(x, delta, norm)
+    assert torch.equal(ours[0], theirs[0])
+    if kind == "rms":  # to the bit: what is left of a gap between the gears is not the norms'
+        assert torch.equal(ours[1], theirs[1])
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(ours[1], theirs[1], atol=tolerance, rtol=tolerance)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=4),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 3), (7, 1), (5, 5)]),
+    st.sampled_from([2, 8, 64, 80, 128]),
+    st.sampled_from([None, 5, 20]),
+    st.sampled_from([None, 3.0]),
+    st.sampled_from(DTYPES),
+)
+@settings(max_examples=80, deadline=None)
+@torch.no_grad()
+def test_writing_and_attending(
+    spans: list[tuple[int, int]],
+    heads: tuple[int, int],
+    D: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """Sequences with some positions cached and some new, their blocks in any order."""
+    torch.manual_seed(1)
+    (H, K), options = heads, AttentionOptions(D**-0.5, window=window, softcap=softcap)
+    width = max((old + new - 1) // BLOCK + 1 for old, new in spans)
+    table = torch.randperm(len(spans) * width).view(len(spans), width)
+    stores = [torch.zeros(len(spans) * width, 2, K, BLOCK * D, dtype=dtype) for _ in range(3)]
+    keys = torch.randn(len(spans), width * BLOCK, H + 2 * K, D).to(dtype)
+
+    def places(spans: list[tuple[int, int]]) -> Places:
+        rows = [i for i, (_, new) in enumerate(spans) for _ in range(new)]
+        positions = [p for old, new in spans for p in range(old, old + new)]
+        return Places(torch.tensor(rows), torch.tensor(positions), table)
+
+    def packed(spans: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.cat([keys[i, old : old + new] for i, (old, new) in enumerate(spans)])
+
+    def rotary(where: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = where.positions[:, None] * torch.rand(1, D // 2 * 2).repeat(1, 1)
+        angle = torch.cat([angle[:, : D // 2]] * 2, -1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    if any(old for old, _ in spans):
+        old = [(0, max(1, old)) for old, _ in spans]
+        torch.manual_seed(2)
+        turn = rotary(places(old))
+        for kernels, store in zip((fast(dtype), SLOW), stores, strict=False):
+            kernels.rotate_and_write(packed(old).clone(), turn, store, places(old))
+        assert torch.equal(stores[0], stores[1])
+    new, where = packed(spans), places(spans)
+    turn = rotary(where)
+    seen = []
+    for kernels, store in zip((fast(dtype), SLOW), stores, strict=False):
+        query = kernels.rotate_and_write(new.clone(), turn, store, where)
+        seen.append(kernels.attend(query, store, where, options))
+    assert torch.equal(stores[0], stores[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(seen[0], seen[1], atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_the_tensor_functions_attention_is_plain_attention() -> None:
+    H, K, D, lengths = 4, 2, 8, [5, 37, 16]
+    store = torch.zeros(12, 2, K, BLOCK * D)
+    table = torch.randperm(12).view(3, 4)
+    qkv = torch.randn(sum(lengths), H + 2 * K, D)
+    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    where = Places(rows, positions, table)
+    query = SLOW.rotate_and_write(qkv, None, store, where)
+    ours = SLOW.attend(query, store, where, AttentionOptions(0.3))
+    for row in range(3):
+        mine = qkv[rows == row]
+        for h in range(H):
+            q, k, v = mine[:, h], mine[:, H + h // 2], mine[:, H + K + h // 2]
+            scores = (0.3 * q @ k.T).masked_fill(torch.ones(len(q), len(q)).triu(1) > 0, -1e9)
+            assert torch.allclose(ours[rows == row][:, h], scores.softmax(-1) @ v, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+@torch.no_grad()
+def test_gates(act: str, dtype: torch.dtype) -> None:
+    both = (torch.randn(9, 2 * 300) * 4).to(dtype)
+    ours, theirs = fast(dtype).gate(both, act), SLOW.gate(both, act)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+    assert torch.isfinite(fast(dtype).gate(torch.full((1, 4), -1e4, dtype=dtype), act)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
+@torch.no_grad()
+def test_draws(temperature: float, dtype: torch.dtype) -> None:
+    logits = (torch.randn(400, 1000) * 4).to(dtype)
+    u, t = torch.rand(400, dtype=torch.float64), torch.full((400,), temperature)
+    (tokens, logprobs), (theirs, their_logprobs) = (
+        kernels.draw(logits, t, u) for kernels in (fast(dtype), SLOW)
+    )
+    same = tokens == theirs
+    assert (
+        same.float().mean() >= 0.99
+    )  # a uniform on the very edge of two tokens may fall either way
+    assert torch.allclose(logprobs[same], their_logprobs[same], atol=2e-5)
