@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo test test-all lint bench bench-engine setup clean
 
 demo: setup
 	$(BIN)/gearshift run recipes/voice_assistant.yaml
@@ -20,8 +20,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
-	$(BIN)/python -m benchmarks.generation
+bench: bench-engine
+
+bench-engine: setup
+	$(BIN)/python -m benchmarks.engine
 
 setup: $(READY)
 

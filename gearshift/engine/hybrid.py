@@ -30,6 +30,7 @@ from gearshift.engine.cache import BLOCK, BlockCache
 from gearshift.engine.decode import described, generic
 from gearshift.engine.kernels import Places
 from gearshift.engine.native import kernels_for
+from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights, can_pack
 from gearshift.errors import CapacityError, GearshiftError
@@ -171,10 +172,11 @@ class HybridEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """`params.n` completions of each prompt, in the prompts' order.
+        """`params.n` completions of each prompt, in the prompts' order; `params` may be one for all
+        or one for each.
 
         What is sampled is a function of (seed, request id, sample, position) and the weights only:
         not of the other prompts, nor of how many rows run together. Request ids default to 0, 1,
@@ -182,8 +184,9 @@ class HybridEngine:
         Raises `CapacityError` for an empty prompt, or one that leaves no room for `max_new_tokens`.
         """
         params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         request_ids = range(len(prompts)) if request_ids is None else request_ids
-        groups = self._add(prompts, [params] * len(prompts), request_ids)
+        groups = self._add(prompts, each, request_ids)
         try:
             while any(s.finish_reason is None for group in groups for s in group):
                 self.step()
@@ -244,6 +247,26 @@ class HybridEngine:
             return Timing()
         done, self._scheduler.timing = self._scheduler.timing, Timing()
         return done
+
+    def roofline_fraction(self, done: Timing) -> float:
+        """The time that decoding must take on this machine over the time it took: weights and
+        cached positions read once a step, or their products, whichever takes longer.
+        """
+        if self._scheduler is None or not done.decode_steps:
+            return float("nan")
+        used = [p for p in self.model.parameters() if p is not self._embedding_only]
+        weights, elements = sum(p.nbytes for p in used), sum(p.numel() for p in used)
+        cache = self._scheduler.cache
+        position = cache.bytes() / max(1, cache.blocks * BLOCK)
+        read = done.decode_steps * weights + done.decode_positions * position
+        roofline = measure(self.device, self.model.dtype)
+        return roofline.seconds(read, 2.0 * elements * done.decode_tokens) / done.decode_seconds
+
+    @property
+    def _embedding_only(self) -> nn.Parameter | None:
+        """An input embedding that is not the head too: of it, decoding reads a few rows."""
+        embedding = self.model.get_input_embeddings().weight
+        return None if embedding is self.head.linear.weight else embedding
 
     # Inside
 

@@ -42,6 +42,8 @@ class Timing:
     """Prompt tokens that were not computed, because their keys were there."""
     decode_tokens: int = 0
     decode_steps: int = 0
+    decode_positions: int = 0
+    """Cached positions that decoding looked at, over all steps and rows."""
     preemptions: int = 0
 
 
@@ -96,6 +98,7 @@ class Scheduler:
             hidden.append(self._decode())
             self.timing.decode_tokens += len(self.live)
             self.timing.decode_steps += 1
+            self.timing.decode_positions += sum(s.length for s in self.live)
         decoded = time.perf_counter()
         hidden += self._admit()
         prefilled = time.perf_counter()

@@ -20,12 +20,16 @@ def reply(
     ids: list[int] = []
     shown = ""
     with engine.generating():
-        for token in engine.stream(prompt, params, request_id):
-            ids.append(token)
-            text = engine.tokenizer.decode(ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+        stream = engine.stream(prompt, params, request_id)
+        try:
+            for token in stream:
+                ids.append(token)
+                text = engine.tokenizer.decode(ids, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):
+                    yield text[len(shown) :]
+                    shown = text
+        finally:  # whoever stops listening ends the request
+            stream.abort()
     rest = engine.tokenizer.decode(ids, skip_special_tokens=True)
     if rest != shown:
         yield rest[len(shown) :]

@@ -227,6 +227,7 @@ class RLTrainer:
                 updated = self.update(batch, step)
             metrics = describe_rollout(trajectories, parts)
             metrics |= scored | updated | {"environment/failures": float(self.collector.failures)}
+            metrics |= describe_generation(self.engine)
             self.stage.rollouts.append(step, {"episodes": [record(t) for t in trajectories]})
             self.stage.log(step, metrics, tokens=len(batch))
 
@@ -492,6 +493,21 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[s
             metrics[f"rewards/{name}/mean"] = fmean(known)
             metrics[f"rewards/{name}/std"] = pstdev(known)
     return metrics
+
+
+def describe_generation(engine: HybridEngine) -> dict[str, float]:
+    """Where the generation gear's time went in this step."""
+    done, shift = engine.timing(), engine.shift_seconds
+    engine.shift_seconds = 0.0
+    return {
+        "engine/shift_seconds": shift,
+        "engine/prefill_seconds": done.prefill_seconds,
+        "engine/decode_seconds": done.decode_seconds,
+        "engine/decode_tokens_per_second": done.decode_tokens / max(done.decode_seconds, 1e-9),
+        "engine/roofline_fraction": engine.roofline_fraction(done),
+        "engine/shared_tokens": float(done.shared_tokens),
+        "engine/preemptions": float(done.preemptions),
+    }
 
 
 def record(trajectory: Trajectory) -> dict[str, Any]:

@@ -31,7 +31,11 @@ def fingerprint(run: RLTrainer) -> dict[str, str]:
         )
     folder = run.stage.folder
     metrics = [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "step_time"))}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if not k.startswith(("seconds/", "step_time", "engine/"))
+        }
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     return {

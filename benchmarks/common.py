@@ -1,0 +1,75 @@
+"""What the benchmarks share: timing in turn, the machine, where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turn(subjects: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each subject, one after the other in every round, after a warm-up of each. A
+    subject that returns a number has timed itself.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in subjects}
+    for round_ in range(rounds + 1):
+        for name, run in subjects.items():
+            began = time.perf_counter()
+            told = run()
+            seconds = told if isinstance(told, float) else time.perf_counter() - began
+            if round_:
+                samples[name].append(seconds)
+    return samples
+
+
+def ratio(samples: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """How many times faster we are, by medians."""
+    return median(samples[theirs]) / median(samples[ours])
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
+        features = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags]
+    except (OSError, StopIteration):
+        features = []
+    return {
+        "cpu": model,
+        "features": features,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of what was compared."""
+    found = {}
+    for package in ("torch", "transformers", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Keep a result; returns where."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
