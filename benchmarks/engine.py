@@ -178,7 +178,7 @@ class Vllm:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             pip = [str(python), "-m", "pip", "--quiet"]
             subprocess.run([*pip, "install", VLLM], check=True)
-            subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
+            subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio"], check=True)
             (folder / ".ready").touch()
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).with_name("vllm_peer.py")), str(embedded_folder())],
@@ -186,7 +186,7 @@ class Vllm:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_KVCACHE_SPACE": "1"},
         )
         self._answer()
         self._signal(signal.SIGSTOP)

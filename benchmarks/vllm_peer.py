@@ -14,6 +14,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=64,
+        gpu_memory_utilization=0.2,  # of the memory, on a CPU too
         enable_prefix_caching=True,
         seed=0,
     )

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data import DataConfig, Mixture, clean, load_rows, to_preference, to_supervised
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.errors import ConfigError
+from gearshift.models.adapters import add_adapter
 from gearshift.models.classifier import use_own_pad
 from gearshift.models.load import (
     ModelConfig,
@@ -28,6 +29,7 @@ from gearshift.models.load import (
     load_policy,
     load_tokenizer,
     save_model,
+    source_of,
 )
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.evaluate import evaluate
@@ -39,6 +41,7 @@ from gearshift.runtime.config import Config, dump
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.report import write_report
+from gearshift.runtime.seeding import named_seed
 from gearshift.trainers.gap import logprob_gap
 from gearshift.trainers.reward import (
     RewardModelConfig,
@@ -127,11 +130,11 @@ class Run:
     def _sft(self, folder: Path) -> dict[str, Any]:
         config = self.recipe.sft
         assert config is not None
-        engine = self._engine(None)
+        engine = self._engine(None, trained=True)
         examples = self._examples(config.data, engine, config.max_length)
         stage = self._new_stage("sft", config.steps(len(examples)), config)
         train_sft(config, engine, examples, stage)
-        self._save(folder, engine.model, engine.tokenizer, "supervised fine-tuning")
+        self._save(folder, engine.model, engine.tokenizer, "supervised fine-tuning", None)
         self._heldout("sft", lambda: engine)
         return {"examples": len(examples), "steps": stage.total}
 
@@ -149,7 +152,7 @@ class Run:
         pairs = self._mixture(config.data, render)
         stage = self._new_stage("reward", config.steps(len(pairs)), config)
         train_reward_model(config, model, pairs, stage)
-        self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)")
+        self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)", start)
         heldout = [pair for source in self._rows(config.heldout) for pair in render(source)]
         accuracy = pair_accuracy(model, heldout) if heldout else None
         return {
@@ -167,8 +170,8 @@ class Run:
                 "rl needs an environment; set task.name, for example task.name=voice_assistant."
             )
         start = self._newest_policy(before="rl")
-        engine = self._engine(start)
-        reference = load_policy(self.recipe.model, start) if config.kl.beta > 0 else None
+        engine = self._engine(start, trained=True)
+        reference = self._reference(engine, start) if config.kl.beta > 0 else None
         mix, needs_critic = config.supervised, config.value == "critic"
         collector = self._collector(engine, "train")
         trainer = RLTrainer(
@@ -178,14 +181,13 @@ class Run:
             self._count_rows("train"),
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
             self._new_stage("rl", config.steps, config),
-            reference=reference.requires_grad_(False) if reference is not None else None,
+            reference=reference,
             critic=load_policy(self.recipe.model, start) if needs_critic else None,
             examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
         )
         trainer.train()
-        self._save(
-            folder, engine.model, engine.tokenizer, f"reinforcement learning ({config.advantage})"
-        )
+        how = f"reinforcement learning ({config.advantage})"
+        self._save(folder, engine.model, engine.tokenizer, how, start)
         evaluated = self._heldout("rl", lambda: engine)
         gap = self._gap(engine, config.max_new_tokens)
         return {
@@ -215,11 +217,23 @@ class Run:
 
     # Parts
 
-    def _engine(self, name: str | None) -> HybridEngine:
+    def _engine(self, name: str | None, trained: bool = False) -> HybridEngine:
         model = load_policy(self.recipe.model, name)
+        if trained and self.recipe.model.lora:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(named_seed(self.seed, "adapter"))
+                add_adapter(model, self.recipe.model.lora)
         return HybridEngine(
             model, load_tokenizer(self.recipe.model, name), self.recipe.engine, seed=self.seed
         )
+
+    def _reference(self, engine: HybridEngine, start: str | None) -> PreTrainedModel:
+        """The policy as it starts: a second copy; or, with adapters, the same model, which is
+        scored with them switched off.
+        """
+        if self.recipe.model.lora:
+            return engine.model
+        return load_policy(self.recipe.model, start).requires_grad_(False)
 
     def _newest_policy(self, before: str) -> str | None:
         sft = self.folder / "sft"
@@ -337,13 +351,21 @@ class Run:
             )
         path.write_text(text, encoding="utf-8")
 
-    def _save(self, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, how: str) -> None:
+    def _save(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        how: str,
+        start: str | None,
+    ) -> None:
         base = self.recipe.model.name
         card = (
             f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"
             f"The recipe is in `recipe.yaml` of the run; seed {self.seed}.\n"
         )
-        save_model(folder, model, tokenizer, card)
+        origin = str(Path(start).resolve()) if start else str(source_of(base))
+        save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
 
     def _read(self, *parts: str) -> dict[str, Any]:
         path = self.folder.joinpath(*parts)

@@ -22,7 +22,8 @@ BLOCK = 16
 
 class BlockCache:
     """`[blocks, 2, K, P * D]` for each layer (keys and values of a block lie together), allocated
-    when a layer first writes. Keys lie as [D, P] and values as [P, D], as attention reads them.
+    when a layer first writes. Keys lie as [D / 2, P, 2] and values as [P / 2, D, 2], as attention
+    reads them.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ from gearshift.engine.kernels import Places
 from gearshift.engine.native import kernels_for
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
-from gearshift.engine.weights import AliasedWeights, can_pack
+from gearshift.engine.weights import AliasedWeights
 from gearshift.errors import CapacityError, GearshiftError
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import check_head, describe, head_of
@@ -61,9 +61,9 @@ class EngineConfig(Config):
     keep_cache: bool = True
     """Keep the cache's memory (and packed weights) while training; false gives it back at each
     shift."""
-    packed_weights: bool | None = None
-    """Multiply by a copy of the weights in the CPU's own layout, made anew for each version; None
-    does so where it is faster (bf16 on a CPU that multiplies bf16).
+    packed_weights: bool = True
+    """Multiply by a copy of the weights in the CPU's own layout, made anew for each version, where
+    that is faster (bf16 on a CPU that multiplies bf16).
     """
 
 
@@ -294,19 +294,8 @@ class HybridEngine:
             self._scheduler = None
             if self.weights:
                 self.weights.unpack()
-        if gear == "generation" and self.weights and self._packs:
-            self.weights.pack(self.weights_version, self.config.max_rows)
-
-    @property
-    def _packs(self) -> bool:
-        wanted = self.config.packed_weights
-        possible = can_pack(next(self.model.parameters()))
-        if wanted and not possible:
-            raise GearshiftError(
-                "engine.packed_weights needs bf16 weights on a CPU that multiplies bf16; "
-                "leave it out, and it is used where it can be."
-            )
-        return possible if wanted is None else wanted
+        if gear == "generation" and self.weights and self.config.packed_weights:
+            self.weights.pack(self.kernels, self.weights_version, self.config.max_rows)
 
     def _writes(self) -> int:
         """Grows with every in-place write to a parameter, whoever does it."""

@@ -4,7 +4,12 @@
 // rounded where the twin rounds, so that both give the same model.
 //
 // Legend: T tokens of one forward, H query heads, K key heads, R = H / K, D head size (even), P
-// positions in a block. A block of the cache is [2, K, P * D]: keys as [D, P], values as [P, D].
+// positions in a block. A block of the cache is [2, K, P * D]: keys as [D / 2, P, 2], values as
+// [P / 2, D, 2], so that the pairs that a bf16 dot product adds at once lie together.
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <bit>
@@ -31,11 +36,77 @@ inline void put(Half* p, float x) {  // to nearest, ties to even; NaN stays NaN
   p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : up);
 }
 
+// Sixteen floats at once; compilers map them to whatever registers the machine has.
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int32_t Index __attribute__((vector_size(64)));
+
+inline Lanes get16(const float* p) {
+  Lanes x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Lanes get16(const Half* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return std::bit_cast<Lanes>(__builtin_convertvector(h, Bits) << 16);
+}
+inline Lanes every(float x) { return Lanes{} + x; }
+inline Lanes fma16(Lanes a, Lanes b, Lanes c) {
+#ifdef __AVX512F__
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
 template <typename S>
 inline float rounded(float x) {
   S s;
   put(&s, x);
   return get(&s);
+}
+
+// Two numbers of S for each of sixteen lanes, and sum + a.even * b.even + a.odd * b.odd.
+template <typename S>
+struct Pairs;
+template <>
+struct Pairs<float> {
+  Lanes even, odd;
+  static Pairs get(const float* p) {
+    const Lanes low = get16(p), high = get16(p + 16);
+    const Index e = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return {__builtin_shuffle(low, high, e), __builtin_shuffle(low, high, e + 1)};
+  }
+  static Pairs every(float a, float b) { return {::every(a), ::every(b)}; }
+};
+template <>
+struct Pairs<Half> {
+  Bits both;
+  static Pairs get(const Half* p) {
+    Pairs x;
+    std::memcpy(&x.both, p, sizeof x.both);
+    return x;
+  }
+  // a and b are numbers of S already
+  static Pairs every(float a, float b) {
+    const uint32_t two = (std::bit_cast<uint32_t>(a) >> 16) | std::bit_cast<uint32_t>(b);
+    return {Bits{} + two};
+  }
+};
+inline Lanes dot(Lanes sum, const Pairs<float>& a, const Pairs<float>& b) {
+  return fma16(a.even, b.even, fma16(a.odd, b.odd, sum));
+}
+inline Lanes dot(Lanes sum, const Pairs<Half>& a, const Pairs<Half>& b) {
+#ifdef __AVX512BF16__
+  return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.both, (__m512bh)b.both);
+#else
+  const auto even = [](Bits x) { return std::bit_cast<Lanes>(x << 16); };
+  const auto odd = [](Bits x) { return std::bit_cast<Lanes>(x & 0xffff0000u); };
+  return fma16(even(a.both), even(b.both), fma16(odd(a.both), odd(b.both), sum));
+#endif
 }
 
 // exp to float accuracy, written so that compilers vectorise it: 2^n times a polynomial; 0 where the
@@ -145,40 +216,40 @@ void rotate_and_write(S* qkv, const S* cos, const S* sin, S* cache, const int64_
     }
     const int64_t block = slots[t] / P, place = slots[t] % P;
     for (int64_t k = 0; k < K; ++k) {
-      S* key = cache + (block * 2 * K + k) * P * D + place;
-      for (int64_t d = 0; d < D; ++d) key[d * P] = row[(H + k) * D + d];
-      std::memcpy(cache + ((block * 2 * K + K + k) * P + place) * D, row + (H + K + k) * D,
-                  size_t(D) * sizeof(S));
+      S* key = cache + (block * 2 * K + k) * P * D + 2 * place;
+      S* value = cache + (block * 2 * K + K + k) * P * D + place / 2 * 2 * D + place % 2;
+      for (int64_t d = 0; d < D; ++d) key[d / 2 * 2 * P + d % 2] = row[(H + k) * D + d];
+      for (int64_t d = 0; d < D; ++d) value[2 * d] = row[(H + K + k) * D + d];
     }
   }
 }
 
-// Attention of RT query heads that share a key head, over blocks of P = 16 positions. Sums run over
-// one dimension after the other, odd before even, as a processor's bf16 dot product does; lanes are
-// positions (for scores; so keys lie as [D, P]) and dimensions (for the weighted sum of values).
+// Attention of RT query heads that share a key head. Lanes are positions for the scores, and
+// dimensions for the weighted sum of values.
 template <typename S, int64_t FIXED, int64_t RT>
 void attend_heads(const float* q, const S* cache, const int64_t* blocks, S* out, int64_t K,
                   int64_t size, int64_t begin, int64_t end, float softcap, float* scores,
-                  float* sum, int64_t k) {
+                  int64_t k) {
   const int64_t D = FIXED ? FIXED : size, first = begin / P, last = (end - 1) / P;
   const int64_t L = (last - first + 1) * P, from = begin - first * P, to = end - first * P;
   for (int64_t w = first; w <= last; ++w) {
     const S* key = cache + (blocks[w] * 2 * K + k) * P * D;
-    float dot[RT][P] = {};
+    // Blocks lie anywhere, so the processor cannot guess what is read next.
+    const S* ahead = cache + (blocks[std::min(last, w + 1)] * 2 * K + k) * P * D;
+    for (int64_t d = 0; d < P * D; d += 64 / int64_t(sizeof(S))) {
+      __builtin_prefetch(key + K * P * D + d);
+      __builtin_prefetch(ahead + d);
+    }
+    Lanes sum[RT] = {};
     for (int64_t d = 0; d < D; d += 2) {
-      float even[P], odd[P];
-      for (int64_t p = 0; p < P; ++p) {
-        even[p] = get(key + d * P + p);
-        odd[p] = get(key + (d + 1) * P + p);
-      }
+      const Pairs<S> two = Pairs<S>::get(key + d * P);
+#pragma GCC unroll 4
       for (int64_t r = 0; r < RT; ++r)
-        for (int64_t p = 0; p < P; ++p)
-          dot[r][p] =
-              std::fma(q[r * D + d], even[p], std::fma(q[r * D + d + 1], odd[p], dot[r][p]));
+        sum[r] = dot(sum[r], Pairs<S>::every(q[r * D + d], q[r * D + d + 1]), two);
     }
     for (int64_t r = 0; r < RT; ++r)
       for (int64_t p = 0; p < P; ++p) {
-        const float x = rounded<S>(dot[r][p]);
+        const float x = rounded<S>(sum[r][p]);
         scores[r * L + (w - first) * P + p] = softcap > 0 ? std::tanh(x / softcap) * softcap : x;
       }
   }
@@ -197,23 +268,36 @@ void attend_heads(const float* q, const S* cache, const int64_t* blocks, S* out,
     std::fill(s, s + from, 0.0f);
     std::fill(s + to, s + L, 0.0f);
   }
-  std::fill(sum, sum + RT * D, 0.0f);
-  for (int64_t w = first; w <= last; ++w) {
-    const S* value = cache + (blocks[w] * 2 * K + K + k) * P * D;
-    const float* s = scores + (w - first) * P;
-    const int64_t stop = std::min(P, to - (w - first) * P);
-    for (int64_t p = 0; p < stop; p += 2) {
-      const S *even = value + p * D, *odd = p + 1 < stop ? even + D : even;
-      for (int64_t r = 0; r < RT; ++r) {
-        const float a = s[r * L + p], b = p + 1 < stop ? s[r * L + p + 1] : 0.0f;
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d)
-          sum[r * D + d] = std::fma(a, get(even + d), std::fma(b, get(odd + d), sum[r * D + d]));
+  constexpr int64_t PARTS = FIXED ? std::min<int64_t>(FIXED / 16, 4) : 1;
+  for (int64_t c = 0; c < D; c += 16 * PARTS) {
+    Lanes sum[RT][PARTS] = {};
+    for (int64_t w = first; w <= last; ++w) {
+      const S* value = cache + (blocks[w] * 2 * K + K + k) * P * D + 2 * c;
+      const float* s = scores + (w - first) * P;
+      const int64_t stop = std::min(P, to - (w - first) * P);
+      for (int64_t p = 0; p < stop; p += 2) {
+#pragma GCC unroll 4
+        for (int64_t n = 0; n < PARTS; ++n) {
+          const S* at = value + p * D + 32 * n;
+          Pairs<S> two{};
+          if (FIXED || c + 16 <= D) {
+            two = Pairs<S>::get(at);
+          } else {  // the last dimensions of a head whose size is not a multiple of 16
+            S some[32] = {};
+            std::copy(at, at + 2 * (D - c), some);
+            two = Pairs<S>::get(some);
+          }
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < RT; ++r)
+            sum[r][n] = dot(sum[r][n], Pairs<S>::every(s[r * L + p], s[r * L + p + 1]), two);
+        }
       }
     }
+    for (int64_t r = 0; r < RT; ++r)
+      for (int64_t n = 0; n < PARTS; ++n)
+        for (int64_t i = 0; i < 16 && c + 16 * n + i < D; ++i)
+          put(out + r * D + c + 16 * n + i, sum[r][n][i]);
   }
-#pragma omp simd
-  for (int64_t d = 0; d < RT * D; ++d) put(out + d, sum[d]);
 }
 
 template <typename S, int64_t FIXED>
@@ -229,16 +313,15 @@ void attend(const S* query, int64_t stride, const S* cache, const int64_t* table
       for (int64_t k = 0; k < K; ++k) {
         const int64_t end = positions[t] + 1;
         const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
-        buffer.resize(size_t(R * D + 4 * (end + 2 * P) + 4 * D));
+        buffer.resize(size_t(R * D + 4 * (end + 2 * P)));
         float* q = buffer.data();
-        float* sum = q + R * D;
-        float* scores = sum + 4 * D;
+        float* scores = q + R * D;
         for (int64_t i = 0; i < R * D; ++i)
           q[i] = rounded<S>(get(query + t * stride + k * R * D + i) * scaling);
         const auto heads = [&]<int64_t RT>(int64_t r) {
           attend_heads<S, FIXED, RT>(q + r * D, cache, table + rows[t] * width,
                                      out + (t * H + k * R + r) * D, K, D, begin, end, softcap,
-                                     scores, sum, k);
+                                     scores, k);
         };
         int64_t r = 0;
         for (; r + 4 <= R; r += 4) heads.template operator()<4>(r);
@@ -249,6 +332,106 @@ void attend(const S* query, int64_t stride, const S* cache, const int64_t* table
     }
   }
 }
+
+#ifdef __AVX512BF16__
+constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold beside their operands
+
+// A weight [N, K] as [N / 16, K / 2, 16, 2], padded with zeros: a row of 32 numbers is what one
+// bf16 dot-product instruction takes for 16 outputs.
+void pack(const Half* weight, Half* packed, int64_t N, int64_t K) {
+  const int64_t pairs = (K + 1) / 2;
+#pragma omp parallel for schedule(static)
+  for (int64_t n0 = 0; n0 < N; n0 += 16)
+    for (int64_t k = 0; k < pairs; ++k)
+      for (int64_t n = 0; n < 16; ++n)
+        for (int64_t j = 0; j < 2; ++j) {
+          const bool real = n0 + n < N && 2 * k + j < K;
+          packed[((n0 / 16 * pairs + k) * 16 + n) * 2 + j] =
+              real ? weight[(n0 + n) * K + 2 * k + j] : Half{0};
+        }
+}
+
+template <int64_t MB, int64_t NB>
+inline void tile(const Half* x, int64_t K, const Half* packed, const Half* ahead,
+                 const Half* bias, Half* out, int64_t N, int64_t n0) {
+  const int64_t pairs = K / 2;
+  __m512 sum[MB][NB], total[MB][NB];
+  // Long sums are made of parts as oneDNN makes them in the training gear, so that both round alike.
+  const int64_t part = K > 1024 ? 512 : 256;
+  for (int64_t k0 = 0; k0 < pairs; k0 += part) {
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < MB; ++m)
+#pragma GCC unroll 3
+      for (int64_t n = 0; n < NB; ++n) sum[m][n] = _mm512_setzero_ps();
+    for (int64_t k = k0; k < std::min(pairs, k0 + part); ++k) {
+      __builtin_prefetch(ahead + k * 32, 0, 2);
+      __m512bh w[NB];
+#pragma GCC unroll 3
+      for (int64_t n = 0; n < NB; ++n)
+        w[n] = (__m512bh)_mm512_loadu_si512(packed + (n * pairs + k) * 32);
+#pragma GCC unroll 8
+      for (int64_t m = 0; m < MB; ++m) {
+        int32_t two;
+        std::memcpy(&two, x + m * K + 2 * k, sizeof two);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 3
+        for (int64_t n = 0; n < NB; ++n) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], a, w[n]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < MB; ++m)
+#pragma GCC unroll 3
+      for (int64_t n = 0; n < NB; ++n)
+        total[m][n] = k0 ? _mm512_add_ps(total[m][n], sum[m][n]) : sum[m][n];
+  }
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < MB; ++m)
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NB; ++n) {
+      const int64_t first = n0 + 16 * n;
+      Lanes y = (Lanes)total[m][n];
+      if (first + 16 <= N) {
+        if (bias) y += get16(bias + first);
+        const __m256bh half = _mm512_cvtneps_pbh((__m512)y);
+        std::memcpy(out + m * N + first, &half, sizeof half);
+      } else {
+        for (int64_t i = 0; i < N - first; ++i)
+          put(out + m * N + first + i, y[i] + (bias ? get(bias + first + i) : 0.0f));
+      }
+    }
+}
+
+// out [M, N] = x [M, K] weight^T + bias, K even. Rows go in blocks that stay in the second cache.
+void multiply(const Half* x, const Half* packed, const Half* bias, Half* out, int64_t M, int64_t N,
+              int64_t K) {
+  constexpr int64_t BLOCK = 192;
+  const int64_t columns = (N + 15) / 16, strips = (columns + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel
+  for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
+    const int64_t m1 = std::min(M, m0 + BLOCK);
+#pragma omp for schedule(static) nowait
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t c = strip * COLUMNS, wide = std::min(COLUMNS, columns - c);
+      const Half* w = packed + c * 16 * K;
+      // While a strip is multiplied, the next one comes nearer, a third with each block of rows.
+      const Half* next = strip + 1 < strips ? w + COLUMNS * 16 * K : w;
+      int64_t block = 0;
+      const auto rows = [&]<int64_t MB>(int64_t m) {
+        const Half* from = x + m * K;
+        Half* to = out + m * N;
+        const Half* ahead = next + (block++ % COLUMNS) * 16 * K;
+        if (wide == 3) tile<MB, 3>(from, K, w, ahead, bias, to, N, c * 16);
+        if (wide == 2) tile<MB, 2>(from, K, w, ahead, bias, to, N, c * 16);
+        if (wide == 1) tile<MB, 1>(from, K, w, ahead, bias, to, N, c * 16);
+      };
+      int64_t m = m0;
+      for (; m + ROWS <= m1; m += ROWS) rows.template operator()<ROWS>(m);
+      for (; m + 4 <= m1; m += 4) rows.template operator()<4>(m);
+      for (; m < m1; ++m) rows.template operator()<1>(m);
+    }
+  }
+}
+#endif
 
 template <typename S>
 void gate(const S* both, S* out, int64_t T, int64_t F, int tanh_gelu) {
@@ -355,3 +538,13 @@ void draw(const S* logits, const float* temperature, const double* uniform, int6
 
 EXPORT(float, float)
 EXPORT(bf16, Half)
+
+#ifdef __AVX512BF16__
+extern "C" void pack_bf16(void* weight, void* packed, int64_t N, int64_t K) {
+  pack((const Half*)weight, (Half*)packed, N, K);
+}
+extern "C" void multiply_bf16(void* x, void* packed, void* bias, void* out, int64_t M, int64_t N,
+                              int64_t K) {
+  multiply((const Half*)x, (const Half*)packed, (const Half*)bias, (Half*)out, M, N, K);
+}
+#endif

@@ -9,6 +9,7 @@ heads, K key heads, D head size, P positions in a block, C hidden size, F MLP si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
@@ -65,6 +66,10 @@ class Places:
         return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
 
 
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""(x [T, in], bias) -> x weight^T + bias, with a weight packed for it."""
+
+
 class Kernels(Protocol):
     """The operations; `TorchKernels` says what each computes."""
 
@@ -83,6 +88,8 @@ class Kernels(Protocol):
     def draw(
         self, logits: Tensor, temperature: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+    def product(self, weight: Tensor, rows: int) -> Product | None: ...
 
 
 class TorchKernels:
@@ -104,8 +111,9 @@ class TorchKernels:
         if rotary is not None:
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         blocks, inside = places.slots // BLOCK, places.slots % BLOCK
-        store[:, 0].unflatten(-1, (D, BLOCK))[blocks, :, :, inside] = key
-        store[:, 1].unflatten(-1, (BLOCK, D))[blocks, :, inside] = value
+        keys, values = _cached(store, D)
+        keys[blocks, :, :, inside] = key.unflatten(-1, (D // 2, 2))
+        values[blocks, :, inside // 2, :, inside % 2] = value
         return query
 
     def attend(
@@ -113,9 +121,10 @@ class TorchKernels:
     ) -> Tensor:
         """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
         D = query.shape[2]
-        held = store[places.blocks].transpose(1, 3)  # [B, K, 2, W, P * D]
-        key = held[:, :, 0].unflatten(-1, (D, BLOCK)).transpose(3, 4).flatten(2, 3)
-        value = held[:, :, 1].unflatten(-1, (BLOCK, D)).flatten(2, 3)
+        keys, values = _cached(store, D)
+        # [B, W, K, D / 2, P, 2] and [B, W, K, P / 2, D, 2] -> [B, K, W * P, D]
+        key = keys[places.blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
+        value = values[places.blocks].permute(0, 2, 1, 3, 5, 4).flatten(2, 4)
         mask = places.distance >= 0
         if options.window is not None:
             mask = mask & (places.distance < options.window)
@@ -128,6 +137,24 @@ class TorchKernels:
         left, up = both.chunk(2, -1)
         return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
 
+    def product(self, weight: Tensor, rows: int) -> Product | None:
+        """Products by a copy of this weight [out, in] in a layout for about `rows` rows; None where
+        none is faster than the weight itself: it is for bf16 on a CPU that multiplies bf16.
+        """
+        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+            return None
+        if not torch.backends.mkldnn.is_available():
+            return None
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            return y
+
+        return product
+
     def draw(self, logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """[B, V] logits, [B] float32 temperatures (0: the most likely token), [B] float64 uniforms
         in (0, 1) -> [B] tokens by inverse CDF, and [B] their log-probs under softmax(logits /
@@ -139,6 +166,12 @@ class TorchKernels:
         tokens = inverse_cdf(torch.exp(scaled - norm[:, None]), uniforms)
         tokens = torch.where(greedy, scaled.argmax(-1), tokens)
         return tokens, scaled.gather(1, tokens[:, None]).squeeze(1) - norm
+
+
+def _cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a layer's store: keys [blocks, K, D / 2, P, 2], values [blocks, K, P / 2, D, 2]."""
+    keys = store[:, 0].unflatten(-1, (D // 2, BLOCK, 2))
+    return keys, store[:, 1].unflatten(-1, (BLOCK // 2, D, 2))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

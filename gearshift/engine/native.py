@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine.kernels import Places, TorchKernels
+from gearshift.engine.kernels import Places, Product, TorchKernels
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Gate, Norm
 from gearshift.models.load import cache_folder
@@ -43,6 +43,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "gate": [c_void_p, c_void_p, c_int64, c_int64, c_int],
     "draw": [*[c_void_p] * 5, c_int64, c_int64],
+    "pack": [c_void_p, c_void_p, c_int64, c_int64],
+    "multiply": [*[c_void_p] * 4, *[c_int64] * 3],
 }  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,14 @@ class NativeKernels(TorchKernels):
 
         self._add_norm, self._attend = function("add_norm"), function("attend")
         self._rotate_and_write, self._gate = function("rotate_and_write"), function("gate")
+        # Where a CPU has AMX, PyTorch's own packed products use it and are faster than these.
+        self._multiplies = (
+            dtype == torch.bfloat16
+            and hasattr(library, "multiply_bf16")
+            and not torch.cpu._is_amx_tile_supported()
+        )
+        if self._multiplies:
+            self._pack, self._multiply = function("pack"), function("multiply")
         self._draw = {d: function("draw", suffix) for d, suffix in _SUFFIX.items()}
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -105,6 +115,24 @@ class NativeKernels(TorchKernels):
         out = torch.empty((T, F), dtype=both.dtype)
         self._gate(both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
         return out
+
+    def product(self, weight: Tensor, rows: int) -> Product | None:
+        N, K = weight.shape
+        if not self._multiplies or K % 2:
+            return super().product(weight, rows)
+        packed = torch.empty(-(-N // 16) * 16 * K, dtype=weight.dtype)
+        weight = weight.contiguous()
+        self._pack(weight.data_ptr(), packed.data_ptr(), N, K)
+
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            x = x.contiguous()
+            out = torch.empty((x.shape[0], N), dtype=x.dtype)
+            self._multiply(
+                x.data_ptr(), packed.data_ptr(), _pointer(bias), out.data_ptr(), x.shape[0], N, K
+            )
+            return out
+
+        return product
 
     def draw(self, logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         B, V = logits.shape

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gearshift.engine.kernels import Kernels, Product
 from gearshift.models.describe import Plan, own
 
 
@@ -30,27 +31,40 @@ class FusedLinear:
         self.modules = tuple(modules)
         self.linears: list[Any] = [own(module) for module in modules]
         self.transposed = isinstance(self.linears[0], Conv1D)
-        self.packed: Tensor | None = None
+        self.product: Product | None = None
+        """Of the packed copy, where there is one."""
+        self._stamp: tuple[int, ...] = ()
         self.weight, self.bias = self._fuse()
         ends = torch.tensor([self._out(linear) for linear in self.linears]).cumsum(0).tolist()
         self.slices = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        each = zip(modules, self.slices, strict=True)
+        self.adapted = [(module, part) for module, part in each if own(module) is not module]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, sum of outs]."""
-        if self.packed is not None:
-            bias = self.bias
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        if self.product is not None:
+            y = self.product(x, self.bias)
         else:
             y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        for module, part in zip(self.modules, self.slices, strict=True):
+        for module, part in self.adapted:
             for down, up, scaling in adapters(module):
-                y[:, part] += up(down(x.to(down.weight.dtype))).to(y.dtype) * scaling
+                y[:, part] += (up(down(x.to(down.weight.dtype))) * scaling).to(y.dtype)
         return y
 
-    def pack(self, rows: int) -> None:
-        """Copy the weight into the layout that products of about `rows` rows are fastest in."""
-        weight = self.weight.t().contiguous() if self.transposed else self.weight
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    def pack(self, kernels: Kernels, version: int, rows: int) -> None:
+        """Have a copy of this version's weight in the layout that products of about `rows` rows are
+        fastest in. A weight that is not trained and was not written keeps the copy that it has.
+        """
+        trained = any(linear.weight.requires_grad for linear in self.linears)
+        stamp = (version if trained else 0, *(linear.weight._version for linear in self.linears))
+        if self._stamp != stamp:
+            self._stamp = stamp
+            weight = self.weight.t() if self.transposed else self.weight
+            self.product = kernels.product(weight.detach(), rows)
+
+    def unpack(self) -> None:
+        """Give the packed copy back."""
+        self.product, self._stamp = None, ()
 
     def is_aliased(self) -> bool:
         """Whether each parameter still lies where its slice of the buffer does."""
@@ -97,7 +111,6 @@ class AliasedWeights:
         self.up = [FusedLinear(layer.up) for layer in plan.layers]
         self.down = [FusedLinear([layer.down]) for layer in plan.layers]
         self.head = FusedLinear([head])
-        self.packed_version: int | None = None
 
     def __iter__(self) -> Iterator[FusedLinear]:
         yield from (*self.qkv, *self.out, *self.up, *self.down, self.head)
@@ -109,18 +122,15 @@ class AliasedWeights:
             linear.mend()
         return len(broken)
 
-    def pack(self, version: int, rows: int) -> None:
+    def pack(self, kernels: Kernels, version: int, rows: int) -> None:
         """Have packed copies of this weights version."""
-        if self.packed_version != version:
-            for linear in self:
-                linear.pack(rows)
-            self.packed_version = version
+        for linear in self:
+            linear.pack(kernels, version, rows)
 
     def unpack(self) -> None:
         """Give the packed copies back."""
         for linear in self:
-            linear.packed = None
-        self.packed_version = None
+            linear.unpack()
 
     def bytes(self) -> int:
         """Bytes of the fused buffers. They are the model's own storage, not a copy."""
@@ -131,19 +141,7 @@ class AliasedWeights:
 
     def packed_bytes(self) -> int:
         """Bytes of the packed copies."""
-        return sum(linear.weight.nbytes for linear in self if linear.packed is not None)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether products with a packed copy of this weight are faster here: bf16 on a CPU that
-    multiplies bf16.
-    """
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+        return sum(linear.weight.nbytes for linear in self if linear.product is not None)
 
 
 def adapters(module: Any) -> list[tuple[nn.Linear, nn.Linear, float]]:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from gearshift.errors import ModelError
+from gearshift.models.adapters import AdapterConfig, adapted_layers, merged_state, save_adapter
 from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.config import Config
@@ -51,6 +52,8 @@ class ModelConfig(Config):
     """`auto` takes a GPU if there is one; otherwise a torch device such as `cpu` or `cuda:1`."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; None leaves torch's choice."""
+    lora: AdapterConfig | None = None
+    """Train low-rank adapters in place of the whole policy."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code here."""
 
@@ -90,6 +93,11 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
         model = _from_pretrained(
             AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION
         )
+        if adapted_layers(model):  # the folder holds an adapter: continue from its merged weights
+            base = model.peft_config[model.active_adapters()[0]].base_model_name_or_path
+            state = merged_state(model)
+            model = load_policy(config, base)
+            model.load_state_dict(state)
     return model.to(device).eval()
 
 
@@ -136,16 +144,29 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    lora: AdapterConfig | None = None,
+    base: str = "",
 ) -> None:
     """Write what `from_pretrained` reads: safetensors, config, generation config, tokenizer, chat
-    template, card.
+    template, card. A model with adapters is saved as `lora.save` says; `base` names what they were
+    trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Aliased parameters are slices of one buffer; the file gets each as a tensor of its own.
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(model) else set()
-    state = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in tied}
-    model.save_pretrained(folder, state_dict=state)
+    adapted = bool(adapted_layers(model))
+    if adapted:
+        alone = lora is not None and lora.save == "adapter"
+        save_adapter(folder if alone else folder / "adapter", model, base)
+    if not (adapted and alone):
+        state = {k: v for k, v in merged_state(model).items() if k not in tied}
+        model._hf_peft_config_loaded = False  # or only the adapter would be written
+        model.save_pretrained(folder, state_dict=state)
+        model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -155,6 +176,11 @@ def cache_folder() -> Path:
     `~/.cache/gearshift`.
     """
     return Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
+
+
+def source_of(name: str) -> str | Path:
+    """What `from_pretrained` takes for this model name."""
+    return embedded_folder() if name == EMBEDDED else name
 
 
 def embedded_folder() -> Path:
@@ -214,7 +240,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 def _from_pretrained(
     auto: Any, name: str, config: ModelConfig, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> Any:
-    source = embedded_folder() if name == EMBEDDED else name
+    source = source_of(name)
     local = Path(source).is_dir()
     if dtype is not None:
         kwargs |= {"dtype": dtype, "use_safetensors": True}

@@ -30,6 +30,7 @@ from gearshift.data import DataConfig, Mixture
 from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
+from gearshift.models.adapters import adapters_off
 from gearshift.models.forward import token_scores, token_values
 from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
@@ -409,13 +410,16 @@ class RLTrainer:
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        """[M] log-probs under the reference policy."""
+        """[M] log-probs under the reference policy: a model of its own, or the policy's with its
+        adapters off.
+        """
         if self.reference is None:
             raise ValueError("kl.beta > 0 needs a reference model.")
-        return torch.cat([
-            token_scores(self.reference, micro, self.config.temperature).logprobs
-            for micro in batch.split(self.config.max_tokens)
-        ])  # fmt: skip
+        with adapters_off(self.reference):
+            return torch.cat([
+                token_scores(self.reference, micro, self.config.temperature).logprobs
+                for micro in batch.split(self.config.max_tokens)
+            ])  # fmt: skip
 
     @property
     def _shared_head(self) -> ValueHead | None:

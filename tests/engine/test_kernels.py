@@ -161,3 +161,19 @@ def test_draws(temperature: float, dtype: torch.dtype) -> None:
         same.float().mean() >= 0.99
     )  # a uniform on the very edge of two tokens may fall either way
     assert torch.allclose(logprobs[same], their_logprobs[same], atol=2e-5)
+
+
+@pytest.mark.parametrize(("out", "size"), [(48, 64), (7, 32), (100, 576), (960, 1536)])
+@pytest.mark.parametrize("rows", [1, 5, 32, 203])
+@torch.no_grad()
+def test_packed_products(rows: int, out: int, size: int) -> None:
+    weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (rows, size), (out,)))
+    for kernels in (fast(torch.bfloat16), SLOW):
+        product = kernels.product(weight, 32)
+        if product is None:
+            continue
+        for b in (None, bias):
+            ours, plain = product(x, b), torch.nn.functional.linear(x, weight, b)
+            assert torch.allclose(ours, plain, atol=0.01, rtol=0.01)
+            assert (ours == plain).float().mean() > 0.999  # the gears round alike
+    assert fast(torch.float32).product(weight.float(), 32) is None

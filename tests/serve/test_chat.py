@@ -1,6 +1,7 @@
 """The terminal chat: streams whole characters, remembers or not, and survives what does not fit."""
 
 import io
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,7 +20,21 @@ def engine() -> HybridEngine:
 def test_pieces_make_the_answer(engine: HybridEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters of several bytes come whole: one token is one byte here."""
     answer = [*engine.tokenizer.encode("né — 家 ok"), 2]
-    monkeypatch.setattr(engine, "stream", lambda *_: iter(answer))
+
+    class Said:
+        aborted = False
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(answer)
+
+        def abort(self) -> None:
+            Said.aborted = True
+
+    monkeypatch.setattr(engine, "stream", lambda *_: Said())
+    listener = reply(engine, [{"role": "user", "content": "hi"}], SamplingParams())
+    next(listener)
+    listener.close()
+    assert Said.aborted  # whoever stops listening ends the request
     pieces = list(reply(engine, [{"role": "user", "content": "hi"}], SamplingParams()))
     assert "".join(pieces) == "né — 家 ok"
     assert "\ufffd" not in "".join(pieces) and len(pieces) > 5

@@ -1,0 +1,106 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) through `peft`: put into a model, switched off, saved.
+
+The base weights stay where they are and are not trained; the model with its adapters switched off
+is the reference policy, without a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from gearshift.errors import ModelError
+from gearshift.runtime.config import Config
+
+
+class AdapterConfig(Config):
+    """LoRA on the policy; the rest of it is not trained."""
+
+    rank: int = Field(16, ge=1)
+    """Of each update: a weight gains up @ down, `rank` wide."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On an adapter's input, in supervised training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which layers: all linear ones but the head, or the ends of their names (`q_proj`)."""
+    save: Literal["merged", "adapter"] = "merged"
+    """What a stage's folder holds: the whole model with the adapter in its weights, the adapter
+    itself beside it in `adapter/`; or the adapter alone, which loads where its base model lies.
+    """
+
+
+def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Put a fresh adapter into the model, in place; only it is trained from now on.
+
+    Raises `ModelError` if `peft` is missing or a target is not there.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ModelError("LoRA needs peft; run: pip install 'gearshift[lora]'.") from error
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    try:
+        model.add_adapter(
+            LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            )
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"model.lora.targets: {str(error).splitlines()[0]} Give `all-linear`, or ends of "
+            "names such as q_proj."
+        ) from error
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of each layer that carries an adapter."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters; any model, for one without adapters."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_adapter(folder: Path, model: PreTrainedModel, base: str) -> None:
+    """Write the adapter as PEFT reads it; `base` names the model that it was trained on."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    model.save_pretrained(folder)
+
+
+def merged_state(model: PreTrainedModel) -> dict[str, Any]:
+    """The state dict that the model would have with its adapters merged; the model stays as it
+    is.
+    """
+    layers = dict(adapted_layers(model))
+    state = {}
+    for key, value in model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        name = key.removesuffix(".base_layer.weight").removesuffix(".base_layer.bias")
+        layer = layers.get(name)
+        if layer is not None and key.endswith(".weight"):
+            for active in layer.active_adapters:
+                value = (value.float() + layer.get_delta_weight(active).float()).to(value.dtype)
+        state[key.replace(".base_layer.", ".")] = value.detach().clone()
+    return state
