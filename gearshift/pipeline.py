@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -65,7 +66,7 @@ class RunConfig(Config):
 
     dir: str = "runs/run"
     """The run's folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """All randomness of the run flows from it."""
 
 
@@ -186,6 +187,7 @@ class Run:
             examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
         )
         trainer.train()
+        self.say(_latency(read_metrics(folder / "metrics.jsonl")))
         how = f"reinforcement learning ({config.advantage})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
         evaluated = self._heldout("rl", lambda: engine)
@@ -418,6 +420,23 @@ class Run:
             summary=summary,
         )
         return summary
+
+
+def _latency(steps: Sequence[dict[str, float]]) -> str:
+    """Where the seconds of a step of reinforcement learning went, by medians."""
+
+    def middle(name: str) -> float:
+        known = [step[name] for step in steps if step[name] is not None]
+        return median(known) if known else float("nan")
+
+    parts = {name: middle(f"engine/{name}_seconds") for name in ("shift", "prefill", "decode")}
+    parts |= {name: middle(f"seconds/{name}") for name in ("reward", "score", "train")}
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    return (
+        f"rl: {middle('step_time'):.2f} s a step ({told}); decoding "
+        f"{middle('engine/decode_tokens_per_second'):,.0f} tokens/s, "
+        f"{middle('engine/roofline_fraction'):.0%} of what this machine could at best"
+    )
 
 
 def _side_by_side(heldout: dict[str, dict[str, Any]], count: int = 24) -> list[dict[str, Any]]:

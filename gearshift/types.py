@@ -58,6 +58,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
             ("bad_words", all(self.bad_words), "hold no empty run"),
         ):
             if not ok:

@@ -255,18 +255,23 @@ void attend_heads(const float* q, const S* cache, const int64_t* blocks, S* out,
   }
   for (int64_t r = 0; r < RT; ++r) {
     float* s = scores + r * L;
-    float top = s[from], total = 0;
+    std::fill(s, s + from, -INFINITY);
+    std::fill(s + to, s + L, -INFINITY);
+    float top = s[from];
 #pragma omp simd reduction(max : top)
     for (int64_t j = from; j < to; ++j) top = std::max(top, s[j]);
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = from; j < to; ++j) {
-      s[j] = fast_exp(s[j] - top);
-      total += s[j];
-    }
+    // The sum, too, in PyTorch's order: lanes, then their halves.
+    Lanes total = {};
+    for (int64_t j = 0; j < L; j += 16) {
 #pragma omp simd
-    for (int64_t j = from; j < to; ++j) s[j] = rounded<S>(s[j] / total);
-    std::fill(s, s + from, 0.0f);
-    std::fill(s + to, s + L, 0.0f);
+      for (int64_t i = j; i < j + 16; ++i) s[i] = fast_exp(s[i] - top);
+      total += get16(s + j);
+    }
+    for (int half = 8; half; half /= 2)
+      for (int i = 0; i < half; ++i) total[i] += total[i + half];
+    const float norm = 1.0f / total[0];
+#pragma omp simd
+    for (int64_t j = 0; j < L; ++j) s[j] = rounded<S>(s[j] * norm);
   }
   constexpr int64_t PARTS = FIXED ? std::min<int64_t>(FIXED / 16, 4) : 1;
   for (int64_t c = 0; c < D; c += 16 * PARTS) {

@@ -24,6 +24,8 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    uniforms: list[float] = field(default_factory=list)
+    """Of its first tokens, one each; drawn ahead, some at a time."""
     blocks: list[int] = field(default_factory=list)
     """Its part of the cache while it is live."""
 

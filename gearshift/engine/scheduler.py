@@ -30,6 +30,10 @@ Logits = Callable[[Tensor], Tensor]
 """[B, C] -> [B, V]."""
 
 
+_AHEAD = 64
+"""Tokens that uniforms are drawn ahead for: many cost what one does."""
+
+
 @dataclass(slots=True)
 class Timing:
     """What the scheduler has done, since it was last set to zero."""
@@ -128,19 +132,10 @@ class Scheduler:
         return self.forward(ids.to(self.device), places)
 
     def _sample(self, hidden: Tensor) -> None:
-        def column(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-        uniforms = philox_uniform(
-            column([s.seed for s in self.live]),
-            column([s.request_id for s in self.live]),
-            column([s.sample_index for s in self.live]),
-            column([len(s.token_ids) for s in self.live]),
-        )
         drawn = sample(
             self.draw,
             self.logits(hidden),
-            uniforms,
+            self._uniforms(),
             [s.params for s in self.live],
             lambda row: self.live[row].tokens,
         )
@@ -153,6 +148,18 @@ class Scheduler:
         rows = zip(self.live, tokens, logprobs, drawn_logprobs, strict=True)
         for sequence, token, logprob, drawn_logprob in rows:
             sequence.append(token, logprob, drawn_logprob, self.decode)
+
+    def _uniforms(self) -> Tensor:
+        """[B] float64: each live sequence's number for its next token."""
+        if short := [s for s in self.live if len(s.uniforms) == len(s.token_ids)]:
+            keys = torch.tensor([[s.seed, s.request_id, s.sample_index] for s in short])
+            seeds, requests, samples = keys.T[:, :, None]
+            positions = torch.tensor([[len(s.uniforms)] for s in short]) + torch.arange(_AHEAD)
+            drawn = philox_uniform(seeds, requests, samples, positions).tolist()
+            for sequence, more in zip(short, drawn, strict=True):
+                sequence.uniforms += more
+        ahead = [s.uniforms[len(s.token_ids)] for s in self.live]
+        return torch.tensor(ahead, dtype=torch.float64, device=self.device)
 
     def _leave(self, sequence: Sequence) -> None:
         """Give the blocks back; what they hold can be found again by a prompt that goes on."""
