@@ -27,7 +27,7 @@ def described(
     input_ids: Tensor,
     places: Places,
 ) -> Tensor:
-    """[T] token ids at `places` -> [T, C], through the plan."""
+    """[T] token ids at `places` -> [B, C] states of the wanted ones, through the plan."""
     T, D, K = len(input_ids), plan.head_size, plan.kv_heads
     heads = plan.heads + 2 * K
     x = plan.embed(input_ids, places.positions)
@@ -46,7 +46,9 @@ def described(
         rotary = None if layer.rotary is None else angles[layer.rotary]
         query = kernels.rotate_and_write(qkv, rotary, store, places)
         seen = kernels.attend(query, store, places, layer.attention)
-        a = weights.out[i](seen.reshape(T, -1))
+        if layer is plan.layers[-1] and places.wanted is not None:
+            seen, x, h = seen[places.wanted], x[places.wanted], h[places.wanted]
+        a = weights.out[i](seen.flatten(1))
         if layer.out_norm is not None:
             a = layer.out_norm.module(a)
         if layer.parallel:
@@ -75,7 +77,9 @@ def generic(
     input_ids: Tensor,
     places: Places,
 ) -> Tensor:
-    """[T] token ids at `places` -> [T, C], through Hugging Face's own modules."""
+    """[T] token ids at `places` -> [B, C] states of the wanted ones, through Hugging Face's own
+    modules.
+    """
     out = model.base_model(
         input_ids=input_ids[None],
         position_ids=places.positions[None],
@@ -83,7 +87,7 @@ def generic(
         layout=CachedLayout(kernels, cache, places),
     )
     hidden: Tensor = out.last_hidden_state[0]
-    return hidden
+    return hidden if places.wanted is None else hidden[places.wanted]
 
 
 class CachedLayout:

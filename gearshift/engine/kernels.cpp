@@ -341,19 +341,24 @@ void attend(const S* query, int64_t stride, const S* cache, const int64_t* table
 #ifdef __AVX512BF16__
 constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold beside their operands
 
-// A weight [N, K] as [N / 16, K / 2, 16, 2], padded with zeros: a row of 32 numbers is what one
+// A weight [N, K], K even, as [N / 16, K / 2, 16, 2], padded with zeros: a row of 32 numbers is what one
 // bf16 dot-product instruction takes for 16 outputs.
 void pack(const Half* weight, Half* packed, int64_t N, int64_t K) {
-  const int64_t pairs = (K + 1) / 2;
+  const int64_t pairs = K / 2;
 #pragma omp parallel for schedule(static)
   for (int64_t n0 = 0; n0 < N; n0 += 16)
-    for (int64_t k = 0; k < pairs; ++k)
-      for (int64_t n = 0; n < 16; ++n)
-        for (int64_t j = 0; j < 2; ++j) {
-          const bool real = n0 + n < N && 2 * k + j < K;
-          packed[((n0 / 16 * pairs + k) * 16 + n) * 2 + j] =
-              real ? weight[(n0 + n) * K + 2 * k + j] : Half{0};
-        }
+    for (int64_t k0 = 0; k0 < pairs; k0 += 16) {
+      const int64_t some = std::min<int64_t>(16, pairs - k0);
+      uint32_t square[16][16] = {};
+      for (int64_t n = 0; n < std::min<int64_t>(16, N - n0); ++n)
+        std::memcpy(square[n], weight + (n0 + n) * K + 2 * k0, size_t(some) * 4);
+      Half* to = packed + (n0 / 16 * pairs + k0) * 32;
+      for (int64_t k = 0; k < some; ++k) {
+        uint32_t row[16];
+        for (int64_t n = 0; n < 16; ++n) row[n] = square[n][k];
+        std::memcpy(to + k * 32, row, sizeof row);
+      }
+    }
 }
 
 template <int64_t MB, int64_t NB>

@@ -30,8 +30,11 @@ class Places:
     A sequence's tokens come together and in order, and sequences come in the table's order.
     """
 
-    def __init__(self, rows: Tensor, positions: Tensor, table: Tensor) -> None:
-        self.rows, self.positions, self.table = rows, positions, table
+    def __init__(
+        self, rows: Tensor, positions: Tensor, table: Tensor, wanted: Tensor | None = None
+    ) -> None:
+        """`wanted` [B]: the tokens whose last states are asked for; None for all."""
+        self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
 
     @cached_property
     def slots(self) -> Tensor:

@@ -74,8 +74,9 @@ class NativeKernels(TorchKernels):
         self._draw = {d: function("draw", suffix) for d, suffix in _SUFFIX.items()}
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        weight, bias = norm.module.weight, getattr(norm.module, "bias", None)
-        if not isinstance(weight, Tensor):
+        own = norm.module._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None:
             return super().add_norm(x, delta, norm)
         out = torch.empty_like(x)
         self._add_norm(

@@ -25,7 +25,7 @@ from gearshift.errors import NumericalError
 from gearshift.runtime.seeding import philox_uniform
 
 Forward = Callable[[Tensor, Places], Tensor]
-"""[T] token ids and their places -> [T, C]."""
+"""[T] token ids and their places -> [B, C], the states of those that the places want."""
 Logits = Callable[[Tensor], Tensor]
 """[B, C] -> [B, V]."""
 
@@ -243,10 +243,8 @@ class Scheduler:
                 for new, (_, known) in zip(ids, batch, strict=True)
             ]
         )
-        hidden = self.forward(
-            torch.cat(ids).to(self.device), self._places(leaders, rows, positions)
-        )
-        last = hidden[(counts.cumsum(0) - 1).to(self.device)]
+        places = self._places(leaders, rows, positions, counts.cumsum(0) - 1)
+        states = self.forward(torch.cat(ids).to(self.device), places)
         copies = [
             (members[0].blocks[-1], follower.blocks[-1])
             for members, _ in batch
@@ -258,12 +256,24 @@ class Scheduler:
             self.cache.copy(sources, targets)
         self.live += [sequence for members, _ in batch for sequence in members]
         sizes = torch.tensor([len(members) for members, _ in batch])
-        return last.repeat_interleave(sizes.to(self.device), 0)
+        return states.repeat_interleave(sizes.to(self.device), 0)
 
-    def _places(self, sequences: list[Sequence], rows: Tensor, positions: Tensor) -> Places:
+    def _places(
+        self,
+        sequences: list[Sequence],
+        rows: Tensor,
+        positions: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Places:
         width = max(len(s.blocks) for s in sequences)
         table = torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences])
-        return Places(rows.to(self.device), positions.to(self.device), table.to(self.device))
+        device = self.device
+        return Places(
+            rows.to(device),
+            positions.to(device),
+            table.to(device),
+            None if wanted is None else wanted.to(device),
+        )
 
 
 def _is_number(x: float) -> bool:
