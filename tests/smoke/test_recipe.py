@@ -92,3 +92,15 @@ def test_the_reward_model_can_be_the_reward(run: Path, tmp_path: Path) -> None:
     for row in rows:
         assert row["reward"] == pytest.approx(row["rewards/model/mean"])
         assert "rewards/environment/mean" in row
+
+
+def test_a_recipe_with_adapters(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    main(["run", RECIPE, f"run.dir={folder}", "reward=null", "model.lora.rank=4", "rl.kl.beta=0.1"])
+    for stage in ("sft", "rl"):
+        assert (folder / stage / "adapter" / "adapter_model.safetensors").exists()
+        AutoModelForCausalLM.from_pretrained(folder / stage)
+    first = json.loads((folder / "rl" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) <= 1e-6  # the reference is the policy before its adapter learns
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 < summary["engine"]["logprob_gap"] <= 1e-5
