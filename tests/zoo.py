@@ -17,9 +17,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from gearshift.data.packing import pack_groups
+from gearshift.engine import HybridEngine
+from gearshift.engine.kernels import TorchKernels
 from gearshift.models.attention import ATTENTION
 from gearshift.types import Completion, PackedBatch
 
@@ -45,6 +48,7 @@ CONFIGS = {
     "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
     "gemma2": Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "gemma3": Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "smollm3": SmolLM3Config(**_GROUPED, no_rope_layer_interval=2),
     "phi3": Phi3Config(**_GROUPED),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY,
@@ -72,6 +76,20 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**_COMMON),
 }
 FAMILIES = sorted(CONFIGS)
+
+PATHS = ["compiled", "tensor functions", "hugging face"]
+"""The ways in which the generation gear can run a model."""
+
+
+def take_path(engine: HybridEngine, path: str) -> HybridEngine:
+    """Make a fresh engine run in this way."""
+    assert engine.plan is not None, "every family of the zoo is described"
+    if path != "compiled":
+        engine.kernels = TorchKernels()
+    if path == "hugging face":
+        engine.plan = engine.weights = None
+    return engine
+
 
 PROMPTS = [[3, 4, 5, 6, 7], [10, 11, 12], [20] * 17, [5, 9, 200, 77]]
 

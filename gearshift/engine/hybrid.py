@@ -208,10 +208,18 @@ class HybridEngine:
         return Stream(self, sequence)
 
     def step(self) -> None:
-        """One token for every request on its way. `generate` and `stream` call it."""
+        """One token for every request on its way. `generate` and `stream` call it.
+
+        An error or an interrupt in the middle ends every request, and the next one begins anew.
+        """
         self._require("generation", "Sampling")
-        if self._scheduler is not None and not self._scheduler.idle:
+        if self._scheduler is None or self._scheduler.idle:
+            raise GearshiftError("No request is running; an earlier error ended it: send it again.")
+        try:
             self._scheduler.step()
+        except BaseException:
+            self._scheduler = None
+            raise
 
     def abort(self, sequence: requests.Sequence) -> None:
         """End a request where it stands, if it has not ended."""

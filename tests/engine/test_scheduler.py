@@ -150,6 +150,34 @@ def test_broken_weights_say_so() -> None:
                 e.generate([[3, 4]], SamplingParams(max_new_tokens=2, temperature=temperature))
 
 
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_an_error_in_the_middle_loses_nothing_but_its_requests(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e, params = engine(cache_tokens=200), SamplingParams(n=2, max_new_tokens=12)
+    with e.generating():
+        expected = [c.token_ids for g in e.generate(PROMPTS, params) for c in g]
+        stream = e.stream(PROMPTS[0])
+        calls = 0
+
+        def interrupted(*args: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == (1 if when == "prefill" else 4):
+                raise KeyboardInterrupt
+
+        assert e._scheduler is not None
+        forward = e._scheduler.forward
+        monkeypatch.setattr(e._scheduler, "forward", lambda *a: (interrupted(), forward(*a))[1])
+        with pytest.raises(KeyboardInterrupt):
+            e.generate(PROMPTS, params)
+        with pytest.raises(GearshiftError, match="send it again"):
+            list(stream)
+        assert expected == [c.token_ids for g in e.generate(PROMPTS, params) for c in g]
+    free, blocks = available(e)
+    assert free == blocks
+
+
 def test_a_soak_of_ten_thousand_requests() -> None:
     """Random lengths, shared beginnings, aborts, a cache for a few: every block comes back, and
     what was not aborted is what it is alone.

@@ -8,7 +8,15 @@ from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.oracles.scores import lone_logprobs
-from tests.zoo import FAMILIES, PROMPTS, pack_completions, random_model, sampled_logprobs
+from tests.zoo import (
+    FAMILIES,
+    PATHS,
+    PROMPTS,
+    pack_completions,
+    random_model,
+    sampled_logprobs,
+    take_path,
+)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -29,6 +37,21 @@ def test_fp32_gap_is_at_most_1e_5(family: str, temperature: float) -> None:
     ]
     assert (scores.logprobs - torch.cat([o[0] for o in oracle])).abs().max() <= 1e-5
     assert (scores.entropy - torch.cat([o[1] for o in oracle])).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
+    """Some beginnings are shared, some sequences put back."""
+    config = EngineConfig(max_rows=6, cache_tokens=8 * 16)
+    engine = take_path(HybridEngine(random_model(family), tiny_tokenizer(), config), path)
+    prompts = [*PROMPTS, PROMPTS[2] * 2, PROMPTS[2] + [9, 8, 7]]
+    with engine.generating():
+        groups = engine.generate(prompts, SamplingParams(n=3, max_new_tokens=24))
+    assert engine.timing().shared_tokens > 0
+    with engine.training(), torch.no_grad():
+        scores = engine.logprobs(pack_completions(prompts, groups))
+    assert (scores.logprobs - sampled_logprobs(groups)).abs().max() <= 1e-5
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Invariant 2: greedy tokens equal Hugging Face `generate`'s."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -8,7 +11,7 @@ from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
-from tests.zoo import FAMILIES, PROMPTS, random_model
+from tests.zoo import FAMILIES, PATHS, PROMPTS, random_model, take_path
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
 
@@ -26,9 +29,11 @@ def hugging_face(model: PreTrainedModel, prompt: list[int], new: int, end: int) 
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str) -> None:
+def test_every_family(family: str, path: str) -> None:
     engine = HybridEngine(random_model(family), tiny_tokenizer(), EngineConfig(max_rows=3))
+    take_path(engine, path)
     with engine.generating():
         ours = [group[0].token_ids for group in engine.generate(PROMPTS, GREEDY)]
     theirs = random_model(family, attention="eager")
@@ -47,3 +52,18 @@ def test_the_embedded_model() -> None:
     theirs = load_policy(config)
     theirs.set_attn_implementation("sdpa")
     assert ours == [hugging_face(theirs, p, 24, tokenizer.eos_token_id) for p in prompts]
+
+
+def test_two_hundred_prompts() -> None:
+    """Of all lengths, together in one call, some with a beginning in common."""
+    rng = random.Random(4)
+    beginnings = [[rng.randrange(3, 250) for _ in range(20)] for _ in range(4)]
+    prompts = [
+        [*rng.choice([[], *beginnings]), *(rng.randrange(3, 250) for _ in range(n))]
+        for n in [rng.randrange(1, 40) for _ in range(200)]
+    ]
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    with engine.generating():
+        ours = [g[0].token_ids for g in engine.generate(prompts, replace(GREEDY, max_new_tokens=8))]
+    theirs = random_model("llama", attention="eager")
+    assert ours == [hugging_face(theirs, prompt, 8, end=2) for prompt in prompts]
