@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 def versions(*packages: str) -> dict[str, str]:
     """Of what was compared."""
     found = {}
-    for package in ("torch", "transformers", *packages):
+    for package in ("gearshift", "torch", "transformers", *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

