@@ -22,7 +22,7 @@ from transformers import (
 
 from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine
-from gearshift.engine.kernels import TorchKernels
+from gearshift.engine.kernels import Kernels
 from gearshift.models.attention import ATTENTION
 from gearshift.types import Completion, PackedBatch
 
@@ -85,7 +85,7 @@ def take_path(engine: HybridEngine, path: str) -> HybridEngine:
     """Make a fresh engine run in this way."""
     assert engine.plan is not None, "every family of the zoo is described"
     if path != "compiled":
-        engine.kernels = TorchKernels()
+        engine.kernels = Kernels()
     if path == "hugging face":
         engine.plan = engine.weights = None
     return engine

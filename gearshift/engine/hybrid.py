@@ -28,7 +28,7 @@ from gearshift.data.chat import end_token_ids
 from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
 from gearshift.engine.decode import described, generic
-from gearshift.engine.kernels import Places
+from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.native import kernels_for
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
@@ -113,13 +113,14 @@ class HybridEngine:
         self.plan = describe(model)
         self.head = head_of(model)
         self.weights = AliasedWeights(self.plan, self.head.linear) if self.plan else None
-        self.kernels = kernels_for(next(model.parameters()))
+        self.kernels, self._home = self._kernels(), self._where()
         self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
         self.shift_seconds = 0.0
         self._written = self._writes()
         self._scheduler: Scheduler | None = None
+        self._timing = Timing()
         self._check_head()
 
     @property
@@ -251,9 +252,9 @@ class HybridEngine:
 
     def timing(self) -> Timing:
         """What generation did since this was last asked, and begin anew."""
-        if self._scheduler is None:
-            return Timing()
-        done, self._scheduler.timing = self._scheduler.timing, Timing()
+        done, self._timing = self._timing, Timing()
+        if self._scheduler is not None:
+            self._scheduler.timing = self._timing
         return done
 
     def roofline_fraction(self, done: Timing) -> float:
@@ -293,6 +294,9 @@ class HybridEngine:
 
     def _shift(self, gear: Gear) -> None:
         require_attention(self.model)
+        if self._where() != self._home:  # moved, or in another precision
+            self.kernels, self._home = self._kernels(), self._where()
+            self._scheduler = None
         mended = self.weights.check() if self.weights else 0
         if mended or self._writes() != self._written:
             self.weights_changed()
@@ -304,6 +308,15 @@ class HybridEngine:
                 self.weights.unpack()
         if gear == "generation" and self.weights and self.config.packed_weights:
             self.weights.pack(self.kernels, self.weights_version, self.config.max_rows)
+
+    def _where(self) -> tuple[torch.device, torch.dtype]:
+        return self.device, self.model.dtype
+
+    def _kernels(self) -> Kernels:
+        """The fastest that fit: compiled ones want all weights in one type."""
+        parameters = [p for name, p in self.model.named_parameters() if ".lora_" not in name]
+        uniform = len({p.dtype for p in parameters}) == 1
+        return kernels_for(parameters[0]) if uniform else Kernels()
 
     def _writes(self) -> int:
         """Grows with every in-place write to a parameter, whoever does it."""
@@ -367,6 +380,7 @@ class HybridEngine:
             self.config.max_rows,
             self.config.prefill_tokens,
             self.device,
+            self._timing,
         )
 
     def _check_room(self, index: int, length: int, new: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -73,30 +72,8 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 """(x [T, in], bias) -> x weight^T + bias, with a weight packed for it."""
 
 
-class Kernels(Protocol):
-    """The operations; `TorchKernels` says what each computes."""
-
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]: ...
-
-    def rotate_and_write(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
-    ) -> Tensor: ...
-
-    def attend(
-        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
-    ) -> Tensor: ...
-
-    def gate(self, both: Tensor, gate: Gate) -> Tensor: ...
-
-    def draw(
-        self, logits: Tensor, temperature: Tensor, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def product(self, weight: Tensor, rows: int) -> Product | None: ...
-
-
-class TorchKernels:
-    """Every operation as tensor functions."""
+class Kernels:
+    """Every operation as tensor functions; `native.NativeKernels` replaces them where it can."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         """[T, C] each: the residual stream x + delta, and its norm. `x` may be overwritten."""

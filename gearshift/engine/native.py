@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine.kernels import Places, Product, TorchKernels
+from gearshift.engine.kernels import Kernels, Places, Product
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Gate, Norm
 from gearshift.models.load import cache_folder
@@ -50,7 +50,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 log = logging.getLogger(__name__)
 
 
-class NativeKernels(TorchKernels):
+class NativeKernels(Kernels):
     """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -146,11 +146,11 @@ class NativeKernels(TorchKernels):
         return tokens, logprobs
 
 
-def kernels_for(weight: Tensor) -> TorchKernels:
+def kernels_for(weight: Tensor) -> Kernels:
     """The fastest kernels for a model with weights like this one."""
     if weight.device.type == "cpu" and weight.dtype in _SUFFIX and (library := _library()):
         return NativeKernels(library, weight.dtype)
-    return TorchKernels()
+    return Kernels()
 
 
 @lru_cache(1)

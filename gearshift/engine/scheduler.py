@@ -64,13 +64,14 @@ class Scheduler:
         max_rows: int,
         prefill_tokens: int,
         device: torch.device,
+        timing: Timing,
     ) -> None:
         self.waiting: deque[deque[Sequence]] = deque()
         self.live: list[Sequence] = []
         self.cache, self.forward, self.logits, self.draw = cache, forward, logits, draw
         self.decode, self.device = decode, device
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        self.timing = Timing()
+        self.timing = timing
 
     def add(self, group: list[Sequence]) -> None:
         """Queue the completions of one prompt."""

@@ -7,7 +7,7 @@ from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.errors import CapacityError, ConfigError, ModelError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
-from tests.zoo import PROMPTS, pack_completions, random_model
+from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
 
 
 @pytest.fixture
@@ -53,6 +53,16 @@ def test_stop_strings_end_a_completion(engine: HybridEngine) -> None:
     assert held[0].finish_reason == "stop"
 
 
+def test_a_stop_token_ends_a_completion(engine: HybridEngine) -> None:
+    with engine.generating():
+        [[free]] = engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=20))
+        token = free.token_ids[3]
+        first = free.token_ids.index(token)
+        params = SamplingParams(max_new_tokens=20, stop_token_ids=(token,))
+        [[held]] = engine.generate(PROMPTS[:1], params)
+    assert held.token_ids == free.token_ids[: first + 1] and held.finish_reason == "stop"
+
+
 def test_no_prompts_no_completions(engine: HybridEngine) -> None:
     with engine.generating():
         assert engine.generate([]) == []
@@ -69,6 +79,19 @@ def test_memory_is_reported_and_given_back() -> None:
     assert engine.memory()["cache"] == 8 * 2 * 16 * 2 * 2 * 2 * 8 * 4
     with engine.training():
         assert engine.memory()["cache"] == 0
+
+
+def test_a_model_in_another_precision_still_generates() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    params = SamplingParams(n=2, max_new_tokens=6)
+    with engine.generating():
+        engine.generate(PROMPTS, params)
+    engine.model.to(torch.bfloat16)
+    with engine.generating():
+        groups = engine.generate(PROMPTS, params)
+    with engine.training(), torch.no_grad():
+        scored = engine.logprobs(pack_completions(PROMPTS, groups)).logprobs
+    assert (scored - sampled_logprobs(groups)).abs().mean() <= 0.05
 
 
 def test_a_head_that_does_something_else_is_refused() -> None:

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gearshift.engine.cache import BLOCK
-from gearshift.engine.kernels import Places, TorchKernels
+from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.native import NativeKernels, kernels_for
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Norm
 
 DTYPES = [torch.float32, torch.bfloat16]
-SLOW = TorchKernels()
+SLOW = Kernels()
 
 
-def fast(dtype: torch.dtype) -> TorchKernels:
+def fast(dtype: torch.dtype) -> Kernels:
     kernels = kernels_for(torch.zeros(1, dtype=dtype))
     if not isinstance(kernels, NativeKernels):
         pytest.skip("no C++ compiler here")

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from gearshift.engine.kernels import TorchKernels
+from gearshift.engine.kernels import Kernels
 from gearshift.engine.native import kernels_for
 from gearshift.engine.sampler import inverse_cdf, truncate
 from gearshift.engine.sampler import sample as sample_rows
 from gearshift.types import SamplingParams
 from tests.oracles import sampler as oracle
 
-KERNELS = [TorchKernels(), kernels_for(torch.zeros(1))]
+KERNELS = [Kernels(), kernels_for(torch.zeros(1))]
 
 
 def sample(
@@ -23,7 +23,7 @@ def sample(
     uniforms: torch.Tensor,
     params: SamplingParams,
     history: tuple[int, ...] = (),
-    kernels: TorchKernels = KERNELS[0],
+    kernels: Kernels = KERNELS[0],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One row's parameters and history for all rows."""
     rows = [params] * len(logits)
@@ -54,7 +54,7 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform: float) -> N
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "native"])
-def test_frequencies_are_the_probabilities(kernels: TorchKernels) -> None:
+def test_frequencies_are_the_probabilities(kernels: Kernels) -> None:
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
     uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     params = SamplingParams(temperature=0.7)
