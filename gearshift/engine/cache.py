@@ -21,16 +21,18 @@ BLOCK = 16
 
 
 class BlockCache:
-    """`[blocks, 2, K, P * D]` for each layer (keys and values of a block lie together), allocated
-    when a layer first writes. Keys lie as [D / 2, P, 2] and values as [P / 2, D, 2], as attention
-    reads them.
+    """`[1 + blocks, 2, K, P * D]` for each layer (keys and values of a block lie together),
+    allocated when a layer first writes. Keys lie as [D / 2, P, 2] and values as [P / 2, D, 2], as
+    attention reads them. Block 0 is nobody's: it takes writes that nobody reads.
     """
 
     def __init__(self) -> None:
         self.blocks = 0
+        self.moves = 0
+        """Grows when the layers' stores move."""
         self._layers: dict[int, Tensor] = {}
         self._free: list[int] = []
-        self._references: list[int] = []
+        self._references = [0]
         # A run of tokens from a prompt's start is (serial of the run before, its last P tokens).
         # Serials are never used twice, so a run whose beginning was given up cannot be mistaken.
         self._block_of_run: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -44,7 +46,7 @@ class BlockCache:
         if index not in self._layers:
             _, K, D = like.shape
             self._layers[index] = torch.zeros(
-                (self.blocks, 2, K, BLOCK * D), dtype=like.dtype, device=like.device
+                (1 + self.blocks, 2, K, BLOCK * D), dtype=like.dtype, device=like.device
             )
         return self._layers[index]
 
@@ -55,9 +57,10 @@ class BlockCache:
             return
         for index, store in self._layers.items():
             self._layers[index] = torch.cat([store, store.new_zeros((more, *store.shape[1:]))])
-        self._free += reversed(range(self.blocks, blocks))
+        self._free += reversed(range(1 + self.blocks, 1 + blocks))
         self._references += [0] * more
         self.blocks = blocks
+        self.moves += 1
 
     @property
     def available(self) -> int:

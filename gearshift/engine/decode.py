@@ -8,6 +8,8 @@ Legend: T tokens, C hidden, H query heads, K key heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,21 +19,178 @@ from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.weights import AliasedWeights
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Plan
+from gearshift.models.logprobs import Head
 
 
-def described(
+class Decoder:
+    """A model in the generation gear: tokens at places in, logits out, keys and values cached."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan | None,
+        weights: AliasedWeights | None,
+        head: Head,
+        kernels: Kernels,
+        cache: BlockCache,
+    ) -> None:
+        self.model, self.plan, self.weights, self.head = model, plan, weights, head
+        self.kernels, self.cache = kernels, cache
+        self._steps: dict[tuple[int, int], Step] = {}
+        self._recorded_at = cache.moves
+
+    def __call__(self, input_ids: Tensor, places: Places) -> Tensor:
+        """[T] token ids at `places` -> [B, V] logits of the wanted ones."""
+        if self.plan is None or self.weights is None:
+            return self._logits(generic(self.model, self.kernels, self.cache, input_ids, places))
+        x, angles = embed(self.plan, input_ids, places.positions)
+        return self._described(self.plan, self.weights, x, angles, places)
+
+    def steps(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token after another for each of B rows: [B] newest tokens, their positions, [B, W]
+        blocks, [B] temperatures, [S, B] uniforms. The blocks have room for S more, or what goes
+        beyond is not needed.
+
+        Returns the last step's [B, V] logits, good until the next call, [S, B] tokens and their
+        log-probs; see `Kernels.draw`.
+        """
+        if self._recorded_at != self.cache.moves:
+            self.forget()
+        B, width = table.shape
+        rows = self.kernels.rows_of_step(B)
+        # The last column is nobody's block: a row that has ended writes there.
+        columns = -(-(width + 1) // 8) * 8
+        step = self._steps.get((rows, columns))
+        if step is None:
+            step = self._steps[rows, columns] = Step(self, rows, columns)
+        step.fill(input_ids, positions, table, temperature)
+        tokens, logprobs = [], []
+        for uniforms_B in uniforms:
+            step.uniforms[:B] = uniforms_B
+            logits = step.run()
+            tokens.append(step.ids[:B].clone())
+            logprobs.append(step.logprobs[:B].clone())
+        return logits[:B], torch.stack(tokens), torch.stack(logprobs)
+
+    def forget(self) -> None:
+        """Record anew: something that steps read is elsewhere now."""
+        self._steps.clear()
+        self._recorded_at = self.cache.moves
+
+    def _described(
+        self,
+        plan: Plan,
+        weights: AliasedWeights,
+        x: Tensor,
+        angles: Angles,
+        places: Places,
+    ) -> Tensor:
+        return self._logits(layers(plan, weights, self.kernels, self.cache, x, angles, places))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        linear = self.weights.head if self.weights else self.head.linear
+        return self.head.shaped(linear(hidden))
+
+
+class Step:
+    """One step of so many rows, over tensors that stay where they are: recorded once, then called.
+
+    The tokens that it draws are the next step's input.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, columns: int) -> None:
+        device = decoder.model.device
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.table = torch.zeros((rows, columns), dtype=torch.int64, device=device)
+        self.temperature = torch.ones(rows, device=device)
+        self.uniforms = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
+        self.logprobs = torch.zeros(rows, device=device)
+        self._places = Places(torch.arange(rows, device=device), self.positions, self.table)
+        self._decoder = decoder
+        self._run: Callable[[], Tensor] | None = None
+
+    def fill(
+        self, input_ids: Tensor, positions: Tensor, table: Tensor, temperature: Tensor
+    ) -> None:
+        """The rows' newest tokens; rows beyond them are nobody's."""
+        B, width = table.shape
+        self.ids[:B] = input_ids
+        self.positions[:B] = positions - 1  # a step begins by going one on
+        self.positions[B:] = -1
+        self.table.zero_()
+        self.table[:B, :width] = table
+        self.temperature[:B] = temperature
+
+    def run(self) -> Tensor:
+        """The logits; `ids` and `logprobs` are then those of the tokens drawn."""
+        if self._run is None:
+            self._run = self._record()
+        return self._run()
+
+    def _record(self) -> Callable[[], Tensor]:
+        decoder, places = self._decoder, self._places
+        plan, weights = decoder.plan, decoder.weights
+
+        def draw(logits: Tensor) -> Tensor:
+            decoder.kernels.draw(logits, self.temperature, self.uniforms, self.ids, self.logprobs)
+            return logits
+
+        def plain() -> Tensor:
+            self.positions += 1
+            return draw(decoder(self.ids, Places(places.rows, self.positions, self.table)))
+
+        if plan is None or weights is None:
+            return plain
+        x, angles = embed(plan, self.ids, self.positions.clamp(min=0))
+
+        def prepare() -> None:
+            self.positions += 1
+            places.moved()
+            now, turned = embed(plan, self.ids, self.positions)
+            x.copy_(now)
+            for old, new in zip(angles, turned, strict=True):
+                old[0].copy_(new[0])
+                old[1].copy_(new[1])
+
+        def run() -> Tensor:
+            return draw(decoder._described(plan, weights, x, angles, places))
+
+        began = self.ids.clone(), self.positions.clone()
+        recorded = decoder.kernels.record(prepare, run)
+        self.ids.copy_(began[0])  # recording took a step
+        self.positions.copy_(began[1])
+        return recorded or plain
+
+
+Angles = list[tuple[Tensor, Tensor]]
+
+
+def embed(plan: Plan, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Angles]:
+    """[T, C], the residual stream's beginning, and each rotary embedding's (cos, sin)."""
+    x = plan.embed(input_ids, positions)
+    return x, [_angles(rotary(x, positions[None])) for rotary in plan.rotary]
+
+
+def layers(
     plan: Plan,
     weights: AliasedWeights,
     kernels: Kernels,
     cache: BlockCache,
-    input_ids: Tensor,
+    x: Tensor,
+    angles: Angles,
     places: Places,
 ) -> Tensor:
-    """[T] token ids at `places` -> [B, C] states of the wanted ones, through the plan."""
-    T, D, K = len(input_ids), plan.head_size, plan.kv_heads
+    """[T, C] at `places` -> [B, C] states of the wanted ones. `x` may be overwritten."""
+    T, D, K = len(x), plan.head_size, plan.kv_heads
     heads = plan.heads + 2 * K
-    x = plan.embed(input_ids, places.positions)
-    angles = [_angles(rotary(x, places.positions[None])) for rotary in plan.rotary]
     x, h = kernels.add_norm(x, None, plan.layers[0].input_norm)
     following = [*(layer.input_norm for layer in plan.layers[1:]), plan.final_norm]
     for i, (layer, next_norm) in enumerate(zip(plan.layers, following, strict=True)):

@@ -21,14 +21,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
 from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
-from gearshift.engine.decode import described, generic
-from gearshift.engine.kernels import Kernels, Places
+from gearshift.engine.decode import Decoder
+from gearshift.engine.kernels import Kernels
 from gearshift.engine.native import kernels_for
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
@@ -61,6 +61,10 @@ class EngineConfig(Config):
     keep_cache: bool = True
     """Keep the cache's memory (and packed weights) while training; false gives it back at each
     shift."""
+    steps_ahead: int | None = Field(None, ge=1, le=BLOCK)
+    """Tokens that each row samples before the scheduler looks at them: what a row samples beyond
+    its end is thrown away, but a GPU need not wait for the scheduler. None: 8 on a GPU, 1 on a CPU.
+    """
     packed_weights: bool = True
     """Multiply by a copy of the weights in the CPU's own layout, made anew for each version, where
     that is faster (bf16 on a CPU that multiplies bf16).
@@ -118,7 +122,7 @@ class HybridEngine:
         self.weights_version = 0
         self.gear: Gear | None = None
         self.shift_seconds = 0.0
-        self._written = self._writes()
+        self._written, self._addresses = self._writes(), self._found_at()
         self._scheduler: Scheduler | None = None
         self._timing = Timing()
         self._check_head()
@@ -248,6 +252,7 @@ class HybridEngine:
             "aliased": self.weights.bytes() if self.weights else 0,
             "packed": self.weights.packed_bytes() if self.weights else 0,
             "cache": self._scheduler.cache.bytes() if self._scheduler else 0,
+            "steps": self.kernels.held(),
         }
 
     def timing(self) -> Timing:
@@ -295,19 +300,28 @@ class HybridEngine:
     def _shift(self, gear: Gear) -> None:
         require_attention(self.model)
         if self._where() != self._home:  # moved, or in another precision
-            self.kernels, self._home = self._kernels(), self._where()
-            self._scheduler = None
+            self._give_back()
+            self._home = self._where()
         mended = self.weights.check() if self.weights else 0
+        if self._addresses != (addresses := self._found_at()):
+            self._addresses = addresses
+            if self._scheduler is not None:
+                self._scheduler.decoder.forget()
         if mended or self._writes() != self._written:
             self.weights_changed()
         if gear == "training" and not self.config.keep_cache:
             if self._scheduler is not None and not self._scheduler.idle:
                 raise GearshiftError("Requests are running; let them end before training.")
-            self._scheduler = None
-            if self.weights:
-                self.weights.unpack()
+            self._give_back()
         if gear == "generation" and self.weights and self.config.packed_weights:
             self.weights.pack(self.kernels, self.weights_version, self.config.max_rows)
+
+    def _give_back(self) -> None:
+        """Everything that the generation gear holds beside the weights."""
+        self._scheduler = None
+        if self.weights:
+            self.weights.unpack()
+        self.kernels = self._kernels()
 
     def _where(self) -> tuple[torch.device, torch.dtype]:
         return self.device, self.model.dtype
@@ -321,6 +335,10 @@ class HybridEngine:
     def _writes(self) -> int:
         """Grows with every in-place write to a parameter, whoever does it."""
         return sum(p._version for p in self.model.parameters())
+
+    def _found_at(self) -> list[int]:
+        """Where the parameters lie; recorded steps read them there."""
+        return [p.data_ptr() for p in self.model.parameters()]
 
     def _require(self, gear: Gear, what: str) -> None:
         if self.gear != gear:
@@ -361,24 +379,14 @@ class HybridEngine:
 
     def _new_scheduler(self) -> Scheduler:
         cache = BlockCache()
-
-        def forward(ids: Tensor, places: Places) -> Tensor:
-            if self.plan is not None and self.weights is not None:
-                return described(self.plan, self.weights, self.kernels, cache, ids, places)
-            return generic(self.model, self.kernels, cache, ids, places)
-
-        def logits(hidden: Tensor) -> Tensor:
-            linear = self.weights.head if self.weights else self.head.linear
-            return self.head.shaped(linear(hidden))
-
+        decoder = Decoder(self.model, self.plan, self.weights, self.head, self.kernels, cache)
         return Scheduler(
             cache,
-            forward,
-            logits,
-            self.kernels.draw,
+            decoder,
             self.tokenizer.decode,
             self.config.max_rows,
             self.config.prefill_tokens,
+            self.config.steps_ahead or (1 if self.device.type == "cpu" else 8),
             self.device,
             self._timing,
         )

@@ -11,11 +11,15 @@
 #include <immintrin.h>
 #endif
 
+#include <omp.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -164,7 +168,7 @@ inline float ordered_sum(int64_t C, Term term) {
 template <typename S>
 void add_norm(S* x, const S* delta, const S* weight, const S* bias, S* out, int64_t T, int64_t C,
               float eps, int center, int offset) {
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
     S* row = x + t * C;
     S* to = out + t * C;
@@ -199,7 +203,7 @@ template <typename S>
 void rotate_and_write(S* qkv, const S* cos, const S* sin, S* cache, const int64_t* slots, int64_t T,
                       int64_t H, int64_t K, int64_t D, int64_t rotary) {
   const int64_t half = rotary / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
     S* row = qkv + t * (H + 2 * K) * D;
     const S* c = cos + t * rotary;
@@ -306,34 +310,31 @@ void attend_heads(const float* q, const S* cache, const int64_t* blocks, S* out,
 }
 
 template <typename S, int64_t FIXED>
-void attend(const S* query, int64_t stride, const S* cache, const int64_t* table,
+void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* table,
             const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t H, int64_t K,
             int64_t D, int64_t width, float scaling, int64_t window, float softcap) {
   const int64_t R = H / K;
-#pragma omp parallel
-  {
-    std::vector<float> buffer;
+  std::vector<float> buffer;
 #pragma omp for collapse(2) schedule(dynamic, 4)
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t end = positions[t] + 1;
-        const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
-        buffer.resize(size_t(R * D + 4 * (end + 2 * P)));
-        float* q = buffer.data();
-        float* scores = q + R * D;
-        for (int64_t i = 0; i < R * D; ++i)
-          q[i] = rounded<S>(get(query + t * stride + k * R * D + i) * scaling);
-        const auto heads = [&]<int64_t RT>(int64_t r) {
-          attend_heads<S, FIXED, RT>(q + r * D, cache, table + rows[t] * width,
-                                     out + (t * H + k * R + r) * D, K, D, begin, end, softcap,
-                                     scores, k);
-        };
-        int64_t r = 0;
-        for (; r + 4 <= R; r += 4) heads.template operator()<4>(r);
-        if (R - r == 3) heads.template operator()<3>(r);
-        if (R - r == 2) heads.template operator()<2>(r);
-        if (R - r == 1) heads.template operator()<1>(r);
-      }
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t end = positions[t] + 1;
+      const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
+      buffer.resize(size_t(R * D + 4 * (end + 2 * P)));
+      float* q = buffer.data();
+      float* scores = q + R * D;
+      for (int64_t i = 0; i < R * D; ++i)
+        q[i] = rounded<S>(get(query + t * stride + k * R * D + i) * scaling);
+      const auto heads = [&]<int64_t RT>(int64_t r) {
+        attend_heads<S, FIXED, RT>(q + r * D, cache, table + rows[t] * width,
+                                   out + (t * H + k * R + r) * D, K, D, begin, end, softcap,
+                                   scores, k);
+      };
+      int64_t r = 0;
+      for (; r + 4 <= R; r += 4) heads.template operator()<4>(r);
+      if (R - r == 3) heads.template operator()<3>(r);
+      if (R - r == 2) heads.template operator()<2>(r);
+      if (R - r == 1) heads.template operator()<1>(r);
     }
   }
 }
@@ -345,7 +346,7 @@ constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold besi
 // bf16 dot-product instruction takes for 16 outputs.
 void pack(const Half* weight, Half* packed, int64_t N, int64_t K) {
   const int64_t pairs = K / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
   for (int64_t n0 = 0; n0 < N; n0 += 16)
     for (int64_t k0 = 0; k0 < pairs; k0 += 16) {
       const int64_t some = std::min<int64_t>(16, pairs - k0);
@@ -416,7 +417,6 @@ void multiply(const Half* x, const Half* packed, const Half* bias, Half* out, in
               int64_t K) {
   constexpr int64_t BLOCK = 192;
   const int64_t columns = (N + 15) / 16, strips = (columns + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel
   for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
     const int64_t m1 = std::min(M, m0 + BLOCK);
 #pragma omp for schedule(static) nowait
@@ -440,12 +440,13 @@ void multiply(const Half* x, const Half* packed, const Half* bias, Half* out, in
       for (; m < m1; ++m) rows.template operator()<1>(m);
     }
   }
+#pragma omp barrier
 }
 #endif
 
 template <typename S>
 void gate(const S* both, S* out, int64_t T, int64_t F, int tanh_gelu) {
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
     const S* g = both + t * 2 * F;
     S* to = out + t * F;
@@ -473,88 +474,99 @@ void draw(const S* logits, const float* temperature, const double* uniform, int6
           float* logprobs, int64_t B, int64_t V) {
   constexpr int64_t BLOCK = 256;
   const int64_t blocks = (V + BLOCK - 1) / BLOCK;
-#pragma omp parallel
-  {
-    std::vector<double> ends(static_cast<size_t>(blocks));
+  std::vector<double> ends(static_cast<size_t>(blocks));
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t b = 0; b < B; ++b) {
-      const S* row = logits + b * V;
-      const bool greedy = temperature[b] == 0.0f;
-      const float factor = 1.0f / (greedy ? 1.0f : temperature[b]);
-      float top = get(row) * factor;
+  for (int64_t b = 0; b < B; ++b) {
+    const S* row = logits + b * V;
+    const bool greedy = temperature[b] == 0.0f;
+    const float factor = 1.0f / (greedy ? 1.0f : temperature[b]);
+    float top = get(row) * factor;
 #pragma omp simd reduction(max : top)
-      for (int64_t v = 0; v < V; ++v) top = std::max(top, get(row + v) * factor);
-      double total = 0;
-      for (int64_t g = 0; g < blocks; ++g) {
-        const int64_t last = std::min(V, (g + 1) * BLOCK);
-        float part = 0;
+    for (int64_t v = 0; v < V; ++v) top = std::max(top, get(row + v) * factor);
+    double total = 0;
+    for (int64_t g = 0; g < blocks; ++g) {
+      const int64_t last = std::min(V, (g + 1) * BLOCK);
+      float part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t v = g * BLOCK; v < last; ++v) part += fast_exp(get(row + v) * factor - top);
-        total += part;
-        ends[size_t(g)] = total;
-      }
-      int64_t token = 0;
-      if (greedy) {
-        while (token < V - 1 && get(row + token) * factor != top) ++token;
-      } else {
-        const double target = uniform[b] * total;
-        int64_t g = 0;
-        while (g < blocks - 1 && !(ends[size_t(g)] > target)) ++g;
-        double running = g ? ends[size_t(g - 1)] : 0.0;
-        const int64_t last = std::min(V, (g + 1) * BLOCK);
-        token = g * BLOCK;
-        for (int64_t v = g * BLOCK; v < last; ++v) {  // rounding may pass the end: the last stays
-          token = v;
-          running += fast_exp(get(row + v) * factor - top);
-          if (running > target) break;
-        }
-      }
-      tokens[b] = token;
-      logprobs[b] = float(double(get(row + token) * factor - top) - std::log(total));
+      for (int64_t v = g * BLOCK; v < last; ++v) part += fast_exp(get(row + v) * factor - top);
+      total += part;
+      ends[size_t(g)] = total;
     }
+    int64_t token = 0;
+    if (greedy) {
+      while (token < V - 1 && get(row + token) * factor != top) ++token;
+    } else {
+      const double target = uniform[b] * total;
+      int64_t g = 0;
+      while (g < blocks - 1 && !(ends[size_t(g)] > target)) ++g;
+      double running = g ? ends[size_t(g - 1)] : 0.0;
+      const int64_t last = std::min(V, (g + 1) * BLOCK);
+      token = g * BLOCK;
+      for (int64_t v = g * BLOCK; v < last; ++v) {  // rounding may pass the end: the last stays
+        token = v;
+        running += fast_exp(get(row + v) * factor - top);
+        if (running > target) break;
+      }
+    }
+    tokens[b] = token;
+    logprobs[b] = float(double(get(row + token) * factor - top) - std::log(total));
   }
 }
+
+template <typename S>
+void attend(const S* query, int64_t stride, const S* cache, const int64_t* table,
+            const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t H, int64_t K,
+            int64_t D, int64_t width, float scaling, int64_t window, float softcap) {
+  const auto size = D == 64    ? attend_size<S, 64>
+                    : D == 128 ? attend_size<S, 128>
+                               : attend_size<S, 0>;
+  size(query, stride, cache, table, rows, positions, out, T, H, K, D, width, scaling, window,
+       softcap);
+}
+
+// A kernel is run by a whole team of threads, which share its loops. It is handed out as a function of
+// one array, its arguments in slots of eight bytes (floats as doubles), so that a call can be kept
+// and made again, many by one team.
+template <typename A>
+A argument(int64_t slot) {
+  if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(slot);
+  if constexpr (std::is_floating_point_v<A>) return A(std::bit_cast<double>(slot));
+  if constexpr (std::is_integral_v<A>) return A(slot);
+}
+template <typename... A>
+void call(void (*kernel)(A...), const int64_t* slots) {
+  const auto run = [&]<size_t... I>(std::index_sequence<I...>) {
+    kernel(argument<A>(slots[I])...);
+  };
+  if (omp_in_parallel()) return run(std::index_sequence_for<A...>{});
+#pragma omp parallel
+  run(std::index_sequence_for<A...>{});
+}
+
+struct Call {
+  void (*kernel)(const int64_t*);
+  const int64_t* slots;
+};
 
 }  // namespace
 
-#define EXPORT(SUFFIX, S)                                                                          \
-  extern "C" void add_norm_##SUFFIX(void* x, void* delta, void* weight, void* bias, void* out,     \
-                                    int64_t T, int64_t C, float eps, int center, int offset) {     \
-    add_norm((S*)x, (const S*)delta, (const S*)weight, (const S*)bias, (S*)out, T, C, eps, center, \
-             offset);                                                                              \
-  }                                                                                                \
-  extern "C" void rotate_and_write_##SUFFIX(void* qkv, void* cos, void* sin, void* cache,          \
-                                            void* slots, int64_t T, int64_t H, int64_t K,          \
-                                            int64_t D, int64_t rotary) {                           \
-    rotate_and_write((S*)qkv, (const S*)cos, (const S*)sin, (S*)cache, (const int64_t*)slots, T,   \
-                     H, K, D, rotary);                                                             \
-  }                                                                                                \
-  extern "C" void attend_##SUFFIX(void* query, int64_t stride, void* cache, void* table,           \
-                                  void* rows, void* positions, void* out, int64_t T, int64_t H,    \
-                                  int64_t K, int64_t D, int64_t width, float scaling,              \
-                                  int64_t window, float softcap) {                                 \
-    auto call = D == 64 ? attend<S, 64> : D == 128 ? attend<S, 128> : attend<S, 0>;                \
-    call((const S*)query, stride, (const S*)cache, (const int64_t*)table, (const int64_t*)rows,    \
-         (const int64_t*)positions, (S*)out, T, H, K, D, width, scaling, window, softcap);         \
-  }                                                                                                \
-  extern "C" void gate_##SUFFIX(void* both, void* out, int64_t T, int64_t F, int tanh_gelu) {      \
-    gate((const S*)both, (S*)out, T, F, tanh_gelu);                                                \
-  }                                                                                                \
-  extern "C" void draw_##SUFFIX(void* logits, void* temperature, void* uniform, void* tokens,      \
-                                void* logprobs, int64_t B, int64_t V) {                            \
-    draw((const S*)logits, (const float*)temperature, (const double*)uniform, (int64_t*)tokens,    \
-         (float*)logprobs, B, V);                                                                  \
-  }
+#define EXPORT(NAME, SUFFIX, S) \
+  extern "C" void NAME##_##SUFFIX(const int64_t* slots) { call(NAME<S>, slots); }
+#define EXPORT_BOTH(NAME) EXPORT(NAME, float, float) EXPORT(NAME, bf16, Half)
 
-EXPORT(float, float)
-EXPORT(bf16, Half)
+EXPORT_BOTH(add_norm)
+EXPORT_BOTH(rotate_and_write)
+EXPORT_BOTH(attend)
+EXPORT_BOTH(gate)
+EXPORT_BOTH(draw)
 
 #ifdef __AVX512BF16__
-extern "C" void pack_bf16(void* weight, void* packed, int64_t N, int64_t K) {
-  pack((const Half*)weight, (Half*)packed, N, K);
-}
-extern "C" void multiply_bf16(void* x, void* packed, void* bias, void* out, int64_t M, int64_t N,
-                              int64_t K) {
-  multiply((const Half*)x, (const Half*)packed, (const Half*)bias, (Half*)out, M, N, K);
-}
+extern "C" void pack_bf16(const int64_t* slots) { call(pack, slots); }
+extern "C" void multiply_bf16(const int64_t* slots) { call(multiply, slots); }
 #endif
+
+// Calls made before, in their order.
+extern "C" void replay(const Call* calls, int64_t count) {
+#pragma omp parallel
+  for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].slots);
+}

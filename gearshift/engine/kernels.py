@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,18 @@ class Places:
     ) -> None:
         """`wanted` [B]: the tokens whose last states are asked for; None for all."""
         self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
-
-    @cached_property
-    def slots(self) -> Tensor:
+        self.slots = self._slots()
         """[T]: block * P + place in the block, where each token's key is written."""
-        block = self.table[self.rows, self.positions // BLOCK]
+
+    def moved(self) -> None:
+        """The positions (or the table) were written: find the slots again, in place. What attention
+        without a compiled kernel derives from positions is not made for it.
+        """
+        self.slots.copy_(self._slots())
+
+    def _slots(self) -> Tensor:
+        last = self.table.shape[1] - 1
+        block = self.table[self.rows, (self.positions // BLOCK).clamp(max=last)]
         return block * BLOCK + self.positions % BLOCK
 
     @cached_property
@@ -68,12 +76,36 @@ class Places:
         return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
 
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""(x [T, in], bias) -> x weight^T + bias, with a weight packed for it."""
+class Product(Protocol):
+    """x [T, in] -> x weight^T + bias [T, out], by a copy of the weight in another layout."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def pack(self, weight: Tensor) -> None:
+        """Copy the weight anew."""
 
 
 class Kernels:
     """Every operation as tensor functions; `native.NativeKernels` replaces them where it can."""
+
+    def rows_of_step(self, rows: int) -> int:
+        """How many rows a recorded step for `rows` of them has."""
+        return rows
+
+    def record(
+        self, prepare: Callable[[], None], run: Callable[[], Tensor]
+    ) -> Callable[[], Tensor] | None:
+        """`prepare(); run()` as one function to be called again and again, where such calls can be
+        recorded and then cost less; else None. It is called once for that.
+
+        What they read and write must stay where it is; what `run` gives is good until anything
+        else that was recorded is called.
+        """
+        return None
+
+    def held(self) -> int:
+        """Bytes that recordings write to."""
+        return 0
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         """[T, C] each: the residual stream x + delta, and its norm. `x` may be overwritten."""
@@ -127,25 +159,41 @@ class Kernels:
             return None
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        return _MkldnnProduct(weight, rows)
 
-        def product(x: Tensor, bias: Tensor | None) -> Tensor:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-            return y
-
-        return product
-
-    def draw(self, logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> None:
         """[B, V] logits, [B] float32 temperatures (0: the most likely token), [B] float64 uniforms
-        in (0, 1) -> [B] tokens by inverse CDF, and [B] their log-probs under softmax(logits /
-        temperature) (temperature 1 where it is 0).
+        in (0, 1). Writes [B] `tokens` by inverse CDF, and `logprobs` [B] float32, theirs under
+        softmax(logits / temperature) (temperature 1 where it is 0).
         """
         greedy = temperature == 0
         scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
         norm = torch.logsumexp(scaled, -1)
-        tokens = inverse_cdf(torch.exp(scaled - norm[:, None]), uniforms)
-        tokens = torch.where(greedy, scaled.argmax(-1), tokens)
-        return tokens, scaled.gather(1, tokens[:, None]).squeeze(1) - norm
+        drawn = inverse_cdf(torch.exp(scaled - norm[:, None]), uniforms)
+        tokens.copy_(torch.where(greedy, scaled.argmax(-1), drawn))
+        logprobs.copy_(scaled.gather(1, tokens[:, None]).squeeze(1) - norm)
+
+
+class _MkldnnProduct:
+    """oneDNN's packed product."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._rows = rows
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return y
 
 
 def _cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:

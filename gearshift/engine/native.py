@@ -10,19 +10,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gearshift.engine.kernels import Kernels, Places, Product
 from gearshift.models.attention import AttentionOptions
@@ -35,53 +38,121 @@ _FLAGS = (
     "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
-_SIGNATURES: dict[str, list[Any]] = {
-    "add_norm": [*[c_void_p] * 5, c_int64, c_int64, c_float, c_int, c_int],
-    "rotate_and_write": [*[c_void_p] * 5, *[c_int64] * 5],
-    "attend": [
-        c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 5, c_float, c_int64, c_float,
-    ],
-    "gate": [c_void_p, c_void_p, c_int64, c_int64, c_int],
-    "draw": [*[c_void_p] * 5, c_int64, c_int64],
-    "pack": [c_void_p, c_void_p, c_int64, c_int64],
-    "multiply": [*[c_void_p] * 4, *[c_int64] * 3],
-}  # fmt: skip
+_ARGUMENTS = {
+    "add_norm": "PPPPPqqdqq",
+    "rotate_and_write": "PPPPPqqqqq",
+    "attend": "PqPPPPPqqqqqdqd",
+    "gate": "PPqqq",
+    "draw": "PPPPPqq",
+    "pack": "PPqq",
+    "multiply": "PPPPqqq",
+}
+"""Of each function, as `struct` spells them: pointers, integers, floats, eight bytes each."""
 
 log = logging.getLogger(__name__)
+
+
+class _Memory:
+    """What recorded calls write to. It is never given back while a recording may write there; what
+    no tensor uses any more serves the next call, of this recording or of another.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Tensor, torch.UntypedStorage]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        numel = math.prod(shape)
+        free = [
+            whole
+            for whole, storage in self._all
+            if whole.dtype == dtype
+            and whole.numel() >= numel
+            and torch._C._storage_Use_Count(storage._cdata) == 2  # ours
+        ]
+        if not free:
+            free.append(torch.empty(numel, dtype=dtype))
+            self._all.append((free[0], free[0].untyped_storage()))
+        return min(free, key=Tensor.numel)[:numel].view(shape)
+
+    def at(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Gives that tensor of ours again, without holding its memory till then."""
+        shape, pointer = tensor.shape, tensor.data_ptr()
+        [whole] = [whole for whole, _ in self._all if whole.data_ptr() == pointer]
+        return lambda: whole[: shape.numel()].view(shape)
+
+    def bytes(self) -> int:
+        return sum(whole.nbytes for whole, _ in self._all)
+
+
+class _OnlyKernels(TorchDispatchMode):
+    """Notices tensor operations that compute something: a recording would miss them."""
+
+    missed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.missed |= not (func.is_view or func in _ALLOCATES)
+        return func(*args, **(kwargs or {}))
+
+
+_ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
 
 
 class NativeKernels(Kernels):
     """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-        def function(name: str, suffix: str = _SUFFIX[dtype]) -> Callable[..., None]:
-            found: Any = getattr(library, f"{name}_{suffix}")
-            found.argtypes, found.restype = _SIGNATURES[name], None
-            return found
-
-        self._add_norm, self._attend = function("add_norm"), function("attend")
-        self._rotate_and_write, self._gate = function("rotate_and_write"), function("gate")
+        self._dtype, self._library = dtype, library
+        self._memory = _Memory()
+        self._calls: list[tuple[int, bytes]] | None = None
+        """Those of the recording that is being made."""
         # Where a CPU has AMX, PyTorch's own packed products use it and are faster than these.
         self._multiplies = (
             dtype == torch.bfloat16
             and hasattr(library, "multiply_bf16")
             and not torch.cpu._is_amx_tile_supported()
         )
-        if self._multiplies:
-            self._pack, self._multiply = function("pack"), function("multiply")
-        self._draw = {d: function("draw", suffix) for d, suffix in _SUFFIX.items()}
+
+    def held(self) -> int:
+        return self._memory.bytes()
+
+    def record(
+        self, prepare: Callable[[], None], run: Callable[[], Tensor]
+    ) -> Callable[[], Tensor] | None:
+        prepare()
+        calls = self._calls = []
+        watch = _OnlyKernels()
+        try:
+            with watch:
+                out = run()
+        finally:
+            self._calls = None
+        if watch.missed:
+            self._memory = _Memory()
+            return None
+        result = self._memory.at(out)
+        del out
+        table = (c_void_p * (2 * len(calls)))()
+        for i, (function, slots) in enumerate(calls):
+            table[2 * i] = function
+            table[2 * i + 1] = ctypes.cast(ctypes.c_char_p(slots), c_void_p).value
+        replay = self._library.replay
+
+        def again() -> Tensor:
+            prepare()
+            replay(table, c_int64(len(calls)))  # the table points into `calls`
+            return result()
+
+        return again
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         own = norm.module._parameters
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None:
             return super().add_norm(x, delta, norm)
-        out = torch.empty_like(x)
-        self._add_norm(
-            x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias), out.data_ptr(),
-            x.shape[0], x.shape[1], norm.eps, norm.center, norm.offset,
+        out = self._empty(x.shape)
+        self._call(
+            "add_norm", x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias),
+            out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center, norm.offset,
         )  # fmt: skip
         return x, out
 
@@ -91,8 +162,8 @@ class NativeKernels(Kernels):
         T, heads, D = qkv.shape
         K = store.shape[2]
         cos, sin = rotary or (None, None)
-        self._rotate_and_write(
-            qkv.data_ptr(), _pointer(cos), _pointer(sin), store.data_ptr(),
+        self._call(
+            "rotate_and_write", qkv.data_ptr(), _pointer(cos), _pointer(sin), store.data_ptr(),
             places.slots.data_ptr(), T, heads - 2 * K, K, D, 0 if cos is None else cos.shape[-1],
         )  # fmt: skip
         return qkv[:, : heads - 2 * K]
@@ -102,9 +173,9 @@ class NativeKernels(Kernels):
     ) -> Tensor:
         T, H, D = query.shape
         table = places.table
-        out = torch.empty((T, H, D), dtype=query.dtype)
-        self._attend(
-            query.data_ptr(), query.stride(0), store.data_ptr(), table.data_ptr(),
+        out = self._empty((T, H, D))
+        self._call(
+            "attend", query.data_ptr(), query.stride(0), store.data_ptr(), table.data_ptr(),
             places.rows.data_ptr(), places.positions.data_ptr(), out.data_ptr(), T, H,
             store.shape[2], D, table.shape[1], options.scaling,
             options.window or 0, options.softcap or 0.0,
@@ -113,37 +184,67 @@ class NativeKernels(Kernels):
 
     def gate(self, both: Tensor, gate: Gate) -> Tensor:
         T, F = both.shape[0], both.shape[1] // 2
-        out = torch.empty((T, F), dtype=both.dtype)
-        self._gate(both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
+        out = self._empty((T, F))
+        self._call("gate", both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
         return out
 
     def product(self, weight: Tensor, rows: int) -> Product | None:
-        N, K = weight.shape
-        if not self._multiplies or K % 2:
-            return super().product(weight, rows)
-        packed = torch.empty(-(-N // 16) * 16 * K, dtype=weight.dtype)
-        weight = weight.contiguous()
-        self._pack(weight.data_ptr(), packed.data_ptr(), N, K)
+        fits = self._multiplies and weight.shape[1] % 2 == 0
+        return _Product(self, weight) if fits else super().product(weight, rows)
 
-        def product(x: Tensor, bias: Tensor | None) -> Tensor:
-            x = x.contiguous()
-            out = torch.empty((x.shape[0], N), dtype=x.dtype)
-            self._multiply(
-                x.data_ptr(), packed.data_ptr(), _pointer(bias), out.data_ptr(), x.shape[0], N, K
-            )
-            return out
-
-        return product
-
-    def draw(self, logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        B, V = logits.shape
-        tokens = torch.empty(B, dtype=torch.int64)
-        logprobs = torch.empty(B, dtype=torch.float32)
-        self._draw[logits.dtype](
-            logits.data_ptr(), temperature.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(),
-            logprobs.data_ptr(), B, V,
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> None:
+        self._call(
+            "draw", logits.data_ptr(), temperature.data_ptr(), uniforms.data_ptr(),
+            tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, dtype=logits.dtype,
         )  # fmt: skip
-        return tokens, logprobs
+
+    def _call(self, name: str, *arguments: float, dtype: torch.dtype | None = None) -> None:
+        function = _function(self._library, name, dtype or self._dtype)
+        slots = struct.pack(_ARGUMENTS[name], *arguments)
+        if self._calls is not None:
+            self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
+        function(slots)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        if self._calls is not None:
+            return self._memory.empty(shape, self._dtype)
+        return torch.empty(shape, dtype=self._dtype)
+
+
+class _Product:
+    """By a weight packed for `multiply`; packing again keeps its place."""
+
+    def __init__(self, kernels: NativeKernels, weight: Tensor) -> None:
+        self._kernels, (self._out, self._in) = kernels, weight.shape
+        self._packed = torch.empty(-(-self._out // 16) * 16 * self._in, dtype=weight.dtype)
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        weight = weight.contiguous()
+        self._kernels._call("pack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        out = self._kernels._empty((x.shape[0], self._out))
+        self._kernels._call(
+            "multiply", x.data_ptr(), self._packed.data_ptr(), _pointer(bias), out.data_ptr(),
+            x.shape[0], self._out, self._in,
+        )  # fmt: skip
+        return out
+
+
+@lru_cache
+def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
+    found = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+    found.argtypes, found.restype = [ctypes.c_char_p], None
+    return found
 
 
 def kernels_for(weight: Tensor) -> Kernels:
@@ -192,5 +293,5 @@ def _processor() -> str:
     return next((line for line in text.split("\n") if line.startswith(("flags", "Features"))), "")
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

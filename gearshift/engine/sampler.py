@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gearshift.types import SamplingParams
 
-Draw = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(logits [B, V], temperatures [B], uniforms [B]) -> tokens and log-probs [B]."""
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""`Kernels.draw`."""
 
 _BLOCK = 256
 
@@ -28,32 +28,42 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row, by inverse CDF, or the most likely where the temperature is 0.
 
-    Args: `draw` does it where nothing but the temperature is asked for; logits [B, V] as the head
+    Args: `draw` does it for rows that ask for nothing but a temperature; logits [B, V] as the head
     gave them; uniforms [B] float64 in (0, 1); each row's parameters; `history` gives a row's
     tokens, prompt and completion, which penalty and bad words look at.
     Returns [B] tokens; [B] float32 log-probs under softmax(logits / temperature); and the same
     under the distribution that the token was drawn from. See `Completion` for which is which.
     """
-    temperature_B = torch.tensor([p.temperature for p in params], device=logits_BV.device)
-    if not any(map(_adjusts, params)):
-        tokens_B, logprobs_B = draw(logits_BV, temperature_B, uniforms_B)
+    device = logits_BV.device
+    temperature_B = torch.tensor([p.temperature for p in params], device=device)
+    tokens_B = torch.empty(len(params), dtype=torch.int64, device=device)
+    logprobs_B = torch.empty(len(params), device=device)
+    draw(logits_BV, temperature_B, uniforms_B, tokens_B, logprobs_B)
+    rows = [i for i, p in enumerate(params) if adjusts(p)]
+    if not rows:
         return tokens_B, logprobs_B, logprobs_B
-    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-    adjusted_BV = logits_BV.float().clone()
-    for row, p in enumerate(params):
-        if p.repetition_penalty != 1 or p.logit_bias or p.bad_words:
-            _adjust(adjusted_BV[row], p, history(row))
+    # From here on B are the rows that ask for more.
+    policy_BV = logits_BV[rows].float()
+    temperature_B1 = temperature_B[rows, None]
+    scale_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+    adjusted_BV = policy_BV.clone()
+    for i, row in enumerate(rows):
+        _adjust(adjusted_BV[i], params[row], history(row))
     adjusted_BV /= scale_B1
-    for p in set(params):
-        rows = [i for i, own in enumerate(params) if own == p]
-        adjusted_BV[rows] = truncate(adjusted_BV[rows], p)
+    for p in {params[row] for row in rows}:
+        own = [i for i, row in enumerate(rows) if params[row] == p]
+        adjusted_BV[own] = truncate(adjusted_BV[own], p)
     drawn_BV = torch.log_softmax(adjusted_BV, -1)
-    greedy_B = temperature_B == 0
-    tokens_B = inverse_cdf(drawn_BV.exp(), uniforms_B)
-    tokens_B = torch.where(greedy_B, adjusted_BV.argmax(-1), tokens_B)
-    policy_BV = torch.log_softmax(logits_BV.float() / scale_B1, -1)
-    at = tokens_B[:, None]
-    return tokens_B, policy_BV.gather(1, at).squeeze(1), drawn_BV.gather(1, at).squeeze(1)
+    at_B1 = torch.where(
+        temperature_B1 > 0,
+        inverse_cdf(drawn_BV.exp(), uniforms_B[rows])[:, None],
+        adjusted_BV.argmax(-1, keepdim=True),
+    )
+    tokens_B[rows] = at_B1[:, 0]
+    drawn_B = logprobs_B.clone()
+    logprobs_B[rows] = torch.log_softmax(policy_BV / scale_B1, -1).gather(1, at_B1)[:, 0]
+    drawn_B[rows] = drawn_BV.gather(1, at_B1)[:, 0]
+    return tokens_B, logprobs_B, drawn_B
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     return logits_BV
 
 
-def _adjusts(p: SamplingParams) -> bool:
+def adjusts(p: SamplingParams) -> bool:
     """Whether more than the temperature shapes the distribution."""
     truncates = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     return truncates or p.repetition_penalty != 1 or bool(p.logit_bias or p.bad_words)

@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gearshift.engine.cache import BLOCK, BlockCache
+from gearshift.engine.decode import Decoder
 from gearshift.engine.kernels import Places
 from gearshift.engine.requests import Decode, Sequence
-from gearshift.engine.sampler import Draw, sample
+from gearshift.engine.sampler import adjusts, sample
 from gearshift.errors import NumericalError
 from gearshift.runtime.seeding import philox_uniform
-
-Forward = Callable[[Tensor, Places], Tensor]
-"""[T] token ids and their places -> [B, C], the states of those that the places want."""
-Logits = Callable[[Tensor], Tensor]
-"""[B, C] -> [B, V]."""
-
 
 _AHEAD = 64
 """Tokens that uniforms are drawn ahead for: many cost what one does."""
@@ -57,20 +52,19 @@ class Scheduler:
     def __init__(
         self,
         cache: BlockCache,
-        forward: Forward,
-        logits: Logits,
-        draw: Draw,
+        decoder: Decoder,
         decode: Decode,
         max_rows: int,
         prefill_tokens: int,
+        steps_ahead: int,
         device: torch.device,
         timing: Timing,
     ) -> None:
+        """`decode` turns tokens into text; `steps_ahead` tokens are drawn between two looks."""
         self.waiting: deque[deque[Sequence]] = deque()
         self.live: list[Sequence] = []
-        self.cache, self.forward, self.logits, self.draw = cache, forward, logits, draw
-        self.decode, self.device = decode, device
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.cache, self.decoder, self.decode, self.device = cache, decoder, decode, device
+        self.max_rows, self.prefill_tokens, self.steps_ahead = max_rows, prefill_tokens, steps_ahead
         self.timing = timing
 
     def add(self, group: list[Sequence]) -> None:
@@ -95,23 +89,18 @@ class Scheduler:
         return not self.waiting and not self.live
 
     def step(self) -> None:
-        """One token for every live sequence, new ones admitted first."""
+        """One token for every live sequence (or several, where nothing must be looked at between
+        them); then new ones are admitted, with their first.
+        """
         began = time.perf_counter()
-        hidden = []
         if self.live:
             self._make_room()
-            hidden.append(self._decode())
-            self.timing.decode_tokens += len(self.live)
-            self.timing.decode_steps += 1
-            self.timing.decode_positions += sum(s.length for s in self.live)
+            self._decode()
         decoded = time.perf_counter()
-        hidden += self._admit()
-        prefilled = time.perf_counter()
-        self._sample(torch.cat(hidden))
-        for sequence in [s for s in self.live if s.finish_reason is not None]:
-            self._leave(sequence)
-        self.timing.prefill_seconds += prefilled - decoded
-        self.timing.decode_seconds += time.perf_counter() - began - (prefilled - decoded)
+        while batch := self._next_batch():
+            self._prefill(batch)
+        self.timing.decode_seconds += decoded - began
+        self.timing.prefill_seconds += time.perf_counter() - decoded
 
     # Live sequences
 
@@ -125,42 +114,87 @@ class Scheduler:
             if sequence.blocks:
                 sequence.blocks.append(self.cache.allocate())
 
-    def _decode(self) -> Tensor:
-        """[B, C]: the state after each live sequence's newest token."""
-        ids = torch.tensor([s.token_ids[-1] for s in self.live])
-        positions = torch.tensor([s.length - 1 for s in self.live])
-        places = self._places(self.live, torch.arange(len(self.live)), positions)
-        return self.forward(ids.to(self.device), places)
+    def _decode(self) -> None:
+        live, steps = [*self.live], self._steps()
+        written = sum(len(s.token_ids) for s in live)
+        newest = torch.tensor([(s.token_ids[-1], s.length - 1) for s in live]).T.to(self.device)
+        temperature = torch.tensor([s.params.temperature for s in live]).to(self.device)
+        uniforms = self._uniforms(live, steps)
+        logits, tokens, logprobs = self.decoder.steps(
+            newest[0], newest[1], self._table(live), temperature, uniforms
+        )
+        self.timing.decode_steps += steps
+        self.timing.decode_positions += steps * sum(s.length for s in live)
+        if any(adjusts(s.params) for s in live):
+            self._sample(live, logits, uniforms)
+        else:
+            rows = tokens.tolist(), logprobs.tolist(), logprobs.tolist()
+            self._append(live, zip(*rows, strict=True))
+        self.timing.decode_tokens += sum(len(s.token_ids) for s in live) - written
 
-    def _sample(self, hidden: Tensor) -> None:
+    def _steps(self) -> int:
+        """How many tokens can be drawn before anybody looks: `steps_ahead`, if none needs more than
+        a temperature and there are blocks for all of them.
+        """
+        if self.steps_ahead == 1 or any(adjusts(s.params) for s in self.live):
+            return 1
+        left = [s.params.max_new_tokens - len(s.token_ids) for s in self.live]
+        steps = min(self.steps_ahead, max(left))
+        needed = [
+            -(-(s.length + min(steps, own) - 1) // BLOCK) - len(s.blocks)
+            for s, own in zip(self.live, left, strict=True)
+        ]
+        if sum(needed) > self.cache.available:
+            return 1
+        for sequence, blocks in zip(self.live, needed, strict=True):
+            sequence.blocks += [self.cache.allocate() for _ in range(blocks)]
+        return steps
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> None:
+        """One token for each of the sequences."""
         drawn = sample(
-            self.draw,
-            self.logits(hidden),
-            self._uniforms(),
-            [s.params for s in self.live],
-            lambda row: self.live[row].tokens,
+            self.decoder.kernels.draw,
+            logits,
+            uniforms[0],
+            [s.params for s in sequences],
+            lambda row: sequences[row].tokens,
         )
         tokens, logprobs, drawn_logprobs = (column.tolist() for column in drawn)
-        if not all(map(_is_number, logprobs)):
-            raise NumericalError(
-                "The policy's logits are not finite, so nothing can be sampled; look for a "
-                "learning rate that is too high, or broken weights."
-            )
-        rows = zip(self.live, tokens, logprobs, drawn_logprobs, strict=True)
-        for sequence, token, logprob, drawn_logprob in rows:
-            sequence.append(token, logprob, drawn_logprob, self.decode)
+        self._append(sequences, [(tokens, logprobs, drawn_logprobs)])
 
-    def _uniforms(self) -> Tensor:
-        """[B] float64: each live sequence's number for its next token."""
-        if short := [s for s in self.live if len(s.uniforms) == len(s.token_ids)]:
+    def _append(
+        self,
+        sequences: list[Sequence],
+        steps: Iterable[tuple[list[int], list[float], list[float]]],
+    ) -> None:
+        """Steps of (tokens, log-probs, log-probs as drawn); what comes after a sequence's end is
+        dropped. Who has ended leaves.
+        """
+        for tokens, logprobs, drawn_logprobs in steps:
+            if not all(map(_is_number, logprobs)):
+                raise NumericalError(
+                    "The policy's logits are not finite, so nothing can be sampled; look for a "
+                    "learning rate that is too high, or broken weights."
+                )
+            rows = zip(sequences, tokens, logprobs, drawn_logprobs, strict=True)
+            for sequence, token, logprob, drawn_logprob in rows:
+                if sequence.finish_reason is None:
+                    sequence.append(token, logprob, drawn_logprob, self.decode)
+        for sequence in [s for s in sequences if s.finish_reason is not None]:
+            self._leave(sequence)
+
+    def _uniforms(self, sequences: list[Sequence], steps: int) -> Tensor:
+        """[steps, B] float64: each sequence's numbers for its next tokens."""
+        short = [s for s in sequences if len(s.uniforms) < len(s.token_ids) + steps]
+        if short:
             keys = torch.tensor([[s.seed, s.request_id, s.sample_index] for s in short])
             seeds, requests, samples = keys.T[:, :, None]
             positions = torch.tensor([[len(s.uniforms)] for s in short]) + torch.arange(_AHEAD)
             drawn = philox_uniform(seeds, requests, samples, positions).tolist()
             for sequence, more in zip(short, drawn, strict=True):
                 sequence.uniforms += more
-        ahead = [s.uniforms[len(s.token_ids)] for s in self.live]
-        return torch.tensor(ahead, dtype=torch.float64, device=self.device)
+        ahead = [s.uniforms[len(s.token_ids) :][:steps] for s in sequences]
+        return torch.tensor(ahead, dtype=torch.float64).T.to(self.device)
 
     def _leave(self, sequence: Sequence) -> None:
         """Give the blocks back; what they hold can be found again by a prompt that goes on."""
@@ -175,13 +209,6 @@ class Scheduler:
         self.timing.preemptions += 1
 
     # Admission
-
-    def _admit(self) -> list[Tensor]:
-        """[new, C] states that predict the next token of each admitted sequence, batch by batch."""
-        hidden = []
-        while batch := self._next_batch():
-            hidden.append(self._prefill(batch))
-        return hidden
 
     def _next_batch(self) -> list[tuple[list[Sequence], int]]:
         """Sequences of the queue that fit, with their blocks, as (those of one beginning, tokens
@@ -230,7 +257,7 @@ class Scheduler:
             self.timing.prefill_tokens += new
         return batch
 
-    def _prefill(self, batch: list[tuple[list[Sequence], int]]) -> Tensor:
+    def _prefill(self, batch: list[tuple[list[Sequence], int]]) -> None:
         leaders = [members[0] for members, _ in batch]
         ids = [
             torch.tensor(leader.tokens[known:])
@@ -244,8 +271,10 @@ class Scheduler:
                 for new, (_, known) in zip(ids, batch, strict=True)
             ]
         )
-        places = self._places(leaders, rows, positions, counts.cumsum(0) - 1)
-        states = self.forward(torch.cat(ids).to(self.device), places)
+        device = self.device
+        wanted = (counts.cumsum(0) - 1).to(device)
+        places = Places(rows.to(device), positions.to(device), self._table(leaders), wanted)
+        logits = self.decoder(torch.cat(ids).to(device), places)
         copies = [
             (members[0].blocks[-1], follower.blocks[-1])
             for members, _ in batch
@@ -255,26 +284,17 @@ class Scheduler:
         if copies:
             sources, targets = zip(*copies, strict=True)
             self.cache.copy(sources, targets)
-        self.live += [sequence for members, _ in batch for sequence in members]
+        admitted = [sequence for members, _ in batch for sequence in members]
+        self.live += admitted
         sizes = torch.tensor([len(members) for members, _ in batch])
-        return states.repeat_interleave(sizes.to(self.device), 0)
+        logits = logits.repeat_interleave(sizes.to(device), 0)
+        self._sample(admitted, logits, self._uniforms(admitted, 1))
 
-    def _places(
-        self,
-        sequences: list[Sequence],
-        rows: Tensor,
-        positions: Tensor,
-        wanted: Tensor | None = None,
-    ) -> Places:
+    def _table(self, sequences: list[Sequence]) -> Tensor:
+        """[B, W]: each sequence's blocks, filled up with nobody's."""
         width = max(len(s.blocks) for s in sequences)
-        table = torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences])
-        device = self.device
-        return Places(
-            rows.to(device),
-            positions.to(device),
-            table.to(device),
-            None if wanted is None else wanted.to(device),
-        )
+        table = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
+        return torch.tensor(table).to(self.device)
 
 
 def _is_number(x: float) -> bool:

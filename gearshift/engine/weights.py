@@ -59,8 +59,11 @@ class FusedLinear:
         stamp = (version if trained else 0, *(linear.weight._version for linear in self.linears))
         if self._stamp != stamp:
             self._stamp = stamp
-            weight = self.weight.t() if self.transposed else self.weight
-            self.product = kernels.product(weight.detach(), rows)
+            weight = (self.weight.t() if self.transposed else self.weight).detach()
+            if self.product is None:
+                self.product = kernels.product(weight, rows)
+            else:  # in its place: recorded steps read it there
+                self.product.pack(weight)
 
     def unpack(self) -> None:
         """Give the packed copy back."""

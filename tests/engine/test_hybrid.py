@@ -75,8 +75,8 @@ def test_memory_is_reported_and_given_back() -> None:
     assert engine.memory()["weights"] == weights > engine.memory()["aliased"] > 0
     with engine.generating():
         engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=3))
-    # 8 rows x 2 blocks of 16 positions x 2 layers x (k, v) x 2 heads x 8 x 4 bytes
-    assert engine.memory()["cache"] == 8 * 2 * 16 * 2 * 2 * 2 * 8 * 4
+    # 8 rows x 2 blocks, and nobody's, of 16 positions x 2 layers x (k, v) x 2 heads x 8 x 4 bytes
+    assert engine.memory()["cache"] == (8 * 2 + 1) * 16 * 2 * 2 * 2 * 8 * 4
     with engine.training():
         assert engine.memory()["cache"] == 0
 

@@ -167,8 +167,9 @@ def test_an_error_in_the_middle_loses_nothing_but_its_requests(
                 raise KeyboardInterrupt
 
         assert e._scheduler is not None
-        forward = e._scheduler.forward
-        monkeypatch.setattr(e._scheduler, "forward", lambda *a: (interrupted(), forward(*a))[1])
+        decoder = e._scheduler.decoder
+        forward = decoder._logits
+        monkeypatch.setattr(decoder, "_logits", lambda *a: (interrupted(), forward(*a))[1])
         with pytest.raises(KeyboardInterrupt):
             e.generate(PROMPTS, params)
         with pytest.raises(GearshiftError, match="send it again"):

@@ -1,0 +1,84 @@
+"""A recorded step is the step that was recorded, whatever happens to weights and cache; steps drawn
+ahead are the same steps.
+"""
+
+import pytest
+import torch
+
+from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import Completion, SamplingParams
+from tests.zoo import CONFIGS, PROMPTS, random_model
+
+PARAMS = SamplingParams(n=3, max_new_tokens=20)
+RECORDED = {"llama", "mistral", "qwen2", "smollm3", "phi3"}
+
+
+def engine(name: str = "llama", **config: object) -> HybridEngine:
+    model = random_model(name).to(torch.bfloat16)
+    return HybridEngine(model, tiny_tokenizer(), EngineConfig(**config), seed=5)
+
+
+def unrecorded(e: HybridEngine) -> HybridEngine:
+    e.kernels.record = lambda prepare, run: None  # type: ignore[method-assign]
+    return e
+
+
+def written(e: HybridEngine) -> list[list[Completion]]:
+    with e.generating():
+        return e.generate(PROMPTS, PARAMS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_step_writes_the_same(name: str) -> None:
+    one, other = engine(name), unrecorded(engine(name))
+    assert written(one) == written(other)
+    if one.kernels.product(torch.zeros(16, 16).bfloat16(), 1) is not None:
+        assert (one.memory()["steps"] > 0) == (name in RECORDED)
+    assert other.memory()["steps"] == 0
+
+
+@torch.no_grad()
+def test_recorded_steps_follow_the_weights() -> None:
+    one, other = engine(), unrecorded(engine())
+    before = written(one)
+    for e in (one, other):
+        layer = e.model.model.layers[0]
+        layer.mlp.down_proj.weight += 0.3  # in place, packed
+        layer.input_layernorm.weight *= -1  # in place
+        layer.post_attention_layernorm.weight.data = -layer.post_attention_layernorm.weight.data
+        layer.self_attn.k_proj.weight.data = layer.self_attn.k_proj.weight.data * 2  # elsewhere
+        e.weights_changed()
+    after = written(one)
+    assert after == written(other)
+    assert [g[0].token_ids for g in before] != [g[0].token_ids for g in after]
+
+
+def test_recorded_steps_follow_a_cache_that_grows() -> None:
+    one, other = engine(max_rows=4), unrecorded(engine(max_rows=4))
+    for e in (one, other):
+        with e.generating():
+            e.generate(PROMPTS[:1], SamplingParams(n=2, max_new_tokens=2))
+    assert written(one) == written(other)
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 96])
+def test_steps_drawn_ahead_are_the_same_steps(cache_tokens: int | None) -> None:
+    bounds = {"max_rows": 5, "cache_tokens": cache_tokens}
+    one, ahead = engine(**bounds), engine(steps_ahead=7, **bounds)
+    params = [
+        SamplingParams(n=2, max_new_tokens=23),
+        SamplingParams(n=3, max_new_tokens=4, stop=("e",)),
+        SamplingParams(n=1, max_new_tokens=30, temperature=0.0),
+        SamplingParams(n=2, max_new_tokens=17, top_k=5),
+    ]
+    groups = []
+    for e in (one, ahead):
+        with e.generating():
+            groups.append(e.generate(PROMPTS, params))
+    assert groups[0] == groups[1]
+    steps = [e.timing().decode_tokens for e in (one, ahead)]
+    assert cache_tokens is not None or steps[0] == steps[1]
+    scheduler = ahead._scheduler
+    assert scheduler is not None
+    assert scheduler.cache.available == scheduler.cache.blocks
