@@ -56,6 +56,15 @@ inline Lanes get16(const Half* p) {
   std::memcpy(&h, p, sizeof h);
   return std::bit_cast<Lanes>(__builtin_convertvector(h, Bits) << 16);
 }
+inline void put16(float* p, Lanes x) { std::memcpy(p, &x, sizeof x); }
+inline void put16(Half* p, Lanes x) {
+#ifdef __AVX512BF16__
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(p, &half, sizeof half);
+#else
+  for (int i = 0; i < 16; ++i) put(p + i, x[i]);
+#endif
+}
 inline Lanes every(float x) { return Lanes{} + x; }
 inline Lanes fma16(Lanes a, Lanes b, Lanes c) {
 #ifdef __AVX512F__
@@ -84,7 +93,7 @@ struct Pairs<float> {
     const Index e = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
     return {__builtin_shuffle(low, high, e), __builtin_shuffle(low, high, e + 1)};
   }
-  static Pairs every(float a, float b) { return {::every(a), ::every(b)}; }
+  static Pairs every(const float* p) { return {::every(p[0]), ::every(p[1])}; }
 };
 template <>
 struct Pairs<Half> {
@@ -94,9 +103,9 @@ struct Pairs<Half> {
     std::memcpy(&x.both, p, sizeof x.both);
     return x;
   }
-  // a and b are numbers of S already
-  static Pairs every(float a, float b) {
-    const uint32_t two = (std::bit_cast<uint32_t>(a) >> 16) | std::bit_cast<uint32_t>(b);
+  static Pairs every(const Half* p) {
+    uint32_t two;
+    std::memcpy(&two, p, sizeof two);
     return {Bits{} + two};
   }
 };
@@ -228,113 +237,202 @@ void rotate_and_write(S* qkv, const S* cos, const S* sin, S* cache, const int64_
   }
 }
 
-// Attention of RT query heads that share a key head. Lanes are positions for the scores, and
-// dimensions for the weighted sum of values.
-template <typename S, int64_t FIXED, int64_t RT>
-void attend_heads(const float* q, const S* cache, const int64_t* blocks, S* out, int64_t K,
-                  int64_t size, int64_t begin, int64_t end, float softcap, float* scores,
-                  int64_t k) {
-  const int64_t D = FIXED ? FIXED : size, first = begin / P, last = (end - 1) / P;
-  const int64_t L = (last - first + 1) * P, from = begin - first * P, to = end - first * P;
-  for (int64_t w = first; w <= last; ++w) {
-    const S* key = cache + (blocks[w] * 2 * K + k) * P * D;
-    // Blocks lie anywhere, so the processor cannot guess what is read next.
-    const S* ahead = cache + (blocks[std::min(last, w + 1)] * 2 * K + k) * P * D;
-    for (int64_t d = 0; d < P * D; d += 64 / int64_t(sizeof(S))) {
-      __builtin_prefetch(key + K * P * D + d);
-      __builtin_prefetch(ahead + d);
-    }
-    Lanes sum[RT] = {};
-    for (int64_t d = 0; d < D; d += 2) {
-      const Pairs<S> two = Pairs<S>::get(key + d * P);
+// Attention goes through tiles: some tokens next to each other, for one key head. Blocks that all
+// tokens of a tile look at (a group's prompt, a prefill's past) are read once for all their queries;
+// then each token's own. A query's sums have the same order either way.
+constexpr int64_t QUERIES = 12;  // of a tile, where a head's own are not more
+
+// Calls `body` with the number of queries from r on that it shall take, as a constant.
+template <typename Body>
+inline void in_chunks(int64_t queries, Body body) {
+  int64_t r = 0;
+  for (; queries - r >= 12; r += 12) body.template operator()<12>(r);
+  for (; queries - r >= 4; r += 4) body.template operator()<4>(r);
+  if (queries - r == 3) body.template operator()<3>(r);
+  if (queries - r == 2) body.template operator()<2>(r);
+  if (queries - r == 1) body.template operator()<1>(r);
+}
+
+// Scores of RT queries, D apart, against WB blocks of keys, into rows L apart. Lanes are positions.
+template <typename S, int64_t FIXED, int64_t RT, int64_t WB>
+inline void score(const S* q, int64_t size, const S* const* keys, float* scores, int64_t L,
+                  float softcap) {
+  const int64_t D = FIXED ? FIXED : size;
+  Lanes sum[RT][WB] = {};
+  for (int64_t d = 0; d < D; d += 2) {
+    Pairs<S> two[WB];
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < RT; ++r)
-        sum[r] = dot(sum[r], Pairs<S>::every(q[r * D + d], q[r * D + d + 1]), two);
+    for (int64_t w = 0; w < WB; ++w) two[w] = Pairs<S>::get(keys[w] + d * P);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < RT; ++r) {
+      const Pairs<S> pair = Pairs<S>::every(q + r * D + d);
+#pragma GCC unroll 4
+      for (int64_t w = 0; w < WB; ++w) sum[r][w] = dot(sum[r][w], pair, two[w]);
     }
-    for (int64_t r = 0; r < RT; ++r)
-      for (int64_t p = 0; p < P; ++p) {
-        const float x = rounded<S>(sum[r][p]);
-        scores[r * L + (w - first) * P + p] = softcap > 0 ? std::tanh(x / softcap) * softcap : x;
-      }
   }
-  for (int64_t r = 0; r < RT; ++r) {
-    float* s = scores + r * L;
-    std::fill(s, s + from, -INFINITY);
-    std::fill(s + to, s + L, -INFINITY);
-    float top = s[from];
+  for (int64_t r = 0; r < RT; ++r)
+    for (int64_t w = 0; w < WB; ++w) {
+      float* to = scores + r * L + w * P;
+      S some[P];
+      put16(some, sum[r][w]);
+      put16(to, get16(some));
+      if (softcap > 0)
+        for (int64_t p = 0; p < P; ++p) to[p] = std::tanh(to[p] / softcap) * softcap;
+    }
+}
+
+// The probabilities of the scores from..to of a row of L; the rest is 0. The sum, too, has PyTorch's
+// order: lanes, then their halves.
+template <typename S>
+inline void softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) {
+  std::fill(s, s + from, -INFINITY);
+  std::fill(s + to, s + L, -INFINITY);
+  float top = s[from];
 #pragma omp simd reduction(max : top)
-    for (int64_t j = from; j < to; ++j) top = std::max(top, s[j]);
-    // The sum, too, in PyTorch's order: lanes, then their halves.
-    Lanes total = {};
-    for (int64_t j = 0; j < L; j += 16) {
+  for (int64_t j = from; j < to; ++j) top = std::max(top, s[j]);
+  Lanes total = {};
+  for (int64_t j = 0; j < L; j += 16) {
 #pragma omp simd
-      for (int64_t i = j; i < j + 16; ++i) s[i] = fast_exp(s[i] - top);
-      total += get16(s + j);
-    }
-    for (int half = 8; half; half /= 2)
-      for (int i = 0; i < half; ++i) total[i] += total[i + half];
-    const float norm = 1.0f / total[0];
-#pragma omp simd
-    for (int64_t j = 0; j < L; ++j) s[j] = rounded<S>(s[j] * norm);
+    for (int64_t i = j; i < j + 16; ++i) s[i] = fast_exp(s[i] - top);
+    total += get16(s + j);
   }
-  constexpr int64_t PARTS = FIXED ? std::min<int64_t>(FIXED / 16, 4) : 1;
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) total[i] += total[i + half];
+  const Lanes norm = every(1.0f / total[0]);
+  for (int64_t j = 0; j < L; j += 16) put16(weights + j, get16(s + j) * norm);
+}
+
+// Adds to RT sums, D apart, the values of some blocks, weighted by rows L apart of which the first
+// `count` matter. Lanes are dimensions.
+template <typename S, int64_t FIXED, int64_t RT>
+inline void weigh(const S* weights, int64_t L, int64_t count, const S* values,
+                  const int64_t* blocks, int64_t step, int64_t size, float* sums) {
+  constexpr int64_t PARTS = FIXED ? (RT > 4 ? 2 : 4) : 1;
+  const int64_t D = FIXED ? FIXED : size;
   for (int64_t c = 0; c < D; c += 16 * PARTS) {
-    Lanes sum[RT][PARTS] = {};
-    for (int64_t w = first; w <= last; ++w) {
-      const S* value = cache + (blocks[w] * 2 * K + K + k) * P * D + 2 * c;
-      const float* s = scores + (w - first) * P;
-      const int64_t stop = std::min(P, to - (w - first) * P);
-      for (int64_t p = 0; p < stop; p += 2) {
+    const int64_t width = std::min<int64_t>(16 * PARTS, D - c);
+    alignas(64) float some[RT][16 * PARTS] = {};
+    Lanes sum[RT][PARTS];
+    for (int64_t r = 0; r < RT; ++r) std::copy_n(sums + r * D + c, width, some[r]);
+    for (int64_t r = 0; r < RT; ++r)
+      for (int64_t n = 0; n < PARTS; ++n) sum[r][n] = get16(some[r] + 16 * n);
+    for (int64_t p = 0; p < count; p += 2) {
+      const S* at = values + blocks[p / P] * step + p % P * D + 2 * c;
+      Pairs<S> two[PARTS];
+      if (FIXED || width == 16) {
 #pragma GCC unroll 4
-        for (int64_t n = 0; n < PARTS; ++n) {
-          const S* at = value + p * D + 32 * n;
-          Pairs<S> two{};
-          if (FIXED || c + 16 <= D) {
-            two = Pairs<S>::get(at);
-          } else {  // the last dimensions of a head whose size is not a multiple of 16
-            S some[32] = {};
-            std::copy(at, at + 2 * (D - c), some);
-            two = Pairs<S>::get(some);
-          }
+        for (int64_t n = 0; n < PARTS; ++n) two[n] = Pairs<S>::get(at + 32 * n);
+      } else {  // the last dimensions of a head whose size is not a multiple of 16
+        S few[32] = {};
+        std::copy_n(at, 2 * width, few);
+        two[0] = Pairs<S>::get(few);
+      }
+#pragma GCC unroll 12
+      for (int64_t r = 0; r < RT; ++r) {
+        const Pairs<S> pair = Pairs<S>::every(weights + r * L + p);
 #pragma GCC unroll 4
-          for (int64_t r = 0; r < RT; ++r)
-            sum[r][n] = dot(sum[r][n], Pairs<S>::every(s[r * L + p], s[r * L + p + 1]), two);
-        }
+        for (int64_t n = 0; n < PARTS; ++n) sum[r][n] = dot(sum[r][n], pair, two[n]);
       }
     }
-    for (int64_t r = 0; r < RT; ++r)
-      for (int64_t n = 0; n < PARTS; ++n)
-        for (int64_t i = 0; i < 16 && c + 16 * n + i < D; ++i)
-          put(out + r * D + c + 16 * n + i, sum[r][n][i]);
+    for (int64_t r = 0; r < RT; ++r) {
+      for (int64_t n = 0; n < PARTS; ++n) std::memcpy(some[r] + 16 * n, &sum[r][n], sizeof(Lanes));
+      std::copy_n(some[r], width, sums + r * D + c);
+    }
   }
 }
 
 template <typename S, int64_t FIXED>
 void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* table,
-            const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t H, int64_t K,
-            int64_t D, int64_t width, float scaling, int64_t window, float softcap) {
-  const int64_t R = H / K;
-  std::vector<float> buffer;
-#pragma omp for collapse(2) schedule(dynamic, 4)
-  for (int64_t t = 0; t < T; ++t) {
+                 const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t H,
+                 int64_t K, int64_t size, int64_t width, float scaling, int64_t window,
+                 float softcap) {
+  const int64_t D = FIXED ? FIXED : size, R = H / K, M = std::max<int64_t>(1, QUERIES / R);
+  const int64_t step = 2 * K * P * D;  // from block to block
+  std::vector<float> floats;
+  std::vector<S> numbers;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+  for (int64_t t0 = 0; t0 < T; t0 += M) {
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t end = positions[t] + 1;
-      const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
-      buffer.resize(size_t(R * D + 4 * (end + 2 * P)));
-      float* q = buffer.data();
-      float* scores = q + R * D;
-      for (int64_t i = 0; i < R * D; ++i)
-        q[i] = rounded<S>(get(query + t * stride + k * R * D + i) * scaling);
-      const auto heads = [&]<int64_t RT>(int64_t r) {
-        attend_heads<S, FIXED, RT>(q + r * D, cache, table + rows[t] * width,
-                                   out + (t * H + k * R + r) * D, K, D, begin, end, softcap,
-                                   scores, k);
+      const S* keys = cache + k * P * D;
+      const S* values = keys + K * P * D;
+      const int64_t n = std::min(M, T - t0);
+      const auto blocks = [&](int64_t i) { return table + rows[t0 + i] * width; };
+      const auto first = [&](int64_t i) {
+        return window > 0 ? std::max<int64_t>(0, positions[t0 + i] + 1 - window) / P : 0;
       };
-      int64_t r = 0;
-      for (; r + 4 <= R; r += 4) heads.template operator()<4>(r);
-      if (R - r == 3) heads.template operator()<3>(r);
-      if (R - r == 2) heads.template operator()<2>(r);
-      if (R - r == 1) heads.template operator()<1>(r);
+      const auto last = [&](int64_t i) { return positions[t0 + i] / P; };
+      int64_t shared = n > 1 && window == 0 ? last(0) : 0, L = P;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t most = std::min(shared, last(i));
+        shared = std::mismatch(blocks(0), blocks(0) + most, blocks(i)).first - blocks(0);
+        L = std::max(L, (last(i) - first(i) + 1) * P);
+      }
+      floats.resize(size_t(n * R * (D + L)));
+      numbers.resize(floats.size());
+      float* sums = floats.data();
+      float* scores = sums + n * R * D;
+      S* q = numbers.data();
+      S* weights = q + n * R * D;
+      std::fill(sums, scores, 0.0f);
+      for (int64_t i = 0; i < n; ++i) {
+        const S* from = query + (t0 + i) * stride + k * R * D;
+#pragma omp simd
+        for (int64_t j = 0; j < R * D; ++j) put(q + i * R * D + j, get(from + j) * scaling);
+      }
+
+      for (int64_t w = 0; w < shared; ++w) {
+        const S* key = keys + blocks(0)[w] * step;
+        in_chunks(n * R, [&]<int64_t RT>(int64_t r) {
+          score<S, FIXED, RT, 1>(q + r * D, D, &key, scores + r * L + w * P, L, softcap);
+        });
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t w = std::max(shared, first(i)); w <= last(i);) {
+          constexpr int64_t WB = 4;
+          const S* some[WB];
+          for (int64_t b = 0; b < std::min(WB, last(i) + 1 - w); ++b) {
+            some[b] = keys + blocks(i)[w + b] * step;
+            // Blocks lie anywhere, so the processor cannot guess what is read next.
+            const S* ahead = keys + blocks(i)[std::min(last(i), w + b + WB)] * step;
+            for (int64_t d = 0; d < P * D; d += 64 / int64_t(sizeof(S))) {
+              __builtin_prefetch(some[b] + K * P * D + d);
+              __builtin_prefetch(ahead + d);
+            }
+          }
+          const bool whole = w + WB <= last(i) + 1;
+          float* to = scores + i * R * L + (w - first(i)) * P;
+          in_chunks(R, [&]<int64_t RT>(int64_t r) {
+            const S* from = q + (i * R + r) * D;
+            if (whole && RT <= 4)
+              score<S, FIXED, RT, RT <= 4 ? WB : 1>(from, D, some, to + r * L, L, softcap);
+            else
+              for (int64_t b = 0; b < std::min(WB, last(i) + 1 - w); ++b)
+                score<S, FIXED, RT, 1>(from, D, some + b, to + r * L + b * P, L, softcap);
+          });
+          w += WB;
+        }
+        const int64_t end = positions[t0 + i] + 1, begin = window > 0 ? end - window : 0;
+        for (int64_t r = 0; r < R; ++r)
+          softmax(scores + (i * R + r) * L, weights + (i * R + r) * L,
+                  std::max<int64_t>(0, begin - first(i) * P), end - first(i) * P,
+                  (last(i) - first(i) + 1) * P);
+      }
+
+      in_chunks(n * R, [&]<int64_t RT>(int64_t r) {
+        weigh<S, FIXED, RT>(weights + r * L, L, shared * P, values, blocks(0), step, D,
+                            sums + r * D);
+      });
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t from = std::max(shared, first(i));
+        in_chunks(R, [&]<int64_t RT>(int64_t r) {
+          weigh<S, FIXED, RT>(weights + (i * R + r) * L + (from - first(i)) * P, L,
+                              positions[t0 + i] + 1 - from * P, values, blocks(i) + from, step, D,
+                              sums + (i * R + r) * D);
+        });
+        S* to = out + ((t0 + i) * H + k * R) * D;
+#pragma omp simd
+        for (int64_t j = 0; j < R * D; ++j) put(to + j, sums[i * R * D + j]);
+      }
     }
   }
 }
@@ -403,8 +501,7 @@ inline void tile(const Half* x, int64_t K, const Half* packed, const Half* ahead
       Lanes y = (Lanes)total[m][n];
       if (first + 16 <= N) {
         if (bias) y += get16(bias + first);
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)y);
-        std::memcpy(out + m * N + first, &half, sizeof half);
+        put16(out + m * N + first, y);
       } else {
         for (int64_t i = 0; i < N - first; ++i)
           put(out + m * N + first + i, y[i] + (bias ? get(bias + first + i) : 0.0f));
