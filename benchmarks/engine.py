@@ -17,17 +17,25 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from benchmarks.common import in_turn, machine, ratio, versions, write
 from gearshift.data.packing import pack_groups
 from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine.cache import BLOCK
 from gearshift.engine.roofline import measure
 from gearshift.models.load import ModelConfig, embedded_folder, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory
@@ -65,6 +73,7 @@ def main() -> None:
         subjects: dict[str, Callable[[], Any]] = {
             "gearshift": lambda p=prompts, n=lengths: ours(engine, p, n),
             "transformers": lambda p=prompts, n=lengths: hugging_face(peer, p, n),
+            "continuous": lambda p=prompts, n=lengths: continuous(peer, p, n),
         }
         if vllm is not None:
             subjects["vllm"] = lambda p=prompts, n=lengths: vllm.run(p, n)
@@ -76,6 +85,7 @@ def main() -> None:
             "tokens_per_second": {k: sum(lengths) / median(v) for k, v in samples.items()},
             "seconds": samples,
             "ratio_vs_hf": ratio(samples, "gearshift", "transformers"),
+            "ratio_vs_hf_continuous": ratio(samples, "gearshift", "continuous"),
             "roofline_fraction": engine.roofline_fraction(done),
             "decode_ms_per_step": 1e3 * done.decode_seconds / done.decode_steps,
         }
@@ -148,6 +158,27 @@ def hugging_face(peer: PreTrainedModel, prompts: list[list[int]], lengths: Seque
     )  # fmt: skip
     for logits, token in zip(out.logits, out.sequences[:, ids.shape[1] :].T, strict=True):
         torch.log_softmax(logits.float(), -1).gather(1, token[:, None])
+
+
+def continuous(peer: PreTrainedModel, prompts: list[list[int]], lengths: Sequence[int]) -> float:
+    """Seconds of transformers' own continuous batching, with log-probs. Its manager and cache are
+    made for each call, so that they hold nothing of the weights before, outside of the time.
+    """
+    config = ContinuousBatchingConfig(
+        return_logprobs=True, page_size=BLOCK, num_blocks=1024, max_batch_tokens=2048, seed=0
+    )
+    sampling = GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    with peer.continuous_batching_context_manager(
+        generation_config=sampling, continuous_batching_config=config
+    ) as manager:
+        began = time.perf_counter()
+        for ids, new in zip(prompts, lengths, strict=True):
+            manager.add_request(ids, max_new_tokens=new)
+        left = len(prompts)
+        while left:
+            result = manager.get_result(timeout=1)
+            left -= result is not None and result.is_finished()
+        return time.perf_counter() - began
 
 
 def gaps(config: ModelConfig, tokenizer: Any) -> tuple[float, float]:
