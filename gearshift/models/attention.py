@@ -118,52 +118,126 @@ def require_attention(model: PreTrainedModel) -> None:
 
 
 class PackedLayout:
-    """Attention of a `PackedBatch`: each tree (a lone sequence, or a group with its shared prompt)
-    is a row.
+    """Attention of a `PackedBatch`: a token sees those of its own sequence and of its sequence's
+    ancestors whose position is not after its own.
 
-    Only attention sees rows padded to the longest tree; everything else in the model runs on T
-    tokens. A token sees those of its own sequence and of its sequence's ancestors whose position is
-    not after its own.
+    Only attention sees padded rows: sequences of about one length are computed together, and each
+    row's keys are those of its ancestors, then its own. Everything else in a model runs on T
+    tokens.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
-        device = batch.input_ids.device
-        cu = batch.cu_seqlens
-        lengths = cu[1:] - cu[:-1]
-        trees = torch.tensor(batch.trees())
-        starts, ends = cu[trees[:, 0]], cu[trees[:, 1]]
-        slot_L = torch.arange(int((ends - starts).max()))
-        index_GL = starts[:, None] + slot_L[None]
-        real_GL = index_GL < ends[:, None]
-        index_GL = index_GL.clamp(max=len(batch) - 1)
-        sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        ancestor_NN = torch.eye(len(lengths), dtype=torch.bool)
-        for child, parent in enumerate(batch.parents.tolist()):
-            if parent >= 0:  # parents come first, so their own ancestors are known
-                ancestor_NN[child] |= ancestor_NN[parent]
-        sequence_GL = sequence_T[index_GL]
-        self.position_GL = batch.position_ids.cpu()[index_GL]
-        visible = ancestor_NN[sequence_GL[:, :, None], sequence_GL[:, None, :]]
-        visible &= self.position_GL[:, None, :] <= self.position_GL[:, :, None]
-        visible &= real_GL[:, None, :]
-        visible |= ~real_GL[:, :, None]  # a padded query must see something, or softmax makes NaN
-        self.mask = visible.to(device)
-        self.index_GL = index_GL.to(device)
-        self.slot_T = torch.nonzero(real_GL.flatten()).squeeze(1).to(device)
-        self.position_GL = self.position_GL.to(device)
+        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+        depth_of: list[int] = []
+        for parent in batch.parents.tolist():
+            depth_of.append(0 if parent < 0 else depth_of[parent] + 1)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, (length, depth) in enumerate(zip(lengths, depth_of, strict=True)):
+            alike.setdefault((length.bit_length(), depth), []).append(i)
+        self.rows = [_Rows(batch, members, depth) for (_, depth), members in alike.items()]
+        order_T = torch.cat([rows.tokens for rows in self.rows])
+        self.back_T = torch.empty_like(order_T)
+        self.back_T[order_T] = torch.arange(len(order_T), device=order_T.device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
     ) -> Tensor:
         """[1, H, T, D] queries, [1, K, T, D] keys and values -> [1, H, T, D]."""
-        if len(self.index_GL) == 1:
-            return attend(query, key, value, self._mask(options.window), options)
-        q, k, v = (x[0][:, self.index_GL].transpose(0, 1) for x in (query, key, value))
-        out = attend(q, k, v, self._mask(options.window), options)
-        return out.transpose(0, 1).flatten(1, 2)[:, self.slot_T][None]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+        out = torch.cat([rows.attend(q, k, v, options) for rows in self.rows])
+        return _Pick.apply(out, self.back_T, None).transpose(0, 1)[None]
 
-    def _mask(self, window: int | None) -> Tensor:
-        if window is None:
-            return self.mask
-        distance = self.position_GL[:, :, None] - self.position_GL[:, None, :]
-        return self.mask & (distance < window)
+
+class _Rows:
+    """Sequences that are computed together: N rows of at most S tokens, L keys each."""
+
+    def __init__(self, batch: PackedBatch, members: list[int], depth: int) -> None:
+        device, members_N = batch.input_ids.device, torch.tensor(members)
+        lengths = batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]
+
+        def places(sequences: Tensor) -> tuple[Tensor, Tensor]:
+            """[n, longest] tokens of each sequence, filled up with its last, and which are real."""
+            inside = torch.arange(int(lengths[sequences].max()))[None]
+            length = lengths[sequences, None]
+            return batch.cu_seqlens[sequences, None] + inside.minimum(length - 1), inside < length
+
+        def flat(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+            """What `_Pick` takes, and the shape that it fills."""
+            kept = torch.nonzero(real.flatten()).squeeze(1)
+            return tokens.flatten().to(device), kept.to(device), tokens.shape
+
+        positions = batch.position_ids.cpu()
+        own, real = places(members_N)
+        self.own, self.slots, self.shape = flat(own, real)
+        self.tokens = self.own[self.slots]
+        self.positions_NS = positions[own].to(device)
+        key_positions, key_real = [positions[own]], [real]
+        self.ancestors: list[tuple[Tensor, Tensor, torch.Size, Tensor]] = []
+        for _ in range(depth):
+            members_N = batch.parents[members_N]
+            distinct, which_N = torch.unique(members_N, return_inverse=True)
+            tokens, there = places(distinct)
+            self.ancestors.insert(0, (*flat(tokens, there), which_N.to(device)))
+            key_positions.insert(0, positions[tokens][which_N])
+            key_real.insert(0, there[which_N])
+        self.positions_NL = torch.cat(key_positions, 1).to(device)
+        seen = torch.cat(key_real, 1).to(device)[:, None]
+        seen = seen & (self.positions_NL[:, None] <= self.positions_NS[:, :, None])
+        # A filled-up query must see something, or softmax makes NaN.
+        self.mask = seen | ~real.to(device)[:, :, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """[T, heads, D] each -> [tokens of these rows, H, D]."""
+        mask = self.mask
+        if options.window is not None:
+            distance = self.positions_NS[:, :, None] - self.positions_NL[:, None]
+            mask = mask & (distance < options.window)
+        query = _Pick.apply(q, self.own, self.slots).unflatten(0, self.shape)
+        out = attend(query.transpose(1, 2), self._keys(k), self._keys(v), mask, options)
+        return _Pick.apply(out.transpose(1, 2).flatten(0, 1), self.slots, None)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """[T, K, D] -> [N, K, L, D]: of each row's ancestors, then its own."""
+        parts = [
+            _Inherit.apply(_Pick.apply(x, tokens, kept).unflatten(0, shape), which)
+            for tokens, kept, shape, which in self.ancestors
+        ]
+        parts.append(_Pick.apply(x, self.own, self.slots).unflatten(0, self.shape))
+        return (torch.cat(parts, 1) if self.ancestors else parts[0]).transpose(1, 2)
+
+
+class _Pick(torch.autograd.Function):
+    """x[index]; the gradient comes back from the entries `kept` alone, which pick each row of x at
+    most once (None: all do), so that nothing has to be added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
+        ctx.rows = len(x)
+        ctx.save_for_backward(index, kept)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, kept = ctx.saved_tensors
+        if kept is not None:
+            index, grad = index[kept], grad[kept]
+        back = grad.new_zeros((ctx.rows, *grad.shape[1:]))
+        back[index] = grad
+        return back, None, None
+
+
+class _Inherit(torch.autograd.Function):
+    """x[which] where many entries pick one row: the gradient's sums are one matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, which: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        ctx.save_for_backward(which)
+        return x[which]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (which,) = ctx.saved_tensors
+        heirs = which[None] == torch.arange(ctx.rows, device=which.device)[:, None]
+        return (heirs.to(grad.dtype) @ grad.flatten(1)).view(-1, *grad.shape[1:]), None
