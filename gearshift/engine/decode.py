@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gearshift.engine.cache import BlockCache
 from gearshift.engine.kernels import Kernels, Places
+from gearshift.engine.layers import Angles, embed, layers
 from gearshift.engine.weights import AliasedWeights
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Plan
@@ -92,7 +93,19 @@ class Decoder:
         angles: Angles,
         places: Places,
     ) -> Tensor:
-        return self._logits(layers(plan, weights, self.kernels, self.cache, x, angles, places))
+        def attention(
+            layer: int,
+            qkv: Tensor,
+            rotary: tuple[Tensor, Tensor] | None,
+            options: AttentionOptions,
+        ) -> Tensor:
+            store = self.cache.layer(layer, qkv[:, : plan.kv_heads])
+            query = self.kernels.rotate_and_write(qkv, rotary, store, places)
+            return self.kernels.attend(query, store, places, options)
+
+        return self._logits(
+            layers(plan, weights, self.kernels, x, angles, attention, places.wanted)
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         linear = self.weights.head if self.weights else self.head.linear
@@ -168,65 +181,6 @@ class Step:
         self.ids.copy_(began[0])  # recording took a step
         self.positions.copy_(began[1])
         return recorded or plain
-
-
-Angles = list[tuple[Tensor, Tensor]]
-
-
-def embed(plan: Plan, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Angles]:
-    """[T, C], the residual stream's beginning, and each rotary embedding's (cos, sin)."""
-    x = plan.embed(input_ids, positions)
-    return x, [_angles(rotary(x, positions[None])) for rotary in plan.rotary]
-
-
-def layers(
-    plan: Plan,
-    weights: AliasedWeights,
-    kernels: Kernels,
-    cache: BlockCache,
-    x: Tensor,
-    angles: Angles,
-    places: Places,
-) -> Tensor:
-    """[T, C] at `places` -> [B, C] states of the wanted ones. `x` may be overwritten."""
-    T, D, K = len(x), plan.head_size, plan.kv_heads
-    heads = plan.heads + 2 * K
-    x, h = kernels.add_norm(x, None, plan.layers[0].input_norm)
-    following = [*(layer.input_norm for layer in plan.layers[1:]), plan.final_norm]
-    for i, (layer, next_norm) in enumerate(zip(plan.layers, following, strict=True)):
-        qkv = weights.qkv[i](h)
-        if layer.interleaved:
-            qkv = qkv.view(T, heads // 3, 3, D).transpose(1, 2).contiguous()
-        qkv = qkv.view(T, heads, D)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k, v = qkv.split((plan.heads, K, K), dim=1)
-            qkv = torch.cat((layer.q_norm.module(q), layer.k_norm.module(k), v), dim=1)
-        store = cache.layer(i, qkv[:, :K])
-        rotary = None if layer.rotary is None else angles[layer.rotary]
-        query = kernels.rotate_and_write(qkv, rotary, store, places)
-        seen = kernels.attend(query, store, places, layer.attention)
-        if layer is plan.layers[-1] and places.wanted is not None:
-            seen, x, h = seen[places.wanted], x[places.wanted], h[places.wanted]
-        a = weights.out[i](seen.flatten(1))
-        if layer.out_norm is not None:
-            a = layer.out_norm.module(a)
-        if layer.parallel:
-            _, h = kernels.add_norm(x, None, layer.mlp_norm)
-        else:
-            x, h = kernels.add_norm(x, a, layer.mlp_norm)
-        up = weights.up[i](h)
-        m = weights.down[i](
-            kernels.gate(up, layer.act) if isinstance(layer.act, str) else layer.act(up)
-        )
-        if layer.down_norm is not None:
-            m = layer.down_norm.module(m)
-        x, h = kernels.add_norm(x, m + a if layer.parallel else m, next_norm)
-    return h
-
-
-def _angles(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = rotary
-    return cos[0].contiguous(), sin[0].contiguous()
 
 
 def generic(

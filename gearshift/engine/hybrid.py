@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
@@ -29,6 +29,7 @@ from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
 from gearshift.engine.decode import Decoder
 from gearshift.engine.kernels import Kernels
+from gearshift.engine.layers import packed_states
 from gearshift.engine.native import kernels_for
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
@@ -36,7 +37,7 @@ from gearshift.engine.weights import AliasedWeights
 from gearshift.errors import CapacityError, GearshiftError
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import check_head, describe, head_of
-from gearshift.models.forward import hidden_states, token_scores
+from gearshift.models.forward import drops_out, hidden_states, token_scores
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
 from gearshift.runtime.config import Config
@@ -240,7 +241,12 @@ class HybridEngine:
         `models.forward.token_scores`.
         """
         self._require("training", "logprobs")
-        return token_scores(self.model, batch, temperature, value_head)
+        return token_scores(self.model, batch, temperature, value_head, self._states)
+
+    def _states(self, batch: PackedBatch) -> Tensor:
+        if self.plan is None or self.weights is None or drops_out(self.model):
+            return hidden_states(self.model, batch)
+        return packed_states(self.plan, self.weights, self.kernels, batch)
 
     # Reports
 

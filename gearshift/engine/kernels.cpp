@@ -175,16 +175,18 @@ inline float ordered_sum(int64_t C, Term term) {
 }
 
 template <typename S>
-void add_norm(S* x, const S* delta, const S* weight, const S* bias, S* out, int64_t T, int64_t C,
-              float eps, int center, int offset) {
+void add_norm(const S* x, const S* delta, const S* weight, const S* bias, S* sum, S* out, int64_t T,
+              int64_t C, float eps, int center, int offset) {
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
-    S* row = x + t * C;
+    const S* row = x + t * C;
     S* to = out + t * C;
     if (delta) {
       const S* d = delta + t * C;
+      S* both = sum + t * C;
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) put(row + c, get(row + c) + get(d + c));
+      for (int64_t c = 0; c < C; ++c) put(both + c, get(row + c) + get(d + c));
+      row = both;
     }
     const float mean =
         center ? ordered_sum(C, [&](int64_t c) { return get(row + c); }) / float(C) : 0.0f;
@@ -565,6 +567,87 @@ void gate(const S* both, S* out, int64_t T, int64_t F, int tanh_gelu) {
   }
 }
 
+// The backward pass of add_norm without a mean: `grad` [T, C] is what flows back to the sum x that was
+// normed, and already holds what came by the residual stream; `weight_grad` is added to, a row of C
+// floats for each thread.
+template <typename S>
+void norm_backward(const S* x, const S* weight, const S* out_grad, S* grad, float* weight_grad,
+                   int64_t T, int64_t C, float eps, int offset) {
+  float* own = weight_grad + omp_get_thread_num() * C;
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const S* row = x + t * C;
+    const S* dy = out_grad + t * C;
+    S* dx = grad + t * C;
+    float square = 0, along = 0;
+#pragma omp simd reduction(+ : square, along)
+    for (int64_t c = 0; c < C; ++c) {
+      const float v = get(row + c), w = get(weight + c) + float(offset);
+      square += v * v;
+      along += v * w * get(dy + c);
+    }
+    const float scale = 1.0f / std::sqrt(square / float(C) + eps);
+    const float back = along * scale * scale * scale / float(C);
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const float v = get(row + c), d = get(dy + c), w = get(weight + c) + float(offset);
+      put(dx + c, get(dx + c) + d * w * scale - v * back);
+      own[c] += d * v * scale;
+    }
+  }
+}
+
+// The backward pass of gate: [T, F] gradients of the result -> [T, 2F] of both halves.
+template <typename S>
+void gate_backward(const S* both, const S* out_grad, S* grad, int64_t T, int64_t F, int tanh_gelu) {
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const S* g = both + t * 2 * F;
+    const S* d = out_grad + t * F;
+    S* to = grad + t * 2 * F;
+#pragma omp simd
+    for (int64_t f = 0; f < F; ++f) {
+      const float x = get(g + f), up = get(g + F + f), dy = get(d + f);
+      float act, slope;
+      if (tanh_gelu) {
+        const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+        const float th = 1.0f - 2.0f / (fast_exp(2.0f * inner) + 1.0f);
+        act = 0.5f * x * (1.0f + th);
+        slope = 0.5f * (1.0f + th) + 0.5f * x * (1.0f - th * th) * 0.79788456080286536f *
+                                         (1.0f + 3.0f * 0.044715f * x * x);
+      } else {
+        const float sigmoid = 1.0f / (1.0f + fast_exp(-x));
+        act = x * sigmoid;
+        slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+      }
+      put(to + f, dy * up * slope);
+      put(to + F + f, dy * rounded<S>(act));
+    }
+  }
+}
+
+// Rotates the first H heads of [T, heads, D] in place, by the angle or (`sign` -1) back.
+template <typename S>
+void rotate(S* x, const S* cos, const S* sin, int64_t T, int64_t H, int64_t heads, int64_t D,
+            int64_t rotary, float sign) {
+  const int64_t half = rotary / 2;
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const S* c = cos + t * rotary;
+    const S* s = sin + t * rotary;
+    for (int64_t h = 0; h < H; ++h) {
+      S* row = x + (t * heads + h) * D;
+#pragma omp simd
+      for (int64_t d = 0; d < half; ++d) {
+        const float a = get(row + d), b = get(row + half + d);
+        const float sa = sign * get(s + d), sb = sign * get(s + half + d);
+        put(row + d, rounded<S>(a * get(c + d)) - rounded<S>(b * sa));
+        put(row + half + d, rounded<S>(b * get(c + half + d)) + rounded<S>(a * sb));
+      }
+    }
+  }
+}
+
 // One token a row by inverse CDF in two levels; see sampler.py, which says what it computes.
 template <typename S>
 void draw(const S* logits, const float* temperature, const double* uniform, int64_t* tokens,
@@ -656,6 +739,9 @@ EXPORT_BOTH(rotate_and_write)
 EXPORT_BOTH(attend)
 EXPORT_BOTH(gate)
 EXPORT_BOTH(draw)
+EXPORT_BOTH(norm_backward)
+EXPORT_BOTH(gate_backward)
+EXPORT_BOTH(rotate)
 
 #ifdef __AVX512BF16__
 extern "C" void pack_bf16(const int64_t* slots) { call(pack, slots); }

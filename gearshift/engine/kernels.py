@@ -131,6 +131,13 @@ class Kernels:
         x = x if delta is None else x + delta
         return x, norm.module(x)
 
+    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+        """qkv [T, H + 2K, D] with queries and keys turned by (cos, sin) [T, rotary size]."""
+        if rotary is None:
+            return qkv
+        turned, value = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
+        return torch.cat((_rotate(turned, *rotary), value), dim=1)
+
     def rotate_and_write(
         self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
     ) -> Tensor:
@@ -138,9 +145,8 @@ class Kernels:
         and values, return the queries [T, H, D].
         """
         K, D = store.shape[2], qkv.shape[2]
+        qkv = self.rotate(qkv, rotary, K)
         query, key, value = qkv.split((qkv.shape[1] - 2 * K, K, K), dim=1)
-        if rotary is not None:
-            query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         blocks, inside = places.slots // BLOCK, places.slots % BLOCK
         keys, values = _cached(store, D)
         keys[blocks, :, :, inside] = key.unflatten(-1, (D // 2, 2))

@@ -40,11 +40,14 @@ _FLAGS = (
 )  # fmt: skip
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
 _ARGUMENTS = {
-    "add_norm": "PPPPPqqdqq",
+    "add_norm": "PPPPPPqqdqq",
     "rotate_and_write": "PPPPPqqqqq",
     "attend": "PqPPPPPqqqqqdqd",
     "gate": "PPqqq",
     "draw": "PPPPPqq",
+    "norm_backward": "PPPPPqqdq",
+    "gate_backward": "PPPqqq",
+    "rotate": "PPPqqqqqd",
     "pack": "PPqq",
     "multiply": "PPPPqqq",
 }
@@ -148,14 +151,39 @@ class NativeKernels(Kernels):
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         own = norm.module._parameters
         weight, bias = own.get("weight"), own.get("bias")
+        if torch.is_grad_enabled():
+            if weight is None or norm.center:
+                return super().add_norm(x, delta, norm)
+            both: tuple[Tensor, Tensor] = _AddNorm.apply(self, x, delta, weight, norm)
+            return both
         if weight is None:
             return super().add_norm(x, delta, norm)
         out = self._empty(x.shape)
+        self.write_norm(x, delta, weight, bias, x, out, norm)
+        return x, out
+
+    def write_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        out: Tensor,
+        norm: Norm,
+    ) -> None:
+        """x + delta into `total` (which may be x), and its norm into `out`."""
         self._call(
             "add_norm", x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias),
-            out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center, norm.offset,
+            total.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center,
+            norm.offset,
         )  # fmt: skip
-        return x, out
+
+    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+        if rotary is None or not torch.is_grad_enabled():
+            return super().rotate(qkv, rotary, kv_heads)
+        turned: Tensor = _Rotate.apply(self, qkv, *rotary, kv_heads)
+        return turned
 
     def rotate_and_write(
         self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
@@ -184,6 +212,13 @@ class NativeKernels(Kernels):
         return out
 
     def gate(self, both: Tensor, gate: Gate) -> Tensor:
+        if torch.is_grad_enabled():
+            gated: Tensor = _Gate.apply(self, both, gate)
+            return gated
+        return self.gated(both, gate)
+
+    def gated(self, both: Tensor, gate: Gate) -> Tensor:
+        """`gate` without a graph."""
         T, F = both.shape[0], both.shape[1] // 2
         out = self._empty((T, F))
         self._call("gate", both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
@@ -239,6 +274,87 @@ class _Product:
             x.shape[0], self._out, self._in,
         )  # fmt: skip
         return out
+
+
+class _AddNorm(torch.autograd.Function):
+    """`Kernels.add_norm` of an RMSNorm, and its gradient in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: NativeKernels,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        norm: Norm,
+    ) -> tuple[Tensor, Tensor]:
+        total = x if delta is None else torch.empty_like(x)
+        out = torch.empty_like(x)
+        kernels.write_norm(x, delta, weight, None, total, out, norm)
+        ctx.kernels, ctx.norm, ctx.added = kernels, norm, delta is not None
+        ctx.save_for_backward(total, weight)
+        return (total.view_as(total) if delta is None else total), out
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor | None, out_grad: Tensor) -> tuple[Any, ...]:
+        total, weight = ctx.saved_tensors
+        T, C = total.shape
+        grad = torch.zeros_like(total) if total_grad is None else total_grad.clone()
+        weight_grad = torch.zeros(torch.get_num_threads(), C)
+        ctx.kernels._call(
+            "norm_backward", total.data_ptr(), weight.data_ptr(), out_grad.contiguous().data_ptr(),
+            grad.data_ptr(), weight_grad.data_ptr(), T, C, ctx.norm.eps, ctx.norm.offset,
+        )  # fmt: skip
+        return None, grad, grad if ctx.added else None, weight_grad.sum(0).to(weight.dtype), None
+
+
+class _Rotate(torch.autograd.Function):
+    """`Kernels.rotate`; its gradient turns back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+    ) -> Tensor:
+        ctx.kernels, ctx.kv_heads = kernels, kv_heads
+        ctx.save_for_backward(cos, sin)
+        return _turned(kernels, qkv, cos, sin, kv_heads, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return None, _turned(ctx.kernels, grad, cos, sin, ctx.kv_heads, -1.0), None, None, None
+
+
+def _turned(
+    kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float
+) -> Tensor:
+    T, heads, D = qkv.shape
+    out = qkv.clone(memory_format=torch.contiguous_format)
+    kernels._call(
+        "rotate", out.data_ptr(), cos.data_ptr(), sin.data_ptr(), T, heads - kv_heads, heads, D,
+        cos.shape[-1], sign,
+    )  # fmt: skip
+    return out
+
+
+class _Gate(torch.autograd.Function):
+    """`Kernels.gate`, and its gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: NativeKernels, both: Tensor, gate: Gate) -> Tensor:
+        ctx.kernels, ctx.gate = kernels, gate
+        ctx.save_for_backward(both)
+        return kernels.gated(both, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        [both] = ctx.saved_tensors
+        out, grad = torch.empty_like(both), grad.contiguous()
+        ctx.kernels._call(
+            "gate_backward", both.data_ptr(), grad.data_ptr(), out.data_ptr(), *grad.shape,
+            ctx.gate == "gelu_tanh",
+        )  # fmt: skip
+        return None, out, None
 
 
 @lru_cache

@@ -143,9 +143,14 @@ class PackedLayout:
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
     ) -> Tensor:
         """[1, H, T, D] queries, [1, K, T, D] keys and values -> [1, H, T, D]."""
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.packed(q, k, v, options).transpose(0, 1)[None]
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """[T, heads, D] queries, keys and values -> [T, H, D]."""
         out = torch.cat([rows.attend(q, k, v, options) for rows in self.rows])
-        return _Pick.apply(out, self.back_T, None).transpose(0, 1)[None]
+        picked: Tensor = _Pick.apply(out, self.back_T, None)
+        return picked
 
 
 class _Rows:

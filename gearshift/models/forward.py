@@ -6,6 +6,8 @@ policy and the reference alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,12 +35,15 @@ def token_scores(
     batch: PackedBatch,
     temperature: float = 1.0,
     value_head: nn.Module | None = None,
+    states: Callable[[PackedBatch], Tensor] | None = None,
 ) -> TokenScores:
     """Log-probs, entropy and (with `value_head`) values of the scored tokens, from one pass.
 
-    Log-probs are under softmax(logits / temperature). Gradients flow if they are enabled.
+    Log-probs are under softmax(logits / temperature). Gradients flow if they are enabled. `states`
+    computes the model's last hidden states, where something faster than its own modules does.
     """
-    rows_MH = hidden_states(model, batch)[batch.predictors]
+    hidden_TH = hidden_states(model, batch) if states is None else states(batch)
+    rows_MH = hidden_TH[batch.predictors]
     scores = token_logprobs(head_of(model), rows_MH, batch.targets, temperature)
     return scores if value_head is None else scores._replace(values=value_head(rows_MH))
 
@@ -47,3 +52,10 @@ def token_values(critic: PreTrainedModel, value_head: nn.Module, batch: PackedBa
     """[M] values of a separate critic: a backbone and its value head."""
     values: Tensor = value_head(hidden_states(critic, batch)[batch.predictors])
     return values
+
+
+def drops_out(model: PreTrainedModel) -> bool:
+    """Whether some dropout of this model is switched on now."""
+    attention = getattr(model.config, "attention_dropout", 0.0)
+    dropped = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    return dropped or bool(model.training and attention)
