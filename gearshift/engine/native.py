@@ -1,27 +1,14 @@
-"""The operations of `kernels.py` compiled for this CPU: `kernels.cpp`, built at first use.
-
-It takes a C++ compiler (g++ or clang++) and a few seconds, once for each machine and source; the
-library lies in the cache folder. Without a compiler the tensor functions run instead, slower and
-equally right. A function here checks nothing: its callers give contiguous tensors of one type.
+"""The operations of `kernels.py` compiled for this CPU (`runtime/kernels.cpp`), without a graph or
+with their gradients, and recordings of their calls.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import math
-import os
-import platform
-import shutil
-import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
-from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,29 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gearshift.engine.kernels import Kernels, Places, Product
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Gate, Norm
-from gearshift.models.load import cache_folder
-
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
-)  # fmt: skip
-_SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
-_ARGUMENTS = {
-    "add_norm": "PPPPPPqqdqq",
-    "rotate_and_write": "PPPPPqqqqq",
-    "attend": "PqPPPPPqqqqqdqd",
-    "gate": "PPqqq",
-    "draw": "PPPPPqq",
-    "norm_backward": "PPPPPqqdq",
-    "gate_backward": "PPPqqq",
-    "rotate": "PPPqqqqqd",
-    "pack": "PPqq",
-    "multiply": "PPPPqqq",
-}
-"""Of each function, as `struct` spells them: pointers, integers, floats, eight bytes each."""
-
-log = logging.getLogger(__name__)
+from gearshift.runtime import native
+from gearshift.runtime.native import pointer
 
 
 class _Memory:
@@ -104,15 +70,15 @@ _ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.defa
 class NativeKernels(Kernels):
     """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._dtype, self._library = dtype, library
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._memory = _Memory()
         self._calls: list[tuple[int, bytes]] | None = None
         """Those of the recording that is being made."""
         # Where a CPU has AMX, PyTorch's own packed products use it and are faster than these.
         self._multiplies = (
             dtype == torch.bfloat16
-            and hasattr(library, "multiply_bf16")
+            and native.has("multiply", dtype)
             and not torch.cpu._is_amx_tile_supported()
         )
 
@@ -139,11 +105,10 @@ class NativeKernels(Kernels):
         for i, (function, slots) in enumerate(calls):
             table[2 * i] = function
             table[2 * i + 1] = ctypes.cast(ctypes.c_char_p(slots), c_void_p).value
-        replay = self._library.replay
 
         def again() -> Tensor:
             prepare()
-            replay(table, c_int64(len(calls)))  # the table points into `calls`
+            native.replay()(table, c_int64(len(calls)))  # the table points into `calls`
             return result()
 
         return again
@@ -174,7 +139,7 @@ class NativeKernels(Kernels):
     ) -> None:
         """x + delta into `total` (which may be x), and its norm into `out`."""
         self._call(
-            "add_norm", x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias),
+            "add_norm", x.data_ptr(), pointer(delta), weight.data_ptr(), pointer(bias),
             total.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center,
             norm.offset,
         )  # fmt: skip
@@ -192,7 +157,7 @@ class NativeKernels(Kernels):
         K = store.shape[2]
         cos, sin = rotary or (None, None)
         self._call(
-            "rotate_and_write", qkv.data_ptr(), _pointer(cos), _pointer(sin), store.data_ptr(),
+            "rotate_and_write", qkv.data_ptr(), pointer(cos), pointer(sin), store.data_ptr(),
             places.slots.data_ptr(), T, heads - 2 * K, K, D, 0 if cos is None else cos.shape[-1],
         )  # fmt: skip
         return qkv[:, : heads - 2 * K]
@@ -242,8 +207,7 @@ class NativeKernels(Kernels):
         )  # fmt: skip
 
     def _call(self, name: str, *arguments: float, dtype: torch.dtype | None = None) -> None:
-        function = _function(self._library, name, dtype or self._dtype)
-        slots = struct.pack(_ARGUMENTS[name], *arguments)
+        function, slots = native.prepared(name, dtype or self._dtype, *arguments)
         if self._calls is not None:
             self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
         function(slots)
@@ -270,7 +234,7 @@ class _Product:
         x = x.contiguous()
         out = self._kernels._empty((x.shape[0], self._out))
         self._kernels._call(
-            "multiply", x.data_ptr(), self._packed.data_ptr(), _pointer(bias), out.data_ptr(),
+            "multiply", x.data_ptr(), self._packed.data_ptr(), pointer(bias), out.data_ptr(),
             x.shape[0], self._out, self._in,
         )  # fmt: skip
         return out
@@ -357,62 +321,12 @@ class _Gate(torch.autograd.Function):
         return None, out, None
 
 
-@lru_cache
-def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
-    found = getattr(library, f"{name}_{_SUFFIX[dtype]}")
-    found.argtypes, found.restype = [ctypes.c_char_p], None
-    return found
-
-
 def kernels_for(weight: Tensor) -> Kernels:
     """The fastest kernels for a model with weights like this one."""
-    if weight.device.type == "cpu" and weight.dtype in _SUFFIX and (library := _library()):
-        return NativeKernels(library, weight.dtype)
+    if native.usable(weight):
+        return NativeKernels(weight.dtype)
     if weight.device.type == "cuda" and find_spec("triton"):
         from gearshift.engine.gpu import TritonKernels
 
         return TritonKernels()
     return Kernels()
-
-
-@lru_cache(1)
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (and one warning) where they cannot be had."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None or platform.system() != "Linux":
-        log.warning("No C++ compiler here: the generation gear runs on tensor functions, slower.")
-        return None
-    # The processor is part of the name: a home folder may be shared by machines that differ.
-    built_for = f"{_FLAGS}{compiler}{_processor()}".encode() + _SOURCE.read_bytes()
-    path = cache_folder() / f"kernels-{hashlib.blake2b(built_for, digest_size=8).hexdigest()}.so"
-    try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        log.warning("The kernels could not be compiled, tensor functions run instead: %s", told)
-        return None
-
-
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
-            check=True, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        os.replace(built, path)
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    return next((line for line in text.split("\n") if line.startswith(("flags", "Features"))), "")
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -7,7 +7,6 @@ Nothing is loaded by pickle: safetensors only.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,6 +30,7 @@ from gearshift.models.adapters import AdapterConfig, adapted_layers, merged_stat
 from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.config import Config
+from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
 TINY = "tiny"
@@ -169,13 +169,6 @@ def save_model(
         model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def cache_folder() -> Path:
-    """Where things that are made once for a machine lie: `$GEARSHIFT_CACHE`, or
-    `~/.cache/gearshift`.
-    """
-    return Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
 
 
 def source_of(name: str) -> str | Path:

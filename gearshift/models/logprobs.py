@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ENTRIES = 2**24
-"""Entries of [rows, V] that live at once (64 MiB in fp32)."""
+from gearshift.runtime import native
+
+_CHUNK_BYTES = 2**27
+"""Of the logits that live at once."""
 
 
 class TokenScores(NamedTuple):
@@ -61,7 +64,7 @@ def token_logprobs(
     `[M, V]` logits never exist: rows go through in chunks, and the backward pass computes a chunk's
     logits again. Temperature 0 (greedy) scores under temperature 1.
     """
-    rows = max(1, _CHUNK_ENTRIES // head.linear.out_features)
+    rows = max(1, _CHUNK_BYTES // (head.linear.out_features * hidden_MH.element_size()))
     parts = [
         _score_chunk(head, hidden, targets, temperature or 1.0)
         for hidden, targets in zip(hidden_MH.split(rows), targets_M.split(rows), strict=True)
@@ -75,6 +78,13 @@ def token_logprobs(
 def _score_chunk(
     head: Head, hidden_CH: Tensor, targets_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    plain = head.scale == 1.0 and head.softcap is None
+    linear = head.linear
+    if plain and native.usable(hidden_CH) and linear.weight.dtype == hidden_CH.dtype:
+        scores: tuple[Tensor, Tensor] = _Score.apply(
+            hidden_CH, linear.weight, linear.bias, targets_C, temperature
+        )
+        return scores
     if not torch.is_grad_enabled():
         logprobs_C, entropy_C = _LogSoftmaxAt.apply(head.logits(hidden_CH), targets_C, temperature)
         return logprobs_C, entropy_C
@@ -121,3 +131,54 @@ class _LogSoftmaxAt(torch.autograd.Function):
         if grad_logprobs_C is not None:
             grad_CV.scatter_add_(1, targets_C[:, None], grad_logprobs_C[:, None])
         return (grad_CV / ctx.temperature if ctx.temperature != 1.0 else grad_CV), None, None
+
+
+class _Score(torch.autograd.Function):
+    """Head, log-softmax, gather and entropy of one chunk, compiled; the same as the other path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_C: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
+        C, V = logits_CV.shape
+        logprobs_C, entropy_C, norm_C = torch.empty(3, C)
+        targets_C = targets_C.contiguous()
+        native.call(
+            "score", logits_CV.dtype, logits_CV.data_ptr(), targets_C.data_ptr(),
+            logprobs_C.data_ptr(), entropy_C.data_ptr(), norm_C.data_ptr(), C, V, temperature,
+        )  # fmt: skip
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, entropy_C, norm_C)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs_C, entropy_C
+
+    @staticmethod
+    def backward(
+        ctx: Any, logprobs_grad_C: Tensor | None, entropy_grad_C: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden_CH, weight_VH, bias_V, targets_C, entropy_C, norm_C = ctx.saved_tensors
+        grad_CV = F.linear(hidden_CH, weight_VH, bias_V)  # the logits again, then their gradient
+        C, V = grad_CV.shape
+        given = [
+            torch.zeros(C) if logprobs_grad_C is None else logprobs_grad_C.contiguous(),
+            None if entropy_grad_C is None else entropy_grad_C.contiguous(),
+        ]
+        native.call(
+            "score_backward", grad_CV.dtype, grad_CV.data_ptr(), targets_C.data_ptr(),
+            entropy_C.data_ptr(), norm_C.data_ptr(), *map(native.pointer, given), C, V,
+            ctx.temperature,
+        )  # fmt: skip
+        wanted = ctx.needs_input_grad
+        return (
+            grad_CV @ weight_VH if wanted[0] else None,
+            grad_CV.t() @ hidden_CH if wanted[1] else None,
+            grad_CV.sum(0) if wanted[2] else None,
+            None,
+            None,
+        )

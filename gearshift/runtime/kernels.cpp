@@ -1,6 +1,6 @@
-// The generation gear's small operations on a CPU, where a chain of tensor operations would spend
+// Small operations of both gears on a CPU, where a chain of tensor operations would spend
 // its time on passes over memory and on dispatch. Compiled at first use (see native.py); every
-// function has a slow twin in kernels.py, which tests hold it to. Numbers are computed in float and
+// function has a slow twin in tensors (engine/kernels.py, models/logprobs.py), which tests hold it to. Numbers are computed in float and
 // rounded where the twin rounds, so that both give the same model.
 //
 // Legend: T tokens of one forward, H query heads, K key heads, R = H / K, D head size (even), P
@@ -648,6 +648,60 @@ void rotate(S* x, const S* cos, const S* sin, int64_t T, int64_t H, int64_t head
   }
 }
 
+// What a row of logits says of its target: log p(target) and the entropy of p = softmax(logits /
+// temperature); `norm` is the log of the sum, which the backward pass needs.
+template <typename S>
+void score(const S* logits, const int64_t* targets, float* logprobs, float* entropy, float* norm,
+           int64_t M, int64_t V, float temperature) {
+  constexpr int64_t BLOCK = 256;
+  const float factor = 1.0f / temperature;
+#pragma omp for schedule(static)
+  for (int64_t m = 0; m < M; ++m) {
+    const S* row = logits + m * V;
+    float top = get(row) * factor;
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < V; ++v) top = std::max(top, get(row + v) * factor);
+    double total = 0, along = 0;
+    for (int64_t from = 0; from < V; from += BLOCK) {
+      float sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+      for (int64_t v = from; v < std::min(V, from + BLOCK); ++v) {
+        const float x = get(row + v) * factor - top, e = fast_exp(x);
+        sum += e;
+        weighted += e * std::max(x, -1e30f);  // of -inf, e is 0
+      }
+      total += sum;
+      along += weighted;
+    }
+    const double log_total = std::log(total);
+    logprobs[m] = float(double(get(row + targets[m]) * factor - top) - log_total);
+    entropy[m] = float(log_total - along / total);
+    norm[m] = float(top + log_total);
+  }
+}
+
+// Turns logits into the gradient that comes back to them: d log p(t) / dx = (onehot_t - p) / T and
+// dH / dx = -p (log p + H) / T. `entropy_grad` may be null.
+template <typename S>
+void score_backward(S* logits, const int64_t* targets, const float* entropy, const float* norm,
+                    const float* logprob_grad, const float* entropy_grad, int64_t M, int64_t V,
+                    float temperature) {
+  const float factor = 1.0f / temperature;
+#pragma omp for schedule(static)
+  for (int64_t m = 0; m < M; ++m) {
+    S* row = logits + m * V;
+    const float dl = logprob_grad[m], dh = entropy_grad ? entropy_grad[m] : 0.0f;
+    const float base = -dl - dh * entropy[m], offset = norm[m];
+    const float at = get(row + targets[m]) * factor - offset;
+#pragma omp simd
+    for (int64_t v = 0; v < V; ++v) {
+      const float x = std::max(get(row + v) * factor - offset, -1e30f);
+      put(row + v, fast_exp(x) * (base - dh * x) * factor);
+    }
+    put(row + targets[m], (dl + fast_exp(at) * (base - dh * at)) * factor);
+  }
+}
+
 // One token a row by inverse CDF in two levels; see sampler.py, which says what it computes.
 template <typename S>
 void draw(const S* logits, const float* temperature, const double* uniform, int64_t* tokens,
@@ -742,6 +796,8 @@ EXPORT_BOTH(draw)
 EXPORT_BOTH(norm_backward)
 EXPORT_BOTH(gate_backward)
 EXPORT_BOTH(rotate)
+EXPORT_BOTH(score)
+EXPORT_BOTH(score_backward)
 
 #ifdef __AVX512BF16__
 extern "C" void pack_bf16(const int64_t* slots) { call(pack, slots); }
