@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gearshift.engine.cache import BLOCK
 from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.native import NativeKernels, kernels_for
 from gearshift.models.attention import AttentionOptions
-from gearshift.models.describe import Norm
+from gearshift.models.describe import Gate, Norm
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLOW = Kernels()
@@ -178,3 +180,55 @@ def test_packed_products(rows: int, out: int, size: int) -> None:
             assert torch.allclose(ours, plain, atol=0.01, rtol=0.01)
             assert (ours == plain).float().mean() > 0.999  # the gears round alike
     assert fast(torch.float32).product(weight.float(), 32) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_the_gates_gradient(act: Gate, dtype: torch.dtype) -> None:
+    both, weights = torch.randn(7, 50).to(dtype), torch.randn(7, 25).to(dtype)
+    grads = []
+    for kernels in (fast(dtype), SLOW):
+        x = both.clone().requires_grad_()
+        (kernels.gate(x, act) * weights).sum().backward()
+        grads.append(x.grad)
+    assert torch.allclose(*grads, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary", [8, 4])
+def test_the_rotations_gradient(rotary: int, dtype: torch.dtype) -> None:
+    angle = torch.randn(5, rotary // 2).repeat(1, 2)
+    turn = angle.cos().to(dtype), angle.sin().to(dtype)
+    qkv, weights = torch.randn(2, 5, 4 + 2 * 2, 8).to(dtype)
+    results = []
+    for kernels in (fast(dtype), SLOW):
+        x = qkv.clone().requires_grad_()
+        out = kernels.rotate(x, turn, 2)
+        (out * weights).sum().backward()
+        results.append((out.detach(), x.grad))
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_the_norms_gradient(added: bool, offset: bool, dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)  # the weight's gradient is summed over threads
+    C = 48
+    module = (Gemma2RMSNorm if offset else LlamaRMSNorm)(C, eps=1e-5).to(dtype)
+    module.weight.data = torch.randn(C).to(dtype)
+    norm = Norm(module, 1e-5, offset=offset)
+    x, delta, wx, wy = torch.randn(4, 9, C).to(dtype)
+    results = []
+    for kernels in (fast(dtype), SLOW):
+        a, d = x.clone().requires_grad_(), delta.clone().requires_grad_()
+        module.zero_grad()
+        total, out = kernels.add_norm(a, d if added else None, norm)
+        ((total * wx).sum() + (out * wy).sum()).backward()
+        assert a.grad is not None
+        results.append([total.detach(), out.detach(), a.grad, module.weight.grad])
+        assert not added or torch.equal(a.grad, d.grad)
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 0.01) * theirs.norm()
