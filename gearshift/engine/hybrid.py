@@ -28,9 +28,8 @@ from gearshift.data.chat import end_token_ids
 from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
 from gearshift.engine.decode import Decoder
-from gearshift.engine.kernels import Kernels
 from gearshift.engine.layers import packed_states
-from gearshift.engine.native import kernels_for
+from gearshift.engine.native import kernels_of
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights
@@ -118,7 +117,7 @@ class HybridEngine:
         self.plan = describe(model)
         self.head = head_of(model)
         self.weights = AliasedWeights(self.plan, self.head.linear) if self.plan else None
-        self.kernels, self._home = self._kernels(), self._where()
+        self.kernels, self._home = kernels_of(model), self._where()
         self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
@@ -241,9 +240,10 @@ class HybridEngine:
         `models.forward.token_scores`.
         """
         self._require("training", "logprobs")
-        return token_scores(self.model, batch, temperature, value_head, self._states)
+        return token_scores(self.model, batch, temperature, value_head, self.states)
 
-    def _states(self, batch: PackedBatch) -> Tensor:
+    def states(self, batch: PackedBatch) -> Tensor:
+        """[T, C] last hidden states of the packed tokens."""
         if self.plan is None or self.weights is None or drops_out(self.model):
             return hidden_states(self.model, batch)
         return packed_states(self.plan, self.weights, self.kernels, batch)
@@ -327,16 +327,10 @@ class HybridEngine:
         self._scheduler = None
         if self.weights:
             self.weights.unpack()
-        self.kernels = self._kernels()
+        self.kernels = kernels_of(self.model)
 
     def _where(self) -> tuple[torch.device, torch.dtype]:
         return self.device, self.model.dtype
-
-    def _kernels(self) -> Kernels:
-        """The fastest that fit: compiled ones want all weights in one type."""
-        parameters = [p for name, p in self.model.named_parameters() if ".lora_" not in name]
-        uniform = len({p.dtype for p in parameters}) == 1
-        return kernels_for(parameters[0]) if uniform else Kernels()
 
     def _writes(self) -> int:
         """Grows with every in-place write to a parameter, whoever does it."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from gearshift.engine.kernels import Kernels, Places, Product
 from gearshift.models.attention import AttentionOptions
@@ -330,3 +331,10 @@ def kernels_for(weight: Tensor) -> Kernels:
 
         return TritonKernels()
     return Kernels()
+
+
+def kernels_of(model: PreTrainedModel) -> Kernels:
+    """The fastest for this model as it is: compiled ones want all weights in one type."""
+    parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    uniform = len({p.dtype for p in parameters}) == 1
+    return kernels_for(parameters[0]) if uniform else Kernels()

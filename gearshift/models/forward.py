@@ -48,12 +48,6 @@ def token_scores(
     return scores if value_head is None else scores._replace(values=value_head(rows_MH))
 
 
-def token_values(critic: PreTrainedModel, value_head: nn.Module, batch: PackedBatch) -> Tensor:
-    """[M] values of a separate critic: a backbone and its value head."""
-    values: Tensor = value_head(hidden_states(critic, batch)[batch.predictors])
-    return values
-
-
 def drops_out(model: PreTrainedModel) -> bool:
     """Whether some dropout of this model is switched on now."""
     attention = getattr(model.config, "attention_dropout", 0.0)

@@ -28,10 +28,10 @@ from gearshift.algorithms.normalize import loss_weights, pad_rows, row_mask, unp
 from gearshift.algorithms.policy_losses import POLICY_LOSSES, value_loss
 from gearshift.data import DataConfig, Mixture
 from gearshift.data.packing import pack_groups
-from gearshift.engine import HybridEngine
+from gearshift.engine import HybridEngine, PackedModel
 from gearshift.errors import DataError
 from gearshift.models.adapters import adapters_off
-from gearshift.models.forward import token_scores, token_values
+from gearshift.models.forward import token_scores
 from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.rollouts.collector import Collector, Start
@@ -173,6 +173,15 @@ class ValueNet:
     head: ValueHead
     critic: PreTrainedModel | None = None
 
+    def __post_init__(self) -> None:
+        self._states = PackedModel(self.critic) if self.critic else None
+
+    def of_critic(self, batch: PackedBatch) -> Tensor:
+        """[M] values by the critic."""
+        assert self._states is not None
+        values: Tensor = self.head(self._states(batch)[batch.predictors])
+        return values
+
     def parameters(self) -> list[nn.Parameter]:
         """Of head and critic."""
         return [*self.head.parameters(), *(self.critic.parameters() if self.critic else ())]
@@ -200,6 +209,9 @@ class RLTrainer:
         self.examples = examples
         self.config, self.engine, self.collector = config, engine, collector
         self.rows, self.score, self.stage, self.reference = rows, score, stage, reference
+        self.reference_states = (
+            engine.states if reference in (None, engine.model) else PackedModel(reference)
+        )
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
         stage.track(model=engine.model, optimizer=self.optimizers[0])
         self.value_net: ValueNet | None = None
@@ -386,7 +398,7 @@ class RLTrainer:
                 loss = loss + config.kl.beta * (weights_M * kl_M).sum()
         values_M = scores.values
         if self.value_net and self.value_net.critic is not None:
-            values_M = token_values(self.value_net.critic, self.value_net.head, batch)
+            values_M = self.value_net.of_critic(batch)
         if values_M is not None:
             error = (weights_M * value_loss(values_M, batch.scored("returns"))).sum()
             loss = loss + config.value_coefficient * error
@@ -401,9 +413,7 @@ class RLTrainer:
             with self.engine.training(), torch.no_grad():
                 part = self.engine.logprobs(micro, self.config.temperature, self._shared_head)
                 if self.value_net and self.value_net.critic is not None:
-                    part = part._replace(
-                        values=token_values(self.value_net.critic, self.value_net.head, micro)
-                    )
+                    part = part._replace(values=self.value_net.of_critic(micro))
             parts.append(part)
         joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
         return TokenScores(*joined)
@@ -417,7 +427,9 @@ class RLTrainer:
             raise ValueError("kl.beta > 0 needs a reference model.")
         with adapters_off(self.reference):
             return torch.cat([
-                token_scores(self.reference, micro, self.config.temperature).logprobs
+                token_scores(
+                    self.reference, micro, self.config.temperature, states=self.reference_states
+                ).logprobs
                 for micro in batch.split(self.config.max_tokens)
             ])  # fmt: skip
 
