@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench bench-engine setup clean
+.PHONY: demo test lint bench bench-engine bench-step setup clean
 
 demo: setup
 	$(BIN)/gearshift run recipes/voice_assistant.yaml
@@ -20,10 +20,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-engine
+bench: bench-engine bench-step
 
 bench-engine: setup
 	$(BIN)/python -m benchmarks.engine
+
+bench-step: setup
+	$(BIN)/python -m benchmarks.rl_step
 
 setup: $(READY)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +32,17 @@ def in_turn(subjects: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
             if round_:
                 samples[name].append(seconds)
     return samples
+
+
+def skewed_lengths(count: int, longest: int, rng: random.Random) -> list[int]:
+    """Log-normal lengths, cut at the longest, with a mean of 0.4 of it."""
+    draws = [rng.gauss(0.0, 0.8) for _ in range(count)]
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = sum(min(longest, math.exp(middle + d)) for d in draws) / count
+        low, high = (middle, high) if mean < 0.4 * longest else (low, middle)
+    return [max(1, min(longest, round(math.exp(low + d)))) for d in draws]
 
 
 def ratio(samples: dict[str, list[float]], ours: str, theirs: str) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import signal
@@ -32,7 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.common import in_turn, machine, ratio, versions, write
+from benchmarks.common import in_turn, machine, ratio, skewed_lengths, versions, write
 from gearshift.data.packing import pack_groups
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.engine.cache import BLOCK
@@ -114,15 +113,7 @@ def workloads() -> dict[str, tuple[list[list[int]], list[int]]]:
         return [rng.randrange(100, 40_000) for _ in range(PROMPT)]
 
     shared = [prompt() for _ in range(8)]
-    # Log-normal lengths, cut at the maximum, with a mean of 0.4 of it.
-    longest, spread = 2 * MAX_NEW, 0.8
-    draws = [rng.gauss(0.0, spread) for _ in range(64)]
-    low, high = 0.0, 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        mean = sum(min(longest, math.exp(middle + d)) for d in draws) / len(draws)
-        low, high = (middle, high) if mean < 0.4 * longest else (low, middle)
-    skewed = [max(1, min(longest, round(math.exp(low + d)))) for d in draws]
+    skewed = skewed_lengths(64, 2 * MAX_NEW, rng)
     return {
         "fixed": ([prompt() for _ in range(32)], [MAX_NEW] * 32),
         "skewed": ([shared[i // 8] for i in range(64)], skewed),
