@@ -70,7 +70,8 @@ def main() -> None:
     print("cosine of the gradients, by beta:", result["gradient_cosine"])
     if min(result["gradient_cosine"].values()) < 0.999:
         raise SystemExit("The two losses differ; nothing was timed.")
-    result["curves"] = curves(prompts, steps=15 if options.quick else 50)
+    short = [f"Say what one wears in a town by the {x}." for x in ("sea", "lake", "wood", "hill")]
+    result["curves"] = curves(short, steps=15 if options.quick else 50)
     print("reward curves, last steps:", result["curves"]["ours_last"], result["curves"]["trl_last"])
 
     rounds = 1 if options.quick else 3
@@ -289,7 +290,8 @@ def cosine(prompts: list[str], beta: float) -> float:
 def curves(prompts: list[str], steps: int) -> dict[str, Any]:
     """Rewards of both over some steps of short completions, and whether they end alike."""
     lengths, lr = [12] * (GROUP * len(prompts)), 2e-5
-    config = {**BEST, **LOSS, "learning_rate": lr, "beta": 0.0}
+    config = {**BEST, **LOSS, "learning_rate": lr, "beta": 0.0,
+        "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}  # fmt: skip
     peer = Trl({"task": "rl", "prompts": prompts, "max_new": 12, "config": config})
     ours = Ours(peer.prompts, 0.0, max_new=12, lr=lr)
     a, b = [], []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -287,13 +288,29 @@ class PackedBatch:
         )
 
     def split(self, max_tokens: int) -> Iterator[PackedBatch]:
-        """Cut into micro-batches of whole trees, in order, each of at most `max_tokens` where trees
-        allow.
+        """Cut into micro-batches of whole trees, in order: as few as `max_tokens` allows, and of
+        about one size. A tree that is longer is a micro-batch alone.
         """
-        first = 0
         trees = self.trees()
-        for (_, end), after in zip(trees, [*trees[1:], None], strict=True):
-            upto = int(self.cu_seqlens[after[1]]) if after else None
-            if upto is None or upto - int(self.cu_seqlens[first]) > max_tokens:
-                yield self.slice(first, end)
-                first = end
+        if not trees:
+            return
+        sizes = [int(self.cu_seqlens[end] - self.cu_seqlens[first]) for first, end in trees]
+
+        def cuts(limit: int) -> list[int]:
+            """Where each next micro-batch begins."""
+            found, tokens = [], 0
+            for i, size in enumerate(sizes):
+                if tokens + size > limit and tokens:
+                    found.append(i)
+                    tokens = 0
+                tokens += size
+            return found
+
+        # The smallest limit that needs no more of them.
+        low, high, fewest = 0, max_tokens, len(cuts(max_tokens))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(cuts(middle)) == fewest else (middle, high)
+        starts = [0, *cuts(high), len(trees)]
+        for first, end in pairwise(starts):
+            yield self.slice(trees[first][0], trees[end - 1][1])

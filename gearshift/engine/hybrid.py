@@ -61,6 +61,11 @@ class EngineConfig(Config):
     keep_cache: bool = True
     """Keep the cache's memory (and packed weights) while training; false gives it back at each
     shift."""
+    recompute: bool = False
+    """Keep only each layer's input of a training forward, and compute the layer again in the
+    backward pass (activation checkpointing): a third more work, several times less memory. For
+    described architectures; refused for others.
+    """
     steps_ahead: int | None = Field(None, ge=1, le=BLOCK)
     """Tokens that each row samples before the scheduler looks at them: what a row samples beyond
     its end is thrown away, but a GPU need not wait for the scheduler. None: 8 on a GPU, 1 on a CPU.
@@ -245,8 +250,14 @@ class HybridEngine:
     def states(self, batch: PackedBatch) -> Tensor:
         """[T, C] last hidden states of the packed tokens."""
         if self.plan is None or self.weights is None or drops_out(self.model):
+            if self.config.recompute:
+                raise GearshiftError(
+                    "engine.recompute is built for described architectures without dropout; switch "
+                    "it off, or lower max_tokens to save memory."
+                )
             return hidden_states(self.model, batch)
-        return packed_states(self.plan, self.weights, self.kernels, batch)
+        recompute = self.config.recompute
+        return packed_states(self.plan, self.weights, self.kernels, batch, recompute)
 
     # Reports
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gearshift.engine.kernels import Kernels
@@ -55,10 +56,15 @@ class Attention(Protocol):
 
 
 def packed_states(
-    plan: Plan, weights: AliasedWeights, kernels: Kernels, batch: PackedBatch
+    plan: Plan,
+    weights: AliasedWeights,
+    kernels: Kernels,
+    batch: PackedBatch,
+    recompute: bool = False,
 ) -> Tensor:
     """[T, C] last hidden states of a packed batch, with gradients if they are enabled: what
-    `models.forward.hidden_states` computes through Hugging Face's modules, without dropout.
+    `models.forward.hidden_states` computes through Hugging Face's modules, without dropout. For
+    `recompute` see `layers`.
     """
     layout, K = PackedLayout(batch), plan.kv_heads
 
@@ -73,7 +79,7 @@ def packed_states(
         return layout.packed(query, key, value, options)
 
     x, angles = embed(plan, batch.input_ids, batch.position_ids)
-    return layers(plan, weights, kernels, x, angles, attention)
+    return layers(plan, weights, kernels, x, angles, attention, recompute=recompute)
 
 
 def embed(plan: Plan, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Angles]:
@@ -90,15 +96,19 @@ def layers(
     angles: Angles,
     attention: Attention,
     wanted: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """[T, C] -> [T, C] last states, or those of the tokens `wanted` [B]. Without a graph, `x` may
-    be overwritten.
+    be overwritten. `recompute` keeps a layer's input only, and computes the layer again in the
+    backward pass.
     """
-    T, D, K = len(x), plan.head_size, plan.kv_heads
-    heads = plan.heads + 2 * K
     x, h = kernels.add_norm(x, None, plan.layers[0].input_norm)
     following = [*(layer.input_norm for layer in plan.layers[1:]), plan.final_norm]
-    for i, (layer, next_norm) in enumerate(zip(plan.layers, following, strict=True)):
+
+    def one(i: int, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm, before layer i -> the same after it."""
+        layer, T, D, K = plan.layers[i], len(x), plan.head_size, plan.kv_heads
+        heads = plan.heads + 2 * K
         qkv = weights.qkv[i](h)
         if layer.interleaved:
             qkv = qkv.view(T, heads // 3, 3, D).transpose(1, 2).contiguous()
@@ -123,7 +133,13 @@ def layers(
         )
         if layer.down_norm is not None:
             m = layer.down_norm.module(m)
-        x, h = kernels.add_norm(x, m + a if layer.parallel else m, next_norm)
+        return kernels.add_norm(x, m + a if layer.parallel else m, following[i])
+
+    for i in range(len(plan.layers)):
+        if recompute and torch.is_grad_enabled():
+            x, h = checkpoint(one, i, x, h, use_reentrant=False)
+        else:
+            x, h = one(i, x, h)
     return h
 
 

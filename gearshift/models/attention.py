@@ -10,6 +10,7 @@ packed tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from gearshift.errors import ModelError
+from gearshift.runtime import native
 from gearshift.types import PackedBatch
 
 ATTENTION = "gearshift"
@@ -127,17 +129,43 @@ class PackedLayout:
     """
 
     def __init__(self, batch: PackedBatch) -> None:
-        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+        self.batch = batch
+        self.cu, self.parents = batch.cu_seqlens.contiguous(), batch.parents.contiguous()
+        firsts = [first for first, _ in batch.trees()]
+        self.trees = torch.tensor([*firsts, len(batch.parents)])
+
+    @cached_property
+    def rows(self) -> list[_Rows]:
+        """Sequences of about one length and of one number of ancestors."""
+        lengths = (self.cu[1:] - self.cu[:-1]).tolist()
         depth_of: list[int] = []
-        for parent in batch.parents.tolist():
+        for parent in self.parents.tolist():
             depth_of.append(0 if parent < 0 else depth_of[parent] + 1)
         alike: dict[tuple[int, int], list[int]] = {}
         for i, (length, depth) in enumerate(zip(lengths, depth_of, strict=True)):
             alike.setdefault((length.bit_length(), depth), []).append(i)
-        self.rows = [_Rows(batch, members, depth) for (_, depth), members in alike.items()]
+        return [_Rows(self.batch, members, depth) for (_, depth), members in alike.items()]
+
+    @cached_property
+    def back_T(self) -> Tensor:
+        """[T]: where each token lies in the rows' outputs, end to end."""
         order_T = torch.cat([rows.tokens for rows in self.rows])
-        self.back_T = torch.empty_like(order_T)
-        self.back_T[order_T] = torch.arange(len(order_T), device=order_T.device)
+        back_T = torch.empty_like(order_T)
+        back_T[order_T] = torch.arange(len(order_T), device=order_T.device)
+        return back_T
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether positions go up by one along each line of ancestors, so that what a query sees
+        is a run of keys.
+        """
+        positions = self.batch.position_ids.cpu()
+        steps = positions[1:] - positions[:-1]
+        starts = self.cu[1:-1] - 1
+        steps[starts] = 1
+        child = self.parents >= 0
+        ends = positions[self.cu[self.parents[child] + 1] - 1]
+        return bool((steps == 1).all() and (positions[self.cu[:-1][child]] == ends + 1).all())
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
@@ -148,6 +176,12 @@ class PackedLayout:
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """[T, heads, D] queries, keys and values -> [T, H, D]."""
+        plain = options.softcap is None and not options.dropout and q.shape[-1] % 2 == 0
+        if (
+            plain and native.usable(q) and native.has("packed_attend", q.dtype) and self.consecutive
+        ):  # fmt: skip
+            seen: Tensor = _Compiled.apply(q, k, v, self, options)
+            return seen
         out = torch.cat([rows.attend(q, k, v, options) for rows in self.rows])
         picked: Tensor = _Pick.apply(out, self.back_T, None)
         return picked
@@ -246,3 +280,38 @@ class _Inherit(torch.autograd.Function):
         (which,) = ctx.saved_tensors
         heirs = which[None] == torch.arange(ctx.rows, device=which.device)[:, None]
         return (heirs.to(grad.dtype) @ grad.flatten(1)).view(-1, *grad.shape[1:]), None
+
+
+class _Compiled(torch.autograd.Function):
+    """The same, compiled, for bf16 on a CPU: no scores are kept, and nothing is padded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions
+    ) -> Tensor:
+        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+        out = torch.empty(q.shape, dtype=q.dtype)
+        norms = torch.empty(q.shape[:2])
+        ctx.save_for_backward(q, k, v, out, norms)
+        ctx.layout, ctx.options = layout, options
+        _Compiled.call("packed_attend", ctx, q, k, v, out, norms)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, norms = ctx.saved_tensors
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        grad = grad.contiguous()
+        _Compiled.call("packed_attend_backward", ctx, q, k, v, out, grad, norms, *grads)
+        return *grads, None, None
+
+    @staticmethod
+    def call(name: str, ctx: Any, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> None:
+        """Run one of the two passes."""
+        layout, options = ctx.layout, ctx.options
+        tensors = (q, k, v, *more, layout.cu, layout.parents, layout.trees)
+        steps = (x.stride(0) for x in (q, k, v))
+        native.call(
+            name, q.dtype, *(x.data_ptr() for x in tensors), len(layout.trees) - 1, *steps,
+            q.shape[1], k.shape[1], q.shape[2], options.scaling, options.window or 0,
+        )  # fmt: skip

@@ -284,9 +284,9 @@ inline void score(const S* q, int64_t size, const S* const* keys, float* scores,
 }
 
 // The probabilities of the scores from..to of a row of L; the rest is 0. The sum, too, has PyTorch's
-// order: lanes, then their halves.
+// order: lanes, then their halves. Returns the log of the sum of exponentials.
 template <typename S>
-inline void softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) {
+inline float softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) {
   std::fill(s, s + from, -INFINITY);
   std::fill(s + to, s + L, -INFINITY);
   float top = s[from];
@@ -302,6 +302,7 @@ inline void softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) {
     for (int i = 0; i < half; ++i) total[i] += total[i + half];
   const Lanes norm = every(1.0f / total[0]);
   for (int64_t j = 0; j < L; j += 16) put16(weights + j, get16(s + j) * norm);
+  return top + std::log(total[0]);
 }
 
 // Adds to RT sums, D apart, the values of some blocks, weighted by rows L apart of which the first
@@ -444,22 +445,27 @@ constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold besi
 
 // A weight [N, K], K even, as [N / 16, K / 2, 16, 2], padded with zeros: a row of 32 numbers is what one
 // bf16 dot-product instruction takes for 16 outputs.
-void pack(const Half* weight, Half* packed, int64_t N, int64_t K) {
+inline void pack_strip(const Half* weight, Half* packed, int64_t N, int64_t K, int64_t n0) {
   const int64_t pairs = K / 2;
-#pragma omp for schedule(static)
-  for (int64_t n0 = 0; n0 < N; n0 += 16)
-    for (int64_t k0 = 0; k0 < pairs; k0 += 16) {
-      const int64_t some = std::min<int64_t>(16, pairs - k0);
-      uint32_t square[16][16] = {};
-      for (int64_t n = 0; n < std::min<int64_t>(16, N - n0); ++n)
-        std::memcpy(square[n], weight + (n0 + n) * K + 2 * k0, size_t(some) * 4);
-      Half* to = packed + (n0 / 16 * pairs + k0) * 32;
-      for (int64_t k = 0; k < some; ++k) {
-        uint32_t row[16];
-        for (int64_t n = 0; n < 16; ++n) row[n] = square[n][k];
-        std::memcpy(to + k * 32, row, sizeof row);
-      }
+  for (int64_t k0 = 0; k0 < pairs; k0 += 16) {
+    const int64_t some = std::min<int64_t>(16, pairs - k0);
+    uint32_t square[16][16] = {};
+    for (int64_t n = 0; n < std::min<int64_t>(16, N - n0); ++n)
+      std::memcpy(square[n], weight + (n0 + n) * K + 2 * k0, size_t(some) * 4);
+    Half* to = packed + (n0 / 16 * pairs + k0) * 32;
+    for (int64_t k = 0; k < some; ++k) {
+      uint32_t row[16];
+      for (int64_t n = 0; n < 16; ++n) row[n] = square[n][k];
+      std::memcpy(to + k * 32, row, sizeof row);
     }
+  }
+}
+void pack(const Half* weight, Half* packed, int64_t N, int64_t K) {
+#pragma omp for schedule(static)
+  for (int64_t n0 = 0; n0 < N; n0 += 16) pack_strip(weight, packed, N, K, n0);
+}
+inline void pack_rows(const Half* weight, Half* packed, int64_t N, int64_t K) {
+  for (int64_t n0 = 0; n0 < N; n0 += 16) pack_strip(weight, packed, N, K, n0);
 }
 
 template <int64_t MB, int64_t NB>
@@ -540,6 +546,209 @@ void multiply(const Half* x, const Half* packed, const Half* bias, Half* out, in
     }
   }
 #pragma omp barrier
+}
+
+// Training attention over packed sequences, bf16. A sequence's keys are its ancestors' tokens, then its
+// own up to the query (`window` > 0: the last so many). One thread takes a tree and a key head, so
+// that gradients of shared keys are added up in one place.
+struct Tree {
+  const int64_t* cu;       // where each sequence starts, then the end
+  const int64_t* parents;  // or -1; parents come first
+  int64_t first, last;     // its sequences
+};
+
+// [K, N] rows of 16-bit numbers, `step` apart, as `pack` would pack their transpose; rows and columns
+// beyond are zero.
+inline void pack_pairs(const Half* rows, int64_t step, int64_t K, int64_t N, Half* packed) {
+  const int64_t pairs = (K + 1) / 2;
+  for (int64_t k = 0; k < pairs; ++k)
+    for (int64_t n = 0; n < N; n += 16) {
+      Half some[2][16] = {};
+      const int64_t width = std::min<int64_t>(16, N - n);
+      std::copy_n(rows + 2 * k * step + n, width, some[0]);
+      if (2 * k + 1 < K) std::copy_n(rows + (2 * k + 1) * step + n, width, some[1]);
+      Halves low, high;
+      std::memcpy(&low, some[0], sizeof low);
+      std::memcpy(&high, some[1], sizeof high);
+      const Bits both =
+          __builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16);
+      std::memcpy(packed + (n / 16 * pairs + k) * 32, &both, sizeof both);
+    }
+}
+
+// out [M, N] = x [M, K] times what was packed; K even.
+inline void small_product(const Half* x, const Half* packed, Half* out, int64_t M, int64_t N,
+                          int64_t K) {
+  const int64_t columns = (N + 15) / 16;
+  for (int64_t c = 0; c < columns; c += COLUMNS) {
+    const int64_t wide = std::min(COLUMNS, columns - c);
+    const Half* w = packed + c * 16 * K;
+    const auto rows = [&]<int64_t MB>(int64_t m) {
+      if (wide == 3) tile<MB, 3>(x + m * K, K, w, w, nullptr, out + m * N, N, c * 16);
+      if (wide == 2) tile<MB, 2>(x + m * K, K, w, w, nullptr, out + m * N, N, c * 16);
+      if (wide == 1) tile<MB, 1>(x + m * K, K, w, w, nullptr, out + m * N, N, c * 16);
+    };
+    int64_t m = 0;
+    for (; m + ROWS <= M; m += ROWS) rows.template operator()<ROWS>(m);
+    for (; m + 4 <= M; m += 4) rows.template operator()<4>(m);
+    for (; m < M; ++m) rows.template operator()<1>(m);
+  }
+}
+
+// What both passes need of one sequence and key head.
+struct Piece {
+  std::vector<int64_t> tokens;  // of its keys, L of them
+  int64_t S, L, wide;           // its queries; keys; keys rounded up
+  std::vector<Half> q, k, v, scores, packed;
+
+  // Queries [S * R, D], scaled, and keys and values [L, D]; then the scores [S * R, wide].
+  void read(const Tree& tree, int64_t n, const Half* query, const Half* key, const Half* value,
+            int64_t step, int64_t key_step, int64_t value_step, int64_t R, int64_t D, float scaling) {
+    tokens.clear();
+    std::vector<int64_t> line;
+    for (int64_t a = n; a >= 0; a = tree.parents[a]) line.push_back(a);
+    for (auto a = line.rbegin(); a != line.rend(); ++a)
+      for (int64_t t = tree.cu[*a]; t < tree.cu[*a + 1]; ++t) tokens.push_back(t);
+    S = tree.cu[n + 1] - tree.cu[n];
+    L = int64_t(tokens.size());
+    wide = (L + 15) / 16 * 16;
+    q.resize(size_t(S * R * D));
+    k.assign(size_t(wide * D), Half{0});
+    v.assign(size_t(wide * D), Half{0});
+    for (int64_t s = 0; s < S; ++s) {
+      const Half* from = query + (tree.cu[n] + s) * step;
+#pragma omp simd
+      for (int64_t i = 0; i < R * D; ++i) put(q.data() + s * R * D + i, get(from + i) * scaling);
+    }
+    for (int64_t l = 0; l < L; ++l) {
+      std::copy_n(key + tokens[size_t(l)] * key_step, D, k.data() + l * D);
+      std::copy_n(value + tokens[size_t(l)] * value_step, D, v.data() + l * D);
+    }
+    scores.resize(size_t(S * R * wide));
+    packed.resize(size_t(wide * std::max((D + 15) / 16 * 16, S * R + 1)));
+    pack_rows(k.data(), packed.data(), wide, D);
+    small_product(q.data(), packed.data(), scores.data(), S * R, wide, D);
+  }
+  // The keys [from, to) that query s sees.
+  int64_t to(int64_t s) const { return L - S + s + 1; }
+  int64_t from(int64_t s, int64_t window) const {
+    return window > 0 ? std::max<int64_t>(0, to(s) - window) : 0;
+  }
+};
+
+void packed_attend(const Half* query, const Half* key, const Half* value, Half* out, float* norms,
+                   const int64_t* cu, const int64_t* parents, const int64_t* trees, int64_t count,
+                   int64_t step, int64_t key_step, int64_t value_step, int64_t H, int64_t K,
+                   int64_t D, float scaling, int64_t window) {
+  const int64_t R = H / K;
+  Piece p;
+  std::vector<float> row;
+  std::vector<Half> seen;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+  for (int64_t g = 0; g < count; ++g) {
+    for (int64_t k = 0; k < K; ++k) {
+      const Tree tree{cu, parents, trees[g], trees[g + 1]};
+      for (int64_t n = tree.first; n < tree.last; ++n) {
+        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step, R,
+               D, scaling);
+        row.resize(size_t(p.wide));
+        for (int64_t m = 0; m < p.S * R; ++m) {
+          Half* at = p.scores.data() + m * p.wide;
+          float* s = row.data();
+          const int64_t from = p.from(m / R, window), to = p.to(m / R);
+#pragma omp simd
+          for (int64_t j = 0; j < p.wide; ++j) s[j] = get(at + j);
+          norms[(cu[n] + m / R) * H + k * R + m % R] = softmax(s, at, from, to, p.wide);
+        }
+        pack_pairs(p.v.data(), D, p.wide, D, p.packed.data());
+        seen.resize(size_t(p.S * R * D));
+        small_product(p.scores.data(), p.packed.data(), seen.data(), p.S * R, D, p.wide);
+        for (int64_t s = 0; s < p.S; ++s)
+          std::copy_n(seen.data() + s * R * D, R * D, out + ((cu[n] + s) * H + k * R) * D);
+      }
+    }
+  }
+}
+
+// Gradients into `query_grad` [T, H, D] and `key_grad`, `value_grad` [T, K, D].
+void packed_attend_backward(const Half* query, const Half* key, const Half* value, const Half* out,
+                            const Half* out_grad, const float* norms, Half* query_grad,
+                            Half* key_grad, Half* value_grad, const int64_t* cu,
+                            const int64_t* parents, const int64_t* trees, int64_t count,
+                            int64_t step, int64_t key_step, int64_t value_step, int64_t H, int64_t K,
+                            int64_t D, float scaling, int64_t window) {
+  const int64_t R = H / K;
+  Piece p;
+  std::vector<float> keys, values;
+  std::vector<Half> dout, dscores, turned, product;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+  for (int64_t g = 0; g < count; ++g) {
+    for (int64_t k = 0; k < K; ++k) {
+      const Tree tree{cu, parents, trees[g], trees[g + 1]};
+      const int64_t start = cu[tree.first], length = cu[tree.last] - start;
+      keys.assign(size_t(length * D), 0.0f);
+      values.assign(size_t(length * D), 0.0f);
+      for (int64_t n = tree.first; n < tree.last; ++n) {
+        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step, R,
+               D, scaling);
+        const int64_t M = p.S * R, even = M + M % 2;
+        dout.resize(size_t(M * D));
+        for (int64_t s = 0; s < p.S; ++s)
+          std::copy_n(out_grad + ((cu[n] + s) * H + k * R) * D, R * D, dout.data() + s * R * D);
+        dscores.resize(size_t(M * p.wide));
+        pack_rows(p.v.data(), p.packed.data(), p.wide, D);
+        small_product(dout.data(), p.packed.data(), dscores.data(), M, p.wide, D);
+        for (int64_t m = 0; m < M; ++m) {
+          const int64_t place = (cu[n] + m / R) * H + k * R + m % R;
+          float along = 0;
+#pragma omp simd reduction(+ : along)
+          for (int64_t d = 0; d < D; ++d) along += get(out + place * D + d) * get(dout.data() + m * D + d);
+          Half* weight = p.scores.data() + m * p.wide;
+          Half* change = dscores.data() + m * p.wide;
+          const int64_t from = p.from(m / R, window), to = p.to(m / R);
+          const float norm = norms[place];
+          std::fill(weight, weight + from, Half{0});
+          std::fill(change, change + from, Half{0});
+#pragma omp simd
+          for (int64_t j = from; j < to; ++j) {
+            const float w = fast_exp(get(weight + j) - norm);
+            put(change + j, w * (get(change + j) - along));
+            put(weight + j, w);
+          }
+          std::fill(weight + to, weight + p.wide, Half{0});
+          std::fill(change + to, change + p.wide, Half{0});
+        }
+        // queries: dS K
+        product.resize(size_t(std::max(M, p.wide) * D));
+        pack_pairs(p.k.data(), D, p.wide, D, p.packed.data());
+        small_product(dscores.data(), p.packed.data(), product.data(), M, D, p.wide);
+        for (int64_t s = 0; s < p.S; ++s) {
+          Half* to = query_grad + ((cu[n] + s) * H + k * R) * D;
+#pragma omp simd
+          for (int64_t i = 0; i < R * D; ++i) put(to + i, get(product.data() + s * R * D + i) * scaling);
+        }
+        // values: dO^T P, and keys: Q^T dS; both come out turned, [D, wide]
+        const auto add = [&](const Half* left, const Half* right, std::vector<float>& sums) {
+          turned.assign(size_t(D * even), Half{0});
+          for (int64_t m = 0; m < M; ++m)
+            for (int64_t d = 0; d < D; ++d) turned[size_t(d * even + m)] = left[m * D + d];
+          pack_pairs(right, p.wide, M, p.wide, p.packed.data());
+          small_product(turned.data(), p.packed.data(), product.data(), D, p.wide, even);
+          for (int64_t l = 0; l < p.L; ++l) {
+            float* to = sums.data() + (p.tokens[size_t(l)] - start) * D;
+            for (int64_t d = 0; d < D; ++d) to[d] += get(product.data() + d * p.wide + l);
+          }
+        };
+        add(dout.data(), p.scores.data(), values);
+        add(p.q.data(), dscores.data(), keys);
+      }
+      for (int64_t t = 0; t < length; ++t)
+        for (int64_t d = 0; d < D; ++d) {
+          put(key_grad + ((start + t) * K + k) * D + d, keys[size_t(t * D + d)]);
+          put(value_grad + ((start + t) * K + k) * D + d, values[size_t(t * D + d)]);
+        }
+    }
+  }
 }
 #endif
 
@@ -802,6 +1011,10 @@ EXPORT_BOTH(score_backward)
 #ifdef __AVX512BF16__
 extern "C" void pack_bf16(const int64_t* slots) { call(pack, slots); }
 extern "C" void multiply_bf16(const int64_t* slots) { call(multiply, slots); }
+extern "C" void packed_attend_bf16(const int64_t* slots) { call(packed_attend, slots); }
+extern "C" void packed_attend_backward_bf16(const int64_t* slots) {
+  call(packed_attend_backward, slots);
+}
 #endif
 
 // Calls made before, in their order.

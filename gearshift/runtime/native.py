@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "rotate": "PPPqqqqqd",
     "score": "PPPPPqqd",
     "score_backward": "PPPPPPqqd",
+    "packed_attend": "PPPPPPPPqqqqqqqdq",
+    "packed_attend_backward": "PPPPPPPPPPPPqqqqqqqdq",
     "pack": "PPqq",
     "multiply": "PPPPqqq",
 }
@@ -61,8 +63,8 @@ def usable(tensor: Tensor) -> bool:
 
 
 def has(name: str, dtype: torch.dtype) -> bool:
-    """Whether this CPU has the function, which not all have."""
-    return hasattr(library(), f"{name}_{_SUFFIX[dtype]}")
+    """Whether this CPU has the function for that type, which not all have."""
+    return dtype in _SUFFIX and hasattr(library(), f"{name}_{_SUFFIX[dtype]}")
 
 
 def call(name: str, dtype: torch.dtype, *arguments: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import PackedBatch, SamplingParams
 from tests.oracles.scores import lone_logprobs
@@ -65,3 +65,16 @@ def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
     loss.backward()
     grads = [p.grad for p in alone.parameters() if p.grad is not None]
     assert_same(of_shared, (loss.item(), grads))
+
+
+def test_layers_computed_again_give_the_same_gradients(family: str) -> None:
+    results = []
+    for recompute in (False, True):
+        config = EngineConfig(recompute=recompute)
+        engine = HybridEngine(random_model(family), tiny_tokenizer(), config)
+        with engine.generating():
+            groups = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=6))
+        batch = pack_completions(PROMPTS, groups)
+        weights = torch.linspace(-1, 1, int(batch.loss_mask.sum()))
+        results.append(gradients(engine, [batch.with_scored(loss_weights=weights)]))
+    assert_same(*results)
