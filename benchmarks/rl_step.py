@@ -35,7 +35,8 @@ from gearshift.engine.roofline import measure
 from gearshift.models.load import ModelConfig, embedded_folder, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.rl import RLConfig, RLTrainer, pack_trajectories
+from gearshift.trainers.rl import RLConfig, RLTrainer
+from gearshift.trainers.rollout import pack_trajectories
 from gearshift.trainers.sft import supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.step import update
@@ -72,7 +73,8 @@ def main() -> None:
         raise SystemExit("The two losses differ; nothing was timed.")
     short = [f"Say what one wears in a town by the {x}." for x in ("sea", "lake", "wood", "hill")]
     result["curves"] = curves(short, steps=15 if options.quick else 50)
-    print("reward curves, last steps:", result["curves"]["ours_last"], result["curves"]["trl_last"])
+    told = result["curves"]
+    print("mean reward of the curves:", told["ours_mean"], told["trl_mean"], told["within_noise"])
 
     rounds = 1 if options.quick else 3
     rng = random.Random(1)
@@ -154,10 +156,11 @@ class Ours:
         dtype: str = "bfloat16",
         max_new: int = MAX_NEW,
         lr: float = LR,
+        seed: int = 0,
     ) -> None:
         self.prompts, self.max_new = prompts, max_new
         model = ModelConfig(dtype=dtype)
-        self.engine = HybridEngine(load_policy(model), load_tokenizer(model))
+        self.engine = HybridEngine(load_policy(model), load_tokenizer(model), seed=seed)
         self.engine.end_tokens = frozenset()  # each completion has its own length
         config = RLConfig.model_validate({
             "prompts": len(prompts), "group_size": GROUP, "max_new_tokens": max_new, "steps": 10**6,
@@ -169,7 +172,8 @@ class Ours:
         self.trainer = RLTrainer(
             config, self.engine,
             collector=None,  # type: ignore[arg-type]  # completions come from the engine itself
-            rows=None, score=lambda t: (list(t), {}),
+            rows=None,
+            score=None,  # type: ignore[arg-type]  # and their rewards from here
             stage=Stage("rl", Path(self.folder.name), config.steps, 0, config),
             reference=load_policy(model) if beta > 0 else None,
         )  # fmt: skip
@@ -288,23 +292,39 @@ def cosine(prompts: list[str], beta: float) -> float:
 
 
 def curves(prompts: list[str], steps: int) -> dict[str, Any]:
-    """Rewards of both over some steps of short completions, and whether they end alike."""
+    """Rewards of both over some steps of short completions, and whether they agree."""
+    # TRL's fastest setting has no fp32 masters: in bf16 alone most of an update is lost.
     lengths, lr = [12] * (GROUP * len(prompts)), 2e-5
-    config = {**BEST, **LOSS, "learning_rate": lr, "beta": 0.0,
+    config = {**FP32, **LOSS, "learning_rate": lr, "beta": 0.0,
         "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}  # fmt: skip
     peer = Trl({"task": "rl", "prompts": prompts, "max_new": 12, "config": config})
-    ours = Ours(peer.prompts, 0.0, max_new=12, lr=lr)
-    a, b = [], []
+    ours = [our_curve(peer.prompts, lengths, lr, steps, seed) for seed in range(3)]
+    theirs = [float(peer.step(lengths)["reward"]) for _ in range(steps)]
+    peer.close()
+    return {"ours": ours, "trl": theirs, **agreement(ours, theirs)}
+
+
+def our_curve(
+    prompts: list[list[int]], lengths: list[int], lr: float, steps: int, seed: int
+) -> list[float]:
+    """The mean reward of each step."""
+    ours = Ours(prompts, 0.0, max_new=max(lengths), lr=lr, seed=seed)
+    rewards = []
     for _ in range(steps):
         ours.step(lengths)
-        a.append(ours.reward)
-        b.append(float(peer.step(lengths)["reward"]))
-    peer.close()
-    last = max(5, steps // 5)
-    noise = (stdev(a[-last:]) ** 2 / last + stdev(b[-last:]) ** 2 / last) ** 0.5
+        rewards.append(ours.reward)
+    return rewards
+
+
+def agreement(ours: list[list[float]], theirs: list[float]) -> dict[str, Any]:
+    """Whether TRL's curve lies among ours: its mean over the steps, within three of the standard
+    deviations by which ours of other seeds differ.
+    """
+    means = [fmean(curve) for curve in ours]
+    noise = stdev(means) * (1 + 1 / len(means)) ** 0.5
     return {
-        "ours": a, "trl": b, "ours_last": fmean(a[-last:]), "trl_last": fmean(b[-last:]),
-        "within_noise": abs(fmean(a[-last:]) - fmean(b[-last:])) <= 3 * noise,
+        "ours_mean": means, "trl_mean": fmean(theirs), "noise": noise,
+        "within_noise": abs(fmean(means) - fmean(theirs)) <= 3 * noise,
     }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ each step, and wrapped methods time its phases.
 """
 
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -86,7 +85,8 @@ def rl(settings: dict[str, Any]) -> None:
         num_generations=settings["group"],
         max_completion_length=settings["max_new"],
         shuffle_dataset=False,
-        generation_kwargs={"eos_token_id": None},
+        # None would mean the model's own; rows that end early would be filled with its token.
+        generation_kwargs={"eos_token_id": -1},
     )
     trainer = GRPOTrainer(
         settings["model"],
@@ -183,8 +183,9 @@ def sft(settings: dict[str, Any]) -> None:
 
 
 def answer(told: dict[str, Any]) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux tells KiB
-    print(json.dumps({**told, "peak_gib": peak}), flush=True)
+    with open("/proc/self/status", encoding="ascii") as status:  # rusage counts the parent's in
+        [peak] = [line for line in status if line.startswith("VmHWM")]
+    print(json.dumps({**told, "peak_gib": int(peak.split()[1]) / 1024**2}), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 STAGES = {
     "run": "data, evaluation and every stage of the recipe",
     "sft": "supervised fine-tuning",
+    "dpo": "preference learning without RL: DPO and its kin",
     "reward": "the reward model",
+    "process": "a reward model of steps",
     "rl": "reinforcement learning",
     "eval": "the held-out table of a finished run, made again where it is missing",
 }
 LATER = {
-    "dpo": "preference learning without RL",
-    "serve": "a server",
     "bench": "benchmarks (make bench runs those there are)",
 }
 
@@ -95,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--max-new-tokens", type=int, default=256)
         command.add_argument("--seed", type=int, default=0)
+    serve = commands.add_parser("serve", help="answer over HTTP: so far, a reward model's scores")
+    serve.add_argument("folder", help="a reward model's folder, such as runs/demo/reward")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="beyond loopback GEARSHIFT_KEY must be set"
+    )
+    serve.add_argument("--port", type=int, default=8000)
+    serve.set_defaults(do=_serve)
     recipes = commands.add_parser(
         "recipes", help="list the recipes that ship with gearshift, or copy one"
     )
@@ -137,17 +144,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from gearshift.runtime.config import load
 
     recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
-    if arguments.command in ALL and getattr(recipe, arguments.command) is None:
-        raise ConfigError(
-            f"The recipe has no section `{arguments.command}`; add one to run that stage."
-        )
+    command = {"dpo": "preference"}.get(arguments.command, arguments.command)
+    if command in ALL and getattr(recipe, command) is None:
+        raise ConfigError(f"The recipe has no section `{command}`; add one to run that stage.")
     if arguments.dry_run:
         from gearshift.plan import plan
 
         print(plan(recipe))
         return
     keep_freed_memory()
-    stages = {"run": ALL, "eval": ()}.get(arguments.command, (arguments.command,))
+    stages = {"run": ALL, "eval": ()}.get(command, (command,))
     summary = Run(recipe).execute(stages)
     _print_summary(Path(recipe.run.dir), summary)
 
@@ -190,7 +196,9 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
 
     folder = Path(name)
     if (folder / "recipe.yaml").exists():
-        done = [folder / s for s in ("rl", "sft") if (folder / s / "config.json").exists()]
+        done = [
+            folder / s for s in ("rl", "preference", "sft") if (folder / s / "config.json").exists()
+        ]
         if not done:
             raise ConfigError(
                 f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first."
@@ -249,6 +257,20 @@ def _generate(arguments: argparse.Namespace) -> None:
     for piece in reply(engine, messages, _params(arguments, engine)):
         print(piece, end="", flush=True)
     print()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from gearshift.models.load import ModelConfig
+    from gearshift.rollouts.reward_sum import ModelReward
+    from gearshift.serve.score import score_server
+
+    folder = Path(arguments.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}; name a reward model's.")
+    reward = ModelReward(ModelConfig(), folder)
+    server = score_server(reward, arguments.host, arguments.port, os.environ.get("GEARSHIFT_KEY"))
+    print(f"http://{arguments.host}:{server.server_address[1]}/score", flush=True)
+    server.serve_forever()
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

@@ -16,10 +16,19 @@ from statistics import median
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gearshift.data import DataConfig, Mixture, clean, load_rows, to_preference, to_supervised
+from gearshift.data import (
+    DataConfig,
+    Mixture,
+    clean,
+    load_rows,
+    to_judged,
+    to_preference,
+    to_steps,
+    to_supervised,
+)
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.errors import ConfigError
 from gearshift.models.adapters import add_adapter
@@ -32,6 +41,7 @@ from gearshift.models.load import (
     save_model,
     source_of,
 )
+from gearshift.presets import Algorithm, expand
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.evaluate import evaluate
 from gearshift.rollouts.gym_text import make_environment
@@ -43,7 +53,22 @@ from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
+from gearshift.trainers.critic import Critic, load_critic
 from gearshift.trainers.gap import logprob_gap
+from gearshift.trainers.preference import (
+    NEEDS_REFERENCE,
+    Judged,
+    PreferenceConfig,
+    PreferenceTrainer,
+    render_judged,
+)
+from gearshift.trainers.process import (
+    ProcessRewardConfig,
+    Steps,
+    render_steps,
+    step_accuracy,
+    train_process_model,
+)
 from gearshift.trainers.reward import (
     RewardModelConfig,
     pair_accuracy,
@@ -52,11 +77,13 @@ from gearshift.trainers.reward import (
 )
 from gearshift.trainers.rl import RLConfig, RLTrainer
 from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
-from gearshift.trainers.stage import Stage, write_json
+from gearshift.trainers.stage import Stage, StageConfig, write_json
 from gearshift.types import SamplingParams
 
-StageName = Literal["sft", "reward", "rl"]
-STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
+StageName = Literal["sft", "preference", "reward", "process", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
+POLICIES = ("sft", "preference", "rl")
+"""Stages that train the policy."""
 Example = TypeVar("Example")
 Row = dict[str, Any]
 
@@ -86,18 +113,30 @@ class Recipe(Config):
     """Folder and seed."""
     model: ModelConfig = ModelConfig()
     """What to start from."""
+    algorithm: Algorithm | None = None
+    """A published method by name: fills in the keys of `rl` (or of `preference`, in place of `rl`)
+    that it stands for; what the recipe sets itself stays."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
     task: VoiceConfig | None = None
     """What the environment is, and the data that it makes."""
     sft: SFTConfig | None = None
     """Step 1: supervised fine-tuning."""
+    preference: PreferenceConfig | None = None
+    """Learning from judged completions: DPO and its kin, in place of a reward model and RL."""
     reward: RewardModelConfig | None = None
     """Step 2: the reward model."""
+    process: ProcessRewardConfig | None = None
+    """A reward model of the steps of an answer."""
     rl: RLConfig | None = None
     """Step 3: reinforcement learning."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_algorithm(cls, tree: Any) -> Any:
+        return expand(tree) if isinstance(tree, dict) else tree
 
 
 class Run:
@@ -118,12 +157,16 @@ class Run:
             self._prepare_data()
             self._heldout("base", lambda: self._engine(None))
         wanted = tuple(stages)
-        if self.recipe.sft and "sft" in wanted:
-            self._stage("sft", self._sft)
-        if self.recipe.reward and "reward" in wanted:
-            self._stage("reward", self._reward)
-        if self.recipe.rl and "rl" in wanted:
-            self._stage("rl", self._rl)
+        work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
+            "sft": self._sft,
+            "preference": self._preference,
+            "reward": self._reward,
+            "process": self._process,
+            "rl": self._rl,
+        }
+        for name in STAGES:
+            if name in wanted and getattr(self.recipe, name) is not None:
+                self._stage(name, work[name])
         return self._summarise()
 
     # Stages
@@ -138,6 +181,53 @@ class Run:
         self._save(folder, engine.model, engine.tokenizer, "supervised fine-tuning", None)
         self._heldout("sft", lambda: engine)
         return {"examples": len(examples), "steps": stage.total}
+
+    def _preference(self, folder: Path) -> dict[str, Any]:
+        config = self.recipe.preference
+        assert config is not None
+        start = self._newest_policy(before="preference")
+        engine = self._engine(start, trained=True)
+
+        def render(rows: list[Row]) -> list[Judged]:
+            return render_judged([to_judged(r) for r in rows], engine.tokenizer, config.max_length)
+
+        sources = [render(rows) for rows in self._rows(config.data)]
+        heldout = [pair for rows in self._rows(config.heldout) for pair in render(rows)]
+        rows = self._mixed(config.data, sources)
+        reference = None
+        if config.reference == "each_step" and config.loss in NEEDS_REFERENCE:
+            reference = self._reference(engine, start)
+        trainer = PreferenceTrainer(config, engine, reference)
+        if reference is None:
+            trainer.precompute([row for source in sources for row in source])
+        trainer.precompute(heldout)
+        stage = self._new_stage("preference", config.steps(len(rows)), config)
+        trainer.train(rows, stage)
+        how = f"preference learning ({config.loss})"
+        self._save(folder, engine.model, engine.tokenizer, how, start)
+        self._heldout("preference", lambda: engine)
+        accuracy = trainer.accuracy(heldout) if heldout else None
+        return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
+
+    def _process(self, folder: Path) -> dict[str, Any]:
+        config = self.recipe.process
+        assert config is not None
+        start = config.model or self._newest_policy(before="process")
+        model = load_classifier(self.recipe.model, start, of_tokens=True)
+        tokenizer = load_tokenizer(self.recipe.model, start)
+        use_own_pad(model, tokenizer)
+
+        def render(rows: list[Row]) -> list[Steps]:
+            examples = [to_steps(r) for r in rows]
+            return render_steps(examples, tokenizer, config.separator, config.max_length)
+
+        rows = self._mixture(config.data, render)
+        stage = self._new_stage("process", config.steps(len(rows)), config)
+        train_process_model(config, model, rows, stage)
+        self._save(folder, model, tokenizer, "process reward modelling", start)
+        heldout = [row for source in self._rows(config.heldout) for row in render(source)]
+        accuracy = step_accuracy(model, heldout) if heldout else None
+        return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
 
     def _reward(self, folder: Path) -> dict[str, Any]:
         config = self.recipe.reward
@@ -172,7 +262,9 @@ class Run:
             )
         start = self._newest_policy(before="rl")
         engine = self._engine(start, trained=True)
-        reference = self._reference(engine, start) if config.kl.beta > 0 else None
+        reference = None
+        if config.kl.beta > 0:
+            reference = self._reference(engine, start, config.kl.reference)
         mix, needs_critic = config.supervised, config.value == "critic"
         collector = self._collector(engine, "train")
         trainer = RLTrainer(
@@ -183,10 +275,13 @@ class Run:
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
             self._new_stage("rl", config.steps, config),
             reference=reference,
-            critic=load_policy(self.recipe.model, start) if needs_critic else None,
+            critic=self._critic(start) if needs_critic else None,
             examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
         )
         trainer.train()
+        if trainer.average:
+            with trainer.average.applied():
+                self._save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
         self.say(_latency(read_metrics(folder / "metrics.jsonl")))
         how = f"reinforcement learning ({config.advantage})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
@@ -208,9 +303,7 @@ class Run:
         result = work(folder)
         write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
 
-    def _new_stage(
-        self, name: str, total: int, config: SFTConfig | RewardModelConfig | RLConfig
-    ) -> Stage:
+    def _new_stage(self, name: str, total: int, config: StageConfig) -> Stage:
         identity = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"run": {"dir"}}),
             "stage": name,
@@ -229,29 +322,58 @@ class Run:
             model, load_tokenizer(self.recipe.model, name), self.recipe.engine, seed=self.seed
         )
 
-    def _reference(self, engine: HybridEngine, start: str | None) -> PreTrainedModel:
+    def _critic(self, start: str | None) -> Critic:
+        """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""
+        assert self.recipe.rl is not None
+        folder = self.recipe.rl.critic
+        if folder == "reward":
+            folder = str(self.folder / "reward")
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
+        return load_critic(self.recipe.model, folder or start)
+
+    def _reference(
+        self, engine: HybridEngine, start: str | None, named: str | None = None
+    ) -> PreTrainedModel:
         """The policy as it starts: a second copy; or, with adapters, the same model, which is
-        scored with them switched off.
+        scored with them switched off. Or the model that is `named`.
         """
+        if named:
+            teacher = load_policy(self.recipe.model, named).requires_grad_(False)
+            if teacher.config.vocab_size != engine.model.config.vocab_size:
+                raise ConfigError(
+                    f"rl.kl.reference: {named} has another vocabulary than the policy; "
+                    "a reference must read the same tokens."
+                )
+            return teacher
         if self.recipe.model.lora:
             return engine.model
         return load_policy(self.recipe.model, start).requires_grad_(False)
 
     def _newest_policy(self, before: str) -> str | None:
-        sft = self.folder / "sft"
-        if self.recipe.sft and not (sft / "done.json").exists():
-            raise ConfigError(
-                f"{before} starts from the sft stage, which has not run in {self.folder}; "
-                "run it first, or set sft=null."
-            )
-        return str(sft) if self.recipe.sft else None
+        """The folder of the policy that the stages before have made; None: the model itself."""
+        stages = POLICIES[: POLICIES.index(before)] if before in POLICIES else POLICIES[:2]
+        for name in reversed(stages):
+            if getattr(self.recipe, name) is None:
+                continue
+            folder = self.folder / name
+            if not (folder / "done.json").exists():
+                raise ConfigError(
+                    f"{before} starts from the {name} stage, which has not run in {self.folder}; "
+                    f"run it first, or set {name}=null."
+                )
+            return str(folder)
+        return None
 
     def _collector(self, engine: HybridEngine, split: str) -> Collector:
         assert self.recipe.task is not None
         environment = get_task(self.recipe.task.name).environment
         path = str(self._data(split))
         return Collector(
-            lambda: make_environment(environment, path=path), engine.tokenizer, engine.generate
+            lambda: make_environment(environment, path=path),
+            engine.tokenizer,
+            engine,
+            timeout=self.recipe.rl.episode_timeout if self.recipe.rl else None,
         )
 
     def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
@@ -336,10 +458,12 @@ class Run:
     def _mixture(
         self, config: DataConfig, render: Callable[[list[Row]], list[Example]]
     ) -> Mixture[Example]:
-        if not config.sources:
+        return self._mixed(config, [render(rows) for rows in self._rows(config)])
+
+    def _mixed(self, config: DataConfig, sources: list[list[Example]]) -> Mixture[Example]:
+        if not sources:
             raise ConfigError("This stage has no data; name some under data.sources.")
-        weights = [source.weight for source in config.sources]
-        return Mixture([render(rows) for rows in self._rows(config)], weights, self.seed)
+        return Mixture(sources, [source.weight for source in config.sources], self.seed)
 
     # Records
 
@@ -375,7 +499,7 @@ class Run:
 
     @cached_property
     def _policies(self) -> Sequence[str]:
-        return ("base", "sft", "rl")
+        return ("base", *POLICIES)
 
     def _summarise(self) -> dict[str, Any]:
         done = {name: self._read(name, "done.json") for name in STAGES}

@@ -65,6 +65,16 @@ def _stages(recipe: Recipe) -> list[str]:
         lines.append(f"data: {recipe.task.name}; held-out evaluation of the base model")
     if recipe.sft:
         lines.append(f"sft: {recipe.sft.epochs:g} epochs in batches of {recipe.sft.batch_size}")
+    if recipe.preference:
+        how = recipe.preference
+        lines.append(
+            f"preference: {how.loss}, {how.epochs:g} epochs in batches of {how.batch_size}"
+        )
+    if recipe.process:
+        how_steps = recipe.process
+        lines.append(
+            f"process: {how_steps.epochs:g} epochs in batches of {how_steps.batch_size} answers"
+        )
     if recipe.reward:
         lines.append(
             f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} "

@@ -155,6 +155,8 @@ class PackedBatch:
     """[T] float32."""
     returns: Tensor | None = None
     """[T] float32: the target of the value model."""
+    old_values: Tensor | None = None
+    """[T] float32: what the value model said before the first update on this batch."""
     old_logprobs: Tensor | None = None
     """[T] float32: under the policy before the first update on this batch."""
     ref_logprobs: Tensor | None = None
@@ -209,6 +211,12 @@ class PackedBatch:
             spread[name] = torch.zeros(len(self), dtype=torch.float32, device=self.input_ids.device)
             spread[name][self.loss_mask] = value.detach().float()
         return replace(self, **spread)
+
+    def unscored(self, left_out_M: Tensor) -> PackedBatch:
+        """A copy in which these of the scored tokens ([M] bool) are not scored."""
+        mask = self.loss_mask.clone()
+        mask[self.loss_mask] = ~left_out_M
+        return replace(self, loss_mask=mask)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its token tensors on `device`; the layout stays on the CPU."""

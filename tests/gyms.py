@@ -56,3 +56,22 @@ class Faulty(SayLetters):
             raise RuntimeError("the simulator fell over")
         observation, reward, *rest = super().step(action)
         return observation, float("nan") if self.fault == "nan" else reward, *rest
+
+
+class Bandit(TextEnvironment):
+    """One token, whose reward is known: an arm for each byte, the best ones worth 1."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        messages: list[Message] = [{"role": "user", "content": "pull"}]
+        return "pull", {"messages": messages, "row": 0}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return "", arm(action), True, False, {}
+
+
+def arm(text: str) -> float:
+    """0, 1/4, 1/2, 3/4 or 1; nothing for no text."""
+    return ((ord(text[0]) + 2) % 5) / 4 if text else 0.0

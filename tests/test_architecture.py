@@ -31,7 +31,15 @@ def test_import_linter_keeps_the_floors() -> None:
 
 def test_algorithms_know_tensors_and_nothing_else() -> None:
     for path in (PACKAGE / "algorithms").glob("*.py"):
-        known = ("__future__", "collections", "typing", "math", "torch", "gearshift.algorithms")
+        known = (
+            "__future__",
+            "collections",
+            "dataclasses",
+            "typing",
+            "math",
+            "torch",
+            "gearshift.algorithms",
+        )
         for name in imports(path):
             assert name.startswith(known), f"{path.name} imports {name}"
             assert not name.startswith("torch.distributed"), path.name

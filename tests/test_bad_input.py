@@ -40,7 +40,7 @@ BAD_WORDS = [
     (["chat", "runs/no_such_run"], "no_such_run"),
     (["recipes", "no_such_recipe"], "no_such_recipe"),
     (["keys", "no_such_key"], "no_such_key"),
-    (["serve", "runs/demo"], "not built"),
+    (["serve", "runs/none"], "no folder runs/none"),
 ]
 
 

@@ -8,7 +8,8 @@ prefix of each row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +22,30 @@ class Advantages(NamedTuple):
     returns_NA: Tensor
 
 
-class AdvantageFn(Protocol):
-    """One signature for all, so that the loop is blind to the method."""
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What an advantage function may look at."""
 
-    def __call__(
-        self,
-        rewards_NA: Tensor,
-        mask_NA: Tensor,
-        *,
-        values_NA: Tensor | None,
-        group_N: Tensor,
-        gamma: float,
-        lam: float,
-    ) -> Advantages: ...
+    rewards_NA: Tensor
+    """At the tokens that earn them."""
+    mask_NA: Tensor
+    group_N: Tensor
+    """Completions of one prompt have the same number."""
+    values_NA: Tensor | None = None
+    """A value net's, where there is one."""
+    baseline: float | None = None
+    """The moving average of returns so far; None before the first."""
+    greedy_N: Tensor | None = None
+    """The return of the greedy completion of each one's prompt, where it was sampled."""
+    gamma: float = 1.0
+    """Discount from token to token."""
+    lam: float = 0.95
+    """Of GAE."""
 
 
-def token_rewards(rewards_NA: Tensor, kl_NA: Tensor, beta: float, mask_NA: Tensor) -> Tensor:
-    """r_t - beta * KL_t: the KL as a cost of each token (Ziegler et al. 2019; Ouyang et al. 2022).
-    [N, A].
-    """
-    return (rewards_NA - beta * kl_NA).masked_fill(~mask_NA, 0.0)
+AdvantageFn = Callable[[Rollout], Advantages]
+"""One signature for all, so that the loop is blind to the method. Raises ValueError where what it
+needs is missing."""
 
 
 def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
@@ -111,6 +116,54 @@ def grpo(rewards_N: Tensor, group_N: Tensor, scale: bool = True, eps: float = 1e
     return centred_N.to(rewards_N.dtype)
 
 
+def grpo_turns(rewards_NA: Tensor, mask_NA: Tensor, group_N: Tensor, eps: float = 1e-4) -> Tensor:
+    """A_t = sum over rewards at t or later of (r - mean) / (std + eps), mean and std over all
+    rewards of the group that are not 0 (process supervision, Shao et al. 2024). [N, A].
+
+    For rewards at turns or steps: a token is credited with what came after it.
+    """
+    given_NA = (rewards_NA != 0) & mask_NA
+    scaled_NA = torch.zeros_like(rewards_NA)
+    for group in torch.unique(group_N):
+        here_NA = given_NA & (group_N == group)[:, None]
+        values = rewards_NA[here_NA].double()
+        if len(values) > 1:
+            scaled_NA[here_NA] = ((values - values.mean()) / (values.std() + eps)).to(
+                rewards_NA.dtype
+            )
+    return returns(scaled_NA, mask_NA)
+
+
+def opo(rewards_N: Tensor, group_N: Tensor, lengths_N: Tensor) -> Tensor:
+    """A_i = r_i - sum(l_j r_j) / sum(l_j) over the group, l its lengths: the baseline of least
+    variance, if a gradient's square grows as the length (Hao et al. 2025). [N].
+    """
+    index_N = _by_group(rewards_N, group_N)[2]
+    zeros_N, lengths_N = (
+        torch.zeros(len(rewards_N)).double().to(rewards_N.device),
+        lengths_N.double(),
+    )
+    weighted_N = zeros_N.index_add(0, index_N, lengths_N * rewards_N.double())[index_N]
+    total_N = zeros_N.index_add(0, index_N, lengths_N)[index_N].clamp(min=1)
+    return (rewards_N - weighted_N / total_N).to(rewards_N.dtype)
+
+
+def best_of_n(rewards_N: Tensor, group_N: Tensor) -> Tensor:
+    """A_i = size of the group for its best completion (the first of equals), 0 for the rest: with
+    -A log p, supervised tuning on the best of n (RAFT, Dong et al. 2023). [N].
+    """
+    out_N = torch.zeros_like(rewards_N)
+    for group in torch.unique(group_N):
+        members = torch.nonzero(group_N == group)[:, 0]
+        out_N[members[rewards_N[members].argmax()]] = len(members)
+    return out_N
+
+
+def moving_average(old: float | None, new: float, decay: float) -> float:
+    """decay * old + (1 - decay) * new; `new` where there is no old."""
+    return new if old is None else decay * old + (1.0 - decay) * new
+
+
 def broadcast(advantages_N: Tensor, mask_NA: Tensor) -> Tensor:
     """Every token of a completion gets the completion's advantage. [N, A]."""
     return advantages_N[:, None] * mask_NA
@@ -129,58 +182,77 @@ def _by_group(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tenso
     return sum_N, size_N, index_N
 
 
-def _reinforce(
-    rewards_NA: Tensor,
-    mask_NA: Tensor,
-    *,
-    values_NA: Tensor | None,
-    group_N: Tensor,
-    gamma: float,
-    lam: float,
-) -> Advantages:
-    if values_NA is None:
-        raise ValueError("REINFORCE with a baseline needs values.")
-    return reinforce_baseline(rewards_NA, values_NA, mask_NA, gamma)
+def _reward_less(baseline_N: Tensor | float, rollout: Rollout) -> Advantages:
+    """G_t less a baseline for each completion."""
+    returns_NA = returns(rollout.rewards_NA, rollout.mask_NA, rollout.gamma)
+    baseline = baseline_N[:, None] if isinstance(baseline_N, Tensor) else baseline_N
+    return Advantages((returns_NA - baseline).masked_fill(~rollout.mask_NA, 0.0), returns_NA)
 
 
-def _gae(
-    rewards_NA: Tensor,
-    mask_NA: Tensor,
-    *,
-    values_NA: Tensor | None,
-    group_N: Tensor,
-    gamma: float,
-    lam: float,
-) -> Advantages:
-    if values_NA is None:
-        raise ValueError("GAE needs values.")
-    return gae(rewards_NA, values_NA, mask_NA, gamma, lam)
+def _reinforce(rollout: Rollout) -> Advantages:
+    values_NA = _needed(rollout.values_NA, "reinforce", "values")
+    return reinforce_baseline(rollout.rewards_NA, values_NA, rollout.mask_NA, rollout.gamma)
 
 
-def _of_sequences(score: Callable[[Tensor, Tensor], Tensor]) -> AdvantageFn:
-    def fn(
-        rewards_NA: Tensor,
-        mask_NA: Tensor,
-        *,
-        values_NA: Tensor | None,
-        group_N: Tensor,
-        gamma: float,
-        lam: float,
-    ) -> Advantages:
-        advantages_N = score(rewards_NA.masked_fill(~mask_NA, 0.0).sum(1), group_N)
-        return Advantages(broadcast(advantages_N, mask_NA), returns(rewards_NA, mask_NA, gamma))
+def _gae(rollout: Rollout) -> Advantages:
+    values_NA = _needed(rollout.values_NA, "gae", "values")
+    return gae(rollout.rewards_NA, values_NA, rollout.mask_NA, rollout.gamma, rollout.lam)
+
+
+def _remax(rollout: Rollout) -> Advantages:
+    """r - r of the greedy completion (Li et al. 2023)."""
+    return _reward_less(_needed(rollout.greedy_N, "remax", "greedy returns"), rollout)
+
+
+def _moving_average(rollout: Rollout) -> Advantages:
+    return _reward_less(rollout.baseline or 0.0, rollout)
+
+
+def _needed(value: Tensor | None, name: str, what: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"The advantage {name} needs {what}.")
+    return value
+
+
+def _of_sequences(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AdvantageFn:
+    """An advantage for a whole completion, from its summed rewards, group and length."""
+
+    def fn(rollout: Rollout) -> Advantages:
+        rewards_NA, mask_NA = rollout.rewards_NA, rollout.mask_NA
+        total_N = rewards_NA.masked_fill(~mask_NA, 0.0).sum(1)
+        advantages_N = score(total_N, rollout.group_N, mask_NA.sum(1))
+        return Advantages(
+            broadcast(advantages_N, mask_NA), returns(rewards_NA, mask_NA, rollout.gamma)
+        )
 
     return fn
 
 
+def _grpo_turns(rollout: Rollout) -> Advantages:
+    return Advantages(
+        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N),
+        returns(rollout.rewards_NA, rollout.mask_NA, rollout.gamma),
+    )
+
+
 ADVANTAGES: dict[str, AdvantageFn] = {
+    "returns": lambda rollout: _reward_less(0.0, rollout),
     "reinforce": _reinforce,
+    "moving_average": _moving_average,
     "gae": _gae,
-    "rloo": _of_sequences(rloo),
-    "grpo": _of_sequences(grpo),
-    "dr_grpo": _of_sequences(lambda rewards_N, group_N: grpo(rewards_N, group_N, scale=False)),
+    "rloo": _of_sequences(lambda rewards_N, group_N, _: rloo(rewards_N, group_N)),
+    "grpo": _of_sequences(lambda rewards_N, group_N, _: grpo(rewards_N, group_N)),
+    "dr_grpo": _of_sequences(lambda rewards_N, group_N, _: grpo(rewards_N, group_N, scale=False)),
+    "grpo_turns": _grpo_turns,
+    "remax": _remax,
+    "opo": _of_sequences(opo),
+    "best_of_n": _of_sequences(lambda rewards_N, group_N, _: best_of_n(rewards_N, group_N)),
 }
 """By the name that a recipe gives."""
 
 NEEDS_VALUES = frozenset({"reinforce", "gae"})
 """Those that a value net must feed."""
+NEEDS_GREEDY = frozenset({"remax"})
+"""Those that need a greedy completion of each prompt."""
+NEEDS_GROUPS = frozenset({"rloo", "grpo", "dr_grpo", "grpo_turns", "opo", "best_of_n"})
+"""Those that compare the completions of a prompt: one alone tells them nothing."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["token_mean", "sequence_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 
 
 def row_mask(counts_N: Tensor) -> Tensor:
@@ -34,28 +34,63 @@ def unpad_rows(values_NA: Tensor, mask_NA: Tensor) -> Tensor:
     return values_NA[mask_NA]
 
 
+def row_sums(values_M: Tensor, counts_N: Tensor) -> Tensor:
+    """[M] flat values -> [N] sums of each row's; gradients flow."""
+    which_M = torch.repeat_interleave(torch.arange(len(counts_N), device=counts_N.device), counts_N)
+    zeros_N = torch.zeros(len(counts_N), dtype=values_M.dtype, device=values_M.device)
+    return zeros_N.index_add(0, which_M, values_M)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values where the mask is True; 0 where there are none."""
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def moments(values: Tensor, mask: Tensor) -> Tensor:
+    """[3] count, sum and sum of squares of the masked entries, in float64: what adds up across
+    ranks, so that all whiten by the same figures.
+    """
+    kept = values.double().masked_fill(~mask, 0.0)
+    return torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()])
+
+
+def whiten(
+    values: Tensor,
+    mask: Tensor,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    moments: Tensor | None = None,
+) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over the masked entries, 0 elsewhere; `shift_mean=False`
     gives the mean back.
 
-    The variance is the biased one. A single entry becomes 0 (or stays its mean).
+    The variance is the biased one. A single entry becomes 0 (or stays its mean). `moments` are
+    those of all ranks, added up; without, the values' own.
     """
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
+    if moments is None:
+        mean = masked_mean(values, mask)
+        variance = masked_mean((values - mean) ** 2, mask)
+    else:
+        count, total, squares = moments.unbind()
+        mean = total / count.clamp(min=1)
+        variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0.0).to(values.dtype)
+        mean = mean.to(values.dtype)
     whitened = (values - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:
         whitened = whitened + mean
     return whitened.masked_fill(~mask, 0.0)
 
 
-def loss_weights(
-    counts_N: Tensor, mode: Aggregation | Literal["fixed_length"], length: int | None = None
-) -> Tensor:
+def whiten_groups(values_NA: Tensor, mask_NA: Tensor, group_N: Tensor) -> Tensor:
+    """[N, A] each group's tokens whitened by that group's own mean and variance."""
+    out_NA = torch.zeros_like(values_NA)
+    for group in torch.unique(group_N):
+        rows = group_N == group
+        out_NA[rows] = whiten(values_NA[rows], mask_NA[rows])
+    return out_NA
+
+
+def loss_weights(counts_N: Tensor, mode: Aggregation, length: int | None = None) -> Tensor:
     """[M] what each token counts for, so that sum(weights * loss) is the batch's loss however it is
     split.
 

@@ -1,14 +1,36 @@
 """Policy and value losses of single tokens; what each token counts for is the caller's weight.
 
-Tensors only. Legend: M policy tokens of the batch.
+Tensors only. Legend: M policy tokens of the batch, N completions; `counts_N` are the tokens of
+each completion, which lie end to end in M. ratio = p / p_old; advantages and old log-probs are
+constants.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from gearshift.algorithms.normalize import row_sums
+
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+class Limits(NamedTuple):
+    """How far a ratio may move a loss. Each loss reads its own."""
+
+    clip_low: float = 0.2
+    """The ratio stays above 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio stays below 1 + clip_high."""
+    dual_clip: float | None = None
+    """PPO: where A < 0 the loss is at most -dual_clip * A; above 1."""
+    tau_positive: float = 1.0
+    """SAPO: sharpness of the gate where A > 0."""
+    tau_negative: float = 1.05
+    """SAPO: sharpness of the gate elsewhere."""
 
 
 class PolicyLoss(NamedTuple):
@@ -18,27 +40,16 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class PolicyLossFn(Protocol):
-    """One signature for all. Advantages and old log-probs are constants."""
-
-    def __call__(
-        self,
-        logprobs_M: Tensor,
-        old_logprobs_M: Tensor,
-        advantages_M: Tensor,
-        *,
-        clip_low: float,
-        clip_high: float,
-    ) -> PolicyLoss: ...
+PolicyLossFn = Callable[[Tensor, Tensor, Tensor, Tensor, Limits], PolicyLoss]
+"""(logprobs_M, old_logprobs_M, advantages_M, counts_N, limits) -> losses."""
 
 
 def reinforce(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    counts_N: Tensor,
+    limits: Limits,
 ) -> PolicyLoss:
     """-A * log p: its gradient is the policy gradient (Williams 1992). No ratio, so one update a
     rollout is meant.
@@ -51,27 +62,66 @@ def ppo_clip(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    counts_N: Tensor,
+    limits: Limits,
 ) -> PolicyLoss:
-    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = p / p_old (Schulman et
-    al. 2017).
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) (Schulman et al. 2017); with
+    `dual_clip`, where A < 0 at most -dual_clip * A (Ye et al. 2020).
+    """
+    log_ratio_M = logprobs_M - old_logprobs_M.detach()
+    return _clipped(log_ratio_M, advantages_M.detach(), limits)
+
+
+def gspo(
+    logprobs_M: Tensor,
+    old_logprobs_M: Tensor,
+    advantages_M: Tensor,
+    counts_N: Tensor,
+    limits: Limits,
+) -> PolicyLoss:
+    """PPO's clip with one ratio a completion, s = exp(mean of log p - log p_old) (Zheng et al.
+    2025).
+
+    In the form for tokens, sg(s) * p / sg(p): with one advantage a completion and each completion's
+    tokens weighted the same, value and gradient are those of min(s A, clip(s) A).
+    """
+    log_ratio_M = logprobs_M - old_logprobs_M.detach()
+    mean_N = row_sums(log_ratio_M.detach(), counts_N) / counts_N.clamp(min=1)
+    log_s_M = torch.repeat_interleave(mean_N, counts_N) + (logprobs_M - logprobs_M.detach())
+    return _clipped(log_s_M, advantages_M.detach(), limits)
+
+
+def cispo(
+    logprobs_M: Tensor,
+    old_logprobs_M: Tensor,
+    advantages_M: Tensor,
+    counts_N: Tensor,
+    limits: Limits,
+) -> PolicyLoss:
+    """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * log p: the weight is clipped, and no
+    token loses its gradient (MiniMax-M1, 2025).
+    """
+    ratio_M = torch.exp(logprobs_M - old_logprobs_M).detach()
+    weight_M = ratio_M.clamp(1.0 - limits.clip_low, 1.0 + limits.clip_high)
+    metrics = {"ratio": ratio_M, "clip_fraction": (weight_M != ratio_M).float()}
+    return PolicyLoss(-weight_M * advantages_M.detach() * logprobs_M, metrics)
+
+
+def sapo(
+    logprobs_M: Tensor,
+    old_logprobs_M: Tensor,
+    advantages_M: Tensor,
+    counts_N: Tensor,
+    limits: Limits,
+) -> PolicyLoss:
+    """-A * sigmoid(tau (ratio - 1)) * 4 / tau, tau by the sign of A (Gao et al. 2025): the gate's
+    slope is 1 at ratio 1 and falls off smoothly on both sides.
     """
     advantages_M = advantages_M.detach()
-    log_ratio_M = logprobs_M - old_logprobs_M.detach()
-    ratio_M = torch.exp(log_ratio_M)
-    clipped_M = ratio_M.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss_M = -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
-    outside_M = ((ratio_M < 1.0 - clip_low) & (advantages_M < 0)) | (
-        (ratio_M > 1.0 + clip_high) & (advantages_M > 0)
-    )
-    metrics = {
-        "ratio": ratio_M.detach(),
-        "clip_fraction": outside_M.float(),
-        "approx_kl": (torch.expm1(log_ratio_M) - log_ratio_M).detach(),
-    }
-    return PolicyLoss(loss_M, metrics)
+    ratio_M = torch.exp(logprobs_M - old_logprobs_M.detach())
+    tau_M = torch.where(advantages_M > 0, limits.tau_positive, limits.tau_negative)
+    gate_M = torch.sigmoid(tau_M * (ratio_M - 1.0)) * 4.0 / tau_M
+    return PolicyLoss(-advantages_M * gate_M, {"ratio": ratio_M.detach()})
 
 
 def value_loss(
@@ -96,5 +146,59 @@ def value_loss(
     return torch.maximum(loss_M, 0.5 * (near_M - returns_M) ** 2)
 
 
-POLICY_LOSSES: dict[str, PolicyLossFn] = {"reinforce": reinforce, "ppo_clip": ppo_clip}
+def importance_weights(
+    old_logprobs_M: Tensor,
+    sampler_logprobs_M: Tensor,
+    counts_N: Tensor,
+    mode: ImportanceMode,
+    cap: float,
+) -> Tensor:
+    """[M] what each token's loss is multiplied by where the sampler was not the policy before the
+    update: another program, or older weights. A constant.
+
+    The ratio p_old / p_sampler of the token, or (`sequence_*`) of its whole completion. Truncated:
+    at most `cap` (Espeholt et al. 2018; Yao et al. 2025). Masked: 0 outside [1 / cap, cap].
+    """
+    log_ratio_M = (old_logprobs_M - sampler_logprobs_M).detach()
+    if mode.startswith("sequence"):
+        log_ratio_M = torch.repeat_interleave(row_sums(log_ratio_M, counts_N), counts_N)
+    ratio_M = torch.exp(log_ratio_M)
+    if mode.endswith("truncate"):
+        return ratio_M.clamp(max=cap)
+    return ratio_M.masked_fill((ratio_M > cap) | (ratio_M < 1.0 / cap), 0.0)
+
+
+def mismatch(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor) -> dict[str, Tensor]:
+    """[M] how far the sampler is from the policy before the update: `ratio` p_old / p_sampler, and
+    `kl`, the k3 estimate of KL(sampler, policy) in nats.
+    """
+    log_ratio_M = (old_logprobs_M - sampler_logprobs_M).detach()
+    return {"ratio": torch.exp(log_ratio_M), "kl": torch.expm1(log_ratio_M) - log_ratio_M}
+
+
+def _clipped(log_ratio_M: Tensor, advantages_M: Tensor, limits: Limits) -> PolicyLoss:
+    low, high = 1.0 - limits.clip_low, 1.0 + limits.clip_high
+    ratio_M = torch.exp(log_ratio_M)
+    clipped_M = ratio_M.clamp(low, high)
+    gain_M = torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
+    outside_M = ((ratio_M < low) & (advantages_M < 0)) | ((ratio_M > high) & (advantages_M > 0))
+    if limits.dual_clip is not None:
+        floor_M = limits.dual_clip * advantages_M
+        outside_M = outside_M | ((advantages_M < 0) & (gain_M < floor_M))
+        gain_M = torch.where(advantages_M < 0, torch.maximum(gain_M, floor_M), gain_M)
+    metrics = {
+        "ratio": ratio_M.detach(),
+        "clip_fraction": outside_M.float(),
+        "approx_kl": (torch.expm1(log_ratio_M) - log_ratio_M).detach(),
+    }
+    return PolicyLoss(-gain_M, metrics)
+
+
+POLICY_LOSSES: dict[str, PolicyLossFn] = {
+    "reinforce": reinforce,
+    "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
+}
 """By the name that a recipe gives."""

@@ -10,11 +10,15 @@ from gearshift.data.chat import (
 from gearshift.data.clean import CleanConfig, CleanReport, clean
 from gearshift.data.formats import (
     ChatExample,
+    JudgedExample,
     PreferenceExample,
     PromptExample,
+    StepsExample,
     TextExample,
+    to_judged,
     to_preference,
     to_prompt,
+    to_steps,
     to_supervised,
 )
 from gearshift.data.mixture import Mixture
@@ -26,10 +30,12 @@ __all__ = [
     "CleanConfig",
     "CleanReport",
     "DataConfig",
+    "JudgedExample",
     "Mixture",
     "PreferenceExample",
     "PromptExample",
     "SourceConfig",
+    "StepsExample",
     "TextExample",
     "clean",
     "load_rows",
@@ -40,7 +46,9 @@ __all__ = [
     "render_supervised",
     "render_text",
     "render_turn",
+    "to_judged",
     "to_preference",
     "to_prompt",
+    "to_steps",
     "to_supervised",
 ]

@@ -12,7 +12,9 @@ from gearshift.types import Message
 
 Row = Mapping[str, Any]
 Record = TypeVar("Record")
-_PARTS = ("prompt", "completion", "chosen", "rejected", "instruction", "input", "output")
+_PARTS = (
+    "prompt", "completion", "completions", "chosen", "rejected", "instruction", "input", "output",
+)  # fmt: skip
 COLUMNS = frozenset(("text", "messages", "conversations", *_PARTS))
 """The columns that hold what is read and learned; any other is the user's own."""
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,6 +66,26 @@ class PreferenceExample:
     prompt: list[Message]
     chosen: str
     rejected: str
+    margin: float = 0.0
+    """By how much the better one should win."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedExample:
+    """An answer, and whether it is a good one."""
+
+    prompt: list[Message]
+    completion: str
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepsExample:
+    """An answer in steps, and whether each is right."""
+
+    prompt: list[Message]
+    steps: list[str]
+    labels: list[bool]
 
 
 def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
@@ -162,7 +184,42 @@ def to_preference(row: Row) -> PreferenceExample:
     texts = [side[0]["content"] for side in sides]
     if texts[0] == texts[1]:
         raise DataError("chosen and rejected are the same; drop the row.")
-    return PreferenceExample(prompt, *texts)
+    margin = row.get("margin")
+    if margin is not None and not isinstance(margin, int | float):
+        raise DataError(f"`margin` is {_show(margin)}; it must be a number.")
+    return PreferenceExample(prompt, texts[0], texts[1], float(margin or 0.0))
+
+
+@_located
+def to_judged(row: Row) -> PreferenceExample | JudgedExample:
+    """From `prompt`/`completion`/`label` (true: a good answer), or a pair. Raises `DataError`."""
+    if "label" not in row:
+        return to_preference(row)
+    if "prompt" not in row or "completion" not in row:
+        _unknown(row, "prompt, completion and label; prompt, chosen and rejected")
+    if not isinstance(row["label"], bool | int) or row["label"] not in (0, 1):
+        raise DataError(f"`label` is {_show(row['label'])}; it must be true (good) or false.")
+    answer = _answer(row["completion"], "completion")
+    if len(answer) != 1:
+        raise DataError("completion must be one assistant message after the prompt.")
+    return JudgedExample(_prompt(row["prompt"]), answer[0]["content"], bool(row["label"]))
+
+
+@_located
+def to_steps(row: Row) -> StepsExample:
+    """From `prompt`/`completions`/`labels`: the steps of one answer and whether each is right.
+
+    Raises `DataError`.
+    """
+    if not {"prompt", "completions", "labels"} <= set(row):
+        _unknown(row, "prompt, completions (a list of steps) and labels")
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
+        raise DataError("completions and labels must be lists of the same length.")
+    if not steps or any(label not in (0, 1) for label in labels):
+        raise DataError("an answer needs at least one step, and labels are true or false.")
+    texts = [_string(step, "completions") for step in steps]
+    return StepsExample(_prompt(row["prompt"]), texts, [bool(label) for label in labels])
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:

@@ -93,6 +93,11 @@ class Stream:
         self._told += 1
         return self._sequence.token_ids[self._told - 1]
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last token was sampled."""
+        return self._sequence.finish_reason is not None
+
     def abort(self) -> None:
         """End the request here; its part of the cache is free at once."""
         self._engine.abort(self._sequence)
@@ -205,6 +210,16 @@ class HybridEngine:
                 self.abort(sequence)
             raise
         return [[s.completion(self.weights_version) for s in group] for group in groups]
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        request_ids: Sequence[int],
+    ) -> list[list[Stream]]:
+        """Begin what `generate` would complete, beside whatever runs; `step` writes it."""
+        groups = self._add(prompts, [params] * len(prompts), request_ids)
+        return [[Stream(self, sequence) for sequence in group] for group in groups]
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, request_id: int = 0

@@ -39,6 +39,19 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
 
     Raises `CapacityError` for a sequence longer than the model takes.
     """
+    return _padded_logits(model, sequences)[:, 0].float()
+
+
+def token_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Of a token classifier with one label: for each sequence [L] float32, a logit a token.
+
+    Raises `CapacityError` for a sequence longer than the model takes.
+    """
+    logits = _padded_logits(model, sequences)[..., 0].float()
+    return [row[: len(s)] for row, s in zip(logits, sequences, strict=True)]
+
+
+def _padded_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
     limit = getattr(model.config, "max_position_embeddings", None) or 2**20
     longest = max(len(s) for s in sequences)
     if longest > limit:
@@ -54,7 +67,7 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
         mask[i, : len(sequence)] = 1
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    return logits[:, 0].float()
+    return logits
 
 
 @torch.no_grad()

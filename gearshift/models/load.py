@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -101,11 +102,15 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
     return model.to(device).eval()
 
 
-def load_classifier(config: ModelConfig, name: str | None = None) -> PreTrainedModel:
-    """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder.
+def load_classifier(
+    config: ModelConfig, name: str | None = None, of_tokens: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder;
+    `of_tokens`: a token classifier with one (a process reward model).
 
     A backbone without a trained score head gets a fresh one, drawn from a fixed seed.
     """
+    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     name = name or config.name
@@ -113,15 +118,12 @@ def load_classifier(config: ModelConfig, name: str | None = None) -> PreTrainedM
         torch.manual_seed(0)
         if name == TINY:
             tiny = tiny_model()
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-                tiny.config, num_labels=1
-            )
+            tiny.config.num_labels = 1
+            model: PreTrainedModel = auto.from_config(tiny.config)
             model.base_model.load_state_dict(tiny.base_model.state_dict())
             model = model.to(dtype)
         else:
-            model = _from_pretrained(
-                AutoModelForSequenceClassification, name, config, dtype, num_labels=1
-            )
+            model = _from_pretrained(auto, name, config, dtype, num_labels=1)
     return model.to(device).eval()
 
 

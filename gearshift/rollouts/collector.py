@@ -1,28 +1,57 @@
 """Episodes: environments answer, the policy writes, and what both said becomes trajectories of
 tokens.
 
-Takes a generate function and never sees an engine or a trainer. Token in, token out: what was
+Takes what writes completions and never sees an engine or a trainer. Token in, token out: what was
 sampled is never decoded and encoded again; text is made for the environment only.
+Environments run in threads while others' completions are sampled, so that one that waits holds up
+nobody.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import render_prompt, render_turn
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.rollouts.workers import Workers
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
-Generate = Callable[
-    [Sequence[Sequence[int]], SamplingParams, Sequence[int]], list[list[Completion]]
-]
-"""(prompts, params, request ids) -> `params.n` completions a prompt: `HybridEngine.generate`."""
+
+class Writing(Protocol):
+    """A completion on its way."""
+
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def completion(self) -> Completion: ...
+    def abort(self) -> None: ...
+
+
+class Writer(Protocol):
+    """What writes completions: `HybridEngine`."""
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        request_ids: Sequence[int],
+    ) -> Sequence[Sequence[Writing]]:
+        """Begin `params.n` completions of each prompt."""
+
+    def step(self) -> None:
+        """One token for each completion on its way."""
+
+
+OnGroup = Callable[[list[Trajectory]], None]
 
 _TURN_BITS, _SAMPLE_BITS = 8, 16
 
@@ -54,6 +83,13 @@ class _Episode:
     finish_reason: FinishReason = "abort"
     info: dict[str, Any] = field(default_factory=dict)
     running: bool = True
+    ready: bool = False
+    """Whether its environment has begun, or failed to."""
+    turn: int = 0
+    """Completions that were begun."""
+    asked: float | None = None
+    """When its environment began to answer."""
+    hung: bool = False
 
     def hear(self, ids: Sequence[int]) -> None:
         """Append what the environment said."""
@@ -79,92 +115,163 @@ class Collector:
         self,
         make: Callable[[], TextEnvironment],
         tokenizer: PreTrainedTokenizerBase,
-        generate: Generate,
+        writer: Writer,
+        workers: int = 4,
+        timeout: float | None = None,
     ) -> None:
-        self._make, self._tokenizer, self._generate = make, tokenizer, generate
+        """`workers` environments answer at a time, each called from one thread at a time but not
+        always the same; one that takes more than `timeout` seconds loses its episode.
+        """
+        self._make, self._tokenizer, self._writer = make, tokenizer, writer
         self._idle: list[TextEnvironment] = []
+        self._workers, self._timeout = Workers(workers), timeout
         self.failures = 0
-        """Episodes lost to an environment that raised or gave a reward that is not finite."""
+        """Episodes lost to an environment that raised, hung, or gave a reward that is not finite.
+        """
         self.last_failure = ""
 
-    def collect(self, starts: Sequence[Start], params: SamplingParams) -> list[Trajectory]:
+    def collect(
+        self,
+        starts: Sequence[Start],
+        params: SamplingParams,
+        on_group: OnGroup = lambda group: None,
+    ) -> list[Trajectory]:
         """`params.n` episodes from each start, in order; one whose environment failed is left out
-        and counted.
+        and counted. `on_group` hears of each group as it ends, while others still run.
         """
-        episodes = [
-            _Episode(self._idle.pop() if self._idle else self._make(), start, sample)
-            for start in starts
-            for sample in range(params.n)
-        ]
-        for episode in episodes:
-            self._guarded(episode, self._reset)
-        turn = 0
-        while running := [e for e in episodes if e.running]:
-            for episode, completion in zip(
-                running, self._write(running, params, turn), strict=True
-            ):
-                episode.say(completion)
-                self._guarded(episode, self._step)
-            turn += 1
-        self._idle += [e.environment for e in episodes]
-        return [self._trajectory(e) for e in episodes if e.finish_reason != "abort"]
-
-    def _write(
-        self, episodes: list[_Episode], params: SamplingParams, turn: int
-    ) -> list[Completion]:
-        """One completion for each episode; a group's first prompt is shared."""
-        if turn:
-            ids = [
-                (e.start.group_id << _TURN_BITS + _SAMPLE_BITS) | (turn << _SAMPLE_BITS) | e.sample
-                for e in episodes
+        groups = [
+            [
+                _Episode(self._idle.pop() if self._idle else self._make(), start, sample)
+                for sample in range(params.n)
             ]
-            alone = replace(params, n=1)
-            return [c for [c] in self._generate([e.token_ids for e in episodes], alone, ids)]
-        groups: dict[int, list[_Episode]] = {}
-        for episode in episodes:
-            groups.setdefault(episode.start.group_id, []).append(episode)
-        for members in groups.values():
-            if any(e.token_ids != members[0].token_ids for e in members):
-                name = type(members[0].environment.unwrapped).__name__
-                raise DataError(
-                    f"{name} started differently from the same seed; "
-                    "its reset must be a function of seed and options."
-                )
-        ids = [group << _TURN_BITS + _SAMPLE_BITS for group in groups]
-        prompts = [members[0].token_ids for members in groups.values()]
-        written = self._generate(prompts, params, ids)
-        by_id = {
-            (group, sample): completion
-            for group, completions in zip(groups, written, strict=True)
-            for sample, completion in enumerate(completions)
-        }
-        return [by_id[e.start.group_id, e.sample] for e in episodes]
+            for start in starts
+        ]
+        answering: dict[Future[Any], _Episode] = {}
+        writing: list[tuple[Writing, _Episode]] = []
+        group_of = {id(e): group for group in groups for e in group}
 
-    def _guarded(self, episode: _Episode, do: Callable[[_Episode], None]) -> None:
+        def ask(episode: _Episode, call: Callable[[], Any]) -> None:
+            def timed() -> Any:
+                episode.asked = time.monotonic()
+                return call()
+
+            episode.asked = None
+            answering[self._workers.submit(timed)] = episode
+
+        def answered(episode: _Episode) -> None:
+            """Let it go on: to its first turn with its group, to its next, or to its end."""
+            group = group_of[id(episode)]
+            if not episode.turn and all(e.ready for e in group):
+                writing.extend(self._first_turn(group, params))
+            elif episode.turn and episode.running:
+                writing.append(self._next_turn(episode, params))
+            if not any(e.running for e in group):
+                on_group(self._trajectories(group))
+
+        for group in groups:
+            for episode in group:
+                ask(episode, partial(self._reset, episode))
         try:
-            do(episode)
-        except (
-            Exception
-        ) as error:  # an environment is the user's code: its fault costs its own episode
+            while answering or writing:
+                for future in self._done(answering, patient=not writing):
+                    episode = answering.pop(future)
+                    self._hear(episode, future)
+                    answered(episode)
+                if any(not w.ended for w, _ in writing):
+                    self._writer.step()
+                for written, episode in [pair for pair in writing if pair[0].ended]:
+                    episode.say(written.completion)
+                    ask(episode, partial(episode.environment.step, self._text(episode)))
+                writing = [pair for pair in writing if not pair[0].ended]
+        finally:
+            for written, _ in writing:
+                written.abort()
+        self._idle += [e.environment for group in groups for e in group if not e.hung]
+        return [t for group in groups for t in self._trajectories(group)]
+
+    def _done(self, answering: dict[Future[Any], _Episode], patient: bool) -> list[Future[Any]]:
+        """Environments that have answered, or have hung; a patient caller waits for the first."""
+        if patient and answering:
+            wait(answering, timeout=self._timeout, return_when=FIRST_COMPLETED)
+        return [f for f, episode in answering.items() if f.done() or self._hangs(episode)]
+
+    def _hangs(self, episode: _Episode) -> bool:
+        since, timeout = episode.asked, self._timeout
+        return timeout is not None and since is not None and time.monotonic() - since > timeout
+
+    def _hear(self, episode: _Episode, future: Future[Any]) -> None:
+        """Take in what the environment answered. It is the user's code: its fault costs its own
+        episode.
+        """
+        try:
+            if not future.done():
+                episode.hung = True
+                self._workers.add()
+                raise TimeoutError(f"it took longer than {self._timeout:g} s")
+            (self._stepped if episode.ready else self._began)(episode, future.result())
+        except Exception as error:
             self.failures += 1
             self.last_failure = f"{type(error).__name__}: {error}"
             episode.running, episode.finish_reason = False, "abort"
+        episode.ready = True
 
-    def _reset(self, episode: _Episode) -> None:
+    def _first_turn(
+        self, group: list[_Episode], params: SamplingParams
+    ) -> list[tuple[Writing, _Episode]]:
+        """The completions of a group, whose prompt is one."""
+        running = [e for e in group if e.running]
+        for episode in running:
+            episode.turn = 1
+        if not running:
+            return []
+        prompt = running[0].token_ids
+        if any(e.token_ids != prompt for e in running):
+            name = type(running[0].environment.unwrapped).__name__
+            raise DataError(
+                f"{name} started differently from the same seed; "
+                "its reset must be a function of seed and options."
+            )
+        request = group[0].start.group_id << _TURN_BITS + _SAMPLE_BITS
+        [begun] = self._writer.submit([prompt], params, [request])
+        pairs = []
+        for written, episode in zip(begun, group, strict=True):
+            if episode.running:
+                pairs.append((written, episode))
+            else:
+                written.abort()
+        return pairs
+
+    def _next_turn(self, e: _Episode, params: SamplingParams) -> tuple[Writing, _Episode]:
+        """The next completion of one episode."""
+        group = e.start.group_id << _TURN_BITS + _SAMPLE_BITS
+        request = group | (e.turn << _SAMPLE_BITS) | e.sample
+        [[written]] = self._writer.submit([e.token_ids], replace(params, n=1), [request])
+        e.turn += 1
+        return written, e
+
+    def _reset(self, episode: _Episode) -> tuple[str, dict[str, Any]]:
         options = {} if episode.start.row is None else {"row": episode.start.row}
-        _, info = episode.environment.reset(seed=episode.start.seed, options=options)
+        return episode.environment.reset(seed=episode.start.seed, options=options)
+
+    def _began(self, episode: _Episode, answer: tuple[str, dict[str, Any]]) -> None:
+        _, info = answer
         episode.messages = list(info["messages"])
         episode.hear(render_prompt(self._tokenizer, episode.messages))
         episode.prompt_length = len(episode.token_ids)
         episode.finish_reason = "stop"
 
-    def _step(self, episode: _Episode) -> None:
-        text = self._tokenizer.decode(
-            episode.token_ids[episode.turn_start :], skip_special_tokens=True
-        )
-        observation, reward, terminated, truncated, info = episode.environment.step(text)
+    def _text(self, episode: _Episode) -> str:
+        """What the policy wrote in this turn."""
+        written = episode.token_ids[episode.turn_start :]
+        return self._tokenizer.decode(written, skip_special_tokens=True)
+
+    def _stepped(
+        self, episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]]
+    ) -> None:
+        observation, reward, terminated, truncated, info = answer
         if not math.isfinite(reward):
             raise ValueError(f"the reward is {reward}")
+        text = self._text(episode)
         episode.rewards[-1] += float(reward)
         episode.messages += [{"role": "assistant", "content": text}]
         episode.info = {**info, "completion": text}
@@ -174,6 +281,9 @@ class Collector:
         message = {"role": "user", "content": observation}
         episode.messages.append(message)
         episode.hear(render_turn(self._tokenizer, message))
+
+    def _trajectories(self, group: list[_Episode]) -> list[Trajectory]:
+        return [self._trajectory(e) for e in group if e.finish_reason != "abort"]
 
     def _trajectory(self, episode: _Episode) -> Trajectory:
         return Trajectory(

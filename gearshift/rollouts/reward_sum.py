@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean, pstdev
+from typing import Any, Literal, Protocol
 
 from gearshift.data.chat import render_completion
 from gearshift.errors import ConfigError
 from gearshift.models.classifier import score_all, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer
-from gearshift.rollouts.rewards import RewardFunction, combine, load_reward
+from gearshift.rollouts.rewards import Named, RewardFunction, add_up, call, load_reward
+from gearshift.rollouts.workers import Workers
 from gearshift.types import Message, Trajectory
 
 ENVIRONMENT = "environment"
@@ -19,12 +25,16 @@ _NOT_COLUMNS = frozenset({"messages", "completion", "prompt"})
 
 
 class Source(Protocol):
-    """A reward's source and weight, as the config names them."""
+    """A reward's source, weight and treatment, as the config names them."""
 
     @property
     def source(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def ensemble(self) -> Literal["mean", "min", "mean_less_std"]: ...
+    @property
+    def normalize(self) -> bool: ...
 
 
 class ModelReward:
@@ -46,6 +56,43 @@ class ModelReward:
         return list(score_all(self.model, sequences))
 
 
+@dataclass(frozen=True)
+class Ensemble:
+    """Several reward models as one function (Coste et al. 2023)."""
+
+    members: Sequence[ModelReward]
+    how: Literal["mean", "min", "mean_less_std"]
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], **_: Any
+    ) -> list[float | None]:
+        columns = [member(prompts, completions) for member in self.members]
+        samples = [[float(v) for v in row if v is not None] for row in zip(*columns, strict=True)]
+        if self.how == "min":
+            return [min(row) for row in samples]
+        spread = 1.0 if self.how == "mean_less_std" else 0.0
+        return [fmean(row) - spread * pstdev(row) for row in samples]
+
+
+@dataclass
+class Running:
+    """Mean and variance of all values so far (Welford 1962)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def __call__(self, values: list[float | None]) -> list[float | None]:
+        """Take the values in; then each less the mean, over the standard deviation."""
+        for x in values:
+            if x is not None and math.isfinite(x):
+                self.count += 1
+                before, self.mean = self.mean, self.mean + (x - self.mean) / self.count
+                self.squares += (x - before) * (x - self.mean)
+        std = math.sqrt(self.squares / max(1, self.count)) or 1.0
+        return [None if x is None else (x - self.mean) / std for x in values]
+
+
 class RewardSum:
     """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
     is not named.
@@ -56,20 +103,29 @@ class RewardSum:
         unknown source.
         """
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
-        self.functions: list[tuple[str, RewardFunction, float]] = []
+        self.functions: list[Named] = []
+        self.models: list[Named] = []
+        self._begun: dict[int, Future[list[list[float | None]]]] = {}
+        self._workers = Workers(1)
         for s in sources:
             if s.source == ENVIRONMENT:
                 continue
             if s.source == "model" or s.source.startswith("model:"):
-                folder = Path(s.source.removeprefix("model").removeprefix(":") or reward_model)
-                if not folder.is_dir():
-                    raise ConfigError(
-                        f"rl.rewards: there is no reward model in {folder}; "
-                        "run the reward stage first."
-                    )
-                self.functions.append(("model", ModelReward(config, folder), s.weight))
+                named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
+                self.models.append(("model", _models(config, named, s.ensemble), s.weight))
             else:
                 self.functions.append((s.source, load_reward(s.source), s.weight))
+        ordered = [s for s in sources if s.source != ENVIRONMENT]
+        ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
+        self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
+
+    def begin(self, group: list[Trajectory]) -> None:
+        """Let the functions score a finished group while other episodes still run. Models wait for
+        the whole rollout: they would take the cores from it.
+        """
+        if group and self.functions:
+            task = partial(_call, self.functions, group)
+            self._begun[group[0].group_id] = self._workers.submit(task)
 
     def __call__(
         self, trajectories: Sequence[Trajectory]
@@ -82,15 +138,33 @@ class RewardSum:
         """
         parts: dict[str, list[float | None]] = {ENVIRONMENT: [t.reward for t in trajectories]}
         added: list[float | None] = [0.0] * len(trajectories)
-        if self.functions:
-            prompts = [t.info["messages"][:-1] for t in trajectories]
-            completions = [t.info["completion"] for t in trajectories]
-            ids = [t.token_ids[t.prompt_length :] for t in trajectories]
-            names = {k for t in trajectories for k in t.info} - _NOT_COLUMNS
-            columns = {name: [t.info.get(name) for t in trajectories] for name in sorted(names)}
-            added, by_name = combine(self.functions, prompts, completions, ids, columns)
+        if self.functions or self.models:
+            results = self._of_functions(trajectories)
+            results += _call(self.models, trajectories) if self.models else []
+            for i, running in self._running.items():
+                results[i] = running(results[i])
+            added, by_name = add_up([*self.functions, *self.models], results)
             parts |= by_name
         return [self._total(t, extra) for t, extra in zip(trajectories, added, strict=True)], parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What normalisation has seen."""
+        return {str(i): asdict(running) for i, running in self._running.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        self._running = {int(i): Running(**kept) for i, kept in state.items()}
+
+    def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        begun, self._begun = self._begun, {}
+        groups = [list(group) for _, group in groupby(trajectories, key=lambda t: t.group_id)]
+        scored = [
+            begun[g[0].group_id].result()
+            if g[0].group_id in begun
+            else _call(self.functions, g)
+            for g in groups
+        ]  # fmt: skip
+        return [list(chain.from_iterable(column)) for column in zip(*scored, strict=True)]
 
     def _total(self, trajectory: Trajectory, extra: float | None) -> Trajectory | None:
         if extra is None:
@@ -99,3 +173,30 @@ class RewardSum:
         last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
         rewards[last] += extra
         return replace(trajectory, rewards=rewards)
+
+
+def _models(
+    config: ModelConfig, folders: str, how: Literal["mean", "min", "mean_less_std"]
+) -> RewardFunction:
+    members = []
+    for folder in map(Path, folders.split(",")):
+        if not folder.is_dir():
+            raise ConfigError(
+                f"rl.rewards: there is no reward model in {folder}; run the reward stage first."
+            )
+        members.append(ModelReward(config, folder))
+    return members[0] if len(members) == 1 else Ensemble(members, how)
+
+
+def _call(
+    functions: Sequence[Named], trajectories: Sequence[Trajectory]
+) -> list[list[float | None]]:
+    """What each function says of these episodes."""
+    names = {k for t in trajectories for k in t.info} - _NOT_COLUMNS
+    return call(
+        functions,
+        [t.info["messages"][:-1] for t in trajectories],
+        [t.info["completion"] for t in trajectories],
+        [t.token_ids[t.prompt_length :] for t in trajectories],
+        {name: [t.info.get(name) for t in trajectories] for name in sorted(names)},
+    )

@@ -10,12 +10,17 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import json
 import math
+import os
+import time
 from collections.abc import Awaitable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from gearshift.errors import ConfigError
 from gearshift.types import Message
@@ -36,10 +41,12 @@ class RewardFunction(Protocol):
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The function that `module:function` or `path/to/file.py:function` names.
+    """The function that `module:function`, `path/to/file.py:function` or `http://...` names.
 
     Raises `ConfigError` when there is no such file, module or function, or its import fails.
     """
+    if spec.startswith(("http://", "https://")):
+        return HttpReward(spec)
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(
@@ -52,8 +59,45 @@ def load_reward(spec: str) -> RewardFunction:
     return cast(RewardFunction, function)
 
 
+class HttpReward:
+    """A reward behind an address: it is sent `{"prompts", "completions", ...columns}` as JSON and
+    answers `{"rewards": [number or null, ...]}`; what `gearshift serve` does for a reward model.
+
+    `GEARSHIFT_KEY` in the environment is sent as a bearer token. An address that does not answer
+    gives no rewards (None) rather than end the run.
+    """
+
+    def __init__(self, url: str, timeout: float = 60.0, tries: int = 3) -> None:
+        self.url, self.timeout, self.tries = url, timeout, tries
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
+    ) -> Rewards:
+        body = {**columns, "prompts": prompts, "completions": completions}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("GEARSHIFT_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = json.dumps(body, default=str).encode()
+        for attempt in range(self.tries):
+            try:
+                answer = urlopen(Request(self.url, data, headers), timeout=self.timeout)
+                with answer:
+                    return cast(Rewards, json.load(answer)["rewards"])
+            except HTTPError as error:
+                if error.code < 500:  # it will not be otherwise at the next try
+                    raise ConfigError(f"{self.url} refused: {error.code} {error.reason}") from error
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+            time.sleep(0.5 * 2**attempt)
+        return [None] * len(completions)
+
+
+Named = tuple[str, RewardFunction, float]
+"""Name, function, weight."""
+
+
 def combine(
-    functions: Sequence[tuple[str, RewardFunction, float]],
+    functions: Sequence[Named],
     prompts: list[list[Message]],
     completions: list[str],
     completion_ids: list[list[int]] | None,
@@ -65,6 +109,21 @@ def combine(
     apply. None, "does not apply", leaves a function out of that sample's sum; a reward that is not
     finite becomes None and leaves the sample without a total: a sum without it would count it
     as 0. A sample to which nothing applies has no total either.
+
+    Raises what `call` raises.
+    """
+    results = call(functions, prompts, completions, completion_ids, columns)
+    return add_up(functions, results)
+
+
+def call(
+    functions: Sequence[Named],
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None,
+    columns: dict[str, list[Any]],
+) -> list[list[float | None]]:
+    """What each function says of each sample.
 
     Raises `ConfigError` naming the function that raises, or that returns anything but one number or
     None a sample.
@@ -83,11 +142,19 @@ def combine(
         except Exception as error:
             raise _raised(name, error) from error
     _await_all([name for name, _, _ in functions], results)
+    return [
+        _checked(name, result, len(completions))
+        for (name, _, _), result in zip(functions, results, strict=True)
+    ]
 
-    totals: list[list[float]] = [[] for _ in completions]
+
+def add_up(
+    functions: Sequence[Named], results: Sequence[list[float | None]]
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """What `combine` returns, of what `call` returned."""
+    totals: list[list[float]] = [[] for _ in results[0]]
     parts: dict[str, list[float | None]] = {}
-    for (name, _, weight), result in zip(functions, results, strict=True):
-        values = _checked(name, result, len(completions))
+    for (name, _, weight), values in zip(functions, results, strict=True):
         for terms, value in zip(totals, values, strict=True):
             if value is not None:
                 terms.append(weight * value)

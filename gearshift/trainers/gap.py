@@ -6,7 +6,7 @@ import torch
 
 from gearshift.engine import HybridEngine
 from gearshift.rollouts.collector import Collector, Start
-from gearshift.trainers.rl import pack_trajectories
+from gearshift.trainers.rollout import pack_trajectories
 from gearshift.types import SamplingParams
 
 

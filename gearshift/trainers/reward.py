@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,15 +24,25 @@ from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import Stage, StageConfig, chunks_by_tokens
 from gearshift.trainers.step import update
 
-Pair = tuple[list[int], list[int]]
-"""Token ids of prompt + chosen and of prompt + rejected."""
+
+class Pair(NamedTuple):
+    """Token ids of prompt + chosen and of prompt + rejected, and by how much the one should win."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+    @property
+    def sides(self) -> tuple[list[int], list[int]]:
+        """Chosen, rejected."""
+        return self.chosen, self.rejected
 
 
 class RewardModelConfig(StageConfig):
     """Step 2: the reward model."""
 
     data: DataConfig = DataConfig()
-    """`prompt`/`chosen`/`rejected` rows."""
+    """`prompt`/`chosen`/`rejected` rows; a `margin` (Touvron et al. 2023) where there is one."""
     heldout: DataConfig = DataConfig()
     """Pairs that only measure accuracy."""
     model: str | None = None
@@ -69,7 +81,7 @@ def render_pairs(
                 f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, "
                 "or drop the pair."
             )
-        pairs.append((sides[0], sides[1]))
+        pairs.append(Pair(sides[0], sides[1], example.margin))
     return pairs
 
 
@@ -81,25 +93,26 @@ def train_reward_model(
     stage.track(model=model, optimizer=optimizer)
 
     def loss_of(batch: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = sequence_scores(model, [side for pair in batch for side in pair])
+        scores = sequence_scores(model, [side for pair in batch for side in pair.sides])
         chosen_P, rejected_P = scores[0::2], scores[1::2]
         share = len(batch) / config.batch_size
-        loss = bradley_terry(chosen_P, rejected_P, center=config.center).mean() * share
+        margin_P = torch.tensor([pair.margin for pair in batch], device=scores.device)
+        loss = bradley_terry(chosen_P, rejected_P, margin_P, config.center).mean() * share
         right = (chosen_P > rejected_P).float().mean() * share
         return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
 
     model.train()
     for step in stage.steps():
-        batch = sorted(pairs.batch(step, config.batch_size), key=lambda p: max(map(len, p)))
-        lengths = [2 * max(map(len, pair)) for pair in batch]
+        batch = sorted(pairs.batch(step, config.batch_size), key=lambda p: max(map(len, p.sides)))
+        lengths = [2 * max(map(len, pair.sides)) for pair in batch]
         micro = [batch[where] for where in chunks_by_tokens(lengths, config.max_tokens)]
         with stage.phase("train"):
             metrics = update(micro, loss_of, optimizer)
-        stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair))
+        stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
     model.eval()
 
 
 def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> float:
     """Fraction of pairs whose chosen side scores higher."""
-    scores = score_all(model, [side for pair in pairs for side in pair])
+    scores = score_all(model, [side for pair in pairs for side in pair.sides])
     return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

@@ -11,23 +11,45 @@ Legend: T packed tokens, N completions, A longest completion, M tokens that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean, pstdev
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from gearshift.algorithms.advantages import ADVANTAGES, NEEDS_VALUES, token_rewards
-from gearshift.algorithms.kl import KL_ESTIMATORS
-from gearshift.algorithms.normalize import loss_weights, pad_rows, row_mask, unpad_rows, whiten
-from gearshift.algorithms.policy_losses import POLICY_LOSSES, value_loss
+from gearshift.algorithms.advantages import (
+    ADVANTAGES,
+    NEEDS_GREEDY,
+    NEEDS_GROUPS,
+    NEEDS_VALUES,
+    Rollout,
+    moving_average,
+)
+from gearshift.algorithms.kl import KL_ESTIMATORS, adaptive_beta, with_ratio
+from gearshift.algorithms.normalize import (
+    Aggregation,
+    loss_weights,
+    pad_rows,
+    row_mask,
+    unpad_rows,
+    whiten,
+    whiten_groups,
+)
+from gearshift.algorithms.policy_losses import (
+    POLICY_LOSSES,
+    ImportanceMode,
+    Limits,
+    importance_weights,
+    mismatch,
+    value_loss,
+)
+from gearshift.algorithms.shaping import clip_rewards, overlong_penalty, token_rewards
 from gearshift.data import DataConfig, Mixture
-from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine, PackedModel
 from gearshift.errors import DataError
 from gearshift.models.adapters import adapters_off
@@ -38,14 +60,29 @@ from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.config import Config
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
+from gearshift.trainers.critic import Critic
+from gearshift.trainers.ema import MovingAverage
+from gearshift.trainers.rollout import (
+    Parts,
+    by_group,
+    describe_generation,
+    describe_rollout,
+    minibatches,
+    pack_trajectories,
+    place_rewards,
+    record,
+    tells_nothing,
+)
 from gearshift.trainers.sft import Rendered, supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage, StageConfig
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch, SamplingParams, Trajectory
 
-Advantage = Literal["reinforce", "gae", "rloo", "grpo", "dr_grpo"]
-PolicyLossName = Literal["reinforce", "ppo_clip"]
-Aggregation = Literal["token_mean", "sequence_mean"]
+Advantage = Literal[
+    "returns", "reinforce", "moving_average", "gae", "rloo", "grpo", "dr_grpo", "grpo_turns",
+    "remax", "opo", "best_of_n",
+]  # fmt: skip
+PolicyLossName = Literal["reinforce", "ppo_clip", "gspo", "cispo", "sapo"]
 
 
 class KLConfig(Config):
@@ -54,22 +91,47 @@ class KLConfig(Config):
     beta: float = Field(0.02, ge=0)
     """Weight of the KL; at 0 no reference model is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the KL is estimated from sampled tokens; in the loss use k2 or k3, for k1 has no gradient
-    there.
-    """
+    """How the KL is estimated from sampled tokens; in the loss use k2, or `ratio` with k1 or k3."""
     where: Literal["reward", "loss"] = "reward"
     """Subtract it from each token's reward, or add it to the loss."""
+    ratio: bool = False
+    """In the loss: times the ratio to the policy that sampled, so that the gradient is that of
+    KL(policy, reference), on policy or off. Without it k3 pulls towards the reference by another
+    divergence's gradient, and is biased off policy.
+    """
+    reference: str | None = None
+    """The reference policy, of the same vocabulary: a folder or name (a teacher to distil from);
+    null is the policy as it starts."""
+    target: float | None = Field(None, gt=0)
+    """Nats a completion that beta is adapted to (Ziegler et al. 2019); null keeps beta."""
+    horizon: int = Field(10_000, ge=1)
+    """Completions over which beta adapts."""
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Self:
+        if self.beta and (self.where, self.estimator, self.ratio) == ("loss", "k1", False):
+            raise ValueError(
+                "k1 has no gradient in the loss; take estimator=k2, or ratio=true, or where=reward."
+            )
+        return self
 
 
 class RewardSource(Config):
     """One part of the reward."""
 
     source: str = "environment"
-    """`environment`; `model` (this run's reward model); `model:FOLDER`; `package.module:function`;
+    """`environment`; `model` (this run's reward model); `model:FOLDER` (or several, an ensemble:
+    `model:FOLDER,FOLDER`); `http://...` (a served reward); `package.module:function`;
     `file.py:function`.
     """
     weight: float = 1.0
     """Its weight in the sum; 0 only logs it."""
+    ensemble: Literal["mean", "min", "mean_less_std"] = "mean"
+    """What several models' scores become: the worst, or the mean less their standard deviation,
+    guards against one model's mistakes (Coste et al. 2023).
+    """
+    normalize: bool = False
+    """Less the mean, over the standard deviation of all that it has said in this run so far."""
 
 
 class SupervisedMix(Config):
@@ -104,33 +166,70 @@ class RLConfig(StageConfig):
     """
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer of one turn."""
+    episode_timeout: float | None = Field(None, gt=0)
+    """Seconds for one answer of the environment; one that takes longer loses its episode."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
     """What is rewarded; the environment's own reward is logged in any case."""
+    reward_clip: float | None = Field(None, gt=0)
+    """Rewards are kept within this of zero, before the KL is subtracted."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """A completion that was cut at its longest: learn from it as from others, or leave it out of
+    the loss (DAPO's overlong filtering).
+    """
+    missing_end_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the reward of a completion that was cut."""
+    overlong_buffer: float = Field(0.0, ge=0, le=1)
+    """This part of `max_new_tokens`, the last, costs up to 1 (DAPO's soft punishment)."""
+    dynamic_sampling: int = Field(0, ge=0)
+    """Further rollouts, at most, to replace groups whose rewards are all equal (DAPO)."""
     advantage: Advantage = "reinforce"
     """How rewards become weights of tokens."""
-    gamma: float = Field(1.0, gt=0, le=1)
+    gamma: float = Field(1.0, ge=0, le=1)
     """Discount from token to token."""
     lam: float = Field(0.95, ge=0, le=1)
     """Of generalised advantage estimation."""
+    baseline_decay: float = Field(0.9, ge=0, lt=1)
+    """Of the baseline of `moving_average`."""
     positive_only: bool = False
     """Learn from what beat its baseline and leave the rest, as rejection sampling does (RAFT, Dong
     et al. 2023). Not the policy gradient, but less noise where samples are few."""
-    whiten: bool = False
-    """Bring the rollout's advantages to mean 0 and variance 1."""
+    whiten: Literal["none", "batch", "group"] = "none"
+    """Bring the advantages of the rollout, or of each group, to mean 0 and variance 1."""
     value: Literal["head", "critic"] = "head"
     """The value net, where the advantage needs one: a head on the policy, or a separate model."""
+    critic: str | None = None
+    """What a separate critic starts from: a folder, or `reward` (this run's reward model); null is
+    the policy."""
+    critic_warmup: int = Field(0, ge=0)
+    """Rollouts from which only the value net learns."""
     value_coefficient: float = Field(0.5, ge=0)
     """Weight of the value loss."""
+    value_clip: float | None = Field(None, gt=0)
+    """Values stay within this of those before the update."""
     value_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     """Of the value head, or of the critic (where 1e-5 is a better rate)."""
     loss: PolicyLossName = "reinforce"
     """The policy loss."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """`ppo_clip`: the ratio stays above 1 - clip_low."""
+    clip_low: float = Field(0.2, gt=0)
+    """The ratio stays above 1 - clip_low (`ppo_clip`, `gspo`, `cispo`)."""
     clip_high: float = Field(0.2, gt=0)
-    """`ppo_clip`: the ratio stays below 1 + clip_high."""
+    """The ratio stays below 1 + clip_high."""
+    dual_clip: float | None = Field(None, gt=1)
+    """`ppo_clip`: where the advantage is negative, the ratio counts for at most this."""
+    tau_positive: float = Field(1.0, gt=0)
+    """`sapo`: how sharply a positive advantage's gate closes away from ratio 1."""
+    tau_negative: float = Field(1.05, gt=0)
+    """`sapo`: the same of a negative one."""
+    importance: Literal["none"] | ImportanceMode = "none"
+    """Correct for a sampler that is not the policy (another program, older weights): truncate or
+    mask the ratio of each token, or of each completion.
+    """
+    importance_cap: float = Field(2.0, ge=1)
+    """Where it is truncated, or masked (below 1 / cap too)."""
     aggregation: Aggregation = "token_mean"
-    """Whether each token or each completion counts the same."""
+    """Whether each token or each completion counts the same; or each token, over `max_new_tokens`
+    for each completion (`fixed_length`).
+    """
     epochs: int = Field(1, ge=1)
     """Passes over one rollout."""
     minibatches: int = Field(1, ge=1)
@@ -139,10 +238,21 @@ class RLConfig(StageConfig):
     """Penalty on the distance to the reference policy."""
     supervised: SupervisedMix = SupervisedMix()
     """Labelled examples mixed into each update."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
     max_tokens: int = Field(4096, ge=1)
     """Tokens in one micro-batch; bounds memory, does not change the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
     """Of the policy."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.group_size == 1 and self.advantage in NEEDS_GROUPS:
+            raise ValueError(
+                f"advantage={self.advantage} compares completions of one prompt; "
+                "group_size must be 2 or more."
+            )
+        return self
 
     @property
     def updates(self) -> int:
@@ -158,33 +268,42 @@ class RLConfig(StageConfig):
             max_new_tokens=self.max_new_tokens,
         )
 
+    def limits(self) -> Limits:
+        """What the policy loss reads."""
+        return Limits(
+            self.clip_low, self.clip_high, self.dual_clip, self.tau_positive, self.tau_negative
+        )
 
-Parts = dict[str, list[float | None]]
-Scorer = Callable[[Sequence[Trajectory]], tuple[list[Trajectory | None], Parts]]
-"""Trajectories -> each with its rewards as they count (None: it has none), and every part of them
-by name.
-"""
+
+class Scorer(Protocol):
+    """Gives trajectories their rewards: `RewardSum`. What it keeps goes into checkpoints."""
+
+    def begin(self, group: list[Trajectory]) -> None:
+        """Hear of a group that has ended, while others still run."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory | None], Parts]:
+        """Each with its rewards as they count (None: it has none), and every part of them."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 @dataclass
-class ValueNet:
-    """The baseline: a head, on the policy's trunk or on a critic's own."""
+class Memory:
+    """What adapts from rollout to rollout."""
 
-    head: ValueHead
-    critic: PreTrainedModel | None = None
+    beta: float
+    """Weight of the KL."""
+    baseline: float | None = None
+    """Moving average of the returns."""
 
-    def __post_init__(self) -> None:
-        self._states = PackedModel(self.critic) if self.critic else None
+    def state_dict(self) -> dict[str, float | None]:
+        """For a checkpoint."""
+        return {"beta": self.beta, "baseline": self.baseline}
 
-    def of_critic(self, batch: PackedBatch) -> Tensor:
-        """[M] values by the critic."""
-        assert self._states is not None
-        values: Tensor = self.head(self._states(batch)[batch.predictors])
-        return values
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Of head and critic."""
-        return [*self.head.parameters(), *(self.critic.parameters() if self.critic else ())]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From one."""
+        self.beta, self.baseline = state["beta"], state["baseline"]
 
 
 class RLTrainer:
@@ -199,12 +318,12 @@ class RLTrainer:
         score: Scorer,
         stage: Stage,
         reference: PreTrainedModel | None = None,
-        critic: PreTrainedModel | None = None,
+        critic: Critic | None = None,
         examples: Mixture[Rendered] | None = None,
     ) -> None:
         """`rows`: how many rows the environment draws from, or None where each episode is drawn by
-        its seed. `reference` is needed where `kl.beta` > 0; `critic` (a causal LM) where `value` is
-        `critic`; `examples` are mixed into the updates.
+        its seed. `reference` is needed where `kl.beta` > 0; `critic` where `value` is `critic`;
+        `examples` are mixed into the updates.
         """
         self.examples = examples
         self.config, self.engine, self.collector = config, engine, collector
@@ -212,44 +331,103 @@ class RLTrainer:
         self.reference_states = (
             engine.states if reference in (None, engine.model) else PackedModel(reference)
         )
+        self.memory = Memory(config.kl.beta)
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
-        stage.track(model=engine.model, optimizer=self.optimizers[0])
-        self.value_net: ValueNet | None = None
+        stage.track(model=engine.model, optimizer=self.optimizers[0], memory=self.memory)
+        stage.track(rewards=score)
+        self.head: ValueHead | None = None
+        self.critic: Critic | None = None
         if config.advantage in NEEDS_VALUES:
-            head = ValueHead(engine.model.config.hidden_size).to(engine.device)
-            self.value_net = ValueNet(head, critic if config.value == "critic" else None)
-            optimizer = MasterAdamW(
-                self.value_net.parameters(), config.value_optimizer, config.updates
-            )
-            self.optimizers.append(optimizer)
-            stage.track(value_head=head, value_optimizer=optimizer)
-            if self.value_net.critic is not None:
-                stage.track(critic=self.value_net.critic)
+            self._add_value_net(critic)
+        self.average = MovingAverage(engine.model, config.ema) if config.ema else None
+        if self.average:
+            stage.track(average=self.average)
+
+    def _add_value_net(self, critic: Critic | None) -> None:
+        config = self.config
+        if config.value == "critic":
+            if critic is None:
+                raise ValueError("value=critic needs a critic.")
+            self.critic = critic
+            self.stage.track(critic=critic.trunk, value_head=critic.head)
+            parameters = critic.parameters()
+        else:
+            self.head = ValueHead(self.engine.model.config.hidden_size).to(self.engine.device)
+            self.stage.track(value_head=self.head)
+            parameters = list(self.head.parameters())
+        self.optimizers.append(MasterAdamW(parameters, config.value_optimizer, config.updates))
+        self.stage.track(value_optimizer=self.optimizers[1])
 
     def train(self) -> None:
         """Sample prompts, collect, score, advantages, update; until the stage's last step."""
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
-            with self.stage.phase("generate"), self.engine.generating():
-                trajectories = self.collector.collect(self.starts(step), self.config.sampling())
-            with self.stage.phase("reward"):
-                trajectories, parts = self.rewarded(trajectories)
+            trajectories, sampled = self.rollout(step)
+            greedy = self.greedy(step) if self.config.advantage in NEEDS_GREEDY else None
             batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
             with self.stage.phase("score"):
-                batch, scored = self.with_advantages(batch, trajectories)
+                batch, scored = self.with_advantages(batch, trajectories, greedy)
             with self.stage.phase("train"):
                 updated = self.update(batch, step)
-            metrics = describe_rollout(trajectories, parts)
-            metrics |= scored | updated | {"environment/failures": float(self.collector.failures)}
-            metrics |= describe_generation(self.engine)
-            self.stage.rollouts.append(step, {"episodes": [record(t) for t in trajectories]})
+            metrics = sampled | scored | updated
+            metrics |= {"environment/failures": float(self.collector.failures)}
+            metrics |= describe_generation(self.engine) | self.adapt(metrics)
             self.stage.log(step, metrics, tokens=len(batch))
 
-    def starts(self, step: int) -> list[Start]:
-        """The rollout's prompts: rows in an order shuffled anew each epoch, a function of (seed,
-        step).
+    def rollout(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
+        """Episodes with their rewards, to learn from, and what to log of all that were sampled.
+
+        Under `dynamic_sampling` groups that teach nothing are replaced, if that many rollouts find
+        others.
+        """
+        kept: dict[int, list[Trajectory]] = {}
+        everything: list[Trajectory] = []
+        all_parts: Parts = {}
+        rounds = 1 + self.config.dynamic_sampling
+        for nth in range(rounds):
+            trajectories, parts = self.collect(self.starts(step, nth), self.config.sampling())
+            everything += trajectories
+            for name, values in parts.items():
+                all_parts.setdefault(name, []).extend(values)
+            groups = by_group(trajectories)
+            if rounds > 1:
+                groups = {g: members for g, members in groups.items() if not tells_nothing(members)}
+            kept |= groups
+            if len(kept) >= self.config.prompts:
+                break
+        chosen = list(kept.values())[: self.config.prompts]
+        metrics = describe_rollout(everything, all_parts)
+        if rounds > 1:
+            metrics["sampling/rollouts"] = nth + 1.0
+        self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})
+        return [t for group in chosen for t in group] or everything, metrics
+
+    def collect(
+        self, starts: Sequence[Start], params: SamplingParams
+    ) -> tuple[list[Trajectory], Parts]:
+        """Episodes from these starts, those that have a reward, with it; and every part of it."""
+        with self.stage.phase("generate"), self.engine.generating():
+            trajectories = self.collector.collect(starts, params, self.score.begin)
+        with self.stage.phase("reward"):
+            return self.rewarded(trajectories)
+
+    def greedy(self, step: int) -> dict[int, float]:
+        """The return of each prompt's greedy completion, by group."""
+        params = replace(self.config.sampling(), n=1, temperature=0.0)
+        starts = [
+            start for n in range(1 + self.config.dynamic_sampling) for start in self.starts(step, n)
+        ]
+        trajectories, _ = self.collect(starts, params)
+        rewards_NA, _ = self.shaped(trajectories)
+        groups = [t.group_id for t in trajectories]
+        return dict(zip(groups, rewards_NA.sum(1).tolist(), strict=True))
+
+    def starts(self, step: int, nth: int = 0) -> list[Start]:
+        """The prompts of a step's `nth` rollout: rows in an order shuffled anew each epoch, a
+        function of (seed, step).
         """
         P, seed = self.config.prompts, self.stage.seed
-        groups = range(step * P, (step + 1) * P)
+        first = (step * (1 + self.config.dynamic_sampling) + nth) * P
+        groups = range(first, first + P)
         if self.rows is None:
             return [Start(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
         orders = {
@@ -278,38 +456,68 @@ class RLTrainer:
         parts = {name: [values[i] for i in kept] for name, values in parts.items()}
         return [t for t in totals if t is not None], parts
 
+    def shaped(self, trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
+        """[N, A] rewards at the tokens that earn them, clipped and with what length costs; and the
+        mask of the tokens that the policy wrote.
+        """
+        config = self.config
+        counts_N = torch.tensor([sum(t.loss_mask) for t in trajectories])
+        mask_NA = row_mask(counts_N)
+        rewards_NA = place_rewards(trajectories, mask_NA)
+        if config.reward_clip is not None:
+            rewards_NA = clip_rewards(rewards_NA, config.reward_clip)
+        last_N = (torch.arange(len(trajectories)), counts_N - 1)
+        if config.missing_end_penalty:
+            cut_N = torch.tensor([t.finish_reason == "length" for t in trajectories])
+            rewards_NA[last_N] -= config.missing_end_penalty * cut_N
+        if buffer := round(config.overlong_buffer * config.max_new_tokens):
+            rewards_NA[last_N] += overlong_penalty(counts_N, config.max_new_tokens, buffer)
+        return rewards_NA.to(self.engine.device), mask_NA.to(self.engine.device)
+
     def with_advantages(
-        self, batch: PackedBatch, trajectories: list[Trajectory]
+        self,
+        batch: PackedBatch,
+        trajectories: list[Trajectory],
+        greedy: dict[int, float] | None = None,
     ) -> tuple[PackedBatch, dict[str, float]]:
         """Give the batch its advantages, and what the loss will compare with (reference, old
-        log-probs, returns).
+        log-probs, values, returns). `greedy`: the return of each group's greedy completion.
         """
         config, device = self.config, batch.input_ids.device
         kl_in_reward = config.kl.beta > 0 and config.kl.where == "reward"
         values_M: Tensor | None = None
-        if self.value_net or kl_in_reward or config.epochs * config.minibatches > 1:
+        if self.has_values or kl_in_reward or config.epochs * config.minibatches > 1:
             old = self.scores(batch)
-            values_M = old.values
             batch = batch.with_scored(old_logprobs=old.logprobs)
+            values_M = old.values
+            if values_M is not None:
+                batch = batch.with_scored(old_values=values_M)
         if config.kl.beta > 0:
             batch = batch.with_scored(ref_logprobs=self.reference_logprobs(batch))
-        counts_N = torch.tensor([sum(t.loss_mask) for t in trajectories], device=device)
-        mask_NA = row_mask(counts_N)
-        rewards_NA = place_rewards(trajectories, mask_NA)
+        rewards_NA, mask_NA = self.shaped(trajectories)
+        counts_N = mask_NA.sum(1)
         if kl_in_reward:
             kl_M = KL_ESTIMATORS[config.kl.estimator](
                 batch.scored("old_logprobs"), batch.scored("ref_logprobs")
             )
-            rewards_NA = token_rewards(
-                rewards_NA, pad_rows(kl_M, counts_N), config.kl.beta, mask_NA
-            )
-        advantages_NA, returns_NA = ADVANTAGES[config.advantage](
+            kl_NA = pad_rows(kl_M, counts_N)
+            rewards_NA = token_rewards(rewards_NA, kl_NA, self.memory.beta, mask_NA)
+        greedy_N = [(greedy or {}).get(t.group_id, t.reward) for t in trajectories]
+        group_N = torch.tensor([t.group_id for t in trajectories], device=device)
+        rollout = Rollout(
             rewards_NA,
             mask_NA,
+            group_N,
             values_NA=None if values_M is None else pad_rows(values_M, counts_N),
-            group_N=torch.tensor([t.group_id for t in trajectories], device=device),
+            baseline=self.memory.baseline,
+            greedy_N=torch.tensor(greedy_N, device=device),
             gamma=config.gamma,
             lam=config.lam,
+        )
+        advantages_NA, returns_NA = ADVANTAGES[config.advantage](rollout)
+        mean_return = float(rewards_NA.sum(1).mean())
+        self.memory.baseline = moving_average(
+            self.memory.baseline, mean_return, config.baseline_decay
         )
         metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std(correction=0))}
         if values_M is not None:
@@ -317,18 +525,27 @@ class RLTrainer:
             metrics["value/explained_variance"] = 1.0 - float(
                 error_M.var() / unpad_rows(returns_NA, mask_NA).var().clamp(min=1e-8)
             )
-        if config.whiten:
+        if config.whiten == "batch":
             advantages_NA = whiten(advantages_NA, mask_NA)
+        elif config.whiten == "group":
+            advantages_NA = whiten_groups(advantages_NA, mask_NA, group_N)
         if config.positive_only:
             advantages_NA = advantages_NA.clamp(min=0.0)
         batch = batch.with_scored(
             advantages=unpad_rows(advantages_NA, mask_NA), returns=unpad_rows(returns_NA, mask_NA)
         )
+        if config.truncated == "mask":
+            whole_N = torch.tensor([t.finish_reason != "length" for t in trajectories])
+            batch = batch.unscored(~unpad_rows(whole_N.to(device)[:, None] & mask_NA, mask_NA))
         return batch, metrics
 
     def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """All updates of one rollout; metrics are means over them."""
         config = self.config
+        if not bool(batch.loss_mask.any()):  # every completion was cut, and cut ones are masked
+            return {}
+        warming = self.has_values and step < config.critic_warmup
+        learning = self.optimizers[1:] if warming else self.optimizers
         history: list[dict[str, float]] = []
         for epoch in range(config.epochs):
             for mini in minibatches(
@@ -336,8 +553,8 @@ class RLTrainer:
             ):
                 nth = step * config.epochs * config.minibatches + len(history)
                 counts = mini.counts[mini.counts > 0]
-                weights = loss_weights(counts, config.aggregation).to(batch.input_ids.device)
-                mini = mini.with_scored(loss_weights=weights)
+                weights = loss_weights(counts, config.aggregation, config.max_new_tokens)
+                mini = mini.with_scored(loss_weights=weights.to(batch.input_ids.device))
                 if self.only_advantages_count:
                     assert mini.advantages is not None
                     mini = mini.keep(mini.advantages != 0)
@@ -345,9 +562,24 @@ class RLTrainer:
                     micros = [*mini.split(config.max_tokens), *self.supervised(nth)]
                     computed = float(mini.scored("loss_weights").sum())
                     loss_of = partial(self.loss_of, computed=computed)
-                    history.append(update(micros, loss_of, *self.optimizers))
+                    history.append(update(micros, loss_of, *learning))
+                if warming:
+                    self.engine.model.zero_grad()
                 self.engine.weights_changed()
+                if self.average:
+                    self.average.update()
         return {name: fmean(h[name] for h in history) for name in history[0]}
+
+    def adapt(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Bring beta nearer to what keeps the KL at its target."""
+        kl = self.config.kl
+        if kl.target is None or "kl" not in metrics:
+            return {}
+        used = self.memory.beta
+        nats = metrics["kl"] * metrics["completions/mean_length"]
+        samples = self.config.prompts * self.config.group_size
+        self.memory.beta = adaptive_beta(used, nats, kl.target, kl.horizon, samples)
+        return {"kl/beta": used}
 
     def supervised(self, nth: int) -> list[PackedBatch]:
         """The labelled examples that stand beside the `nth` update, in micro-batches."""
@@ -357,13 +589,18 @@ class RLTrainer:
         return list(supervised_batch(rows).to(self.engine.device).split(self.config.max_tokens))
 
     @property
+    def has_values(self) -> bool:
+        """Whether there is a value net."""
+        return self.head is not None or self.critic is not None
+
+    @property
     def only_advantages_count(self) -> bool:
         """Whether a completion whose advantage is 0 has no gradient and need not be computed.
 
         Its weight in the mean stays: the gradient is the same, sooner.
         """
         kl = self.config.kl
-        return self.value_net is None and (kl.beta == 0 or kl.where == "reward")
+        return not self.has_values and (kl.beta == 0 or kl.where == "reward")
 
     def loss_of(self, batch: PackedBatch, computed: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one
@@ -376,34 +613,44 @@ class RLTrainer:
             loss, _ = supervised_loss(self.engine, batch)
             return config.supervised.weight * loss, {"supervised/loss": loss}
         weights_M = batch.scored("loss_weights")
-        scores = self.engine.logprobs(batch, config.temperature, self._shared_head)
+        counts_N = batch.counts[batch.counts > 0].to(weights_M.device)
+        scores = self.engine.logprobs(batch, config.temperature, self.head)
         old_M = (
             scores.logprobs.detach() if batch.old_logprobs is None else batch.scored("old_logprobs")
         )
         policy = POLICY_LOSSES[config.loss](
-            scores.logprobs, old_M, batch.scored("advantages"),
-            clip_low=config.clip_low, clip_high=config.clip_high,
-        )  # fmt: skip
-        loss = (weights_M * policy.loss_M).sum()
-        share_M = weights_M / computed
-        metrics = {name: (share_M * value_M).sum() for name, value_M in policy.metrics.items()}
-        metrics["entropy"] = (share_M * scores.entropy).sum()
-        gap_M = (old_M - batch.scored("sampler_logprobs")).abs()
-        metrics["sampling/logprob_gap"] = (share_M * gap_M).sum()
+            scores.logprobs, old_M, batch.scored("advantages"), counts_N, config.limits()
+        )
+        sampler_M = batch.scored("sampler_logprobs")
+        figures = {
+            **policy.metrics,
+            "entropy": scores.entropy,
+            "sampling/logprob_gap": (old_M - sampler_M).abs(),
+            "sampling/kl": mismatch(old_M, sampler_M)["kl"],
+        }
+        loss_M = policy.loss_M
+        if config.importance != "none":
+            importance_M = importance_weights(
+                old_M, sampler_M, counts_N, config.importance, config.importance_cap
+            )
+            loss_M, figures["sampling/importance"] = loss_M * importance_M, importance_M
         if config.kl.beta > 0:
             ref_M = batch.scored("ref_logprobs")
-            metrics["kl"] = (share_M * KL_ESTIMATORS["k3"](scores.logprobs, ref_M)).sum()
+            figures["kl"] = KL_ESTIMATORS["k3"](scores.logprobs, ref_M)
             if config.kl.where == "loss":
                 kl_M = KL_ESTIMATORS[config.kl.estimator](scores.logprobs, ref_M)
-                loss = loss + config.kl.beta * (weights_M * kl_M).sum()
-        values_M = scores.values
-        if self.value_net and self.value_net.critic is not None:
-            values_M = self.value_net.of_critic(batch)
+                if config.kl.ratio:
+                    kl_M = with_ratio(kl_M, scores.logprobs, old_M)
+                loss_M = loss_M + self.memory.beta * kl_M
+        values_M = self.critic(batch) if self.critic else scores.values
         if values_M is not None:
-            error = (weights_M * value_loss(values_M, batch.scored("returns"))).sum()
-            loss = loss + config.value_coefficient * error
-            metrics["value/loss"] = error / computed
-        return loss, metrics
+            error_M = value_loss(
+                values_M, batch.scored("returns"), batch.scored("old_values"), config.value_clip
+            )
+            loss_M = loss_M + config.value_coefficient * error_M
+            figures["value/loss"] = error_M
+        share_M = weights_M / computed
+        return (weights_M * loss_M).sum(), {k: (share_M * v).sum() for k, v in figures.items()}
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> TokenScores:
@@ -411,9 +658,9 @@ class RLTrainer:
         parts = []
         for micro in batch.split(self.config.max_tokens):
             with self.engine.training(), torch.no_grad():
-                part = self.engine.logprobs(micro, self.config.temperature, self._shared_head)
-                if self.value_net and self.value_net.critic is not None:
-                    part = part._replace(values=self.value_net.of_critic(micro))
+                part = self.engine.logprobs(micro, self.config.temperature, self.head)
+                if self.critic:
+                    part = part._replace(values=self.critic(micro))
             parts.append(part)
         joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
         return TokenScores(*joined)
@@ -432,106 +679,3 @@ class RLTrainer:
                 ).logprobs
                 for micro in batch.split(self.config.max_tokens)
             ])  # fmt: skip
-
-    @property
-    def _shared_head(self) -> ValueHead | None:
-        return self.value_net.head if self.value_net and self.value_net.critic is None else None
-
-
-def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> PackedBatch:
-    """Groups with their prompt stored once, in the order of the trajectories, which come group by
-    group.
-    """
-    groups: dict[int, list[Trajectory]] = {}
-    for t in trajectories:
-        groups.setdefault(t.group_id, []).append(t)
-    batch = pack_groups(
-        [
-            (
-                members[0].token_ids[: members[0].prompt_length],
-                [(t.token_ids[t.prompt_length :], t.loss_mask[t.prompt_length :]) for t in members],
-            )
-            for members in groups.values()
-        ],
-        max_tokens=max_tokens,
-    )
-    sampled = [
-        logprob
-        for t in trajectories
-        for logprob, mask in zip(t.logprobs, t.loss_mask, strict=True)
-        if mask
-    ]
-    return batch.with_scored(sampler_logprobs=torch.tensor(sampled))
-
-
-def place_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor:
-    """[N, A] rewards at the tokens that the policy wrote."""
-    rewards_NA = torch.zeros(mask_NA.shape, dtype=torch.float32, device=mask_NA.device)
-    for row_A, t in zip(rewards_NA, trajectories, strict=True):
-        written = [r for r, mask in zip(t.rewards, t.loss_mask, strict=True) if mask]
-        row_A[: len(written)] = torch.tensor(written)
-    return rewards_NA
-
-
-def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[PackedBatch]:
-    """The batch's trees dealt into `count` batches in a random order; the batch itself for one."""
-    if count == 1:
-        return [batch]
-    trees = batch.trees()
-    if count > len(trees):
-        raise DataError(
-            f"A rollout of {len(trees)} groups cannot be cut into minibatches={count}; lower it."
-        )
-    shuffled = [trees[i] for i in torch.randperm(len(trees), generator=order)]
-    return [
-        PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)
-    ]
-
-
-def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[str, float]:
-    """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
-    lengths = [sum(t.loss_mask) for t in trajectories]
-    by_group: dict[int, list[float]] = {}
-    for t in trajectories:
-        by_group.setdefault(t.group_id, []).append(t.reward)
-    metrics = {
-        "reward": fmean(t.reward for t in trajectories),
-        "reward_std": fmean(pstdev(group) for group in by_group.values()),
-        "frac_reward_zero_std": fmean(pstdev(group) < 1e-8 for group in by_group.values()),
-        "success": fmean(bool(t.info.get("success", False)) for t in trajectories),
-        "completions/mean_length": fmean(lengths),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": fmean(t.finish_reason == "length" for t in trajectories),
-    }
-    for name, values in parts.items():
-        known = [v for v in values if v is not None]
-        if known:
-            metrics[f"rewards/{name}/mean"] = fmean(known)
-            metrics[f"rewards/{name}/std"] = pstdev(known)
-    return metrics
-
-
-def describe_generation(engine: HybridEngine) -> dict[str, float]:
-    """Where the generation gear's time went in this step."""
-    done, shift = engine.timing(), engine.shift_seconds
-    engine.shift_seconds = 0.0
-    return {
-        "engine/shift_seconds": shift,
-        "engine/prefill_seconds": done.prefill_seconds,
-        "engine/decode_seconds": done.decode_seconds,
-        "engine/decode_tokens_per_second": done.decode_tokens / max(done.decode_seconds, 1e-9),
-        "engine/roofline_fraction": engine.roofline_fraction(done),
-        "engine/shared_tokens": float(done.shared_tokens),
-        "engine/preemptions": float(done.preemptions),
-    }
-
-
-def record(trajectory: Trajectory) -> dict[str, Any]:
-    """What `rollouts.jsonl` keeps of an episode."""
-    return {
-        "group_id": trajectory.group_id,
-        "messages": trajectory.info["messages"],
-        "token_ids": trajectory.token_ids[trajectory.prompt_length :],
-        "reward": trajectory.reward,
-        "finish_reason": trajectory.finish_reason,
-    }

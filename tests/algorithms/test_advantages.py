@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from gearshift.algorithms.advantages import (
     ADVANTAGES,
+    NEEDS_GREEDY,
     NEEDS_VALUES,
+    Rollout,
+    best_of_n,
     gae,
     grpo,
+    moving_average,
+    opo,
     reinforce_baseline,
     returns,
     rloo,
-    token_rewards,
 )
-from gearshift.algorithms.policy_losses import reinforce
+from gearshift.algorithms.policy_losses import Limits, reinforce
 from tests.algorithms.ragged import FLOATS, assert_rows, column, padded, rows
 from tests.oracles import advantages as oracle
 
@@ -74,7 +78,8 @@ def test_group_baselines(data: list[tuple[float, int]]) -> None:
 def test_equal_rewards_teach_exactly_nothing(reward: float, size: int) -> None:
     """To the last bit: who leaves out groups without a gradient asks for advantages != 0."""
     r, g = torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)
-    for advantages in (rloo(r, g), grpo(r, g), grpo(r, g, scale=False)):
+    lengths = torch.arange(1, size + 1)
+    for advantages in (rloo(r, g), grpo(r, g), grpo(r, g, scale=False), opo(r, g, lengths)):
         assert advantages.dtype == r.dtype and not advantages.any()
 
 
@@ -87,41 +92,71 @@ def test_group_methods_score_the_row_sums(name: str, data: list, gamma: float) -
     sums = [sum(row) for row in rewards]
     score = oracle.rloo if name == "rloo" else partial(oracle.grpo, scale=name == "grpo")
     expected = [[a] * len(row) for a, row in zip(score(sums, groups), rewards, strict=True)]
-    out = ADVANTAGES[name](
-        padded_NA, mask, values_NA=None, group_N=torch.tensor(groups), gamma=gamma, lam=1.0
-    )
+    out = ADVANTAGES[name](Rollout(padded_NA, mask, torch.tensor(groups), gamma=gamma))
     assert_rows(out.advantages_NA, mask, expected, atol=1e-6)
     assert_rows(out.returns_NA, mask, oracle.returns(rewards, gamma))
 
 
-@given(rows(2), st.floats(0, 2))
-def test_kl_is_a_cost_of_each_token(data: list, beta: float) -> None:
-    rewards, mask = padded(column(data, 0))
-    kl, _ = padded(column(data, 1))
-    expected = [[r - beta * k for r, k in row] for row in data]
-    assert_rows(token_rewards(rewards, kl, beta, mask), mask, expected)
+@given(rows(1))
+def test_rewards_of_turns_are_scaled_in_their_group(data: list) -> None:
+    rewards = [[0.0 if abs(r) < 1 else r for r in row] for row in column(data, 0)]
+    padded_NA, mask = padded(rewards)
+    groups = [i % 2 for i in range(len(rewards))]
+    out = ADVANTAGES["grpo_turns"](Rollout(padded_NA, mask, torch.tensor(groups)))
+    assert_rows(out.advantages_NA, mask, oracle.grpo_turns(rewards, groups), atol=1e-6)
+
+
+@given(st.lists(st.tuples(FLOATS, st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=9))
+def test_opo_and_the_best_of_n(data: list[tuple[float, int, int]]) -> None:
+    rewards, groups, lengths = (list(column) for column in zip(*data, strict=True))
+    r, g = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+    ours = opo(r, g, torch.tensor(lengths))
+    assert torch.allclose(ours, torch.tensor(oracle.opo(rewards, groups, lengths)).double())
+    assert best_of_n(r, g).tolist() == oracle.best_of_n(rewards, groups)
+
+
+@given(rows(1), UNIT, FLOATS)
+def test_plain_baselines(data: list, gamma: float, baseline: float) -> None:
+    """The moving average's and ReMax's: the return less a number; `returns`: less nothing."""
+    rewards = column(data, 0)
+    padded_NA, mask = padded(rewards)
+    N = len(rewards)
+    greedy = [baseline + i for i in range(N)]
+    rollout = Rollout(
+        padded_NA, mask, torch.zeros(N), baseline=baseline,
+        greedy_N=torch.tensor(greedy, dtype=torch.float64), gamma=gamma,
+    )  # fmt: skip
+    G = oracle.returns(rewards, gamma)
+    for name, less in (
+        ("returns", [0.0] * N), ("moving_average", [baseline] * N), ("remax", greedy)
+    ):  # fmt: skip
+        expected = [[g - b for g in row] for row, b in zip(G, less, strict=True)]
+        assert_rows(ADVANTAGES[name](rollout).advantages_NA, mask, expected)
+
+
+def test_the_moving_average_begins_with_what_it_sees_first() -> None:
+    average = None
+    for x in (4.0, 8.0, 0.0):
+        average = moving_average(average, x, 0.75)
+    assert average == pytest.approx(0.75 * (0.75 * 4 + 0.25 * 8))
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_all_share_one_signature(name: str) -> None:
     rewards, mask = padded([[0.0, 0.0, 1.0], [0.5], [0.0, 2.0]])
     values = torch.randn(3, 3).double().requires_grad_()
-    out = ADVANTAGES[name](
-        rewards,
-        mask,
+    given_ = Rollout(
+        rewards, mask, torch.tensor([5, 5, 9]),
         values_NA=values if name in NEEDS_VALUES else None,
-        group_N=torch.tensor([5, 5, 9]),
-        gamma=1.0,
-        lam=0.95,
-    )
+        greedy_N=torch.ones(3).double() if name in NEEDS_GREEDY else None,
+    )  # fmt: skip
+    out = ADVANTAGES[name](given_)
     assert out.advantages_NA.shape == out.returns_NA.shape == (3, 3)
     assert (out.advantages_NA[~mask] == 0).all()
     assert not out.advantages_NA.requires_grad and not out.returns_NA.requires_grad
-    if name in NEEDS_VALUES:
-        with pytest.raises(ValueError, match="values"):
-            ADVANTAGES[name](
-                rewards, mask, values_NA=None, group_N=torch.zeros(3), gamma=1.0, lam=1.0
-            )
+    if name in NEEDS_VALUES | NEEDS_GREEDY:
+        with pytest.raises(ValueError, match=f"{name} needs"):
+            ADVANTAGES[name](Rollout(rewards, mask, torch.zeros(3)))
 
 
 @pytest.mark.parametrize("baseline", [0.0, 0.4, -2.0])
@@ -134,7 +169,7 @@ def test_reinforce_with_any_baseline_is_the_exact_policy_gradient(baseline: floa
     value = torch.full((4, 1), baseline, dtype=torch.float64)
     mask = torch.ones(4, 1, dtype=torch.bool)
     advantages = reinforce_baseline(reward[:, None], value, mask).advantages_NA[:, 0]
-    losses = reinforce(log_p, log_p.detach(), advantages).loss_M
+    losses = reinforce(log_p, log_p.detach(), advantages, torch.ones(4).long(), Limits()).loss_M
     [ours] = torch.autograd.grad((log_p.detach().exp() * losses).sum(), logits)
     assert torch.allclose(ours, exact, atol=1e-12)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gearshift.algorithms.kl import KL_ESTIMATORS
+from gearshift.algorithms.kl import KL_ESTIMATORS, adaptive_beta, with_ratio
 
 
 @pytest.fixture
@@ -72,3 +72,34 @@ def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl(
 def test_k3_and_k2_are_never_negative() -> None:
     p, q = torch.randn(1000).double(), torch.randn(1000).double()
     assert (KL_ESTIMATORS["k3"](p, q) >= 0).all() and (KL_ESTIMATORS["k2"](p, q) >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+@pytest.mark.parametrize("moved", [0.0, 0.7])
+def test_with_the_ratio_value_and_gradient_are_the_reverse_kls(
+    policies: tuple[Tensor, Tensor], name: str, moved: float
+) -> None:
+    """Enumerated over what an older policy sampled; without the ratio, k3 is biased there."""
+    logits, q = policies
+    old = torch.log_softmax(logits.detach() + moved * torch.randn(8).double(), 0)
+    p = torch.log_softmax(logits, 0)
+    exact = (p.exp() * (p - q)).sum()
+    [reverse] = torch.autograd.grad(exact, logits, retain_graph=True)
+    ours = (old.exp() * with_ratio(KL_ESTIMATORS[name](p, q), p, old)).sum()
+    assert torch.allclose(ours, exact, atol=1e-12)
+    [gradient] = torch.autograd.grad(ours, logits, retain_graph=True)
+    assert torch.allclose(gradient, reverse, atol=1e-12)
+    if moved:
+        plain = (old.exp() * KL_ESTIMATORS[name](p, q)).sum()
+        [forward] = torch.autograd.grad((q.exp() * (q - p)).sum(), logits, retain_graph=True)
+        [biased] = torch.autograd.grad(plain, logits)
+        assert not torch.allclose(plain, exact, atol=1e-3)
+        assert not torch.allclose(biased, reverse, atol=1e-3)
+        assert not torch.allclose(biased, forward, atol=1e-3)
+
+
+def test_the_adaptive_weight_of_the_kl() -> None:
+    assert adaptive_beta(0.2, 6.0, 6.0, 100, 50) == pytest.approx(0.2)
+    assert adaptive_beta(0.2, 6.6, 6.0, 100, 50) == pytest.approx(0.2 * 1.05)
+    assert adaptive_beta(0.2, 60.0, 6.0, 100, 50) == pytest.approx(0.2 * 1.1)  # error kept to 0.2
+    assert adaptive_beta(0.2, 0.0, 6.0, 100, 50) == pytest.approx(0.2 * 0.9)

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from gearshift.algorithms.normalize import (
     loss_weights,
     masked_mean,
+    moments,
     pad_rows,
     row_mask,
     unpad_rows,
     whiten,
+    whiten_groups,
 )
 
 settings.load_profile("algorithms")
@@ -64,3 +66,21 @@ def test_nothing_masked_is_no_nan() -> None:
     assert float(masked_mean(torch.ones(2, 3), none)) == 0.0
     assert (whiten(torch.ones(2, 3), none) == 0).all()
     assert loss_weights(torch.tensor([0, 0]), "token_mean").shape == (0,)
+
+
+def test_ranks_that_add_up_their_moments_whiten_as_one() -> None:
+    values, mask = torch.randn(6, 5).double() * 2 + 7, torch.rand(6, 5) > 0.3
+    added = moments(values[:2], mask[:2]) + moments(values[2:], mask[2:])
+    parts = [whiten(values[a:b], mask[a:b], moments=added) for a, b in ((0, 2), (2, 6))]
+    assert torch.allclose(torch.cat(parts), whiten(values, mask), atol=1e-9)
+
+
+def test_groups_are_whitened_by_themselves() -> None:
+    values, mask = torch.randn(5, 4).double(), torch.rand(5, 4) > 0.3
+    mask[:, 0] = True
+    group = torch.tensor([3, 1, 3, 1, 1])
+    out = whiten_groups(values, mask, group)
+    for g in (1, 3):
+        rows = group == g
+        assert torch.allclose(out[rows], whiten(values[rows], mask[rows]))
+    assert (out[~mask] == 0).all()

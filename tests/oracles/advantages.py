@@ -47,3 +47,37 @@ def grpo(rewards: list[float], groups: list[int], scale: bool) -> list[float]:
         spread = statistics.stdev(group) if len(group) > 1 else 0.0
         out.append((r - statistics.fmean(group)) / (spread + 1e-4 if scale else 1.0))
     return out
+
+
+def grpo_turns(rewards: Rows, groups: list[int]) -> Rows:
+    """Each reward that is not 0, normalised over its group's; a token gets the sum of those at it
+    or after it.
+    """
+    out = []
+    for row, g in zip(rewards, groups, strict=True):
+        given = [r for x, h in zip(rewards, groups, strict=True) if h == g for r in x if r != 0]
+        mean = statistics.fmean(given) if given else 0.0
+        spread = statistics.stdev(given) + 1e-4 if len(given) > 1 else float("inf")
+        scaled = [(r - mean) / spread if r != 0 else 0.0 for r in row]
+        out.append([sum(scaled[t:]) for t in range(len(row))])
+    return out
+
+
+def opo(rewards: list[float], groups: list[int], lengths: list[int]) -> list[float]:
+    """r_i less the length-weighted mean reward of its group."""
+    out = []
+    for r, g in zip(rewards, groups, strict=True):
+        members = [j for j, h in enumerate(groups) if h == g]
+        weighted = sum(lengths[j] * rewards[j] for j in members)
+        out.append(r - weighted / sum(lengths[j] for j in members))
+    return out
+
+
+def best_of_n(rewards: list[float], groups: list[int]) -> list[float]:
+    """The group's size for its first best, 0 for others."""
+    out = []
+    for i, g in enumerate(groups):
+        members = [j for j, h in enumerate(groups) if h == g]
+        best = next(j for j in members if rewards[j] == max(rewards[k] for k in members))
+        out.append(float(len(members)) if i == best else 0.0)
+    return out

@@ -104,3 +104,38 @@ def test_a_recipe_with_adapters(tmp_path: Path) -> None:
     assert abs(first["kl"]) <= 1e-6  # the reference is the policy before its adapter learns
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 < summary["engine"]["logprob_gap"] <= 1e-5
+
+
+def test_preferences_in_place_of_reinforcement_learning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    pairs = "preference.data.sources=[{path: 'task:pairs'}]"
+    heldout = "preference.heldout.sources=[{path: 'task:pairs_heldout'}]"
+    main(["run", RECIPE, f"run.dir={folder}", "algorithm=dpo", "reward=null", pairs, heldout])
+    done = json.loads((folder / "preference" / "done.json").read_text())
+    assert 0 <= done["accuracy"] <= 1 and done["rows"] == 12
+    AutoModelForCausalLM.from_pretrained(folder / "preference")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["heldout"]) == {"base", "sft", "preference"}
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    first = json.loads((folder / "preference" / "metrics.jsonl").read_text().splitlines()[0])
+    assert all(f"/{n.rsplit('/', 1)[-1]}`" in documented for n in first if n.startswith("rewards/"))
+    capsys.readouterr()
+    main(["generate", str(folder), "turn on the light", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out
+
+
+def test_ppo_as_deepspeed_chat_runs_it(run: Path, tmp_path: Path) -> None:
+    """A critic from the reward model, several mini-batches, ptx, and the policy's average."""
+    folder = tmp_path / "ppo"
+    main([
+        "run", RECIPE, f"run.dir={folder}", "algorithm=ppo", "rl.critic=reward",
+        "rl.rewards=[{source: model, normalize: true}]", "rl.minibatches=2", "rl.ema=0.9",
+        "rl.kl.beta=0.1", "rl.supervised.data.sources=[{path: 'task:labelled'}]",
+    ])  # fmt: skip
+    first = json.loads((folder / "rl" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"value/loss", "clip_fraction", "supervised/loss", "kl"} <= set(first)
+    policy = AutoModelForCausalLM.from_pretrained(folder / "rl").state_dict()
+    average = AutoModelForCausalLM.from_pretrained(folder / "rl" / "ema").state_dict()
+    assert any(not policy[k].equal(average[k]) for k in policy)

@@ -1,5 +1,6 @@
 """A tiny RL run, as the tests of the loop make it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.trainers.critic import load_critic
 from gearshift.trainers.rl import RLConfig, RLTrainer
 from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
@@ -33,11 +35,22 @@ def small(**changes: Any) -> RLConfig:
     return RLConfig.model_validate(settings)
 
 
-def own_reward(
-    trajectories: list[Trajectory],
-) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
+class OwnReward:
     """The environment's reward as it is."""
-    return list(trajectories), {"environment": [t.reward for t in trajectories]}
+
+    def begin(self, group: list[Trajectory]) -> None:
+        pass
+
+    def __call__(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
+        return list(trajectories), {"environment": [t.reward for t in trajectories]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def trainer(
@@ -47,20 +60,22 @@ def trainer(
     seed: int = 0,
     model: Any = None,
     examples: Mixture[Rendered] | None = None,
+    reference: Any = None,
 ) -> RLTrainer:
     """A trainer of the tiny model, ready to `train()`."""
     engine = HybridEngine(
         model or tiny_model(), tiny_tokenizer(), EngineConfig(max_rows=8), seed=seed
     )
-    reference = load_policy(TINY) if config.kl.beta > 0 else None
+    if config.kl.beta > 0 and reference is None:
+        reference = load_policy(TINY)
     return RLTrainer(
         config,
         engine,
-        Collector(environment, engine.tokenizer, engine.generate),
+        Collector(environment, engine.tokenizer, engine),
         rows=None,
-        score=own_reward,
+        score=OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=reference,
-        critic=load_policy(TINY) if config.value == "critic" else None,
+        critic=load_critic(TINY, None) if config.value == "critic" else None,
         examples=examples,
     )

@@ -14,7 +14,8 @@ from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rl import RLTrainer, pack_trajectories, place_rewards
+from gearshift.trainers.rl import RLTrainer
+from gearshift.trainers.rollout import pack_trajectories, place_rewards
 from gearshift.types import SamplingParams
 from tests.gyms import Faulty, SayLetters, TwoTurns
 from tests.trainers.rl_runs import small, trainer
@@ -123,14 +124,14 @@ def test_a_group_that_starts_differently_is_refused() -> None:
             return super().reset(seed=None, options=options)
 
     engine = HybridEngine(random_model("llama"), tiny_tokenizer())
-    collector = Collector(Restless, engine.tokenizer, engine.generate)
+    collector = Collector(Restless, engine.tokenizer, engine)
     with engine.generating(), pytest.raises(DataError, match="Restless started differently"):
         collector.collect([Start(0, seed=0)], SamplingParams(n=8, max_new_tokens=2))
 
 
 def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
     engine = HybridEngine(random_model("llama"), tiny_tokenizer())
-    collector = Collector(TwoTurns, engine.tokenizer, engine.generate)
+    collector = Collector(TwoTurns, engine.tokenizer, engine)
     with engine.generating():
         episodes = collector.collect([Start(3, seed=0)], SamplingParams(n=6, max_new_tokens=40))
     finished = [t for t in episodes if t.info.get("success")]

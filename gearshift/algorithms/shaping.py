@@ -1,0 +1,30 @@
+"""What becomes of rewards before they are advantages. Tensors only.
+
+Legend: N completions, A the longest, padded places are 0; `mask_NA` is True on a prefix of each
+row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def token_rewards(rewards_NA: Tensor, kl_NA: Tensor, beta: float, mask_NA: Tensor) -> Tensor:
+    """r_t - beta * KL_t: the KL as a cost of each token (Ziegler et al. 2019; Ouyang et al. 2022).
+    [N, A].
+    """
+    return (rewards_NA - beta * kl_NA).masked_fill(~mask_NA, 0.0)
+
+
+def clip_rewards(rewards_NA: Tensor, limit: float) -> Tensor:
+    """Each reward kept within [-limit, limit], before the KL is subtracted: DeepSpeed-Chat's guard
+    against a reward model's outliers. [N, A].
+    """
+    return rewards_NA.clamp(-limit, limit)
+
+
+def overlong_penalty(lengths_N: Tensor, longest: int, buffer: int) -> Tensor:
+    """[N] 0 up to `longest - buffer` tokens, then down in a line to -1 at `longest` (the soft
+    overlong punishment of DAPO, Yu et al. 2025).
+    """
+    return -((lengths_N - (longest - buffer)) / buffer).clamp(0.0, 1.0)

@@ -1,0 +1,299 @@
+"""Preference learning without reinforcement learning: DPO, IPO, cDPO, KTO, ORPO, SimPO.
+
+The policy learns from completions that were judged: pairs (a better and a worse answer to one
+prompt) or single ones (good or bad, for KTO). A pair is a group, so its prompt is computed once;
+the loss is a mean over the batch however it is cut into micro-batches. The reference is the policy
+as it starts: its log-probs are computed once, before the first update, with no second copy of the
+weights; or at each step from a copy.
+Legend: N completions of the batch, P pairs, M their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.algorithms.normalize import row_sums
+from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
+from gearshift.data import (
+    DataConfig,
+    JudgedExample,
+    Mixture,
+    PreferenceExample,
+    pack_groups,
+    render_completion,
+)
+from gearshift.engine import HybridEngine, PackedModel
+from gearshift.errors import DataError
+from gearshift.models.adapters import adapters_off
+from gearshift.models.forward import token_scores
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.stage import Stage, StageConfig
+from gearshift.trainers.step import update
+from gearshift.types import PackedBatch
+
+NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
+
+
+class PreferenceConfig(StageConfig):
+    """Learning from judged completions, in place of the reward model and RL."""
+
+    data: DataConfig = DataConfig()
+    """`prompt`/`chosen`/`rejected` rows; for `kto` also `prompt`/`completion`/`label`."""
+    heldout: DataConfig = DataConfig()
+    """Pairs that only measure accuracy."""
+    loss: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
+    """The method; `docs/algorithms.md` has their formulas."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly preferences count against the reference; for `orpo` the weight of its odds."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """`dpo`: the chance that a label is wrong (cDPO)."""
+    margin: float = Field(0.0, ge=0)
+    """`simpo`: by how much the chosen side should win."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """`kto`: of good completions."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """`kto`: of bad ones."""
+    supervised_weight: float = Field(0.0, ge=0)
+    """Of the chosen completion's mean token loss, beside the preference loss; `orpo` has it at 1 by
+    definition."""
+    reference: Literal["precompute", "each_step"] = "precompute"
+    """Reference log-probs: all before the first step, without a second copy of the weights; or at
+    each step, which is cheaper where few of the rows are used."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the rows."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in one update."""
+    max_length: int = Field(1024, ge=2)
+    """Longer sequences are refused."""
+    max_tokens: int = Field(4096, ge=1)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="linear")
+    """AdamW and its schedule."""
+
+    @model_validator(mode="after")
+    def _enough_rows(self) -> Self:
+        if self.loss == "kto" and self.batch_size == 1:
+            raise ValueError("kto compares the rows of a batch; batch_size must be 2 or more.")
+        return self
+
+    def steps(self, rows: int) -> int:
+        """Updates in all."""
+        return max(1, round(self.epochs * rows / self.batch_size))
+
+
+@dataclass
+class Judged:
+    """A prompt and one or two completions; the better one first."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    good: list[bool]
+    reference: list[float] | None = None
+    """Log-prob of each completion under the reference, once it is known."""
+    other: list[int] = field(default_factory=list)
+    """Another row's completion, from which KTO estimates the KL."""
+    other_reference: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+def render_judged(
+    examples: Sequence[PreferenceExample | JudgedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Judged]:
+    """Token ids of each row; raises `DataError` for one that is too long."""
+    rows = []
+    for i, example in enumerate(examples):
+        if isinstance(example, PreferenceExample):
+            texts, good = [example.chosen, example.rejected], [True, False]
+        else:
+            texts, good = [example.completion], [example.good]
+        sides = [render_completion(tokenizer, example.prompt, text) for text in texts]
+        prompt = sides[0][0]
+        longest = len(prompt) + max(len(ids) for _, ids in sides)
+        if longest > max_length:
+            raise DataError(
+                f"Row {i + 1} has {longest} tokens, over max_length={max_length}; raise it, "
+                "or drop the row."
+            )
+        rows.append(Judged(prompt, [ids for _, ids in sides], good))
+    for row, after in zip(rows, [*rows[1:], *rows[:1]], strict=True):
+        row.other = after.completions[0][: max_length - len(row.prompt)]
+    return rows
+
+
+def judged_batch(rows: Sequence[Judged], other: bool = False) -> PackedBatch:
+    """The rows' completions (or, for KTO's estimate, others'), each row's prompt stored once."""
+    return pack_groups([
+        (row.prompt, [(ids, [1] * len(ids)) for ids in ([row.other] if other else row.completions)])
+        for row in rows
+    ])  # fmt: skip
+
+
+Micro = tuple[PackedBatch, Sequence[Judged]]
+
+
+class PreferenceTrainer:
+    """The policy, its reference, and the loss between them."""
+
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        engine: HybridEngine,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        """`reference` is needed for `reference: each_step`; the policy's own model, where it has
+        adapters.
+        """
+        self.config, self.engine, self.reference = config, engine, reference
+        self._states = (
+            engine.states if reference in (None, engine.model) else PackedModel(reference)
+        )
+
+    def train(self, rows: Mixture[Judged], stage: Stage) -> None:
+        """All updates. What the reference thinks must be known before (`precompute`), or can be
+        asked at each step.
+        """
+        config = self.config
+        optimizer = MasterAdamW(self.engine.model.parameters(), config.optimizer, stage.total)
+        stage.track(model=self.engine.model, optimizer=optimizer)
+        for step in stage.steps(on_resume=self.engine.weights_changed):
+            chosen = rows.batch(step, config.batch_size)
+            if config.loss in NEEDS_REFERENCE and self.reference is not None:
+                self.ask_reference(chosen)
+            with stage.phase("train"), self.engine.training():
+                baseline = self.kl(chosen) if config.loss == "kto" else torch.zeros(())
+
+                def loss_of(
+                    micro: Micro, rows: list[Judged] = chosen, baseline: Tensor = baseline
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+                    return self.loss_of(micro, rows, baseline)
+
+                metrics = update(self.micros(chosen), loss_of, optimizer)
+            self.engine.weights_changed()
+            if config.loss == "kto":
+                metrics["kl"] = float(baseline)
+            stage.log(step, metrics, tokens=sum(map(len, chosen)))
+
+    def precompute(self, rows: Sequence[Judged]) -> None:
+        """What the reference thinks of all these rows, while the policy still is the reference."""
+        if self.config.loss in NEEDS_REFERENCE:
+            size = self.config.batch_size
+            for first in range(0, len(rows), size):
+                self.ask_reference(rows[first : first + size])
+
+    @torch.no_grad()
+    def ask_reference(self, rows: Sequence[Judged]) -> None:
+        """Log-probs of the rows' completions under the reference, kept in the rows."""
+        model = self.reference or self.engine.model
+
+        def sums(micro: PackedBatch) -> list[float]:
+            scores = token_scores(model, micro, states=self._states)
+            counts = micro.counts[micro.counts > 0].to(scores.logprobs.device)
+            return row_sums(scores.logprobs, counts).tolist()
+
+        with self.engine.training(), torch.no_grad(), adapters_off(model):
+            for micro, some in self.micros(rows):
+                told = iter(sums(micro))
+                for row in some:
+                    row.reference = [next(told) for _ in row.completions]
+            if self.config.loss == "kto":
+                for micro, some in self.micros(rows, other=True):
+                    for row, value in zip(some, sums(micro), strict=True):
+                        row.other_reference = value
+
+    def micros(self, rows: Sequence[Judged], other: bool = False) -> Iterator[Micro]:
+        """Micro-batches with their rows: one tree each."""
+        first = 0
+        for micro in judged_batch(rows, other).to(self.engine.device).split(self.config.max_tokens):
+            end = first + len(micro.trees())
+            yield micro, rows[first:end]
+            first = end
+
+    @torch.no_grad()
+    def kl(self, rows: Sequence[Judged]) -> Tensor:
+        """KTO's z0: the mean log-ratio of completions that answer other prompts, at least 0."""
+        total = torch.zeros((), device=self.engine.device)
+        for micro, some in self.micros(rows, other=True):
+            scores = self.engine.logprobs(micro)
+            known = sum(row.other_reference for row in some)
+            total += scores.logprobs.sum() - known
+        return (total / len(rows)).clamp(min=0.0)
+
+    def loss_of(
+        self, micro: Micro, batch: Sequence[Judged], baseline: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of one micro-batch, divided by the whole batch's count, so that they add up."""
+        config = self.config
+        packed, rows = micro
+        scores = self.engine.logprobs(packed)
+        device = scores.logprobs.device
+        counts_N = packed.counts[packed.counts > 0].to(device)
+        logprob_N = row_sums(scores.logprobs, counts_N)
+        mean_N = logprob_N / counts_N
+        good_N = torch.tensor([g for row in rows for g in row.good], device=device)
+        if config.loss in NEEDS_REFERENCE:
+            known = [value for row in rows for value in row.reference or ()]
+            score_N = logprob_N - torch.tensor(known, device=device)
+        else:
+            score_N = mean_N
+        if config.loss == "kto":
+            weights = (config.beta, config.desirable_weight, config.undesirable_weight)
+            losses = kto(score_N, good_N, baseline, *weights)
+            right = ((score_N > baseline) == good_N).float()
+        else:
+            chosen_P, rejected_P = score_N[0::2], score_N[1::2]
+            losses = self._pairs(chosen_P, rejected_P)
+            right = (chosen_P > rejected_P).float()
+        total = sum(len(row.completions) for row in batch) if config.loss == "kto" else len(batch)
+        goods = max(1, sum(sum(row.good) for row in batch))
+        bads = max(1, sum(len(row.good) - sum(row.good) for row in batch))
+        loss = losses.sum() / total
+        if weight := 1.0 if config.loss == "orpo" else config.supervised_weight:
+            loss = loss - weight * mean_N[good_N].sum() / goods
+        reward_N = config.beta * score_N.detach()
+        chosen, rejected = reward_N[good_N].sum() / goods, reward_N[~good_N].sum() / bads
+        return loss, {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": right.sum() / total,
+            "logps/chosen": logprob_N[good_N].sum() / goods,
+            "logps/rejected": logprob_N[~good_N].sum() / bads,
+        }
+
+    def _pairs(self, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+        config = self.config
+        if config.loss == "dpo":
+            return dpo(chosen_P, rejected_P, config.beta, config.label_smoothing)
+        if config.loss == "ipo":
+            return ipo(chosen_P, rejected_P, config.beta)
+        if config.loss == "orpo":
+            return orpo(chosen_P, rejected_P, config.beta)
+        return simpo(chosen_P, rejected_P, config.beta, config.margin)
+
+    @torch.no_grad()
+    def accuracy(self, pairs: Sequence[Judged]) -> float:
+        """Fraction of held-out pairs whose chosen side has the greater reward."""
+        wins = []
+        with self.engine.training(), torch.no_grad():
+            for packed, rows in self.micros(pairs):
+                scores = self.engine.logprobs(packed)
+                counts = packed.counts[packed.counts > 0].to(scores.logprobs.device)
+                sums = row_sums(scores.logprobs, counts)
+                told = iter((sums / counts if rows[0].reference is None else sums).tolist())
+                for row in rows:
+                    known = row.reference or [0.0, 0.0]
+                    chosen, rejected = (next(told) - value for value in known)
+                    wins.append(chosen > rejected)
+        return fmean(wins)

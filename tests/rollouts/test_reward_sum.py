@@ -1,0 +1,153 @@
+"""An episode's reward is the weighted sum, at the last token that the policy wrote; functions are
+asked while others still write; models may be many, and far away.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gearshift.errors import ConfigError
+from gearshift.models.load import ModelConfig
+from gearshift.rollouts import reward_sum
+from gearshift.rollouts.reward_sum import Ensemble, RewardSum, Running
+from gearshift.rollouts.rewards import HttpReward, combine
+from gearshift.serve.score import score_server
+from gearshift.types import Trajectory
+
+TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
+
+
+def source(name: str, weight: float = 1.0, normalize: bool = False) -> Any:
+    return SimpleNamespace(source=name, weight=weight, ensemble="mean", normalize=normalize)
+
+
+def episode(group: int, text: str, reward: float) -> Trajectory:
+    info = {"messages": [{"role": "user", "content": "q"}, {}], "completion": text, "gold": text}
+    ids, mask = [5, 6, 7, 8, 9], [0, 1, 1, 0, 0]
+    return Trajectory(ids, mask, [0.0] * 5, [0, 0, reward, 0, 0], group, 1, "stop", info)
+
+
+def write(folder: Path, body: str) -> str:
+    file = folder / "mine.py"
+    file.write_text(body)
+    return f"{file}:f"
+
+
+EPISODES = [episode(0, "a", 1.0), episode(0, "bb", 2.0), episode(4, "ccc", 3.0)]
+
+
+def test_the_sum_stands_at_the_last_token_that_the_policy_wrote(tmp_path: Path) -> None:
+    f = write(tmp_path, "def f(completions, **_):\n    return [len(c) for c in completions]\n")
+    totals, parts = RewardSum([source("environment", 0.5), source(f, 2.0)], TINY, tmp_path)(
+        EPISODES
+    )
+    rewards = [t.rewards for t in totals if t]
+    assert rewards == [[0, 0, 2.5, 0, 0], [0, 0, 5.0, 0, 0], [0, 0, 7.5, 0, 0]]
+    assert parts["environment"] == [1.0, 2.0, 3.0] and parts[f] == [1, 2, 3]
+
+
+def test_functions_are_asked_by_group_and_once(tmp_path: Path) -> None:
+    f = write(
+        tmp_path,
+        "calls = []\n"
+        "def f(completions, gold, **_):\n"
+        "    calls.append(list(gold))\n"
+        "    return [len(c) for c in completions]\n",
+    )
+    total = RewardSum([source(f)], TINY, tmp_path)
+    total.begin(EPISODES[:2])
+    told, _ = total(EPISODES)
+    assert [t.reward for t in told if t] == [1, 2, 3]
+    assert total.functions[0][1].__globals__["calls"] == [["a", "bb"], ["ccc"]]  # type: ignore[attr-defined]
+    told, _ = total([replace(t, group_id=9) for t in EPISODES])  # nothing is kept for the next
+    assert [t.reward for t in told if t] == [1, 2, 3]
+
+
+def test_an_error_begun_early_is_told_in_the_end(tmp_path: Path) -> None:
+    total = RewardSum([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
+    total.begin(EPISODES[:2])
+    with pytest.raises(ConfigError, match="f raised ZeroDivisionError"):
+        total(EPISODES)
+
+
+def test_normalised_rewards_have_mean_0_and_variance_1_over_the_run(tmp_path: Path) -> None:
+    running, seen = Running(), []
+    for batch in ([3.0, 5.0, None], [10.0], [float("nan"), 4.0]):
+        out = running(list(batch))
+        seen += [x for x in batch if x is not None and x == x]
+        for x, y in zip(batch, out, strict=True):
+            if x is None:
+                assert y is None
+            elif x == x:
+                assert y == pytest.approx((x - fmean(seen)) / (pstdev(seen) or 1.0))
+    f = write(tmp_path, "def f(completions, **_):\n    return [len(c) for c in completions]\n")
+    total = RewardSum([source(f, normalize=True)], TINY, tmp_path)
+    total(EPISODES)
+    again = RewardSum([source(f, normalize=True)], TINY, tmp_path)
+    again.load_state_dict(total.state_dict())
+    first, _ = total(EPISODES[:1])
+    second, _ = again(EPISODES[:1])
+    assert (
+        first == second
+        and first[0]
+        and first[0].reward == pytest.approx((1 - fmean([1, 2, 3, 1])) / pstdev([1, 2, 3, 1]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [("mean", [2.0, 1.0]), ("min", [1.0, 1.0]), ("mean_less_std", [1.0, 1.0])],
+)
+def test_an_ensemble(how: Any, wanted: list[float]) -> None:
+    members: Any = [lambda p, c: [1.0, 1.0], lambda p, c: [3.0, 1.0]]
+    assert Ensemble(members, how)([[], []], ["a", "b"]) == pytest.approx(wanted)
+
+
+def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_sum, "ModelReward", lambda config, folder: folder.name)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    total = RewardSum([source(f"model:{tmp_path}/a,{tmp_path}/b")], TINY, tmp_path)
+    [(_, ensemble, _)] = total.models
+    assert isinstance(ensemble, Ensemble) and ensemble.members == ["a", "b"]
+    with pytest.raises(ConfigError, match="no reward model in"):
+        RewardSum([source(f"model:{tmp_path}/a,{tmp_path}/c")], TINY, tmp_path)
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    def reward(prompts: Any, completions: list[str]) -> list[float | None]:
+        return [float(len(c)) if c else None for c in completions]
+
+    server = score_server(reward, port=0, key="secret")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GEARSHIFT_KEY", "secret")
+    yield f"http://127.0.0.1:{server.server_address[1]}/score"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_served_reward_is_a_function_like_others(address: str) -> None:
+    prompts = [[{"role": "user", "content": "q"}]] * 2
+    totals, _ = combine([("far", HttpReward(address), 2.0)], prompts, ["abc", ""], None, {})
+    assert totals == [6.0, None]
+
+
+def test_a_wrong_key_is_told_and_a_dead_address_gives_none(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEARSHIFT_KEY", "wrong")
+    with pytest.raises(ConfigError, match="401"):
+        HttpReward(address)([[]], ["a"])
+    assert HttpReward("http://127.0.0.1:9/score", tries=1)([[]], ["a"]) == [None]
+
+
+def test_nothing_listens_beyond_loopback_without_a_key() -> None:
+    with pytest.raises(ConfigError, match="GEARSHIFT_KEY"):
+        score_server(lambda **_: [], host="0.0.0.0", port=0)

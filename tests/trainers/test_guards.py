@@ -1,0 +1,190 @@
+"""Quiet failures that no crash tells of: cut completions, groups that teach nothing, the sign of
+the KL, the temperature, the size of a supervised micro-batch.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.engine import HybridEngine
+from gearshift.models.load import load_policy
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.rl import RLTrainer
+from gearshift.trainers.rollout import pack_trajectories
+from gearshift.trainers.sft import supervised_batch, supervised_loss
+from gearshift.trainers.step import update
+from gearshift.types import Trajectory
+from tests.gyms import Bandit, SayLetters
+from tests.trainers.rl_runs import TINY, small, trainer
+
+NO_KL = {"beta": 0.0}
+
+
+def episodes(cut: list[bool], rewards: list[float]) -> list[Trajectory]:
+    """One group, four tokens each."""
+    return [
+        Trajectory(
+            [1, 20, 2, 30 + i, 40 + i, 50, 51], [0, 0, 0, 1, 1, 1, 1], [0.0] * 3 + [-1.0] * 4,
+            [0.0] * 6 + [reward], 0, 3, "length" if was_cut else "stop",
+        )
+        for i, (was_cut, reward) in enumerate(zip(cut, rewards, strict=True))
+    ]  # fmt: skip
+
+
+def gradient(it: RLTrainer, trajectories: list[Trajectory]) -> torch.Tensor:
+    """Of one update's loss."""
+    for optimizer in it.optimizers:
+        optimizer.step = lambda: 0.0  # type: ignore[method-assign]
+    batch, _ = it.with_advantages(pack_trajectories(trajectories, 4096), trajectories)
+    it.engine.model.zero_grad()
+    it.update(batch, 0)
+    grads = [p.grad for p in it.engine.model.parameters()]
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def test_cut_completions_that_are_masked_teach_nothing(tmp_path: Path) -> None:
+    """Changing what a cut completion says changes nothing; what is left has the whole weight."""
+    config = small(advantage="rloo", truncated="mask", kl=NO_KL)
+    cut = episodes([False, True, False, False], [1.0, 0.0, 0.5, 0.0])
+    other = list(cut)
+    other[1] = replace(cut[1], token_ids=[*cut[1].token_ids[:3], 99, 98, 97, 96])
+    ours, theirs = (
+        gradient(trainer(config, tmp_path / n), x) for n, x in (("a", cut), ("b", other))
+    )
+    assert torch.equal(ours, theirs) and ours.norm() > 0
+    kept = gradient(trainer(small(advantage="rloo", kl=NO_KL), tmp_path / "c"), cut)
+    assert not torch.allclose(ours, kept)
+
+
+def test_a_rollout_of_nothing_but_cut_completions_changes_nothing(tmp_path: Path) -> None:
+    config = small(steps=2, advantage="rloo", truncated="mask", max_new_tokens=1, kl=NO_KL)
+    it = trainer(config, tmp_path)
+    before = [p.clone() for p in it.engine.model.parameters()]
+    it.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, it.engine.model.parameters(), strict=True))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_what_length_costs(tmp_path: Path) -> None:
+    config = small(missing_end_penalty=0.5, reward_clip=1.0, max_new_tokens=5, overlong_buffer=0.4)
+    rewards_NA, _ = trainer(config, tmp_path).shaped(episodes([True, False], [3.0, 0.25]))
+    # clipped to 1; four of five tokens are one into the two that cost: half of 1
+    assert rewards_NA.tolist() == [[0, 0, 0, 1.0 - 0.5 - 0.5], [0, 0, 0, 0.25 - 0.5]]
+
+
+class Sometimes(SayLetters):
+    """Groups of even seed have nothing to tell apart."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        self.flat = (seed or 0) % 2 == 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: str) -> tuple:
+        observation, reward, *rest = super().step(action)
+        return observation, 1.0 if self.flat else reward, *rest
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path: Path) -> None:
+    config = small(steps=3, prompts=3, advantage="grpo", dynamic_sampling=4, kl=NO_KL)
+    it = trainer(config, tmp_path, environment=Sometimes)
+    for step in range(3):
+        with torch.no_grad():
+            kept, metrics = it.rollout(step)
+        groups = {t.group_id for t in kept}
+        assert len(groups) == 3 and metrics["sampling/rollouts"] >= 1
+        for g in groups:
+            assert len({t.reward for t in kept if t.group_id == g}) > 1
+    it.stage.rollouts.truncate_after(-1)
+
+
+@pytest.mark.parametrize(("estimator", "ratio"), [("k2", False), ("k1", True), ("k3", True)])
+def test_the_kl_in_the_loss_pulls_towards_the_reference(
+    tmp_path: Path, estimator: str, ratio: bool
+) -> None:
+    kl = {"beta": 1.0, "estimator": estimator, "where": "loss", "ratio": ratio}
+    config = small(
+        steps=30, prompts=4, group_size=8, max_new_tokens=1, advantage="rloo", kl=kl,
+        optimizer={"lr": 3e-3, "warmup": 0},
+    )  # fmt: skip
+
+    class Nothing(Bandit):
+        def step(self, action: str) -> tuple:
+            return "", 0.0, True, False, {}
+
+    reference = load_policy(TINY)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for p in reference.parameters():
+            p += 0.3 * p.std() * torch.randn_like(p)
+    trainer(config, tmp_path, environment=Nothing, reference=reference).train()
+    kl_by_step = [m["kl"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+    assert sum(kl_by_step[-5:]) < 0.5 * sum(kl_by_step[:5])
+
+
+def test_beta_follows_its_target(tmp_path: Path) -> None:
+    kl = {"beta": 1e-3, "estimator": "k1", "where": "reward", "target": 1e-3, "horizon": 8}
+    it = trainer(small(steps=6, kl=kl, optimizer={"lr": 3e-2, "warmup": 0}), tmp_path)
+    it.train()
+    betas = [m["kl/beta"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+    assert betas[0] == 1e-3 and betas[-1] > betas[1]
+    assert it.memory.beta > betas[-1]
+
+
+def test_training_scores_at_the_temperature_of_sampling(tmp_path: Path) -> None:
+    it = trainer(small(steps=1, temperature=1.7, kl=NO_KL, advantage="rloo"), tmp_path)
+    it.train()
+    [metrics] = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics["sampling/logprob_gap"] <= 1e-5 and metrics["sampling/kl"] <= 1e-6
+
+
+def test_supervised_micro_batches_add_up_to_one_mean() -> None:
+    rows = [([5, 6, 7, 8, 9], [0, 1, 1, 1, 1]), ([9, 4, 3], [0, 0, 1]), ([11, 12], [0, 1])]
+    grads = []
+    for tokens in (4096, 3):
+        engine = HybridEngine(tiny_model(), tiny_tokenizer())
+        optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(), 1)
+        optimizer.step = lambda: 0.0  # type: ignore[method-assign]
+        with engine.training():
+            micros = supervised_batch(rows).split(tokens)
+            update(micros, lambda b, e=engine: supervised_loss(e, b), optimizer)  # type: ignore[misc]
+        parameters = engine.model.parameters()
+        grads.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[0].norm()
+
+
+def test_a_critic_warms_up_before_the_policy_moves(tmp_path: Path) -> None:
+    for value in ("head", "critic"):
+        config = small(steps=3, value=value, critic_warmup=3, kl=NO_KL)
+        it = trainer(config, tmp_path / value)
+        policy = [p.clone() for p in it.engine.model.parameters()]
+        it.train()
+        now = it.engine.model.parameters()
+        assert all(torch.equal(a, b) for a, b in zip(policy, now, strict=True))
+        net = it.critic.head if it.critic else it.head
+        assert net is not None and net.linear.weight.abs().sum() > 0
+
+
+def test_the_average_of_the_policy(tmp_path: Path) -> None:
+    it = trainer(small(steps=3, ema=0.5, kl=NO_KL, advantage="rloo"), tmp_path)
+    assert it.average is not None
+    average = [p.detach().clone() for p in it.engine.model.parameters()]
+    plain = it.average.update
+
+    def followed() -> None:
+        plain()
+        for a, p in zip(average, it.engine.model.parameters(), strict=True):
+            a.copy_(0.5 * a + 0.5 * p.detach())
+
+    it.average.update = followed  # type: ignore[method-assign]
+    it.train()
+    own = [p.detach().clone() for p in it.engine.model.parameters()]
+    with it.average.applied():
+        now = list(it.engine.model.parameters())
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(average, now, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own, it.engine.model.parameters(), strict=True))
+    assert not torch.equal(own[0], average[0])
