@@ -208,8 +208,8 @@ MUTATIONS = (
     Mutation(
         "the importance ratio is upside down",
         "algorithms/policy_losses.py",
-        "IMPORTANCE_OLD",
-        "IMPORTANCE_NEW",
+        "log_ratio_M = (old_logprobs_M - sampler_logprobs_M).detach()\n    if mode",
+        "log_ratio_M = (sampler_logprobs_M - old_logprobs_M).detach()\n    if mode",
         "tests/algorithms",
     ),
     Mutation(
@@ -222,11 +222,32 @@ MUTATIONS = (
         "tests/runtime/test_optimizer.py",
     ),
     Mutation(
+        "DPO prefers what was rejected",
+        "algorithms/preference_losses.py",
+        "logits_P = beta * (chosen_P - rejected_P)",
+        "logits_P = beta * (rejected_P - chosen_P)",
+        "tests/algorithms",
+    ),
+    Mutation(
+        "the reference of preferences is the policy of the moment",
+        "trainers/preference.py",
+        "score_N = logprob_N - torch.tensor(known, device=device)",
+        "score_N = logprob_N - logprob_N.detach()",
+        "tests/trainers/test_preference.py",
+    ),
+    Mutation(
+        "values are compared with the values of now when they are clipped",
+        "algorithms/policy_losses.py",
+        "near_M = old_values_M + (values_M - old_values_M).clamp(-clip, clip)",
+        "near_M = values_M",
+        "tests/algorithms",
+    ),
+    Mutation(
         "an environment's failure becomes a reward of zero",
         "rollouts/collector.py",
         'if e.finish_reason != "abort"',
         "if True",
-        "tests/trainers/test_rl.py -k faulty tests/rollouts/test_collector.py",
+        "tests/rollouts/test_collector.py",
     ),
     Mutation(
         "the old policy is the one being updated",

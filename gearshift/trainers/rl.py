@@ -406,6 +406,8 @@ class RLTrainer:
     ) -> tuple[list[Trajectory], Parts]:
         """Episodes from these starts, those that have a reward, with it; and every part of it."""
         with self.stage.phase("generate"), self.engine.generating():
+            for optimizer in self.optimizers:
+                optimizer.rest()
             trajectories = self.collector.collect(starts, params, self.score.begin)
         with self.stage.phase("reward"):
             return self.rewarded(trajectories)

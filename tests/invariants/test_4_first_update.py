@@ -14,6 +14,7 @@ from tests.trainers.rl_runs import small, trainer
 @pytest.mark.parametrize("advantage", ["reinforce", "grpo"])
 def test_first_update_is_on_policy(tmp_path: Path, advantage: str) -> None:
     model = tiny_model()
+    model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     config = small(
