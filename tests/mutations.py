@@ -215,10 +215,9 @@ MUTATIONS = (
     Mutation(
         "bf16 weights without fp32 masters",
         "runtime/optimizer.py",
-        "gradients = [g.gather() for g in self.groups]",
-        "gradients = [g.gather() for g in self.groups]\n"
-        "        for g in self.groups:\n"
-        "            g.master.data = _Flat(g.parameters, self.device).master.data",
+        "flat.master.grad = flat.gather(scale)",
+        "flat.master.grad = flat.gather(scale)\n"
+        "            flat.master.data = _Flat(flat.parameters, self.device).master.data",
         "tests/runtime/test_optimizer.py",
     ),
     Mutation(

@@ -1,8 +1,9 @@
 """AdamW on fp32 masters: the optimizer holds full precision, the model holds what it runs in.
 
 In bf16 alone, an update of 1e-6 on a weight of 0.1 is lost; the master keeps it until it counts.
-Masters, gradients and moments are each one flat buffer: one pass for the norm, one fused update,
-and three tensors to move where the memory of the device is wanted for something else.
+Masters and moments are flat buffers: one pass for the norm, then for each buffer its gradient in
+fp32 and a fused update. The buffers are bounded, so that of the gradient no whole fp32 copy exists,
+and few, so that they can be moved where the memory of the device is wanted for something else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from gearshift.runtime.config import Config
 
 _BLOCK = 256
 """Numbers that share a scale in 8-bit moments; the flat buffers are whole blocks."""
+_LARGEST = 1 << 25
+"""Numbers in one flat buffer, unless a single parameter has more."""
 
 
 class OptimizerConfig(Config):
@@ -55,24 +58,20 @@ class MasterAdamW:
         self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
     ) -> None:
         """Raises `ConfigError` where 8-bit moments are asked for without torchao."""
-        trained = [p for p in parameters if p.requires_grad]
-        # Matrices first, so that what decays is one run.
-        self.parameters = sorted(trained, key=lambda p: p.ndim < 2)
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.config = config
         device = "cpu" if config.offload == "always" else self.parameters[0].device
         self.device = torch.device(device)
-        self.groups = [
-            _Flat([p for p in self.parameters if (p.ndim >= 2) == decayed], self.device)
-            for decayed in (True, False)
-            if any((p.ndim >= 2) == decayed for p in self.parameters)
+        decayed = _flats([p for p in self.parameters if p.ndim >= 2], self.device)
+        plain = _flats([p for p in self.parameters if p.ndim < 2], self.device)
+        self.flats = [*decayed, *plain]
+        groups = [
+            {"params": [flat.master for flat in decayed], "weight_decay": config.weight_decay},
+            {"params": [flat.master for flat in plain], "weight_decay": 0.0},
         ]
         self.optimizer = _adamw(config)(
-            [
-                {"params": [g.master], "weight_decay": config.weight_decay * g.decayed}
-                for g in self.groups
-            ],
-            lr=config.lr, betas=config.betas, eps=config.eps,
-        )  # fmt: skip
+            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+        )
         self.schedule = get_scheduler(
             config.schedule, self.optimizer, config.warmup, max(1, total_steps)
         )
@@ -83,23 +82,24 @@ class MasterAdamW:
 
         Raises `NumericalError`, and writes nothing, if a gradient is not finite.
         """
-        self._move(self.device)
-        gradients = [g.gather() for g in self.groups]
-        norm = float(torch.stack([g.norm() for g in gradients]).norm())
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
         if not norm < float("inf"):
+            for parameter in self.parameters:
+                parameter.grad = None
             raise NumericalError(
                 f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
                 "or look for a bad reward or row."
             )
-        if norm > self.config.max_grad_norm:
-            for gradient in gradients:
-                gradient.mul_(self.config.max_grad_norm / norm)
-        for group, gradient in zip(self.groups, gradients, strict=True):
-            group.master.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._move(self.device)
+        scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
+        for flat in self.flats:
+            flat.master.grad = flat.gather(scale)
+            self.optimizer.step()  # of this one: the others have no gradient
+            flat.master.grad = None
+            flat.scatter()
         self.schedule.step()
-        self._write_back()
         return norm
 
     def rest(self) -> None:
@@ -115,7 +115,10 @@ class MasterAdamW:
     def nbytes(self) -> int:
         """Masters and moments."""
         moments = (x for state in self.optimizer.state.values() for x in state.values())
-        held = [*(g.master for g in self.groups), *(x for x in moments if isinstance(x, Tensor))]
+        held = [
+            *(flat.master for flat in self.flats),
+            *(x for x in moments if isinstance(x, Tensor)),
+        ]
         return sum(part.nbytes for x in held for part in _plain(x).values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class MasterAdamW:
         return {
             "moments": moments,
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "masters": [g.master.detach() for g in self.groups],
+            "masters": [flat.master.detach() for flat in self.flats],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,21 +146,17 @@ class MasterAdamW:
             group["lr"] = rate
         self.optimizer.load_state_dict(now)
         with torch.no_grad():
-            for group, saved in zip(self.groups, state["masters"], strict=True):
-                group.master.copy_(saved)
+            for flat, saved in zip(self.flats, state["masters"], strict=True):
+                flat.master.copy_(saved)
+                flat.scatter()
         self._move(self.device)
-        self._write_back()
-
-    def _write_back(self) -> None:
-        for group in self.groups:
-            group.scatter()
 
     def _move(self, device: torch.device) -> None:
-        for group in self.groups:
-            if group.master.device == device:
+        for flat in self.flats:
+            if flat.master.device == device:
                 continue
-            group.master.data = group.master.data.to(device)
-            state = self.optimizer.state[group.master]
+            flat.master.data = flat.master.data.to(device)
+            state = self.optimizer.state[flat.master]
             for name, x in state.items():
                 if isinstance(x, Tensor) and x.ndim:
                     state[name] = x.to(device)
@@ -167,31 +166,45 @@ class _Flat:
     """Parameters end to end in one fp32 buffer."""
 
     def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
-        self.parameters, self.decayed = parameters, parameters[0].ndim >= 2
-        self.sizes = [p.numel() for p in parameters]
-        rest = -sum(self.sizes) % _BLOCK
-        ends = [p.detach().float().flatten().to(device) for p in parameters]
-        self.master = torch.cat([*ends, torch.zeros(rest, device=device)]).requires_grad_()
+        self.parameters = parameters
+        sizes = [p.numel() for p in parameters]
+        size = -(-sum(sizes) // _BLOCK) * _BLOCK
+        self._sizes = [*sizes, size - sum(sizes)]
+        self.master = torch.zeros(size, device=device)
+        for parameter, part in zip(parameters, self._parts(self.master), strict=False):
+            part.copy_(parameter.detach().flatten())
+        self.master.requires_grad_()
 
-    def gather(self) -> Tensor:
-        """The gradients in fp32, end to end; the parameters have none after."""
+    def gather(self, scale: float) -> Tensor:
+        """The gradients in fp32 times `scale`, end to end; the parameters have none after."""
         flat = torch.zeros_like(self.master)
-        for parameter, part in zip(self.parameters, flat.split_with_sizes(self._all), strict=False):
+        for parameter, part in zip(self.parameters, self._parts(flat), strict=False):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
             parameter.grad = None
-        return flat
+        return flat.mul_(scale) if scale != 1.0 else flat
 
     @torch.no_grad()
     def scatter(self) -> None:
         """Write the model's parameters in place."""
-        parts = self.master.split_with_sizes(self._all)
-        for parameter, part in zip(self.parameters, parts, strict=False):
+        for parameter, part in zip(self.parameters, self._parts(self.master), strict=False):
             parameter.copy_(part.view_as(parameter))
 
-    @property
-    def _all(self) -> list[int]:
-        return [*self.sizes, self.master.numel() - sum(self.sizes)]
+    def _parts(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.split_with_sizes(self._sizes)
+
+
+def _flats(parameters: list[nn.Parameter], device: torch.device) -> list[_Flat]:
+    """In order, as few buffers as `_LARGEST` allows."""
+    runs: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        if not runs or size + parameter.numel() > _LARGEST:
+            runs.append([])
+            size = 0
+        runs[-1].append(parameter)
+        size += parameter.numel()
+    return [_Flat(run, device) for run in runs]
 
 
 def _adamw(config: OptimizerConfig) -> Any:
