@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in STAGES:  # argparse takes no overrides after an option
+        words[1:] = sorted(words[1:], key=lambda word: not word.startswith("--"))
     try:
         arguments = _parser().parse_args(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -48,6 +48,7 @@ from gearshift.rollouts.gym_text import make_environment
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.voice import VoiceConfig
+from gearshift.runtime.allocator import give_back_freed_memory
 from gearshift.runtime.config import Config, dump
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.progress import Progress
@@ -55,6 +56,7 @@ from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
 from gearshift.trainers.critic import Critic, load_critic
 from gearshift.trainers.gap import logprob_gap
+from gearshift.trainers.memory import Shape, available, micro_batch, parts_of, resident
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
     Judged,
@@ -85,6 +87,7 @@ STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
 POLICIES = ("sft", "preference", "rl")
 """Stages that train the policy."""
 Example = TypeVar("Example")
+Fitted = TypeVar("Fitted", SFTConfig, PreferenceConfig, RLConfig)
 Row = dict[str, Any]
 
 
@@ -175,6 +178,7 @@ class Run:
         config = self.recipe.sft
         assert config is not None
         engine = self._engine(None, trained=True)
+        config = self._fitted(config, engine)
         examples = self._examples(config.data, engine, config.max_length)
         stage = self._new_stage("sft", config.steps(len(examples)), config)
         train_sft(config, engine, examples, stage)
@@ -187,9 +191,11 @@ class Run:
         assert config is not None
         start = self._newest_policy(before="preference")
         engine = self._engine(start, trained=True)
+        config = self._fitted(config, engine)
+        max_length = config.max_length
 
         def render(rows: list[Row]) -> list[Judged]:
-            return render_judged([to_judged(r) for r in rows], engine.tokenizer, config.max_length)
+            return render_judged([to_judged(r) for r in rows], engine.tokenizer, max_length)
 
         sources = [render(rows) for rows in self._rows(config.data)]
         heldout = [pair for rows in self._rows(config.heldout) for pair in render(rows)]
@@ -262,6 +268,7 @@ class Run:
             )
         start = self._newest_policy(before="rl")
         engine = self._engine(start, trained=True)
+        config = self._fitted(config, engine)
         reference = None
         if config.kl.beta > 0:
             reference = self._reference(engine, start, config.kl.reference)
@@ -275,7 +282,7 @@ class Run:
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
             self._new_stage("rl", config.steps, config),
             reference=reference,
-            critic=self._critic(start) if needs_critic else None,
+            critic=self._critic(start, engine) if needs_critic else None,
             examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
         )
         trainer.train()
@@ -302,6 +309,7 @@ class Run:
         began = time.perf_counter()
         result = work(folder)
         write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
+        give_back_freed_memory()
 
     def _new_stage(self, name: str, total: int, config: StageConfig) -> Stage:
         identity = {
@@ -322,7 +330,21 @@ class Run:
             model, load_tokenizer(self.recipe.model, name), self.recipe.engine, seed=self.seed
         )
 
-    def _critic(self, start: str | None) -> Critic:
+    def _fitted(self, config: Fitted, engine: HybridEngine) -> Fitted:
+        """The config with what it leaves to the memory decided: tokens of a micro-batch, and
+        whether the engine computes layers again in the backward pass.
+        """
+        shape = Shape.of(engine.model, engine.model.dtype)
+        trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+        lora = self.recipe.model.lora is not None
+        parts = parts_of(config, engine.config, shape, trained, engine.device, lora)
+        # What is loaded by now is among the parts.
+        free = available(engine.device) + resident(engine.device)
+        tokens, again = micro_batch(config, engine.config, shape, parts, free)
+        engine.config = engine.config.model_copy(update={"recompute": again})
+        return config if config.max_tokens else config.model_copy(update={"max_tokens": tokens})
+
+    def _critic(self, start: str | None, engine: HybridEngine) -> Critic:
         """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""
         assert self.recipe.rl is not None
         folder = self.recipe.rl.critic
@@ -330,7 +352,7 @@ class Run:
             folder = str(self.folder / "reward")
         if folder and not Path(folder).is_dir():
             raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
-        return load_critic(self.recipe.model, folder or start)
+        return load_critic(self.recipe.model, folder or start, engine.tokenizer.decode)
 
     def _reference(
         self, engine: HybridEngine, start: str | None, named: str | None = None

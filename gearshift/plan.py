@@ -1,8 +1,7 @@
 """What a recipe would do and hold, told before it does it: `--dry-run`. Loads configs and shapes,
 no weights.
 
-The memory is a sum of what is known (weights, masters, moments, gradients, cache) and a rough bound
-for activations.
+How the memory is predicted is in `trainers/memory.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gearshift.errors import ModelError
+from gearshift.models.adapters import AdapterConfig
 from gearshift.models.load import EMBEDDED, TINY, embedded_folder, resolve_device, resolve_dtype
 from gearshift.models.tiny import tiny_model
-from gearshift.pipeline import Recipe
+from gearshift.pipeline import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
-
-_GIB = 2**30
+from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
 
 
 def plan(recipe: Recipe) -> str:
@@ -32,11 +31,8 @@ def plan(recipe: Recipe) -> str:
         f"in {str(dtype).removeprefix('torch.')} on {device}",
         "# Plan:",
         *(f"#   {line}" for line in _stages(recipe)),
-        "# Memory of the largest stage:",
-        *(
-            f"#   {size / _GIB:6.2f} GiB  {what}"
-            for what, size in _memory(recipe, model, dtype).items()
-        ),
+        "# Memory at the peak:",
+        *(f"#   {line}" for line in _memory(recipe, model, dtype)),
     ]
     return "\n".join(lines)
 
@@ -91,36 +87,37 @@ def _stages(recipe: Recipe) -> list[str]:
     return lines or ["nothing: the recipe has no stage"]
 
 
-def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
-    count = sum(p.numel() for p in model.parameters())
-    weights = count * dtype.itemsize
-    masters = 0 if dtype == torch.float32 else 4 * count
-    parts: dict[str, float] = {
-        "weights": weights,
-        "gradients": weights,
-        "AdamW moments and fp32 masters": 8 * count + masters,
-    }
-    if masters:
-        parts["fp32 gradients at the step"] = 4 * count
-    config = model.config.get_text_config()
-    tokens = max(s.max_tokens for s in (recipe.sft, recipe.reward, recipe.rl) if s) if any(
-        (recipe.sft, recipe.reward, recipe.rl)
-    ) else 0  # fmt: skip
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    parts[f"activations of {tokens} tokens"] = (
-        tokens * layers * (12 * hidden + 5 * inner) * dtype.itemsize
-    )
-    if recipe.rl:
-        copies = (recipe.rl.kl.beta > 0) + (recipe.rl.value == "critic")
-        if copies:
-            parts["reference and critic weights"] = copies * weights
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        rows = min(recipe.engine.max_rows, recipe.rl.prompts * recipe.rl.group_size)
-        length = recipe.rl.max_new_tokens + 128
-        parts[f"KV cache of {rows} rows x {length} tokens"] = (
-            2 * layers * heads * size * rows * length * dtype.itemsize
+def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """What each stage takes, and by purpose what the largest does."""
+    shape, device = Shape.of(model, dtype), resolve_device(recipe.model.device)
+    lora = recipe.model.lora
+    stages: dict[str, dict[str, float]] = {}
+    for name in STAGES:
+        config = getattr(recipe, name)
+        if config is None:
+            continue
+        policy = name in POLICIES
+        trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
+        parts = parts_of(config, recipe.engine, shape, trained, device, lora is not None)
+        free = available(device)
+        tokens, again = micro_batch(config, recipe.engine, shape, parts, free)
+        again_told = ", computed again" if again else ""
+        parts[f"activations of {tokens} tokens{again_told}"] = tokens * shape.token(
+            again, padded=not policy
         )
-    parts["total"] = sum(parts.values())
-    return parts
+        stages[name] = with_total(parts)
+    if not stages:
+        return []
+    largest = max(stages, key=lambda name: stages[name]["total"])
+    lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
+    lines += [f"of these, {largest}:"]
+    return lines + [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
+
+
+def _adapter_size(shape: Shape, lora: AdapterConfig) -> int:
+    """Parameters of an adapter on every linear layer; fewer where `targets` names some."""
+    widths = [
+        (shape.hidden, shape.heads * shape.head_size), (shape.hidden, shape.hidden),
+        (shape.hidden, 2 * shape.inner), (shape.inner, shape.hidden),
+    ]  # fmt: skip
+    return shape.layers * lora.rank * sum(a + b for a, b in widths)

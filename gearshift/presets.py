@@ -85,8 +85,8 @@ PREFERENCE: dict[str, dict[str, Any]] = {
 def expand(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe's tree with the keys of its `algorithm` filled in, where it does not set them."""
     name = recipe.get("algorithm")
-    if name in RL:
-        return {**recipe, "rl": _under(RL[name], recipe.get("rl") or {})}
+    if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
+        return {**recipe, "rl": _under(RL[name], recipe.get("rl", {}))}
     if name in PREFERENCE:
         own = recipe.get("preference") or {}
         return {**recipe, "preference": _under(PREFERENCE[name], own), "rl": None}

@@ -61,10 +61,11 @@ class EngineConfig(Config):
     keep_cache: bool = True
     """Keep the cache's memory (and packed weights) while training; false gives it back at each
     shift."""
-    recompute: bool = False
+    recompute: bool | None = None
     """Keep only each layer's input of a training forward, and compute the layer again in the
     backward pass (activation checkpointing): a third more work, several times less memory. For
-    described architectures; refused for others.
+    described architectures; refused for others. None: a recipe does where one micro-batch would not
+    fit else; off otherwise.
     """
     steps_ahead: int | None = Field(None, ge=1, le=BLOCK)
     """Tokens that each row samples before the scheduler looks at them: what a row samples beyond
@@ -271,7 +272,7 @@ class HybridEngine:
                     "it off, or lower max_tokens to save memory."
                 )
             return hidden_states(self.model, batch)
-        recompute = self.config.recompute
+        recompute = bool(self.config.recompute)
         return packed_states(self.plan, self.weights, self.kernels, batch, recompute)
 
     # Reports

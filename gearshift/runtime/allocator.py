@@ -8,6 +8,7 @@ was a third of the step.
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 # Parameters of glibc's mallopt(3).
@@ -25,3 +26,12 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, 2**26)
     )
+
+
+def give_back_freed_memory() -> None:
+    """Between two stages: what the one has freed goes back to the system, so that the other's peak
+    does not stand on its holes. Without glibc it only collects garbage.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -73,8 +73,9 @@ class PreferenceConfig(StageConfig):
     """Rows in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""
-    max_tokens: int = Field(4096, ge=1)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    max_tokens: int = Field(4096, ge=0)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
+    memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="linear")
     """AdamW and its schedule."""
 

@@ -199,7 +199,7 @@ class RLConfig(StageConfig):
     """The value net, where the advantage needs one: a head on the policy, or a separate model."""
     critic: str | None = None
     """What a separate critic starts from: a folder, or `reward` (this run's reward model); null is
-    the policy."""
+    the policy. An encoder values the prompt, a decoder each token."""
     critic_warmup: int = Field(0, ge=0)
     """Rollouts from which only the value net learns."""
     value_coefficient: float = Field(0.5, ge=0)
@@ -240,8 +240,9 @@ class RLConfig(StageConfig):
     """Labelled examples mixed into each update."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
-    max_tokens: int = Field(4096, ge=1)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    max_tokens: int = Field(4096, ge=0)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
+    memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
     """Of the policy."""
 
@@ -349,7 +350,7 @@ class RLTrainer:
             if critic is None:
                 raise ValueError("value=critic needs a critic.")
             self.critic = critic
-            self.stage.track(critic=critic.trunk, value_head=critic.head)
+            self.stage.track(**critic.modules)
             parameters = critic.parameters()
         else:
             self.head = ValueHead(self.engine.model.config.hidden_size).to(self.engine.device)

@@ -41,8 +41,9 @@ class SFTConfig(StageConfig):
     """Examples in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer examples are refused."""
-    max_tokens: int = Field(4096, ge=1)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient."""
+    max_tokens: int = Field(4096, ge=0)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
+    memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
     """AdamW and its schedule."""
 

@@ -10,7 +10,7 @@ from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.environment import TextEnvironment
-from gearshift.trainers.critic import load_critic
+from gearshift.trainers.critic import Critic, load_critic
 from gearshift.trainers.rl import RLConfig, RLTrainer
 from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
@@ -61,6 +61,7 @@ def trainer(
     model: Any = None,
     examples: Mixture[Rendered] | None = None,
     reference: Any = None,
+    critic: Critic | None = None,
 ) -> RLTrainer:
     """A trainer of the tiny model, ready to `train()`."""
     engine = HybridEngine(
@@ -76,6 +77,6 @@ def trainer(
         score=OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=reference,
-        critic=load_critic(TINY, None) if config.value == "critic" else None,
+        critic=critic or (load_critic(TINY, None, str) if config.value == "critic" else None),
         examples=examples,
     )

@@ -165,8 +165,8 @@ def test_a_critic_warms_up_before_the_policy_moves(tmp_path: Path) -> None:
         it.train()
         now = it.engine.model.parameters()
         assert all(torch.equal(a, b) for a, b in zip(policy, now, strict=True))
-        net = it.critic.head if it.critic else it.head
-        assert net is not None and net.linear.weight.abs().sum() > 0
+        net = it.critic.modules["value_head"] if it.critic else it.head
+        assert net is not None and net.linear.weight.abs().sum() > 0  # type: ignore[operator, union-attr]
 
 
 def test_the_average_of_the_policy(tmp_path: Path) -> None:

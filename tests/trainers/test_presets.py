@@ -61,6 +61,10 @@ def test_dry_run_shows_what_a_preset_stands_for(capsys: pytest.CaptureFixture[st
     assert "algorithm: dapo" in out and "clip_high: 0.28" in out and "dynamic_sampling: 2" in out
 
 
+def test_a_stage_set_to_null_stays_out() -> None:
+    assert Recipe.model_validate({"algorithm": "grpo", "rl": None}).rl is None
+
+
 def test_an_unknown_algorithm_is_told() -> None:
     with pytest.raises(ConfigError, match="algorithm"):
         load(Recipe, None, ["algorithm=grop"])

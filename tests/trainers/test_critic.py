@@ -1,0 +1,95 @@
+"""Critics: from a reward model, and from an encoder, which may not see what the policy wrote."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from gearshift.data import Mixture
+from gearshift.models.load import load_classifier, load_tokenizer, save_model
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.runtime.metrics import read_metrics
+from gearshift.trainers.critic import PromptCritic, TokenCritic, load_critic
+from gearshift.trainers.reward import (
+    Pair,
+    RewardModelConfig,
+    pair_accuracy,
+    train_reward_model,
+)
+from gearshift.trainers.rollout import pack_trajectories
+from gearshift.trainers.stage import Stage
+from tests.trainers.rl_runs import TINY, small, trainer
+from tests.trainers.test_guards import episodes
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> str:
+    """A small random BERT with a score, saved."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=1, max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path / "bert"
+    save_model(folder, BertForSequenceClassification(config), tiny_tokenizer(), "a card")
+    return str(folder)
+
+
+def test_a_reward_models_score_is_the_first_value(tmp_path: Path) -> None:
+    model = load_classifier(TINY)
+    model.config.pad_token_id = 0  # not the end token, which the prompt has in it
+    save_model(tmp_path / "rm", model, tiny_tokenizer(), "a card")
+    critic = load_critic(TINY, str(tmp_path / "rm"), str)
+    assert isinstance(critic, TokenCritic)
+    saved = load_file(tmp_path / "rm" / "model.safetensors")
+    assert torch.equal(critic.head.linear.weight, saved["score.weight"])
+    # V after the whole sequence is the score: read it where a further token would be predicted.
+    batch = pack_trajectories(episodes([False], [1.0]), 4096)
+    ids = batch.input_ids
+    with torch.no_grad():
+        scores = [float(model(ids[None, :n]).logits) for n in (3, 4, 5, 6)]
+        values = critic(batch)
+    assert values.tolist() == pytest.approx(scores, abs=1e-5)
+
+
+def test_an_encoder_values_the_prompt_and_nothing_else(encoder: str) -> None:
+    critic = load_critic(TINY, encoder, tiny_tokenizer().decode)
+    assert isinstance(critic, PromptCritic)
+    group = episodes([False, False], [1.0, 0.0])
+    other = [replace(t, token_ids=[*t.token_ids[:3], 60, 61, 62, 63]) for t in group]
+    with torch.no_grad():
+        values = critic(pack_trajectories(group, 4096))
+        again = critic(pack_trajectories(other, 4096))
+        asked = [replace(t, token_ids=[1, 21, *t.token_ids[2:]]) for t in group]
+        elsewhere = critic(pack_trajectories(asked, 4096))
+    assert values.shape == (8,) and len(set(values.tolist())) == 1
+    assert torch.equal(values, again) and not torch.allclose(values, elsewhere)
+
+
+def test_an_encoder_critic_learns(encoder: str, tmp_path: Path) -> None:
+    config = small(
+        steps=25, prompts=4, value="critic", advantage="reinforce", kl={"beta": 0.0},
+        value_optimizer={"lr": 3e-3},
+    )  # fmt: skip
+    critic = load_critic(TINY, encoder, tiny_tokenizer().decode)
+    trainer(config, tmp_path / "run", critic=critic).train()
+    errors = [m["value/loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(errors[-5:]) < 0.5 * sum(errors[:5])
+
+
+def test_an_encoder_reward_model_learns(encoder: str, tmp_path: Path) -> None:
+    model = load_classifier(TINY, encoder)
+    tokenizer = load_tokenizer(TINY, encoder)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    pairs = [
+        Pair(tokenizer.encode(f"{i} GOOD"), tokenizer.encode(f"{i} bad"), 0.5) for i in range(40)
+    ]
+    config = RewardModelConfig.model_validate(
+        {"epochs": 4, "batch_size": 8, "save_every": 0, "optimizer": {"lr": 3e-3}}
+    )
+    stage = Stage("reward", tmp_path / "run", config.steps(32), 0, config)
+    train_reward_model(config, model, Mixture([pairs[:32]], [1.0], seed=0), stage)
+    assert pair_accuracy(model, pairs[32:]) == 1.0
