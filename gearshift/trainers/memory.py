@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gearshift.algorithms.advantages import NEEDS_VALUES
 from gearshift.engine import EngineConfig
+from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.preference import NEEDS_REFERENCE, PreferenceConfig
 from gearshift.trainers.process import ProcessRewardConfig
@@ -169,11 +170,7 @@ def resident(device: torch.device) -> float:
     """Bytes that this process holds there already."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0.0
-    [line] = [x for x in status.read_text(encoding="ascii").split("\n") if x.startswith("VmRSS")]
-    return float(line.split()[1]) * 1024
+    return resident_bytes()
 
 
 def micro_batch(

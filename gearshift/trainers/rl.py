@@ -253,6 +253,8 @@ class RLConfig(StageConfig):
                 f"advantage={self.advantage} compares completions of one prompt; "
                 "group_size must be 2 or more."
             )
+        if self.group_size == 1 and self.dynamic_sampling:
+            raise ValueError("dynamic_sampling compares rewards in a group; set group_size above 1.")
         return self
 
     @property
@@ -363,7 +365,9 @@ class RLTrainer:
         """Sample prompts, collect, score, advantages, update; until the stage's last step."""
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
             trajectories, sampled = self.rollout(step)
-            greedy = self.greedy(step) if self.config.advantage in NEEDS_GREEDY else None
+            greedy = None
+            if self.config.advantage in NEEDS_GREEDY:
+                greedy = self.greedy(step, {t.group_id for t in trajectories})
             batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
             with self.stage.phase("score"):
                 batch, scored = self.with_advantages(batch, trajectories, greedy)
@@ -413,12 +417,11 @@ class RLTrainer:
         with self.stage.phase("reward"):
             return self.rewarded(trajectories)
 
-    def greedy(self, step: int) -> dict[int, float]:
-        """The return of each prompt's greedy completion, by group."""
+    def greedy(self, step: int, groups: set[int]) -> dict[int, float]:
+        """The return of the greedy completion of these groups' prompts."""
         params = replace(self.config.sampling(), n=1, temperature=0.0)
-        starts = [
-            start for n in range(1 + self.config.dynamic_sampling) for start in self.starts(step, n)
-        ]
+        rounds = range(1 + self.config.dynamic_sampling)
+        starts = [s for n in rounds for s in self.starts(step, n) if s.group_id in groups]
         trajectories, _ = self.collect(starts, params)
         rewards_NA, _ = self.shaped(trajectories)
         groups = [t.group_id for t in trajectories]

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from gearshift.errors import CheckpointError, GearshiftError
 from gearshift.runtime import checkpoint
+from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config
 from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.progress import Progress
@@ -102,11 +103,12 @@ class Stage:
             Progress(self.total, self.name, done=start) as progress,
             closing(self._trackers),
         ):
-            self._progress = progress
+            self._progress, heap = progress, HeapGuard()
             for step in range(start, self.total):
                 torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
                 self._began = time.perf_counter()
                 yield step
+                heap.look()
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
                 if interrupt.requested or (due and step + 1 < self.total):
                     self._save(step + 1)
