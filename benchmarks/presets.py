@@ -44,6 +44,7 @@ def curve(name: str, seeds: int) -> list[float]:
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     """Small charts, one a preset, the others in grey behind it."""
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
     columns = 5

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import render_prompt, render_turn
-from gearshift.errors import DataError
+from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.workers import Workers
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
@@ -164,7 +164,10 @@ class Collector:
             if not episode.turn and all(e.ready for e in group):
                 writing.extend(self._first_turn(group, params))
             elif episode.turn and episode.running:
-                writing.append(self._next_turn(episode, params))
+                try:
+                    writing.append(self._next_turn(episode, params))
+                except CapacityError:  # the conversation has grown as long as it can
+                    episode.running, episode.finish_reason = False, "length"
             if not any(e.running for e in group):
                 on_group(self._trajectories(group))
 

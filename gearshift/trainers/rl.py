@@ -254,7 +254,9 @@ class RLConfig(StageConfig):
                 "group_size must be 2 or more."
             )
         if self.group_size == 1 and self.dynamic_sampling:
-            raise ValueError("dynamic_sampling compares rewards in a group; set group_size above 1.")
+            raise ValueError(
+                "dynamic_sampling compares rewards in a group; set group_size above 1."
+            )
         return self
 
     @property

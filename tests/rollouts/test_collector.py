@@ -103,3 +103,17 @@ def test_environments_wait_at_the_same_time(engine: HybridEngine) -> None:
     with engine.generating():
         episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=3, max_new_tokens=4))
     assert len(episodes) == 3 and not collector.failures
+
+
+def test_a_conversation_that_outgrows_the_model_ends_there(engine: HybridEngine) -> None:
+    class Talks(SayLetters):
+        def step(self, action: str) -> tuple:
+            return "and then? " * 100, 0.5, False, False, {}
+
+    collector = Collector(Talks, engine.tokenizer, engine)
+    with engine.generating():
+        params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
+        episodes = collector.collect([Start(0, seed=0)], params)
+    assert [t.finish_reason for t in episodes] == ["length"] * 2
+    assert all(t.reward == 0.5 for t in episodes) and not collector.failures
+    assert engine._scheduler is not None and engine._scheduler.idle
