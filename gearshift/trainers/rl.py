@@ -426,8 +426,8 @@ class RLTrainer:
         starts = [s for n in rounds for s in self.starts(step, n) if s.group_id in groups]
         trajectories, _ = self.collect(starts, params)
         rewards_NA, _ = self.shaped(trajectories)
-        groups = [t.group_id for t in trajectories]
-        return dict(zip(groups, rewards_NA.sum(1).tolist(), strict=True))
+        played = [t.group_id for t in trajectories]
+        return dict(zip(played, rewards_NA.sum(1).tolist(), strict=True))
 
     def starts(self, step: int, nth: int = 0) -> list[Start]:
         """The prompts of a step's `nth` rollout: rows in an order shuffled anew each epoch, a
