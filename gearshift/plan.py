@@ -103,7 +103,7 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         tokens, again = micro_batch(config, recipe.engine, shape, parts, free)
         again_told = ", computed again" if again else ""
         parts[f"activations of {tokens} tokens{again_told}"] = tokens * shape.token(
-            again, padded=not policy
+            again, padded=name == "process"
         )
         stages[name] = with_total(parts)
     if not stages:

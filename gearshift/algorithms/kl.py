@@ -16,7 +16,8 @@ from torch import Tensor
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log p - log q. Unbiased, large variance, negative at times. The choice for the reward.
 
-    In the loss it is useless: its expected gradient is that of E[log p], which is 0.
+    In the loss it is useless: on-policy its expected gradient, E[grad log p], is 0. Off-policy it
+    is not, but then it pulls towards the sampler, whatever the reference.
     """
     return logprobs - ref_logprobs
 

@@ -27,7 +27,8 @@ def pack_groups(
     """Prompts with their continuations (ids, mask), in the continuations' order.
 
     share=True stores a prompt once, as the parent of its continuations; a group of more than
-    `max_tokens` is cut into trees that fit, each with the prompt. share=False repeats the prompt,
+    `max_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves its
+    continuations as sequences of their own. share=False repeats the prompt,
     unscored, before each continuation.
     """
     if not share:
@@ -48,6 +49,10 @@ def _trees(
     for prompt, continuations in groups:
         root, size = -1, 0
         for ids, mask in continuations:
+            if not prompt:
+                yield ids, mask, 0, -1
+                count += 1
+                continue
             if root < 0 or (max_tokens is not None and size + len(ids) > max_tokens):
                 root, size = count, len(prompt)
                 yield prompt, [0] * len(prompt), 0, -1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -29,9 +29,12 @@ class PackedModel:
     gear computes the policy's: by its plan, or by its own modules where it has none.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head: nn.Module | None = None) -> None:
+        """`head`: of a model that has none for tokens (a classifier's score)."""
         self.model, self.plan = model, describe(model)
-        self.weights = AliasedWeights(self.plan, head_of(model).linear) if self.plan else None
+        self.weights: AliasedWeights | None = None
+        if self.plan:
+            self.weights = AliasedWeights(self.plan, head or head_of(model).linear)
         self.kernels = kernels_of(model)
 
     def __call__(self, batch: PackedBatch) -> Tensor:

@@ -186,7 +186,7 @@ def micro_batch(
     fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for (or 4,096)
     do not fit else.
     """
-    padded = isinstance(config, RewardModelConfig | ProcessRewardConfig)
+    padded = isinstance(config, ProcessRewardConfig)
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
     most = tokens_of(config)
     again = engine.recompute

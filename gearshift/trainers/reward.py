@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
-from gearshift.data import DataConfig, Mixture, PreferenceExample, render_completion
+from gearshift.data import DataConfig, Mixture, PreferenceExample, pack_groups, render_completion
+from gearshift.engine import PackedModel
 from gearshift.errors import DataError
 from gearshift.models.classifier import score_all, sequence_scores
+from gearshift.models.describe import describe
+from gearshift.models.forward import drops_out
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import Stage, StageConfig, chunks_by_tokens
 from gearshift.trainers.step import update
+from gearshift.types import PackedBatch
 
 
 class Pair(NamedTuple):
@@ -54,7 +58,8 @@ class RewardModelConfig(StageConfig):
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""
     max_tokens: int = Field(4096, ge=1)
-    """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
+    """Tokens in one micro-batch (padded ones, where the backbone is not described); bounds memory,
+    does not change the gradient."""
     center: float = Field(0.0, ge=0)
     """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
@@ -85,15 +90,74 @@ def render_pairs(
     return pairs
 
 
+class PairScorer:
+    """Scores of pairs, chosen then rejected, with gradients.
+
+    A decoder that the engine describes runs packed, what both sides begin with computed once; any
+    other model on padded rows, through its own modules. Both read the state of the last token.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        packs = describe(model) is not None and hasattr(model, "score") and not drops_out(model)
+        self._states = PackedModel(model, model.score) if packs else None
+
+    def micros(self, pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
+        """The pairs in micro-batches of at most so many (padded) tokens, one pair at least."""
+        ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
+        if self._states is None:
+            lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
+            return [ordered[where] for where in chunks_by_tokens(lengths, max_tokens)]
+        micros: list[list[Pair]] = []
+        held = 0
+        for pair in ordered:
+            size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
+            if not micros or held + size > max_tokens:
+                micros.append([])
+                held = 0
+            micros[-1].append(pair)
+            held += size
+        return micros
+
+    def __call__(self, pairs: Sequence[Pair]) -> Tensor:
+        """[2P] float32."""
+        if not self._states:
+            return sequence_scores(self.model, [side for pair in pairs for side in pair.sides])
+        batch = _packed(pairs).to(next(self.model.parameters()).device)
+        parents = set(batch.parents.tolist())
+        leaves = [i for i in range(len(batch.parents)) if i not in parents]
+        last = self._states(batch)[batch.cu_seqlens[1:][leaves] - 1]
+        scores: Tensor = self.model.score(last)[:, 0].float()
+        return scores
+
+
+def _shared(pair: Pair) -> int:
+    """Tokens that both sides begin with, one less than the shorter at most."""
+    both = zip(pair.chosen, pair.rejected, strict=False)
+    same = next((i for i, (a, b) in enumerate(both) if a != b), min(map(len, pair.sides)))
+    return min(same, *(len(side) - 1 for side in pair.sides))
+
+
+def _packed(pairs: Sequence[Pair]) -> PackedBatch:
+    groups = []
+    for pair in pairs:
+        same = _shared(pair)
+        ends = [(side[same:], [0] * (len(side) - same)) for side in pair.sides]
+        groups.append((pair.chosen[:same], ends))
+    return pack_groups(groups)
+
+
 def train_reward_model(
     config: RewardModelConfig, model: PreTrainedModel, pairs: Mixture[Pair], stage: Stage
 ) -> None:
     """Train the classifier in place."""
+    model.train()
+    scores_of = PairScorer(model)
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer)
 
     def loss_of(batch: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = sequence_scores(model, [side for pair in batch for side in pair.sides])
+        scores = scores_of(batch)
         chosen_P, rejected_P = scores[0::2], scores[1::2]
         share = len(batch) / config.batch_size
         margin_P = torch.tensor([pair.margin for pair in batch], device=scores.device)
@@ -101,13 +165,10 @@ def train_reward_model(
         right = (chosen_P > rejected_P).float().mean() * share
         return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
 
-    model.train()
     for step in stage.steps():
-        batch = sorted(pairs.batch(step, config.batch_size), key=lambda p: max(map(len, p.sides)))
-        lengths = [2 * max(map(len, pair.sides)) for pair in batch]
-        micro = [batch[where] for where in chunks_by_tokens(lengths, config.max_tokens)]
+        batch = pairs.batch(step, config.batch_size)
         with stage.phase("train"):
-            metrics = update(micro, loss_of, optimizer)
+            metrics = update(scores_of.micros(batch, config.max_tokens), loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
     model.eval()
 

@@ -17,6 +17,7 @@ from gearshift.algorithms.advantages import (
     best_of_n,
     gae,
     grpo,
+    grpo_turns,
     moving_average,
     opo,
     reinforce_baseline,
@@ -79,8 +80,30 @@ def test_equal_rewards_teach_exactly_nothing(reward: float, size: int) -> None:
     """To the last bit: who leaves out groups without a gradient asks for advantages != 0."""
     r, g = torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)
     lengths = torch.arange(1, size + 1)
-    for advantages in (rloo(r, g), grpo(r, g), grpo(r, g, scale=False), opo(r, g, lengths)):
+    turns = grpo_turns(r[:, None], torch.ones(size, 1, dtype=torch.bool), g)
+    for advantages in (rloo(r, g), grpo(r, g), grpo(r, g, scale=False), opo(r, g, lengths), turns):
         assert advantages.dtype == r.dtype and not advantages.any()
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "grpo_turns", "opo"])
+def test_a_completion_alone_in_its_group_teaches_nothing(name: str) -> None:
+    rewards, mask = padded([[0.0, 0.7], [2.0]])
+    out = ADVANTAGES[name](Rollout(rewards, mask, torch.tensor([4, 9])))
+    assert not out.advantages_NA.any()
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_an_empty_completion_harms_no_other_group(name: str) -> None:
+    """It has no token, so no figure, and it changes nothing where it is nobody's sibling."""
+    rewards, mask = padded([[0.0, 1.0], [], [0.5], [0.2, 2.0]])
+    greedy, values = torch.ones(4).double(), torch.randn(4, 2).double()
+    group = torch.tensor([5, 7, 5, 5])
+    out = ADVANTAGES[name](Rollout(rewards, mask, group, values, 0.3, greedy))
+    kept = torch.tensor([0, 2, 3])
+    rest = Rollout(rewards[kept], mask[kept], group[kept], values[kept], 0.3, greedy[kept])
+    for ours, wanted in zip(out, ADVANTAGES[name](rest), strict=True):
+        assert not ours[1].any()
+        assert torch.equal(ours[kept], wanted)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])

@@ -58,6 +58,22 @@ def test_gradients_in_the_loss(policies: tuple[Tensor, Tensor]) -> None:
     assert not torch.allclose(forward, reverse, atol=1e-3)
 
 
+def test_off_policy_no_estimator_has_the_gradient_of_the_kl_without_a_ratio(
+    policies: tuple[Tensor, Tensor],
+) -> None:
+    logits, q = policies
+    old = torch.log_softmax(logits.detach() + 0.7 * torch.randn(8).double(), 0)
+    p = torch.log_softmax(logits, 0)
+    [reverse] = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    found = {
+        name: torch.autograd.grad((old.exp() * k(p, q)).sum(), logits, retain_graph=True)[0]
+        for name, k in KL_ESTIMATORS.items()
+    }
+    assert torch.allclose(found["k1"], old.exp() - p.detach().exp(), atol=1e-12)  # q is not in it
+    for gradient in found.values():
+        assert not torch.allclose(gradient, reverse, atol=1e-2)
+
+
 def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl(
     policies: tuple[Tensor, Tensor],
 ) -> None:

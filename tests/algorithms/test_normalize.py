@@ -1,5 +1,8 @@
 """Rows, whitening, and loss weights that do not care how a batch is split."""
 
+import math
+import statistics
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from gearshift.algorithms.normalize import (
     whiten,
     whiten_groups,
 )
+from tests.algorithms.ragged import assert_rows, column, padded, rows
 
 settings.load_profile("algorithms")
 COUNTS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
@@ -59,6 +63,19 @@ def test_whitening() -> None:
     assert torch.allclose(kept[mask].mean(), masked_mean(values, mask))
     alone = torch.tensor([[True, False]])
     assert whiten(torch.tensor([[4.0, 9.0]]), alone).tolist() == [[0.0, 0.0]]
+
+
+@given(rows(1), st.booleans())
+def test_whitening_by_definition(data: list, shift_mean: bool) -> None:
+    values, mask = padded(column(data, 0))
+    flat = [x for row in column(data, 0) for x in row]
+    mean = statistics.fmean(flat)
+    scale = math.sqrt(statistics.pvariance(flat) + 0.1)
+    back = 0.0 if shift_mean else mean
+    expected = [[(x - mean) / scale + back for x in row] for row in column(data, 0)]
+    assert_rows(whiten(values, mask, shift_mean, 0.1), mask, expected)
+    ours = whiten(values, mask, shift_mean, 0.1, moments(values, mask))
+    assert_rows(ours, mask, expected)
 
 
 def test_nothing_masked_is_no_nan() -> None:
