@@ -61,7 +61,7 @@ SENTENCE = "Say what the weather is like today in a town by the sea, and what on
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one round, short curves")
+    parser.add_argument("--quick", action="store_true", help="one round of beta 0, short curves")
     options = parser.parse_args()
     keep_freed_memory()
     set_up()
@@ -72,7 +72,7 @@ def main() -> None:
     if min(result["gradient_cosine"].values()) < 0.999:
         raise SystemExit("The two losses differ; nothing was timed.")
     short = [f"Say what one wears in a town by the {x}." for x in ("sea", "lake", "wood", "hill")]
-    result["curves"] = curves(short, steps=15 if options.quick else 50)
+    result["curves"] = curves(short, steps=8 if options.quick else 50)
     told = result["curves"]
     print("mean reward of the curves:", told["ours_mean"], told["trl_mean"], told["within_noise"])
 
@@ -85,21 +85,27 @@ def main() -> None:
     result["phases"], result["peak_memory"] = {}, {}
     for beta in (0.0, 0.04):
         for name, own in lengths.items():
-            if options.quick and (beta, name) == (0.04, "skewed"):
+            if options.quick and beta:
                 continue
             key = name if beta == 0 else f"{name}_beta_{beta}"
             result[key] = compare(prompts, own, beta, rounds, result, key)
-    defaults = Trl({"task": "rl", "prompts": prompts, "config": {**LOSS, "beta": 0.0,
-        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}})  # fmt: skip
-    told = [defaults.step(lengths["fixed"]) for _ in range(1 if options.quick else 2)][-1]
-    defaults.close()
-    result["fixed"]["ratio_vs_trl_defaults"] = told["seconds"] / median(
-        result["fixed"]["seconds"]["gearshift"]
-    )
-    print(f"fixed, TRL's defaults: {told['seconds']:.1f} s a step")
+    if not options.quick:
+        seconds = of_defaults(prompts, lengths["fixed"])
+        ours = median(result["fixed"]["seconds"]["gearshift"])
+        result["fixed"]["ratio_vs_trl_defaults"] = seconds / ours
+        print(f"fixed, TRL's defaults: {seconds:.1f} s a step")
     result["sft"] = supervised(rounds)
     print("sft:", {k: v for k, v in result["sft"].items() if k != "seconds"})
     print("samples in", write("rl_step", result))
+
+
+def of_defaults(prompts: list[str], lengths: list[int]) -> float:
+    """Seconds of a step of TRL at its own settings, after one to warm up."""
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    peer = Trl({"task": "rl", "prompts": prompts, "config": {**LOSS, **batch, "beta": 0.0}})
+    told = [peer.step(lengths) for _ in range(2)][-1]
+    peer.close()
+    return float(told["seconds"])
 
 
 def compare(
