@@ -79,7 +79,8 @@ PREFERENCE: dict[str, dict[str, Any]] = {
     "orpo": {"loss": "orpo", "beta": 0.1},
     "simpo": {"loss": "simpo", "beta": 2.0, "margin": 1.0},
 }
-"""Of the section `preference`, which then stands in place of `rl`."""
+"""Of the section `preference`, which then stands in place of `rl`. Where it names no data, it takes
+those of `reward`, in place of it."""
 
 
 def expand(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,10 @@ def expand(recipe: dict[str, Any]) -> dict[str, Any]:
     if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
         return {**recipe, "rl": _under(RL[name], recipe.get("rl", {}))}
     if name in PREFERENCE:
-        own = recipe.get("preference") or {}
+        own, reward = recipe.get("preference") or {}, recipe.get("reward") or {}
+        if not own.get("data"):  # the reward model's pairs, which it is not needed for then
+            own = {**own, **{k: reward[k] for k in ("data", "heldout") if k in reward}}
+            recipe = {**recipe, "reward": None}
         return {**recipe, "preference": _under(PREFERENCE[name], own), "rl": None}
     return recipe
 

@@ -65,6 +65,17 @@ def test_a_stage_set_to_null_stays_out() -> None:
     assert Recipe.model_validate({"algorithm": "grpo", "rl": None}).rl is None
 
 
+def test_one_word_makes_preferences_of_a_recipe_with_a_reward_model() -> None:
+    pairs = {"data": {"sources": [{"path": "pairs.jsonl"}]}}
+    recipe = Recipe.model_validate({"algorithm": "dpo", "reward": pairs, "rl": {"steps": 3}})
+    assert recipe.preference is not None and recipe.reward is None and recipe.rl is None
+    assert recipe.preference.data.sources[0].path == "pairs.jsonl"
+    own = {"data": {"sources": [{"path": "own.jsonl"}]}}
+    kept = Recipe.model_validate({"algorithm": "dpo", "reward": pairs, "preference": own})
+    assert kept.preference is not None and kept.reward is not None
+    assert kept.preference.data.sources[0].path == "own.jsonl"
+
+
 def test_an_unknown_algorithm_is_told() -> None:
     with pytest.raises(ConfigError, match="algorithm"):
         load(Recipe, None, ["algorithm=grop"])
