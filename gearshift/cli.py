@@ -20,7 +20,8 @@ from gearshift.errors import ConfigError, DataError, GearshiftError, NotBuiltErr
 
 if TYPE_CHECKING:
     from gearshift.engine import HybridEngine
-    from gearshift.pipeline import Recipe
+    from gearshift.recipe import Recipe
+    from gearshift.rollouts.evaluate import Comparison
 
 STAGES = {
     "run": "data, evaluation and every stage of the recipe",
@@ -29,7 +30,6 @@ STAGES = {
     "reward": "the reward model",
     "process": "a reward model of steps",
     "rl": "reinforcement learning",
-    "eval": "the held-out table of a finished run, made again where it is missing",
 }
 LATER = {
     "bench": "benchmarks (make bench runs those there are)",
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in STAGES:  # argparse takes no overrides after an option
-        words[1:] = sorted(words[1:], key=lambda word: not word.startswith("--"))
+    if words and (words[0] in STAGES or words[0] == "eval"):
+        words[1:] = _options_first(words[1:])
     try:
         arguments = _parser().parse_args(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -64,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
+def _options_first(words: Sequence[str]) -> list[str]:
+    """argparse takes no overrides after an option."""
+    options: list[str] = []
+    others: list[str] = []
+    for i, word in enumerate(words):
+        follows = i > 0 and words[i - 1] in ("--recipe", "--show")
+        (options if word.startswith("--") or follows else others).append(word)
+    return [*options, *others]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gearshift", description="Align language models with reinforcement learning."
@@ -82,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
             help="print the resolved config and the plan; train nothing",
         )
         command.set_defaults(do=_run, command=name)
+    evaluation = commands.add_parser(
+        "eval", help="the held-out table: policies side by side, with intervals, wins and losses"
+    )
+    evaluation.add_argument("run", help="a run's folder, or any model")
+    evaluation.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    evaluation.add_argument("--recipe", help="evaluate on this recipe's task; a run brings its own")
+    evaluation.add_argument(
+        "--show", type=int, default=3, help="this many wins and losses are printed"
+    )
+    evaluation.set_defaults(do=_eval)
     chat = commands.add_parser("chat", help="talk to a run's model in the terminal")
     chat.add_argument("run", help="a run's folder, a stage's folder, or any model")
     chat.add_argument("--system", help="system message; a run's task brings its own")
@@ -140,8 +160,9 @@ def find_recipe(name: str) -> Path:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from gearshift.pipeline import STAGES as ALL
-    from gearshift.pipeline import Recipe, Run
+    from gearshift.pipeline import Run
+    from gearshift.recipe import STAGES as ALL
+    from gearshift.recipe import Recipe
     from gearshift.runtime.allocator import keep_freed_memory
     from gearshift.runtime.config import load
 
@@ -155,45 +176,83 @@ def _run(arguments: argparse.Namespace) -> None:
         print(plan(recipe))
         return
     keep_freed_memory()
-    stages = {"run": ALL, "eval": ()}.get(command, (command,))
+    stages = ALL if command == "run" else (command,)
     summary = Run(recipe).execute(stages)
     _print_summary(Path(recipe.run.dir), summary)
 
 
 def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from gearshift.heldout import comparisons, records
 
-    console = Console(highlight=False)
-    table = Table(title=f"{folder}: held-out", title_justify="left")
-    for column in ("policy", "right", "reward", "tokens", "of"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for name, row in summary["heldout_detail"].items():
-        table.add_row(
-            name,
-            f"{row['success']:.1%}",
-            f"{row['reward']:.3f}",
-            f"{row['mean_length']:.0f}",
-            str(row["n"]),
-        )
-    if table.row_count:
-        console.print(table)
+    found = records(folder / "heldout")
+    _print_table(f"{folder}: held-out", found, comparisons(found))
     if (accuracy := summary["reward_model"]["accuracy"]) is not None:
-        console.print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
+        print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
-        console.print(
+        print(
             f"engine: the gears' log-probs differ by {gap:.1e} nat on average "
             f"({summary['engine']['dtype']})"
         )
     minutes = sum(summary["seconds"].values()) / 60
-    console.print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
-    if summary["heldout_detail"]:
-        console.print(f"talk to it: gearshift chat {folder}")
+    print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
+    if found:
+        print(f"talk to it: gearshift chat {folder}")
+
+
+def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) -> None:
+    """The figures of each policy, then what changed from one to the next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not found:
+        return
+    console = Console(highlight=False)
+    kept = ("metric", "value", "interval", "seconds", "samples", "n")
+    metric = next(iter(found.values()))["metric"]
+    others = dict.fromkeys(k for r in found.values() for k in r if k not in kept and k != metric)
+    table = Table(title=title, title_justify="left")
+    for column in ("policy", metric, "95%", *others, "of"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, row in found.items():
+        low, high = row["interval"]
+        figures = (f"{row[k]:.4g}" if k in row else "" for k in others)
+        table.add_row(
+            name, f"{row['value']:.3f}", f"{low:.3f} to {high:.3f}", *figures, str(row["n"])
+        )
+    console.print(table)
+    for c in compared:
+        low, high = c.interval
+        console.print(
+            f"{c.before} -> {c.after}: {c.difference:+.3f} [{low:+.3f}, {high:+.3f}]; "
+            f"{len(c.wins)} rows better, {len(c.losses)} worse"
+        )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from gearshift.heldout import changed, comparisons, evaluate_run
+
+    recipe = find_recipe(arguments.recipe) if arguments.recipe else None
+    title, found = evaluate_run(arguments.run, recipe, arguments.overrides)
+    compared = comparisons(found)
+    _print_table(title, found, compared)
+    if not compared:
+        return
+    last = compared[-1]
+    for word, rows in (("better", last.wins), ("worse", last.losses)):
+        shown = changed(found[last.before], found[last.after], rows, arguments.show)
+        for prompt, before, after in shown:
+            print(f"\n{word}: {_line(prompt)}")
+            print(f"  {last.before}: {_line(before)}\n  {last.after}: {_line(after)}")
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:157]}..."
 
 
 def _model_folder(name: str) -> tuple[str, Recipe | None]:
     """The newest policy of a run's folder with the run's recipe; any other name as it is."""
-    from gearshift.pipeline import Recipe
+    from gearshift.recipe import Recipe
     from gearshift.runtime.config import load
 
     folder = Path(name)
@@ -299,7 +358,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _keys(arguments: argparse.Namespace) -> None:
-    from gearshift.pipeline import Recipe
+    from gearshift.recipe import Recipe
     from gearshift.runtime.config import describe
 
     lines = [line for line in describe(Recipe) if line.startswith(arguments.prefix)]

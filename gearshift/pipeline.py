@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data import (
@@ -29,29 +27,23 @@ from gearshift.data import (
     to_steps,
     to_supervised,
 )
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError
+from gearshift.heldout import TaskData, comparisons, open_engine, perplexity, records
 from gearshift.models.adapters import add_adapter
 from gearshift.models.classifier import use_own_pad
 from gearshift.models.load import (
-    ModelConfig,
     load_classifier,
     load_policy,
     load_tokenizer,
     save_model,
     source_of,
 )
-from gearshift.presets import Algorithm, expand
-from gearshift.rollouts.collector import Collector
-from gearshift.rollouts.evaluate import evaluate
-from gearshift.rollouts.gym_text import make_environment
+from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim
+from gearshift.rollouts.collector import Start
 from gearshift.rollouts.reward_sum import RewardSum
-from gearshift.rollouts.tasks import get_task
-from gearshift.rollouts.tasks.voice import VoiceConfig
 from gearshift.runtime.allocator import give_back_freed_memory
-from gearshift.runtime.config import Config, dump
 from gearshift.runtime.metrics import read_metrics
-from gearshift.runtime.progress import Progress
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
 from gearshift.trainers.critic import Critic, load_critic
@@ -65,14 +57,12 @@ from gearshift.trainers.preference import (
     render_judged,
 )
 from gearshift.trainers.process import (
-    ProcessRewardConfig,
     Steps,
     render_steps,
     step_accuracy,
     train_process_model,
 )
 from gearshift.trainers.reward import (
-    RewardModelConfig,
     pair_accuracy,
     render_pairs,
     train_reward_model,
@@ -82,64 +72,9 @@ from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_s
 from gearshift.trainers.stage import Stage, StageConfig, write_json
 from gearshift.types import SamplingParams
 
-StageName = Literal["sft", "preference", "reward", "process", "rl"]
-STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
-POLICIES = ("sft", "preference", "rl")
-"""Stages that train the policy."""
 Example = TypeVar("Example")
 Fitted = TypeVar("Fitted", SFTConfig, PreferenceConfig, RLConfig)
 Row = dict[str, Any]
-
-
-class RunConfig(Config):
-    """Where a run lives, and what it is made from."""
-
-    dir: str = "runs/run"
-    """The run's folder."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """All randomness of the run flows from it."""
-
-
-class EvalConfig(Config):
-    """Held-out evaluation, before and after each stage."""
-
-    limit: int | None = Field(None, ge=1)
-    """Held-out rows to use; None takes all."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest answer."""
-
-
-class Recipe(Config):
-    """A whole run. A stage that is left out (or null) is not run."""
-
-    run: RunConfig = RunConfig()
-    """Folder and seed."""
-    model: ModelConfig = ModelConfig()
-    """What to start from."""
-    algorithm: Algorithm | None = None
-    """A published method by name: fills in the keys of `rl` (or of `preference`, in place of `rl`)
-    that it stands for; what the recipe sets itself stays."""
-    engine: EngineConfig = EngineConfig()
-    """The hybrid engine."""
-    task: VoiceConfig | None = None
-    """What the environment is, and the data that it makes."""
-    sft: SFTConfig | None = None
-    """Step 1: supervised fine-tuning."""
-    preference: PreferenceConfig | None = None
-    """Learning from judged completions: DPO and its kin, in place of a reward model and RL."""
-    reward: RewardModelConfig | None = None
-    """Step 2: the reward model."""
-    process: ProcessRewardConfig | None = None
-    """A reward model of the steps of an answer."""
-    rl: RLConfig | None = None
-    """Step 3: reinforcement learning."""
-    eval: EvalConfig = EvalConfig()
-    """Held-out evaluation."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_algorithm(cls, tree: Any) -> Any:
-        return expand(tree) if isinstance(tree, dict) else tree
 
 
 class Run:
@@ -150,14 +85,15 @@ class Run:
         self.recipe, self.say = recipe, say
         self.folder = Path(recipe.run.dir)
         self.seed = recipe.run.seed
+        self.task = TaskData(recipe, self.folder / "data")
         if recipe.model.threads:
             torch.set_num_threads(recipe.model.threads)
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
         """Run these stages (and what they need of data); returns and writes the summary."""
-        self._claim_folder()
+        claim(self.folder, self.recipe)
         if self.recipe.task:
-            self._prepare_data()
+            self.task.prepare()
             self._heldout("base", lambda: self._engine(None))
         wanted = tuple(stages)
         work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
@@ -273,12 +209,12 @@ class Run:
         if config.kl.beta > 0:
             reference = self._reference(engine, start, config.kl.reference)
         mix, needs_critic = config.supervised, config.value == "critic"
-        collector = self._collector(engine, "train")
+        collector = self.task.collector(engine, "train")
         trainer = RLTrainer(
             config,
             engine,
             collector,
-            self._count_rows("train"),
+            self.task.rows("train"),
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
             self._new_stage("rl", config.steps, config),
             reference=reference,
@@ -292,14 +228,11 @@ class Run:
         self.say(_latency(read_metrics(folder / "metrics.jsonl")))
         how = f"reinforcement learning ({config.advantage})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
-        evaluated = self._heldout("rl", lambda: engine)
+        self._heldout("rl", lambda: engine)
         gap = self._gap(engine, config.max_new_tokens)
-        return {
-            "steps": config.steps,
-            "failures": collector.failures,
-            "gap": gap,
-            "heldout": evaluated["success"],
-        }
+        if self.recipe.eval.perplexity:
+            self._add_perplexity(start)
+        return {"steps": config.steps, "failures": collector.failures, "gap": gap}
 
     def _stage(self, name: StageName, work: Callable[[Path], dict[str, Any]]) -> None:
         folder = self.folder / name
@@ -321,14 +254,13 @@ class Run:
     # Parts
 
     def _engine(self, name: str | None, trained: bool = False) -> HybridEngine:
+        if not (trained and self.recipe.model.lora):
+            return open_engine(self.recipe, name)
         model = load_policy(self.recipe.model, name)
-        if trained and self.recipe.model.lora:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(named_seed(self.seed, "adapter"))
-                add_adapter(model, self.recipe.model.lora)
-        return HybridEngine(
-            model, load_tokenizer(self.recipe.model, name), self.recipe.engine, seed=self.seed
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(named_seed(self.seed, "adapter"))
+            add_adapter(model, self.recipe.model.lora)
+        return open_engine(self.recipe, name, model)
 
     def _fitted(self, config: Fitted, engine: HybridEngine) -> Fitted:
         """The config with what it leaves to the memory decided: tokens of a micro-batch, and
@@ -387,75 +319,29 @@ class Run:
             return str(folder)
         return None
 
-    def _collector(self, engine: HybridEngine, split: str) -> Collector:
-        assert self.recipe.task is not None
-        environment = get_task(self.recipe.task.name).environment
-        path = str(self._data(split))
-        return Collector(
-            lambda: make_environment(environment, path=path),
-            engine.tokenizer,
-            engine,
-            timeout=self.recipe.rl.episode_timeout if self.recipe.rl else None,
-        )
-
     def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
         """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
-        collector = self._collector(engine, "heldout")
+        collector, rows = self.task.collector(engine, "heldout"), self.task.rows("heldout")
         params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
-        gap = logprob_gap(
-            engine, collector, rows=min(16, self._count_rows("heldout")), params=params
-        )
+        starts = [Start(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
+        gap = logprob_gap(engine, collector, starts, params)
         return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
 
-    def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> dict[str, Any]:
-        """Evaluate a policy on the held-out rows, once; the result is kept in the run's folder."""
-        path = self.folder / "heldout" / f"{name}.json"
-        if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return kept
-        if self.recipe.task is None:
-            return {"success": None}
-        began = time.perf_counter()
-        engine = engine_of()
-        rows = self._count_rows("heldout")
-        if self.recipe.eval.limit:
-            rows = min(rows, self.recipe.eval.limit)
-        with Progress(rows, f"held-out {name}") as progress, engine.generating():
-            result = evaluate(
-                self._collector(engine, "heldout"),
-                rows,
-                self.recipe.eval.max_new_tokens,
-                lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            **result.summary(),
-            "seconds": time.perf_counter() - began,
-            "samples": result.samples,
-        }
-        write_json(path, record)
-        self.say(f"held-out {name}: {result.success:.1%} right of {result.n}")
-        return record
+    def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> None:
+        """Evaluate a policy on the held-out rows, once; the record is kept in the run's folder."""
+        to = self.folder / "heldout"
+        if self.recipe.task and not (to / f"{name}.json").exists():
+            self.task.evaluate(engine_of(), name, to)
+
+    def _add_perplexity(self, start: str | None) -> None:
+        """To each held-out record, under the policy that RL began from."""
+        engine = self._engine(start)
+        for name, record in records(self.folder / "heldout").items():
+            said = [sample["messages"] for sample in record["samples"]]
+            record["perplexity"] = perplexity(engine, said)
+            write_json(self.folder / "heldout" / f"{name}.json", record)
 
     # Data
-
-    def _prepare_data(self) -> None:
-        task = self.recipe.task
-        assert task is not None
-        done = self.folder / "data" / "done.json"
-        if done.exists():
-            return
-        began = time.perf_counter()
-        self.say(f"data: preparing {task.name}")
-        files = get_task(task.name).prepare(task, self.seed, self.folder / "data")
-        seconds = time.perf_counter() - began
-        write_json(done, {"files": {k: str(v) for k, v in files.items()}, "seconds": seconds})
-
-    def _data(self, split: str) -> Path:
-        return self.folder / "data" / f"{split}.jsonl"
-
-    def _count_rows(self, split: str) -> int:
-        return len(load_rows(str(self._data(split))))
 
     def _rows(self, config: DataConfig) -> list[list[Row]]:
         """The cleaned rows of each source; `task:NAME` is a file that the task prepared."""
@@ -463,7 +349,7 @@ class Run:
         for source in config.sources:
             path = source.path
             if path.startswith("task:"):
-                path = str(self._data(path.removeprefix("task:")))
+                path = str(self.task.path(path.removeprefix("task:")))
             rows, report = clean(load_rows(path, source.split)[: source.limit], config.clean)
             self.say(f"data: {source.path}: {report}")
             sources.append(rows)
@@ -489,16 +375,6 @@ class Run:
 
     # Records
 
-    def _claim_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, text = self.folder / "recipe.yaml", dump(self.recipe)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ConfigError(
-                f"{self.folder} holds a run of another recipe (see {path}); "
-                "choose another run.dir, or delete it."
-            )
-        path.write_text(text, encoding="utf-8")
-
     def _save(
         self,
         folder: Path,
@@ -519,14 +395,9 @@ class Run:
         path = self.folder.joinpath(*parts)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    @cached_property
-    def _policies(self) -> Sequence[str]:
-        return ("base", *POLICIES)
-
     def _summarise(self) -> dict[str, Any]:
         done = {name: self._read(name, "done.json") for name in STAGES}
-        heldout = {name: self._read("heldout", f"{name}.json") for name in self._policies}
-        heldout = {name: record for name, record in heldout.items() if record}
+        heldout = records(self.folder / "heldout")
         gap = done["rl"].get("gap", {})
         seconds: dict[str, float] = {
             name: record["seconds"] for name, record in done.items() if record
@@ -538,9 +409,11 @@ class Run:
             name: {k: v for k, v in record.items() if k not in ("samples", "seconds")}
             for name, record in heldout.items()
         }
+        compared = [c.summary() for c in comparisons(heldout)]
         summary = {
-            "heldout": {name: record["success"] for name, record in heldout.items()},
+            "heldout": {name: record["value"] for name, record in heldout.items()},
             "heldout_detail": table,
+            "heldout_compared": compared,
             "reward_model": {"accuracy": done["reward"].get("accuracy")},
             "seconds": seconds,
             "engine": {
@@ -548,6 +421,7 @@ class Run:
                 "logprob_gap_max": gap.get("max"),
                 "dtype": gap.get("dtype"),
             },
+            "task": self.recipe.task.name if self.recipe.task else None,
             "seed": self.seed,
             "model": self.recipe.model.name,
             "stages": done,
@@ -564,6 +438,7 @@ class Run:
             samples_before_after=_side_by_side(heldout),
             heldout=table,
             summary=summary,
+            compared=compared,
         )
         return summary
 

@@ -13,7 +13,7 @@ from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig
 from gearshift.models.load import EMBEDDED, TINY, embedded_folder, resolve_device, resolve_dtype
 from gearshift.models.tiny import tiny_model
-from gearshift.pipeline import POLICIES, STAGES, Recipe
+from gearshift.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
 from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
 

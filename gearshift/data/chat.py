@@ -73,14 +73,14 @@ def render_completion(
     return before, tokenizer.encode(answer, add_special_tokens=False)
 
 
-def render_turn(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[int]:
-    """What follows an answer's end token when `message` comes next and the assistant is asked
+def render_turn(tokenizer: PreTrainedTokenizerBase, said: Sequence[Message]) -> list[int]:
+    """What follows an answer's end token when these messages come next and the assistant is asked
     again.
 
     So that an episode goes on from the sampled tokens themselves: they are never encoded a second
     time.
     """
-    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, message]
+    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *said]
     ids = render_prompt(tokenizer, opening)
     span = _answer_span(tokenizer, ids, render_prompt(tokenizer, opening[:1]), opening, 1)
     if span is None:

@@ -281,9 +281,9 @@ class Collector:
         if terminated or truncated or episode.finish_reason == "length":
             episode.running = False
             return
-        message = {"role": "user", "content": observation}
-        episode.messages.append(message)
-        episode.hear(render_turn(self._tokenizer, message))
+        said = info.get("messages") or [{"role": "user", "content": observation}]
+        episode.messages += said
+        episode.hear(render_turn(self._tokenizer, said))
 
     def _trajectories(self, group: list[_Episode]) -> list[Trajectory]:
         return [self._trajectory(e) for e in group if e.finish_reason != "abort"]

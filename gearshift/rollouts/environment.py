@@ -40,7 +40,11 @@ class TextEnvironment(gymnasium.Env[str, str]):
     What a collector reads besides Gymnasium's return values:
     `info["messages"]` of `reset`: the chat so far, a system message too; the observation is last.
     `info["row"]` of `reset`: which of the environment's tasks it is; `options={"row": i}` picks.
+    `info["messages"]` of `step`, where more than the observation is said (a tool's result, say):
+    the messages that follow the answer, each with its role; the observation is last.
     `info["success"]` of the last `step`, where the environment can tell: the task was solved.
+    `info["gold"]`: a right answer as text, for the report.
+    `info["metrics"]`: {name: number} of the episode, averaged in the held-out table.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,12 +66,14 @@ def write_report(
     samples_before_after: Sequence[Mapping[str, Any]],
     heldout: Mapping[str, Mapping[str, Any]],
     summary: Mapping[str, Any],
+    compared: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write `run_folder/report.html`; returns its path. What is missing is left out of the page.
 
     metrics: each stage's records by step, under TRL's names. samples_before_after: records of
     prompt, stages {stage: text}, rewards {stage: float} and perhaps gold. heldout: for each policy
-    n, success (a fraction of n) and other figures. summary: facts, nested as they come.
+    metric, value, interval, n and other figures. summary: facts, nested as they come.
+    compared: policies row by row: before, after, difference, interval, better, worse.
     """
     template = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -80,26 +81,19 @@ def write_report(
     page = environment.from_string(template).render(
         title=title,
         stages={name: list(_charts(records)) for name, records in metrics.items() if records},
-        columns=list(dict.fromkeys(key for row in heldout.values() for key in row)),
+        columns=[
+            key
+            for key in dict.fromkeys(key for row in heldout.values() for key in row)
+            if key != "interval"
+        ],
+        compared=compared,
         heldout=heldout,
-        wilson=wilson,
         samples=samples_before_after,
         facts=list(_facts(summary)),
     )
     path = run_folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a rate seen in n trials, sound near 0 and 1 too.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). Wilson 1927.
-    """
-    middle = rate + z * z / (2 * n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _charts(records: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:

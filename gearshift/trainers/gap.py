@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from gearshift.engine import HybridEngine
@@ -12,11 +14,11 @@ from gearshift.types import SamplingParams
 
 @torch.no_grad()
 def logprob_gap(
-    engine: HybridEngine, collector: Collector, rows: int, params: SamplingParams
+    engine: HybridEngine, collector: Collector, starts: Sequence[Start], params: SamplingParams
 ) -> dict[str, float]:
-    """Mean and greatest |difference| in nats over completions sampled afresh from `rows` rows."""
+    """Mean and greatest |difference| in nats over completions sampled afresh from `starts`."""
     with engine.generating():
-        trajectories = collector.collect([Start(row, row, row) for row in range(rows)], params)
+        trajectories = collector.collect(starts, params)
     batch = pack_trajectories(trajectories, max_tokens=4096).to(engine.device)
     gaps = []
     for micro in batch.split(4096):

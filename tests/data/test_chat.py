@@ -144,6 +144,6 @@ def test_prompt_answer_and_next_turn_make_the_conversation(
     assert answer_ids[-1] in end_token_ids(TOKENIZER)
     following = {"role": "user", "content": then}
     whole = [*prompt, {"role": "assistant", "content": answer}, following]
-    assert [*prompt_ids, *answer_ids, *render_turn(TOKENIZER, following)] == render_prompt(
+    assert [*prompt_ids, *answer_ids, *render_turn(TOKENIZER, [following])] == render_prompt(
         TOKENIZER, whole
     )

@@ -72,7 +72,7 @@ def test_an_answer_continues_its_prompts_own_tokens(family: Family, user: str, w
 @many
 def test_the_next_turn_goes_on_from_the_end_token(family: Family, words: str) -> None:
     tokenizer = family.tokenizer
-    following = render_turn(tokenizer, {"role": "user", "content": words})
+    following = render_turn(tokenizer, [{"role": "user", "content": words}])
     whole = tokenizer.apply_chat_template(
         [*conversation([("hi", "yo")]), {"role": "user", "content": words}],
         tokenize=False,

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from gearshift.runtime.report import wilson, write_report
+from gearshift.runtime.report import write_report
 
 RL = [
     {
@@ -36,7 +36,14 @@ SAMPLE = {
     "stages": {"base": "<img src=x onerror=alert(2)>", "r&l": "done"},
     "rewards": {"base": 0.0, "r&l": 0.98765},
 }
-HELDOUT = {"base": {"n": 120, "success": 0.025, "reward": 0.1}, "rl": {"n": 120, "success": 0.84}}
+HELDOUT = {
+    "base": {"metric": "success", "value": 0.025, "interval": [0.009, 0.071], "n": 120},
+    "rl": {"metric": "success", "value": 0.84, "interval": [0.764, 0.895], "n": 120, "bleu": 31.5},
+}
+COMPARED = [
+    {"before": "base", "after": "rl", "difference": 0.815, "interval": [0.7, 0.9], "better": 98,
+     "worse": 0},
+]  # fmt: skip
 
 
 def page(folder: Path, **changes: Any) -> str:
@@ -45,6 +52,7 @@ def page(folder: Path, **changes: Any) -> str:
         "metrics": {"sft": SFT, "reward": REWARD, "rl": RL},
         "samples_before_after": [SAMPLE],
         "heldout": HELDOUT,
+        "compared": COMPARED,
         "summary": {
             "seed": 7,
             "engine": {"gap": 1.23456e-6, "dtype": None},
@@ -124,8 +132,9 @@ def test_what_models_write_stays_text(html: str) -> None:
 
 def test_heldout_has_intervals(html: str) -> None:
     text = Tags(html).text
-    assert "2.5%" in text and "0.9 to 7.1%" in text
-    assert "84.0%" in text and "76.4 to 89.5%" in text
+    assert "0.025" in text and "0.009 to 0.071" in text
+    assert "0.840" in text and "0.764 to 0.895" in text and "31.5" in text
+    assert "+0.815" in text and "+0.700 to +0.900" in text and "98" in text
 
 
 def test_facts_are_flat_and_without_what_the_table_says(html: str) -> None:
@@ -134,10 +143,15 @@ def test_facts_are_flat_and_without_what_the_table_says(html: str) -> None:
 
 
 def test_a_run_without_figures_still_has_a_page(tmp_path: Path) -> None:
-    nothing: dict[str, Any] = {"metrics": {"rl": []}, "samples_before_after": [], "heldout": {}}
+    nothing: dict[str, Any] = {
+        "metrics": {"rl": []},
+        "samples_before_after": [],
+        "heldout": {},
+        "compared": [],
+    }
     html = page(tmp_path, **nothing, summary={})
     assert "<h2>" not in html and "voice &lt;1&gt;" in html
-    html = page(tmp_path, heldout={"base": {"n": 0, "success": None}}, metrics={})
+    html = page(tmp_path, heldout={"base": {"n": 0, "value": None}}, metrics={})
     assert "base" in Tags(html).text
 
 
@@ -145,10 +159,3 @@ def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     page(tmp_path, metrics={"sft": SFT})
     assert dict(matplotlib.rcParams) == before
-
-
-def test_wilson() -> None:
-    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
-    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert wilson(1, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)

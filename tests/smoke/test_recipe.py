@@ -27,6 +27,10 @@ def test_summary_has_what_is_promised(run: Path) -> None:
     assert 0 < summary["engine"]["logprob_gap"] <= 1e-5
     assert summary["engine"]["dtype"] == "float32"
     assert summary["heldout_detail"]["rl"]["n"] == 12
+    low, high = summary["heldout_detail"]["rl"]["interval"]
+    assert low <= summary["heldout"]["rl"] <= high
+    compared = [(c["before"], c["after"]) for c in summary["heldout_compared"]]
+    assert compared == [("base", "sft"), ("sft", "rl"), ("base", "rl")]
 
 
 def test_every_stage_loads_with_transformers(run: Path) -> None:
@@ -139,3 +143,36 @@ def test_ppo_as_deepspeed_chat_runs_it(run: Path, tmp_path: Path) -> None:
     policy = AutoModelForCausalLM.from_pretrained(folder / "rl").state_dict()
     average = AutoModelForCausalLM.from_pretrained(folder / "rl" / "ema").state_dict()
     assert any(not policy[k].equal(average[k]) for k in policy)
+
+
+def test_a_run_and_a_model_are_evaluated_on_a_recipe(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["eval", str(run)])
+    out = capsys.readouterr().out
+    assert "sft -> rl:" in out and "95%" in out and "rows better" in out
+    main(["eval", str(run), "--recipe", RECIPE, "eval.limit=5"])
+    records = {p.stem: json.loads(p.read_text()) for p in (run / "eval" / "tiny").glob("*.json")}
+    assert set(records) == {"base", "sft", "rl"} and records["rl"]["n"] == 5
+    own = json.loads((run / "heldout" / "rl.json").read_text())
+    assert records["rl"]["samples"] == own["samples"][:5], "the split is the run's"
+    main(["eval", str(run / "rl"), "--recipe", RECIPE, "eval.limit=5", f"run.dir={run}/alone"])
+    alone = json.loads((run / "alone" / "eval" / "tiny" / "rl.json").read_text())
+    assert alone["samples"] == records["rl"]["samples"]
+    for words, named in (
+        (["eval", str(run / "rl")], "--recipe"),
+        (["eval", str(run), "eval.limit=2"], "--recipe"),
+        (["eval", str(run), "--recipe", RECIPE, "eval.limit=6"], "another recipe"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert named in capsys.readouterr().err
+
+
+def test_perplexity_of_what_was_answered(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    main(["run", RECIPE, f"run.dir={folder}", "reward=null", "eval.perplexity=true"])
+    detail = json.loads((folder / "summary.json").read_text())["heldout_detail"]
+    assert all(1 < row["perplexity"] < 1e4 for row in detail.values())
+    # Under the policy that wrote them greedily, its own answers are the likeliest.
+    assert detail["sft"]["perplexity"] <= detail["base"]["perplexity"]

@@ -7,7 +7,7 @@ import pytest
 from gearshift import presets
 from gearshift.cli import main
 from gearshift.errors import ConfigError
-from gearshift.pipeline import Recipe
+from gearshift.recipe import Recipe
 from gearshift.runtime.config import dump, load
 from tests.gyms import Bandit
 from tests.trainers import bandit

@@ -1,42 +1,20 @@
-"""The tasks that come with the system: where each one's data and environment are found, by name."""
+"""The tasks that come with the system, by name."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.tasks import voice
-from gearshift.runtime.config import Config
+from gearshift.rollouts.tasks.task import Task
 
+TASKS: dict[str, Task] = {task.name: task for task in (voice.TASK,)}
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a recipe needs to know of a task."""
-
-    name: str
-    config: type[Config]
-    """The class of the recipe's `task` section."""
-    prepare: Callable[[Any, int, Path], dict[str, Path]]
-    """(config, seed, folder) -> the data files that it wrote, by name."""
-    environment: str
-    """Gymnasium's id; it takes `path=`, one of the files."""
-    system: str
-    """The system message of every prompt."""
-
-
-TASKS: dict[str, Task] = {
-    "voice_assistant": Task(
-        "voice_assistant",
-        voice.VoiceConfig,
-        voice.prepare,
-        "gearshift/VoiceAssistant-v0",
-        voice.SYSTEM,
-    )
-}
+TaskConfig = Annotated[voice.VoiceConfig, Field()]
+"""The `task` section of a recipe; its `name` says which."""
 
 
 def get_task(name: str) -> Task:

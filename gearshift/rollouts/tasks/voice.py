@@ -20,6 +20,8 @@ from pydantic import Field
 
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import RowEnvironment
+from gearshift.rollouts.gym_text import make_environment
+from gearshift.rollouts.tasks.task import Task
 from gearshift.rollouts.tasks.voice_grammar import (
     CLUMSY,
     INTENTS,
@@ -394,3 +396,12 @@ def _one(items: Iterable[Item], rng: random.Random) -> list[Item]:
     """One of the items, or none where there are none."""
     several = list(items)
     return rng.sample(several, min(1, len(several)))
+
+
+TASK = Task(
+    "voice_assistant",
+    VoiceConfig,
+    prepare,
+    lambda config, path: make_environment("gearshift/VoiceAssistant-v0", path=path),
+    SYSTEM,
+)

@@ -1,0 +1,96 @@
+"""A recipe: the sections of a whole run, each configured by the class beside its component; and the
+folder that belongs to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gearshift.engine import EngineConfig
+from gearshift.errors import ConfigError
+from gearshift.models.load import ModelConfig
+from gearshift.presets import Algorithm, expand
+from gearshift.rollouts.tasks import TaskConfig
+from gearshift.runtime.config import Config, dump
+from gearshift.trainers.preference import PreferenceConfig
+from gearshift.trainers.process import ProcessRewardConfig
+from gearshift.trainers.reward import RewardModelConfig
+from gearshift.trainers.rl import RLConfig
+from gearshift.trainers.sft import SFTConfig
+
+StageName = Literal["sft", "preference", "reward", "process", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
+POLICIES = ("sft", "preference", "rl")
+"""Stages that train the policy."""
+
+
+class RunConfig(Config):
+    """Where a run lives, and what it is made from."""
+
+    dir: str = "runs/run"
+    """The run's folder."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """All randomness of the run flows from it."""
+
+
+class EvalConfig(Config):
+    """Held-out evaluation, before and after each stage."""
+
+    limit: int | None = Field(None, ge=1)
+    """Held-out rows to use; None takes all."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer of one turn."""
+    perplexity: bool = False
+    """Whether RL ends with the perplexity of each policy's held-out answers under the policy that
+    RL began from: whether they are still fluent."""
+
+
+class Recipe(Config):
+    """A whole run. A stage that is left out (or null) is not run."""
+
+    run: RunConfig = RunConfig()
+    """Folder and seed."""
+    model: ModelConfig = ModelConfig()
+    """What to start from."""
+    algorithm: Algorithm | None = None
+    """A published method by name: fills in the keys of `rl` (or of `preference`, in place of `rl`)
+    that it stands for; what the recipe sets itself stays."""
+    engine: EngineConfig = EngineConfig()
+    """The hybrid engine."""
+    task: TaskConfig | None = None
+    """What the environment is, and the data that it makes."""
+    sft: SFTConfig | None = None
+    """Step 1: supervised fine-tuning."""
+    preference: PreferenceConfig | None = None
+    """Learning from judged completions: DPO and its kin, in place of a reward model and RL."""
+    reward: RewardModelConfig | None = None
+    """Step 2: the reward model."""
+    process: ProcessRewardConfig | None = None
+    """A reward model of the steps of an answer."""
+    rl: RLConfig | None = None
+    """Step 3: reinforcement learning."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_algorithm(cls, tree: Any) -> Any:
+        return expand(tree) if isinstance(tree, dict) else tree
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into a folder that is to hold what comes of it.
+
+    Raises `ConfigError` if the folder holds what came of another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "recipe.yaml", dump(recipe)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{folder} was made by another recipe (see {path}); "
+            "choose another run.dir, or delete it."
+        )
+    path.write_text(text, encoding="utf-8")
