@@ -134,40 +134,46 @@ def evaluate_run(
     recipe. Raises `ConfigError` if a model has no recipe.
     """
     folder = Path(run)
-    own = folder / "recipe.yaml"
-    if recipe is None:
-        if not own.exists():
-            raise ConfigError(
-                f"{run} is no run's folder, so what to evaluate it on is not known; name a recipe "
-                "with --recipe."
-            )
-        if overrides:
-            raise ConfigError(
-                f"A run is evaluated as its own recipe says; to change that, add --recipe {own}."
-            )
-        data = TaskData(load(Recipe, own), folder / "data")
-        to = folder / "heldout"
+    whole = (folder / "recipe.yaml").exists()
+    if recipe:
+        data, to = _on(load(Recipe, recipe, overrides), folder, whole)
+    elif not whole:
+        raise ConfigError(
+            f"{run} is no run's folder, so what to evaluate it on is not known; name a recipe "
+            "with --recipe."
+        )
+    elif overrides:
+        raise ConfigError(
+            "A run is evaluated as its own recipe says; to change that, add "
+            f"--recipe {folder / 'recipe.yaml'}."
+        )
     else:
-        wanted, name = load(Recipe, recipe, overrides), recipe.stem
-        if own.exists():
-            made = load(Recipe, own)
-            if made.task and wanted.task and made.task.name == wanted.task.name:
-                # The seed makes the split: with another, rows of training would be held out.
-                seeded = wanted.run.model_copy(update={"seed": made.run.seed})
-                wanted = wanted.model_copy(update={"run": seeded})
-            if recipe == own:
-                name = made.task.name if made.task else "own"
-            wanted = wanted.model_copy(update={"model": made.model})
-        home = folder if own.exists() else Path(wanted.run.dir)
-        to = home / "eval" / name
-        claim(to, wanted)
-        data = TaskData(wanted, to / "data")
+        own = load(Recipe, folder / "recipe.yaml")
+        data, to = TaskData(own, folder / "data"), folder / "heldout"
     data.prepare()
-    policies = _policies(folder) if own.exists() else {folder.name: run}
+    policies = _policies(folder) if whole else {folder.name: run}
     for name, where in policies.items():
         if not (to / f"{name}.json").exists():
             data.evaluate(open_engine(data.recipe, where), name, to)
     return str(to), records(to)
+
+
+def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path]:
+    """The held-out rows of another recipe for a run (`whole`), one of its stages or any model; and
+    where their records lie.
+    """
+    home = folder if whole else folder.parent
+    if (home / "recipe.yaml").exists():
+        made = load(Recipe, home / "recipe.yaml")
+        changes: dict[str, Any] = {"model": made.model}
+        if made.task and recipe.task and made.task.name == recipe.task.name:
+            # The seed makes the split: with another, rows of training would be held out.
+            changes["run"] = recipe.run.model_copy(update={"seed": made.run.seed})
+        recipe = recipe.model_copy(update=changes)
+    at = Path(recipe.run.dir)
+    to = (folder if whole else at) / "eval" / at.name
+    claim(to, recipe)
+    return TaskData(recipe, to / "data"), to
 
 
 def _policies(run: Path) -> dict[str, str | None]:

@@ -60,7 +60,7 @@ class Recipe(Config):
     that it stands for; what the recipe sets itself stays."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
-    task: TaskConfig | None = None
+    task: TaskConfig | None = Field(None, discriminator="name")
     """What the environment is, and the data that it makes."""
     sft: SFTConfig | None = None
     """Step 1: supervised fine-tuning."""

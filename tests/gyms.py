@@ -42,7 +42,7 @@ class TwoTurns(SayLetters):
 
 
 class Faulty(SayLetters):
-    """Every other episode raises, or gives NaN."""
+    """Every other one that is made raises, or gives NaN."""
 
     made = 0
 

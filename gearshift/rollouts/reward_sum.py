@@ -16,7 +16,16 @@ from gearshift.data.chat import render_completion
 from gearshift.errors import ConfigError
 from gearshift.models.classifier import score_all, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer
-from gearshift.rollouts.rewards import Named, RewardFunction, add_up, call, load_reward
+from gearshift.rollouts.judge import JudgeConfig, JudgeReward
+from gearshift.rollouts.processes import ProcessReward
+from gearshift.rollouts.rewards import (
+    HttpReward,
+    Named,
+    RewardFunction,
+    add_up,
+    call,
+    load_reward,
+)
 from gearshift.rollouts.workers import Workers
 from gearshift.types import Message, Trajectory
 
@@ -35,6 +44,12 @@ class Source(Protocol):
     def ensemble(self) -> Literal["mean", "min", "mean_less_std"]: ...
     @property
     def normalize(self) -> bool: ...
+    @property
+    def timeout(self) -> float | None: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def judge(self) -> JudgeConfig: ...
 
 
 class ModelReward:
@@ -96,6 +111,10 @@ class Running:
 class RewardSum:
     """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
     is not named.
+
+    `missing`: of the last call, by a part's name, the share of the episodes whose reward was lost
+    (the function hung or died, no judge answered, it was not finite); these have no total. A part
+    that does not apply to an episode (None) is not missing.
     """
 
     def __init__(self, sources: Sequence[Source], config: ModelConfig, reward_model: Path) -> None:
@@ -105,8 +124,8 @@ class RewardSum:
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
         self.functions: list[Named] = []
         self.models: list[Named] = []
-        self._begun: dict[int, Future[list[list[float | None]]]] = {}
-        self._workers = Workers(1)
+        self.missing: dict[str, float] = {}
+        self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
         for s in sources:
             if s.source == ENVIRONMENT:
                 continue
@@ -114,7 +133,9 @@ class RewardSum:
                 named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
                 self.models.append(("model", _models(config, named, s.ensemble), s.weight))
             else:
-                self.functions.append((s.source, load_reward(s.source), s.weight))
+                self.functions.append((s.source, _function(s), s.weight))
+        # Each function has its own threads: a slow one holds up no other.
+        self._workers = [Workers(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
         ordered = [s for s in sources if s.source != ENVIRONMENT]
         ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
         self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
@@ -124,8 +145,10 @@ class RewardSum:
         the whole rollout: they would take the cores from it.
         """
         if group and self.functions:
-            task = partial(_call, self.functions, group)
-            self._begun[group[0].group_id] = self._workers.submit(task)
+            self._begun[group[0].group_id] = [
+                workers.submit(partial(_call, [named], group))
+                for workers, named in zip(self._workers, self.functions, strict=True)
+            ]
 
     def __call__(
         self, trajectories: Sequence[Trajectory]
@@ -145,6 +168,10 @@ class RewardSum:
                 results[i] = running(results[i])
             added, by_name = add_up([*self.functions, *self.models], results)
             parts |= by_name
+            self.missing = {
+                name: fmean(v is not None and not math.isfinite(v) for v in values)
+                for name, values in zip(by_name, results, strict=True)
+            }
         return [self._total(t, extra) for t, extra in zip(trajectories, added, strict=True)], parts
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,14 +183,12 @@ class RewardSum:
         self._running = {int(i): Running(**kept) for i, kept in state.items()}
 
     def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
-        begun, self._begun = self._begun, {}
         groups = [list(group) for _, group in groupby(trajectories, key=lambda t: t.group_id)]
-        scored = [
-            begun[g[0].group_id].result()
-            if g[0].group_id in begun
-            else _call(self.functions, g)
-            for g in groups
-        ]  # fmt: skip
+        for group in groups:
+            if group[0].group_id not in self._begun:
+                self.begin(group)
+        begun, self._begun = self._begun, {}
+        scored = [[f.result()[0] for f in begun[group[0].group_id]] for group in groups]
         return [list(chain.from_iterable(column)) for column in zip(*scored, strict=True)]
 
     def _total(self, trajectory: Trajectory, extra: float | None) -> Trajectory | None:
@@ -173,6 +198,18 @@ class RewardSum:
         last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
         rewards[last] += extra
         return replace(trajectory, rewards=rewards)
+
+
+def _function(source: Source) -> RewardFunction:
+    """What a source other than the environment and models names, called as the source says."""
+    name = source.source
+    if name.startswith("judge:"):
+        return JudgeReward(name.removeprefix("judge:"), source.judge, source.timeout)
+    if name.startswith(("http://", "https://")):
+        return HttpReward(name, source.timeout)
+    if source.timeout or source.processes:  # a thread that hangs cannot be ended
+        return ProcessReward(name, max(1, source.processes), source.timeout)
+    return load_reward(name)
 
 
 def _models(

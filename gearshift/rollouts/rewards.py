@@ -14,18 +14,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, SupportsFloat, cast
+from typing import Any, Protocol, SupportsFloat, TypeVar, cast
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from gearshift.errors import ConfigError
 from gearshift.types import Message
 
+T = TypeVar("T")
 Rewards = Sequence[float | None]
+LOST = math.nan
+"""A reward that should be there and is not: the function hung, its process died, nobody answered.
+None says that a function does not apply and leaves it out of the sum; this leaves the episode out.
+"""
 
 
 class RewardFunction(Protocol):
@@ -64,32 +70,74 @@ class HttpReward:
     answers `{"rewards": [number or null, ...]}`; what `gearshift serve` does for a reward model.
 
     `GEARSHIFT_KEY` in the environment is sent as a bearer token. An address that does not answer
-    gives no rewards (None) rather than end the run.
+    loses these rewards rather than end the run.
     """
 
-    def __init__(self, url: str, timeout: float = 60.0, tries: int = 3) -> None:
-        self.url, self.timeout, self.tries = url, timeout, tries
+    def __init__(self, url: str, timeout: float | None = None, tries: int = 3) -> None:
+        self.url, self.timeout, self.tries = url, timeout or 60.0, tries
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("GEARSHIFT_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = json.dumps(body, default=str).encode()
-        for attempt in range(self.tries):
-            try:
-                answer = urlopen(Request(self.url, data, headers), timeout=self.timeout)
-                with answer:
-                    return cast(Rewards, json.load(answer)["rewards"])
-            except HTTPError as error:
-                if error.code < 500:  # it will not be otherwise at the next try
-                    raise ConfigError(f"{self.url} refused: {error.code} {error.reason}") from error
-            except (OSError, ValueError, KeyError, TypeError):
-                pass
-            time.sleep(0.5 * 2**attempt)
-        return [None] * len(completions)
+        key = os.environ.get("GEARSHIFT_KEY")
+        rewards = post(
+            self.url, body, key, lambda answer: answer["rewards"], self.timeout, self.tries
+        )
+        return [LOST] * len(completions) if rewards is None else cast(Rewards, rewards)
+
+
+def post(
+    url: str,
+    body: dict[str, Any],
+    key: str | None,
+    read: Callable[[Any], T | None],
+    timeout: float,
+    tries: int,
+    pause: float = 0.5,
+) -> T | None:
+    """What `read` finds in the JSON that a POST is answered with. Asked again, after a pause that
+    doubles (or as long as the answer says), where nobody answers, the server is ill or busy, or
+    `read` finds nothing; None after the last try.
+
+    Raises `ConfigError` where the server refuses. Redirects are refused too: they would carry the
+    key to somebody else.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    data = json.dumps(body, default=str).encode()
+    for attempt in range(tries):
+        wait = pause * 2**attempt
+        try:
+            with _OPENER.open(Request(url, data, headers), timeout=timeout) as answer:
+                found = read(json.loads(answer.read(_MOST)))
+                if found is not None:
+                    return found
+        except HTTPError as error:
+            if error.code < 500 and error.code not in _BUSY:  # it won't be otherwise the next time
+                said = error.read(300).decode("utf-8", "replace").strip().replace("\n", " ")
+                raise ConfigError(f"{url} refused: {error.code} {error.reason} {said}") from error
+            asked = error.headers.get("Retry-After", "")
+            wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
+        except (OSError, ValueError, LookupError, TypeError, HTTPException):
+            pass
+        if attempt + 1 < tries:
+            time.sleep(wait)
+    return None
+
+
+_BUSY = frozenset({408, 409, 425, 429})
+_MOST = 64 << 20
+"""Bytes of an answer that are read."""
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = build_opener(_NoRedirect)
 
 
 Named = tuple[str, RewardFunction, float]
@@ -234,6 +282,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _raised(name: str, error: BaseException) -> ConfigError:
+    if isinstance(error, ConfigError):  # it says itself what to do
+        return error
     return ConfigError(
         f"The reward function {name} raised {_words(error)}; mend it or take it out."
     )

@@ -160,10 +160,33 @@ def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetai
         return f"unknown key `{key}`; {_nearest(cls, key)}{more}"
     if kind == "missing":
         return f"`{key}` is missing; it has no default.{more}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _tag_problem(cls, key, same[0])
     wanted = " or ".join(dict.fromkeys(_wanted(e) for e in same))
     if kind == "value_error":
         return f"`{key}`: {wanted}{more}" if key else f"{wanted}{more}"
     return f"`{key}` is {_short(same[0]['input'])}; it should be {wanted}.{more}"
+
+
+def _tag_problem(cls: type[BaseModel], key: str, error: ErrorDetails) -> str:
+    """The key that says which of several sections this is, is missing or wrong."""
+    which = f"{key}.{error['ctx']['discriminator'].strip(chr(39))}"
+    fields = [field for name, field in cls.model_fields.items() if name == key]
+    known = [tag for field in fields for tag in _tags(field)]
+    tag = error["ctx"].get("tag")
+    if tag is None:
+        return f"`{which}` is missing; there are {', '.join(known)}."
+    near = difflib.get_close_matches(str(tag), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+    return f"`{which}` is {_short(tag)}; {hint}"
+
+
+def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The sections that a field may hold, by the tag that tells them apart; {} if none does."""
+    name = field.discriminator
+    if not isinstance(name, str):
+        return {}
+    return {model.model_fields[name].default: model for model in _models(field.annotation)}
 
 
 def _dotted(node: Any, error: ErrorDetails) -> str:
@@ -200,7 +223,8 @@ def _nearest(cls: type[BaseModel], key: str) -> str:
         return f"did you mean `{'.'.join([*path, near[0]])}`?"
     elsewhere = [k for k, _ in _leaves(cls) if k.split(".")[-1] == last]
     if elsewhere:
-        return f"did you mean `{elsewhere[0]}`?"
+        said = re.sub(r"\[.*?\]", "", elsewhere[0])  # which of several sections has it
+        return f"did you mean `{said}`?"
     return f"the keys there are {', '.join(keys)}."
 
 
@@ -212,8 +236,10 @@ def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
             yield key, field
         origin = typing.get_origin(field.annotation)
         inside = "0." if origin is list else "<name>." if origin is dict else ""
+        tags = {model: tag for tag, model in _tags(field).items()}
         for model in inner:
-            yield from _leaves(model, f"{key}.{inside}")
+            tagged = f"[{tags[model]}]" if model in tags else ""
+            yield from _leaves(model, f"{key}{tagged}.{inside}")
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

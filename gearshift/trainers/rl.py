@@ -57,6 +57,7 @@ from gearshift.models.forward import token_scores
 from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.judge import JudgeConfig
 from gearshift.runtime.config import Config
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
@@ -121,8 +122,8 @@ class RewardSource(Config):
 
     source: str = "environment"
     """`environment`; `model` (this run's reward model); `model:FOLDER` (or several, an ensemble:
-    `model:FOLDER,FOLDER`); `http://...` (a served reward); `package.module:function`;
-    `file.py:function`.
+    `model:FOLDER,FOLDER`); `http://...` (a served reward); `judge:http://.../v1` (a model that
+    marks answers, at an address of OpenAI's kind); `package.module:function`; `file.py:function`.
     """
     weight: float = 1.0
     """Its weight in the sum; 0 only logs it."""
@@ -132,6 +133,28 @@ class RewardSource(Config):
     """
     normalize: bool = False
     """Less the mean, over the standard deviation of all that it has said in this run so far."""
+    timeout: float | None = Field(None, gt=0)
+    """Seconds for one call, which scores a group; after them the function's process is killed
+    (there is at least one then) and the group's episodes are left out. Of an address: for a
+    request; null is 60.
+    """
+    processes: int = Field(0, ge=0)
+    """Processes in which a function runs, a group in each; one that dies costs its group's
+    episodes, and is replaced. 0: a thread of this process, if there is no timeout.
+    """
+    judge: JudgeConfig = JudgeConfig()
+    """Of `judge:URL`: who judges, and by what."""
+
+    @model_validator(mode="after")
+    def _applies(self) -> Self:
+        kind = self.source.split(":")[0]
+        if kind in ("environment", "model") and (self.timeout or self.processes):
+            raise ValueError(f"timeout and processes are of functions; `{kind}` has none.")
+        if kind in ("http", "https", "judge") and self.processes:
+            raise ValueError("processes are of functions; an address is asked from threads.")
+        if (kind == "judge") != (self.judge != JudgeConfig()):
+            raise ValueError("source judge:URL and judge.model go together.")
+        return self
 
 
 class SupervisedMix(Config):
@@ -166,8 +189,9 @@ class RLConfig(StageConfig):
     """
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer of one turn."""
-    episode_timeout: float | None = Field(None, gt=0)
-    """Seconds for one answer of the environment; one that takes longer loses its episode."""
+    episode_timeout: float | None = Field(300.0, gt=0)
+    """Seconds for one answer of the environment; one that takes longer loses its episode. null
+    waits for ever."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
     """What is rewarded; the environment's own reward is logged in any case."""
     reward_clip: float | None = Field(None, gt=0)
@@ -283,6 +307,9 @@ class RLConfig(StageConfig):
 class Scorer(Protocol):
     """Gives trajectories their rewards: `RewardSum`. What it keeps goes into checkpoints."""
 
+    missing: dict[str, float]
+    """By a part's name, the share of the episodes of the last call whose reward was lost."""
+
     def begin(self, group: list[Trajectory]) -> None:
         """Hear of a group that has ended, while others still run."""
 
@@ -389,12 +416,15 @@ class RLTrainer:
         kept: dict[int, list[Trajectory]] = {}
         everything: list[Trajectory] = []
         all_parts: Parts = {}
+        missing: dict[str, list[float]] = {}
         rounds = 1 + self.config.dynamic_sampling
         for nth in range(rounds):
             trajectories, parts = self.collect(self.starts(step, nth), self.config.sampling())
             everything += trajectories
             for name, values in parts.items():
                 all_parts.setdefault(name, []).extend(values)
+            for name, share in self.score.missing.items():
+                missing.setdefault(name, []).append(share)
             groups = by_group(trajectories)
             if rounds > 1:
                 groups = {g: members for g, members in groups.items() if not tells_nothing(members)}
@@ -403,6 +433,7 @@ class RLTrainer:
                 break
         chosen = list(kept.values())[: self.config.prompts]
         metrics = describe_rollout(everything, all_parts)
+        metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
         if rounds > 1:
             metrics["sampling/rollouts"] = nth + 1.0
         self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})

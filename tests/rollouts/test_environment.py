@@ -128,8 +128,8 @@ def test_voice_environment_over_a_file(tmp_path: Path) -> None:
 def test_voice_environment_of_a_bad_file(tmp_path: Path) -> None:
     for name, text, said in (
         ("none.jsonl", None, "no file"),
-        ("broken.jsonl", "{", "not JSONL"),
-        ("other.jsonl", '{"text": "a"}', "must hold rows"),
+        ("broken.jsonl", "{", "not JSON"),
+        ("other.jsonl", '{"text": "a"}', "without `prompt`"),
         ("empty.jsonl", "", "must hold rows"),
     ):
         if text is not None:

@@ -2,29 +2,30 @@
 asked while others still write; models may be many, and far away.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rollouts import reward_sum
+from gearshift.rollouts import reward_sum, rewards
 from gearshift.rollouts.reward_sum import Ensemble, RewardSum, Running
 from gearshift.rollouts.rewards import HttpReward, combine
 from gearshift.serve.score import score_server
+from gearshift.trainers.rl import RewardSource
 from gearshift.types import Trajectory
 
 TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
 
 
 def source(name: str, weight: float = 1.0, normalize: bool = False) -> Any:
-    return SimpleNamespace(source=name, weight=weight, ensemble="mean", normalize=normalize)
+    return RewardSource(source=name, weight=weight, normalize=normalize)
 
 
 def episode(group: int, text: str, reward: float) -> Trajectory:
@@ -139,13 +140,26 @@ def test_a_served_reward_is_a_function_like_others(address: str) -> None:
     assert totals == [6.0, None]
 
 
-def test_a_wrong_key_is_told_and_a_dead_address_gives_none(
+def test_a_wrong_key_is_told_and_a_dead_address_is_lost(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEARSHIFT_KEY", "wrong")
     with pytest.raises(ConfigError, match="401"):
         HttpReward(address)([[]], ["a"])
-    assert HttpReward("http://127.0.0.1:9/score", tries=1)([[]], ["a"]) == [None]
+    [lost] = HttpReward("http://127.0.0.1:9/score", tries=1)([[]], ["a"])
+    assert lost is not None and math.isnan(lost)
+
+
+def test_a_dead_address_leaves_the_episode_out_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
+    far, near = "http://127.0.0.1:9/score", "gearshift.rollouts.tasks.voice:voice_reward"
+    monkeypatch.setattr(reward_sum, "load_reward", lambda spec: lambda completions, **_: [None, 1])
+    total = RewardSum([source("environment"), source(far), source(near)], TINY, tmp_path)
+    episodes, parts = total(EPISODES[:2])
+    assert episodes == [None, None] and parts[far] == [None, None]
+    assert total.missing == {far: 1.0, near: 0.0}
 
 
 def test_nothing_listens_beyond_loopback_without_a_key() -> None:

@@ -33,8 +33,19 @@ class Reward(Config):
     weight: float = 1.0
 
 
+class Game(Config):
+    name: Literal["game"] = "game"
+    turns: int = 3
+
+
+class Talk(Config):
+    name: Literal["talk"] = "talk"
+    language: str = "en"
+
+
 class Recipe(Config):
     model: str
+    task: Game | Talk | None = Field(None, discriminator="name")
     optimizer: Optimizer = Optimizer()
     rewards: list[Reward] = Field(default_factory=list)
     named: dict[str, Reward] = Field(default_factory=dict)
@@ -53,9 +64,14 @@ BAD = [
     ("model: m\noptimzer: {lr: 1}", [], ["unknown key `optimzer`", "did you mean `optimizer`"]),
     ("model: m\noptimizer: {lrr: 1}", [], ["`optimizer.lrr`", "did you mean `optimizer.lr`"]),
     ("model: m\nlr: 1", [], ["unknown key `lr`", "did you mean `optimizer.lr`"]),
-    ("model: m\nqqq: 1", [], ["`qqq`", "the keys there are model, optimizer, rewards, named"]),
+    ("model: m\nqqq: 1", [], ["`qqq`", "the keys there are model, task, optimizer, rewards, named"]),
     ("model: m\nrewards: [{name: a, wieght: 2}]", [], ["`rewards.0.wieght`", "`rewards.0.weight`"]),
     ("model: m\nnamed: {x: {name: a, wait: 2}}", [], ["`named.x.wait`", "`named.x.weight`"]),
+    ("model: m\ntask: {name: gam}", [], ['`task.name` is "gam"; did you mean game?']),
+    ("model: m\ntask: {turns: 2}", [], ["`task.name` is missing; there are game, talk."]),
+    ("model: m\ntask: {name: game, turns: x}", [], ["`task.turns` is", "integer"]),
+    ("model: m\ntask: {name: game, turn: 2}", [], ["`task.turn`", "did you mean `task.turns`"]),
+    ("model: m\nlanguage: de", [], ["`language`", "did you mean `task.language`"]),
     ("model: m\nsecond: {clipp: 2}", [], ["`second.clipp`", "did you mean `second.clip`"]),
     ("model: m\nrewards: [{weight: 2}]", [], ["`rewards.0.name` is missing"]),
     ("steps: 3", [], ["`model` is missing"]),
@@ -144,6 +160,7 @@ def test_describe_has_a_line_for_each_key() -> None:
     assert "rewards.0.weight: float = 1.0" in lines
     assert "named.<name>.name: str" in lines
     assert "second: Optimizer | null = null" in lines
+    assert "task[game].turns: int = 3" in lines and "task[talk].language: str = \"en\"" in lines
     assert "schedule: 'linear' | 'cosine' = \"linear\"" in lines
 
 

@@ -157,7 +157,7 @@ def test_a_run_and_a_model_are_evaluated_on_a_recipe(
     own = json.loads((run / "heldout" / "rl.json").read_text())
     assert records["rl"]["samples"] == own["samples"][:5], "the split is the run's"
     main(["eval", str(run / "rl"), "--recipe", RECIPE, "eval.limit=5", f"run.dir={run}/alone"])
-    alone = json.loads((run / "alone" / "eval" / "tiny" / "rl.json").read_text())
+    alone = json.loads((run / "alone" / "eval" / "alone" / "rl.json").read_text())
     assert alone["samples"] == records["rl"]["samples"]
     for words, named in (
         (["eval", str(run / "rl")], "--recipe"),

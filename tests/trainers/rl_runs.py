@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gearshift.data import Mixture
 from gearshift.engine import EngineConfig, HybridEngine
@@ -37,6 +37,8 @@ def small(**changes: Any) -> RLConfig:
 
 class OwnReward:
     """The environment's reward as it is."""
+
+    missing: ClassVar[dict[str, float]] = {}
 
     def begin(self, group: list[Trajectory]) -> None:
         pass

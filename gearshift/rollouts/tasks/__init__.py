@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated
-
-from pydantic import Field
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts.tasks import voice
+from gearshift.rollouts.tasks import (
+    gym,
+    reasoning,
+    rows,
+    sentiment,
+    service,
+    service_replies,
+    tau2,
+    translation,
+    voice,
+)
 from gearshift.rollouts.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (voice.TASK,)}
+_ROOMS = (gym, reasoning, rows, sentiment, service, service_replies, tau2, translation, voice)
+TASKS: dict[str, Task] = {room.TASK.name: room.TASK for room in _ROOMS}
 
-TaskConfig = Annotated[voice.VoiceConfig, Field()]
+TaskConfig = (
+    gym.GymConfig
+    | reasoning.ReasoningConfig
+    | rows.RowsConfig
+    | sentiment.SentimentConfig
+    | service.ServiceConfig
+    | service_replies.RepliesConfig
+    | tau2.Tau2Config
+    | translation.TranslationConfig
+    | voice.VoiceConfig
+)
 """The `task` section of a recipe; its `name` says which."""
 
 

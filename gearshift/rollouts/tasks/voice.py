@@ -8,42 +8,40 @@ here; it knows no model and no trainer.
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from statistics import fmean
+from typing import Any, Literal
 
 from pydantic import Field
 
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.gym_text import make_environment
+from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.task import Task
-from gearshift.rollouts.tasks.voice_grammar import (
-    CLUMSY,
-    INTENTS,
-    Grammar,
-    Reading,
-    Template,
-    Value,
-    grammar,
-    read,
+from gearshift.rollouts.tasks.voice_commands import (
+    command_text,
+    is_exact,
+    score_command,
+    voice_reward,
+    wrong_commands,
 )
+from gearshift.rollouts.tasks.voice_grammar import Grammar, Template, grammar, read
+from gearshift.rollouts.tasks.voice_noise import hear
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.types import Message
 
+__all__ = ["command_text", "is_exact", "score_command", "voice_reward"]
+
 SYSTEM = "Write the request as one JSON command for the home."
 
 Row = dict[str, Any]
-Values = Mapping[str, Sequence[Value]]
-"""Values to be had for each slot."""
 Draw = tuple[str, Template]
 """A request, and the template that wrote it."""
-Item = TypeVar("Item")
 
 # How often an intent may fail to say something new before it counts as exhausted.
 _TRIES = 60
@@ -66,70 +64,11 @@ class VoiceConfig(Config):
     """Requests from held-out templates, which no training template reads."""
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
     """Share of each intent's sentence templates that training never sees."""
-    language: Literal["en"] = "en"
-    """Language of the requests."""
-
-
-# Commands and their score
-
-
-def command_text(reading: Reading) -> str:
-    """The command as a model is to write it: `{"intent": "HassTurnOn", "area": "kitchen"}`.
-
-    One line; the intent first, then the slots by name.
-    """
-    slots = dict(sorted(reading.slots.items()))
-    return json.dumps({"intent": reading.intent, **slots}, ensure_ascii=False)
-
-
-def score_command(completion: str, utterance: str) -> float:
-    """1 for the right command, less than 1 for any other JSON object, 0 for anything else.
-
-    Wrong: 0.1 + 0.3 for the right intent + 0.4 * the fraction of slots with the right value, of all
-    that the command or the right one has. So leaving a slot out is no better than getting it wrong.
-    The order of the keys and white space around the object do not matter. Raises `DataError` if
-    the parser cannot read the utterance.
-    """
-    gold = read(utterance)
-    if gold is None:
-        raise DataError(f"The parser cannot read `{utterance}`; take it out of the data.")
-    try:
-        command = json.loads(completion)
-    except (ValueError, RecursionError):
-        return 0.0
-    if not isinstance(command, dict):
-        return 0.0
-    intent = bool(command.pop("intent", None) == gold.intent)
-    right = sum(_same(command.get(name), value) for name, value in gold.slots.items())
-    if intent and right == len(gold.slots) == len(command):
-        return 1.0
-    slots = command.keys() | gold.slots.keys()
-    return 0.1 + 0.3 * float(intent) + (0.4 * right / len(slots) if slots else 0.0)
-
-
-def is_exact(completion: str, utterance: str) -> bool:
-    """Whether the completion is the right command."""
-    return score_command(completion, utterance) == 1.0
-
-
-def voice_reward(
-    prompts: list[list[Message]],
-    completions: list[str],
-    completion_ids: list[list[int]] | None = None,
-    *,
-    utterance: list[str],
-    **_: Any,
-) -> list[float | None]:
-    """`score_command` with TRL's signature; None where the parser cannot read the utterance."""
-    return [
-        score_command(completion, request) if read(request) else None
-        for completion, request in zip(completions, utterance, strict=True)
-    ]
-
-
-def _same(given: Any, gold: Value) -> bool:
-    """Equal as JSON: 50 is 50.0, but neither "50" nor true is 1."""
-    return not isinstance(given, bool) and bool(given == gold)
+    languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(("en",), min_length=1)
+    """Languages of the requests, in equal parts. The prompt does not say which one it is."""
+    noise: float = Field(0.0, ge=0, le=0.5)
+    """Word error rate of the recogniser through which every other request is heard; the right
+    command stays that of what was said. 0: all are read as they are written."""
 
 
 # The environment
@@ -138,60 +77,76 @@ def _same(given: Any, gold: Value) -> bool:
 class VoiceAssistantEnvironment(RowEnvironment):
     """One request, one command. `info` says `exact` (and `success`), `gold` and `utterance`."""
 
-    def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
-        """Over the rows of a JSONL file, or over `rows` requests that `seed` draws.
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        seed: int = 0,
+        rows: int = 256,
+        noise: float = 0.0,
+    ) -> None:
+        """Over the rows of a JSONL file, or over `rows` English requests that `seed` draws. With
+        `noise` every other episode hears its request with that word error rate; which ones, and
+        how, is the episode's seed's.
 
         Raises `DataError` if the file is missing or holds no requests.
         """
-        if path is None:
-            super().__init__(_sampled(seed, rows), voice_reward)
-        else:
-            super().__init__(_file_rows(Path(path)), voice_reward)
+        found = _sampled(seed, rows) if path is None else read_rows(path, "utterance")
+        super().__init__(found, voice_reward)
+        self.noise = noise
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        text, info = super().reset(seed=seed, options=options)
+        if self.noise and self.np_random.random() < 0.5:
+            row = self.rows[info["row"]]
+            rng = random.Random(int(self.np_random.integers(1 << 62)))
+            text = hear(row["utterance"], row.get("language", "en"), self.noise, rng)
+            info["messages"] = _prompt(text)
+        return text, info
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
-        gold = read(row["utterance"])
+        gold = read(row["utterance"], row.get("language", "en"))
         assert gold is not None  # or the reward would have been None
         exact = reward == 1.0
-        return {"exact": exact, "success": exact, "gold": command_text(gold)}
+        kinds = [row["language"]] if "language" in row else []
+        kinds += ["noisy" if row["noisy"] else "clean"] if "noisy" in row else []
+        metrics = {f"success_{kind}": float(exact) for kind in kinds}
+        return {"exact": exact, "success": exact, "gold": command_text(gold), "metrics": metrics}
 
 
-def _file_rows(path: Path) -> Sequence[Row]:
-    if not path.is_file():
-        raise DataError(f"There is no file {path} of requests; prepare the task's data first.")
-    return _read_rows(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(4)
-def _read_rows(path: Path, changed: int) -> Sequence[Row]:
-    """The file's rows, once for all environments side by side; `changed` tells versions apart."""
-    try:
-        rows = [json.loads(s) for s in path.read_text(encoding="utf-8").split("\n") if s.strip()]
-    except ValueError as error:
-        raise DataError(f"{path} is not JSONL: {error}.") from error
-    needed = {"prompt", "utterance"}
-    if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise DataError(f"{path} must hold rows with `prompt` and `utterance`; prepare it anew.")
-    return rows
+def figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The success of each kind of request: each language's, of those heard clean and noisy."""
+    kinds = sorted({name for sample in samples for name in sample["metrics"]})
+    return {
+        kind: fmean(s["metrics"][kind] for s in samples if kind in s["metrics"]) for kind in kinds
+    }
 
 
 @lru_cache(4)
 def _sampled(seed: int, rows: int) -> Sequence[Row]:
     draws = _requests(grammar().templates, random.Random(named_seed(seed, "voice/rows")), set())
-    return [_prompt_row(*draw) for draw in itertools.islice(draws, rows)]
+    return [
+        {"prompt": _prompt(u), "utterance": u, "template": t.text}
+        for u, t in itertools.islice(draws, rows)
+    ]
 
 
 # The data
 
 
-def split_templates(heldout_fraction: float, seed: int) -> tuple[list[Template], list[Template]]:
+def split_templates(
+    heldout_fraction: float, seed: int, language: str = "en"
+) -> tuple[list[Template], list[Template]]:
     """(training, held-out) templates: about this share of each intent's sentences is held out.
 
     A combination of slots is never held out whole: held-out requests are new in their words, not in
     what they mean. Templates of one text stay together.
     """
-    rng = random.Random(named_seed(seed, "voice/templates"))
+    rng = _rng(seed, "templates", language)
+    everything = grammar(language).templates
     by_intent: dict[str, dict[str, list[Template]]] = {}
-    for template in grammar().templates:
+    for template in everything:
         by_intent.setdefault(template.intent, {}).setdefault(template.text, []).append(template)
     heldout: set[str] = set()
     for texts in by_intent.values():
@@ -204,11 +159,16 @@ def split_templates(heldout_fraction: float, seed: int) -> tuple[list[Template],
                 wanted -= 1
                 for combination in mine:
                     left.remove(combination)
-    everything = grammar().templates
     return (
         [t for t in everything if t.text not in heldout],
         [t for t in everything if t.text in heldout],
     )
+
+
+def _rng(seed: int, name: str, language: str = "en") -> random.Random:
+    """English keeps the seeds that it has alone, whatever stands beside it."""
+    place = "" if language == "en" else f"{language}/"
+    return random.Random(named_seed(seed, f"voice/{place}{name}"))
 
 
 def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
@@ -220,50 +180,66 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     pairs.jsonl           prompt, chosen, rejected; from training templates
     pairs_heldout.jsonl   the same, from held-out templates
 
+    Where there is more than English, rows have their `language`; where there is noise, they say
+    whether they are `noisy`: the prompt is what was heard, the utterance what was said. `train` is
+    clean: its environment makes its noise anew in each episode.
+
     No request stands in two files, except that pairs use requests of train. Raises `DataError` if
     the templates have fewer requests than are asked for.
     """
-
-    def rng(name: str) -> random.Random:
-        return random.Random(named_seed(seed, f"voice/{name}"))
-
-    training, heldout = split_templates(config.heldout_fraction, seed)
-    known = Grammar(keep={t.text for t in training}.__contains__)
+    languages = tuple(dict.fromkeys(config.languages))
     used: set[str] = set()
+    splits = {
+        language: split_templates(config.heldout_fraction, seed, language) for language in languages
+    }
+    known = {
+        language: Grammar({t.text for t in training}.__contains__, language)
+        for language, (training, _) in splits.items()
+    }
 
-    def take(name: str, templates: list[Template], fresh: bool = False) -> list[Draw]:
+    def take(name: str, unseen: bool = False) -> list[Draw]:
+        """The languages' requests in turn."""
         count: int = getattr(config, name)
-        draws = _requests(templates, rng(name), used, known if fresh else None)
-        taken = list(itertools.islice(draws, count))
+        each: list[list[Draw]] = []
+        for i, language in enumerate(languages):
+            draws = _requests(
+                splits[language][unseen], _rng(seed, name, language), used,
+                known[language] if unseen else None,
+            )  # fmt: skip
+            each.append(list(itertools.islice(draws, len(range(i, count, len(languages))))))
+        taken = [draw for turn in itertools.zip_longest(*each) for draw in turn if draw]
         if len(taken) < count:
             raise DataError(
                 f"The templates gave {len(taken)} requests for {name}={count}; ask for fewer."
             )
         return taken
 
-    labelled, train = take("labelled", training), take("train", training)
-    unseen = take("heldout", heldout, fresh=True)
-    paired = train[: config.pairs]
-    if len(paired) < config.pairs:
+    def rows(name: str, draws: Sequence[Draw], noise: float = config.noise) -> list[Row]:
+        return _rows(draws, languages, noise, _rng(seed, f"{name}/noise"))
+
+    labelled, train = take("labelled"), take("train")
+    heldout = take("heldout", unseen=True)
+    if config.pairs > len(train):
         raise DataError(f"pairs={config.pairs} need as many requests as that; raise train.")
+    pairs = {"pairs": train[: config.pairs], "pairs_heldout": take("pairs_heldout", unseen=True)}
     files: dict[str, Iterable[Row]] = {
         "labelled": (
-            {"messages": [*_prompt(u), {"role": "assistant", "content": _gold(u)}]}
-            for u, _ in labelled
+            {"messages": [*row["prompt"], {"role": "assistant", "content": _gold(draw)}]}
+            for row, draw in zip(rows("labelled", labelled), labelled, strict=True)
         ),
-        "train": (_prompt_row(u, t) for u, t in train),
-        "heldout": ({**_prompt_row(u, t), "command": _gold(u)} for u, t in unseen),
-        "pairs": _pairs([u for u, _ in paired], rng("pairs/wrong")),
-        "pairs_heldout": _pairs(
-            [u for u, _ in take("pairs_heldout", heldout, fresh=True)], rng("pairs_heldout/wrong")
+        "train": rows("train", train, noise=0.0),
+        "heldout": (
+            {**row, "command": _gold(draw)}
+            for row, draw in zip(rows("heldout", heldout), heldout, strict=True)
         ),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in files}
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        paths[name].write_text("".join(lines), encoding="utf-8")
-    return paths
+    for name, draws in pairs.items():
+        commands = wrong_commands(((u, t.language) for u, t in draws), _rng(seed, f"{name}/wrong"))
+        files[name] = [
+            {"prompt": row["prompt"], "chosen": right, "rejected": wrong}
+            for row, (right, wrong) in zip(rows(name, draws), commands, strict=True)
+        ]
+    return write_rows(folder, files)
 
 
 def _requests(
@@ -285,10 +261,11 @@ def _requests(
         for intent in rng.sample(list(by_intent), len(by_intent)):
             for _ in range(_TRIES):
                 template = rng.choice(by_intent[intent])
-                utterance = grammar().write(template, rng)
-                if utterance in used or CLUMSY.search(utterance):
+                judge = grammar(template.language)
+                utterance = judge.write(template, rng)
+                if utterance in used or judge.home.clumsy.search(utterance):
                     continue
-                gold = read(utterance)
+                gold = read(utterance, template.language)
                 if gold and gold.intent == intent and not (known and known.reads(utterance)):
                     used.add(utterance)
                     yield utterance, template
@@ -297,111 +274,40 @@ def _requests(
                 del by_intent[intent]
 
 
-def _prompt(utterance: str) -> list[Message]:
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": utterance}]
+def _rows(
+    draws: Sequence[Draw], languages: Sequence[str], noise: float, rng: random.Random
+) -> list[Row]:
+    """The requests as rows; with noise, every other one of each language is heard through it."""
+    rows = []
+    for i, (utterance, template) in enumerate(draws):
+        noisy = noise > 0 and i // len(languages) % 2 == 1
+        heard = hear(utterance, template.language, noise if noisy else 0.0, rng)
+        row: Row = {"prompt": _prompt(heard), "utterance": utterance, "template": template.text}
+        if tuple(languages) != ("en",):
+            row["language"] = template.language
+        if noise:
+            row["noisy"] = noisy
+        rows.append(row)
+    return rows
 
 
-def _prompt_row(utterance: str, template: Template) -> Row:
-    return {"prompt": _prompt(utterance), "utterance": utterance, "template": template.text}
+def _prompt(heard: str) -> list[Message]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": heard}]
 
 
-def _gold(utterance: str) -> str:
-    gold = read(utterance)
+def _gold(draw: Draw) -> str:
+    utterance, template = draw
+    gold = read(utterance, template.language)
     assert gold is not None  # `_requests` yields what the parser reads
     return command_text(gold)
 
 
-# Wrong commands
-
-_MISTAKABLE = (
-    ("HassTurnOn", "HassTurnOff"), ("HassMediaPause", "HassMediaUnpause"),
-    ("HassVacuumStart", "HassVacuumReturnToBase"), ("HassStartTimer", "HassCancelTimer"),
-    ("HassPauseTimer", "HassCancelTimer"), ("HassSetVolume", "HassSetVolumeRelative"),
-    ("HassClimateGetTemperature", "HassClimateSetTemperature"),
-    ("HassShoppingListAddItem", "HassListAddItem"), ("on", "off"), ("open", "closed"),
-    ("up", "down"), ("locked", "unlocked"), ("area", "floor"), ("light", "fan"),
-    ("light", "switch"), ("hours", "minutes"), ("minutes", "seconds"), ("start_minutes", "minutes"),
-)  # fmt: skip
-"""What is easily mistaken for each other: intents, slots' names, values."""
+def _make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
+    """Training hears its noise anew in each episode; other files were noised when written."""
+    noise = config.noise if path.stem == "train" else 0.0
+    environment = make_environment("gearshift/VoiceAssistant-v0", path=path, noise=noise)
+    assert isinstance(environment, VoiceAssistantEnvironment)
+    return environment
 
 
-def _pairs(utterances: Sequence[str], rng: random.Random) -> Iterator[Row]:
-    """The right command against a wrong one for each request."""
-    readings = [(u, r) for u in utterances if (r := read(u))]
-    values: dict[str, list[Value]] = {}
-    for _, reading in readings:
-        for name, value in reading.slots.items():
-            values.setdefault(name, []).append(value)
-    for utterance, gold in readings:
-        right = command_text(gold)
-        wrong = right
-        while is_exact(wrong, utterance):
-            wrong = rng.choice(_MISTAKES)(gold, values, rng)
-        yield {"prompt": _prompt(utterance), "chosen": right, "rejected": wrong}
-
-
-# A mistake may find nothing to spoil in a command; then it returns the command as it is.
-
-
-def _other_intent(gold: Reading, values: Values, rng: random.Random) -> str:
-    return command_text(Reading(rng.choice(INTENTS), gold.slots))
-
-
-def _mistaken(gold: Reading, values: Values, rng: random.Random) -> str:
-    """One word of the command for what it is easily mistaken for."""
-    text = command_text(gold)
-    swaps = [(a, b) for pair in _MISTAKABLE for a, b in (pair, pair[::-1]) if f'"{a}"' in text]
-    for a, b in _one(swaps, rng):
-        text = text.replace(f'"{a}"', f'"{b}"', 1)
-    return text
-
-
-def _missing_slot(gold: Reading, values: Values, rng: random.Random) -> str:
-    return command_text(gold.changed(dict.fromkeys(_one(gold.slots, rng))))
-
-
-def _extra_slot(gold: Reading, values: Values, rng: random.Random) -> str:
-    names = _one([name for name in values if name not in gold.slots], rng)
-    return command_text(gold.changed({name: rng.choice(values[name]) for name in names}))
-
-
-def _other_value(gold: Reading, values: Values, rng: random.Random) -> str:
-    names = _one(gold.slots, rng)
-    return command_text(gold.changed({name: rng.choice(values[name]) for name in names}))
-
-
-def _broken(gold: Reading, values: Values, rng: random.Random) -> str:
-    """JSON that does not parse: cut short, a mark lost, or the wrong quotes."""
-    text = command_text(gold)
-    place = rng.choice([match.start() for match in re.finditer(r'[":}]', text)])
-    cut, lost = text[:place], text[:place] + text[place + 1 :]
-    return rng.choice((cut, lost, text.replace('"', "'")))
-
-
-def _prose(gold: Reading, values: Values, rng: random.Random) -> str:
-    text = command_text(gold)
-    told = " and ".join(f"{name} {value}" for name, value in gold.slots.items()) or gold.intent
-    return rng.choice(
-        (f"Sure! {text}", f"{text} Done.", f"Okay, I will do that: {told}.", "I cannot do that.")
-    )
-
-
-_MISTAKES: tuple[Callable[[Reading, Values, random.Random], str], ...] = (
-    _other_intent, _mistaken, _mistaken, _missing_slot, _extra_slot, _other_value, _other_value,
-    _broken, _prose,
-)  # fmt: skip
-
-
-def _one(items: Iterable[Item], rng: random.Random) -> list[Item]:
-    """One of the items, or none where there are none."""
-    several = list(items)
-    return rng.sample(several, min(1, len(several)))
-
-
-TASK = Task(
-    "voice_assistant",
-    VoiceConfig,
-    prepare,
-    lambda config, path: make_environment("gearshift/VoiceAssistant-v0", path=path),
-    SYSTEM,
-)
+TASK = Task("voice_assistant", VoiceConfig, prepare, _make, SYSTEM, corpus=figures)

@@ -1,4 +1,4 @@
-"""The voice assistant's language: a home's devices, Home Assistant's sentences, their parser.
+"""The voice assistant's languages: Home Assistant's sentences, and their parser.
 
 A room of its own because it says what a request means (`hassil` is the parser that real homes use)
 and nothing of what a model is asked to write.
@@ -7,15 +7,13 @@ and nothing of what a model is asked to write.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 from gearshift.errors import ConfigError
-
-Value = str | int | float
+from gearshift.rollouts.tasks.voice_homes import HOMES, NUMBERS, PERCENTAGES, Value
 
 INTENTS = (
     "HassTurnOn", "HassTurnOff", "HassLightSet", "HassSetPosition", "HassGetState",
@@ -25,75 +23,6 @@ INTENTS = (
     "HassVacuumStart", "HassVacuumReturnToBase", "HassShoppingListAddItem", "HassListAddItem",
     "HassGetWeather", "HassGetCurrentTime",
 )  # fmt: skip
-
-AREAS = (
-    "kitchen", "living room", "bedroom", "master bedroom", "guest room", "kids room", "nursery",
-    "bathroom", "guest bathroom", "shower room", "hallway", "entrance", "dining room", "office",
-    "study", "library", "laundry room", "utility room", "pantry", "garage", "workshop", "attic",
-    "cellar", "wine cellar", "conservatory", "sunroom", "porch", "patio", "terrace", "balcony",
-    "garden", "backyard", "driveway", "greenhouse", "gym", "playroom", "home theater", "game room",
-    "music room", "studio", "mudroom", "closet",
-)  # fmt: skip
-FLOORS = ("ground floor", "first floor", "top floor", "basement", "upstairs")
-NAMES = {
-    "light": (
-        "bedside lamp", "floor lamp", "desk lamp", "reading lamp", "chandelier", "fairy lights",
-        "spotlights", "ceiling", "corner", "mirror", "stairs", "shelf", "night light", "lantern",
-        "lava lamp", "counter", "cabinet", "sideboard",
-    ),
-    "switch": (
-        "coffee maker", "kettle", "toaster", "dishwasher", "christmas tree", "water pump",
-        "printer", "charger", "fountain", "heated blanket", "aquarium", "router",
-    ),
-    "fan": ("ceiling fan", "tower fan", "desk fan", "exhaust fan", "extractor"),
-    "cover": (
-        "garage door", "left blind", "right blind", "roller shutter", "awning", "skylight",
-        "bay window curtain", "main gate",
-    ),
-    "lock": ("front door", "back door", "side door", "gate lock", "bike shed"),
-    "climate": ("thermostat", "heat pump", "radiator", "air conditioner", "floor heating"),
-    "media_player": (
-        "tv", "soundbar", "radio", "record player", "smart speaker", "projector", "jukebox",
-    ),
-    "vacuum": ("robot vacuum", "vacuum cleaner", "roomba", "mop robot"),
-    "todo": ("groceries", "chores", "packing", "weekend", "work"),
-    "scene": ("movie night", "good morning", "dinner party", "bedtime"),
-    "weather": ("airport", "beach", "lake", "cottage", "ski resort"),
-}  # fmt: skip
-SPOKEN = {
-    "timer_name": (
-        "pizza", "pasta", "eggs", "tea", "laundry", "bread", "nap", "homework", "workout", "rice",
-    ),
-    "shopping_list_item": (
-        "milk", "eggs", "bread", "butter", "apples", "olive oil", "toilet paper", "dog food",
-        "coffee beans", "dish soap", "batteries", "orange juice", "rice", "tomatoes", "cheese",
-    ),
-    "todo_list_item": (
-        "call the dentist", "water the plants", "pay the rent", "buy a gift", "clean the windows",
-        "book a hotel", "fix the bike", "walk the dog", "wash the car", "return the parcel",
-    ),
-}  # fmt: skip
-"""What people say where the grammar takes any words; such lists that are not here are left out."""
-NUMBERS: dict[str, Sequence[Value]] = {
-    "temperature": (*range(15, 27), 19.5, 20.5, 21.5, *range(60, 80, 2)),
-    "color_temperature": range(2000, 6600, 100),
-    "timer_hours": range(2, 13),
-    "timer_minutes": range(2, 61),
-    "timer_seconds": range(5, 61, 5),
-}
-PERCENTAGES = range(5, 101, 5)
-
-CLUMSY = re.compile(
-    r"""\b( (the|my|our|a|an)\ (the|my|our|an?)
-    | (the|my|our|there)\ (any|some|all|each|every)
-    | (lights?|lighting|lamps?)\ (lights?|lighting|lamps?) | floor\ floor
-    | (close|shut|lower)\ up | (change|bring)\ (on|off|out|up|down) | turn\ (in|de)crease
-    | \d+[ -](hour|minute|second)s\b.*\ timer | \d+[ -](hour|minute|second)\b(?!.*\ timer)
-    | \d+-(hour|minute|second)s | an\ (?!8|11\b|18\b|hour) | a\ (8|11\b|18\b)
-    )\b""",
-    re.VERBOSE,
-)
-"""Grammatical in the templates, and yet nobody says it: "the the kitchen", "timer for 5-minute"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +48,15 @@ class Template:
     expression: Any
     domains: tuple[str, ...]
     """What kind of device `{name}` may be."""
+    language: str
 
 
 class Grammar:
-    """Templates, and the parser over them."""
+    """Templates of one language, and the parser over them."""
 
-    def __init__(self, keep: Callable[[str], bool] = lambda text: True) -> None:
+    def __init__(
+        self, keep: Callable[[str], bool] = lambda text: True, language: str = "en"
+    ) -> None:
         """Of the templates whose text `keep` keeps. Raises `ConfigError` without hassil."""
         try:
             import hassil
@@ -135,15 +67,16 @@ class Grammar:
                 "The voice assistant needs hassil and home-assistant-intents;"
                 " pip install 'gearshift[voice]'."
             ) from error
-        source: dict[str, Any] = home_assistant_intents.get_intents("en")
+        source: dict[str, Any] = home_assistant_intents.get_intents(language)
+        home = HOMES[language]
         lists = source["lists"]
-        unspoken = [n for n, v in lists.items() if v.get("wildcard") and n not in SPOKEN]
-        lists["area"] = {"values": list(AREAS)}
-        lists["floor"] = {"values": list(FLOORS)}
+        unspoken = [n for n, v in lists.items() if v.get("wildcard") and n not in home.spoken]
+        lists["area"] = {"values": list(home.areas)}
+        lists["floor"] = {"values": list(home.floors)}
         lists["name"] = {
             "values": [
                 {"in": name, "out": name, "context": {"domain": domain}}
-                for domain, names in NAMES.items()
+                for domain, names in home.names.items()
                 for name in names
             ]
         }
@@ -152,7 +85,7 @@ class Grammar:
             """The block without the sentences that this home cannot mean."""
             needs = block.get("requires_context", {})
             possible = "area" not in needs and (
-                "domain" not in needs or any(d in NAMES for d in needs["domain"])
+                "domain" not in needs or any(d in home.names for d in needs["domain"])
             )
             sentences = [
                 s
@@ -166,19 +99,22 @@ class Grammar:
             for name in INTENTS
             for blocks in [map(kept, source["intents"][name]["data"])]
         }
+        self.language, self.home = language, home
         self._hassil, self._tree = hassil, expression
         self._intents = hassil.Intents.from_dict(source)
 
     @cached_property
     def templates(self) -> list[Template]:
         """All templates, in the source's order."""
+        names = self.home.names
         return [
             Template(
                 name,
                 block.metadata["slot_combination"],
                 sentence.text,
                 sentence.expression,
-                tuple(d for d in block.requires_context.get("domain", NAMES) if d in NAMES),
+                tuple(d for d in block.requires_context.get("domain", names) if d in names),
+                self.language,
             )
             for name, intent in self._intents.intents.items()
             for block in intent.data
@@ -191,7 +127,7 @@ class Grammar:
         See `_recognize_strict` of its conversation component.
         """
         result = self._hassil.recognize_best(
-            utterance, self._intents, best_slot_name="name", language="en"
+            utterance, self._intents, best_slot_name="name", language=self.language
         )
         if result is None:
             return None
@@ -202,7 +138,16 @@ class Grammar:
 
     def reads(self, utterance: str) -> bool:
         """Whether any template matches."""
-        return self._hassil.recognize(utterance, self._intents, language="en") is not None
+        found = self._hassil.recognize(utterance, self._intents, language=self.language)
+        return found is not None
+
+    def word(self, list_name: str, value: Value) -> str | None:
+        """The first word of the list that stands for the value, if any does."""
+        values = getattr(self._intents.slot_lists.get(list_name), "values", ())
+        for entry in values:
+            if entry.value_out == value:
+                return " ".join(_first(entry.text_in, self._tree).split())
+        return None
 
     def write(self, template: Template, rng: random.Random) -> str:
         """One utterance of the template: a random walk over its tree."""
@@ -224,9 +169,9 @@ class Grammar:
 
         def value(name: str) -> str:
             if name == "name":
-                return rng.choice(NAMES[rng.choice(template.domains)])
-            if name in SPOKEN:
-                return rng.choice(SPOKEN[name])
+                return rng.choice(self.home.names[rng.choice(template.domains)])
+            if name in self.home.spoken:
+                return rng.choice(self.home.spoken[name])
             values = self._intents.slot_lists[name]
             if isinstance(values, self._hassil.intents.TextSlotList):
                 return walk(rng.choice(values.values).text_in)
@@ -235,16 +180,26 @@ class Grammar:
         return " ".join(walk(template.expression).split())
 
 
-@lru_cache(1)
-def grammar() -> Grammar:
-    """The grammar of the whole task, which judges."""
-    return Grammar()
+def _first(node: Any, tree: Any) -> str:
+    """What the node says when each choice is the first."""
+    if isinstance(node, tree.TextChunk):
+        return str(node.original_text)
+    items = getattr(node, "items", ())
+    if isinstance(node, tree.Alternative):
+        return _first(items[0], tree) if items else ""
+    return "".join(_first(item, tree) for item in items)
+
+
+@lru_cache(len(HOMES))
+def grammar(language: str = "en") -> Grammar:
+    """The grammar of the whole task in this language, which judges."""
+    return Grammar(language=language)
 
 
 @lru_cache(1 << 16)
-def read(utterance: str) -> Reading | None:
+def read(utterance: str, language: str = "en") -> Reading | None:
     """What the request means, or None if the parser cannot tell."""
-    return grammar().read(utterance)
+    return grammar(language).read(utterance)
 
 
 def _plain(value: Any) -> Value:

@@ -1,0 +1,176 @@
+"""The recipes' held-out figures, from the runs' `summary.json`: docs/results.json, the table in
+docs/results.md, and the reward curves in docs/results.svg.
+
+    python -m benchmarks.results --run             # run what is missing, three seeds of each recipe
+    python -m benchmarks.results [--runs FOLDER]   # gather only
+
+A run lies in FOLDER/<recipe>-<seed>. One run at a time: they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+from gearshift.cli import main as gearshift
+from gearshift.runtime.metrics import read_metrics
+
+RECIPES = (
+    "voice_assistant", "voice_languages", "customer_service", "customer_service_ppo",
+    "translation", "sentiment", "reasoning", "frozen_lake",
+)  # fmt: skip
+SEEDS = (0, 1, 2)
+DOCS = Path("docs")
+BEGIN, END = "<!-- table: python -m benchmarks.results -->", "<!-- end of table -->"
+
+Rows = dict[str, dict[int, dict[str, Any]]]
+"""By recipe and seed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="run the recipes that have not run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    options = parser.parse_args()
+    names = {(r, s): options.runs / f"{r}-{s}" for r in options.recipes for s in options.seeds}
+    if options.run:
+        for (recipe, seed), folder in names.items():
+            gearshift(["run", recipe, f"run.dir={folder}", f"run.seed={seed}"])
+    found: Rows = {}
+    for (recipe, seed), folder in names.items():
+        if (folder / "summary.json").exists():
+            found.setdefault(recipe, {})[seed] = row(folder)
+    DOCS.joinpath("results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = DOCS.joinpath("results.md").read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    table = "\n".join(lines(found))
+    page = f"{before}{BEGIN}\n{table}\n{END}{after}"
+    DOCS.joinpath("results.md").write_text(page, encoding="utf-8")
+    draw({r: {s: options.runs / f"{r}-{s}" for s in seeds} for r, seeds in found.items()})
+    print(table)
+
+
+def row(folder: Path) -> dict[str, Any]:
+    """One run. `interval` is half the width of the 95% interval of RL less SFT (or less the base
+    model, where a recipe has no SFT): a gain greater than it can be told from noise.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    detail, values = summary["heldout_detail"], summary["heldout"]
+    before = "sft" if "sft" in values else "base"
+    compared = next(
+        c for c in summary["heldout_compared"] if (c["before"], c["after"]) == (before, "rl")
+    )
+    low, high = compared["interval"]
+    return {
+        "metric": detail["rl"]["metric"],
+        "base": values["base"],
+        "sft": values.get("sft"),
+        "rl": values["rl"],
+        "n": detail["rl"]["n"],
+        "interval": (high - low) / 2,
+        "minutes": sum(summary["seconds"].values()) / 60,
+        "intervals": {
+            **{name: d["interval"] for name, d in detail.items()},
+            f"rl-{before}": [low, high],
+        },
+        "better": compared["better"],
+        "worse": compared["worse"],
+        "figures": {
+            name: {k: v for k, v in d.items() if isinstance(v, float)} for name, d in detail.items()
+        },
+        "proxy_gold": proxy_gold(read_metrics(folder / "rl" / "metrics.jsonl")),
+    }
+
+
+def proxy_gold(steps: list[dict[str, float]]) -> dict[str, list[float]] | None:
+    """Where a reward model is used: its score and the judge's reward of what was sampled, over the
+    first and the last five steps.
+    """
+    parts = {"proxy": "rewards/model/mean", "gold": "rewards/environment/mean"}
+    if not all(name in step for name in parts.values() for step in steps[:1]):
+        return None
+    return {
+        part: [fmean(s[name] for s in steps[:5]), fmean(s[name] for s in steps[-5:])]
+        for part, name in parts.items()
+    }
+
+
+def lines(found: Rows) -> list[str]:
+    """The table in Markdown, and under it what did not work."""
+    table = [
+        "| recipe | metric | seed | base | SFT | RL | RL - SFT | better / worse | n | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe, seeds in found.items():
+        for seed, r in seeds.items():
+            shown = [cell(r, name) for name in ("base", "sft", "rl")]
+            key = "rl-sft" if r["sft"] is not None else "rl-base"
+            low, high = r["intervals"][key]
+            gain = r["rl"] - (r["sft"] if r["sft"] is not None else r["base"])
+            words = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+            table.append(
+                f"| `{recipe}` | {r['metric']} | {seed} | {' | '.join(shown)} | "
+                f"{f'**{words}**' if low > 0 else words} | {r['better']} / {r['worse']} | "
+                f"{r['n']} | {r['minutes']:.1f} |"
+            )
+    gaps = [
+        f"- `{recipe}`, seed {seed}: reward model {g['proxy'][0]:.2f} -> {g['proxy'][1]:.2f}, "
+        f"judge {g['gold'][0]:.3f} -> {g['gold'][1]:.3f}"
+        for recipe, seeds in found.items()
+        for seed, r in seeds.items()
+        if (g := r["proxy_gold"])
+    ]
+    if gaps:
+        gaps = [
+            "",
+            "The proxy-gold gap, sampled completions, first and last five steps:",
+            "",
+            *gaps,
+        ]
+    return [*table, *gaps, "", "![Reward by step](results.svg)"]
+
+
+def cell(r: dict[str, Any], name: str) -> str:
+    """A policy's figure with its interval."""
+    if r.get(name) is None:
+        return ""
+    low, high = r["intervals"][name]
+    return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(runs: dict[str, dict[int, Path]]) -> None:
+    """The reward of each recipe's rollouts by step, a line a seed."""
+    if not runs:
+        return
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    import matplotlib.pyplot as plt
+
+    columns = min(4, len(runs))
+    height = -(-len(runs) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(2.9 * columns, 2.2 * height), squeeze=False
+    )
+    for axis in axes.flat[len(runs) :]:
+        axis.axis("off")
+    for axis, (recipe, seeds) in zip(axes.flat, runs.items(), strict=False):
+        for seed, folder in seeds.items():
+            steps = read_metrics(folder / "rl" / "metrics.jsonl")
+            axis.plot([s["reward"] for s in steps], linewidth=1.2, label=f"seed {seed}")
+        axis.set_title(recipe, fontsize=9, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(DOCS / "results.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

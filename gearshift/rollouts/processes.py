@@ -1,0 +1,81 @@
+"""Reward functions in processes of their own, which can be killed: a thread that hangs cannot.
+
+Pebble keeps the pool: it ends the worker of a call that takes too long, and replaces workers that
+died. It knows nothing of environments or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from threading import Lock
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from gearshift.errors import ConfigError
+from gearshift.rollouts.rewards import LOST, RewardFunction, Rewards, call, load_reward
+from gearshift.types import Message
+
+_functions: dict[str, RewardFunction] = {}
+"""In a worker: what it has loaded."""
+
+
+class ProcessReward:
+    """The function that `spec` names, called in `processes` workers.
+
+    A call that takes longer than `timeout` seconds (a worker's start does not count), or whose
+    worker dies, gives `LOST` for its samples, and another worker takes its place. Arguments and
+    rewards cross as plain data.
+    """
+
+    def __init__(self, spec: str, processes: int, timeout: float | None) -> None:
+        """Raises `ConfigError` like `load_reward`."""
+        load_reward(spec)  # a fault is told here, not by each worker
+        self.spec, self.timeout, self.parallel = spec, timeout, processes
+        self._lock = Lock()
+        self._pool = self._new_pool()
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
+    ) -> Rewards:
+        given = {**columns, "prompts": prompts, "completions": completions}
+        with self._lock:
+            if not self._pool.active:  # it broke: idle workers died
+                self._pool = self._new_pool()
+            future = self._pool.schedule(_score, (self.spec, given), timeout=self.timeout)
+        try:
+            rewards, fault = future.result()
+        except (FutureTimeout, ProcessExpired, BrokenProcessPool):
+            return [LOST] * len(completions)
+        if fault:
+            raise ConfigError(fault)
+        return rewards
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(
+            self.parallel, initializer=_load, initargs=(self.spec,), context=get_context("spawn")
+        )
+
+
+def _load(spec: str) -> None:
+    with contextlib.suppress(ConfigError):  # told by the call
+        _functions[spec] = load_reward(spec)
+
+
+def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
+    """The rewards; and the fault in words, if there is one, since not every exception can cross."""
+    try:
+        function = _functions.get(spec) or load_reward(spec)
+        prompts, completions = given.pop("prompts"), given.pop("completions")
+        ids = given.pop("completion_ids", None)
+        return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
+    except ConfigError as error:
+        return [], str(error)
