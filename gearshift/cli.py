@@ -108,8 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(do=_chat)
     generate = commands.add_parser("generate", help="answer one prompt")
     generate.add_argument("run", help="a run's folder, a stage's folder, or any model")
-    generate.add_argument("prompt")
+    generate.add_argument("prompt", help="what to answer: text, or a WAV file of it spoken")
     generate.add_argument("--system", help="system message; a run's task brings its own")
+    generate.add_argument("--speak", metavar="WAV", help="speak the answer into this file")
+    generate.add_argument("--language", default="en", help="of the spoken answer")
+    generate.add_argument(
+        "--recogniser", help="module:function or file.py:function that hears a WAV file"
+    )
     generate.set_defaults(do=_generate)
     for command in (chat, generate):
         command.add_argument(
@@ -314,10 +319,40 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     engine, system = _open(arguments)
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": arguments.prompt})
+    messages.append({"role": "user", "content": _heard(arguments)})
+    pieces = []
     for piece in reply(engine, messages, _params(arguments, engine)):
         print(piece, end="", flush=True)
+        pieces.append(piece)
     print()
+    if arguments.speak:
+        from gearshift.rollouts.tasks.voice_answer import spoken_answer
+        from gearshift.serve.speech import speak
+
+        answer = "".join(pieces)
+        _, recipe = _model_folder(arguments.run)
+        if recipe and recipe.task and recipe.task.name == "voice_assistant":
+            answer = spoken_answer(answer, arguments.language)
+        speak(answer, arguments.speak, arguments.language)
+        print(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
+
+
+def _heard(arguments: argparse.Namespace) -> str:
+    """The prompt; where it is a recording, the words in it."""
+    from gearshift.serve.speech import hear, run_phrases
+
+    if not arguments.prompt.lower().endswith(".wav"):
+        return str(arguments.prompt)
+    phrases: Sequence[str] = ()
+    recipe = _model_folder(arguments.run)[1]
+    home = recipe and recipe.task and recipe.task.name == "voice_assistant"
+    if recipe and home and not arguments.recogniser:
+        phrases = run_phrases(recipe.run.dir)
+    words = hear(arguments.prompt, arguments.recogniser, phrases)
+    if not words:
+        raise DataError(f"No words were heard in {arguments.prompt}; record it again.")
+    print(f"heard: {words}", file=sys.stderr)
+    return words
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ class TaskData:
                 episodes,
                 limits.max_new_tokens,
                 by_row=rows is not None,
-                metric=task.metric,
+                metric=getattr(config, "metric", task.metric),
                 corpus=task.corpus,
                 progress=lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
             )

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig
-from gearshift.models.load import EMBEDDED, TINY, embedded_folder, resolve_device, resolve_dtype
-from gearshift.models.tiny import tiny_model
+from gearshift.models.load import EMBEDDED, embedded_folder, resolve_device, resolve_dtype
+from gearshift.models.tiny import SIZES, tiny_model
 from gearshift.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
 from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
@@ -39,8 +39,8 @@ def plan(recipe: Recipe) -> str:
 
 def _shapes(recipe: Recipe) -> PreTrainedModel:
     name = recipe.model.name
-    if name == TINY:
-        return tiny_model()
+    if name in SIZES:
+        return tiny_model(**SIZES[name])
     source = embedded_folder() if name == EMBEDDED else name
     try:
         config = AutoConfig.from_pretrained(

@@ -1,5 +1,7 @@
 """Environments that a model of a few thousand weights can learn, and ones that misbehave."""
 
+import math
+import threading
 from typing import Any
 
 from gearshift.rollouts.environment import TextEnvironment
@@ -75,3 +77,43 @@ class Bandit(TextEnvironment):
 def arm(text: str) -> float:
     """0, 1/4, 1/2, 3/4 or 1; nothing for no text."""
     return ((ord(text[0]) + 2) % 5) / 4 if text else 0.0
+
+
+class Misbehaves(SayLetters):
+    """Has the fault that its row names, in `reset` or in `step`; row 0 has none."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__()
+        self.faults = ("", *faults)
+        self.never = threading.Event()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        said = super().reset(seed=seed)
+        self.fault = self.faults[(options or {}).get("row", 0)]
+        return self.fails(self.fault.removeprefix("reset "), said)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return self.fails(self.fault, super().step(action))
+
+    def fails(self, fault: str, answer: Any) -> Any:
+        observation, *rest = answer
+        if fault == "hang":
+            self.never.wait()
+        if fault == "spin":
+            while True:
+                pass
+        if fault == "raise":
+            raise RuntimeError("the simulator fell over")
+        if fault == "exit":
+            raise SystemExit(1)
+        if fault == "short":
+            return (observation,)
+        if fault == "number":
+            info = {"messages": [{"role": "user", "content": 7}]}
+            return (7, info) if len(rest) == 1 else (7, 0.0, False, False, {})
+        if fault in ("nan", "inf", "none", "text") and len(rest) > 1:
+            values = {"nan": math.nan, "inf": math.inf, "none": None, "text": "1"}
+            return observation, values[fault], *rest[1:]
+        return answer

@@ -29,13 +29,12 @@ from transformers.utils import logging as hf_logging
 from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig, adapted_layers, merged_state, save_adapter
 from gearshift.models.attention import ATTENTION
-from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.config import Config
 from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
 MINILM = "minilm"
-TINY = "tiny"
 _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
     "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
@@ -48,7 +47,8 @@ class ModelConfig(Config):
 
     name: str = EMBEDDED
     """`embedded` (SmolLM2-135M-Instruct, no download), `minilm` (an encoder of 22M weights, for
-    reward models), `tiny` (random, for tests), a folder, or a Hugging Face name.
+    reward models), `tiny` (random, for tests), `small` (random, to train from nothing), a folder,
+    or a Hugging Face name.
     """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where
@@ -92,8 +92,8 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     name = name or config.name
-    if name == TINY:
-        model: PreTrainedModel = tiny_model().to(dtype)
+    if name in SIZES:
+        model: PreTrainedModel = tiny_model(**SIZES[name]).to(dtype)
         model.set_attn_implementation(ATTENTION)
     else:
         model = _from_pretrained(
@@ -121,8 +121,8 @@ def load_classifier(
     name = name or config.name
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name == TINY:
-            tiny = tiny_model()
+        if name in SIZES:
+            tiny = tiny_model(**SIZES[name])
             tiny.config.num_labels = 1
             model: PreTrainedModel = auto.from_config(tiny.config)
             model.base_model.load_state_dict(tiny.base_model.state_dict())
@@ -137,7 +137,7 @@ def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTo
     which knows no chats, gets a template that sets messages apart.
     """
     name = name or config.name
-    if name == TINY:
+    if name in SIZES:
         return tiny_tokenizer()
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
     if tokenizer.pad_token is None:

@@ -102,6 +102,14 @@ def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
 _OWN = {
     "gearshift/VoiceAssistant-v0": "gearshift.rollouts.tasks.voice:VoiceAssistantEnvironment",
     "gearshift/GuessNumber-v0": f"{__name__}:GuessNumber",
+    "gearshift/CustomerService-v0": ("gearshift.rollouts.tasks.service:CustomerServiceEnvironment"),
+    "gearshift/CustomerReplies-v0": (
+        "gearshift.rollouts.tasks.service_replies:CustomerRepliesEnvironment"
+    ),
+    "gearshift/Sentiment-v0": "gearshift.rollouts.tasks.sentiment:SentimentEnvironment",
+    "gearshift/Reasoning-v0": "gearshift.rollouts.tasks.reasoning:ReasoningEnvironment",
+    "gearshift/Translation-v0": "gearshift.rollouts.tasks.translation:TranslationEnvironment",
+    "gearshift/Tau2-v0": "gearshift.rollouts.tasks.tau2:Tau2Environment",
     "gearshift/GymInWords-v0": "gearshift.rollouts.gym_words:GymInWords",
     "gearshift/Verifiers-v0": "gearshift.rollouts.from_verifiers:VerifiersEnvironment",
     "gearshift/OpenEnv-v0": "gearshift.rollouts.from_openenv:OpenEnvEnvironment",

@@ -183,6 +183,8 @@ class RewardSum:
         self._running = {int(i): Running(**kept) for i, kept in state.items()}
 
     def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        if not self.functions:
+            return []
         groups = [list(group) for _, group in groupby(trajectories, key=lambda t: t.group_id)]
         for group in groups:
             if group[0].group_id not in self._begun:

@@ -7,8 +7,6 @@ here, by name. It knows texts and numbers, no model and no environment.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -17,13 +15,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, TypeVar, cast
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.named import in_words, named_function
 from gearshift.types import Message
 
 T = TypeVar("T")
@@ -53,16 +50,7 @@ def load_reward(spec: str) -> RewardFunction:
     """
     if spec.startswith(("http://", "https://")):
         return HttpReward(spec)
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise ConfigError(
-            f"The reward `{spec}` is not of the form module:function or path/file.py:function."
-        )
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"{place} has no function `{name}` for a reward; check the spelling.")
-    return cast(RewardFunction, function)
+    return cast(RewardFunction, named_function(spec, "reward"))
 
 
 class HttpReward:
@@ -211,30 +199,6 @@ def add_up(
     return [sum(t) if t and math.isfinite(sum(t)) else None for t in totals], parts
 
 
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"There is no reward file {path}; check the path.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"The reward file {path} fails on import: {_words(error)}.") from error
-    return module
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"The reward module `{name}` needs `{error.name}`, which is not there;"
-            " install it or check the spelling."
-        ) from error
-    except Exception as error:
-        raise ConfigError(f"The reward module {name} fails on import: {_words(error)}.") from error
-
-
 def _await_all(names: Sequence[str], results: list[Any]) -> None:
     """Replace the awaitables among the results by what they return; they run side by side."""
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
@@ -285,12 +249,8 @@ def _raised(name: str, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):  # it says itself what to do
         return error
     return ConfigError(
-        f"The reward function {name} raised {_words(error)}; mend it or take it out."
+        f"The reward function {name} raised {in_words(error)}; mend it or take it out."
     )
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(". ")
 
 
 def _short(value: object) -> str:

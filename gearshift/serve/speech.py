@@ -6,17 +6,14 @@ hears, espeak-ng speaks. It knows sounds and sentences, and nothing of what they
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import shutil
 import subprocess
 import tempfile
 import wave
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,9 +21,7 @@ import numpy as np
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.tasks.voice_homes import HOMES
 from gearshift.rollouts.tasks.voice_noise import spoken
-
-Heard = Callable[[str], str]
-"""A recogniser: the path of a WAV file -> the words in it."""
+from gearshift.runtime.named import named_function
 
 RATE = 16000
 """Samples a second that pocketsphinx's model hears."""
@@ -75,7 +70,7 @@ def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str]
     if not Path(path).is_file():
         raise DataError(f"There is no recording {path}; check the path.")
     if recogniser is not None:
-        heard = _plugged(recogniser)(str(path))
+        heard = named_function(recogniser, "recogniser")(str(path))
         if not isinstance(heard, str):
             raise ConfigError(
                 f"The recogniser {recogniser} returned {type(heard).__name__}, no text."
@@ -194,31 +189,3 @@ def _says(word: str, sounds: Mapping[str, list[str]]) -> list[str]:
         if left and right:
             return [f"{left[0]} {right[0]}"]
     return []
-
-
-@lru_cache(4)
-def _plugged(name: str) -> Heard:
-    """The user's function. Raises `ConfigError` if it cannot be loaded."""
-    place, _, function = name.rpartition(":")
-    if not place or not function:
-        raise ConfigError(
-            f"The recogniser `{name}` is not of the form module:function or path/file.py:function."
-        )
-    try:
-        module = _load(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        found = getattr(module, function, None)
-    except Exception as error:  # whatever a user's module raises
-        raise ConfigError(f"The recogniser {place} cannot be imported: {error}.") from error
-    if not callable(found):
-        raise ConfigError(f"{place} has no function `{function}`; check the spelling.")
-    heard: Heard = found
-    return heard
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -2,15 +2,19 @@
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 
 from gearshift.engine import HybridEngine
+from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.evaluate import evaluate
+from gearshift.rollouts.workers import Workers
 from gearshift.types import SamplingParams, Trajectory
-from tests.gyms import SayLetters, TwoTurns
+from tests.gyms import Misbehaves, SayLetters, TwoTurns
 from tests.zoo import random_model
 
 
@@ -117,3 +121,135 @@ def test_a_conversation_that_outgrows_the_model_ends_there(engine: HybridEngine)
     assert [t.finish_reason for t in episodes] == ["length"] * 2
     assert all(t.reward == 0.5 for t in episodes) and not collector.failures
     assert engine._scheduler is not None and engine._scheduler.idle
+
+
+FAULTS = {
+    "hang": "longer than 0.5 s",
+    "reset hang": "longer than 0.5 s",
+    "spin": "longer than 0.5 s",
+    "raise": "RuntimeError: the simulator fell over",
+    "reset raise": "RuntimeError: the simulator fell over",
+    "exit": "SystemExit",
+    "short": "not enough values",
+    "reset short": "not enough values",
+    "number": "it said 7, which is no text",
+    "reset number": "it said 7, which is no text",
+    "nan": "the reward is nan",
+    "inf": "the reward is inf",
+    "none": "must be real number, not NoneType",
+    "text": "must be real number, not str",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_its_own_episode_and_is_no_zero_reward(
+    engine: HybridEngine, fault: str
+) -> None:
+    collector = Collector(partial(Misbehaves, fault), engine.tokenizer, engine, timeout=0.5)
+    params = SamplingParams(n=2, max_new_tokens=4)
+    for failures in (2, 4):  # nor does what it broke reach the next rollout
+        with engine.generating():
+            episodes = collector.collect([Start(g, seed=g, row=g % 2) for g in range(4)], params)
+        assert [t.group_id for t in episodes] == [0, 0, 2, 2]
+        assert collector.failures == 2 * failures and FAULTS[fault] in collector.last_failure
+    assert engine._scheduler is not None and engine._scheduler.idle
+
+
+def test_a_heldout_evaluation_ends_where_environments_hang(engine: HybridEngine) -> None:
+    collector = Collector(partial(Misbehaves, "hang"), engine.tokenizer, engine, timeout=0.3)
+    began = time.monotonic()
+    with engine.generating():
+        result = evaluate(collector, 2, 4)
+        with pytest.raises(DataError, match="it took longer"):
+            evaluate(Collector(AllHang, engine.tokenizer, engine, timeout=0.3), 40, 4)
+    assert (result.n, result.failures) == (1, 1)
+    assert time.monotonic() - began < 15  # forty hang beside each other, not four after four
+
+
+class AllHang(Misbehaves):
+    def __init__(self) -> None:
+        super().__init__("hang")
+
+    def reset(self, **_: Any) -> Any:
+        return super().reset(options={"row": 1})
+
+
+def test_environments_that_wait_do_not_stall_the_others(engine: HybridEngine) -> None:
+    meeting = threading.Barrier(6, timeout=20)
+
+    class Meets(SayLetters):
+        def step(self, action: str) -> tuple:
+            meeting.wait()
+            return super().step(action)
+
+    collector = Collector(Meets, engine.tokenizer, engine, workers=1)
+    with engine.generating():
+        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=6, max_new_tokens=4))
+    assert len(episodes) == 6 and not collector.failures
+
+
+def test_environments_that_say_nothing_of_messages_are_heard(engine: HybridEngine) -> None:
+    class Plain(TwoTurns):
+        def reset(self, **given: Any) -> tuple[str, dict[str, Any]]:
+            return super().reset(**given)[0], {}
+
+        def step(self, action: str) -> tuple:
+            observation, *rest, info = super().step(action)
+            said = [{"role": "tool", "content": "42"}, {"role": "user", "content": observation}]
+            return observation, *rest, {**info, "messages": said}
+
+    collector = Collector(Plain, engine.tokenizer, engine)
+    with engine.generating():
+        params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
+        [episode] = collector.collect([Start(0, seed=0)], params)
+    roles = [m["role"] for m in episode.info["messages"]]
+    assert roles == ["user", "assistant", "tool", "user", "assistant"]
+    assert "tool\n42" in engine.tokenizer.decode(episode.token_ids)
+
+
+# Threads
+
+
+def test_a_thread_that_was_given_up_ends() -> None:
+    workers, before = Workers(2), threading.active_count()
+    done = threading.Event()
+
+    def spin() -> None:
+        while True:
+            pass
+
+    calls = [workers.submit(spin), workers.submit(done.wait)]
+    time.sleep(0.2)
+    for call in calls:
+        workers.give_up(call)
+    assert workers.submit(lambda: 7).result(timeout=10) == 7
+    done.set()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+def test_threads_that_were_added_end_with_the_line() -> None:
+    workers, before = Workers(1), threading.active_count()
+    meeting = threading.Barrier(5, timeout=20)
+    calls = [workers.submit(meeting.wait) for _ in range(5)]
+    while not all(call.done() for call in calls):
+        time.sleep(0.01)
+        workers.hurry()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+def test_too_many_hanging_calls_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gearshift.rollouts.workers.MOST_HUNG", 2)
+    workers, never = Workers(3), threading.Event()
+    calls = [workers.submit(never.wait) for _ in range(3)]
+    time.sleep(0.2)
+    for call in calls[:2]:
+        workers.give_up(call)
+    with pytest.raises(CapacityError, match="3 calls of"):
+        workers.give_up(calls[2])
+    never.set()

@@ -121,6 +121,21 @@ def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.Mon
         RewardSum([source(f"model:{tmp_path}/a,{tmp_path}/c")], TINY, tmp_path)
 
 
+def test_a_model_alone_scores_without_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(config: Any, folder: Path) -> Any:
+        return lambda prompts, completions, **_: [float(len(c)) for c in completions]
+
+    monkeypatch.setattr(reward_sum, "ModelReward", load)
+    (tmp_path / "reward").mkdir()
+    total = RewardSum([source("model", 2.0), source("environment", 0.0)], TINY, tmp_path / "reward")
+    total.begin(EPISODES[:2])
+    scored, parts = total(EPISODES)
+    assert [t.reward for t in scored if t] == [2.0, 4.0, 6.0]
+    assert parts["environment"] == [1.0, 2.0, 3.0]
+
+
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     def reward(prompts: Any, completions: list[str]) -> list[float | None]:

@@ -94,7 +94,9 @@ def test_the_classifier_tells_praise_from_blame(tmp_path: Path) -> None:
     # Only what the policy wrote counts, whatever the beginning says.
     _, reward, done, _, info = env.step("a wonderful, moving film")
     assert done and reward == pytest.approx(praise) and info["success"]
-    assert info["gold"] == env.rows[0]["continuation"] and info["metrics"]["words"] == 4
+    assert info["gold"] == env.rows[0]["continuation"] and info["metrics"] == {
+        "repeated_trigrams": 0.0
+    }
     env.reset(options={"row": 0})
     assert not env.step("dull and awful")[4]["success"]
 

@@ -187,6 +187,11 @@ def test_a_solved_problem() -> None:
     assert heard == ["A123.", "red kettle, 40 euros, delivered 12 days ago", "Done.", ""]
 
 
+def test_looking_twice_or_at_others_orders_earns_nothing() -> None:
+    total, _, _ = play(begin(CASE), GET, GET, '{"tool": "get", "order": "B456"}')
+    assert total == pytest.approx(s.LOOKUP + 2 * s.WASTE)
+
+
 def test_a_tools_answer_has_the_role_tool() -> None:
     info = begin(CASE).step(GET)[-1]
     assert [m["role"] for m in info["messages"]] == ["tool"]
@@ -220,7 +225,8 @@ def test_a_late_refund_is_forbidden() -> None:
 
 
 def test_a_careful_customer_must_be_asked() -> None:
-    assert not play(begin(CASE, careful=True), GET, REFUND)[1]
+    total, solved, _ = play(begin(CASE, careful=True), GET, REFUND)
+    assert not solved and total == pytest.approx(s.LOOKUP + s.HARM)
     total, solved, heard = play(begin(CASE, careful=True), GET, "Shall I refund it?", REFUND, TOLD)
     assert solved and total == pytest.approx(1.0) and heard[1] == "Yes."
 

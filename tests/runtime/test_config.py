@@ -64,7 +64,7 @@ BAD = [
     ("model: m\noptimzer: {lr: 1}", [], ["unknown key `optimzer`", "did you mean `optimizer`"]),
     ("model: m\noptimizer: {lrr: 1}", [], ["`optimizer.lrr`", "did you mean `optimizer.lr`"]),
     ("model: m\nlr: 1", [], ["unknown key `lr`", "did you mean `optimizer.lr`"]),
-    ("model: m\nqqq: 1", [], ["`qqq`", "the keys there are model, task, optimizer, rewards, named"]),
+    ("model: m\nqqq: 1", [], ["`qqq`", "the keys there are model, task, optimizer, rewards"]),
     ("model: m\nrewards: [{name: a, wieght: 2}]", [], ["`rewards.0.wieght`", "`rewards.0.weight`"]),
     ("model: m\nnamed: {x: {name: a, wait: 2}}", [], ["`named.x.wait`", "`named.x.weight`"]),
     ("model: m\ntask: {name: gam}", [], ['`task.name` is "gam"; did you mean game?']),
@@ -160,7 +160,7 @@ def test_describe_has_a_line_for_each_key() -> None:
     assert "rewards.0.weight: float = 1.0" in lines
     assert "named.<name>.name: str" in lines
     assert "second: Optimizer | null = null" in lines
-    assert "task[game].turns: int = 3" in lines and "task[talk].language: str = \"en\"" in lines
+    assert "task[game].turns: int = 3" in lines and 'task[talk].language: str = "en"' in lines
     assert "schedule: 'linear' | 'cosine' = \"linear\"" in lines
 
 

@@ -12,12 +12,16 @@ from typing import Any, Literal, cast
 import gymnasium
 from pydantic import Field
 
+from gearshift.errors import DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.gym_text import make_environment
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.types import Message
+
+_TRIES = 200
+"""Episodes of random play for each that is to be won."""
 
 
 class GymConfig(Config):
@@ -27,7 +31,7 @@ class GymConfig(Config):
     """Which task this is."""
     id: str = "gearshift/GymInWords-v0"
     """The environment's id, or `my_module:MyEnvironment-v0`, whose module registers it."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     """What it is made with."""
     system: str | None = None
     """A system message before each episode."""
@@ -36,6 +40,8 @@ class GymConfig(Config):
     labelled: int = Field(0, ge=0)
     """Episodes of random play (answers drawn from the environment's action space), for supervised
     fine-tuning: they teach what an answer looks like, not which one is good."""
+    labelled_won: bool = False
+    """Keep only those of them that the environment calls a success."""
     metric: str = "success"
     """The figure that policies are compared by: `success` where the environment tells it, else
     `reward`, or the name of one of its metrics."""
@@ -75,10 +81,18 @@ def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
         environment.close()
         return {}
     environment.action_space.seed(named_seed(seed, "gym/play") % 2**31)
-    rows = [
-        {"messages": _play(environment, named_seed(seed, f"gym/labelled/{i}") % 2**31)}
-        for i in range(config.labelled)
-    ]
+    rows = []
+    for i in range(_TRIES * config.labelled):
+        messages, won = _play(environment, named_seed(seed, f"gym/labelled/{i}") % 2**31)
+        if won or not config.labelled_won:
+            rows.append({"messages": messages})
+        if len(rows) == config.labelled:
+            break
+    else:
+        raise DataError(
+            f"Random play was won {len(rows)} times in {_TRIES * config.labelled} episodes of "
+            f"{config.id}; lower labelled, or set labelled_won=false."
+        )
     environment.close()
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -86,19 +100,17 @@ def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
     return {"labelled": path}
 
 
-def _play(environment: TextEnvironment, seed: int) -> list[Message]:
-    """The conversation of one episode of random play, up to its last answer."""
+def _play(environment: TextEnvironment, seed: int) -> tuple[list[Message], bool]:
+    """The conversation of one episode of random play, up to its last answer; whether it was won."""
     observation, info = environment.reset(seed=seed)
-    messages: list[Message] = list(
-        info.get("messages") or [{"role": "user", "content": observation}]
-    )
+    messages: list[Message] = []
     while True:
+        messages += info.get("messages") or [{"role": "user", "content": observation}]
         answer = environment.action_space.sample()
         messages.append({"role": "assistant", "content": answer})
         observation, _, ended, cut, info = environment.step(answer)
         if ended or cut:
-            return messages
-        messages += info.get("messages") or [{"role": "user", "content": observation}]
+            return messages, bool(info.get("success", False))
 
 
 TASK = Task("gym", GymConfig, prepare, make)

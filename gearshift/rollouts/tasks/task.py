@@ -34,7 +34,8 @@ class Task:
     """The system message of every prompt, for who talks to the model."""
     metric: str = "success"
     """The figure that the held-out table compares: `success`, `reward`, or a name in the
-    `info["metrics"]` of an episode's last step, where every episode has it."""
+    `info["metrics"]` of an episode's last step, where every episode has it. A key `metric` of the
+    config comes before it."""
     corpus: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """Further figures of all held-out episodes together (BLEU, say), from their records: row,
     prompt, completion, reward, success, gold, metrics.

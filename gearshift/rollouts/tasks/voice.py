@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -141,20 +142,25 @@ def split_templates(
     """(training, held-out) templates: about this share of each intent's sentences is held out.
 
     A combination of slots is never held out whole: held-out requests are new in their words, not in
-    what they mean. Templates of one text stay together.
+    what they mean. Templates of one text stay together, in training where several intents have it.
     """
     rng = _rng(seed, "templates", language)
     everything = grammar(language).templates
     by_intent: dict[str, dict[str, list[Template]]] = {}
     for template in everything:
         by_intent.setdefault(template.intent, {}).setdefault(template.text, []).append(template)
+    shared = Counter(text for texts in by_intent.values() for text in texts)
     heldout: set[str] = set()
     for texts in by_intent.values():
         wanted = round(heldout_fraction * len(texts))
         left = [t.combination for same in texts.values() for t in same]
         for text in rng.sample(list(texts), len(texts)):
             mine = [t.combination for t in texts[text]]
-            if wanted > 0 and all(left.count(c) > mine.count(c) for c in mine):
+            if (
+                wanted > 0
+                and shared[text] == 1
+                and all(left.count(c) > mine.count(c) for c in mine)
+            ):
                 heldout.add(text)
                 wanted -= 1
                 for combination in mine:

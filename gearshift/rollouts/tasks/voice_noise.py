@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.tasks.voice_homes import HOMES
@@ -174,15 +175,20 @@ def spoken(text: str, language: str, digits: bool = False) -> str:
 @lru_cache(1 << 12)
 def in_words(number: float, language: str) -> str:
     """The number as it is said. Raises `ConfigError` without the package that knows."""
+    value = int(number) if number == int(number) else number
+    said = str(_numbers(language).format_number(value).text)
+    return said.replace("\u00ad", "").replace("-", " ").lower()
+
+
+@lru_cache(len(SOUNDS))
+def _numbers(language: str) -> Any:
     try:
         from unicode_rbnf import RbnfEngine
     except ImportError as error:
         raise ConfigError(
             "Noise needs unicode-rbnf, which says numbers; pip install 'gearshift[voice]'."
         ) from error
-    value = int(number) if number == int(number) else number
-    said = str(RbnfEngine.for_language(language).format_number(value).text)
-    return said.replace("\u00ad", "").replace("-", " ").lower()
+    return RbnfEngine.for_language(language)
 
 
 def word_errors(said: str, heard: str, language: str) -> tuple[int, int]:
