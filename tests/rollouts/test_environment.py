@@ -130,7 +130,7 @@ def test_voice_environment_of_a_bad_file(tmp_path: Path) -> None:
         ("none.jsonl", None, "no file"),
         ("broken.jsonl", "{", "not JSON"),
         ("other.jsonl", '{"text": "a"}', "without `prompt`"),
-        ("empty.jsonl", "", "must hold rows"),
+        ("empty.jsonl", "", "has no rows"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)

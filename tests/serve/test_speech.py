@@ -75,7 +75,7 @@ def test_a_recogniser_of_your_own(tmp_path: Path) -> None:
     for spec, told in (
         (f"{mine}:none", "no text"),
         (f"{mine}:number", "no function `number`"),
-        (f"{tmp_path}/no.py:hear", "no file"),
+        (f"{tmp_path}/no.py:hear", "no recogniser file"),
         ("hear", "not of the form"),
         ("no_such_module:hear", "no_such_module"),
     ):
