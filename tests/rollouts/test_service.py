@@ -363,9 +363,9 @@ def test_bad_files(make: Callable[[Path], Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file"):
         make(tmp_path / "none.jsonl")
     for name, text, match in (
-        ("a", "{", "not JSONL"),
-        ("b", "{}\n", "rows with"),
-        ("c", "", "rows"),
+        ("a.jsonl", "{", "not JSON"),
+        ("b.jsonl", '{"prompt": "a"}', "without `order`"),
+        ("c.jsonl", "", "no rows"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=match):

@@ -7,10 +7,9 @@ anything else goes to the customer, who is scripted. The judge is the shop's dat
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -22,6 +21,7 @@ from pydantic import Field
 
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.service_shop import (
     CHANGES,
     OUTCOMES,
@@ -78,7 +78,7 @@ word that is not true."""
 _TRIES = 200
 
 Row = dict[str, Any]
-_COLUMNS = frozenset({"prompt", "order", "wish", "address", "others", "script"})
+_COLUMNS = ("order", "wish", "address", "others", "script")
 
 
 class ServiceConfig(Config):
@@ -242,7 +242,7 @@ class CustomerServiceEnvironment(TextEnvironment):
         Raises `DataError` if the file is missing or holds no customers.
         """
         super().__init__()
-        self.rows = _drawn(seed, rows) if path is None else read_rows(Path(path), _COLUMNS)
+        self.rows = _drawn(seed, rows) if path is None else read_rows(path, *_COLUMNS)
         self._running = False
 
     @classmethod
@@ -417,35 +417,7 @@ def prepare(config: ServiceConfig, seed: int, folder: Path) -> dict[str, Path]:
         "train": take("train", train),
         "heldout": take("heldout", heldout),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    return {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> Path:
-    """A JSONL file of these rows; its path."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def read_rows(path: Path, needed: frozenset[str]) -> Sequence[Row]:
-    """The rows of a file that `prepare` wrote. Raises `DataError` if it is missing or another."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path} of customers; prepare the task's data first.")
-    return _read_rows(path, needed, path.stat().st_mtime_ns)
-
-
-@lru_cache(4)
-def _read_rows(path: Path, needed: frozenset[str], changed: int) -> Sequence[Row]:
-    """Once for all environments side by side; `changed` tells versions apart."""
-    try:
-        rows = [json.loads(s) for s in path.read_text(encoding="utf-8").split("\n") if s.strip()]
-    except ValueError as error:
-        raise DataError(f"{path} is not JSONL: {error}.") from error
-    if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        wanted = ", ".join(sorted(needed))
-        raise DataError(f"{path} must hold rows with {wanted}; prepare the task's data anew.")
-    return rows
+    return write_rows(folder, files)
 
 
 @lru_cache(4)

@@ -22,7 +22,8 @@ from pydantic import Field
 
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import RowEnvironment
-from gearshift.rollouts.tasks.service import draw_case, read_rows, write_rows
+from gearshift.rollouts.tasks.rows import read_rows, write_rows
+from gearshift.rollouts.tasks.service import draw_case
 from gearshift.rollouts.tasks.service_shop import (
     OUTCOMES,
     REFUND_LIMIT,
@@ -59,7 +60,7 @@ LONGEST_WORDS = 40
 Row = dict[str, Any]
 Talk = tuple[str, str]
 """A remark and its reply."""
-_COLUMNS = frozenset({"prompt", "order", "wish", "address"})
+_COLUMNS = ("order", "wish", "address")
 
 
 class RepliesConfig(Config):
@@ -135,7 +136,7 @@ class CustomerRepliesEnvironment(RowEnvironment):
         Raises `DataError` if the file is missing or holds no customers.
         """
         super().__init__(
-            _drawn(seed, rows) if path is None else read_rows(Path(path), _COLUMNS), reply_reward
+            _drawn(seed, rows) if path is None else read_rows(path, *_COLUMNS), reply_reward
         )
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
@@ -239,8 +240,7 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
         "pairs": _pairs(train[: config.pairs], heard[: config.talk_pairs], rng("pairs/wrong")),
         "pairs_heldout": _pairs(strangers, unheard[:fifth], rng("pairs_heldout/wrong")),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    return {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
+    return write_rows(folder, files)
 
 
 @lru_cache(4)

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
@@ -70,7 +71,7 @@ class Tau2Environment(TextEnvironment):
         super().__init__()
         self.config = config or Tau2Config(domain=domain)
         known = {task.id: task for task in _tasks(self.config.domain)}
-        ids = list(known) if path is None else _ids(Path(path))
+        ids = list(known) if path is None else [row["task"] for row in read_rows(path, "task")]
         try:
             self.tasks = [known[i] for i in ids]
         except KeyError as error:
@@ -204,12 +205,7 @@ def prepare(config: Tau2Config, seed: int, folder: Path) -> dict[str, Path]:
         "train": ({"prompt": prompt_of(config, t), "task": t.id} for t in train),
         "heldout": ({"prompt": prompt_of(config, t), "task": t.id} for t in tasks if t.id in test),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in files}
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        paths[name].write_text("".join(lines), encoding="utf-8")
-    return paths
+    return write_rows(folder, files)
 
 
 def _converse(config: Tau2Config, task: Any) -> list[Message]:
@@ -282,19 +278,6 @@ def _begin(domain: Domain, task: Any) -> Any:
         message_history=getattr(state, "message_history", None) or [],
     )
     return world
-
-
-def _ids(path: Path) -> list[str]:
-    if not path.is_file():
-        raise DataError(f"There is no file {path} of tasks; prepare the task's data first.")
-    try:
-        rows = [json.loads(s) for s in path.read_text(encoding="utf-8").split("\n") if s.strip()]
-        ids = [row["task"] for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} must hold rows with `task`; prepare the data anew.") from error
-    if not ids:
-        raise DataError(f"{path} holds no tasks; prepare the task's data anew.")
-    return ids
 
 
 TASK = Task(
