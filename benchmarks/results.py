@@ -4,7 +4,8 @@ docs/results.md, and the reward curves in docs/results.svg.
     python -m benchmarks.results --run             # run what is missing, three seeds of each recipe
     python -m benchmarks.results [--runs FOLDER]   # gather only
 
-A run lies in FOLDER/<recipe>-<seed>. One run at a time: they are timed.
+A run lies in FOLDER/<recipe>-<seed>. One run at a time: they are timed. What docs/results.json has
+of runs that are not in FOLDER stays.
 """
 
 from __future__ import annotations
@@ -43,18 +44,26 @@ def main() -> None:
     if options.run:
         for (recipe, seed), folder in names.items():
             gearshift(["run", recipe, f"run.dir={folder}", f"run.seed={seed}"])
-    found: Rows = {}
+    found = kept()
     for (recipe, seed), folder in names.items():
         if (folder / "summary.json").exists():
-            found.setdefault(recipe, {})[seed] = row(folder)
+            found[recipe][seed] = row(folder)
+    found = {recipe: dict(sorted(seeds.items())) for recipe, seeds in found.items() if seeds}
     DOCS.joinpath("results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = DOCS.joinpath("results.md").read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     table = "\n".join(lines(found))
     page = f"{before}{BEGIN}\n{table}\n{END}{after}"
     DOCS.joinpath("results.md").write_text(page, encoding="utf-8")
-    draw({r: {s: options.runs / f"{r}-{s}" for s in seeds} for r, seeds in found.items()})
+    draw(found)
     print(table)
+
+
+def kept() -> Rows:
+    """What was gathered before, of the recipes that there are."""
+    path = DOCS / "results.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {r: {int(s): row for s, row in before.get(r, {}).items()} for r in RECIPES}
 
 
 def row(folder: Path) -> dict[str, Any]:
@@ -68,6 +77,7 @@ def row(folder: Path) -> dict[str, Any]:
         c for c in summary["heldout_compared"] if (c["before"], c["after"]) == (before, "rl")
     )
     low, high = compared["interval"]
+    steps = read_metrics(folder / "rl" / "metrics.jsonl")
     return {
         "metric": detail["rl"]["metric"],
         "base": values["base"],
@@ -85,7 +95,8 @@ def row(folder: Path) -> dict[str, Any]:
         "figures": {
             name: {k: v for k, v in d.items() if isinstance(v, float)} for name, d in detail.items()
         },
-        "proxy_gold": proxy_gold(read_metrics(folder / "rl" / "metrics.jsonl")),
+        "proxy_gold": proxy_gold(steps),
+        "rewards": [round(step["reward"], 4) for step in steps],
     }
 
 
@@ -145,25 +156,22 @@ def cell(r: dict[str, Any], name: str) -> str:
     return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def draw(runs: dict[str, dict[int, Path]]) -> None:
+def draw(found: Rows) -> None:
     """The reward of each recipe's rollouts by step, a line a seed."""
-    if not runs:
-        return
     matplotlib.use("agg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
-    columns = min(4, len(runs))
-    height = -(-len(runs) // columns)
+    columns = min(4, max(1, len(found)))
+    height = max(1, -(-len(found) // columns))
     figure, axes = plt.subplots(
         height, columns, figsize=(2.9 * columns, 2.2 * height), squeeze=False
     )
-    for axis in axes.flat[len(runs) :]:
+    for axis in axes.flat[len(found) :]:
         axis.axis("off")
-    for axis, (recipe, seeds) in zip(axes.flat, runs.items(), strict=False):
-        for seed, folder in seeds.items():
-            steps = read_metrics(folder / "rl" / "metrics.jsonl")
-            axis.plot([s["reward"] for s in steps], linewidth=1.2, label=f"seed {seed}")
+    for axis, (recipe, seeds) in zip(axes.flat, found.items(), strict=False):
+        for seed, r in seeds.items():
+            axis.plot(r["rewards"], linewidth=1.2, label=f"seed {seed}")
         axis.set_title(recipe, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
