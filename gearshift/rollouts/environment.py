@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
+from gymnasium.vector.utils import create_shared_memory
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.rollouts.rewards import RewardFunction, combine
@@ -32,6 +33,12 @@ class AnyText(gymnasium.spaces.Text):
 
     def __repr__(self) -> str:
         return "AnyText()"
+
+
+@create_shared_memory.register(AnyText)
+def _not_shared(space: AnyText, n: int = 1, ctx: Any = None) -> Any:
+    """Gymnasium would read such memory once, when it is empty, and show zeros for ever."""
+    raise gymnasium.error.CustomSpaceError("Texts have no fixed size; set shared_memory=False.")
 
 
 class TextEnvironment(gymnasium.Env[str, str]):

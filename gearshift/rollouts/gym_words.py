@@ -125,6 +125,8 @@ class GymInWords(TextEnvironment):
     `unreadable` answers, and `info["success"]` says whether the game was won: FrozenLake's and
     CliffWalking's goal reached, Taxi's passenger delivered, Blackjack's hand better; of other
     games, whether Gymnasium's reward threshold was, where they have one.
+
+    Many at once: `gymnasium.make_vec`, with `vector_kwargs={"shared_memory": False}` if "async".
     """
 
     def __init__(
@@ -171,11 +173,11 @@ class GymInWords(TextEnvironment):
     ) -> tuple[str, dict[str, Any]]:
         """`options` are the game's."""
         super().reset(seed=seed)
-        seen, _ = self.game.reset(seed=seed, options=options)
+        self._seen, _ = self.game.reset(seed=seed, options=options)
         self._turn = self._unreadable = 0
         self._earned, self._over = 0.0, False
-        self._shown = self.tell(seen)
-        parts = (self._filled(self.words, self.words.intro, seen), self._shown)
+        self._shown = self.tell(self._seen)
+        parts = (self._filled(self.words, self.words.intro, self._seen), self._shown)
         text = "\n".join(part for part in parts if part)
         return text, {"messages": [{"role": "user", "content": text}]}
 
@@ -190,8 +192,8 @@ class GymInWords(TextEnvironment):
             again = _TELL.format(moves=_listed(self.words.actions))
             text, reward, ended, cut = f"{again}\n{self._shown}", -self.penalty, False, False
         else:
-            seen, given, ended, cut, _ = self.game.step(move)
-            self._shown = text = self.tell(seen)
+            self._seen, given, ended, cut, _ = self.game.step(move)
+            self._shown = text = self.tell(self._seen)
             reward = float(given)
         self._earned += reward
         cut = cut or (self._turn >= self.turns and not ended)
@@ -199,7 +201,7 @@ class GymInWords(TextEnvironment):
         info: dict[str, Any] = {}
         if self._over:
             info["metrics"] = {"turns": self._turn, "unreadable": self._unreadable}
-            won = False if move is None else self._won(seen, reward, ended)
+            won = self._won(self._seen, reward, ended)
             info |= {} if won is None else {"success": won}
         return text, reward, ended, cut, info
 
@@ -257,7 +259,7 @@ class GymInWords(TextEnvironment):
         for template in (words.intro, words.observation):
             try:
                 self._filled(words, template, sample)
-            except (LookupError, ValueError, AttributeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError) as error:
                 fields = words.fields(self.game.unwrapped, self._numbers(sample))
                 had = [*map(str, range(count)), *fields, "moves"]
                 raise ConfigError(

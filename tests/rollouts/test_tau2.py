@@ -84,10 +84,10 @@ def test_bad_files(tmp_path: Path) -> None:
     pytest.importorskip("tau2")
     with pytest.raises(DataError, match="no file"):
         t.Tau2Environment("mock", tmp_path / "none.jsonl")
-    for text, match in (("{", "rows with"), ("{}\n", "rows with"), ("", "no tasks")):
+    for text, match in (("{", "not JSON"), ('{"prompt": "a"}', "without `task`"), ("", "no rows")):
         (tmp_path / "a.jsonl").write_text(text)
         with pytest.raises(DataError, match=match):
             t.Tau2Environment("mock", tmp_path / "a.jsonl")
-    (tmp_path / "a.jsonl").write_text('{"task": "no such"}\n')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "task": "no such"}\n')
     with pytest.raises(DataError, match="no task"):
         t.Tau2Environment("mock", tmp_path / "a.jsonl")
