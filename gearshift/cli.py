@@ -205,7 +205,7 @@ def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) -> None:
-    """The figures of each policy, then what changed from one to the next."""
+    """Each policy's figures in a column, then what changed from one to the next."""
     from rich.console import Console
     from rich.table import Table
 
@@ -216,14 +216,18 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
     metric = next(iter(found.values()))["metric"]
     others = dict.fromkeys(k for r in found.values() for k in r if k not in kept and k != metric)
     table = Table(title=title, title_justify="left")
-    for column in ("policy", metric, "95%", *others, "of"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for name, row in found.items():
-        low, high = row["interval"]
-        figures = (f"{row[k]:.4g}" if k in row else "" for k in others)
-        table.add_row(
-            name, f"{row['value']:.3f}", f"{low:.3f} to {high:.3f}", *figures, str(row["n"])
-        )
+    for column in ("", *found):
+        table.add_column(column, justify="right" if column else "left")
+
+    rows = found.values()
+    lines = {
+        metric: [f"{r['value']:.3f}" for r in rows],
+        "95%": ["{:.3f} to {:.3f}".format(*r["interval"]) for r in rows],
+        **{name: [f"{r[name]:.4g}" if name in r else "" for r in rows] for name in others},
+        "of": [str(r["n"]) for r in rows],
+    }
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
     console.print(table)
     for c in compared:
         low, high = c.interval
@@ -242,7 +246,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     _print_table(title, found, compared)
     if not compared:
         return
-    last = compared[-1]
+    last = next(c for c in compared if (c.before, c.after) == tuple(found)[-2:])
     for word, rows in (("better", last.wins), ("worse", last.losses)):
         shown = changed(found[last.before], found[last.after], rows, arguments.show)
         for prompt, before, after in shown:

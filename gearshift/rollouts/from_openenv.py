@@ -10,6 +10,9 @@ import importlib
 import inspect
 import json
 import math
+import threading
+import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,9 @@ import gymnasium
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.rollouts.environment import TextEnvironment
+
+_PATIENCE = 5.0
+"""Seconds in which a full server may end the sessions of environments that are gone."""
 
 
 class OpenEnvEnvironment(TextEnvironment):
@@ -49,7 +55,13 @@ class OpenEnvEnvironment(TextEnvironment):
         self.action, self.observation, self.also = action, observation, dict(also or {})
         self.turns = turns
         self._left = 0
-        self._inner: Any = _Here(environment) if environment else _connect(str(url), timeout)
+        fields = {*self.also, action}
+        self._inner: Any = (
+            _Here(environment, fields) if environment else _connect(str(url), timeout)
+        )
+        # The client's thread keeps the client: one that nobody closed would keep its session.
+        self._gone = weakref.finalize(self, _leave, self._inner)
+        self._gone.atexit = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -68,7 +80,13 @@ class OpenEnvEnvironment(TextEnvironment):
         """
         if not self._left:
             raise gymnasium.error.ResetNeeded("Call reset before step: no episode is running.")
-        result = self._inner.step({**self.also, self.action: action})
+        try:
+            result = self._inner.step({**self.also, self.action: action})
+        except RuntimeError as error:
+            if "VALIDATION_ERROR" not in str(error):
+                raise
+            named = ", ".join([*self.also, self.action])
+            raise ConfigError(f"The server takes no action of {named} with this text.") from error
         reward = 0.0 if result.reward is None else float(result.reward)
         if not math.isfinite(reward):
             raise NumericalError(
@@ -81,7 +99,8 @@ class OpenEnvEnvironment(TextEnvironment):
 
     def close(self) -> None:
         """Close the connection."""
-        self._inner.close()
+        if self._gone.detach():
+            self._inner.close()
 
     def _text(self, seen: Mapping[str, Any]) -> str:
         if self.observation is None:
@@ -106,20 +125,28 @@ class _Result:
 class _Here:
     """An environment of this process, with the client's methods."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fields: set[str]) -> None:
         module, _, name = path.partition(":")
         try:
             self._env = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError, TypeError) as error:
-            raise ConfigError(f"The environment {path} cannot be made: {error}.") from error
-        hints = inspect.get_annotations(type(self._env).step, eval_str=True)
-        self._action: Any = hints.get("action")
-        if not hasattr(self._action, "model_validate"):
+            hints = inspect.get_annotations(type(self._env).step, eval_str=True)
+            self._takes = inspect.signature(self._env.reset).parameters
+        except (ImportError, AttributeError, NameError, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigError(f"The environment {path} cannot be made: {told}") from error
+        kind: Any = hints.get("action")
+        if not hasattr(kind, "model_validate"):
             raise ConfigError(f"{path}.step must say the class of its action, and does not.")
-        self._takes = set(inspect.signature(self._env.reset).parameters)
+        self._action, has = kind, kind.model_fields
+        unknown = sorted(fields - set(has))
+        if unknown and kind.model_config.get("extra") != "allow":
+            raise ConfigError(
+                f"{path}'s action has no {', '.join(unknown)}; it has {', '.join(has)}."
+            )
 
     def reset(self, **given: Any) -> _Result:
-        known = given if "kwargs" in self._takes else given.keys() & self._takes
+        kinds = {one.kind for one in self._takes.values()}
+        known = given if inspect.Parameter.VAR_KEYWORD in kinds else given.keys() & set(self._takes)
         return _Result(self._env.reset(**{k: given[k] for k in known}))
 
     def step(self, action: Mapping[str, Any]) -> _Result:
@@ -132,11 +159,32 @@ class _Here:
 def _connect(url: str, timeout: float) -> Any:
     try:
         from openenv.core.generic_client import GenericEnvClient
+        from websockets.exceptions import ConnectionClosed
     except ImportError as error:
         raise ConfigError(
-            "A server of OpenEnv needs its package; run: pip install openenv-core"
+            "A server of OpenEnv needs its package; run: pip install openenv"
         ) from error
-    try:
-        return GenericEnvClient(base_url=url, message_timeout_s=timeout).sync().connect()
-    except (ConnectionError, OSError, ValueError) as error:
-        raise ConfigError(f"There is no OpenEnv server at {url}: {error}.") from error
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            client = GenericEnvClient(base_url=url, message_timeout_s=timeout).sync().connect()
+        except (ConnectionError, OSError, ValueError) as error:
+            raise ConfigError(f"There is no OpenEnv server at {url}: {error}.") from error
+        try:  # a full server takes the connection, and closes it
+            client.state()
+        except (ConnectionClosed, RuntimeError) as error:
+            if isinstance(error, ConnectionClosed) or "CAPACITY_REACHED" in str(error):
+                client.close()
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                raise ConfigError(
+                    f"The server at {url} takes no further session: raise its max_concurrent_envs "
+                    "to the episodes that run at a time, the held-out ones besides."
+                ) from error
+        return client
+
+
+def _leave(client: Any) -> None:
+    # Not here: this may be the client's own thread, which would wait for itself.
+    threading.Thread(target=client.close, daemon=True).start()

@@ -221,10 +221,10 @@ def test_what_does_not_fit_is_one_clear_error(kwargs: dict[str, Any], said: str)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from("{}0[].:!rowm ves"), max_size=12))
-def test_any_template_is_filled_in_or_refused(template: str) -> None:
+@given(st.lists(st.sampled_from(["{0", "{letter", "{", "}", "[a]", ".b", ":d", "!x"]), max_size=5))
+def test_any_template_is_filled_in_or_refused(parts: list[str]) -> None:
     try:
-        env = GymInWords(LAKE, words={"observation": template})
+        env = GymInWords(LAKE, words={"observation": "".join(parts)})
     except ConfigError as error:
         assert "cannot be filled in" in str(error)
     else:
