@@ -159,7 +159,6 @@ class _Here:
 def _connect(url: str, timeout: float) -> Any:
     try:
         from openenv.core.generic_client import GenericEnvClient
-        from websockets.exceptions import ConnectionClosed
     except ImportError as error:
         raise ConfigError(
             "A server of OpenEnv needs its package; run: pip install openenv"
@@ -170,19 +169,28 @@ def _connect(url: str, timeout: float) -> Any:
             client = GenericEnvClient(base_url=url, message_timeout_s=timeout).sync().connect()
         except (ConnectionError, OSError, ValueError) as error:
             raise ConfigError(f"There is no OpenEnv server at {url}: {error}.") from error
-        try:  # a full server takes the connection, and closes it
-            client.state()
-        except (ConnectionClosed, RuntimeError) as error:
-            if isinstance(error, ConnectionClosed) or "CAPACITY_REACHED" in str(error):
-                client.close()
-                if time.monotonic() < until:
-                    time.sleep(0.1)
-                    continue
-                raise ConfigError(
-                    f"The server at {url} takes no further session: raise its max_concurrent_envs "
-                    "to the episodes that run at a time, the held-out ones besides."
-                ) from error
-        return client
+        if not _full(client):
+            return client
+        client.close()
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"The server at {url} takes no further session: raise its max_concurrent_envs to "
+                "the episodes at a time, prompts x group_size and 64 held-out ones besides."
+            )
+        time.sleep(0.1)
+
+
+def _full(client: Any) -> bool:
+    """Whether the server took the connection only to close it."""
+    from websockets.exceptions import ConnectionClosed
+
+    try:
+        client.state()
+    except ConnectionClosed:
+        return True
+    except RuntimeError as error:  # not every environment has a state
+        return "CAPACITY_REACHED" in str(error)
+    return False
 
 
 def _leave(client: Any) -> None:

@@ -193,7 +193,7 @@ class _Interaction:
             raise ValueError("there is nothing to say in this turn")
         if isinstance(said, str):
             said = [vf.UserMessage(content=said)]
-        said = [vf.types.parse_message(m) if isinstance(m, dict) else m for m in said]
+        said = [vf.dialects.parse_message(m) if isinstance(m, dict) else m for m in said]
         system = self.trace.task.data.system_prompt
         if first and system:
             said = [vf.SystemMessage(content=system), *said]
@@ -238,8 +238,16 @@ class _Interaction:
 
 @lru_cache(1)
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all copies, in a thread of its own."""
+    """The event loop of all copies, in a thread of its own. An environment that nobody asks any
+    more goes in the middle of its episode, which is no news.
+    """
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "destroyed" not in context["message"]:
+            loop.default_exception_handler(context)
+
     loop = asyncio.new_event_loop()
+    loop.set_exception_handler(tell)
     threading.Thread(target=loop.run_forever, name="verifiers", daemon=True).start()
     return loop
 
