@@ -175,7 +175,8 @@ def draw(found: Rows) -> None:
         axis.set_title(recipe, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(fontsize=7, frameon=False)
+    most = max(axes.flat, key=lambda axis: len(axis.lines))
+    most.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
