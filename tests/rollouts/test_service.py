@@ -1,6 +1,7 @@
 """Customer service: what counts as a solved problem, and what held out means."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -340,6 +341,25 @@ def test_the_chosen_reply_is_right_and_the_rejected_one_is_not(replies: Files) -
             judged += 1
         assert pair["chosen"] != pair["rejected"]
     assert judged == SMALL_REPLIES.pairs
+
+
+def test_a_reply_alone_does_not_tell_which_side_of_a_pair_it_is(tmp_path: Path) -> None:
+    config = SMALL_REPLIES.model_copy(update={"train": 600, "pairs": 600})
+    pairs = load(r.prepare(config, 3, tmp_path))["pairs"]
+    openings = {
+        "cancel": r"Your .* is cancelled",
+        "address": r"Your .* now goes to",
+        "refund": r"Your .* is refunded",
+        "handover": r"A colleague will decide",
+        "refuse": r"Sorry, ",
+        "tell": r"Your .* (is being packed|has shipped|was delivered)",
+    }
+    for outcome, opening in openings.items():
+        right, wrong = (
+            sum(bool(re.match(opening, pair[side])) for pair in pairs)
+            for side in ("chosen", "rejected")
+        )
+        assert right == 100 and 0.6 < wrong / right < 1.5, outcome
 
 
 def test_the_judge_of_replies() -> None:

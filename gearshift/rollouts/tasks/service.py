@@ -27,11 +27,11 @@ from gearshift.rollouts.tasks.service_shop import (
     OUTCOMES,
     REFUND_LIMIT,
     RETURN_DAYS,
+    STATUSES,
     Case,
     Order,
     Outcome,
     Shop,
-    Status,
     Wish,
     outcome_text,
     refuses,
@@ -55,7 +55,6 @@ SYSTEM = (
 TURNS = 6
 """What an agent may write in an episode."""
 
-_STATUSES: tuple[Status, ...] = ("packing", "shipped", "delivered")
 _WISH_OF: dict[Outcome, Wish] = {
     "tell": "track",
     "cancel": "cancel",
@@ -133,7 +132,7 @@ def draw_order(words: Words, rng: random.Random, taken: set[str], **facts: Any) 
     drawn: dict[str, Any] = {
         "item": f"{rng.choice(COLOURS)} {rng.choice(words.things)}",
         "price": rng.randint(5, 2 * REFUND_LIMIT),
-        "status": rng.choice(_STATUSES),
+        "status": rng.choice(STATUSES),
         "days": rng.randint(1, 9),
         "address": draw_address(words, rng),
     }
@@ -147,7 +146,7 @@ def draw_address(words: Words, rng: random.Random) -> str:
 
 def draw_case(words: Words, rng: random.Random, outcome: Outcome, taken: set[str]) -> Case:
     """A wish of which the policy makes this."""
-    facts: dict[str, Any] = {"status": rng.choice(_STATUSES)}
+    facts: dict[str, Any] = {"status": rng.choice(STATUSES)}
     wish: Wish = _WISH_OF[outcome]
     if outcome == "refuse":
         wish = rng.choice(("cancel", "address", "refund", "refund"))

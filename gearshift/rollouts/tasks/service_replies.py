@@ -28,7 +28,7 @@ from gearshift.rollouts.tasks.service_shop import (
     OUTCOMES,
     REFUND_LIMIT,
     RETURN_DAYS,
-    WISHES,
+    STATUSES,
     Case,
     numbers,
     outcome_text,
@@ -72,11 +72,11 @@ class RepliesConfig(Config):
     """Right replies to customers, for supervised fine-tuning."""
     dialogues: int = Field(96, ge=0)
     """Real remarks and replies, for supervised fine-tuning."""
-    train: int = Field(1500, ge=1)
+    train: int = Field(6000, ge=1)
     """Customers without replies, for reinforcement learning."""
     heldout: int = Field(256, ge=1)
     """Customers with other words, items, streets and order numbers."""
-    pairs: int = Field(1500, ge=1)
+    pairs: int = Field(6000, ge=1)
     """Right against wrong replies to training customers, for the reward model."""
     talk_pairs: int = Field(250, ge=0)
     """Real replies against wrong ones."""
@@ -296,23 +296,24 @@ def _rude(reply: str, replies: Sequence[str], rng: random.Random) -> str:
 # A mistake may find nothing to spoil; then it returns the right reply.
 
 
-def _misread(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """The reply to the same wish of an order in another state, with this order's facts where they
-    still fit: a wrong reading of the policy."""
-    status = rng.choice([s for s in ("packing", "shipped", "delivered") if s != case.order.status])
-    changes: list[dict[str, Any]] = [
-        {"status": status},
-        {"status": "delivered", "days": rng.choice((10, 50))},
-        {"price": rng.choice((50, 150))},
-    ]
-    order = replace(case.order, **rng.choice(changes))
-    text = outcome_text(replace(case, order=order))
-    return text.replace(f"{order.price} euros", f"{case.order.price} euros")
+def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> str:
+    """What another outcome is told with, or this one of an order in another state, with the order's
+    facts. Each outcome is wrong as often as it is right: only who reads the order can tell.
+    """
+    outcome = rng.choice(OUTCOMES)
+    status = rng.choice(STATUSES) if outcome == case.outcome else case.order.status
+    seen = replace(
+        case,
+        order=replace(case.order, status=status),
+        address=case.address or case.order.address,
+    )
+    return outcome_text(seen, outcome)
 
 
-def _other_wish(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    wish = rng.choice([w for w in WISHES if w not in (case.wish, "address")])
-    return outcome_text(replace(case, wish=wish))
+def _blended(case: Case, replies: Sequence[str], rng: random.Random) -> str:
+    """One outcome's beginning and another's end, as half-trained policies write."""
+    first, last = (_other_outcome(case, replies, rng).split() for _ in range(2))
+    return " ".join([*first[: rng.randint(3, len(first))], *last[rng.randint(3, len(last)) - 1 :]])
 
 
 def _made_up(case: Case, replies: Sequence[str], rng: random.Random) -> str:
@@ -332,7 +333,8 @@ def _of_text(
 
 
 _MISTAKES: tuple[Callable[[Case, Sequence[str], random.Random], str], ...] = (
-    _misread, _misread, _misread, _misread, _other_wish, _made_up, _made_up,
+    _other_outcome, _other_outcome, _other_outcome, _other_outcome, _other_outcome,
+    _blended, _blended, _made_up,
     _of_text(_other), _of_text(_cut), _of_text(_twice), _of_text(_rude),
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ REFUND_LIMIT = 100
 """Euros up to which an agent may refund; above, a colleague decides."""
 
 Status = Literal["packing", "shipped", "delivered"]
+STATUSES: tuple[Status, ...] = ("packing", "shipped", "delivered")
 Wish = Literal["track", "cancel", "address", "refund"]
 """What a customer wants: to know where the order is, or one change of it."""
 WISHES: tuple[Wish, ...] = ("track", "cancel", "address", "refund")
@@ -186,8 +187,9 @@ def tells(text: str, case: Case) -> bool:
     return outcome in _claims(text) and (outcome == "cancel" or order.price in numbers(text))
 
 
-def outcome_text(case: Case) -> str:
-    """A sentence that tells the outcome."""
+def outcome_text(case: Case, outcome: Outcome | None = None) -> str:
+    """A sentence that tells the outcome; of another outcome, what it would be told with."""
+    outcome = outcome or case.outcome
     order, item = case.order, f"Your {case.order.item}"
     s = "" if order.days == 1 else "s"
     where = {
@@ -195,7 +197,7 @@ def outcome_text(case: Case) -> str:
         "shipped": f"has shipped and arrives in {order.days} day{s}",
         "delivered": f"was delivered {order.days} day{s} ago",
     }
-    if case.outcome == "refuse":
+    if outcome == "refuse":
         if case.wish != "refund":
             return f"Sorry, I cannot do that: the order is already {order.status}."
         if order.status == "delivered":
@@ -207,7 +209,7 @@ def outcome_text(case: Case) -> str:
         "address": f"{item} now goes to {case.address}.",
         "refund": f"{item} is refunded: {order.price} euros.",
         "handover": f"A colleague will decide on your refund of {order.price} euros.",
-    }[case.outcome]
+    }[outcome]
 
 
 def numbers(text: str) -> set[int]:
