@@ -76,12 +76,7 @@ class NativeKernels(Kernels):
         self._memory = _Memory()
         self._calls: list[tuple[int, bytes]] | None = None
         """Those of the recording that is being made."""
-        # Where a CPU has AMX, PyTorch's own packed products use it and are faster than these.
-        self._multiplies = (
-            dtype == torch.bfloat16
-            and native.has("multiply", dtype)
-            and not torch.cpu._is_amx_tile_supported()
-        )
+        self._multiplies = native.has("multiply", dtype)
 
     def held(self) -> int:
         return self._memory.bytes()

@@ -10,10 +10,15 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -468,6 +473,16 @@ inline void pack_rows(const Half* weight, Half* packed, int64_t N, int64_t K) {
   for (int64_t n0 = 0; n0 < N; n0 += 16) pack_strip(weight, packed, N, K, n0);
 }
 
+// Sixteen outputs of a row, from the n-th on.
+inline void put_outputs(Lanes y, const Half* bias, Half* row, int64_t N, int64_t n) {
+  if (n + 16 <= N) {
+    if (bias) y += get16(bias + n);
+    put16(row + n, y);
+  } else {
+    for (int64_t i = 0; i < N - n; ++i) put(row + n + i, y[i] + (bias ? get(bias + n + i) : 0.0f));
+  }
+}
+
 template <int64_t MB, int64_t NB>
 inline void tile(const Half* x, int64_t K, const Half* packed, const Half* ahead,
                  const Half* bias, Half* out, int64_t N, int64_t n0) {
@@ -504,22 +519,128 @@ inline void tile(const Half* x, int64_t K, const Half* packed, const Half* ahead
 #pragma GCC unroll 8
   for (int64_t m = 0; m < MB; ++m)
 #pragma GCC unroll 3
-    for (int64_t n = 0; n < NB; ++n) {
-      const int64_t first = n0 + 16 * n;
-      Lanes y = (Lanes)total[m][n];
-      if (first + 16 <= N) {
-        if (bias) y += get16(bias + first);
-        put16(out + m * N + first, y);
-      } else {
-        for (int64_t i = 0; i < N - first; ++i)
-          put(out + m * N + first + i, y[i] + (bias ? get(bias + first + i) : 0.0f));
-      }
-    }
+    for (int64_t n = 0; n < NB; ++n)
+      put_outputs((Lanes)total[m][n], bias, out + m * N, N, n0 + 16 * n);
 }
+
+#ifdef __AMX_BF16__
+// Whether the system lets this process use the tile registers, which it must ask for.
+bool may_use_tiles() {
+  static const bool may = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+  return may;
+}
+
+// Eight tiles of 16 rows of 64 bytes, while it lives; then as they were, for whoever set them up.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(before_);
+    alignas(64) uint8_t config[64] = {1};
+    for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_loadconfig(before_); }
+
+ private:
+  alignas(64) uint8_t before_[64];
+};
+
+// The sums of a block of rows, not yet rounded and written.
+struct Sums {
+  alignas(64) float at[32][32];
+  Half* out;
+  int64_t n, columns, count = 0, written = 0;
+
+  void write(int64_t rows, const Half* bias, int64_t N) {
+    for (const int64_t end = std::min(count, written + rows); written < end; ++written)
+      for (int64_t c = 0; c < columns; c += 16)
+        put_outputs(get16(at[written] + c), bias, out + written * N, N, n + c);
+  }
+};
+
+// `tile` of 16 MB rows by tile registers, K a multiple of 32. Each sum goes in one order whatever the
+// rows beside: what is sampled does not depend on them. What was summed `before` is written meanwhile.
+template <int64_t MB, int64_t NB>
+inline void amx_tile(const Half* x, int64_t K, const Half* packed, const Half* ahead,
+                     const Half* bias, int64_t N, Sums& sums, Sums& before) {
+  const int64_t some = 1024 / K + 1;  // rows a step, so that all are written in K / 32 steps
+  _tile_zero(0);
+  if (NB > 1) _tile_zero(1);
+  if (MB > 1) _tile_zero(2);
+  if (MB > 1 && NB > 1) _tile_zero(3);
+  for (int64_t k = 0; k < K; k += 32) {
+    if (ahead)
+      for (int64_t line = 0; line < 16; ++line)
+        __builtin_prefetch(ahead + k * 16 + line * 32, 0, 2);
+    _tile_loadd(4, x + k, K * 2);
+    if (MB > 1) _tile_loadd(5, x + 16 * K + k, K * 2);
+    _tile_loadd(6, packed + k * 16, 64);
+    if (NB > 1) _tile_loadd(7, packed + K * 16 + k * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (NB > 1) _tile_dpbf16ps(1, 4, 7);
+    if (MB > 1) _tile_dpbf16ps(2, 5, 6);
+    if (MB > 1 && NB > 1) _tile_dpbf16ps(3, 5, 7);
+    before.write(some, bias, N);
+  }
+  _tile_stored(0, sums.at[0], 128);
+  if (NB > 1) _tile_stored(1, sums.at[0] + 16, 128);
+  if (MB > 1) _tile_stored(2, sums.at[16], 128);
+  if (MB > 1 && NB > 1) _tile_stored(3, sums.at[16] + 16, 128);
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // compilers do not see what tiles write
+}
+
+// `multiply` by tile registers.
+void amx_multiply(const Half* x, const Half* packed, const Half* bias, Half* out, int64_t M,
+                  int64_t N, int64_t K) {
+  constexpr int64_t BLOCK = 192;
+  const int64_t columns = (N + 15) / 16, strips = (columns + 1) / 2;
+  const Tiles tiles;
+  // Tiles read whole: the last rows, of which there may be fewer than 16, are read here.
+  static thread_local std::vector<Half> last;
+  const int64_t whole = M / 16 * 16;
+  if (whole < M) {
+    last.assign(size_t(16 * K), Half{0});
+    std::copy(x + whole * K, x + M * K, last.begin());
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+  Sums sums[2];
+  int64_t turn = 0;
+  for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
+    const int64_t m1 = std::min(M, m0 + BLOCK);
+#pragma omp for schedule(static) nowait
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t n = strip * 32;
+      const Half* w = packed + n * K;
+      // As in `multiply`: the next strip comes nearer, a half with each of the first blocks.
+      const int64_t halves = std::clamp<int64_t>(columns - 2 * (strip + 1), 0, 2);
+      int64_t block = 0;
+      const auto rows = [&]<int64_t MB>(int64_t m) {
+        const Half* from = m < whole ? x + m * K : last.data();
+        const Half* ahead = block < halves ? w + (2 + block) * 16 * K : nullptr;
+        ++block;
+        Sums &now = sums[turn], &before = sums[turn ^= 1];
+        const bool wide = 2 * strip + 1 < columns;
+        if (wide) amx_tile<MB, 2>(from, K, w, ahead, bias, N, now, before);
+        else amx_tile<MB, 1>(from, K, w, ahead, bias, N, now, before);
+        now.out = out + m * N, now.n = n, now.columns = wide ? 32 : 16;
+        now.count = std::min(16 * MB, m1 - m), now.written = 0;
+      };
+      int64_t m = m0;
+      for (; m + 32 <= m1; m += 32) rows.template operator()<2>(m);
+      for (; m < m1; m += 16) rows.template operator()<1>(m);
+    }
+  }
+  sums[turn ^ 1].write(32, bias, N);
+#pragma omp barrier
+}
+#endif
 
 // out [M, N] = x [M, K] weight^T + bias, K even. Rows go in blocks that stay in the second cache.
 void multiply(const Half* x, const Half* packed, const Half* bias, Half* out, int64_t M, int64_t N,
               int64_t K) {
+#ifdef __AMX_BF16__
+  if (K % 32 == 0 && may_use_tiles()) return amx_multiply(x, packed, bias, out, M, N, K);
+#endif
   constexpr int64_t BLOCK = 192;
   const int64_t columns = (N + 15) / 16, strips = (columns + COLUMNS - 1) / COLUMNS;
   for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {

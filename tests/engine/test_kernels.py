@@ -14,6 +14,7 @@ from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.native import NativeKernels, kernels_for
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Gate, Norm
+from gearshift.runtime import native
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLOW = Kernels()
@@ -180,6 +181,18 @@ def test_packed_products(rows: int, out: int, size: int) -> None:
             assert torch.allclose(ours, plain, atol=0.01, rtol=0.01)
             assert (ours == plain).float().mean() > 0.999  # the gears round alike
     assert fast(torch.float32).product(weight.float(), 32) is None
+
+
+@pytest.mark.parametrize(("out", "size"), [(3080, 576), (960, 1536), (33, 50)])
+@torch.no_grad()
+def test_a_packed_product_does_not_depend_on_the_rows_beside(out: int, size: int) -> None:
+    weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (203, size), (out,)))
+    product = fast(torch.bfloat16).product(weight, 32)
+    if product is None or not native.has("multiply", torch.bfloat16):
+        pytest.skip("this CPU has no bf16 dot products")
+    whole = product(x, bias)
+    for a, b in [(0, 1), (3, 20), (100, 132), (150, 203)]:
+        assert torch.equal(product(x[a:b], bias), whole[a:b])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
