@@ -16,8 +16,9 @@ from torch import Tensor
 from gearshift.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
-Message = dict[str, str]
-"""One chat message: `{"role": "user", "content": "..."}`."""
+Message = dict[str, Any]
+"""One chat message: `{"role": "user", "content": "..."}`, and what else chat templates read of it
+(`tool_calls`, `reasoning_content`, ...)."""
 
 
 @dataclass(frozen=True, slots=True)

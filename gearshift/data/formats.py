@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
@@ -11,7 +12,6 @@ from gearshift.errors import DataError
 from gearshift.types import Message
 
 Row = Mapping[str, Any]
-Record = TypeVar("Record")
 _PARTS = (
     "prompt", "completion", "completions", "chosen", "rejected", "instruction", "input", "output",
 )  # fmt: skip
@@ -39,9 +39,10 @@ class SourceRow(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """Plain text, all of it trained."""
+    """Plain text, all of it trained. `where`, here and below, is where its row stands."""
 
     text: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class ChatExample:
     """A conversation; the assistant's messages are trained."""
 
     messages: list[Message]
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class PromptExample:
 
     prompt: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class PreferenceExample:
     rejected: str
     margin: float = 0.0
     """By how much the better one should win."""
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class JudgedExample:
     prompt: list[Message]
     completion: str
     good: bool
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +91,36 @@ class StepsExample:
     prompt: list[Message]
     steps: list[str]
     labels: list[bool]
+    where: str = field(default="", compare=False)
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Errors about data, raised in here, begin with where the row stands."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error.__cause__
+
+
+Record = TypeVar(
+    "Record",
+    ChatExample | TextExample,
+    PromptExample,
+    PreferenceExample,
+    PreferenceExample | JudgedExample,
+    StepsExample,
+)
 
 
 def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
-    """The conversion, its errors beginning with where the row stands."""
+    """The conversion, its errors and its record saying where the row stands."""
 
     @wraps(convert)
     def located(row: Row) -> Record:
-        try:
-            return convert(row)
-        except DataError as error:
-            raise DataError(f"{getattr(row, 'where', 'A row')}: {error}") from None
+        where = getattr(row, "where", "")
+        with at(where or "A row"):
+            return replace(convert(row), where=where)
 
     return located
 

@@ -27,6 +27,7 @@ from gearshift.data import (
     JudgedExample,
     Mixture,
     PreferenceExample,
+    at,
     pack_groups,
     render_completion,
 )
@@ -119,14 +120,15 @@ def render_judged(
             texts, good = [example.chosen, example.rejected], [True, False]
         else:
             texts, good = [example.completion], [example.good]
-        sides = [render_completion(tokenizer, example.prompt, text) for text in texts]
-        prompt = sides[0][0]
-        longest = len(prompt) + max(len(ids) for _, ids in sides)
-        if longest > max_length:
-            raise DataError(
-                f"Row {i + 1} has {longest} tokens, over max_length={max_length}; raise it, "
-                "or drop the row."
-            )
+        with at(example.where or f"Row {i + 1}"):
+            sides = [render_completion(tokenizer, example.prompt, text) for text in texts]
+            prompt = sides[0][0]
+            longest = len(prompt) + max(len(ids) for _, ids in sides)
+            if longest > max_length:
+                raise DataError(
+                    f"it has {longest} tokens, over max_length={max_length}; raise it, "
+                    "or drop the row."
+                )
         rows.append(Judged(prompt, [ids for _, ids in sides], good))
     for row, after in zip(rows, [*rows[1:], *rows[:1]], strict=True):
         row.other = after.completions[0][: max_length - len(row.prompt)]

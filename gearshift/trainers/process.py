@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import step_loss
-from gearshift.data import DataConfig, Mixture, StepsExample, render_prompt
+from gearshift.data import DataConfig, Mixture, StepsExample, at, render_prompt
 from gearshift.errors import DataError
 from gearshift.models.classifier import token_logits
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -67,16 +67,17 @@ def render_steps(
     """Token ids of each row, a step at a time; raises `DataError` for one that is too long."""
     rows = []
     for i, example in enumerate(examples):
-        ids = render_prompt(tokenizer, example.prompt)
-        ends: list[int] = []
-        for step in example.steps:
-            ids = [*ids, *tokenizer.encode(step + separator, add_special_tokens=False)]
-            ends.append(len(ids) - 1)
-        if len(ids) > max_length:
-            raise DataError(
-                f"Row {i + 1} has {len(ids)} tokens, over max_length={max_length}; raise it, "
-                "or drop the row."
-            )
+        with at(example.where or f"Row {i + 1}"):
+            ids = render_prompt(tokenizer, example.prompt)
+            ends: list[int] = []
+            for step in example.steps:
+                ids = [*ids, *tokenizer.encode(step + separator, add_special_tokens=False)]
+                ends.append(len(ids) - 1)
+            if len(ids) > max_length:
+                raise DataError(
+                    f"it has {len(ids)} tokens, over max_length={max_length}; raise it, "
+                    "or drop the row."
+                )
         rows.append(Steps(ids, ends, example.labels))
     return rows
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
-from gearshift.data import DataConfig, Mixture, PreferenceExample, pack_groups, render_completion
+from gearshift.data import (
+    DataConfig,
+    Mixture,
+    PreferenceExample,
+    at,
+    pack_groups,
+    render_completion,
+)
 from gearshift.engine import PackedModel
 from gearshift.errors import DataError
 from gearshift.models.classifier import score_all, sequence_scores
@@ -77,15 +84,16 @@ def render_pairs(
     pairs = []
     for i, example in enumerate(examples):
         sides = []
-        for answer in (example.chosen, example.rejected):
-            prompt_ids, answer_ids = render_completion(tokenizer, example.prompt, answer)
-            sides.append([*prompt_ids, *answer_ids])
-        longest = max(map(len, sides))
-        if longest > max_length:
-            raise DataError(
-                f"Pair {i + 1} has {longest} tokens, over max_length={max_length}; raise it, "
-                "or drop the pair."
-            )
+        with at(example.where or f"Pair {i + 1}"):
+            for answer in (example.chosen, example.rejected):
+                prompt_ids, answer_ids = render_completion(tokenizer, example.prompt, answer)
+                sides.append([*prompt_ids, *answer_ids])
+            longest = max(map(len, sides))
+            if longest > max_length:
+                raise DataError(
+                    f"it has {longest} tokens, over max_length={max_length}; raise it, "
+                    "or drop the pair."
+                )
         pairs.append(Pair(sides[0], sides[1], example.margin))
     return pairs
 

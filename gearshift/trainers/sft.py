@@ -18,6 +18,7 @@ from gearshift.data import (
     DataConfig,
     Mixture,
     TextExample,
+    at,
     pack,
     render_supervised,
     render_text,
@@ -62,21 +63,19 @@ def render_examples(
     nothing to train on.
     """
     rendered = []
+    limit = min(max_length, engine.max_length)
     for i, example in enumerate(examples):
-        if isinstance(example, TextExample):
-            ids, mask = render_text(engine.tokenizer, example.text)
-        else:
-            ids, mask = render_supervised(engine.tokenizer, example.messages)
-        limit = min(max_length, engine.max_length)
-        if len(ids) > limit:
-            raise DataError(
-                f"Example {i + 1} has {len(ids)} tokens, over max_length={limit}; raise it, "
-                "or drop the example."
-            )
-        if not any(mask):
-            raise DataError(
-                f"Example {i + 1} has no assistant words to train on; add a reply or drop it."
-            )
+        with at(example.where or f"Example {i + 1}"):
+            if isinstance(example, TextExample):
+                ids, mask = render_text(engine.tokenizer, example.text)
+            else:
+                ids, mask = render_supervised(engine.tokenizer, example.messages)
+            if len(ids) > limit:
+                raise DataError(
+                    f"it has {len(ids)} tokens, over max_length={limit}; raise it, or drop the row."
+                )
+            if not any(mask):
+                raise DataError("there are no assistant words to train on; add a reply or drop it.")
         rendered.append((ids, mask))
     return rendered
 

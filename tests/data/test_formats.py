@@ -75,3 +75,10 @@ def test_a_row_that_came_through_cleaning_names_its_line(
     assert (report.kept, report.empty) == (2, 1)
     with pytest.raises(DataError, match=rf"a\.jsonl, line 4: .*{named}"):
         to_supervised(kept[1])
+
+
+def test_a_record_keeps_where_its_row_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    [row] = load_rows(str(tmp_path / "a.jsonl"))
+    assert to_preference(row).where == f"{tmp_path / 'a.jsonl'}, line 2"
+    assert to_preference(row) == to_preference(dict(row))

@@ -199,7 +199,7 @@ def test_rows_and_what_is_wrong_with_them() -> None:
 
 
 def test_too_long_a_row_is_told() -> None:
-    with pytest.raises(DataError, match=r"Row 1 has .* over max_length=8"):
+    with pytest.raises(DataError, match=r"Row 1: .* over max_length=8"):
         render_judged(pairs(1), tiny_tokenizer(), 8)
 
 
