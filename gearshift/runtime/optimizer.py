@@ -2,8 +2,10 @@
 
 In bf16 alone, an update of 1e-6 on a weight of 0.1 is lost; the master keeps it until it counts.
 Masters and moments are flat buffers: one pass for the norm, then for each buffer its gradient in
-fp32 and a fused update. The buffers are bounded, so that of the gradient no whole fp32 copy exists,
-and few, so that they can be moved where the memory of the device is wanted for something else.
+fp32 and a fused update. The buffers are bounded, so that of the gradient of one micro-batch no
+whole fp32 copy exists, and few, so that they can be moved where the memory of the device is wanted
+for something else. Gradients of several micro-batches are summed in fp32: in bf16 a small one is
+lost beside the sum.
 """
 
 from __future__ import annotations
@@ -76,22 +78,43 @@ class MasterAdamW:
             config.schedule, self.optimizer, config.warmup, max(1, total_steps)
         )
 
-    def step(self) -> float:
-        """Clip, update, write the model's parameters in place, clear gradients; returns the norm
-        before the clip.
+    def accumulate(self) -> None:
+        """Take the gradients of one micro-batch of several into sums in fp32."""
+        for flat in self.flats:
+            flat.accumulate(self.device)
 
-        Raises `NumericalError`, and writes nothing, if a gradient is not finite.
-        """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+    def norm(self) -> float:
+        """The gradient's norm. Raises `NumericalError` if it is not finite."""
+        sums = [flat.sums for flat in self.flats if flat.sums is not None]
+        grads = [*sums, *(p.grad for p in self.parameters if p.grad is not None)]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         if not norm < float("inf"):
-            for parameter in self.parameters:
-                parameter.grad = None
             raise NumericalError(
                 f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
                 "or look for a bad reward or row."
             )
+        return norm
+
+    def drop_gradients(self) -> None:
+        """Forget them, where no step will be made."""
+        for flat in self.flats:
+            flat.sums = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self, norm: float | None = None) -> float:
+        """Clip, update, write the model's parameters in place, clear gradients; returns the norm
+        before the clip (computed, unless the caller knows it).
+
+        Raises `NumericalError`, and writes nothing, if a gradient is not finite.
+        """
+        if norm is None:
+            try:
+                norm = self.norm()
+            except NumericalError:
+                self.drop_gradients()
+                raise
         self._move(self.device)
         scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
         for flat in self.flats:
@@ -174,14 +197,31 @@ class _Flat:
         for parameter, part in zip(parameters, self._parts(self.master), strict=False):
             part.copy_(parameter.detach().flatten())
         self.master.requires_grad_()
+        self.sums: Tensor | None = None
+        """Of the gradients of the micro-batches so far, in fp32, where parameters are narrower."""
+
+    def accumulate(self, device: torch.device) -> None:
+        """Add the parameters' gradients to the sums; they have none after. In fp32 they add up by
+        themselves.
+        """
+        if all(p.dtype.itemsize >= 4 for p in self.parameters):
+            return
+        if self.sums is None:
+            self.sums = torch.zeros(self.master.shape, device=device)
+        for parameter, part in zip(self.parameters, self._parts(self.sums), strict=False):
+            if parameter.grad is not None:
+                part += parameter.grad.flatten().to(part.device)
+            parameter.grad = None
 
     def gather(self, scale: float) -> Tensor:
-        """The gradients in fp32 times `scale`, end to end; the parameters have none after."""
-        flat = torch.zeros_like(self.master)
-        for parameter, part in zip(self.parameters, self._parts(flat), strict=False):
-            if parameter.grad is not None:
-                part.copy_(parameter.grad.flatten())
-            parameter.grad = None
+        """The gradients in fp32 times `scale`, end to end; none are left after."""
+        flat, self.sums = self.sums, None
+        if flat is None:
+            flat = torch.zeros_like(self.master)
+            for parameter, part in zip(self.parameters, self._parts(flat), strict=False):
+                if parameter.grad is not None:
+                    part.copy_(parameter.grad.flatten())
+                parameter.grad = None
         return flat.mul_(scale) if scale != 1.0 else flat
 
     @torch.no_grad()

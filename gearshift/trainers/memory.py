@@ -105,7 +105,8 @@ def parts_of(
 ) -> dict[str, float]:
     """Bytes by purpose of a stage, but for activations. `trained`: parameters that learn."""
     on_cpu = device.type == "cpu"
-    parts = _learning(shape, config.optimizer, trained, device)
+    cut = not 0 < tokens_of(config) <= config.max_tokens  # into several micro-batches
+    parts = _learning(shape, config.optimizer, trained, device, cut)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
     if isinstance(config, RLConfig):
@@ -118,7 +119,7 @@ def parts_of(
         if config.kl.beta > 0 and not adapters:
             parts["reference"] = 1.3 * shape.weights
         if config.value == "critic" and config.advantage in NEEDS_VALUES:
-            critic = _learning(shape, config.value_optimizer, shape.parameters, device)
+            critic = _learning(shape, config.value_optimizer, shape.parameters, device, cut)
             parts["critic, its gradients and its optimizer"] = sum(critic.values())
     elif isinstance(config, PreferenceConfig):
         copied = config.reference == "each_step" and config.loss in NEEDS_REFERENCE
@@ -137,13 +138,13 @@ def tokens_of(config: StageWithOptimizer) -> int:
 
 
 def _learning(
-    shape: Shape, optimizer: OptimizerConfig, trained: int, device: torch.device
+    shape: Shape, optimizer: OptimizerConfig, trained: int, device: torch.device, cut: bool
 ) -> dict[str, float]:
     moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
     on_host = optimizer.offload == "always" and device.type != "cpu"
     return {
         "weights": 1.6 * shape.weights if device.type == "cpu" else float(shape.weights),
-        "gradients": float(trained * shape.item),
+        "gradients": float(trained * (shape.item + (4 if cut and shape.item < 4 else 0))),
         "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments),
         "the optimizer's step": float(min(_STEP, 4 * trained)),
     }

@@ -24,21 +24,33 @@ def update(
     optimizer.
 
     A micro-batch's loss is already weighted over the whole batch, so that the sum is the batch's
-    loss and its gradient does not depend on the split. Raises `NumericalError` if the loss is not
-    finite; nothing is updated.
+    loss and its gradient does not depend on the split: of several, gradients in bf16 are added up
+    in fp32. Raises `NumericalError` if the loss or any gradient is not finite, before any optimizer
+    steps; nothing is updated, and no gradient is left.
     """
+    micros = list(micro_batches)
     totals: dict[str, float] = defaultdict(float)
-    for micro in micro_batches:
-        loss, metrics = loss_of(micro)
-        totals["loss"] += float(loss.detach())
-        for name, value in metrics.items():
-            totals[name] += float(value.detach())
-        if not math.isfinite(totals["loss"]):
-            raise NumericalError(
-                f"The loss is {totals['loss']}; nothing was updated. Lower lr, "
-                "or look for a bad reward or row."
-            )
-        loss.backward()
+    try:
+        for micro in micros:
+            loss, metrics = loss_of(micro)
+            totals["loss"] += float(loss.detach())
+            for name, value in metrics.items():
+                totals[name] += float(value.detach())
+            if not math.isfinite(totals["loss"]):
+                raise NumericalError(
+                    f"The loss is {totals['loss']}; nothing was updated. Lower lr, "
+                    "or look for a bad reward or row."
+                )
+            loss.backward()
+            if len(micros) > 1:
+                for optimizer in optimizers:
+                    optimizer.accumulate()
+        norms = [optimizer.norm() for optimizer in optimizers]
+    except BaseException:
+        for optimizer in optimizers:
+            optimizer.drop_gradients()
+        raise
     lr = optimizers[0].lr
-    norms = [optimizer.step() for optimizer in optimizers]
+    for optimizer, norm in zip(optimizers, norms, strict=True):
+        optimizer.step(norm)
     return {**totals, "grad_norm": norms[0], "learning_rate": lr}

@@ -70,6 +70,18 @@ def test_what_adapters_offload_and_8_bits_save() -> None:
         assert adapters < less < everything
 
 
+def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() -> None:
+    def gradients(**changes: int) -> float:
+        config = SFTConfig(batch_size=4, max_length=1024, **changes)
+        parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
+        return parts["gradients"] / LLAMA_1B.parameters
+
+    assert [gradients(max_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
+    wide = Shape(*(6, 2, 8, 8, 3, 1, 8, 259), item=4)
+    parts = parts_of(SFTConfig(max_tokens=8), EngineConfig(), wide, 6, GPU)
+    assert parts["gradients"] == 4 * 6
+
+
 def test_a_recipe_that_leaves_it_open_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
