@@ -25,6 +25,10 @@ class CheckpointError(GearshiftError):
     """A checkpoint is missing, broken, or belongs to another configuration."""
 
 
+class StorageError(GearshiftError):
+    """A file of a run cannot be written: the disk is full, or the folder is not the user's."""
+
+
 class NumericalError(GearshiftError):
     """A loss, a gradient or a reward is not finite."""
 

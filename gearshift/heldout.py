@@ -27,8 +27,8 @@ from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.evaluate import Comparison, compare, evaluate, value_of
 from gearshift.rollouts.tasks import get_task
 from gearshift.runtime.config import load
+from gearshift.runtime.files import write_json
 from gearshift.runtime.progress import Progress
-from gearshift.trainers.stage import write_json
 from gearshift.types import Message
 
 Record = dict[str, Any]

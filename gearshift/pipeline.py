@@ -43,6 +43,7 @@ from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim
 from gearshift.rollouts.collector import Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory
+from gearshift.runtime.files import write_json, writing
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
@@ -69,7 +70,7 @@ from gearshift.trainers.reward import (
 )
 from gearshift.trainers.rl import RLConfig, RLTrainer
 from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
-from gearshift.trainers.stage import Stage, StageConfig, write_json
+from gearshift.trainers.stage import Stage, StageConfig
 from gearshift.types import SamplingParams
 
 Example = TypeVar("Example")
@@ -245,11 +246,7 @@ class Run:
         give_back_freed_memory()
 
     def _new_stage(self, name: str, total: int, config: StageConfig) -> Stage:
-        identity = {
-            "recipe": self.recipe.model_dump(mode="json", exclude={"run": {"dir"}}),
-            "stage": name,
-        }
-        return Stage(name, self.folder / name, total, self.seed, config, identity)
+        return Stage(name, self.folder / name, total, self.seed, config, self.recipe)
 
     # Parts
 
@@ -389,7 +386,8 @@ class Run:
             f"The recipe is in `recipe.yaml` of the run; seed {self.seed}.\n"
         )
         origin = str(Path(start).resolve()) if start else str(source_of(base))
-        save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
+        with writing(folder):
+            save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
 
     def _read(self, *parts: str) -> dict[str, Any]:
         path = self.folder.joinpath(*parts)

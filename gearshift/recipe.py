@@ -14,7 +14,8 @@ from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.presets import Algorithm, expand
 from gearshift.rollouts.tasks import TaskConfig
-from gearshift.runtime.config import Config, dump
+from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
+from gearshift.runtime.files import writing
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process import ProcessRewardConfig
 from gearshift.trainers.reward import RewardModelConfig
@@ -30,7 +31,7 @@ POLICIES = ("sft", "preference", "rl")
 class RunConfig(Config):
     """Where a run lives, and what it is made from."""
 
-    dir: str = "runs/run"
+    dir: Neutral[PathText] = "runs/run"
     """The run's folder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """All randomness of the run flows from it."""
@@ -84,13 +85,17 @@ class Recipe(Config):
 def claim(folder: Path, recipe: Recipe) -> None:
     """Write the recipe into a folder that is to hold what comes of it.
 
-    Raises `ConfigError` if the folder holds what came of another.
+    Raises `ConfigError` if the folder holds what came of another. Keys that cannot change the
+    result may differ; keys that the folder's recipe does not have count as their defaults.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "recipe.yaml", dump(recipe)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(
-            f"{folder} was made by another recipe (see {path}); "
-            "choose another run.dir, or delete it."
-        )
-    path.write_text(text, encoding="utf-8")
+    path = folder / "recipe.yaml"
+    if path.exists():
+        changed = differences(identity(load(Recipe, path)), identity(recipe))
+        if changed:
+            raise ConfigError(
+                f"{folder} was made by another recipe: {'; '.join(changed)}; "
+                "choose another run.dir, or delete it."
+            )
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump(recipe), encoding="utf-8")

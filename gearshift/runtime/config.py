@@ -1,13 +1,14 @@
 """Configs: the base class of every component's config, and how YAML and `key=value` words fill it.
 
-A room of its own so that a wrong recipe is told in one place and one way: the key, what was given,
-what is wanted. It knows no component: the classes stand beside what they configure.
+A wrong recipe is told in one place and one way: the key, what was given, what is wanted. This file
+knows no component: the classes stand beside what they configure.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -15,27 +16,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined, to_jsonable_python
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.written import fit, read_tree, read_word, write_tree
 
 C = TypeVar("C", bound="Config")
+T = TypeVar("T")
+_NEUTRAL = "cannot change what comes of a run"
+Neutral = Annotated[T, _NEUTRAL]
+"""The type of a key that may change while a run is resumed."""
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The type of a key that names a file or a folder: `~` is the user's home."""
 
 
 class Config(BaseModel):
     """Base of all configs: unknown keys are errors, a config never changes, docstrings describe."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return fit(tree, Any)
+        types = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {key: fit(value, types.get(key, Any)) for key, value in tree.items()}
 
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     """The config in the YAML file at `path` (None: all defaults), changed by `overrides`.
 
-    An override is `key.sub=value` or, into a list, `key.0.sub=value`; its value is YAML. Raises
-    `ConfigError`, one line, on a missing or broken file, a bad override, a bad key, type or value.
+    An override is `key.sub=value` or, into a list, `key.0.sub=value`; its value is one scalar to
+    the last letter, or YAML in brackets, braces or quotes. A key that wants text gets it as it is
+    written. Raises `ConfigError`, one line, on a missing or broken file, a bad override, a bad key,
+    type or value.
     """
     tree = _read(path) if path else {}
     for override in overrides:
@@ -46,11 +65,40 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
         where = f"{path}: " if path else ""
         errors = error.errors(include_url=False)
         raise ConfigError(where + _explain(cls, tree, errors)) from None
+    except RecursionError:
+        raise ConfigError(f"{path} holds a section inside itself; write it out.") from None
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_tree(config.model_dump(mode="json"))
+
+
+def identity(config: Any) -> Any:
+    """The resolved config as JSON, without the keys that cannot change what comes of it."""
+    if isinstance(config, Config):
+        fields = type(config).model_fields.items()
+        kept = [name for name, field in fields if _NEUTRAL not in field.metadata]
+        return {name: identity(getattr(config, name)) for name in kept}
+    if isinstance(config, list | tuple):
+        return [identity(item) for item in config]
+    return to_jsonable_python(config)
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """What differs between two identities: `rl.steps was 20 and is 30`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = dict.fromkeys([*before, *after])
+        dot = f"{key}." if key else ""
+        return [
+            line
+            for name in names
+            for line in differences(before.get(name), after.get(name), f"{dot}{name}")
+        ]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [line for i, pair in pairs for line in differences(*pair, f"{key}.{i}")]
+    return [] if before == after else [f"`{key}` was {_short(before)} and is {_short(after)}"]
 
 
 def describe(cls: type[BaseModel]) -> list[str]:
@@ -64,28 +112,6 @@ def describe(cls: type[BaseModel]) -> list[str]:
     return lines
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-5` is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                problem = f"the key `{name}` is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 wants a dot and a signed exponent in a float, so that `1e-5` would be a string.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in the file; an empty file is an empty mapping."""
     if not path.is_file():
@@ -93,23 +119,10 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
         raise ConfigError(f"There is no file {path}; {hint}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}.") from None
+    tree = read_tree(path)
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} holds {_short(tree)}; a recipe is made of `key: value` lines.")
     return tree or {}
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
-    mark = error.problem_mark or error.context_mark
-    where = f"line {mark.line + 1}: " if mark else ""
-    return where + (error.problem or error.context or "it cannot be read")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -118,13 +131,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"The override `{override}` is not of the form key.sub=value.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        problem = _yaml_problem(error)
-        raise ConfigError(
-            f"The value of the override `{override}` is not valid YAML ({problem}); quote it."
-        ) from None
+    value = read_word(override, text)
     node: Any = tree
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])

@@ -1,7 +1,7 @@
 """Figures of a run: one JSON object a line, always; other trackers if asked; seconds by phase.
 
-A room of its own so that trainers only hand over a dict. Nothing is sent anywhere unless the recipe
-names a tracker, and a tracker's library is imported only then.
+Trainers only hand over a dict. Nothing is sent anywhere unless the recipe names a tracker, and a
+tracker's library is imported only then.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 
 from gearshift.errors import ConfigError, DataError
+from gearshift.runtime.files import write_json, writing
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
@@ -34,7 +37,7 @@ class MetricsLog:
     def append(self, step: int, record: Mapping[str, Any]) -> None:
         """Add one line; a figure that is not finite becomes null, as JSON has no word for it."""
         line = json.dumps(_finite({"step": step, **record}), ensure_ascii=False, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def truncate_after(self, step: int) -> None:
@@ -43,11 +46,12 @@ class MetricsLog:
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        with writing(self.path):
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,14 +73,50 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run when it opens it."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    step: int
+    """The first step to come; above 0 in a run that is resumed."""
+    known: dict[str, str]
+    """The tracker's own name of this run, from when it was begun; {} in a new one."""
+
+
 class Trackers:
-    """The trackers that a recipe names; `log` hands a step's metrics to each."""
+    """The trackers that a recipe names; `log` hands a step's metrics to each.
+
+    A resumed run goes on in the trackers' run that it began: `trackers.json` in the folder keeps
+    how they call it.
+    """
 
     def __init__(
         self, names: Sequence[TrackerName], folder: Path, run_name: str, config: Mapping[str, Any]
     ) -> None:
         """Raises `ConfigError`, with the pip install, where a tracker's library is missing."""
-        self._open = [_OPEN[name](folder, run_name, config) for name in names]
+        self._libraries = {name: _library(name) for name in names}
+        self._folder, self._name, self._config = folder, run_name, config
+        self._open: list[_Tracker] = []
+
+    def open(self, step: int) -> None:
+        """Begin, or go on before this step. Raises `ConfigError` where a tracker refuses."""
+        path = self._folder / "trackers.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name, library in self._libraries.items():
+            ids = known.setdefault(name, {})
+            run = TrackedRun(self._folder, self._name, self._config, step, ids)
+            try:
+                self._open.append(_OPEN[name](library, run))
+            except Exception as error:  # each library has its own kinds
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise ConfigError(
+                    f"The tracker {name} does not start ({reason}); mend that or leave it out."
+                ) from error
+        if known:
+            write_json(path, known)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one step's figures."""
@@ -89,19 +129,19 @@ class Trackers:
             close()
 
 
-def _library(module: str, name: TrackerName) -> Any:
+def _library(name: TrackerName) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
         raise ConfigError(
             f"The tracker {name} is not installed; pip install 'gearshift[{name}]' or leave it out."
         ) from None
 
 
-def _tensorboard(folder: Path, run_name: str, config: Mapping[str, Any]) -> _Tracker:
-    library = _library("torch.utils.tensorboard", "tensorboard")
-    writer = library.SummaryWriter(str(folder / "tensorboard"))
-    writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
+def _tensorboard(library: Any, run: TrackedRun) -> _Tracker:
+    # What a run wrote after the checkpoint that it goes on from is purged.
+    writer = library.SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)
+    writer.add_text("config", f"```\n{json.dumps(run.config, indent=2, default=str)}\n```")
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
@@ -110,26 +150,36 @@ def _tensorboard(folder: Path, run_name: str, config: Mapping[str, Any]) -> _Tra
     return log, writer.close
 
 
-def _trackio(folder: Path, run_name: str, config: Mapping[str, Any]) -> _Tracker:
-    run = _library("trackio", "trackio").init("gearshift", name=run_name, config=dict(config))
-    return lambda step, metrics: run.log(dict(metrics), step=step), run.finish
+def _trackio(library: Any, run: TrackedRun) -> _Tracker:
+    # A name of its own: two folders may be called alike, and trackio knows runs by their names.
+    name = run.known.setdefault("name", f"{run.name}-{uuid4().hex[:8]}")
+    opened = library.init("gearshift", name=name, config=dict(run.config), resume="allow")
+    return lambda step, metrics: opened.log(dict(metrics), step=step), opened.finish
 
 
-def _wandb(folder: Path, run_name: str, config: Mapping[str, Any]) -> _Tracker:
-    library = _library("wandb", "wandb")
-    run = library.init(project="gearshift", name=run_name, dir=str(folder), config=dict(config))
-    return lambda step, metrics: run.log(dict(metrics), step=step), run.finish
+def _wandb(library: Any, run: TrackedRun) -> _Tracker:
+    opened = library.init(
+        project="gearshift",
+        name=run.name,
+        id=run.known.setdefault("id", uuid4().hex[:8]),
+        resume="allow",
+        dir=str(run.folder),
+        config=dict(run.config),
+    )
+    return lambda step, metrics: opened.log(dict(metrics), step=step), opened.finish
 
 
-def _mlflow(folder: Path, run_name: str, config: Mapping[str, Any]) -> _Tracker:
-    library = _library("mlflow", "mlflow")
+def _mlflow(library: Any, run: TrackedRun) -> _Tracker:
     library.set_experiment("gearshift")
-    library.start_run(run_name=run_name)
-    library.log_dict(dict(config), "config.json")
+    if "run_id" in run.known:
+        library.start_run(run_id=run.known["run_id"])
+    else:
+        run.known["run_id"] = library.start_run(run_name=run.name).info.run_id
+        library.log_dict(dict(run.config), "config.json")
     return lambda step, metrics: library.log_metrics(dict(metrics), step=step), library.end_run
 
 
-_OPEN: dict[TrackerName, Callable[[Path, str, Mapping[str, Any]], _Tracker]] = {
+_OPEN: dict[TrackerName, Callable[[Any, TrackedRun], _Tracker]] = {
     "tensorboard": _tensorboard,
     "trackio": _trackio,
     "wandb": _wandb,

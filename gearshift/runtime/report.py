@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from gearshift.runtime.files import writing
+
 _CURVES = (
     ("Reward", ("reward", "rewards/*/mean")),
     ("Success", ("success",)),
@@ -92,7 +94,8 @@ def write_report(
         facts=list(_facts(summary)),
     )
     path = run_folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.write_text(page, encoding="utf-8")
     return path
 
 

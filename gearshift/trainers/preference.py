@@ -36,14 +36,14 @@ from gearshift.errors import DataError
 from gearshift.models.adapters import adapters_off
 from gearshift.models.forward import token_scores
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import Stage, StageConfig
+from gearshift.trainers.stage import EpochsConfig, Stage
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
 NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 
 
-class PreferenceConfig(StageConfig):
+class PreferenceConfig(EpochsConfig):
     """Learning from judged completions, in place of the reward model and RL."""
 
     data: DataConfig = DataConfig()
@@ -68,10 +68,6 @@ class PreferenceConfig(StageConfig):
     reference: Literal["precompute", "each_step"] = "precompute"
     """Reference log-probs: all before the first step, without a second copy of the weights; or at
     each step, which is cheaper where few of the rows are used."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the rows."""
-    batch_size: int = Field(16, ge=1)
-    """Rows in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""
     max_tokens: int = Field(4096, ge=0)
@@ -85,10 +81,6 @@ class PreferenceConfig(StageConfig):
         if self.loss == "kto" and self.batch_size == 1:
             raise ValueError("kto compares the rows of a batch; batch_size must be 2 or more.")
         return self
-
-    def steps(self, rows: int) -> int:
-        """Updates in all."""
-        return max(1, round(self.epochs * rows / self.batch_size))
 
 
 @dataclass
@@ -171,7 +163,7 @@ class PreferenceTrainer:
         optimizer = MasterAdamW(self.engine.model.parameters(), config.optimizer, stage.total)
         stage.track(model=self.engine.model, optimizer=optimizer)
         for step in stage.steps(on_resume=self.engine.weights_changed):
-            chosen = rows.batch(step, config.batch_size)
+            chosen = config.batch(rows, step)
             if config.loss in NEEDS_REFERENCE and self.reference is not None:
                 self.ask_reference(chosen)
             with stage.phase("train"), self.engine.training():

@@ -19,11 +19,11 @@ from gearshift.data import DataConfig, Mixture, StepsExample, at, render_prompt
 from gearshift.errors import DataError
 from gearshift.models.classifier import token_logits
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import Stage, StageConfig, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
 from gearshift.trainers.step import update
 
 
-class ProcessRewardConfig(StageConfig):
+class ProcessRewardConfig(EpochsConfig):
     """A reward model of steps."""
 
     data: DataConfig = DataConfig()
@@ -34,20 +34,12 @@ class ProcessRewardConfig(StageConfig):
     """Backbone: a folder or name, decoder or encoder; None starts from the policy so far."""
     separator: str = "\n"
     """Stands after each step; its last token carries the step's logit."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the rows."""
-    batch_size: int = Field(16, ge=1)
-    """Answers in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""
     max_tokens: int = Field(4096, ge=1)
     """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
     """AdamW and its schedule."""
-
-    def steps(self, rows: int) -> int:
-        """Updates in all."""
-        return max(1, round(self.epochs * rows / self.batch_size))
 
 
 class Steps(NamedTuple):
@@ -90,7 +82,7 @@ def train_process_model(
     stage.track(model=model, optimizer=optimizer)
     model.train()
     for step in stage.steps():
-        batch = sorted(rows.batch(step, config.batch_size), key=lambda row: len(row.ids))
+        batch = sorted(config.batch(rows, step), key=lambda row: len(row.ids))
         total = sum(len(row.ends) for row in batch)
 
         def loss_of(some: list[Steps], total: int = total) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,7 +31,7 @@ from gearshift.models.classifier import score_all, sequence_scores
 from gearshift.models.describe import describe
 from gearshift.models.forward import drops_out
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import Stage, StageConfig, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
         return self.chosen, self.rejected
 
 
-class RewardModelConfig(StageConfig):
+class RewardModelConfig(EpochsConfig):
     """Step 2: the reward model."""
 
     data: DataConfig = DataConfig()
@@ -58,10 +58,6 @@ class RewardModelConfig(StageConfig):
     """Pairs that only measure accuracy."""
     model: str | None = None
     """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the pairs."""
-    batch_size: int = Field(16, ge=1)
-    """Pairs in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""
     max_tokens: int = Field(4096, ge=1)
@@ -71,10 +67,6 @@ class RewardModelConfig(StageConfig):
     """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
     """AdamW and its schedule."""
-
-    def steps(self, pairs: int) -> int:
-        """Updates in all."""
-        return max(1, round(self.epochs * pairs / self.batch_size))
 
 
 def render_pairs(
@@ -164,17 +156,18 @@ def train_reward_model(
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer)
 
-    def loss_of(batch: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = scores_of(batch)
-        chosen_P, rejected_P = scores[0::2], scores[1::2]
-        share = len(batch) / config.batch_size
-        margin_P = torch.tensor([pair.margin for pair in batch], device=scores.device)
-        loss = bradley_terry(chosen_P, rejected_P, margin_P, config.center).mean() * share
-        right = (chosen_P > rejected_P).float().mean() * share
-        return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
-
     for step in stage.steps():
-        batch = pairs.batch(step, config.batch_size)
+        batch = config.batch(pairs, step)
+
+        def loss_of(some: list[Pair], total: int = len(batch)) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = scores_of(some)
+            chosen_P, rejected_P = scores[0::2], scores[1::2]
+            share = len(some) / total
+            margin_P = torch.tensor([pair.margin for pair in some], device=scores.device)
+            loss = bradley_terry(chosen_P, rejected_P, margin_P, config.center).mean() * share
+            right = (chosen_P > rejected_P).float().mean() * share
+            return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
+
         with stage.phase("train"):
             metrics = update(scores_of.micros(batch, config.max_tokens), loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))

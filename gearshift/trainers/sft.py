@@ -26,20 +26,18 @@ from gearshift.data import (
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import Stage, StageConfig
+from gearshift.trainers.stage import EpochsConfig, Stage
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
 
-class SFTConfig(StageConfig):
+class SFTConfig(EpochsConfig):
     """Step 1: supervised fine-tuning."""
 
     data: DataConfig = DataConfig()
     """Examples; `text`, `messages`, `prompt`/`completion`, ShareGPT or Alpaca rows."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the examples."""
-    batch_size: int = Field(16, ge=1)
-    """Examples in one update."""
     max_length: int = Field(1024, ge=2)
     """Longer examples are refused."""
     max_tokens: int = Field(4096, ge=0)
@@ -47,10 +45,6 @@ class SFTConfig(StageConfig):
     memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
     """AdamW and its schedule."""
-
-    def steps(self, examples: int) -> int:
-        """Updates in all."""
-        return max(1, round(self.epochs * examples / self.batch_size))
 
 
 Rendered = tuple[list[int], list[int]]
@@ -105,7 +99,7 @@ def train_sft(
         return supervised_loss(engine, batch)
 
     for step in stage.steps(on_resume=engine.weights_changed):
-        batch = supervised_batch(examples.batch(step, config.batch_size)).to(engine.device)
+        batch = supervised_batch(config.batch(examples, step)).to(engine.device)
         with stage.phase("train"), engine.training(dropout=True):
             metrics = update(batch.split(config.max_tokens), loss_of, optimizer)
         engine.weights_changed()

@@ -8,35 +8,61 @@ repeats the run that was cut.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from gearshift.data import Mixture
 from gearshift.errors import CheckpointError, GearshiftError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, Neutral, differences, identity
+from gearshift.runtime.files import writing
 from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
+
+Row = TypeVar("Row")
 
 
 class StageConfig(Config):
     """Saving and logging, the same for every stage."""
 
-    save_every: int = Field(50, ge=0)
+    save_every: Neutral[int] = Field(50, ge=0)
     """Steps between checkpoints; 0 saves at an interrupt only."""
-    keep: int = Field(1, ge=1)
+    keep: Neutral[int] = Field(1, ge=1)
     """Checkpoints that are kept."""
-    trackers: tuple[TrackerName, ...] = ()
+    trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""
+
+
+class EpochsConfig(StageConfig):
+    """A stage that passes over rows."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the rows."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in one update; the last update of all takes what is left."""
+
+    def seen(self, rows: int) -> int:
+        """Rows that are learned from in all, each as often as it is seen."""
+        return max(1, math.ceil(round(self.epochs * rows, 6)))
+
+    def steps(self, rows: int) -> int:
+        """Updates in all."""
+        return math.ceil(self.seen(rows) / self.batch_size)
+
+    def batch(self, rows: Mixture[Row], step: int) -> list[Row]:
+        """The rows of one update."""
+        first = step * self.batch_size
+        end = min(first + self.batch_size, self.seen(len(rows)))
+        return [rows.example_at(i) for i in range(first, end)]
 
 
 class InterruptedRunError(GearshiftError):
@@ -65,9 +91,11 @@ class Stage:
         total: int,
         seed: int,
         config: StageConfig,
-        identity: Any = None,
+        recipe: Config | None = None,
     ) -> None:
-        """`identity` (JSON) is what a checkpoint must have been made under to be taken up again."""
+        """`recipe` is what a checkpoint must have been made under to be taken up again; trackers
+        get it. Raises `StorageError` if the folder cannot be made.
+        """
         self.name, self.folder, self.total, self.seed, self.config = (
             name,
             folder,
@@ -76,14 +104,15 @@ class Stage:
             config,
         )
         self.timer = PhaseTimer()
-        self._identity = hashlib.blake2b(
-            json.dumps(identity, sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
+        self._recipe = recipe
         self._tracked: dict[str, Stateful] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.rollouts = MetricsLog(folder / "rollouts.jsonl")
-        self._trackers = Trackers(config.trackers, folder, f"{folder.parent.name}/{name}", {})
+        told = recipe.model_dump(mode="json") if recipe else {}
+        run = folder.resolve().parent.name
+        self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", told)
         self._progress: Progress | None = None
 
     def track(self, **objects: Stateful) -> None:
@@ -98,6 +127,7 @@ class Stage:
         start = self._resume(on_resume)
         self.metrics.truncate_after(start - 1)
         self.rollouts.truncate_after(start - 1)
+        self._trackers.open(start)
         with (
             checkpoint.Interrupt() as interrupt,
             Progress(self.total, self.name, done=start) as progress,
@@ -147,7 +177,12 @@ class Stage:
         tensors, skeleton = checkpoint.flatten(
             {name: thing.state_dict() for name, thing in self._tracked.items()}
         )
-        state = {"step": step, "identity": self._identity, "tracked": skeleton}
+        state = {
+            "step": step,
+            "total": self.total,
+            "recipe": identity(self._recipe),
+            "tracked": skeleton,
+        }
         checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.config.keep)
 
     def _resume(self, on_resume: Callable[[], None]) -> int:
@@ -155,10 +190,10 @@ class Stage:
         if newest is None:
             return 0
         tensors, state = checkpoint.load(newest)
-        if state["identity"] != self._identity:
+        if changed := self._changed(state):
             raise CheckpointError(
-                f"{newest} was made under another configuration; choose another run.dir, "
-                "or delete that folder."
+                f"{newest} was made under another configuration: {changed}; choose another "
+                "run.dir, or delete that folder."
             )
         saved = checkpoint.unflatten(tensors, state["tracked"])
         for name, thing in self._tracked.items():
@@ -166,12 +201,18 @@ class Stage:
         on_resume()
         return int(state["step"])
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    def _changed(self, state: Mapping[str, Any]) -> str:
+        """In words, what a checkpoint was made under and is not so now; empty if nothing."""
+        if "recipe" not in state:
+            return "an earlier version wrote it"
+        before = state["recipe"]
+        if self._recipe is not None and before is not None:
+            with suppress(ValidationError):  # keys that did not exist then have their defaults
+                before = identity(type(self._recipe).model_validate(before))
+        lines = differences(before, identity(self._recipe))
+        if not lines and state["total"] != self.total:
+            lines = [f"the data made {state['total']} steps and make {self.total}"]
+        return "; ".join(lines)
 
 
 def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:

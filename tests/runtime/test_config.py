@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field, model_validator
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.config import Config, describe, dump, load
+from gearshift.runtime.config import (
+    Config,
+    Neutral,
+    PathText,
+    describe,
+    differences,
+    dump,
+    identity,
+    load,
+)
 
 
 class Optimizer(Config):
@@ -84,7 +93,7 @@ BAD = [
     ("model: m\noptimizer: {betas: [1]}", [], ["`optimizer.betas.1` is missing"]),
     ("model: m\noptimizer: {low: 3}", [], ["`optimizer`: low must not be above high"]),
     ("model: m\noptimizer: {lr: 0}", [], ["`optimizer.lr` is 0", "greater than 0"]),
-    ("model: 3\nsteps: 0\nrewards: 1", [], ["`model` is 3", "(and 2 more)"]),
+    ("model: [3]\nsteps: 0\nrewards: 1", [], ["`model` is [3]", "(and 2 more)"]),
     ("model: m\nmodel: n", [], ["line 2", "the key `model` is given twice"]),
     ("model: m\noptimizer:\n  lr: 1\n  lr: 2", [], ["line 4", "`lr` is given twice"]),
     ("model: [m\nsteps: 1", [], ["not valid YAML", "line 2"]),
@@ -145,6 +154,125 @@ def test_exponents_are_numbers(text: str) -> None:
 @pytest.mark.parametrize("text", ["e5", "1e", "12e-x", "'1e-5'"])
 def test_words_with_an_e_stay_words(text: str) -> None:
     assert load(Reward, None, [f"name={text}"]).name == text.strip("'")
+
+
+WHOLE = [
+    "runs/take #2", "a: b", "*x", "&x", "!x", "%x", "@x", "`x", "- a", "? a", "> a", "|", "--- a",
+    "# all", "<<", "=", "007", "010", "1_000", "1e3", "1:30", "0x10", ".inf", "2026-01-01",
+    "2026-13-45", "yes", "no", "on", "off", "true", "a\nb", "a, b", "x]", "C:\\new",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_an_override_of_a_text_keeps_every_letter(text: str, tmp_path: Path) -> None:
+    loaded = load(Recipe, None, [f"model={text}", "rewards=[{name: 1.10}, {name: no}]"])
+    assert loaded.model == text
+    assert [reward.name for reward in loaded.rewards] == ["1.10", "no"]
+    assert load(Recipe, recipe(tmp_path, dump(loaded))) == loaded
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "{a: 1}", "~", "null", "", "'tis", "[a", "'a' b"])
+def test_what_is_no_text_is_refused_for_a_text(text: str) -> None:
+    with pytest.raises(ConfigError, match="model"):
+        load(Recipe, None, [f"model={text}"])
+
+
+def test_quotes_and_brackets_are_yaml() -> None:
+    for given, meant in (('"a #2"', "a #2"), ("'it''s'", "it's"), ("'[a]'", "[a]")):
+        assert load(Recipe, None, [f"model={given}"]).model == meant
+    loaded = load(Recipe, None, ["model=m", "optimizer.betas=[0.5, 1e-1]", "second={low: 1}"])
+    assert loaded.optimizer.betas == (0.5, 0.1) and loaded.second == Optimizer(low=1)
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "1.10", "2026-01-01", "no", "1_000", "0o17", "a#b"])
+def test_a_text_in_a_file_is_as_it_is_written(text: str, tmp_path: Path) -> None:
+    assert load(Recipe, recipe(tmp_path, f"model: {text}")).model == text
+    named = load(Recipe, recipe(tmp_path, f"model: m\nnamed: {{{text}: {{name: {text}}}}}"))
+    assert named.named == {text: Reward(name=text)}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("010", 10), ("1_000", 1000), ("0x10", 16), ("0o17", 15), ("1e3", 1000), ("1.0", 1)],
+)
+def test_numbers_are_of_one_reading(text: str, number: int, tmp_path: Path) -> None:
+    assert load(Recipe, None, ["model=m", f"steps={text}"]).steps == number
+    assert load(Recipe, recipe(tmp_path, f"model: m\nsteps: {text}")).steps == number
+
+
+@pytest.mark.parametrize("text", ["1:30", "yes", "true", "3 # three", "2026-01-01", ".inf", "+"])
+def test_what_is_no_number_is_refused_for_a_number(text: str) -> None:
+    with pytest.raises(ConfigError, match="`steps` is"):
+        load(Recipe, None, ["model=m", f"steps={text}"])
+
+
+@pytest.mark.parametrize("text", [".inf", "inf", "nan", ".nan", "1e999"])
+def test_numbers_are_finite(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"`lr` is .* finite"):
+        load(Optimizer, None, [f"lr={text}"])
+
+
+class Anything(Config):
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+def test_where_any_type_goes_a_word_means_what_yaml_says(tmp_path: Path) -> None:
+    meant = {"slip": False, "n": 10, "x": 1000.0, "day": "2026-01-01", "l": [True, {"y": None}]}
+    text = "kwargs: {slip: no, n: 010, x: 1e3, day: 2026-01-01, l: [on, {y: ~}]}"
+    loaded = load(Anything, recipe(tmp_path, text))
+    assert loaded.kwargs == meant
+    words = Anything(kwargs={"a": "1e-5", "b": "no", "c": "0o17", "d": "1:30", "e": "=", "f": "~"})
+    assert load(Anything, recipe(tmp_path, dump(words))) == words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\n---\nmodel: n", "model:\n\tx", "model: !x m", "model: !!int x", "model: \x01",
+        "model: &a [*a]", "second: &s {low: *s}", "? [a]\n: b", "model: m\n" + "[" * 3000,
+        "model: *nowhere", "model: <<",
+    ],
+)  # fmt: skip
+def test_yaml_that_is_no_recipe_is_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml") as caught:
+        load(Recipe, recipe(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_may_be_merged(tmp_path: Path) -> None:
+    text = "model: m\noptimizer: &o {lr: 1e-3, low: 0}\nsecond: {<<: *o, lr: 1e-4}"
+    assert load(Recipe, recipe(tmp_path, text)).second == Optimizer(lr=1e-4)
+
+
+class Place(Config):
+    path: PathText = "runs"
+    model: PathText | None = None
+    every: Neutral[int] = Field(5, ge=0)
+    """Between two."""
+
+
+class Whole(Config):
+    places: tuple[Place, ...] = ()
+    steps: int = 3
+
+
+def test_home_is_found_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    loaded = load(Whole, None, ["places=[{path: ~/x, model: ~/y}, {path: a~b}]"])
+    assert [p.path for p in loaded.places] == ["/home/a/x", "a~b"]
+    assert loaded.places[0].model == "/home/a/y"
+    assert "every: int = 5  - Between two." in describe(Place)
+
+
+def test_neutral_keys_are_no_part_of_the_identity() -> None:
+    before = Whole(places=(Place(), Place(path="b")))
+    after = Whole(places=(Place(every=9), Place(path="c", every=9)), steps=4)
+    assert differences(identity(before), identity(after)) == [
+        '`places.1.path` was "b" and is "c"', "`steps` was 3 and is 4",
+    ]  # fmt: skip
+    assert "every" not in str(identity(before))
+    [line] = differences(identity(before), identity(Whole()))
+    assert line.startswith("`places` was [") and line.endswith("and is []")
 
 
 def test_dump_loads_back(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 class Calls:
     """A library whose every function notes its call and returns the library."""
 
+    run_id = "abc"
+
     def __init__(self) -> None:
+        self.info = self
         self.made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -105,6 +108,7 @@ def test_each_tracker_gets_the_figures(
     calls = Calls()
     monkeypatch.setitem(sys.modules, module, calls)
     trackers = Trackers([name], tmp_path, "run/rl", {"lr": 1e-5})
+    trackers.open(0)
     assert [call[0] for call in calls.made] == opened
     calls.made.clear()
     trackers.log(7, {"reward": 0.5, "kl": 0.1})
@@ -128,10 +132,70 @@ def test_a_missing_library_names_its_install(
         Trackers([name], tmp_path, "run", {})
 
 
+@pytest.mark.parametrize(("name", "module", "opened", "closed"), CASES)
+def test_a_resumed_run_goes_on_in_its_trackers_run(
+    name: TrackerName,
+    module: str,
+    opened: list[str],
+    closed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, module, calls)
+    told = []
+    for step in (0, 50):
+        calls.made.clear()
+        Trackers([name], tmp_path, "run/rl", {"lr": 1e-5}).open(step)
+        told.append({call[0]: (call[1], call[2]) for call in calls.made})
+    first, again = told
+    config = {"lr": 1e-5}
+    if name == "tensorboard":
+        assert first["SummaryWriter"][1] == {"purge_step": None}
+        assert again["SummaryWriter"][1] == {"purge_step": 50}
+        assert '"lr": 1e-05' in first["add_text"][0][1]
+    elif name == "mlflow":
+        assert first["start_run"][1] == {"run_name": "run/rl"}
+        assert again["start_run"][1] == {"run_id": "abc"}
+        assert first["log_dict"][0] == (config, "config.json")
+    else:
+        assert first["init"] == again["init"], "the same run"
+        assert first["init"][1]["resume"] == "allow" and first["init"][1]["config"] == config
+        key = {"trackio": "name", "wandb": "id"}[name]
+        Trackers([name], tmp_path / "..", "run/rl", {}).open(0)
+        assert calls.made[-1][2][key] != first["init"][1][key], "another folder, another run"
+
+
+def test_the_files_of_a_resumed_tensorboard_have_each_step_once(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((0, 5), (3, 7)):
+        trackers = Trackers(["tensorboard"], tmp_path, "run/rl", {"lr": 1e-5})
+        trackers.open(first)
+        for step in range(first, last):
+            trackers.log(step, {"loss": float(first)})
+        trackers.close()
+    read = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    seen = [(event.step, event.value) for event in read.Scalars("loss")]
+    assert seen == [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3), (6, 3)]
+
+
+def test_a_tracker_that_does_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no key\nlog in first")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(ConfigError, match=r"tracker wandb does not start \(no key\)"):
+        Trackers(["wandb"], tmp_path, "run", {}).open(0)
+
+
 def test_no_tracker_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _, module, _, _ in CASES:
         monkeypatch.setitem(sys.modules, module, None)
-    Trackers([], tmp_path, "run", {}).log(0, {"reward": 1.0})
+    trackers = Trackers([], tmp_path, "run", {})
+    trackers.open(0)
+    trackers.log(0, {"reward": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 

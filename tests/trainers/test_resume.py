@@ -14,8 +14,9 @@ import torch
 
 from gearshift.errors import CheckpointError
 from gearshift.runtime import checkpoint
+from gearshift.runtime.config import Config, Neutral
 from gearshift.trainers.rl import RLTrainer
-from gearshift.trainers.stage import InterruptedRunError, Stage
+from gearshift.trainers.stage import InterruptedRunError, Stage, StageConfig
 from tests.trainers.rl_runs import small, trainer
 
 
@@ -104,10 +105,41 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         run.train()
     other = trainer(config, tmp_path)
-    other.stage = Stage("rl", tmp_path, 4, 0, config, identity="another")
+    other.stage = Stage("rl", tmp_path, 4, 0, config, Another())
     other.stage.track(model=other.engine.model)
     with pytest.raises(CheckpointError, match="another configuration"):
         other.train()
+
+
+class Another(Config):
+    """What a stage may belong to, here of one section and two keys."""
+
+    stage: StageConfig = StageConfig()
+    lr: float = 0.1
+    place: Neutral[str] = "a"
+
+
+class Later(Another):
+    """The same class in a later version."""
+
+    new: int = 3
+
+
+def test_what_cannot_change_the_result_may_change_before_a_resume(tmp_path: Path) -> None:
+    for step in Stage("rl", tmp_path, 4, 0, StageConfig(save_every=1), Another()).steps():
+        if step == 1:
+            break
+    neutral = {"save_every": 7, "keep": 3, "trackers": ["tensorboard"]}
+    for recipe in (Another(place="b", stage=StageConfig.model_validate(neutral)), Later()):
+        assert next(Stage("rl", tmp_path, 4, 0, StageConfig(), recipe).steps()) == 1
+    for recipe, named in (
+        (Another(lr=0.2), r"`lr` was 0\.1 and is 0\.2;"),
+        (Later(new=4), "`new` was 3 and is 4;"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            next(Stage("rl", tmp_path, 4, 0, StageConfig(), recipe).steps())
+    with pytest.raises(CheckpointError, match="made 4 steps and make 5"):
+        next(Stage("rl", tmp_path, 5, 0, StageConfig(), Another()).steps())
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,170 @@
+"""YAML as people write it: files and `key=value` words to trees whose scalars know their own text,
+so that a key that wants text gets what was written (`007`, `1e3`, `no`, `2026-01-01`).
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+
+from gearshift.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A number or a truth value as it stands in the file: what it means, and how it is spelt."""
+
+    value: bool | int | float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def fit(value: Any, annotation: Any) -> Any:
+    """The value for a field of this type: text where text is wanted, else what it means."""
+    kinds = list(_kinds(annotation))
+    if isinstance(value, Written):
+        meant = (bool, Any) if isinstance(value.value, bool) else (bool, int, float, Any)
+        scalars = any(kind in (str, bool, int, float) for kind in kinds)
+        return value.text if scalars and not any(k in meant for k in kinds) else value.value
+    if isinstance(value, list):
+        wanted = next((k for k in kinds if typing.get_origin(k) in (list, tuple, set)), Any)
+        inner = [part for part in typing.get_args(wanted) if part is not ...] or [Any]
+        return [fit(v, inner[min(i, len(inner) - 1)]) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        wanted = next((k for k in kinds if typing.get_origin(k) is dict), None)
+        if wanted is None and any(hasattr(kind, "model_fields") for kind in kinds):
+            return value  # a section: it fits its own fields
+        inside = typing.get_args(wanted)[1] if wanted else Any
+        return {key: fit(v, inside) for key, v in value.items()}
+    return value
+
+
+def _kinds(annotation: Any) -> typing.Iterator[Any]:
+    """The types that an annotation allows; a word of a `Literal` is text."""
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _kinds(part)
+    elif origin is Annotated:
+        yield from _kinds(typing.get_args(annotation)[0])
+    elif origin is Literal:
+        yield from {type(word) for word in typing.get_args(annotation)}
+    else:
+        yield annotation
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, and those of 1.1 that mean nothing else in it (`yes`, `1_000`)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Keys are text; one that is given twice is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                problem = f"the key `{name}` is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = f"{_TAG}str"
+        return super().construct_mapping(node, deep)
+
+
+def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
+    text = node.value
+    kind = node.tag.removeprefix(_TAG)
+    try:
+        if kind == "bool":
+            return Written({"yes": True, "on": True, "true": True}.get(text.lower(), False), text)
+        if kind == "int":
+            plain = text.lower().replace("_", "")
+            return Written(int(plain, 0 if re.match("[-+]?0[xob]", plain) else 10), text)
+        return Written(float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", "")), text)
+    except ValueError:
+        problem = f"`{text[:40]}` is not of the kind {kind}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+    "int": r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F_]+|0b[01_]+",
+    # YAML 1.1 wants a dot and a signed exponent in a float, so that `1e-5` would be a string.
+    "float": r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), None)
+for _kind in ("bool", "int", "float"):
+    _Loader.add_constructor(f"{_TAG}{_kind}", _written)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around every text that `_Loader`, or YAML 1.1, takes for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    **yaml.SafeDumper.yaml_implicit_resolvers,
+    **_Loader.yaml_implicit_resolvers,
+}
+
+
+def write_tree(tree: Any) -> str:
+    """The tree as YAML, which reads back as it is."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_tree(path: Path) -> Any:
+    """What the YAML file holds. Raises `ConfigError` with the line where it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check its rights.") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_problem(error)}.") from None
+
+
+def read_word(override: str, text: str) -> Any:
+    """The value of an override. What begins with a bracket, a brace or a quote is YAML; anything
+    else is one scalar to its last letter, so that no `#` cuts it and no `: ` makes it a section.
+    """
+    text = text.strip()
+    try:
+        if text[:1] in ("[", "{", "'", '"'):
+            return yaml.load(text, _Loader)
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        known = tag.removeprefix(_TAG) in ("null", "bool", "int", "float")
+        return loader.construct_object(yaml.ScalarNode(tag, text)) if known else text
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(
+            f"The value of the override `{override}` is not valid YAML ({_problem(error)}); "
+            "quote it."
+        ) from None
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + (error.problem or error.context or "it cannot be read")

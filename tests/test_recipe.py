@@ -1,0 +1,66 @@
+"""A folder belongs to one recipe, but for what cannot change the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gearshift.errors import ConfigError, StorageError
+from gearshift.recipe import Recipe, claim
+from gearshift.runtime.config import load
+
+BASE = ["model.name=tiny", "rl.steps=3", "sft.epochs=1", "rl.rewards=[{source: environment}]"]
+
+
+def recipe(*changes: str) -> Recipe:
+    return load(Recipe, None, [*BASE, *changes])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rl.save_every=7", "rl.keep=3", "rl.trackers=[tensorboard]", "sft.save_every=0",
+        "run.dir=elsewhere", "preference=null",
+    ],
+)  # fmt: skip
+def test_what_cannot_change_the_result_may_change(change: str, tmp_path: Path) -> None:
+    claim(tmp_path, recipe())
+    claim(tmp_path, recipe(change))
+    assert load(Recipe, tmp_path / "recipe.yaml") == recipe(change), "the folder says how it is now"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("rl.steps=4", "`rl.steps` was 3 and is 4;"),
+        ("eval.limit=5", "`eval.limit` was null and is 5;"),
+        ("model.threads=2", "`model.threads` was null and is 2;"),
+        ("rl.rewards.0.weight=0.5", "`rl.rewards.0.weight` was 1.0 and is 0.5;"),
+        ("sft=null", "`sft` was {"),
+    ],
+)
+def test_what_does_is_named(change: str, named: str, tmp_path: Path) -> None:
+    claim(tmp_path, recipe())
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path, recipe(change))
+    assert f"another recipe: {named}" in str(caught.value)
+    assert load(Recipe, tmp_path / "recipe.yaml") == recipe()
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Keys that it does not have count as their defaults; layout and comments say nothing."""
+    text = "# ours\nrl: {rewards: [{source: environment}], steps: 3}\n"
+    (tmp_path / "recipe.yaml").write_text(text + "model: {name: tiny}\nsft: {epochs: 1}\n")
+    claim(tmp_path, recipe())
+    with pytest.raises(ConfigError, match=r"`rl\.prompts` was 8 and is 9"):
+        claim(tmp_path, recipe("rl.prompts=9"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "folder")
+    for name in ("file", "file/run", "link"):
+        with pytest.raises(StorageError, match=rf"{name} cannot be written \(.*\)") as caught:
+            claim(tmp_path / name, recipe())
+        assert "\n" not in str(caught.value)
