@@ -301,7 +301,7 @@ def _open(arguments: argparse.Namespace) -> tuple[HybridEngine, str | None]:
 def _params(arguments: argparse.Namespace, engine: HybridEngine) -> Any:
     from gearshift.types import SamplingParams
 
-    longest = max(1, min(arguments.max_new_tokens, engine.max_length // 2))
+    longest = min(arguments.max_new_tokens, max(1, engine.max_length // 2))
     return SamplingParams(temperature=arguments.temperature, max_new_tokens=longest)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from gearshift.data import (
     to_steps,
     to_supervised,
 )
+from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError
 from gearshift.heldout import TaskData, comparisons, open_engine, perplexity, records
@@ -39,6 +41,7 @@ from gearshift.models.load import (
     save_model,
     source_of,
 )
+from gearshift.models.vocabulary import check_same_tokens
 from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim
 from gearshift.rollouts.collector import Start
 from gearshift.rollouts.reward_sum import RewardSum
@@ -47,7 +50,7 @@ from gearshift.runtime.files import write_json, writing
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
-from gearshift.trainers.critic import Critic, load_critic
+from gearshift.trainers.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.gap import logprob_gap
 from gearshift.trainers.memory import Shape, available, micro_batch, parts_of, resident
 from gearshift.trainers.preference import (
@@ -281,7 +284,11 @@ class Run:
             folder = str(self.folder / "reward")
         if folder and not Path(folder).is_dir():
             raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
-        return load_critic(self.recipe.model, folder or start, engine.tokenizer.decode)
+        critic = load_critic(self.recipe.model, folder or start, partial(decode, engine.tokenizer))
+        if folder and isinstance(critic, TokenCritic):
+            tokenizer = load_tokenizer(self.recipe.model, folder)
+            check_same_tokens(f"rl.critic: {folder}", critic.trunk, tokenizer, engine)
+        return critic
 
     def _reference(
         self, engine: HybridEngine, start: str | None, named: str | None = None
@@ -291,11 +298,8 @@ class Run:
         """
         if named:
             teacher = load_policy(self.recipe.model, named).requires_grad_(False)
-            if teacher.config.vocab_size != engine.model.config.vocab_size:
-                raise ConfigError(
-                    f"rl.kl.reference: {named} has another vocabulary than the policy; "
-                    "a reference must read the same tokens."
-                )
+            tokenizer = load_tokenizer(self.recipe.model, named)
+            check_same_tokens(f"rl.kl.reference: {named}", teacher, tokenizer, engine)
             return teacher
         if self.recipe.model.lora:
             return engine.model

@@ -5,9 +5,12 @@ Legend: T packed tokens, N sequences, M scored tokens (where the loss mask is 1)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -23,7 +26,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample completions. Raises `ConfigError` on values no distribution has."""
+    """How to sample completions. Lists, and for `logit_bias` a mapping, become tuples.
+
+    Raises `ConfigError` for values of another type and for those that no distribution has.
+    """
 
     n: int = 1
     """Completions for each prompt (the size of a group)."""
@@ -38,7 +44,8 @@ class SamplingParams:
     max_new_tokens: int = 128
     """A completion that reaches it ends with finish reason `length`."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion (kept in it); the model's end tokens always do."""
+    """Strings, or one string, that end a completion (kept in it); the model's end tokens always
+    do."""
     stop_token_ids: tuple[int, ...] = ()
     """Further tokens that end a completion (kept in it)."""
     repetition_penalty: float = 1.0
@@ -52,19 +59,87 @@ class SamplingParams:
     """Seed of these requests; None takes the engine's."""
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        pairs = [_items("logit_bias", pair) for pair in _items("logit_bias", bias)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise _wrong("logit_bias", self.logit_bias, "hold pairs of a token and a number")
+        given: dict[str, Any] = {
+            **{name: _whole(name, getattr(self, name)) for name in _WHOLE},
+            **{name: _finite(name, getattr(self, name)) for name in _FINITE},
+            "seed": None if self.seed is None else _whole("seed", self.seed),
+            "stop": stop,
+            "stop_token_ids": _tokens("stop_token_ids", self.stop_token_ids),
+            "logit_bias": tuple(
+                (*_tokens("logit_bias", (t,)), _finite("logit_bias", x)) for t, x in pairs
+            ),
+            "bad_words": tuple(
+                _tokens("bad_words", run) for run in _items("bad_words", self.bad_words)
+            ),
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        biased, most = dict(self.logit_bias), max((abs(x) for _, x in self.logit_bias), default=0.0)
+        greedy = self.temperature == 0
         for name, ok, must in (
-            ("n", self.n >= 1, "be at least 1"),
-            ("temperature", self.temperature >= 0, "be 0 (greedy) or more"),
+            ("n", 1 <= self.n <= 2**16, "lie in [1, 65536]"),
+            # Beyond these, logits in float32 would overflow.
+            (
+                "temperature",
+                greedy or 1e-5 <= self.temperature <= 1e5,
+                "be 0 (greedy) or in [1e-5, 1e5]",
+            ),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "lie in [0.001, 1000]"),
+            ("logit_bias", most <= 1e9, "add at most 1e9 to a logit"),
+            ("logit_bias", len(biased) == len(self.logit_bias), "name each token once"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "be 0 (all) or more"),
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "hold strings, none empty"),
             ("bad_words", all(self.bad_words), "hold no empty run"),
         ):
             if not ok:
-                raise ConfigError(f"sampling {name} is {getattr(self, name)}; it must {must}.")
+                raise _wrong(name, getattr(self, name), must)
+
+
+_WHOLE = ("n", "top_k", "max_new_tokens")
+_FINITE = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def _wrong(name: str, value: object, must: str) -> ConfigError:
+    return ConfigError(f"sampling {name} is {value!r:.80}; it must {must}.")
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of whatever type; True is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise _wrong(name, value, "be a whole number")
+    return int(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    """A finite number of whatever type; True is none."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+    raise _wrong(name, value, "be a finite number")
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    """The values of a list of whatever type; a string is none, None is an empty one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable | None):
+        raise _wrong(name, value, "be a list")
+    return () if value is None else tuple(value)
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    ids = tuple(_whole(name, token) for token in _items(name, value))
+    if any(token < 0 for token in ids):
+        raise _wrong(name, ids, "hold token ids, 0 or more")
+    return ids
 
 
 @dataclass(frozen=True, slots=True)

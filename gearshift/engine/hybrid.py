@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
+from gearshift.data.text import decode
 from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
 from gearshift.engine.decode import Decoder
@@ -33,12 +35,13 @@ from gearshift.engine.native import kernels_of
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights
-from gearshift.errors import CapacityError, GearshiftError
+from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import check_head, describe, head_of
 from gearshift.models.forward import drops_out, hidden_states, token_scores
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
+from gearshift.models.vocabulary import check_vocabulary
 from gearshift.runtime.config import Config
 from gearshift.types import Completion, PackedBatch, SamplingParams
 
@@ -88,7 +91,7 @@ class Stream:
 
     def __next__(self) -> int:
         while self._told == len(self._sequence.token_ids):
-            if self._sequence.finish_reason is not None:
+            if self._sequence.has_ended():
                 raise StopIteration
             self._engine.step()
         self._told += 1
@@ -96,8 +99,8 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether its last token was sampled."""
-        return self._sequence.finish_reason is not None
+        """Whether its last token was sampled. Raises the error that ended it, if one did."""
+        return self._sequence.has_ended()
 
     def abort(self) -> None:
         """End the request here; its part of the cache is free at once."""
@@ -119,7 +122,11 @@ class HybridEngine:
         config: EngineConfig | None = None,
         seed: int = 0,
     ) -> None:
-        """Fuse the weights of a described architecture, check the head; raises `ModelError`."""
+        """Fuse the weights of a described architecture, check the head and the vocabulary; raises
+        `ModelError`, and `ConfigError` for a seed of more than 64 bits.
+        """
+        if not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"The seed {seed} has more than 64 bits; take a smaller one.")
         self.model, self.tokenizer = model, tokenizer
         self.config, self.seed = config or EngineConfig(), seed
         if model.config._attn_implementation != ATTENTION:
@@ -129,6 +136,7 @@ class HybridEngine:
         self.head = head_of(model)
         self.weights = AliasedWeights(self.plan, self.head.linear) if self.plan else None
         self.kernels, self._home = kernels_of(model), self._where()
+        self.vocabulary = check_vocabulary(model, tokenizer)
         self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
@@ -197,14 +205,15 @@ class HybridEngine:
         What is sampled is a function of (seed, request id, sample, position) and the weights only:
         not of the other prompts, nor of how many rows run together. Request ids default to 0, 1,
         ...
-        Raises `CapacityError` for an empty prompt, or one that leaves no room for `max_new_tokens`.
+        Raises `CapacityError` for an empty prompt, or one that leaves no room for `max_new_tokens`;
+        `DataError` and `ConfigError` for tokens that are not in the vocabulary.
         """
         params = params or SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         request_ids = range(len(prompts)) if request_ids is None else request_ids
         groups = self._add(prompts, each, request_ids)
         try:
-            while any(s.finish_reason is None for group in groups for s in group):
+            while not all([s.has_ended() for group in groups for s in group]):
                 self.step()
         except BaseException:  # an interrupt too: what nobody waits for must not run on
             for sequence in (s for group in groups for s in group):
@@ -264,7 +273,14 @@ class HybridEngine:
         return token_scores(self.model, batch, temperature, value_head, self.states)
 
     def states(self, batch: PackedBatch) -> Tensor:
-        """[T, C] last hidden states of the packed tokens."""
+        """[T, C] last hidden states of the packed tokens. Raises `DataError` for a token that the
+        model does not have.
+        """
+        if len(batch) and int(batch.input_ids.max()) >= self.vocabulary:
+            raise DataError(
+                f"A row has the token {int(batch.input_ids.max())} and the model {self.vocabulary} "
+                "tokens; take out what stands for an image or a sound."
+            )
         if self.plan is None or self.weights is None or drops_out(self.model):
             if self.config.recompute:
                 raise GearshiftError(
@@ -381,12 +397,20 @@ class HybridEngine:
         request_ids: Sequence[int],
     ) -> list[list[requests.Sequence]]:
         self._require("generation", "Sampling")
-        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        if not len(prompts) == len(params) == len(request_ids):
+            raise ConfigError(
+                f"{len(prompts)} prompts have {len(params)} sampling parameters and "
+                f"{len(request_ids)} request ids; give as many of each."
+            )
+        tokens = [requests.checked_prompt(i, p, self.vocabulary) for i, p in enumerate(prompts)]
+        request_ids = [requests.checked_id(request) for request in request_ids]
+        for i, (prompt, own) in enumerate(zip(tokens, params, strict=True)):
+            requests.check_params(own, self.vocabulary)
             self._check_room(i, len(prompt), own.max_new_tokens)
         groups = [
             [
                 requests.Sequence(
-                    list(prompt),
+                    prompt,
                     own,
                     request_id,
                     sample,
@@ -395,7 +419,7 @@ class HybridEngine:
                 )
                 for sample in range(own.n)
             ]
-            for prompt, own, request_id in zip(prompts, params, request_ids, strict=True)
+            for prompt, own, request_id in zip(tokens, params, request_ids, strict=True)
         ]
         scheduler = self._scheduler or self._new_scheduler()
         self._scheduler = scheduler
@@ -410,7 +434,7 @@ class HybridEngine:
         return Scheduler(
             cache,
             decoder,
-            self.tokenizer.decode,
+            partial(decode, self.tokenizer),
             self.config.max_rows,
             self.config.prefill_tokens,
             self.config.steps_ahead or (1 if self.device.type == "cpu" else 8),

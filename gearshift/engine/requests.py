@@ -1,10 +1,17 @@
-"""What the scheduler runs: one completion on its way, and when it ends."""
+"""What the scheduler runs: one completion on its way, and when it ends; and what a request must be
+before it runs beside others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from numbers import Integral
+from operator import index
+from typing import Any
 
+from gearshift.errors import ConfigError, DataError, GearshiftError
 from gearshift.types import Completion, FinishReason, SamplingParams
 
 Decode = Callable[[list[int]], str]
@@ -24,6 +31,8 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: GearshiftError | None = None
+    """What ended it, if not its tokens; others run on."""
     uniforms: list[float] = field(default_factory=list)
     """Of its first tokens, one each; drawn ahead, some at a time."""
     blocks: list[int] = field(default_factory=list)
@@ -44,10 +53,29 @@ class Sequence:
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         self.drawn_logprobs.append(drawn_logprob)
-        if token in self.end_tokens or self._says_stop(decode):
+        try:
+            ends = token in self.end_tokens or self._says_stop(decode)
+        except Exception as error:  # the tokenizer's own
+            self.fail(error)
+            return
+        if ends:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.params.max_new_tokens:
             self.finish_reason = "length"
+
+    def fail(self, error: Exception) -> None:
+        """End it here; whoever waits for it is told why."""
+        self.finish_reason = "abort"
+        if not isinstance(error, GearshiftError):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            error = GearshiftError(f"Request {self.request_id} failed alone: {reason}.")
+        self.error = error
+
+    def has_ended(self) -> bool:
+        """Whether its last token was sampled. Raises the error that ended it, if one did."""
+        if self.error is not None:
+            raise self.error
+        return self.finish_reason is not None
 
     def completion(self, weights_version: int) -> Completion:
         """What is handed out; a sequence that has not ended was aborted."""
@@ -64,3 +92,50 @@ class Sequence:
             return False
         text = decode(self.token_ids)
         return any(stop in text for stop in self.params.stop)
+
+
+def checked_prompt(place: int, prompt: Ordered[int], vocabulary: int) -> list[int]:
+    """The prompt's token ids. Raises `DataError` for what is no token of the vocabulary."""
+    if isinstance(prompt, str | bytes):
+        raise DataError(f"Prompt {place} is a text; encode it first, a prompt is token ids.")
+    for token in prompt:
+        if not _is_token(token, vocabulary):
+            raise DataError(
+                f"Prompt {place} holds {token!r}, which is no token id from 0 to {vocabulary - 1}; "
+                "encode it with this model's tokenizer."
+            )
+    return list(map(index, prompt))
+
+
+def check_params(params: SamplingParams, vocabulary: int) -> None:
+    """Raises `ConfigError` where the parameters name tokens that the vocabulary lacks."""
+    named = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": tuple(token for token, _ in params.logit_bias),
+        "bad_words": tuple(token for run in params.bad_words for token in run),
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if token >= vocabulary:
+                raise ConfigError(
+                    f"sampling {name} names token {token}; the vocabulary ends at {vocabulary - 1}."
+                )
+    if len({run[-1] for run in params.bad_words}) == vocabulary:
+        raise ConfigError("sampling bad_words ends with every token; leave one to be sampled.")
+
+
+def checked_id(request_id: Any) -> int:
+    """A request's number. Raises `ConfigError` for one that seeds no samples."""
+    if not _is_token(request_id, 2**63):
+        raise ConfigError(f"The request id {request_id!r} is no whole number in [0, 2^63).")
+    return index(request_id)
+
+
+def _is_token(value: Any, end: int) -> bool:
+    """Whether it is a whole number from 0 to below `end`; one of a tensor is too."""
+    if not isinstance(value, Integral):
+        try:
+            value = index(value)
+        except TypeError:
+            return False
+    return not isinstance(value, bool) and 0 <= value < end

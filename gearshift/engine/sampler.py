@@ -102,6 +102,7 @@ def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
         ordered_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = torch.softmax(ordered_BV, -1).cumsum(-1)
         drop_BV = (before_BV - torch.softmax(ordered_BV, -1)) >= params.top_p
+        drop_BV[:, 0] = False  # a top_p that float32 rounds to 0 too
         logits_BV = logits_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -torch.inf)
     if params.min_p > 0:
         floor_B1 = logits_BV.amax(-1, keepdim=True) + torch.log(torch.tensor(params.min_p))

@@ -151,16 +151,28 @@ class Scheduler:
         return steps
 
     def _sample(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> None:
-        """One token for each of the sequences."""
-        drawn = sample(
-            self.decoder.kernels.draw,
-            logits,
-            uniforms[0],
-            [s.params for s in sequences],
-            lambda row: sequences[row].tokens,
-        )
-        tokens, logprobs, drawn_logprobs = (column.tolist() for column in drawn)
-        self._append(sequences, [(tokens, logprobs, drawn_logprobs)])
+        """One token for each of the sequences. If that fails, each is tried alone, and only those
+        that fail alone end with the error.
+        """
+        try:
+            drawn = self._drawn(sequences, logits, uniforms[0])
+        except Exception as error:
+            if len(sequences) == 1:
+                sequences[0].fail(error)
+                self._leave(sequences[0])
+                return
+            for i, sequence in enumerate(sequences):
+                self._sample([sequence], logits[i : i + 1], uniforms[:, i : i + 1])
+            return
+        self._append(sequences, [drawn])
+
+    def _drawn(
+        self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor
+    ) -> tuple[list[int], list[float], list[float]]:
+        draw, params = self.decoder.kernels.draw, [s.params for s in sequences]
+        columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
+        tokens, logprobs, drawn_logprobs = (column.tolist() for column in columns)
+        return tokens, logprobs, drawn_logprobs
 
     def _append(
         self,
@@ -168,18 +180,22 @@ class Scheduler:
         steps: Iterable[tuple[list[int], list[float], list[float]]],
     ) -> None:
         """Steps of (tokens, log-probs, log-probs as drawn); what comes after a sequence's end is
-        dropped. Who has ended leaves.
+        dropped. Who has ended leaves, with an error where the log-probs are not numbers.
         """
         for tokens, logprobs, drawn_logprobs in steps:
-            if not all(map(_is_number, logprobs)):
-                raise NumericalError(
-                    "The policy's logits are not finite, so nothing can be sampled; look for a "
-                    "learning rate that is too high, or broken weights."
-                )
             rows = zip(sequences, tokens, logprobs, drawn_logprobs, strict=True)
             for sequence, token, logprob, drawn_logprob in rows:
-                if sequence.finish_reason is None:
+                if sequence.finish_reason is not None:
+                    continue
+                if _is_number(logprob) and _is_number(drawn_logprob):
                     sequence.append(token, logprob, drawn_logprob, self.decode)
+                else:
+                    sequence.fail(
+                        NumericalError(
+                            "The policy's logits are not finite, so nothing can be sampled; look "
+                            "for a learning rate that is too high, or broken weights."
+                        )
+                    )
         for sequence in [s for s in sequences if s.finish_reason is not None]:
             self._leave(sequence)
 

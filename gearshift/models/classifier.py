@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.errors import CapacityError
+from gearshift.models.vocabulary import check_vocabulary
 
 
 def use_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -20,6 +21,8 @@ def use_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
     Decoder classifiers read the score at the last token that is not padding: with pad = end, the
     end of the text would be taken for padding.
+
+    Raises `ModelError` if the tokenizer has tokens that the model lacks.
     """
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = next(
@@ -32,6 +35,7 @@ def use_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
         )
         tokenizer.pad_token = spare or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    check_vocabulary(model, tokenizer)
 
 
 def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:

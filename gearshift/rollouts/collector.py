@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import render_prompt, render_turn
+from gearshift.data.text import decode
 from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.workers import Workers
@@ -283,7 +284,7 @@ class Collector:
     def _text(self, episode: _Episode) -> str:
         """What the policy wrote in this turn."""
         written = episode.token_ids[episode.turn_start :]
-        return self._tokenizer.decode(written, skip_special_tokens=True)
+        return decode(self._tokenizer, written, skip_special_tokens=True)
 
     def _stepped(
         self, episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]]

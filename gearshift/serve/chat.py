@@ -7,32 +7,23 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from gearshift.data.chat import render_prompt
+from gearshift.data.text import pieces
 from gearshift.engine import HybridEngine
-from gearshift.errors import CapacityError
+from gearshift.errors import GearshiftError
 from gearshift.types import Message, SamplingParams
 
 
 def reply(
     engine: HybridEngine, messages: list[Message], params: SamplingParams, request_id: int = 0
 ) -> Iterator[str]:
-    """The answer's text in pieces. A piece is held back while its bytes are half a character."""
+    """The answer's text in pieces."""
     prompt = render_prompt(engine.tokenizer, messages)
-    ids: list[int] = []
-    shown = ""
     with engine.generating():
         stream = engine.stream(prompt, params, request_id)
         try:
-            for token in stream:
-                ids.append(token)
-                text = engine.tokenizer.decode(ids, skip_special_tokens=True)
-                if not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
+            yield from pieces(engine.tokenizer, stream)
         finally:  # whoever stops listening ends the request
             stream.abort()
-    rest = engine.tokenizer.decode(ids, skip_special_tokens=True)
-    if rest != shown:
-        yield rest[len(shown) :]
 
 
 def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remember: bool) -> None:
@@ -58,14 +49,14 @@ def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remem
             continue
         messages.append({"role": "user", "content": line})
         try:
-            pieces = []
+            said = []
             for piece in reply(engine, messages, params, request_id=turn):
-                console.print(piece, end="", markup=False, soft_wrap=True)
-                pieces.append(piece)
+                console.out(piece, end="")  # as it is: brackets, `:smile:` and all
+                said.append(piece)
             console.print()
-        except CapacityError as error:
-            console.print(f"[red]{error}[/red]")
+        except GearshiftError as error:
+            console.print(str(error), style="red", markup=False)
             messages = list(opening)
             continue
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        messages.append({"role": "assistant", "content": "".join(said)})
         turn += 1

@@ -1,0 +1,66 @@
+"""Tokens to text, whole or in pieces as they are sampled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Clean-up takes the space out of " .", " ' ", " n't" and the like. No other letters than these can
+# be the beginning of such a pattern.
+_OPEN = " 'nvr"
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False
+) -> str:
+    """The tokenizer's text. A token that it does not know has none: an embedding may have more rows
+    than there are tokens, and such a row can be sampled.
+    """
+    try:
+        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+    except (ValueError, LookupError, TypeError, OverflowError):
+        known = set(tokenizer.get_vocab().values())
+        kept = [token for token in ids if token in known]
+        return str(tokenizer.decode(kept, skip_special_tokens=skip_special_tokens))
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens, without special ones, in pieces that join to what `decode` gives of
+    all. What a later token may change is held back: half a character, or a space before a stop.
+    """
+    ids: list[int] = []
+    told = 0
+    for token in tokens:
+        ids.append(token)
+        text = _settled(tokenizer, ids)
+        if len(text) > told:
+            yield text[told:]
+            told = len(text)
+    rest = decode(tokenizer, ids, skip_special_tokens=True)[told:]
+    if rest:
+        yield rest
+
+
+def _settled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The beginning of the text that no later token changes."""
+    end = len(ids)
+    while end and _is_open(tokenizer, ids[end - 1]):
+        end -= 1
+    text = decode(tokenizer, ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+    if not tokenizer.clean_up_tokenization_spaces:
+        return text
+    raw = tokenizer.decode(
+        ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    ).rstrip("\ufffd")
+    settled = str(raw.rstrip(_OPEN))
+    return settled if raw == text else tokenizer.clean_up_tokenization(settled)
+
+
+def _is_open(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether it has no text, or is one byte of a run that is read as a whole when it has ended."""
+    if not decode(tokenizer, [token], skip_special_tokens=True):
+        return True
+    return _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))) is not None
