@@ -1,6 +1,6 @@
 """Chats to tokens by the tokenizer's own template, with exact masks of what the assistant said.
 
-The mask comes from prefixes of the template's rendering: what stands between a conversation that
+What an answer is is told by comparing the template's texts: what stands between a conversation that
 asks for an answer and the same conversation with the answer is what the assistant must learn to
 write, its end token included.
 """
@@ -8,42 +8,104 @@ write, its end token included.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from gearshift.data.template import (
+    PROBE,
+    REASONING,
+    Options,
+    check_said,
+    has_marks,
+    left_out,
+    marked,
+    special_tokens,
+    squeezed,
+    text_of,
+    with_reasoning,
+)
 from gearshift.errors import DataError
 from gearshift.types import Message
 
+Rendered = tuple[list[int], list[int]]
+"""(token ids, mask)."""
+Span = tuple[int, int]
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that asks for the assistant's next words. Raises `DataError`."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+
+class _UntoldAnswerError(DataError):
+    """The template does not let an answer be told from what stands before it."""
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None = None,
+) -> list[int]:
+    """Token ids of a conversation that asks for the assistant's next words. Raises `DataError`,
+    also if the template leaves out some of it.
+    """
+    check_said(tokenizer, messages, options)
+    return _encode(tokenizer, text_of(tokenizer, messages, options, asks=True))
 
 
 def render_supervised(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[int]]:
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None = None,
+) -> Rendered:
     """(token ids, mask): the ids are the template's own rendering of the whole conversation; the
     mask is 1 on each assistant message's words and its end token, not on what the template writes
-    after it.
+    after it. An answer that the template opens only when it asks for it (with `<think>`) follows
+    the prompt as it is when it asks.
 
-    Raises `DataError` if the template cannot tell where an answer begins.
+    Raises `DataError` if the template cannot tell where an answer begins, or a policy would have
+    written an earlier one in another way; `render_conversation` gives that one its own sequence.
     """
-    ids = _render(tokenizer, messages)
-    mask = [0] * len(ids)
+    rendered = render_conversation(tokenizer, messages, options)
+    if len(rendered) > 1:
+        raise DataError(
+            "the chat template writes an earlier answer otherwise than a policy does; "
+            "its answers need a sequence each."
+        )
+    return rendered[0]
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None = None,
+    untrained: Collection[int] = (),
+) -> list[Rendered]:
+    """As few sequences as train each answer as a policy writes it, but those `untrained`: the
+    whole conversation, and one up to each answer that the whole has in a form that is not so.
+
+    Templates drop an earlier answer's reasoning, or open one that is asked for with `<think>`.
+    Raises `DataError` if an answer cannot be told, or the template leaves out some of the words.
+    """
+    check_said(tokenizer, messages, options)
+    whole = text_of(tokenizer, messages, options)
+    spans: list[Span] = []
+    alone: list[Rendered] = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i in untrained:
             continue
-        span = _answer_span(tokenizer, ids, render_prompt(tokenizer, messages[:i]), messages, i)
+        try:
+            before, answer = _answer(tokenizer, messages[: i + 1], options)
+        except _UntoldAnswerError:
+            if not has_marks(tokenizer):
+                raise
+            return [_marked(tokenizer, messages, options, untrained)]
+        span = _span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
-            return ids, _template_mask(tokenizer, messages)
-        mask[slice(*span)] = [1] * (span[1] - span[0])
-    return ids, mask
+            prompt, written = _continued(tokenizer, before, answer)
+            alone.append(([*prompt, *written], [0] * len(prompt) + [1] * len(written)))
+        else:
+            spans.append(span)
+    return [*([_masked(tokenizer, whole, spans)] if spans or not alone else []), *alone]
 
 
-def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
     """(token ids, mask) of a plain text and the end token; everything is trained but the first
     token, a BOS where the tokenizer puts one: nothing predicts it.
     """
@@ -55,69 +117,242 @@ def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
 
 
 def render_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], completion: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    completion: str | Message,
+    options: Options | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(ids of the prompt, ids of the answer with its end token). Raises `DataError`."""
-    answered = [*prompt, {"role": "assistant", "content": completion}]
-    ids, before = _render(tokenizer, answered), render_prompt(tokenizer, prompt)
-    span = _answer_span(tokenizer, ids, before, answered, len(prompt))
-    if span is None:
-        raise DataError(
-            "The chat template renders a prompt differently once it is answered; "
-            "give the tokenizer a template whose rendering only grows."
-        )
-    if ids[: len(before)] == before:
-        return before, ids[len(before) : span[1]]
-    # A token lies across the border; a policy writes the answer after the prompt's own tokens.
-    answer = tokenizer.decode(ids[: span[1]])[len(tokenizer.decode(before)) :]
-    return before, tokenizer.encode(answer, add_special_tokens=False)
+    """(ids of the prompt, ids of the answer with its end token); the answer is a text, or a message
+    with its tool calls or reasoning. Raises `DataError`.
+    """
+    message = completion
+    if isinstance(message, str):
+        message = {"role": "assistant", "content": message}
+    answered = [*prompt, message]
+    check_said(tokenizer, answered, options)
+    return _continued(tokenizer, *_answer(tokenizer, answered, options))
 
 
-def render_turn(tokenizer: PreTrainedTokenizerBase, said: Sequence[Message]) -> list[int]:
+def render_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    said: Sequence[Message],
+    options: Options | None = None,
+) -> list[int]:
     """What follows an answer's end token when these messages come next and the assistant is asked
     again.
 
     So that an episode goes on from the sampled tokens themselves: they are never encoded a second
     time.
     """
-    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *said]
-    ids = render_prompt(tokenizer, opening)
-    span = _answer_span(tokenizer, ids, render_prompt(tokenizer, opening[:1]), opening, 1)
-    if span is None:
-        raise DataError(
-            "The chat template rewrites earlier turns when a new one comes; "
-            "give the tokenizer a template whose rendering only grows."
-        )
-    return ids[span[1] :]
+    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+    try:
+        whole = text_of(tokenizer, [*opening, *said], options, asks=True)
+    except DataError:
+        if said[0]["role"] != "tool":
+            raise
+        # This template wants to know what the tool answers.
+        opening[1] = _calling(said[0].get("name") or "tool")
+        whole = text_of(tokenizer, [*opening, *said], options, asks=True)
+    check_said(tokenizer, [*opening, *said], options)
+    before, answer = _answer(tokenizer, opening, options)
+    if whole.startswith(before + answer):
+        end = len(before + answer)
+    else:
+        at = whole.find(PROBE)
+        if at < 0:
+            raise DataError(
+                "The chat template leaves out earlier answers when a new message comes; "
+                "give the tokenizer a template that keeps them."
+            )
+        tail = whole[at + len(PROBE) :]
+        end = at + len(PROBE) + len(_closing(tokenizer, tail, answer))
+    return _continued(tokenizer, whole[:end], whole[end:])[1]
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an assistant's turn: EOS, and the one that the template puts there."""
+    """The tokens that end an assistant's turn: EOS, and those that the template puts there, after
+    words and after a tool call. EOS alone where that cannot be told.
+    """
     found = {t for t in [tokenizer.eos_token_id] if t is not None}
-    if tokenizer.chat_template:
-        _, answer = render_completion(tokenizer, [{"role": "user", "content": "a"}], "b")
-        found |= {answer[-1]} & _special_ids(tokenizer)
+    for answer in ({"role": "assistant", "content": PROBE}, _calling("tool")):
+        try:
+            _, text = _answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
+        except DataError:
+            continue
+        if end := re.search(f"{special_tokens(tokenizer)}$", text):
+            found.add(tokenizer.convert_tokens_to_ids(end.group()))
     return frozenset(found)
 
 
-def _render(
+def _calling(name: str) -> Message:
+    call = {"type": "function", "id": "call00001", "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+) -> tuple[str, str]:
+    """The text that asks for the last message, and what a policy writes after it: the message,
+    through its end token. Raises `DataError` if that cannot be told.
+    """
+    *prompt, message = messages
+    before = text_of(tokenizer, prompt, options, asks=True)
+    whole = text_of(tokenizer, messages, options)
+    probed = text_of(tokenizer, [*prompt, {"role": "assistant", "content": PROBE}], options)
+    tail = probed.rpartition(PROBE)[2] if PROBE in probed else ""
+    end = _end(tokenizer, whole, tail)
+    content = str(with_reasoning(tokenizer, message)["content"])
+    answer = None
+    if whole.startswith(before):
+        answer = whole[len(before) : end]
+    # Asked, the template opens the reasoning (`<think>`), which it leaves out of an answer.
+    opened = re.search(r"<(\w+)>(\s*)\Z", before)
+    if answer is None and opened and whole.startswith(before[: opened.start()]):
+        tag, space = opened.groups()
+        rest = whole[opened.start() : end].removeprefix(f"<{tag}>")
+        if f"</{tag}>" not in rest:
+            thought, closed, said = content.rpartition(f"</{tag}>")
+            thought = thought.lstrip().removeprefix(f"<{tag}>") if closed else "\n\n"
+            gap = said[: len(said) - len(said.lstrip())] if closed else "\n\n"
+            rest = f"{thought}</{tag}>{gap}{rest.lstrip()}"
+        answer = rest.removeprefix(space)
+    if answer is None:
+        raise _UntoldAnswerError(
+            "The chat template renders a prompt differently once it is answered, so the "
+            "assistant's tokens cannot be told; give the tokenizer a template whose rendering only "
+            "grows, or add {% generation %} marks to it."
+        )
+    if "</think>" in content and squeezed(content).removeprefix("<think>") not in squeezed(answer):
+        raise DataError(left_out("the reasoning of an answer"))
+    return before, answer
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
+    """Where the last answer's end token ends. `tail`: what the template writes after an answer."""
+    special = special_tokens(tokenizer)
+    first = re.search(special, tail)
+    if whole.endswith(tail):
+        return len(whole) - len(tail) + (first.end() if first else len(tail))
+    # After a tool call it may be another one: the same if it is among those at the end, or the
+    # first of them.
+    run = re.search(rf"(?:\s|{special})*\Z", whole)
+    assert run
+    same = re.compile(re.escape(first.group()) if first else "(?!)")
+    found = same.search(whole, run.start()) or re.compile(special).search(whole, run.start())
+    return found.end() if found else len(whole)
+
+
+def _span(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "The tokenizer has no chat template; set tokenizer.chat_template and save it, "
-            "or use `text` rows."
-        )
+    i: int,
+    options: Options | None,
+    whole: str,
+    before: str,
+    answer: str,
+) -> Span | None:
+    """Where answer i stands in the text of the whole conversation; None if it is not there as a
+    policy writes it: after the text that asks for it, with all its words, and an end token.
+    """
+    if whole.startswith(before + answer):
+        return len(before), len(before + answer)
+    if not whole.startswith(before):
+        return None
+    probe = {"role": "assistant", "content": PROBE}
     try:
-        ids = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-        )
-    except Exception as error:  # a template's own raise_exception, or one that wants other fields
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"The chat template refuses this conversation: {reason}.") from error
-    ids = cast(list[int], ids)
+        probed = text_of(tokenizer, [*messages[:i], probe, *messages[i + 1 :]], options)
+    except DataError:
+        return None
+    tail = probed.partition(PROBE)[2]
+    closing = _closing(tokenizer, tail, answer)
+    start, end = len(before), len(whole) - len(tail) + len(closing)
+    if not closing or not whole.endswith(tail) or end < start:
+        return None
+    words = squeezed(whole[start:end])
+    for key in ("content", REASONING[0]):
+        said = squeezed(messages[i].get(key) or "")
+        if said in squeezed(answer) and said not in words:
+            return None
+    return start, end
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, tail: str, answer: str) -> str:
+    """The end token that `tail`, what stands after an earlier answer, begins with; and "" if it has
+    none, and begins with the next message.
+
+    It may be another one than the last answer's. What opens a message is followed by the name of a
+    role or by the words; an end token by what opens the next one.
+    """
+    special = special_tokens(tokenizer)
+    last = re.search(f"{special}$", answer)
+    found = re.match(rf"\s*({special})(\s*(?:{special}|\Z))?", tail)
+    if not found:
+        return ""
+    token, followed = found.groups()
+    same = last is not None and token == last.group()
+    ends = same or (followed is not None and token != tokenizer.bos_token)
+    return tail[: found.end(1)] if ends else ""
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None,
+    untrained: Collection[int],
+) -> Rendered:
+    """By the template's own marks, one run of them an answer."""
+    ids, mask = marked(tokenizer, messages, options)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = [j for j, m in enumerate(mask) if m and (j == 0 or not mask[j - 1])]
+    if len(starts) != len(answers) and untrained:
+        raise DataError("the template's marks do not tell which answer is which.")
+    for start, i in zip(starts, answers, strict=False):
+        for j in range(start, len(mask)) if i in untrained else ():
+            if not mask[j]:
+                break
+            mask[j] = 0
+    return ids, mask
+
+
+def _continued(
+    tokenizer: PreTrainedTokenizerBase, before: str, after: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of two texts that follow each other. Where a token would lie across the border, the
+    second is encoded alone: a policy writes after the prompt's own tokens.
+    """
+    first, both = _encode(tokenizer, before), _encode(tokenizer, before + after)
+    if both[: len(first)] == first:
+        return first, both[len(first) :]
+    return first, tokenizer.encode(after, add_special_tokens=False)
+
+
+def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Rendered:
+    """(ids, mask) of a text: 1 on each token with a character in one of the spans."""
+    ids = _encode(tokenizer, text)
+    mask = [0] * len(ids)
+    if not tokenizer.is_fast:  # no offsets: what encodes as the text up to there does
+        for span in spans:
+            first, last = (_common(ids, _encode(tokenizer, text[:at])) for at in span)
+            mask[first:last] = [1] * (last - first)
+        return ids, mask
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    before = 0
+    for i, (start, end) in enumerate(offsets["offset_mapping"]):
+        # Some tokenizers leave white space out of a token's offsets.
+        start, before = min(start, before), end
+        mask[i] = int(any(start < last and first < end for first, last in spans))
+    return ids, mask
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a template's text. Raises `DataError` if BOS is there twice."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise DataError(
@@ -127,60 +362,7 @@ def _render(
     return ids
 
 
-def _answer_span(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    before: list[int],
-    messages: Sequence[Message],
-    i: int,
-) -> tuple[int, int] | None:
-    """Where message i, an answer, stands in `ids`, the rendering of all messages: every token with
-    some of its words, and its end token. None if the template renders what is before it in another
-    way than `before`, the prompt that it answers, so that it cannot be told.
-    """
-    start = len(before)
-    if ids[:start] != before:
-        # A token may lie across the border: the header's newline and the answer's make one.
-        if not tokenizer.decode(ids).startswith(tokenizer.decode(before)):
-            return None
-        pairs = enumerate(zip(ids, before, strict=False))
-        start = next((j for j, (one, other) in pairs if one != other), 0)
-    special = _special_ids(tokenizer)
-    answered = ids if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1])
-    if ids[: len(answered)] != answered:
-        # What follows makes the template write this answer differently: without its reasoning, or
-        # without an EOS that only the last one has. Its end token is still the first to come.
-        return next(((start, j + 1) for j in range(start, len(ids)) if ids[j] in special), None)
-    # The end token is the first of the special tokens and white space that stand at the end.
-    end = len(answered)
-    for j in reversed(range(start, len(answered))):
-        if answered[j] in special:
-            end = j + 1
-        elif tokenizer.decode([answered[j]]).strip():
-            break
-    return start, end
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Those with a name (EOS and so on), and those that are only added: Phi's `<|end|>`."""
-    added = {token for token, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return added | set(tokenizer.all_special_ids)
-
-
-def _template_mask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The mask from the template's own `{% generation %}` marks, where it has them."""
-    if re.search(r"{%-?\s*generation\b", tokenizer.get_chat_template()):
-        out = tokenizer.apply_chat_template(
-            list(messages), return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(out["assistant_masks"])
-    raise DataError(
-        "The chat template renders earlier turns differently once they are answered, so the "
-        "assistant's tokens cannot be told; add {% generation %} marks to the template."
-    )
-
-
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that the tokenizer itself puts before a text, if it does."""
-    ids = tokenizer.encode("a")
+    ids: list[int] = tokenizer.encode("a")
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

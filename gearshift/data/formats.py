@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
+from gearshift.data.messages import (
+    as_list,
+    read_message,
+    read_messages,
+    read_tools,
+    show,
+    string,
+)
 from gearshift.errors import DataError
 from gearshift.types import Message
 
 Row = Mapping[str, Any]
-_PARTS = (
-    "prompt", "completion", "completions", "chosen", "rejected", "instruction", "input", "output",
+COLUMNS = frozenset((
+    "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
+    "rejected", "instruction", "input", "output", "system", "history",
+))  # fmt: skip
+"""The columns that hold what is read and learned; any other is the user's own, or tells how."""
+LISTS = (
+    "messages", "conversations", "completions", "labels", "tools", "history",
+    "chat_template_kwargs",
 )  # fmt: skip
-COLUMNS = frozenset(("text", "messages", "conversations", *_PARTS))
-"""The columns that hold what is read and learned; any other is the user's own."""
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+"""Columns of lists and objects; in a file that has texts only, JSON."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_ANSWERED = (
+    {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"},
+    {"instruction", "output"}, {"chosen", "rejected"}, {"prompt", "completions", "labels"},
+)  # fmt: skip
+_ASKED = ({"prompt"}, {"instruction"})
 
 
 class SourceRow(dict[str, Any]):
@@ -47,9 +60,15 @@ class TextExample:
 
 @dataclass(frozen=True, slots=True)
 class ChatExample:
-    """A conversation; the assistant's messages are trained."""
+    """A conversation; the assistant's messages are trained.
+
+    `options`, here and below: what the chat template gets besides, `tools` and others.
+    """
 
     messages: list[Message]
+    options: dict[str, Any] = field(default_factory=dict)
+    untrained: frozenset[int] = frozenset()
+    """The places of answers that are not trained."""
     where: str = field(default="", compare=False)
 
 
@@ -59,18 +78,20 @@ class PromptExample:
 
     prompt: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """A better and a worse answer."""
+    """A better and a worse answer: a text, or a message with more than that."""
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | Message
+    rejected: str | Message
     margin: float = 0.0
     """By how much the better one should win."""
+    options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
@@ -79,8 +100,9 @@ class JudgedExample:
     """An answer, and whether it is a good one."""
 
     prompt: list[Message]
-    completion: str
+    completion: str | Message
     good: bool
+    options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
@@ -91,6 +113,7 @@ class StepsExample:
     prompt: list[Message]
     steps: list[str]
     labels: list[bool]
+    options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
@@ -120,37 +143,112 @@ def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
     def located(row: Row) -> Record:
         where = getattr(row, "where", "")
         with at(where or "A row"):
-            return replace(convert(row), where=where)
+            return replace(convert(given(row)), where=where)
 
     return located
+
+
+def with_lists(row: Row) -> dict[str, Any]:
+    """The row with its lists and objects read, where its file has texts only. What is no JSON
+    stays, to be refused by its name.
+    """
+    row = dict(row)
+    for key in {*LISTS, "prompt", "completion", "chosen", "rejected"} & set(row):
+        text = row[key]
+        if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            # A prompt that looks like a list is one only if it holds messages.
+            items = value if isinstance(value, list) else [value]
+            if key in LISTS or all(isinstance(m, dict) and {"role"} <= set(m) for m in items):
+                row[key] = value
+    return row
+
+
+def given(row: Row) -> dict[str, Any]:
+    """What a row gives, the same from every kind of file: null and empty columns are not given, and
+    columns of lists and objects are read from JSON where the file has texts only.
+    """
+    kept = {key: _plain(value) for key, value in with_lists(row).items()}
+    return {key: value for key, value in kept.items() if value is not None and value != ""}
+
+
+def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
+    """Whether a row is empty where it must say something: a text that it needs, or a message of
+    user or assistant, is blank. A column that only other rows of its source (`columns`) have is
+    blank too. `answered`: a prompt alone is not enough.
+    """
+    said = {key: value for key, value in given(row).items() if not _blank(value)}
+    known = columns & COLUMNS
+    if not known:
+        return not said
+    formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)
+    if not any(needed <= set(said) for needed in formats):
+        return not known <= set(said)
+    lists = [value for key, value in said.items() if key in COLUMNS and isinstance(value, list)]
+    return any(_silent(message) for messages in lists for message in messages)
+
+
+def _silent(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return isinstance(message, str) and not message.strip()
+    who, words = (
+        message.get("role", message.get("from")),
+        message.get("content", message.get("value")),
+    )
+    others = {"role", "from", "content", "value"}
+    blank = isinstance(words, str) and not words.strip()
+    return blank and who in ("user", "human", "assistant", "gpt") and not set(message) - others
+
+
+def _blank(value: Any) -> bool:
+    return not value.strip() if isinstance(value, str) else value in ([], {})
+
+
+def _plain(value: Any) -> Any:
+    """Lists and objects as JSON has them, without nulls: tables pad with them."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        pairs = [isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value]
+        if pairs and all(pairs):  # a table's map
+            return _plain(dict(value))
+        return [_plain(v) for v in value]
+    return value
 
 
 @_located
 def to_supervised(row: Row) -> ChatExample | TextExample:
     """From `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages")
-    elif "conversations" in row:
-        messages = _sharegpt(row["conversations"])
+    if "messages" in row or "conversations" in row:
+        messages = _conversation(row)
     elif "prompt" in row and "completion" in row:
-        messages = [*_prompt(row["prompt"]), *_answer(row["completion"], "completion")]
+        asked = [{**m, "train": False} if _answers(m) else m for m in _prompt(row)]
+        messages = [*asked, *_answer(row["completion"], "completion")]
     elif "instruction" in row and "output" in row:
-        messages = [_alpaca(row), _message("assistant", _string(row["output"], "output"))]
+        messages = [*_prompt(row), *_answer(string(row["output"], "output"), "output")]
     elif "text" in row:
-        return TextExample(_string(row["text"], "text"))
+        return TextExample(string(row["text"], "text"))
     else:
         _unknown(
             row, "text; messages; prompt and completion; conversations; instruction and output"
         )
-    if not any(m["role"] == "assistant" for m in messages):
+    if not any(map(_answers, messages)):
         raise DataError(
             "the conversation has no assistant message to learn from; add one or drop the row."
         )
-    if messages[0]["role"] == "assistant":
+    if _answers(messages[0]):
         raise DataError(
             "the conversation begins with the assistant; put a user message first or drop the row."
         )
-    return ChatExample(messages)
+    untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
+    if all(i in untrained for i, m in enumerate(messages) if _answers(m)):
+        raise DataError("no answer of the conversation is to be trained; drop the row.")
+    return ChatExample([_untold(m) for m in messages], _options(row), untrained)
 
 
 @_located
@@ -158,21 +256,20 @@ def to_prompt(row: Row) -> PromptExample:
     """From `prompt` (text or messages), `messages`, ShareGPT or Alpaca; of a conversation that ends
     with an answer, what comes before it. Every other column is kept. Raises `DataError`.
     """
-    if "prompt" in row:
-        used, messages = {"prompt"}, _prompt(row["prompt"])
-    elif "messages" in row:
-        used, messages = {"messages"}, _messages(row["messages"], "messages")
-    elif "conversations" in row:
-        used, messages = {"conversations"}, _sharegpt(row["conversations"])
-    elif "instruction" in row:
-        used, messages = {"instruction", "input"}, [_alpaca(row)]
-    else:
+    if not {"prompt", "messages", "conversations", "instruction"} & set(row):
         _unknown(row, "prompt; messages; conversations; instruction")
-    if messages[-1]["role"] == "assistant":
+    conversation = "prompt" not in row and "instruction" not in row
+    messages = _conversation(row) if conversation else _prompt(row)
+    used = {"messages", "conversations"} if conversation else {"prompt"}
+    if "instruction" in row and "prompt" not in row:
+        used = {"instruction", "input", "history"}
+    if _answers(messages[-1]):
         messages = messages[:-1]
-    if not messages or messages[-1]["role"] == "assistant":
+    if not messages or _answers(messages[-1]):
         raise DataError("there is no prompt before the assistant's words; drop the row.")
-    return PromptExample(messages, {k: v for k, v in row.items() if k not in used})
+    used |= {"system", "tools", "chat_template_kwargs"}
+    columns = {k: v for k, v in row.items() if k not in used}
+    return PromptExample([_untold(m) for m in messages], columns, _options(row, media=True))
 
 
 @_located
@@ -184,49 +281,47 @@ def to_preference(row: Row) -> PreferenceExample:
     """
     if "chosen" not in row or "rejected" not in row:
         _unknown(row, "prompt, chosen and rejected; chosen and rejected conversations")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        sides = [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
-        prompt = _prompt(row["prompt"])
+    both = [_answer(row[key], key) for key in ("chosen", "rejected")]
+    if {"prompt", "instruction", "conversations"} & set(row):
+        prompt = _prompt(row)
         # Some sets repeat the prompt in front of each side.
-        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in both]
         if any(len(side) != 1 for side in sides):
             raise DataError(
                 "chosen and rejected must each be one assistant message after the prompt."
             )
     else:
-        if isinstance(chosen, str) or isinstance(rejected, str):
+        if any(isinstance(row[key], str) for key in ("chosen", "rejected")):
             raise DataError(
                 "chosen and rejected are texts without a `prompt`; add one, or give conversations."
             )
-        both = [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
-        prompt, sides = both[0][:-1], [both[0][-1:], both[1][-1:]]
-        if not prompt or prompt != both[1][:-1]:
+        prompt, sides = _with_system(both[0][:-1], row), [both[0][-1:], both[1][-1:]]
+        if not both[0][:-1] or both[0][:-1] != both[1][:-1]:
             raise DataError(
                 "chosen and rejected must be conversations that differ in their last message only."
             )
-    texts = [side[0]["content"] for side in sides]
-    if texts[0] == texts[1]:
+    chosen, rejected = (_one(side[0]) for side in sides)
+    if chosen == rejected:
         raise DataError("chosen and rejected are the same; drop the row.")
-    margin = row.get("margin")
-    if margin is not None and not isinstance(margin, int | float):
-        raise DataError(f"`margin` is {_show(margin)}; it must be a number.")
-    return PreferenceExample(prompt, texts[0], texts[1], float(margin or 0.0))
+    prompt = [_untold(m) for m in prompt]
+    return PreferenceExample(
+        prompt, chosen, rejected, _number(row.get("margin", 0.0), "margin"), _options(row)
+    )
 
 
 @_located
 def to_judged(row: Row) -> PreferenceExample | JudgedExample:
     """From `prompt`/`completion`/`label` (true: a good answer), or a pair. Raises `DataError`."""
-    if "label" not in row:
+    if "label" not in row or {"chosen", "rejected"} <= set(row):
         return to_preference(row)
     if "prompt" not in row or "completion" not in row:
         _unknown(row, "prompt, completion and label; prompt, chosen and rejected")
-    if not isinstance(row["label"], bool | int) or row["label"] not in (0, 1):
-        raise DataError(f"`label` is {_show(row['label'])}; it must be true (good) or false.")
+    good = _boolean(row["label"], "label")
     answer = _answer(row["completion"], "completion")
     if len(answer) != 1:
         raise DataError("completion must be one assistant message after the prompt.")
-    return JudgedExample(_prompt(row["prompt"]), answer[0]["content"], bool(row["label"]))
+    prompt = [_untold(m) for m in _prompt(row)]
+    return JudgedExample(prompt, _one(answer[0]), good, _options(row))
 
 
 @_located
@@ -240,89 +335,123 @@ def to_steps(row: Row) -> StepsExample:
     steps, labels = row["completions"], row["labels"]
     if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
         raise DataError("completions and labels must be lists of the same length.")
-    if not steps or any(label not in (0, 1) for label in labels):
-        raise DataError("an answer needs at least one step, and labels are true or false.")
-    texts = [_string(step, "completions") for step in steps]
-    return StepsExample(_prompt(row["prompt"]), texts, [bool(label) for label in labels])
+    if not steps:
+        raise DataError("an answer needs at least one step.")
+    texts = [string(step, "completions") for step in steps]
+    prompt = [_untold(m) for m in _prompt(row)]
+    right = [_boolean(label, "labels") for label in labels]
+    return StepsExample(prompt, texts, right, _options(row))
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
-    raise DataError(f"the keys are {', '.join(map(str, row))}; accepted are: {accepted}.")
+    raise DataError(
+        f"the keys that are filled are {', '.join(map(str, row)) or 'none'}; accepted are: "
+        f"{accepted}."
+    )
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _answers(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
 
 
-def _string(value: Any, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise DataError(f"`{key}` is {_show(value)}; it must be a text that is not empty.")
-    return value
+def _untold(message: Message) -> Message:
+    """The message without its flag, which no template reads."""
+    return {key: value for key, value in message.items() if key != "train"}
 
 
-def _alpaca(row: Row) -> Message:
-    """The instruction and, below it, the input, which may be empty or missing."""
-    given = row.get("input") or ""
-    parts = [_string(row["instruction"], "instruction"), given and _string(given, "input")]
-    return _message("user", "\n\n".join(filter(None, parts)))
+def _one(message: Message) -> str | Message:
+    """An answer that is compared or judged: its text, where it is no more than that."""
+    if "train" in message:
+        raise DataError("an answer that is compared is flagged not to be trained; drop the row.")
+    return message["content"] if set(message) == {"role", "content"} else message
 
 
-def _prompt(value: Any) -> list[Message]:
-    if isinstance(value, str):
-        return [_message("user", _string(value, "prompt"))]
-    messages = _messages(value, "prompt")
-    if messages[-1]["role"] == "assistant":
+def _options(row: Row, media: bool = False) -> dict[str, Any]:
+    """What the chat template gets besides the messages. `media`: columns of pictures and the like
+    are the user's own.
+    """
+    if not media and (unread := [key for key in _MEDIA if key in row]):
+        raise DataError(f"`{unread[0]}` is not read, only text is; take the column out.")
+    options = row.get("chat_template_kwargs", {})
+    if not isinstance(options, Mapping):
+        raise DataError(f"`chat_template_kwargs` is {show(options)}; it must be an object.")
+    tools = {"tools": read_tools(row["tools"])} if row.get("tools") else {}
+    return {**tools, **options}
+
+
+def _conversation(row: Row) -> list[Message]:
+    key = "messages" if "messages" in row else "conversations"
+    value = row[key]
+    return _with_system(read_messages(value, key), row)
+
+
+def _prompt(row: Row) -> list[Message]:
+    """What is asked: `prompt`, Alpaca's columns, or ShareGPT's turns; without an answer."""
+    if "prompt" in row:
+        value = row["prompt"]
+        single = isinstance(value, str)
+        messages = [_user(string(value, "prompt"))] if single else read_messages(value, "prompt")
+    elif "instruction" in row:
+        parts = [string(row[k], k) for k in ("instruction", "input") if k in row]
+        messages = [*_history(row.get("history", [])), _user("\n\n".join(parts))]
+    else:
+        messages = read_messages(row["conversations"], "conversations")
+    if _answers(messages[-1]):
         raise DataError("the prompt ends with the assistant's words; move them to `completion`.")
+    return _with_system(messages, row)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _history(value: Any) -> list[Message]:
+    """Alpaca's earlier turns: pairs of what was asked and answered."""
+    messages: list[Message] = []
+    for pair in as_list(value, "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"`history` has {show(pair)}; it must hold pairs of question, answer.")
+        messages += [_user(string(pair[0], "history"))]
+        messages += [{"role": "assistant", "content": string(pair[1], "history")}]
+    return messages
+
+
+def _with_system(messages: list[Message], row: Row) -> list[Message]:
+    """With the system message of a column beside them."""
+    if "system" not in row:
+        return messages
+    system: Message = {"role": "system", "content": string(row["system"], "system")}
+    if not messages or messages[0]["role"] != "system":
+        return [system, *messages]
+    if messages[0] != system:
+        raise DataError("`system` is not the conversation's own system message; take one out.")
     return messages
 
 
 def _answer(value: Any, key: str) -> list[Message]:
     if isinstance(value, str):
-        return [_message("assistant", _string(value, key))]
-    messages = _messages(value, key)
-    if messages[-1]["role"] != "assistant":
+        return [{"role": "assistant", "content": string(value, key)}]
+    messages = (
+        [read_message(value, key)] if isinstance(value, Mapping) else read_messages(value, key)
+    )
+    if not _answers(messages[-1]):
         raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
     return messages
 
 
-def _messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"`{key}` is {_show(value)}; it must be a list of messages that is not empty."
-        )
-    messages = []
-    for item in value:
-        if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
-            raise DataError(
-                f"a message in `{key}` is {_show(item)}; it must have `role` and `content`."
-            )
-        if item["role"] not in ROLES:
-            raise DataError(
-                f"a message in `{key}` has the role {_show(item['role'])}; "
-                f"roles are {', '.join(ROLES)}."
-            )
-        messages.append(_message(item["role"], _string(item["content"], "content")))
-    return messages
+def _boolean(value: Any, key: str) -> bool:
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
+    if known is None:
+        raise DataError(f"`{key}` is {show(value)}; it must be true (good) or false.")
+    return known
 
 
-def _sharegpt(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"`conversations` is {_show(value)}; it must be a list that is not empty.")
-    messages = []
-    for item in value:
-        if not isinstance(item, Mapping) or not {"from", "value"} <= set(item):
-            raise DataError(
-                f"a turn in `conversations` is {_show(item)}; it must have `from` and `value`."
-            )
-        if item["from"] not in list(_SHAREGPT):  # a list: what is given may not be hashable
-            raise DataError(
-                f"a turn in `conversations` is from {_show(item['from'])}; "
-                f"it must be one of {', '.join(_SHAREGPT)}."
-            )
-        messages.append(_message(_SHAREGPT[item["from"]], _string(item["value"], "value")))
-    return messages
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _number(value: Any, key: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"`{key}` is {show(value)}; it must be a number.")
+    return number

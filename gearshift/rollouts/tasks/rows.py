@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
-from gearshift.data.formats import to_prompt, to_supervised
+from gearshift.data.formats import given, to_prompt, to_supervised
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment

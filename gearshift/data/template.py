@@ -1,0 +1,236 @@
+"""A tokenizer's chat template: the text that it makes of a conversation, and what it is given
+beside the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.errors import ConfigError, DataError
+from gearshift.types import Message
+
+Options = Mapping[str, Any]
+"""What a row gives a template beside its messages: `tools`, and further arguments by name."""
+PROBE = "Qzprobe"
+"""Words that no conversation has: where they come out shows what a template does with a text."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The keys under which templates read an answer's reasoning; rows are read into the first."""
+_BOUND = "gearshift_template_arguments"
+
+
+def bind_arguments(
+    tokenizer: PreTrainedTokenizerBase, arguments: Options, now: datetime | None = None
+) -> None:
+    """Let every rendering with this tokenizer have these arguments; `now` is its date and time.
+
+    Raises `ConfigError` for an argument that the template does not read.
+    """
+    for name in arguments:
+        if not reads(tokenizer, name):
+            raise ConfigError(
+                f"model.chat_template_kwargs: the chat template does not read `{name}`; "
+                "take it out, or correct its name."
+            )
+    bound = dict(arguments)
+    if now is not None:
+        bound["strftime_now"] = now.strftime
+    setattr(tokenizer, _BOUND, bound)
+
+
+def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the template's source has this name."""
+    return re.search(rf"\b{re.escape(name)}\b", _source(tokenizer)) is not None
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None = None,
+    asks: bool = False,
+) -> str:
+    """The template's text of a conversation; `asks`: with what asks for the assistant's words.
+
+    Raises `DataError` if there is no template, or it refuses.
+    """
+    given = [with_reasoning(tokenizer, message) for message in messages]
+    functions = [c["function"] for m in given for c in m.get("tool_calls") or ()]
+    written = [str(f["arguments"]) for f in functions if isinstance(f.get("arguments"), dict)]
+    written = [value for value in written if value != "{}"]
+    try:
+        text = _apply(tokenizer, given, options, asks)
+        if not any(value in text for value in written):
+            return text
+    except DataError:
+        if not written:
+            raise
+    # This template takes a call's arguments as JSON in a text, not as what JSON means.
+    return _apply(tokenizer, [_with_json(message) for message in given], options, asks)
+
+
+def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant says, as `{% generation %}`."""
+    return re.search(r"{%-?\s*generation\b", _source(tokenizer)) is not None
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+) -> tuple[list[int], list[int]]:
+    """(token ids, mask) by these marks."""
+    given = [with_reasoning(tokenizer, message) for message in messages]
+    how = {"return_dict": True, "return_assistant_tokens_mask": True}
+    out = _rendered(tokenizer, given, options, **how)
+    return list(out["input_ids"]), list(out["assistant_masks"])
+
+
+def check_said(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+) -> None:
+    """Raises `DataError` if the template leaves out what the conversation or its options say.
+
+    The reasoning of an answer is looked for where it is the last one: most templates drop it later.
+    """
+    options = options or {}
+    if unread := [n for n in options if n != "tools" and not reads(tokenizer, n)]:
+        raise DataError(f"the chat template does not read `{unread[0]}`; take it out of the row.")
+    whole = text_of(tokenizer, messages, options)
+    if options.get("tools") and whole == text_of(tokenizer, messages, {**options, "tools": None}):
+        raise DataError(left_out("`tools`"))
+    for i, message in enumerate(messages):
+        answers = message["role"] == "assistant"
+        until = messages[: i + 1] if answers else messages
+        text = whole if len(until) == len(messages) else text_of(tokenizer, until, options)
+        for key in ("content", *REASONING[:1], "name"):
+            said = message.get(key)
+            if not said or (key == "name" and message["role"] == "tool"):  # the call names it
+                continue
+            if key == "content" and answers:
+                said = said.split("</think>")[-1]
+            if squeezed(said) not in squeezed(text) and not _shows(
+                tokenizer, until, i, {**message, key: PROBE}, options
+            ):
+                raise DataError(left_out(f"`{key}` of message {i + 1} ({message['role']})"))
+        for n, call in enumerate(message.get("tool_calls") or ()):
+            calls = list(message["tool_calls"])
+            arguments = {PROBE: PROBE} if call["function"]["arguments"] else {}
+            for function in (
+                {**call["function"], "name": PROBE},
+                {**call["function"], "arguments": arguments},
+            ):
+                calls[n] = {**call, "function": function}
+                if PROBE in json.dumps(function) and not _shows(
+                    tokenizer, until, i, {**message, "tool_calls": calls}, options
+                ):
+                    raise DataError(left_out(f"`tool_calls` of message {i + 1}"))
+
+
+def squeezed(text: str) -> str:
+    """Without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+def _shows(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    i: int,
+    instead: Message,
+    options: Options,
+) -> bool:
+    """Whether the probe in `instead`, taken for message i, comes out (or is not allowed there)."""
+    tried = [*messages[:i], instead, *messages[i + 1 :]]
+    try:
+        return PROBE in text_of(tokenizer, tried, options)
+    except DataError:
+        return True
+
+
+def left_out(what: str) -> str:
+    return (
+        f"the chat template leaves out {what}; take it out of the row, or give the tokenizer a "
+        "template that writes it."
+    )
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None,
+    asks: bool,
+) -> str:
+    return str(_rendered(tokenizer, messages, options, add_generation_prompt=asks, tokenize=False))
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None,
+    **how: bool,
+) -> Any:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "The tokenizer has no chat template; set tokenizer.chat_template and save it, "
+            "or use `text` rows."
+        )
+    arguments = {**getattr(tokenizer, _BOUND, {}), **(options or {})}
+    try:
+        return tokenizer.apply_chat_template(list(messages), **how, **arguments)
+    except Exception as error:  # a template's own raise_exception, or one that wants other fields
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"The chat template refuses this conversation: {reason}.") from error
+
+
+def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
+    """The message with its reasoning under the keys that the template reads; before the content,
+    where the template knows it as a part of that only.
+    """
+    reasoning = message.get(REASONING[0])
+    if not reasoning:
+        return message
+    source = _source(tokenizer)
+    names = [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
+    rest = {key: value for key, value in message.items() if key != REASONING[0]}
+    if names:
+        return {**rest, **dict.fromkeys(names, reasoning)}
+    if "</think>" in source:
+        return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
+    raise DataError(left_out(f"`{REASONING[0]}`"))
+
+
+def _with_json(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**c, "function": {**c["function"], "arguments": _json(c["function"].get("arguments"))}}
+        for c in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value or {}, ensure_ascii=False)
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A pattern of those with a name (EOS and so on), and of those that are only added: Phi's
+    `<|end|>`.
+    """
+    return _specials(tokenizer, len(tokenizer))
+
+
+@lru_cache(16)
+def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
+    """`size` tells apart what the tokenizer had before tokens were added to it."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return f"(?:{'|'.join(map(re.escape, names))})" if names else "(?!)"
