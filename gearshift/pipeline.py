@@ -351,7 +351,9 @@ class Run:
             path = source.path
             if path.startswith("task:"):
                 path = str(self.task.path(path.removeprefix("task:")))
-            rows, report = clean(load_rows(path, source.split)[: source.limit], config.clean)
+            rows, report = clean(
+                load_rows(path, source.split)[: source.limit], config.clean, answered=True
+            )
             self.say(f"data: {source.path}: {report}")
             sources.append(rows)
         return sources

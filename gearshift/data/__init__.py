@@ -2,6 +2,7 @@
 
 from gearshift.data.chat import (
     render_completion,
+    render_conversation,
     render_prompt,
     render_supervised,
     render_text,
@@ -44,6 +45,7 @@ __all__ = [
     "pack",
     "pack_groups",
     "render_completion",
+    "render_conversation",
     "render_prompt",
     "render_supervised",
     "render_text",

@@ -14,7 +14,7 @@ from typing import Any
 import ftfy
 from pydantic import Field
 
-from gearshift.data.formats import COLUMNS, SourceRow
+from gearshift.data.formats import COLUMNS, SourceRow, lacks_words, with_lists
 from gearshift.runtime.config import Config
 
 # Zero-width characters, controls and halves of surrogate pairs, but tab and newline, and but the
@@ -35,7 +35,8 @@ class CleanConfig(Config):
     several keeps its indentation.
     """
     drop_empty: bool = True
-    """Drop rows in which a text that is read or learned is empty."""
+    """Drop rows in which a text that must be read or learned is empty or null, or is in other rows
+    of the source only. A system message or a tool's result may be empty."""
     drop_duplicates: bool = True
     """Drop rows that are, once cleaned, exactly an earlier one."""
     min_chars: int = Field(0, ge=0)
@@ -63,14 +64,19 @@ class CleanReport:
 
 
 def clean(
-    rows: Sequence[dict[str, Any]], config: CleanConfig
+    rows: Sequence[dict[str, Any]], config: CleanConfig, answered: bool = False
 ) -> tuple[list[dict[str, Any]], CleanReport]:
-    """The cleaned rows, and what was done. Newlines and indentation inside a text stay."""
+    """The cleaned rows, and what was done. Newlines and indentation inside a text stay.
+
+    `answered`: a row that only asks is empty.
+    """
+    columns = frozenset(key for row in rows for key in row)
     kept: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     changed = empty = duplicate = length = 0
     for row in rows:
-        mended = _mend(row, config)
+        read = with_lists(row)
+        mended = _mend(read, config)
         learned = {k: v for k, v in mended.items() if k in COLUMNS and (k != "input" or v)}
         leaves = _leaves(learned or mended)
         texts = [leaf for leaf in leaves if isinstance(leaf, str)]
@@ -78,14 +84,14 @@ def clean(
         digest = hashlib.blake2b(
             json.dumps(mended, sort_keys=True, default=str).encode(), digest_size=16
         ).digest()
-        if config.drop_empty and (not leaves or not all(map(str.strip, texts))):
+        if config.drop_empty and lacks_words(mended, columns, answered):
             empty += 1
         elif config.drop_duplicates and digest in seen:
             duplicate += 1
         elif size < config.min_chars or (config.max_chars is not None and size > config.max_chars):
             length += 1
         else:
-            changed += mended != row
+            changed += mended != read
             kept.append(SourceRow(mended, row.where) if isinstance(row, SourceRow) else mended)
         seen.add(digest)
     return kept, CleanReport(len(rows), len(kept), changed, empty, duplicate, length)

@@ -182,8 +182,8 @@ def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
     """
     said = {key: value for key, value in given(row).items() if not _blank(value)}
     known = columns & COLUMNS
-    if not known:
-        return not said
+    if not said.keys() & known:  # blank, or of no format at all, which is to be told
+        return not said or bool(row.keys() & known)
     formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)
     if not any(needed <= set(said) for needed in formats):
         return not known <= set(said)
@@ -258,11 +258,12 @@ def to_prompt(row: Row) -> PromptExample:
     """
     if not {"prompt", "messages", "conversations", "instruction"} & set(row):
         _unknown(row, "prompt; messages; conversations; instruction")
-    conversation = "prompt" not in row and "instruction" not in row
-    messages = _conversation(row) if conversation else _prompt(row)
-    used = {"messages", "conversations"} if conversation else {"prompt"}
-    if "instruction" in row and "prompt" not in row:
-        used = {"instruction", "input", "history"}
+    if "prompt" in row:
+        used, messages = {"prompt"}, _prompt(row)
+    elif {"messages", "conversations"} & set(row):
+        used, messages = {"messages", "conversations"}, _conversation(row)
+    else:
+        used, messages = {"instruction", "input", "history"}, _prompt(row)
     if _answers(messages[-1]):
         messages = messages[:-1]
     if not messages or _answers(messages[-1]):
@@ -344,10 +345,7 @@ def to_steps(row: Row) -> StepsExample:
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
-    raise DataError(
-        f"the keys that are filled are {', '.join(map(str, row)) or 'none'}; accepted are: "
-        f"{accepted}."
-    )
+    raise DataError(f"the keys are {', '.join(map(str, row)) or 'none'}; accepted are: {accepted}.")
 
 
 def _answers(message: Message) -> bool:
@@ -443,7 +441,7 @@ def _boolean(value: Any, key: str) -> bool:
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
     if known is None:
-        raise DataError(f"`{key}` is {show(value)}; it must be true (good) or false.")
+        raise DataError(f"`{key}` is {show(value)}; it must be true or false.")
     return known
 
 

@@ -85,7 +85,10 @@ def read_message(item: Any, key: str) -> Message:
         raise DataError(f"a message in `{key}` of {who} has an assistant's reasoning or calls.")
     optional = message["role"] in ("system", "tool") or {"tool_calls", _REASONING[0]} & set(message)
     if not message["content"] and not optional:
-        raise DataError(f"`{words}` is {show(said)}; it must be a text that is not empty.")
+        raise DataError(
+            f"a message in `{key}` is {show(dict(item))}; its `{words}` must be a text that is not "
+            "empty."
+        )
     return message
 
 

@@ -78,6 +78,8 @@ class _Episode:
     start: Start
     sample: int
     messages: list[Message] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the chat template gets besides the messages."""
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -277,7 +279,8 @@ class Collector:
     def _began(self, episode: _Episode, answer: tuple[str, dict[str, Any]]) -> None:
         observation, info = answer
         episode.messages = _said(observation, info)
-        episode.hear(render_prompt(self._tokenizer, episode.messages))
+        episode.options = info.get("template_options") or {}
+        episode.hear(render_prompt(self._tokenizer, episode.messages, episode.options))
         episode.prompt_length = len(episode.token_ids)
         episode.finish_reason = "stop"
 
@@ -301,7 +304,7 @@ class Collector:
             return
         said = _said(observation, info)
         episode.messages += said
-        episode.hear(self._render_turn(json.dumps(said)))
+        episode.hear(self._render_turn(json.dumps([said, episode.options])))
 
     def _trajectories(self, group: list[_Episode]) -> list[Trajectory]:
         return [self._trajectory(e) for e in group if e.finish_reason != "abort"]
@@ -329,4 +332,4 @@ def _said(observation: Any, info: Mapping[str, Any]) -> list[Message]:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, said: str) -> list[int]:
-    return render_turn(tokenizer, json.loads(said))
+    return render_turn(tokenizer, *json.loads(said))

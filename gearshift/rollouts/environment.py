@@ -46,6 +46,7 @@ class TextEnvironment(gymnasium.Env[str, str]):
 
     What a collector reads besides Gymnasium's return values:
     `info["messages"]` of `reset`: the chat so far, a system message too; the observation is last.
+    `info["template_options"]` of `reset`: what the chat template gets besides, `tools` say.
     `info["row"]` of `reset`: which of the environment's tasks it is; `options={"row": i}` picks.
     `info["messages"]` of `step`, where more than the observation is said (a tool's result, say):
     the messages that follow the answer, each with its role; the observation is last.
@@ -103,7 +104,11 @@ class RowEnvironment(TextEnvironment):
         super().reset(seed=seed)
         self._row = self.choose(options, len(self.rows))
         messages = self._prompt(self.rows[self._row])
-        return messages[-1]["content"], {"messages": messages, "row": self._row}
+        row = self.rows[self._row]
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        options = {**tools, **(row.get("chat_template_kwargs") or {})}
+        told = {"messages": messages, "row": self._row, "template_options": options}
+        return messages[-1]["content"], told
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Score the answer; the episode ends. `info` holds the row's columns and the verdict.

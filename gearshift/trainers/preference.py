@@ -109,11 +109,14 @@ def render_judged(
     rows = []
     for i, example in enumerate(examples):
         if isinstance(example, PreferenceExample):
-            texts, good = [example.chosen, example.rejected], [True, False]
+            answers, good = [example.chosen, example.rejected], [True, False]
         else:
-            texts, good = [example.completion], [example.good]
+            answers, good = [example.completion], [example.good]
         with at(example.where or f"Row {i + 1}"):
-            sides = [render_completion(tokenizer, example.prompt, text) for text in texts]
+            sides = [
+                render_completion(tokenizer, example.prompt, answer, example.options)
+                for answer in answers
+            ]
             prompt = sides[0][0]
             longest = len(prompt) + max(len(ids) for _, ids in sides)
             if longest > max_length:

@@ -60,7 +60,7 @@ def render_steps(
     rows = []
     for i, example in enumerate(examples):
         with at(example.where or f"Row {i + 1}"):
-            ids = render_prompt(tokenizer, example.prompt)
+            ids = render_prompt(tokenizer, example.prompt, example.options)
             ends: list[int] = []
             for step in example.steps:
                 ids = [*ids, *tokenizer.encode(step + separator, add_special_tokens=False)]

@@ -78,7 +78,9 @@ def render_pairs(
         sides = []
         with at(example.where or f"Pair {i + 1}"):
             for answer in (example.chosen, example.rejected):
-                prompt_ids, answer_ids = render_completion(tokenizer, example.prompt, answer)
+                prompt_ids, answer_ids = render_completion(
+                    tokenizer, example.prompt, answer, example.options
+                )
                 sides.append([*prompt_ids, *answer_ids])
             longest = max(map(len, sides))
             if longest > max_length:

@@ -20,9 +20,10 @@ from gearshift.data import (
     TextExample,
     at,
     pack,
-    render_supervised,
+    render_conversation,
     render_text,
 )
+from gearshift.data.chat import Rendered as Rendered
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -47,30 +48,31 @@ class SFTConfig(EpochsConfig):
     """AdamW and its schedule."""
 
 
-Rendered = tuple[list[int], list[int]]
-
-
 def render_examples(
     examples: Sequence[ChatExample | TextExample], engine: HybridEngine, max_length: int
 ) -> list[Rendered]:
-    """(token ids, mask) of each example. Raises `DataError` for one that is too long, or has
-    nothing to train on.
+    """(token ids, mask) of each example; several of one where the chat template writes an earlier
+    answer otherwise than a policy does. Raises `DataError` for one that is too long, or has nothing
+    to train on.
     """
-    rendered = []
+    rendered: list[Rendered] = []
     limit = min(max_length, engine.max_length)
     for i, example in enumerate(examples):
         with at(example.where or f"Example {i + 1}"):
             if isinstance(example, TextExample):
-                ids, mask = render_text(engine.tokenizer, example.text)
+                some = [render_text(engine.tokenizer, example.text)]
             else:
-                ids, mask = render_supervised(engine.tokenizer, example.messages)
-            if len(ids) > limit:
-                raise DataError(
-                    f"it has {len(ids)} tokens, over max_length={limit}; raise it, or drop the row."
+                some = render_conversation(
+                    engine.tokenizer, example.messages, example.options, example.untrained
                 )
-            if not any(mask):
+            longest = max(len(ids) for ids, _ in some)
+            if longest > limit:
+                raise DataError(
+                    f"it has {longest} tokens, over max_length={limit}; raise it, or drop the row."
+                )
+            if not all(any(mask) for _, mask in some):
                 raise DataError("there are no assistant words to train on; add a reply or drop it.")
-        rendered.append((ids, mask))
+        rendered += some
     return rendered
 
 

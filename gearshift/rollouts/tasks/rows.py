@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
-from gearshift.data.formats import given, to_prompt, to_supervised
+from gearshift.data.formats import ChatExample, given, to_prompt, to_supervised
+from gearshift.data.messages import ROLES
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
@@ -148,21 +149,38 @@ def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
                 f"{getattr(row, 'where', 'A row')}: `{column}` is a {type(value).__name__}, which "
                 "JSON cannot hold; make it a text or a number."
             ) from None
-    return {"prompt": _with_system(example.prompt, system), **example.columns}
+    return {
+        **example.columns,
+        "prompt": _with_system(example.prompt, system),
+        **_options(example.options),
+    }
 
 
 def _has_answer(row: Mapping[str, Any]) -> bool:
     """Whether the row says what to answer."""
+    row = given(row)
     if "prompt" in row:
         return "completion" in row
     turns = row.get("messages") or row.get("conversations") or [{}]
-    return "output" in row or turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
+    who = turns[-1].get("role", turns[-1].get("from"))
+    return "output" in row or ROLES.get(who) == "assistant"
 
 
 def _labelled(row: Mapping[str, Any], system: str | None) -> Row:
     example = to_supervised(row)
-    assert not hasattr(example, "text")  # the row has a prompt
-    return {"messages": _with_system(example.messages, system)}
+    assert isinstance(example, ChatExample)  # the row has a prompt
+    messages = [
+        {**message, "train": False} if i in example.untrained else message
+        for i, message in enumerate(example.messages)
+    ]
+    return {"messages": _with_system(messages, system), **_options(example.options)}
+
+
+def _options(options: Mapping[str, Any]) -> Row:
+    """As the columns that they came from."""
+    rest = {name: value for name, value in options.items() if name != "tools"}
+    columns = {"tools": options.get("tools"), "chat_template_kwargs": rest}
+    return {name: value for name, value in columns.items() if value}
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
