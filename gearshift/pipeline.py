@@ -30,7 +30,7 @@ from gearshift.data import (
 )
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, DataError
 from gearshift.heldout import TaskData, comparisons, open_engine, perplexity, records
 from gearshift.models.adapters import add_adapter
 from gearshift.models.classifier import use_own_pad
@@ -43,7 +43,7 @@ from gearshift.models.load import (
 )
 from gearshift.models.vocabulary import check_same_tokens
 from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim
-from gearshift.rollouts.collector import Start
+from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory
 from gearshift.runtime.files import write_json, writing
@@ -218,7 +218,7 @@ class Run:
             config,
             engine,
             collector,
-            self.task.rows("train"),
+            self._prompts(collector, engine, config),
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
             self._new_stage("rl", config.steps, config),
             reference=reference,
@@ -230,13 +230,16 @@ class Run:
             with trainer.average.applied():
                 self._save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
         self.say(_latency(read_metrics(folder / "metrics.jsonl")))
+        if left_out := trainer.left_out.told():
+            self.say(f"rl: {left_out}")
         how = f"reinforcement learning ({config.advantage})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
         self._heldout("rl", lambda: engine)
         gap = self._gap(engine, config.max_new_tokens)
         if self.recipe.eval.perplexity:
             self._add_perplexity(start)
-        return {"steps": config.steps, "failures": collector.failures, "gap": gap}
+        failures = sum(trainer.left_out.counts.values())
+        return {"steps": config.steps, "failures": failures, "gap": gap}
 
     def _stage(self, name: StageName, work: Callable[[Path], dict[str, Any]]) -> None:
         folder = self.folder / name
@@ -275,6 +278,34 @@ class Run:
         tokens, again = micro_batch(config, engine.config, shape, parts, free)
         engine.config = engine.config.model_copy(update={"recompute": again})
         return config if config.max_tokens else config.model_copy(update={"max_tokens": tokens})
+
+    def _prompts(
+        self, collector: Collector, engine: HybridEngine, config: RLConfig
+    ) -> Sequence[int] | None:
+        """The rows to draw prompts from, None where there are none; those that are too long are
+        told by file and line, or left out.
+        """
+        count, path = self.task.rows("train"), self.task.path("train")
+        if count is None:
+            return None
+        longest = min(engine.max_length, engine.config.cache_tokens or engine.max_length)
+        most = longest - config.max_new_tokens
+        try:
+            overlong = collector.overlong_rows(count, most)
+        except DataError as error:
+            raise DataError(f"{path}, {error}") from error
+        if not overlong:
+            return range(count)
+        row, tokens = next(iter(overlong.items()))
+        told = (
+            f"{path}, line {row + 1}: the prompt has {tokens} tokens, and with "
+            f"rl.max_new_tokens={config.max_new_tokens} {most} at most fit; "
+            f"so it is with {len(overlong)} of {count} rows"
+        )
+        if config.overlong_prompts == "error" or len(overlong) == count:
+            raise DataError(f"{told}. Shorten them, or set rl.overlong_prompts=drop.")
+        self.say(f"rl: {told}, which are left out")
+        return [i for i in range(count) if i not in overlong]
 
     def _critic(self, start: str | None, engine: HybridEngine) -> Critic:
         """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""
@@ -451,7 +482,7 @@ def _latency(steps: Sequence[dict[str, float]]) -> str:
     """Where the seconds of a step of reinforcement learning went, by medians."""
 
     def middle(name: str) -> float:
-        known = [step[name] for step in steps if step[name] is not None]
+        known = [step[name] for step in steps if step.get(name) is not None]
         return median(known) if known else float("nan")
 
     parts = {name: middle(f"engine/{name}_seconds") for name in ("shift", "prefill", "decode")}

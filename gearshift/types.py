@@ -188,6 +188,9 @@ class Trajectory:
     """Of the last completion: `length` marks an episode that was cut short."""
     info: dict[str, Any] = field(default_factory=dict)
     """What the environment said of the episode, `prompt` and `completion` texts included."""
+    rewarded: tuple[int, ...] | None = None
+    """Indices of the tokens at which a reward was given, one of 0 too; None: the last of each turn.
+    """
 
     @property
     def reward(self) -> float:

@@ -41,6 +41,8 @@ class Rollout:
     """Discount from token to token."""
     lam: float = 0.95
     """Of GAE."""
+    given_NA: Tensor | None = None
+    """True where a reward was given, one of 0 too; None: where it is not 0."""
 
 
 AdvantageFn = Callable[[Rollout], Advantages]
@@ -116,17 +118,29 @@ def grpo(rewards_N: Tensor, group_N: Tensor, scale: bool = True, eps: float = 1e
     return centred_N.to(rewards_N.dtype)
 
 
-def grpo_turns(rewards_NA: Tensor, mask_NA: Tensor, group_N: Tensor, eps: float = 1e-4) -> Tensor:
-    """A_t = sum over rewards at t or later of (r - mean) / (std + eps), mean and std over all
-    rewards of the group that are not 0 (process supervision, Shao et al. 2024). [N, A].
+def grpo_turns(
+    rewards_NA: Tensor,
+    mask_NA: Tensor,
+    group_N: Tensor,
+    given_NA: Tensor | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """A_t = sum over turns that end at t or later of (r - mean) / (std + eps), mean and std over
+    all turns of the group (process supervision, Shao et al. 2024). [N, A].
 
-    For rewards at turns or steps: a token is credited with what came after it.
+    A turn ends where `given_NA` is True (None: where a reward is not 0); r is the sum of the
+    rewards since the turn before, a KL at each token among them. A token is credited with what came
+    after it.
     """
-    given_NA = (rewards_NA != 0) & mask_NA
+    given_NA = (rewards_NA != 0 if given_NA is None else given_NA) & mask_NA
+    turn_NA = given_NA.cumsum(1) - given_NA.long()
+    sums_NA = torch.zeros(len(group_N), mask_NA.shape[1] + 1).double().to(rewards_NA.device)
+    sums_NA = sums_NA.scatter_add(1, turn_NA, rewards_NA.masked_fill(~mask_NA, 0.0).double())
+    earned_NA = sums_NA.gather(1, turn_NA)
     scaled_NA = torch.zeros_like(rewards_NA)
     for group in torch.unique(group_N):
         here_NA = given_NA & (group_N == group)[:, None]
-        values = rewards_NA[here_NA].double()
+        values = earned_NA[here_NA]
         if len(values) > 1:
             scaled_NA[here_NA] = ((values - values.mean()) / (values.std() + eps)).to(
                 rewards_NA.dtype
@@ -230,7 +244,7 @@ def _of_sequences(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Advantag
 
 def _grpo_turns(rollout: Rollout) -> Advantages:
     return Advantages(
-        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N),
+        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N, rollout.given_NA),
         returns(rollout.rewards_NA, rollout.mask_NA, rollout.gamma),
     )
 

@@ -10,13 +10,13 @@ nobody.
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from gearshift.data.chat import render_prompt, render_turn
 from gearshift.data.text import decode
 from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.rollouts.rewards import LOST, usable
 from gearshift.rollouts.workers import Workers
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
@@ -54,8 +55,11 @@ class Writer(Protocol):
 
 
 OnGroup = Callable[[list[Trajectory]], None]
+Rewarded = Literal["needed", "finite", "any"]
+"""What an environment must say of an episode, which is a failure else: a finite reward; no reward
+that is not finite, but perhaps none; anything, where its reward does not count.
+"""
 
-_TURN_BITS, _SAMPLE_BITS = 8, 16
 _GLANCE = 0.02
 """Seconds between looks at environments that answer, while nothing is written."""
 
@@ -84,8 +88,13 @@ class _Episode:
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    rewarded: list[int] = field(default_factory=list)
     prompt_length: int = 0
     turn_start: int = 0
+    turn_end: int = 0
+    """Tokens up to the end of the newest answer."""
+    said: int = 0
+    """Messages up to the newest answer."""
     finish_reason: FinishReason = "abort"
     info: dict[str, Any] = field(default_factory=dict)
     running: bool = True
@@ -111,6 +120,14 @@ class _Episode:
         self.logprobs += completion.logprobs
         self.rewards += [0.0] * len(completion.token_ids)
         self.finish_reason = completion.finish_reason
+        self.turn_end = len(self.token_ids)
+
+    def cut(self) -> None:
+        """End at the newest answer: what the environment said to it will not be answered."""
+        for column in (self.token_ids, self.loss_mask, self.logprobs, self.rewards):
+            del column[self.turn_end :]
+        del self.messages[self.said :]
+        self.running, self.finish_reason = False, "length"
 
 
 class Collector:
@@ -134,19 +151,54 @@ class Collector:
         self._idle: list[TextEnvironment] = []
         self._workers, self._timeout = Workers(workers), timeout
         self.failures = 0
-        """Episodes lost to an environment that raised, hung, or gave a reward that is not finite.
+        """Episodes lost to an environment that raised, hung, gave no reward that is finite or
+        started otherwise than its group; or to a prompt that leaves no place for an answer.
         """
+        self.overlong = 0
+        """Of these, the ones that were lost to their prompt."""
         self.last_failure = ""
+
+    def overlong_rows(self, rows: int, most: int) -> dict[int, int]:
+        """The rows whose prompt has more than `most` tokens or none, with how many it has.
+
+        A prompt that has no more bytes than that is not rendered, if one of its roles has been: a
+        token is a byte at least. One that cannot be begun is left to the rollout, which counts it.
+        Raises `DataError`, with the row's line, where the chat template refuses a prompt.
+        """
+        environment = self._make()
+        written = partial(render_prompt, self._tokenizer)
+        extra: dict[tuple[str, ...], int] = {}
+        found: dict[int, int] = {}
+        for row in range(rows):
+            try:
+                messages = _said(*environment.reset(seed=row, options={"row": row}))
+            except Exception:
+                continue
+            roles = tuple(m["role"] for m in messages)
+            size = sum(len(m["content"].encode()) for m in messages)
+            plain = all(m.keys() == {"role", "content"} for m in messages)
+            if plain and roles in extra and size and size + extra[roles] <= most:
+                continue
+            try:
+                tokens = len(written(messages))
+            except DataError as error:
+                raise DataError(f"line {row + 1}: {error}") from error
+            extra.setdefault(roles, tokens)  # what the template adds is less than that
+            if not 0 < tokens <= most:
+                found[row] = tokens
+        return found
 
     def collect(
         self,
         starts: Sequence[Start],
         params: SamplingParams,
         on_group: OnGroup = lambda group: None,
+        rewarded: Rewarded = "needed",
     ) -> list[Trajectory]:
         """`params.n` episodes from each start, in order; one whose environment failed is left out
         and counted. `on_group` hears of each group as it ends, while others still run.
         """
+        self._rewarded = rewarded
         groups = [
             [
                 _Episode(self._idle.pop() if self._idle else self._make(), start, sample)
@@ -175,7 +227,8 @@ class Collector:
                 try:
                     writing.append(self._next_turn(episode, params))
                 except CapacityError:  # the conversation has grown as long as it can
-                    episode.running, episode.finish_reason = False, "length"
+                    episode.cut()
+                    self._judge(episode)
             if not any(e.running for e in group):
                 on_group(self._trajectories(group))
 
@@ -233,10 +286,18 @@ class Collector:
             except Exception as error:
                 fault = error
         if fault is not None:
-            self.failures += 1
-            self.last_failure = f"{type(fault).__name__}: {fault}"
-            episode.running, episode.finish_reason = False, "abort"
+            self._lose(episode, f"{type(fault).__name__}: {fault}")
         episode.ready = True
+
+    def _lose(self, episode: _Episode, why: str) -> None:
+        self.failures += 1
+        self.last_failure = why
+        episode.running, episode.finish_reason = False, "abort"
+
+    def _judge(self, episode: _Episode) -> None:
+        """An episode has ended: it is lost if it needed a reward and got none."""
+        if self._rewarded == "needed" and not episode.rewarded:
+            self._lose(episode, "the environment gave no reward")
 
     def _first_turn(
         self, group: list[_Episode], params: SamplingParams
@@ -247,15 +308,22 @@ class Collector:
             episode.turn = 1
         if not running:
             return []
-        prompt = running[0].token_ids
-        if any(e.token_ids != prompt for e in running):
-            name = type(running[0].environment.unwrapped).__name__
-            raise DataError(
+        [(prompt, _)] = Counter(tuple(e.token_ids) for e in running).most_common(1)
+        for episode in [e for e in running if tuple(e.token_ids) != prompt]:
+            name = type(episode.environment.unwrapped).__name__
+            self._lose(
+                episode,
                 f"{name} started differently from the same seed; "
-                "its reset must be a function of seed and options."
+                "its reset must be a function of seed and options",
             )
-        request = group[0].start.group_id << _TURN_BITS + _SAMPLE_BITS
-        [begun] = self._writer.submit([prompt], params, [request])
+        try:
+            request = request_id(group[0].start.group_id)
+            [begun] = self._writer.submit([prompt], params, [request])
+        except CapacityError as error:
+            for episode in [e for e in running if e.running]:
+                self.overlong += 1
+                self._lose(episode, str(error).rstrip("."))
+            return []
         pairs = []
         for written, episode in zip(begun, group, strict=True):
             if episode.running:
@@ -266,8 +334,7 @@ class Collector:
 
     def _next_turn(self, e: _Episode, params: SamplingParams) -> tuple[Writing, _Episode]:
         """The next completion of one episode."""
-        group = e.start.group_id << _TURN_BITS + _SAMPLE_BITS
-        request = group | (e.turn << _SAMPLE_BITS) | e.sample
+        request = request_id(e.start.group_id, e.turn, e.sample)
         [[written]] = self._writer.submit([e.token_ids], replace(params, n=1), [request])
         e.turn += 1
         return written, e
@@ -293,14 +360,20 @@ class Collector:
         self, episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]]
     ) -> None:
         observation, reward, terminated, truncated, info = answer
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward is {reward}")
+        if reward is not None and not usable(reward):
+            if self._rewarded != "any":
+                raise ValueError(f"the reward is {reward}")
+            reward = LOST
         text = self._text(episode)
-        episode.rewards[-1] += float(reward)
+        episode.rewards[-1] += float(reward or 0.0)
+        if reward is not None:
+            episode.rewarded += [len(episode.rewards) - 1]
         episode.messages += [{"role": "assistant", "content": text}]
+        episode.said = len(episode.messages)
         episode.info = {**info, "completion": text}
         if terminated or truncated or episode.finish_reason == "length":
             episode.running = False
+            self._judge(episode)
             return
         said = _said(observation, info)
         episode.messages += said
@@ -319,7 +392,22 @@ class Collector:
             episode.prompt_length,
             episode.finish_reason,
             {**episode.info, "messages": episode.messages},
+            tuple(episode.rewarded),
         )
+
+
+def request_id(group: int, turn: int = 0, sample: int = 0) -> int:
+    """A number for one completion of a run, which its random numbers are a function of. No two are
+    alike: 7 high bits of the turn, 32 of the group, 8 low bits of the turn, 16 of the sample.
+
+    Raises `CapacityError` beyond them.
+    """
+    if group >= 1 << 32 or turn >= 1 << 15 or sample >= 1 << 16:
+        raise CapacityError(
+            f"Group {group}, turn {turn}, sample {sample} is beyond what a run can number; "
+            "take fewer steps, turns or completions."
+        )
+    return (turn >> 8) << 56 | group << 24 | (turn & 255) << 16 | sample
 
 
 def _said(observation: Any, info: Mapping[str, Any]) -> list[Message]:

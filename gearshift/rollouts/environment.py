@@ -6,16 +6,17 @@ a model nor a tokenizer nor who plays.
 
 from __future__ import annotations
 
+import math
 import string
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 from gymnasium.vector.utils import create_shared_memory
 
-from gearshift.errors import ConfigError, NumericalError
-from gearshift.rollouts.rewards import RewardFunction, combine
+from gearshift.errors import ConfigError
+from gearshift.rollouts.rewards import RewardFunction, call
 from gearshift.types import Message
 
 MAX_CHARACTERS = 1 << 18
@@ -72,7 +73,10 @@ class TextEnvironment(gymnasium.Env[str, str]):
 
     @abstractmethod
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Answer -> (the user's next message or "", reward, terminated, truncated, info)."""
+        """Answer -> (the user's next message or "", reward, terminated, truncated, info).
+
+        A reward may be None: none is given at this turn.
+        """
 
     def choose(self, options: dict[str, Any] | None, rows: int) -> int:
         """The row that `options` asks for, or one drawn from `np_random`.
@@ -111,10 +115,10 @@ class RowEnvironment(TextEnvironment):
         return messages[-1]["content"], told
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Score the answer; the episode ends. `info` holds the row's columns and the verdict.
+        """Score the answer; the episode ends. `info` holds the row's columns and the verdict, where
+        there is a finite reward: it is None where the score does not apply, NaN where it is lost.
 
-        Raises `NumericalError` if the score does not apply or is not finite, `ResetNeeded` before a
-        reset.
+        Raises `ResetNeeded` before a reset.
         """
         if self._row is None:
             raise gymnasium.error.ResetNeeded(
@@ -125,11 +129,12 @@ class RowEnvironment(TextEnvironment):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         name = getattr(self.score, "__name__", "score")
         lists = {column: [value] for column, value in columns.items()}
-        [reward], _ = combine([(name, self.score, 1.0)], [self._prompt(row)], [action], None, lists)
-        if reward is None:
-            raise NumericalError(f"{name} gave no finite reward to row {index}; leave the row out.")
-        info = {**columns, "row": index, **self.verdict(row, action, reward)}
-        return "", reward, True, False, info
+        named = [(name, self.score, 1.0)]
+        [[reward]] = call(named, [self._prompt(row)], [action], None, lists)
+        told = reward is not None and math.isfinite(reward)
+        info = {**columns, "row": index}
+        info |= self.verdict(row, action, cast(float, reward)) if told else {}
+        return "", cast(float, reward), True, False, info
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
         """What else to say of an answer in `info`, `success` for example."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal, Protocol
@@ -19,12 +19,15 @@ from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer
 from gearshift.rollouts.judge import JudgeConfig, JudgeReward
 from gearshift.rollouts.processes import ProcessReward
 from gearshift.rollouts.rewards import (
+    LOST,
     HttpReward,
     Named,
     RewardFunction,
     add_up,
     call,
     load_reward,
+    total,
+    usable,
 )
 from gearshift.rollouts.workers import Workers
 from gearshift.types import Message, Trajectory
@@ -82,11 +85,18 @@ class Ensemble:
         self, prompts: list[list[Message]], completions: list[str], **_: Any
     ) -> list[float | None]:
         columns = [member(prompts, completions) for member in self.members]
-        samples = [[float(v) for v in row if v is not None] for row in zip(*columns, strict=True)]
-        if self.how == "min":
-            return [min(row) for row in samples]
+        return [
+            self._joined([v for v in row if v is not None]) for row in zip(*columns, strict=True)
+        ]
+
+    def _joined(self, scores: list[float]) -> float | None:
+        """None where no member applies, `LOST` where one has lost its score."""
+        if not all(map(usable, scores)):
+            return LOST
+        if not scores or self.how == "min":
+            return min(scores, default=None)
         spread = 1.0 if self.how == "mean_less_std" else 0.0
-        return [fmean(row) - spread * pstdev(row) for row in samples]
+        return fmean(scores) - spread * pstdev(scores)
 
 
 @dataclass
@@ -98,14 +108,16 @@ class Running:
     squares: float = 0.0
 
     def __call__(self, values: list[float | None]) -> list[float | None]:
-        """Take the values in; then each less the mean, over the standard deviation."""
+        """Take the values in; then each less the mean, over the standard deviation. What is None or
+        lost stays so, and counts for neither.
+        """
         for x in values:
-            if x is not None and math.isfinite(x):
+            if x is not None and usable(x):
                 self.count += 1
                 before, self.mean = self.mean, self.mean + (x - self.mean) / self.count
                 self.squares += (x - before) * (x - self.mean)
         std = math.sqrt(self.squares / max(1, self.count)) or 1.0
-        return [None if x is None else (x - self.mean) / std for x in values]
+        return [x if x is None or not usable(x) else (x - self.mean) / std for x in values]
 
 
 class RewardSum:
@@ -113,8 +125,8 @@ class RewardSum:
     is not named.
 
     `missing`: of the last call, by a part's name, the share of the episodes whose reward was lost
-    (the function hung or died, no judge answered, it was not finite); these have no total. A part
-    that does not apply to an episode (None) is not missing.
+    (the function raised, hung or died, no judge answered, it was not finite); these have no total,
+    if the part has a weight. A part that does not apply to an episode (None) is not missing.
     """
 
     def __init__(self, sources: Sequence[Source], config: ModelConfig, reward_model: Path) -> None:
@@ -125,6 +137,11 @@ class RewardSum:
         self.functions: list[Named] = []
         self.models: list[Named] = []
         self.missing: dict[str, float] = {}
+        self.last_failure = ""
+        """What the last function said that raised."""
+        self._worked: set[str] = set()
+        """Functions that have scored a group in this run; one that raises has its own faults until
+        then, and afterwards those of the group."""
         self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
         for s in sources:
             if s.source == ENVIRONMENT:
@@ -139,6 +156,8 @@ class RewardSum:
         ordered = [s for s in sources if s.source != ENVIRONMENT]
         ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
         self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
+        others = [(name, weight) for name, _, weight in (*self.functions, *self.models)]
+        self._weights = [(ENVIRONMENT, self.environment_weight), *others]
 
     def begin(self, group: list[Trajectory]) -> None:
         """Let the functions score a finished group while other episodes still run. Models wait for
@@ -159,28 +178,31 @@ class RewardSum:
         The environment's rewards stay at their turns, times their weight; what is added stands at
         the last token that the policy wrote.
         """
-        parts: dict[str, list[float | None]] = {ENVIRONMENT: [t.reward for t in trajectories]}
-        added: list[float | None] = [0.0] * len(trajectories)
-        if self.functions or self.models:
-            results = self._of_functions(trajectories)
-            results += _call(self.models, trajectories) if self.models else []
-            for i, running in self._running.items():
-                results[i] = running(results[i])
-            added, by_name = add_up([*self.functions, *self.models], results)
-            parts |= by_name
-            self.missing = {
-                name: fmean(v is not None and not math.isfinite(v) for v in values)
-                for name, values in zip(by_name, results, strict=True)
-            }
-        return [self._total(t, extra) for t, extra in zip(trajectories, added, strict=True)], parts
+        self.missing = {}
+        if not trajectories:
+            return [], {}
+        results = self._of_functions(trajectories)
+        results += _call(self.models, trajectories) if self.models else []
+        for i, running in self._running.items():
+            results[i] = running(results[i])
+        results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])
+        totals, parts = add_up(self._weights, results)
+        self.missing = {
+            name: fmean(v is not None and not usable(v) for v in values)
+            for name, values in zip(parts, results, strict=True)
+        }
+        added = zip(trajectories, totals, zip(*results, strict=True), strict=True)
+        return [None if sum_ is None else self._with(t, of) for t, sum_, of in added], parts
 
     def state_dict(self) -> dict[str, Any]:
-        """What normalisation has seen."""
-        return {str(i): asdict(running) for i, running in self._running.items()}
+        """What normalisation has seen, and which functions have worked."""
+        running = {str(i): asdict(running) for i, running in self._running.items()}
+        return {"running": running, "worked": sorted(self._worked)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it up again."""
-        self._running = {int(i): Running(**kept) for i, kept in state.items()}
+        self._running = {int(i): Running(**kept) for i, kept in state["running"].items()}
+        self._worked = set(state["worked"])
 
     def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
         if not self.functions:
@@ -190,16 +212,42 @@ class RewardSum:
             if group[0].group_id not in self._begun:
                 self.begin(group)
         begun, self._begun = self._begun, {}
-        scored = [[f.result()[0] for f in begun[group[0].group_id]] for group in groups]
-        return [list(chain.from_iterable(column)) for column in zip(*scored, strict=True)]
+        return [
+            self._result(name, [(begun[group[0].group_id][i], len(group)) for group in groups])
+            for i, (name, _, _) in enumerate(self.functions)
+        ]
 
-    def _total(self, trajectory: Trajectory, extra: float | None) -> Trajectory | None:
-        if extra is None:
-            return None
-        rewards = [r * self.environment_weight for r in trajectory.rewards]
+    def _result(
+        self, name: str, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
+    ) -> list[float | None]:
+        """What a function has said of groups of these sizes; a group at which it raised is lost.
+
+        Raises its `ConfigError` if it raised at every one and has never worked.
+        """
+        said: list[float | None] = []
+        fault: ConfigError | None = None
+        for call_, size in calls:
+            try:
+                said += call_.result()[0]
+                self._worked.add(name)
+            except ConfigError as error:
+                fault, self.last_failure = error, str(error)
+                said += [LOST] * size
+        if fault and name not in self._worked:
+            raise fault
+        return said
+
+    def _with(self, trajectory: Trajectory, values: Sequence[float | None]) -> Trajectory:
+        """The trajectory with the sum of its parts, of which the environment's is the first."""
+        own, weights = self.environment_weight, [weight for _, weight in self._weights]
+        rewards = [r * own if own else 0.0 for r in trajectory.rewards]
         last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
-        rewards[last] += extra
-        return replace(trajectory, rewards=rewards)
+        extra = total(weights[1:], values[1:])
+        given = trajectory.rewarded if own else ()
+        if extra is not None and any(weights[1:]):
+            rewards[last] += extra
+            given = None if given is None else (*(i for i in given if i != last), last)
+        return replace(trajectory, rewards=rewards, rewarded=given)
 
 
 def _function(source: Source) -> RewardFunction:

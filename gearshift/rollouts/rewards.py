@@ -27,8 +27,16 @@ T = TypeVar("T")
 Rewards = Sequence[float | None]
 LOST = math.nan
 """A reward that should be there and is not: the function hung, its process died, nobody answered.
-None says that a function does not apply and leaves it out of the sum; this leaves the episode out.
+None says that a function does not apply and leaves it out of the sum; this leaves the episode out,
+unless the function has weight 0.
 """
+LARGEST = 1e18
+"""A greater reward counts as one that is not finite: its square overflows in fp32."""
+
+
+def usable(reward: float) -> bool:
+    """Whether a reward is a number that training can compute with."""
+    return math.isfinite(reward) and abs(reward) <= LARGEST
 
 
 class RewardFunction(Protocol):
@@ -141,15 +149,10 @@ def combine(
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
     """Each sample's weighted sum, and each function's own rewards by its name.
 
-    `functions` are (name, function, weight); total_i = sum of weight * reward_i over those that
-    apply. None, "does not apply", leaves a function out of that sample's sum; a reward that is not
-    finite becomes None and leaves the sample without a total: a sum without it would count it
-    as 0. A sample to which nothing applies has no total either.
-
-    Raises what `call` raises.
+    `functions` are (name, function, weight); see `add_up`. Raises what `call` raises.
     """
     results = call(functions, prompts, completions, completion_ids, columns)
-    return add_up(functions, results)
+    return add_up([(name, weight) for name, _, weight in functions], results)
 
 
 def call(
@@ -159,7 +162,7 @@ def call(
     completion_ids: list[list[int]] | None,
     columns: dict[str, list[Any]],
 ) -> list[list[float | None]]:
-    """What each function says of each sample.
+    """What each function says of each sample: a number, None, or `LOST`.
 
     Raises `ConfigError` naming the function that raises, or that returns anything but one number or
     None a sample.
@@ -175,7 +178,7 @@ def call(
                     **columns,
                 )
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(name, error) from error
     _await_all([name for name, _, _ in functions], results)
     return [
@@ -185,18 +188,29 @@ def call(
 
 
 def add_up(
-    functions: Sequence[Named], results: Sequence[list[float | None]]
+    parts: Sequence[tuple[str, float]], results: Sequence[list[float | None]]
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """What `combine` returns, of what `call` returned."""
-    totals: list[list[float]] = [[] for _ in results[0]]
-    parts: dict[str, list[float | None]] = {}
-    for (name, _, weight), values in zip(functions, results, strict=True):
-        for terms, value in zip(totals, values, strict=True):
-            if value is not None:
-                terms.append(weight * value)
-        label = name if name not in parts else f"{name}#{len(parts)}"
-        parts[label] = [v if v is not None and math.isfinite(v) else None for v in values]
-    return [sum(t) if t and math.isfinite(sum(t)) else None for t in totals], parts
+    """Each sample's `total` of the parts, which are (name, weight); and the parts by name, None
+    where a reward does not apply or is lost.
+    """
+    weights = [weight for _, weight in parts]
+    by_name: dict[str, list[float | None]] = {}
+    for (name, _), values in zip(parts, results, strict=True):
+        label = name if name not in by_name else f"{name}#{len(by_name)}"
+        by_name[label] = [v if v is not None and usable(v) else None for v in values]
+    return [total(weights, values) for values in zip(*results, strict=True)], by_name
+
+
+def total(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """The sum of weight * value over the parts that have a weight and apply.
+
+    None if one of these is lost, since a sum without it would count it as 0; or if none of those
+    with a weight applies. Where no part has a weight, the total is 0.
+    """
+    if not any(weights):
+        return 0.0
+    terms = [w * v for w, v in zip(weights, values, strict=True) if w and v is not None]
+    return sum(terms) if terms and usable(sum(terms)) else None
 
 
 def _await_all(names: Sequence[str], results: list[Any]) -> None:
@@ -236,7 +250,8 @@ def _checked(name: str, result: Any, samples: int) -> list[float | None]:
 def _number(name: str, value: Any) -> float:
     try:
         if isinstance(value, SupportsFloat):  # not a string, which float() would read
-            return float(value)
+            number = float(value)
+            return number if usable(number) else LOST
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
         pass
     raise ConfigError(

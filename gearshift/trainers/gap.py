@@ -16,9 +16,13 @@ from gearshift.types import SamplingParams
 def logprob_gap(
     engine: HybridEngine, collector: Collector, starts: Sequence[Start], params: SamplingParams
 ) -> dict[str, float]:
-    """Mean and greatest |difference| in nats over completions sampled afresh from `starts`."""
+    """Mean and greatest |difference| in nats over completions sampled afresh from `starts`, and how
+    many tokens these have; only that where no episode came to its end.
+    """
     with engine.generating():
-        trajectories = collector.collect(starts, params)
+        trajectories = collector.collect(starts, params, rewarded="any")
+    if not trajectories:
+        return {"tokens": 0.0}
     batch = pack_trajectories(trajectories, max_tokens=4096).to(engine.device)
     gaps = []
     for micro in batch.split(4096):

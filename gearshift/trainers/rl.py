@@ -11,7 +11,7 @@ Legend: T packed tokens, N completions, A longest completion, M tokens that the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -51,28 +51,30 @@ from gearshift.algorithms.policy_losses import (
 from gearshift.algorithms.shaping import clip_rewards, overlong_penalty, token_rewards
 from gearshift.data import DataConfig, Mixture
 from gearshift.engine import HybridEngine, PackedModel
-from gearshift.errors import DataError
 from gearshift.models.adapters import adapters_off
 from gearshift.models.forward import token_scores
 from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, Rewarded, Start
 from gearshift.rollouts.judge import JudgeConfig
 from gearshift.runtime.config import Config
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
 from gearshift.trainers.critic import Critic
 from gearshift.trainers.ema import MovingAverage
+from gearshift.trainers.left_out import LeftOut
 from gearshift.trainers.rollout import (
     Parts,
     by_group,
     describe_generation,
     describe_rollout,
+    given_rewards,
     minibatches,
     pack_trajectories,
     place_rewards,
     record,
     tells_nothing,
+    turn_ends,
 )
 from gearshift.trainers.sft import Rendered, supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage, StageConfig
@@ -179,8 +181,11 @@ class RLConfig(StageConfig):
     """Rollouts, each followed by its updates."""
     prompts: int = Field(8, ge=1)
     """Prompts in one rollout."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(8, ge=1, le=1 << 16)
     """Completions of each prompt."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """Rows whose prompt leaves no place for `max_new_tokens`: told before the first step, or left
+    out and counted. Of an environment without rows, an episode is left out when it comes."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling, and so of the policy that is trained."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -203,7 +208,8 @@ class RLConfig(StageConfig):
     missing_end_penalty: float = Field(0.0, ge=0)
     """Subtracted from the reward of a completion that was cut."""
     overlong_buffer: float = Field(0.0, ge=0, le=1)
-    """This part of `max_new_tokens`, the last, costs up to 1 (DAPO's soft punishment)."""
+    """This part of `max_new_tokens`, the last, costs up to 1 in each turn (DAPO's soft
+    punishment)."""
     dynamic_sampling: int = Field(0, ge=0)
     """Further rollouts, at most, to replace groups whose rewards are all equal (DAPO)."""
     advantage: Advantage = "reinforce"
@@ -225,7 +231,7 @@ class RLConfig(StageConfig):
     """What a separate critic starts from: a folder, or `reward` (this run's reward model); null is
     the policy. An encoder values the prompt, a decoder each token."""
     critic_warmup: int = Field(0, ge=0)
-    """Rollouts from which only the value net learns."""
+    """Rollouts from which only the value net learns; the policy's schedule begins after them."""
     value_coefficient: float = Field(0.5, ge=0)
     """Weight of the value loss."""
     value_clip: float | None = Field(None, gt=0)
@@ -257,7 +263,7 @@ class RLConfig(StageConfig):
     epochs: int = Field(1, ge=1)
     """Passes over one rollout."""
     minibatches: int = Field(1, ge=1)
-    """Updates in one pass."""
+    """Updates in one pass, at most one for each prompt."""
     kl: KLConfig = KLConfig()
     """Penalty on the distance to the reference policy."""
     supervised: SupervisedMix = SupervisedMix()
@@ -276,6 +282,11 @@ class RLConfig(StageConfig):
             raise ValueError(
                 f"advantage={self.advantage} compares completions of one prompt; "
                 "group_size must be 2 or more."
+            )
+        if self.minibatches > self.prompts:
+            raise ValueError(
+                f"minibatches={self.minibatches} cannot be made of prompts={self.prompts}; "
+                "a minibatch has one prompt at least."
             )
         if self.group_size == 1 and self.dynamic_sampling:
             raise ValueError(
@@ -309,6 +320,10 @@ class Scorer(Protocol):
 
     missing: dict[str, float]
     """By a part's name, the share of the episodes of the last call whose reward was lost."""
+    environment_weight: float
+    """Of the environment's own reward; 0 where it does not count."""
+    last_failure: str
+    """Why a reward was lost, where that is known."""
 
     def begin(self, group: list[Trajectory]) -> None:
         """Hear of a group that has ended, while others still run."""
@@ -346,14 +361,14 @@ class RLTrainer:
         config: RLConfig,
         engine: HybridEngine,
         collector: Collector,
-        rows: int | None,
+        rows: Sequence[int] | None,
         score: Scorer,
         stage: Stage,
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
         examples: Mixture[Rendered] | None = None,
     ) -> None:
-        """`rows`: how many rows the environment draws from, or None where each episode is drawn by
+        """`rows`: those that the environment draws from, or None where each episode is drawn by
         its seed. `reference` is needed where `kl.beta` > 0; `critic` where `value` is `critic`;
         `examples` are mixed into the updates.
         """
@@ -363,13 +378,17 @@ class RLTrainer:
         self.reference_states = (
             engine.states if reference in (None, engine.model) else PackedModel(reference)
         )
-        self.memory = Memory(config.kl.beta)
-        self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, config.updates)]
+        self.memory, self.left_out = Memory(config.kl.beta), LeftOut()
+        has_values = config.advantage in NEEDS_VALUES
+        updates = config.updates
+        if has_values:  # the policy has no part in the value net's warm-up
+            updates -= min(config.critic_warmup, config.steps) * config.epochs * config.minibatches
+        self.optimizers = [MasterAdamW(engine.model.parameters(), config.optimizer, updates)]
         stage.track(model=engine.model, optimizer=self.optimizers[0], memory=self.memory)
-        stage.track(rewards=score)
+        stage.track(rewards=score, left_out=self.left_out)
         self.head: ValueHead | None = None
         self.critic: Critic | None = None
-        if config.advantage in NEEDS_VALUES:
+        if has_values:
             self._add_value_net(critic)
         self.average = MovingAverage(engine.model, config.ema) if config.ema else None
         if self.average:
@@ -393,19 +412,31 @@ class RLTrainer:
     def train(self) -> None:
         """Sample prompts, collect, score, advantages, update; until the stage's last step."""
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
-            trajectories, sampled = self.rollout(step)
-            greedy = None
-            if self.config.advantage in NEEDS_GREEDY:
-                greedy = self.greedy(step, {t.group_id for t in trajectories})
-            batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
-            with self.stage.phase("score"):
-                batch, scored = self.with_advantages(batch, trajectories, greedy)
-            with self.stage.phase("train"):
-                updated = self.update(batch, step)
-            metrics = sampled | scored | updated
-            metrics |= {"environment/failures": float(self.collector.failures)}
+            trajectories, metrics = self.rollout(step)
+            tokens = 0
+            if trajectories:
+                tokens, learned = self.learn(step, trajectories)
+                metrics |= learned
+            metrics |= self.left_out.metrics()
             metrics |= describe_generation(self.engine) | self.adapt(metrics)
-            self.stage.log(step, metrics, tokens=len(batch))
+            self.stage.log(step, metrics, tokens)
+        self.left_out.end()
+
+    def learn(self, step: int, trajectories: list[Trajectory]) -> tuple[int, dict[str, float]]:
+        """Advantages, and the updates; returns the tokens of the batch, and metrics."""
+        greedy = None
+        if self.config.advantage in NEEDS_GREEDY:
+            greedy = self.greedy(step, {t.group_id for t in trajectories})
+            known = [t for t in trajectories if t.group_id in greedy]
+            self.left_out.add("no_greedy", len(trajectories) - len(known))
+            trajectories = known
+        if not trajectories:
+            return 0, {}
+        batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
+        with self.stage.phase("score"):
+            batch, scored = self.with_advantages(batch, trajectories, greedy)
+        with self.stage.phase("train"):
+            return len(batch), scored | self.update(batch, step)
 
     def rollout(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
         """Episodes with their rewards, to learn from, and what to log of all that were sampled.
@@ -431,13 +462,25 @@ class RLTrainer:
             kept |= groups
             if len(kept) >= self.config.prompts:
                 break
-        chosen = list(kept.values())[: self.config.prompts]
+        enough = list(kept.values())[: self.config.prompts]
+        chosen = self.comparable(enough or by_group(everything).values())
+        self.left_out.prompts((nth + 1) * self.config.prompts, len(chosen))
         metrics = describe_rollout(everything, all_parts)
         metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
         if rounds > 1:
             metrics["sampling/rollouts"] = nth + 1.0
         self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})
-        return [t for group in chosen for t in group] or everything, metrics
+        return [t for group in chosen for t in group], metrics
+
+    def comparable(self, groups: Iterable[list[Trajectory]]) -> list[list[Trajectory]]:
+        """The groups without those that have shrunk to one episode, where an advantage compares:
+        alone it has no baseline.
+        """
+        if self.config.advantage not in NEEDS_GROUPS:
+            return list(groups)
+        several = [group for group in groups if len(group) > 1]
+        self.left_out.add("alone", sum(len(group) == 1 for group in groups))
+        return several
 
     def collect(
         self, starts: Sequence[Start], params: SamplingParams
@@ -446,7 +489,14 @@ class RLTrainer:
         with self.stage.phase("generate"), self.engine.generating():
             for optimizer in self.optimizers:
                 optimizer.rest()
-            trajectories = self.collector.collect(starts, params, self.score.begin)
+            before = self.collector.failures, self.collector.overlong
+            rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
+            trajectories = self.collector.collect(starts, params, self.score.begin, rewarded)
+            failures = self.collector.failures - before[0]
+            overlong = self.collector.overlong - before[1]
+            why = self.collector.last_failure
+            self.left_out.add("environment", failures - overlong, why)
+            self.left_out.add("overlong_prompt", overlong, why)
         with self.stage.phase("reward"):
             return self.rewarded(trajectories)
 
@@ -456,6 +506,8 @@ class RLTrainer:
         rounds = range(1 + self.config.dynamic_sampling)
         starts = [s for n in rounds for s in self.starts(step, n) if s.group_id in groups]
         trajectories, _ = self.collect(starts, params)
+        if not trajectories:
+            return {}
         rewards_NA, _ = self.shaped(trajectories)
         played = [t.group_id for t in trajectories]
         return dict(zip(played, rewards_NA.sum(1).tolist(), strict=True))
@@ -469,15 +521,16 @@ class RLTrainer:
         groups = range(first, first + P)
         if self.rows is None:
             return [Start(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
+        count = len(self.rows)
         orders = {
-            epoch: torch.randperm(self.rows, generator=generator(seed, f"prompts/{epoch}"))
-            for epoch in {g // self.rows for g in groups}
+            epoch: torch.randperm(count, generator=generator(seed, f"prompts/{epoch}"))
+            for epoch in {g // count for g in groups}
         }
         return [
             Start(
                 g,
                 named_seed(seed, f"episode/{g}") % 2**31,
-                int(orders[g // self.rows][g % self.rows]),
+                self.rows[int(orders[g // count][g % count])],
             )
             for g in groups
         ]
@@ -486,12 +539,7 @@ class RLTrainer:
         """The trajectories that have a reward, with it, and every part of it by name."""
         totals, parts = self.score(trajectories)
         kept = [i for i, total in enumerate(totals) if total is not None]
-        if not kept:
-            why = self.collector.last_failure or "every reward was None or not finite"
-            raise DataError(
-                f"No episode of this rollout has a reward ({why}); "
-                "look at the environment and the rewards."
-            )
+        self.left_out.add("no_reward", len(totals) - len(kept), self.score.last_failure)
         parts = {name: [values[i] for i in kept] for name, values in parts.items()}
         return [t for t in totals if t is not None], parts
 
@@ -510,7 +558,9 @@ class RLTrainer:
             cut_N = torch.tensor([t.finish_reason == "length" for t in trajectories])
             rewards_NA[last_N] -= config.missing_end_penalty * cut_N
         if buffer := round(config.overlong_buffer * config.max_new_tokens):
-            rewards_NA[last_N] += overlong_penalty(counts_N, config.max_new_tokens, buffer)
+            rows_K, ends_K, lengths_K = turn_ends(trajectories)
+            penalty_K = overlong_penalty(lengths_K, config.max_new_tokens, buffer)
+            rewards_NA[rows_K, ends_K] += penalty_K
         return rewards_NA.to(self.engine.device), mask_NA.to(self.engine.device)
 
     def with_advantages(
@@ -541,7 +591,7 @@ class RLTrainer:
             )
             kl_NA = pad_rows(kl_M, counts_N)
             rewards_NA = token_rewards(rewards_NA, kl_NA, self.memory.beta, mask_NA)
-        greedy_N = [(greedy or {}).get(t.group_id, t.reward) for t in trajectories]
+        greedy_N = None if greedy is None else [greedy[t.group_id] for t in trajectories]
         group_N = torch.tensor([t.group_id for t in trajectories], device=device)
         rollout = Rollout(
             rewards_NA,
@@ -549,7 +599,8 @@ class RLTrainer:
             group_N,
             values_NA=None if values_M is None else pad_rows(values_M, counts_N),
             baseline=self.memory.baseline,
-            greedy_N=torch.tensor(greedy_N, device=device),
+            given_NA=given_rewards(trajectories, mask_NA),
+            greedy_N=None if greedy_N is None else torch.tensor(greedy_N, device=device),
             gamma=config.gamma,
             lam=config.lam,
         )
@@ -564,25 +615,24 @@ class RLTrainer:
             metrics["value/explained_variance"] = 1.0 - float(
                 error_M.var() / unpad_rows(returns_NA, mask_NA).var().clamp(min=1e-8)
             )
+        counts_NA = mask_NA  # in the loss, and so in what advantages are whitened by
+        if config.truncated == "mask":
+            whole = [t.finish_reason != "length" for t in trajectories]
+            counts_NA = mask_NA & torch.tensor(whole, device=device)[:, None]
         if config.whiten == "batch":
-            advantages_NA = whiten(advantages_NA, mask_NA)
+            advantages_NA = whiten(advantages_NA, counts_NA)
         elif config.whiten == "group":
-            advantages_NA = whiten_groups(advantages_NA, mask_NA, group_N)
+            advantages_NA = whiten_groups(advantages_NA, counts_NA, group_N)
         if config.positive_only:
             advantages_NA = advantages_NA.clamp(min=0.0)
         batch = batch.with_scored(
             advantages=unpad_rows(advantages_NA, mask_NA), returns=unpad_rows(returns_NA, mask_NA)
         )
-        if config.truncated == "mask":
-            whole_N = torch.tensor([t.finish_reason != "length" for t in trajectories])
-            batch = batch.unscored(~unpad_rows(whole_N.to(device)[:, None] & mask_NA, mask_NA))
-        return batch, metrics
+        return batch.unscored(~unpad_rows(counts_NA, mask_NA)), metrics
 
     def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """All updates of one rollout; metrics are means over them."""
         config = self.config
-        if not bool(batch.loss_mask.any()):  # every completion was cut, and cut ones are masked
-            return {}
         warming = self.has_values and step < config.critic_warmup
         learning = self.optimizers[1:] if warming else self.optimizers
         history: list[dict[str, float]] = []
@@ -590,6 +640,8 @@ class RLTrainer:
             for mini in minibatches(
                 batch, config.minibatches, generator(self.stage.seed, f"mini/{step}/{epoch}")
             ):
+                if not bool(mini.loss_mask.any()):  # all were cut, and cut ones are masked
+                    continue
                 nth = step * config.epochs * config.minibatches + len(history)
                 counts = mini.counts[mini.counts > 0]
                 weights = loss_weights(counts, config.aggregation, config.max_new_tokens)
@@ -607,7 +659,7 @@ class RLTrainer:
                 self.engine.weights_changed()
                 if self.average:
                     self.average.update()
-        return {name: fmean(h[name] for h in history) for name in history[0]}
+        return {name: fmean(h[name] for h in history) for name in (history[:1] or [{}])[0]}
 
     def adapt(self, metrics: dict[str, float]) -> dict[str, float]:
         """Bring beta nearer to what keeps the KL at its target."""

@@ -7,6 +7,7 @@ Legend: N completions, A longest completion.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, groupby
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine
-from gearshift.errors import DataError
 from gearshift.types import PackedBatch, Trajectory
 
 Parts = dict[str, list[float | None]]
@@ -67,15 +67,40 @@ def place_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor
     return rewards_NA
 
 
+def turn_lengths(trajectory: Trajectory) -> list[int]:
+    """Tokens that the policy wrote in each turn."""
+    runs = groupby(trajectory.loss_mask)
+    return [len(list(run)) for written, run in runs if written]
+
+
+def turn_ends(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
+    """[K] of all turns: whose it is, the place of its last token in that row, and its length."""
+    lengths = [turn_lengths(t) for t in trajectories]
+    rows = [row for row, own in enumerate(lengths) for _ in own]
+    ends = [end - 1 for own in lengths for end in accumulate(own)]
+    return torch.tensor(rows), torch.tensor(ends), torch.tensor([n for own in lengths for n in own])
+
+
+def given_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor:
+    """[N, A] True at the tokens at which a reward was given."""
+    given_NA = torch.zeros_like(mask_NA)
+    rows, ends, _ = turn_ends(trajectories)
+    given_NA[rows, ends] = True
+    for row_A, t in zip(given_NA, trajectories, strict=True):
+        if t.rewarded is not None:
+            row_A[:] = False
+            row_A[[sum(t.loss_mask[:i]) for i in t.rewarded]] = True
+    return given_NA
+
+
 def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[PackedBatch]:
-    """The batch's trees dealt into `count` batches in a random order; the batch itself for one."""
+    """The batch's trees dealt into `count` batches in a random order; the batch itself for one.
+    Fewer where there are fewer trees: episodes were lost.
+    """
+    trees = batch.trees()
+    count = min(count, len(trees))
     if count == 1:
         return [batch]
-    trees = batch.trees()
-    if count > len(trees):
-        raise DataError(
-            f"A rollout of {len(trees)} groups cannot be cut into minibatches={count}; lower it."
-        )
     shuffled = [trees[i] for i in torch.randperm(len(trees), generator=order)]
     return [
         PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)
@@ -84,6 +109,8 @@ def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[
 
 def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[str, float]:
     """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
+    if not trajectories:
+        return {}
     lengths = [sum(t.loss_mask) for t in trajectories]
     groups = by_group(trajectories).values()
     metrics = {

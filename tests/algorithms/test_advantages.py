@@ -120,13 +120,19 @@ def test_group_methods_score_the_row_sums(name: str, data: list, gamma: float) -
     assert_rows(out.returns_NA, mask, oracle.returns(rewards, gamma))
 
 
-@given(rows(1))
-def test_rewards_of_turns_are_scaled_in_their_group(data: list) -> None:
+@given(rows(2), st.booleans())
+def test_rewards_of_turns_are_scaled_in_their_group(data: list, told: bool) -> None:
+    """Of turns that end where a reward was given, one of 0 too, with what each token costs."""
     rewards = [[0.0 if abs(r) < 1 else r for r in row] for row in column(data, 0)]
+    given = [[x > 0 for x in row] for row in column(data, 1)]
+    if not told:
+        given = [[r != 0 for r in row] for row in rewards]
     padded_NA, mask = padded(rewards)
+    given_NA = padded([[float(x) for x in row] for row in given])[0] != 0  # True in the padding
     groups = [i % 2 for i in range(len(rewards))]
-    out = ADVANTAGES["grpo_turns"](Rollout(padded_NA, mask, torch.tensor(groups)))
-    assert_rows(out.advantages_NA, mask, oracle.grpo_turns(rewards, groups), atol=1e-6)
+    rollout = Rollout(padded_NA, mask, torch.tensor(groups), given_NA=given_NA if told else None)
+    out = ADVANTAGES["grpo_turns"](rollout)
+    assert_rows(out.advantages_NA, mask, oracle.grpo_turns(rewards, given, groups), atol=1e-6)
 
 
 @given(st.lists(st.tuples(FLOATS, st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=9))

@@ -49,17 +49,24 @@ def grpo(rewards: list[float], groups: list[int], scale: bool) -> list[float]:
     return out
 
 
-def grpo_turns(rewards: Rows, groups: list[int]) -> Rows:
-    """Each reward that is not 0, normalised over its group's; a token gets the sum of those at it
-    or after it.
+def grpo_turns(rewards: Rows, given: list[list[bool]], groups: list[int]) -> Rows:
+    """Each turn's reward, the sum up to where it is given, normalised over its group's turns; a
+    token gets the sum of those that end at it or after it.
     """
+    turns: list[dict[int, float]] = []
+    for row, ends in zip(rewards, given, strict=True):
+        found, begun = {}, 0
+        for t in [t for t, end in enumerate(ends) if end]:
+            found[t], begun = sum(row[begun : t + 1]), t + 1
+        turns.append(found)
     out = []
-    for row, g in zip(rewards, groups, strict=True):
-        given = [r for x, h in zip(rewards, groups, strict=True) if h == g for r in x if r != 0]
-        mean = statistics.fmean(given) if given else 0.0
-        spread = statistics.stdev(given) + 1e-4 if len(given) > 1 else float("inf")
-        scaled = [(r - mean) / spread if r != 0 else 0.0 for r in row]
-        out.append([sum(scaled[t:]) for t in range(len(row))])
+    for row, own, g in zip(rewards, turns, groups, strict=True):
+        of_group = [r for x, h in zip(turns, groups, strict=True) if h == g for r in x.values()]
+        mean = statistics.fmean(of_group) if of_group else 0.0
+        spread = statistics.stdev(of_group) + 1e-4 if len(of_group) > 1 else float("inf")
+        out.append(
+            [sum((r - mean) / spread for t, r in own.items() if t >= i) for i in range(len(row))]
+        )
     return out
 
 

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gearshift.engine import HybridEngine
 from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, Start, request_id
 from gearshift.rollouts.evaluate import evaluate
 from gearshift.rollouts.workers import Workers
 from gearshift.types import SamplingParams, Trajectory
@@ -123,6 +125,115 @@ def test_a_conversation_that_outgrows_the_model_ends_there(engine: HybridEngine)
     assert engine._scheduler is not None and engine._scheduler.idle
 
 
+def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
+    engine: HybridEngine,
+) -> None:
+    """Where the environment's next words do not fit any more, the episode ends with the answer."""
+
+    class Talks(SayLetters):
+        def step(self, action: str) -> tuple:
+            said = [{"role": "user", "content": "and then? " * 4}]
+            return said[0]["content"], 0.5, False, False, {"messages": [*said, *said]}
+
+    collector = Collector(Talks, engine.tokenizer, engine)
+    with engine.generating():
+        params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
+        episodes = collector.collect([Start(0, seed=0)], params)
+    for t in episodes:
+        *before, answer = t.info["messages"]
+        assert answer == {"role": "assistant", "content": t.info["completion"]}
+        assert before[-1]["role"] == "user" and t.loss_mask[-1] == 1
+        assert len(t.token_ids) == len(t.loss_mask) == len(t.logprobs) == len(t.rewards)
+        turns = sum(m["role"] == "assistant" for m in t.info["messages"])
+        assert t.rewarded is not None and len(t.rewarded) == turns > 1
+        assert t.reward == 0.5 * turns and all(t.loss_mask[i] for i in t.rewarded)
+
+
+def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
+    engine: HybridEngine,
+) -> None:
+    class Long(SayLetters):
+        def _start(self, options: dict[str, Any] | None) -> str:
+            word = "long " * 200 if options and options["row"] == 1 else "go"
+            self.messages = [{"role": "user", "content": word}]
+            return word
+
+    collector = Collector(Long, engine.tokenizer, engine)
+    heard: list[int] = []
+    with engine.generating():
+        starts = [Start(g, seed=0, row=g) for g in range(3)]
+        params = SamplingParams(n=2, max_new_tokens=4)
+        episodes = collector.collect(starts, params, lambda group: heard.append(len(group)))
+    assert [t.group_id for t in episodes] == [0, 0, 2, 2] and sorted(heard) == [0, 2, 2]
+    assert (collector.failures, collector.overlong) == (2, 2)
+    assert "tokens" in collector.last_failure
+    assert engine._scheduler is not None and engine._scheduler.idle
+    assert list(collector.overlong_rows(3, 400)) == [1]
+    assert list(collector.overlong_rows(3, 1)) == [0, 1, 2]
+
+
+def test_episodes_that_start_otherwise_than_their_group_are_left_out(
+    engine: HybridEngine,
+) -> None:
+    made: list[SayLetters] = []
+
+    class Restless(SayLetters):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+            self.restless = len(made) == 1
+
+        def _start(self, options: dict[str, Any] | None) -> str:
+            word = "otherwise" if self.restless else "go"
+            self.messages = [{"role": "user", "content": word}]
+            return word
+
+    collector = Collector(Restless, engine.tokenizer, engine)
+    with engine.generating():
+        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=4, max_new_tokens=2))
+    assert len(episodes) == 3 and collector.failures == 1 and not collector.overlong
+    assert "Restless started differently" in collector.last_failure
+
+
+@pytest.mark.parametrize("rewarded", ["needed", "finite", "any"])
+@pytest.mark.parametrize("reward", [None, float("nan"), 1e30, 0.0])
+def test_what_an_environment_must_say(engine: HybridEngine, rewarded: Any, reward: Any) -> None:
+    class Says(TwoTurns):
+        def step(self, action: str) -> tuple:
+            observation, _, *rest = super().step(action)
+            return observation, reward, *rest
+
+    collector = Collector(Says, engine.tokenizer, engine)
+    params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
+    with engine.generating():
+        episodes = collector.collect([Start(0, seed=0)], params, rewarded=rewarded)
+    usable = reward == 0.0
+    kept = usable or rewarded == "any" or (reward is None and rewarded == "finite")
+    assert len(episodes) == kept and collector.failures == (not kept)
+    for t in episodes:
+        assert t.rewarded is not None and len(t.rewarded) == (0 if reward is None else 2)
+        assert (t.reward == 0.0) == (reward is None or usable)
+
+
+@given(
+    st.tuples(*[st.tuples(st.integers(0, 10**6), st.integers(0, 999), st.integers(0, 9999))] * 2)
+)
+def test_no_two_completions_of_a_run_share_their_random_numbers(pair: Any) -> None:
+    one, other = pair
+    assert (request_id(*one) == request_id(*other)) == (one == other)
+    assert 0 <= request_id(*one) < 1 << 63
+    group, turn, sample = one
+    if turn < 256:  # as it was before more turns could be told apart
+        assert request_id(*one) == group << 24 | turn << 16 | sample
+
+
+def test_turn_256_is_no_turn_of_the_next_group() -> None:
+    assert request_id(0, 256) != request_id(1, 0) and request_id(7, 300, 3) != request_id(8, 44, 3)
+    for beyond in ((1 << 32, 0, 0), (0, 1 << 15, 0), (0, 0, 1 << 16)):
+        with pytest.raises(CapacityError, match="can number"):
+            request_id(*beyond)
+
+
 FAULTS = {
     "hang": "longer than 0.5 s",
     "reset hang": "longer than 0.5 s",
@@ -136,7 +247,7 @@ FAULTS = {
     "reset number": "it said 7, which is no text",
     "nan": "the reward is nan",
     "inf": "the reward is inf",
-    "none": "must be real number, not NoneType",
+    "none": "the environment gave no reward",
     "text": "must be real number, not str",
 }
 

@@ -9,7 +9,7 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from gearshift.errors import ConfigError, DataError, NumericalError
+from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import MAX_CHARACTERS, AnyText, RowEnvironment
 from gearshift.rollouts.gym_text import make_environment
 
@@ -60,14 +60,17 @@ def test_row_environment() -> None:
         env.reset(options={"row": 2})
 
 
-def test_a_row_without_a_reward_is_an_error_not_a_zero() -> None:
-    def nan(**_: Any) -> list[float]:
-        return [math.nan]
+@pytest.mark.parametrize("said", [None, math.nan, math.inf])
+def test_a_row_without_a_reward_has_none_and_no_verdict(said: float | None) -> None:
+    class Judged(RowEnvironment):
+        def verdict(self, row: Any, action: str, reward: float) -> dict[str, Any]:
+            return {"success": reward >= 1.0}
 
-    env = RowEnvironment(ROWS, nan)
+    env = Judged(ROWS, lambda **_: [said])
     env.reset(options={"row": 0})
-    with pytest.raises(NumericalError, match="nan gave no finite reward to row 0"):
-        env.step("4")
+    _, reward, ended, _, info = env.step("4")
+    assert reward is None if said is None else math.isnan(reward)
+    assert ended and "success" not in info
 
 
 def play(number: int, guesses: list[str], **kwargs: Any) -> list[tuple[str, float, bool, bool]]:

@@ -113,7 +113,8 @@ def test_the_lost_are_left_out_and_counted_and_the_rest_run_side_by_side(
         rewarded, parts = total(episodes)
         assert [t and t.reward for t in rewarded] == [3.0, None, None, 5.0]
         assert parts[f"{file}:f"] == [2.0, None, None, 4.0]
-        assert total.missing == {f"{file}:later": 0.0, f"{file}:f": 0.5}
+        missing = {"environment": 0.0, f"{file}:later": 0.0, f"{file}:f": 0.5}
+        assert total.missing == missing
         assert parts[f"{file}:later"][3] is None  # does not apply: left out, and not missing
     finally:
         total.functions[1][1].close()  # type: ignore[attr-defined]

@@ -70,6 +70,110 @@ def test_functions_are_asked_by_group_and_once(tmp_path: Path) -> None:
     assert [t.reward for t in told if t] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("weight", "said", "wanted", "missing"),
+    [
+        (1.0, "[1, None, 1]", [2, 2, 4], 0),  # it does not apply: the others are the sum
+        # lost: a sum without it would count it as 0
+        (1.0, "[1, float('nan'), 1]", [2, None, 4], 1),
+        (1.0, "[1, float('inf'), -1e30]", [2, None, None], 2),
+        (0.0, "[1, float('nan'), None]", [1, 2, 3], 1),  # it is only logged
+        (0.0, "[float('inf'), -1e30, float('-inf')]", [1, 2, 3], 3),
+        (-1.0, "[1, None, 3]", [0, 2, 0], 0),
+        (1e18, "[0, 2, 3]", [1, None, None], 0),  # beyond what training computes with
+    ],
+)
+def test_what_does_not_apply_is_left_out_and_what_is_lost_leaves_the_episode_out(
+    tmp_path: Path, weight: float, said: str, wanted: list[float | None], missing: int
+) -> None:
+    f = write(
+        tmp_path,
+        "def f(completions, **_):\n"
+        f"    return [x for x, c in zip({said}, ['a', 'bb', 'ccc']) if c in completions]\n",
+    )
+    scorer = RewardSum([source("environment"), source(f, weight)], TINY, tmp_path)
+    told, parts = scorer(EPISODES)
+    assert [t and t.reward for t in told] == wanted
+    assert scorer.missing == {"environment": 0.0, f: pytest.approx(missing / 3)}
+    assert all(v is None or abs(v) <= 3 for v in parts[f])
+
+
+def test_where_only_the_environment_is_logged_what_applies_to_nothing_has_no_reward(
+    tmp_path: Path,
+) -> None:
+    f = write(
+        tmp_path, "def f(gold, **_):\n    return [None if g == 'bb' else 1.0 for g in gold]\n"
+    )
+    told, _ = RewardSum([source(f)], TINY, tmp_path)(EPISODES)
+    assert [t and t.reward for t in told] == [1.0, None, 1.0]
+    nothing, _ = RewardSum([source("environment", 0.0)], TINY, tmp_path)(EPISODES)
+    assert [t and t.reward for t in nothing] == [0.0, 0.0, 0.0]  # nothing counts; a KL may
+    nothing, _ = RewardSum([source("environment", 0.0), source(f, 0.0)], TINY, tmp_path)(EPISODES)
+    assert [t and t.reward for t in nothing] == [0.0, 0.0, 0.0]
+
+
+def test_the_environments_own_reward_is_a_part_like_others(tmp_path: Path) -> None:
+    """It may give none, or lose it."""
+    f = write(tmp_path, "def f(completions, **_):\n    return [5.0 for _ in completions]\n")
+    own = [replace(EPISODES[0], rewarded=(), rewards=[0.0] * 5), episode(0, "bb", math.nan)]
+    for weight, wanted in ((1.0, [5.0, None]), (0.0, [5.0, 5.0])):
+        scorer = RewardSum([source("environment", weight), source(f)], TINY, tmp_path)
+        told, parts = scorer(own)
+        assert [t and t.reward for t in told] == wanted
+        assert parts["environment"] == [None, None] and scorer.missing["environment"] == 0.5
+        assert told[0] and told[0].rewarded == (2,)
+    told, _ = RewardSum([source("environment")], TINY, tmp_path)(own)
+    assert told == [None, None]
+
+
+def test_normalisation_is_not_poisoned(tmp_path: Path) -> None:
+    """By what does not apply or is lost, at any weight."""
+    said = "[None, float('nan'), 1.0, float('inf'), 1e30, 3.0]"
+    f = write(
+        tmp_path,
+        f"def f(gold, **_):\n    return [{said}[int(g)] for g in gold]\n",
+    )
+    episodes = [episode(0, str(i), 10.0) for i in range(6)]
+    for weight in (1.0, 0.0):
+        sources = [source("environment"), source(f, weight, normalize=True)]
+        told, parts = RewardSum(sources, TINY, tmp_path)(episodes)
+        assert parts[f] == [None, None, -1.0, None, None, 1.0]
+        kept = [10.0, None, 9.0, None, None, 11.0] if weight else [10.0] * 6
+        assert [t and t.reward for t in told] == kept
+
+
+def test_nothing_is_scored_of_no_episodes(tmp_path: Path) -> None:
+    f = write(tmp_path, "def f(completions, **_):\n    return []\n")
+    scorer = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    assert scorer([]) == ([], {}) and scorer.missing == {}
+
+
+SOME = """
+def f(completions, **_):
+    if "bad" in completions:
+        raise SystemExit("no")
+    return [float(len(c)) for c in completions]
+"""
+
+
+def test_a_function_that_raises_at_one_group_loses_that_group(tmp_path: Path) -> None:
+    f = write(tmp_path, SOME)
+    scorer = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    mixed = [episode(0, "bad", 1.0), episode(0, "a", 1.0), episode(1, "bb", 1.0)]
+    told, _ = scorer(mixed)
+    assert [t and t.reward for t in told] == [None, None, 3.0]
+    assert scorer.missing[f] == pytest.approx(2 / 3) and "raised SystemExit" in scorer.last_failure
+    told, _ = scorer(mixed[:2])  # it has worked, so this is the group's fault
+    assert told == [None, None]
+    resumed = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    resumed.load_state_dict(scorer.state_dict())
+    assert resumed(mixed[:2])[0] == [None, None]
+    logged = RewardSum([source("environment"), source(f, 0.0)], TINY, tmp_path)
+    assert [t and t.reward for t in logged(mixed)[0]] == [1.0, 1.0, 1.0]
+    with pytest.raises(ConfigError, match="raised SystemExit"):  # it never worked: a bug
+        RewardSum([source("environment"), source(f)], TINY, tmp_path)(mixed[:2])
+
+
 def test_an_error_begun_early_is_told_in_the_end(tmp_path: Path) -> None:
     total = RewardSum([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
     total.begin(EPISODES[:2])
@@ -108,6 +212,10 @@ def test_normalised_rewards_have_mean_0_and_variance_1_over_the_run(tmp_path: Pa
 def test_an_ensemble(how: Any, wanted: list[float]) -> None:
     members: Any = [lambda p, c: [1.0, 1.0], lambda p, c: [3.0, 1.0]]
     assert Ensemble(members, how)([[], []], ["a", "b"]) == pytest.approx(wanted)
+    members.append(lambda p, c: [None, math.nan])
+    one, lost = Ensemble(members, how)([[], []], ["a", "b"])
+    assert one == pytest.approx(wanted[0]) and lost is not None and math.isnan(lost)
+    assert Ensemble([lambda p, c: [None]], how)([[]], ["a"]) == [None]  # type: ignore[list-item]
 
 
 def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +282,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     total = RewardSum([source("environment"), source(far), source(near)], TINY, tmp_path)
     episodes, parts = total(EPISODES[:2])
     assert episodes == [None, None] and parts[far] == [None, None]
-    assert total.missing == {far: 1.0, near: 0.0}
+    assert total.missing == {"environment": 0.0, far: 1.0, near: 0.0}
 
 
 def test_nothing_listens_beyond_loopback_without_a_key() -> None:

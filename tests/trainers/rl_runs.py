@@ -39,6 +39,8 @@ class OwnReward:
     """The environment's reward as it is."""
 
     missing: ClassVar[dict[str, float]] = {}
+    environment_weight = 1.0
+    last_failure = ""
 
     def begin(self, group: list[Trajectory]) -> None:
         pass

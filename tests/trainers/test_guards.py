@@ -77,6 +77,96 @@ def test_what_length_costs(tmp_path: Path) -> None:
     assert rewards_NA.tolist() == [[0, 0, 0, 1.0 - 0.5 - 0.5], [0, 0, 0, 0.25 - 0.5]]
 
 
+def turns(
+    lengths: list[int], rewards: list[float], group: int = 0, cut: bool = False
+) -> Trajectory:
+    """An episode of turns of these lengths, each rewarded at its end."""
+    ids, mask, given, at = [1, 20, 2], [0] * 3, [0.0] * 3, []
+    for length, reward in zip(lengths, rewards, strict=True):
+        ids += [*range(30, 30 + length), 2]
+        mask += [1] * length + [0]
+        given += [0.0] * (length - 1) + [reward, 0.0]
+        at += [len(given) - 2]
+    reason = "length" if cut else "stop"
+    logprobs = [-1.0 * m for m in mask]
+    return Trajectory(ids, mask, logprobs, given, group, 3, reason, {}, tuple(at))
+
+
+def test_each_turn_has_its_own_limit(tmp_path: Path) -> None:
+    """Three turns of 4 under 8 cost nothing; of one at its limit the turn's own end costs 1."""
+    config = small(max_new_tokens=8, overlong_buffer=0.5)
+    it = trainer(config, tmp_path)
+    rewards_NA, _ = it.shaped([turns([4, 4, 4], [0, 0, 1]), turns([8, 6, 1], [0, 1, 0])])
+    assert rewards_NA[0].tolist() == [0] * 11 + [1, 0, 0, 0]
+    assert rewards_NA[1].tolist() == [0] * 7 + [-1.0] + [0] * 5 + [1.0 - 0.5, 0]
+
+
+@pytest.mark.parametrize("how", ["batch", "group"])
+def test_advantages_are_whitened_by_what_counts(tmp_path: Path, how: str) -> None:
+    """A masked completion, whatever it earned, is in no statistic but its group's baseline."""
+    config = small(advantage="returns", truncated="mask", whiten=how, kl=NO_KL)
+    cut = episodes([False, True, False, False], [1.0, 100.0, 0.5, 0.0])
+    batch, _ = trainer(config, tmp_path / "cut").with_advantages(pack_trajectories(cut, 4096), cut)
+    kept = [t for t in cut if t.finish_reason == "stop"]
+    alone, _ = trainer(config, tmp_path / "kept").with_advantages(
+        pack_trajectories(kept, 4096), kept
+    )
+    assert torch.allclose(batch.scored("advantages"), alone.scored("advantages"), atol=1e-6)
+    assert float(batch.scored("advantages").mean()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_turns_reward_of_0_is_a_reward(tmp_path: Path) -> None:
+    """Turns of 1 and 0, 0 and 0: mean 1/4, not 1; where the environment gave none, none counts."""
+    config = small(advantage="grpo_turns", kl=NO_KL)
+    both = [turns([2, 2], [1.0, 0.0]), turns([2, 2], [0.0, 0.0])]
+    batch, _ = trainer(config, tmp_path / "a").with_advantages(pack_trajectories(both, 4096), both)
+    std = 0.5 + 1e-4  # of 1, 0, 0, 0
+    good, bad = 0.75 / std, -0.25 / std
+    wanted = [good + bad] * 2 + [bad] * 2 + [2 * bad] * 2 + [bad] * 2
+    assert batch.scored("advantages").tolist() == pytest.approx(wanted)
+    assert both[0].rewarded is not None
+    sparse = [replace(t, rewarded=(t.rewarded or ())[:1]) for t in both]
+    batch, _ = trainer(config, tmp_path / "b").with_advantages(
+        pack_trajectories(sparse, 4096), sparse
+    )
+    up = 0.5 / (0.5**0.5 + 1e-4)  # of 1 and 0
+    wanted = [up, up, 0, 0, -up, -up, 0, 0]
+    assert batch.scored("advantages").tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_policys_schedule_begins_when_the_policy_does(tmp_path: Path, schedule: str) -> None:
+    """After the value net's warm-up, and it comes to its end with the run; a resume changes
+    nothing.
+    """
+    own = {"lr": 1e-2, "warmup": 2, "schedule": schedule}
+    config = small(steps=8, critic_warmup=3, minibatches=2, optimizer=own, kl=NO_KL)
+    it = trainer(config, tmp_path / "warmed")
+    it.train()
+    plain = trainer(small(steps=5, minibatches=2, optimizer=own, kl=NO_KL), tmp_path / "plain")
+    plain.train()
+    rates = [
+        [m["learning_rate"] for m in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("warmed", "plain")
+    ]
+    assert rates[0][3:] == pytest.approx(rates[1])
+    assert it.optimizers[0].lr == pytest.approx(0.0, abs=1e-9)
+
+
+def test_minibatches_of_nothing_but_cut_completions_are_left_out(tmp_path: Path) -> None:
+    config = small(advantage="rloo", truncated="mask", minibatches=2, kl=NO_KL)
+    cut = [replace(t, group_id=1) for t in episodes([True, True], [1.0, 0.0])]
+    whole = episodes([False, False], [1.0, 0.0])
+    it = trainer(config, tmp_path)
+    batch, _ = it.with_advantages(pack_trajectories([*whole, *cut], 4096), [*whole, *cut])
+    before = [p.clone() for p in it.engine.model.parameters()]
+    metrics = it.update(batch, 0)
+    assert all(v == v for v in metrics.values()) and metrics["grad_norm"] > 0
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, it.engine.model.parameters(), strict=True)
+    )
+
+
 class Sometimes(SayLetters):
     """Groups of even seed have nothing to tell apart."""
 

@@ -118,17 +118,6 @@ def test_a_rollout_without_any_reward_says_why(tmp_path: Path) -> None:
         trainer(small(), tmp_path, environment=Broken).train()
 
 
-def test_a_group_that_starts_differently_is_refused() -> None:
-    class Restless(SayLetters):
-        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-            return super().reset(seed=None, options=options)
-
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
-    collector = Collector(Restless, engine.tokenizer, engine)
-    with engine.generating(), pytest.raises(DataError, match="Restless started differently"):
-        collector.collect([Start(0, seed=0)], SamplingParams(n=8, max_new_tokens=2))
-
-
 def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
     engine = HybridEngine(random_model("llama"), tiny_tokenizer())
     collector = Collector(TwoTurns, engine.tokenizer, engine)
