@@ -15,25 +15,40 @@ import ftfy
 from pydantic import Field
 
 from gearshift.data.formats import COLUMNS, SourceRow, lacks_words, with_lists
+from gearshift.data.messages import ROLES
 from gearshift.runtime.config import Config
 
-# Zero-width characters, controls and halves of surrogate pairs, but tab and newline, and but the
-# joiners that scripts and emoji need.
-_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\ud800-\udfff]")
-_BLANK_LINES = re.compile(r"\A\s*\n")
-# Full-width punctuation is how Chinese and Japanese are written, and curly quotes are no mistake.
-_FIXER = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, explain=False)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
+# Only what is mojibake for certain is rewritten: an entity, an escape, a ligature, a curly or a
+# full-width character, a zero-width one and a decomposed letter are all right somewhere.
+_FIXER = ftfy.TextFixerConfig(
+    unescape_html=False,
+    remove_terminal_escapes=False,
+    fix_c1_controls=False,
+    fix_latin_ligatures=False,
+    fix_character_width=False,
+    uncurl_quotes=False,
+    fix_line_breaks=False,
+    remove_control_chars=False,
+    normalization=None,
+    explain=False,
+)
+_SPOKEN = frozenset(("content", "value", "text", "reasoning_content", "reasoning", "thinking"))
+"""Keys of a message, or of a part of it, that hold what is said in it."""
+_DATA = [*(who for who, role in ROLES.items() if role == "tool"), "function_call"]
+"""Speakers whose words are data; a list, for what is given may not be hashable."""
 
 
 class CleanConfig(Config):
     """What cleaning does."""
 
     fix_text: bool = True
-    """Mend mojibake and the like (ftfy); quotes and full-width characters stay as they are."""
+    """Mend mojibake (ftfy) in the texts that are read and learned; nothing else in them, and no
+    other column."""
     strip: bool = True
-    """Take white space off the ends, unify line ends, drop invisible characters. The first line of
-    several keeps its indentation.
-    """
+    """Take blank lines off the beginning, white space off the end and a byte order mark off a text,
+    and end its lines in a newline where all end in CR LF. Indentation stays."""
     drop_empty: bool = True
     """Drop rows in which a text that must be read or learned is empty or null, or is in other rows
     of the source only. A system message or a tool's result may be empty."""
@@ -66,7 +81,7 @@ class CleanReport:
 def clean(
     rows: Sequence[dict[str, Any]], config: CleanConfig, answered: bool = False
 ) -> tuple[list[dict[str, Any]], CleanReport]:
-    """The cleaned rows, and what was done. Newlines and indentation inside a text stay.
+    """The cleaned rows, and what was done. Columns that are not read and learned stay.
 
     `answered`: a row that only asks is empty.
     """
@@ -76,7 +91,7 @@ def clean(
     changed = empty = duplicate = length = 0
     for row in rows:
         read = with_lists(row)
-        mended = _mend(read, config)
+        mended = _mend_row(read, config)
         learned = {k: v for k, v in mended.items() if k in COLUMNS and (k != "input" or v)}
         leaves = _leaves(learned or mended)
         texts = [leaf for leaf in leaves if isinstance(leaf, str)]
@@ -97,21 +112,32 @@ def clean(
     return kept, CleanReport(len(rows), len(kept), changed, empty, duplicate, length)
 
 
+def _mend_row(row: dict[str, Any], config: CleanConfig) -> dict[str, Any]:
+    return {key: _mend(v, config) if key in COLUMNS else v for key, v in row.items()}
+
+
 def _mend(value: Any, config: CleanConfig) -> Any:
-    if isinstance(value, dict):
-        return {key: _mend(inner, config) for key, inner in value.items()}
+    """A text, a list of texts, or messages, in which only what is said is mended."""
+    if isinstance(value, str):
+        return _mend_text(value, config)
     if isinstance(value, list):
         return [_mend(inner, config) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if config.fix_text:
-        value = ftfy.fix_text(value, _FIXER)
-    if config.strip:
-        value = _INVISIBLE.sub("", value.replace("\r\n", "\n").replace("\r", "\n")).rstrip()
-        value = _BLANK_LINES.sub("", value)
-        # Code that lost only its first indentation would be broken code.
-        value = value if "\n" in value else value.lstrip()
+    if isinstance(value, dict) and value.get("role", value.get("from")) not in _DATA:
+        return {key: _mend(v, config) if key in _SPOKEN else v for key, v in value.items()}
     return value
+
+
+def _mend_text(text: str, config: CleanConfig) -> str:
+    if config.fix_text:
+        fixed = ftfy.fix_text(text, _FIXER)
+        # ftfy takes NEL, a line end, for the ellipsis of another encoding.
+        text = text if fixed == text.replace("\x85", "\u2026") else fixed
+    if config.strip:
+        text = text.removeprefix("\ufeff")
+        if text.count("\r\n") == text.count("\n"):
+            text = text.replace("\r\n", "\n")
+        text = _BLANK_LINES.sub("", text.rstrip())
+    return _HALF_PAIR.sub("\ufffd", text)  # no tokenizer takes half of a character
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -193,18 +193,23 @@ def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
 
 def _silent(message: Any) -> bool:
     if not isinstance(message, dict):
-        return isinstance(message, str) and not message.strip()
+        return isinstance(message, str) and not _shows(message)
     who, words = (
         message.get("role", message.get("from")),
         message.get("content", message.get("value")),
     )
     others = {"role", "from", "content", "value"}
-    blank = isinstance(words, str) and not words.strip()
+    blank = isinstance(words, str) and not _shows(words)
     return blank and who in ("user", "human", "assistant", "gpt") and not set(message) - others
 
 
 def _blank(value: Any) -> bool:
-    return not value.strip() if isinstance(value, str) else value in ([], {})
+    return not _shows(value) if isinstance(value, str) else value in ([], {})
+
+
+def _shows(text: str) -> bool:
+    """Whether there is anything to see in it."""
+    return any(letter.isprintable() for letter in text if letter != " ")
 
 
 def _plain(value: Any) -> Any:

@@ -137,10 +137,11 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 def test_cleaning() -> None:
     rows = [
-        {"text": "donâ€™t  do\r\n\tthis \u200b"},
+        {"text": "donâ€™t  do\r\n\tthis  "},
         {"text": "  "},
         {"text": "same"},
-        {"text": " same\n"},
+        {"text": "\n same\n"},
+        {"text": "\nsame \n"},
         {"text": "x"},
         {"text": "y" * 99},
         {"messages": [USER, {**BOT, "content": ""}]},
@@ -150,16 +151,17 @@ def test_cleaning() -> None:
     assert kept == [
         {"text": "don\u2019t  do\n\tthis"},
         {"text": "same"},
+        {"text": " same"},
         {"instruction": "go", "input": "", "output": "ok"},
     ]
     assert (report.rows, report.kept, report.empty, report.duplicate, report.length) == (
-        8,
-        3,
+        9,
+        4,
         2,
         1,
         2,
     )
-    assert str(report).startswith("3 of 8 rows kept") and "\n" not in str(report)
+    assert str(report).startswith("4 of 9 rows kept") and "\n" not in str(report)
     untouched, _ = clean(rows[:1], CleanConfig(fix_text=False, strip=False))
     assert untouched == rows[:1]
 
