@@ -56,12 +56,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"gearshift: {error}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
-    except KeyboardInterrupt:
-        print("gearshift: stopped.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a full disk, a folder without rights, a file in a folder's place
+        what = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        print(f"gearshift: {what}{reason}.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("gearshift: stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _options_first(words: Sequence[str]) -> list[str]:
@@ -159,7 +164,7 @@ def find_recipe(name: str) -> Path:
     """A path as it is; a bare name is looked up among the shipped recipes. A missing file is told
     by `load`.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     shipped = recipe_folder() / f"{path.stem}.yaml"
     return shipped if not path.exists() and path.name == name and shipped.exists() else path
 
@@ -241,7 +246,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from gearshift.heldout import changed, comparisons, evaluate_run
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
-    title, found = evaluate_run(arguments.run, recipe, arguments.overrides)
+    title, found = evaluate_run(_place(arguments.run), recipe, arguments.overrides)
     compared = comparisons(found)
     _print_table(title, found, compared)
     if not compared:
@@ -259,11 +264,21 @@ def _line(text: str) -> str:
     return line if len(line) <= 160 else f"{line[:157]}..."
 
 
+def _place(name: str) -> str:
+    """A run's folder or a model's as the user names it, `~` and links followed: what is said of a
+    stage stands in the folder that it lies in.
+    """
+    folder = Path(name).expanduser()
+    linked = folder.is_symlink() and not (folder / "recipe.yaml").exists()
+    return str(folder.resolve() if linked else folder)
+
+
 def _model_folder(name: str) -> tuple[str, Recipe | None]:
     """The newest policy of a run's folder with the run's recipe; any other name as it is."""
     from gearshift.recipe import Recipe
     from gearshift.runtime.config import load
 
+    name = _place(name)
     folder = Path(name)
     if (folder / "recipe.yaml").exists():
         done = [
@@ -364,7 +379,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from gearshift.rollouts.reward_sum import ModelReward
     from gearshift.serve.score import score_server
 
-    folder = Path(arguments.folder)
+    folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; name a reward model's.")
     reward = ModelReward(ModelConfig(), folder)
@@ -386,7 +401,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
             f"There is no recipe {arguments.name!r}; there are: "
             f"{', '.join(p.stem for p in available)}."
         )
-    target = Path(arguments.to)
+    target = Path(arguments.to).expanduser()
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise DataError(f"{target} exists already; name another file.")

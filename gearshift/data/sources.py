@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import io
 import json
+import math
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
-from gearshift.data.formats import SourceRow
+from gearshift.data.formats import COLUMNS, SourceRow
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, PathText
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+_SUFFIXES = (*_LINES, ".json", ".csv", ".parquet")
 
 
 class SourceConfig(Config):
     """One source of rows."""
 
-    path: str
-    """A file (JSONL, JSON, CSV, Parquet), a data set's name on the hub, or `task:NAME`, a file that
-    the task made.
+    path: PathText
+    """A file (JSONL, JSON, CSV, each also with `.gz`, or Parquet), a data set's name on the hub, or
+    `task:NAME`, a file that the task made.
     """
     weight: float = Field(1.0, gt=0)
     """Its share of the mixture, relative to the other sources'."""
@@ -46,66 +51,146 @@ class DataConfig(Config):
 def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     """All rows of a file or a data set. Raises `DataError` that names the file and the line."""
     file = Path(path).expanduser()
-    known = file.suffix.lower() in _SUFFIXES
+    kind = _kind(file)
     # Names on the hub may have dots (`owner/set-v1.5`); a file's folder is there.
-    if not (file.exists() or known or path.startswith((".", "/", "~"))) and (
+    if not (file.exists() or kind or path.startswith((".", "/", "~"))) and (
         not file.suffix or not file.parent.is_dir()
     ):
         return _from_hub(path, split)
     if not file.exists():
         raise DataError(f"{path} does not exist{_nearest(file)}")
-    if not file.is_file():
+    if file.is_dir():
         raise DataError(f"{path} is a folder; name a file in it.")
-    if not known:
-        raise DataError(f"{path} is none of {', '.join(_SUFFIXES)}; convert it to one of them.")
-    rows = _READERS[file.suffix.lower()](file)
+    rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
     return rows
 
 
-def _jsonl(file: Path) -> list[SourceRow]:
-    rows = []
-    # Not splitlines(): a JSON string may hold a raw U+2028, which is no line end.
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # broken, or a number or nesting too large
-            raise DataError(
-                f"{file}, line {number} is not JSON ({error}); mend or delete the line."
-            ) from None
-        rows.append(_object(row, f"{file}, line {number}"))
-    return rows
+def _kind(file: Path) -> str:
+    """What the name says that the file is; where it says nothing, the name that a link leads to."""
+    for path in (file, file.resolve()):
+        suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+        if suffix.lower() in _SUFFIXES:
+            return suffix.lower()
+    return ""
 
 
-def _json(file: Path) -> list[SourceRow]:
+def _read(file: Path, kind: str) -> list[SourceRow]:
+    text = _text(file)
+    if kind == ".csv":
+        return list(_csv(file, text))
+    # JSON Lines come under any name but one that says otherwise.
+    start = text.lstrip()[:1]
+    if not kind and start not in ("{", "["):
+        raise DataError(f"{file} is none of {', '.join(_SUFFIXES)}; convert it to one of them.")
+    if kind in _LINES or (start == "{" and not _is_one(text)):
+        return list(_jsonl(file, text))
+    return _json(file, text)
+
+
+def _is_one(text: str) -> bool:
+    """Whether a text that begins with an object is that object and no more."""
     try:
-        rows = json.loads(_text(file))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error}); mend it.") from None
+        json.loads(text)
+    except (ValueError, RecursionError):
+        # Broken: lines of objects if the first line is one.
+        try:
+            json.loads(text.lstrip().split("\n", 1)[0])
+        except (ValueError, RecursionError):
+            return True
+        return False
+    return True
+
+
+def _jsonl(file: Path, text: str) -> Iterator[SourceRow]:
+    # Not splitlines(): a JSON string may hold a raw U+2028, which is no line end.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield _object(_parse(line, where, "mend or delete the line."), where)
+
+
+def _json(file: Path, text: str) -> list[SourceRow]:
+    """A list of rows; an object that holds the list under its only key with one; or one row."""
+    rows = _parse(text, str(file), "mend it.")
+    if isinstance(rows, dict):
+        lists = [v for v in rows.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if COLUMNS & rows.keys():
+            rows = [rows]
+        elif len(lists) == 1:
+            [rows] = lists
     if not isinstance(rows, list):
         raise DataError(f"{file} holds no list of rows; wrap them in [ ], or use JSONL.")
     return [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _csv(file: Path) -> list[SourceRow]:
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-    rows = []
+def _parse(text: str, where: str, what_to_do: str) -> Any:
     try:
-        for row in reader:
-            if None in row or None in row.values():
+        return json.loads(
+            text, object_pairs_hook=_pairs, parse_float=_float, parse_constant=_constant
+        )
+    # Broken, or a number or nesting too large.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); {what_to_do}") from None
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text} is too large")
+    return number
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _csv(file: Path, text: str) -> Iterator[SourceRow]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    first = 1
+    try:
+        for cells in reader:
+            where, first = f"{file}, line {first}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = _header(cells, where)
+            elif len(cells) != len(header):
                 raise DataError(
-                    f"{file}, line {reader.line_num} has not as many fields as the header; "
-                    "mend or delete the line."
+                    f"{where} has not as many fields as the header; mend or delete the line."
                 )
-            rows.append(SourceRow(row, f"{file}, line {reader.line_num}"))
+            else:
+                yield SourceRow(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         raise DataError(
-            f"{file}, line {reader.line_num} is not CSV ({error}); mend or delete the line."
+            f"{file}, line {first} is not CSV ({error}); mend or delete the line."
         ) from None
-    return rows
+
+
+def _header(names: list[str], where: str) -> list[str]:
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            what = (
+                f"names the column {name!r} twice"
+                if name.strip()
+                else "has a column without a name"
+            )
+            raise DataError(f"{where} {what}; give each column a name of its own.")
+    if len(names) == 1 and (mark := next((m for m in ";\t|" if m in names[0]), None)):
+        raise DataError(f"{where} is separated by {mark!r}; separate the columns by commas.")
+    return names
 
 
 def _parquet(file: Path) -> list[SourceRow]:
@@ -141,14 +226,16 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
         ) from None
 
 
-_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")  # as it is: CSV's line ends are its own
+        content = file.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # as it is: CSV's line ends are its own
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it.") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file} is not whole ({error}); compress it anew.") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check its rights.") from None
 

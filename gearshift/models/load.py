@@ -30,7 +30,7 @@ from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig, adapted_layers, merged_state, save_adapter
 from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
@@ -45,7 +45,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelConfig(Config):
     """Which model, in what precision, on which device."""
 
-    name: str = EMBEDDED
+    name: PathText = EMBEDDED
     """`embedded` (SmolLM2-135M-Instruct, no download), `minilm` (an encoder of 22M weights, for
     reward models), `tiny` (random, for tests), `small` (random, to train from nothing), a folder,
     or a Hugging Face name.

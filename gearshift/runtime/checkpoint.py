@@ -62,7 +62,17 @@ def save(
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is complete, or None; `load` verifies its content."""
+    """The newest checkpoint in `folder` that is complete, or None; `load` verifies its content.
+
+    Raises `CheckpointError` for a link that leads nowhere, and for what may not be read: a run that
+    took either for nothing would begin anew.
+    """
+    for path in (folder, *(path for _, path in _steps(folder))):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path} is a link to {os.readlink(path)}, which is not there; put it back, "
+                "or delete the link to begin anew."
+            )
     return next((path for _, path in _steps(folder) if _manifest(path) is not None), None)
 
 
@@ -197,8 +207,12 @@ def _manifest(path: Path) -> dict[str, str] | None:
     """The digest of each file; None if the manifest is missing or broken."""
     try:
         digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check its rights."
+        ) from None
     whole = isinstance(digests, dict) and set(digests) == {_TENSORS, _STATE}
     return digests if whole else None
 
@@ -211,4 +225,7 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 def _drop(folders: Iterable[Path]) -> None:
     for folder in folders:
-        shutil.rmtree(folder)
+        if folder.is_symlink():  # what it leads to was put there by the user
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)

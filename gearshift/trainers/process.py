@@ -18,6 +18,7 @@ from gearshift.algorithms.preference_losses import step_loss
 from gearshift.data import DataConfig, Mixture, StepsExample, at, render_prompt
 from gearshift.errors import DataError
 from gearshift.models.classifier import token_logits
+from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
 from gearshift.trainers.step import update
@@ -30,7 +31,7 @@ class ProcessRewardConfig(EpochsConfig):
     """`prompt`/`completions`/`labels` rows: the steps of an answer, and whether each is right."""
     heldout: DataConfig = DataConfig()
     """Rows that only measure accuracy."""
-    model: str | None = None
+    model: PathText | None = None
     """Backbone: a folder or name, decoder or encoder; None starts from the policy so far."""
     separator: str = "\n"
     """Stands after each step; its last token carries the step's logit."""

@@ -30,6 +30,7 @@ from gearshift.errors import DataError
 from gearshift.models.classifier import score_all, sequence_scores
 from gearshift.models.describe import describe
 from gearshift.models.forward import drops_out
+from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
 from gearshift.trainers.step import update
@@ -56,7 +57,7 @@ class RewardModelConfig(EpochsConfig):
     """`prompt`/`chosen`/`rejected` rows; a `margin` (Touvron et al. 2023) where there is one."""
     heldout: DataConfig = DataConfig()
     """Pairs that only measure accuracy."""
-    model: str | None = None
+    model: PathText | None = None
     """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
     max_length: int = Field(1024, ge=2)
     """Longer sequences are refused."""

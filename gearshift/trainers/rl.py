@@ -11,14 +11,15 @@ Legend: T packed tokens, N completions, A longest completion, M tokens that the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,7 +58,7 @@ from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.rollouts.collector import Collector, Rewarded, Start
 from gearshift.rollouts.judge import JudgeConfig
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
 from gearshift.trainers.critic import Critic
@@ -102,7 +103,7 @@ class KLConfig(Config):
     KL(policy, reference), on policy or off. Without it k3 pulls towards the reference by another
     divergence's gradient, and is biased off policy.
     """
-    reference: str | None = None
+    reference: PathText | None = None
     """The reference policy, of the same vocabulary: a folder or name (a teacher to distil from);
     null is the policy as it starts."""
     target: float | None = Field(None, gt=0)
@@ -119,10 +120,18 @@ class KLConfig(Config):
         return self
 
 
+def _at_home(source: str) -> str:
+    """The source with `~` in its file or folders as the user's home."""
+    kind, colon, folders = source.partition(":")
+    if kind != "model":
+        return os.path.expanduser(source)
+    return kind + colon + ",".join(map(os.path.expanduser, folders.split(",")))
+
+
 class RewardSource(Config):
     """One part of the reward."""
 
-    source: str = "environment"
+    source: Annotated[str, AfterValidator(_at_home)] = "environment"
     """`environment`; `model` (this run's reward model); `model:FOLDER` (or several, an ensemble:
     `model:FOLDER,FOLDER`); `http://...` (a served reward); `judge:http://.../v1` (a model that
     marks answers, at an address of OpenAI's kind); `package.module:function`; `file.py:function`.
@@ -227,7 +236,7 @@ class RLConfig(StageConfig):
     """Bring the advantages of the rollout, or of each group, to mean 0 and variance 1."""
     value: Literal["head", "critic"] = "head"
     """The value net, where the advantage needs one: a head on the policy, or a separate model."""
-    critic: str | None = None
+    critic: PathText | None = None
     """What a separate critic starts from: a folder, or `reward` (this run's reward model); null is
     the policy. An encoder values the prompt, a decoder each token."""
     critic_warmup: int = Field(0, ge=0)

@@ -266,3 +266,44 @@ def test_interrupt_leaves_other_threads_alone() -> None:
     thread.start()
     thread.join()
     assert not failures and handlers == [before]
+
+
+def test_a_checkpoint_moved_behind_a_link_is_found_and_kept(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "disk"
+    save(folder, 1, {"a": torch.ones(2)}, {})
+    (folder / "step-000001").rename(elsewhere)
+    (folder / "step-000001").symlink_to(elsewhere)
+    assert latest(folder) == folder / "step-000001"
+    save(folder, 2, {"a": torch.ones(2)}, {}, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-000002"]
+    assert load(elsewhere)[0]["a"].sum() == 2, "the moved files are the user's"
+
+
+def test_the_whole_folder_may_stand_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    save(tmp_path / "checkpoints", 1, {"a": torch.ones(2)}, {})
+    save(tmp_path / "checkpoints", 2, {"a": torch.ones(2)}, {}, keep=1)
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000002"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000001"])
+def test_a_link_that_leads_nowhere_is_no_new_beginning(name: str, tmp_path: Path) -> None:
+    link = tmp_path / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "unmounted")
+    with pytest.raises(CheckpointError, match=rf"{link.name} is a link to .*unmounted"):
+        latest(tmp_path / "checkpoints")
+
+
+def test_what_may_not_be_read_is_no_new_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1, {"a": torch.ones(2)}, {})
+
+    def refuse(self: Path, *_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be read \(Permission denied\)"):
+        latest(tmp_path)

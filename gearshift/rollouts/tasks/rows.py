@@ -23,7 +23,7 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.rewards import RewardFunction, load_reward
 from gearshift.rollouts.tasks.task import Task
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.seeding import named_seed
 from gearshift.types import Message
 
@@ -39,9 +39,9 @@ class RowsConfig(Config):
     """Files or data sets with `prompt` (text or messages) and the reward's columns. Rows that have
     an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Of several
     sources each gives all its rows; one of twice the least weight gives them twice."""
-    heldout: str | float = 0.1
+    heldout: PathText | float = 0.1
     """A file of held-out rows; or the share of `train` that is held out."""
-    reward: str
+    reward: PathText
     """The environment's own reward, with TRL's signature: `file.py:function`,
     `package.module:function` or `http://...`."""
     success_threshold: float | None = 1.0
