@@ -275,15 +275,14 @@ def _place(name: str) -> str:
 
 def _model_folder(name: str) -> tuple[str, Recipe | None]:
     """The newest policy of a run's folder with the run's recipe; any other name as it is."""
+    from gearshift.models.load import holds_model
     from gearshift.recipe import Recipe
     from gearshift.runtime.config import load
 
     name = _place(name)
     folder = Path(name)
     if (folder / "recipe.yaml").exists():
-        done = [
-            folder / s for s in ("rl", "preference", "sft") if (folder / s / "config.json").exists()
-        ]
+        done = [folder / s for s in ("rl", "preference", "sft") if holds_model(folder / s)]
         if not done:
             raise ConfigError(
                 f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first."
@@ -291,7 +290,7 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
         return str(done[0]), load(Recipe, folder / "recipe.yaml", ())
     if (folder.parent / "recipe.yaml").exists():
         return name, load(Recipe, folder.parent / "recipe.yaml", ())
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if folder.is_dir() and not holds_model(folder):
         raise ConfigError(
             f"{folder} holds neither a run nor a model; give a run's folder, such as runs/demo."
         )
@@ -376,7 +375,7 @@ def _heard(arguments: argparse.Namespace) -> str:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from gearshift.models.load import ModelConfig
-    from gearshift.rollouts.reward_sum import ModelReward
+    from gearshift.rollouts.reward_model import ModelReward
     from gearshift.serve.score import score_server
 
     folder = Path(arguments.folder).expanduser()

@@ -219,7 +219,7 @@ class Run:
             engine,
             collector,
             self._prompts(collector, engine, config),
-            RewardSum(config.rewards, self.recipe.model, self.folder / "reward"),
+            RewardSum(config.rewards, self.recipe.model, self.folder / "reward", engine.tokenizer),
             self._new_stage("rl", config.steps, config),
             reference=reference,
             critic=self._critic(start, engine) if needs_critic else None,
@@ -422,7 +422,9 @@ class Run:
             f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"
             f"The recipe is in `recipe.yaml` of the run; seed {self.seed}.\n"
         )
-        origin = str(Path(start).resolve()) if start else str(source_of(base))
+        origin = str(source_of(start or base))
+        if Path(origin).is_dir():
+            origin = str(Path(origin).resolve())
         with writing(folder):
             save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
 

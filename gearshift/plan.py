@@ -7,12 +7,10 @@ How the memory is predicted is in `trainers/memory.py`.
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig
-from gearshift.models.load import EMBEDDED, embedded_folder, resolve_device, resolve_dtype
-from gearshift.models.tiny import SIZES, tiny_model
+from gearshift.models.load import load_config, resolve_device, resolve_dtype
 from gearshift.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
 from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
@@ -38,19 +36,7 @@ def plan(recipe: Recipe) -> str:
 
 
 def _shapes(recipe: Recipe) -> PreTrainedModel:
-    name = recipe.model.name
-    if name in SIZES:
-        return tiny_model(**SIZES[name])
-    source = embedded_folder() if name == EMBEDDED else name
-    try:
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=recipe.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"Model {name!r} was not found ({reason}); give a folder or a Hugging Face name."
-        ) from error
+    config = load_config(recipe.model)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

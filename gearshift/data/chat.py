@@ -128,9 +128,19 @@ def render_completion(
     message = completion
     if isinstance(message, str):
         message = {"role": "assistant", "content": message}
-    answered = [*prompt, message]
+    return _continued(tokenizer, *completion_texts(tokenizer, [*prompt, message], options))
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    answered: Sequence[Message],
+    options: Options | None = None,
+) -> tuple[str, str]:
+    """The template's texts of the prompt and of its answer, the last message, with its end token.
+    Raises `DataError`.
+    """
     check_said(tokenizer, answered, options)
-    return _continued(tokenizer, *_answer(tokenizer, answered, options))
+    return _answer(tokenizer, answered, options)
 
 
 def render_turn(

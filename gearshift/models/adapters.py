@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) through `peft`: put into a model, switched off, saved.
+"""Low-rank adapters (LoRA, Hu et al. 2021) through `peft`: put into a model, switched off, saved,
+and merged into the model that they were trained on.
 
 The base weights stay where they are and are not trained; the model with its adapters switched off
 is the reference policy, without a second copy.
@@ -6,17 +7,24 @@ is the reference policy, without a second copy.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from gearshift.errors import ModelError
 from gearshift.runtime.config import Config
+
+_SETTINGS = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterConfig(Config):
@@ -79,6 +87,145 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def adapter_folder(name: str | Path) -> Path | None:
+    """The folder of the adapter that this name means, a local folder's or one of the hub; None
+    where it means a model.
+    """
+    found = [_file(name, file) for file in (_SETTINGS, _WEIGHTS)]
+    if found[0] is None:
+        return None
+    if found[1] is None:
+        raise ModelError(f"The adapter in {name} has no {_WEIGHTS}; save it as safetensors.")
+    return found[0].parent
+
+
+def _file(name: str | Path, file: str) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name, file) if Path(name, file).is_file() else None
+    try:
+        found = cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError):  # no name of the hub: who loads it as a model says so
+        return None
+    return Path(found) if found else None
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter's own config says. Raises `ModelError`."""
+    try:
+        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / _SETTINGS} cannot be read ({error}).") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def base_of(folder: Path) -> str:
+    """The name of the model that an adapter was trained on: a folder's is meant from here or from
+    the adapter's folder. Raises `ModelError` if it is not told.
+    """
+    base = adapter_settings(folder).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(
+            f"The adapter in {folder} does not say which model it was trained on; write its name "
+            f"or folder as base_model_name_or_path into {folder / _SETTINGS}."
+        )
+    places = [Path(base).expanduser(), folder / base]
+    if (folder.parent / "recipe.yaml").is_file():  # a run that was moved, its stages side by side
+        places.append(folder.parent / Path(base).name)
+    found = next(
+        (str(p) for p in places if any((p / f).is_file() for f in (_SETTINGS, "config.json"))), base
+    )
+    if Path(found).resolve() == folder.resolve():
+        raise ModelError(f"The adapter in {folder} names itself as the model it was trained on.")
+    return found
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter of this folder in its weights, as if it had never been apart.
+
+    Raises `ModelError` for an adapter that is no change of weights, or does not fit the model.
+    """
+    try:
+        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ModelError("LoRA needs peft; run: pip install 'gearshift[lora]'.") from error
+    tied = is_tied(model)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise ModelError(
+                f"The adapter in {folder} is of the kind {config.peft_type.value}, which changes "
+                "no weights; only adapters that do (LoRA and its kin) can be used."
+            )
+        config.task_type = None  # which class the model has is known already
+        _grow(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel(model, config)
+            weights = load_peft_weights(str(folder), device=str(model.device))
+            found = set_peft_model_state_dict(adapted, weights)
+            left = _left(found.missing_keys, found.unexpected_keys, model)
+            if left:
+                raise ValueError(f"it leaves {left[0]}")
+            for layer in adapted.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    base = layer.get_base_layer()
+                    dtype = next(base.parameters()).dtype
+                    base.float()  # the sum is rounded once
+                    layer.merge()
+                    base.to(dtype)
+            merged: PreTrainedModel = adapted.merge_and_unload()
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"The adapter in {folder} does not fit {model.config.name_or_path or 'its model'} "
+            f"({reason[:200]}); give the model that it was trained on."
+        ) from error
+    if tied and not is_tied(merged):  # one of the two was trained alone
+        merged.config.get_text_config().tie_word_embeddings = False
+        merged.config.tie_word_embeddings = False
+    return merged.requires_grad_(True)
+
+
+def _left(missing: list[str], unexpected: list[str], model: PreTrainedModel) -> list[str]:
+    """What a file and a model do not have of each other's adapter, but for a language model's head
+    where the model has another: a reward model starts from a policy.
+    """
+    lost = [key for key in missing if ".lora_" in key or ".modules_to_save." in key]
+    if model.get_output_embeddings() is None:
+        unexpected = [key for key in unexpected if "head" not in key and "embed_out" not in key]
+    return [*lost, *unexpected]
+
+
+def _grow(model: PreTrainedModel, folder: Path) -> None:
+    """Give the embedding as many rows as the adapter brings, where it brings them: its tokenizer
+    had tokens added.
+    """
+    embedding = model.get_input_embeddings()
+    [name] = [name for name, module in model.named_modules() if module is embedding]
+    with safe_open(str(folder / _WEIGHTS), "pt") as saved:
+        shapes = {key: saved.get_slice(key).get_shape() for key in saved.keys()}  # noqa: SIM118
+    rows = next((s[0] for key, s in shapes.items() if key.endswith(f"{name}.weight")), 0)
+    if rows > embedding.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return (
+        isinstance(head, nn.Linear)
+        and embedding is not None
+        and head.weight.data_ptr() == embedding.weight.data_ptr()
+    )
 
 
 def save_adapter(folder: Path, model: PreTrainedModel, base: str) -> None:

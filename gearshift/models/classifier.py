@@ -6,44 +6,73 @@ Hugging Face's own, on padded rows, and a saved model scores elsewhere exactly a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.errors import CapacityError
 from gearshift.models.vocabulary import check_vocabulary
 
+_OWN_PAD = "<|pad|>"
+
 
 def use_own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the pair a pad token that is not the end token, where the vocabulary has one to spare.
+    """Give the pair a pad token that no text ends with: one that the vocabulary has to spare, or a
+    token of its own.
 
-    Decoder classifiers read the score at the last token that is not padding: with pad = end, the
-    end of the text would be taken for padding.
+    A decoder classifier of Hugging Face reads the score at the last token that is not the pad: with
+    pad = end, at the token before the end. Rows are padded on the right: absolute positions do not
+    move then.
 
     Raises `ModelError` if the tokenizer has tokens that the model lacks.
     """
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = next(
-            (
-                t
-                for t in (tokenizer.unk_token, tokenizer.bos_token)
-                if t not in (None, tokenizer.eos_token)
-            ),
-            None,
-        )
-        tokenizer.pad_token = spare or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
     check_vocabulary(model, tokenizer)
+    config = model.config.get_text_config()
+    pad = next((t for t in _pads(tokenizer, config.pad_token_id) if _spare(tokenizer, t)), _OWN_PAD)
+    tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.padding_side = "right"
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        with torch.random.fork_rng(devices=[]):
+            grown = model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        grown.weight.data[rows:] = 0.0
+    model.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+
+
+def _pads(tokenizer: PreTrainedTokenizerBase, configured: int | None) -> Iterator[str | None]:
+    """Tokens that could be the pad, the likeliest first."""
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    yield tokenizer.pad_token
+    yield special.get(configured)
+    yield from (token for token in special.values() if "pad" in token.lower())
+    yield from (tokenizer.unk_token, tokenizer.bos_token)
+
+
+def _spare(tokenizer: PreTrainedTokenizerBase, token: str | None) -> bool:
+    """Whether no text ends with this token: it is not the end token, and no template writes it."""
+    return (
+        token is not None
+        and token not in (tokenizer.eos_token, "")
+        and (token not in str(tokenizer.chat_template))
+    )
 
 
 def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
     """[N] float32: the score of each token sequence. Gradients flow if they are enabled.
 
-    Raises `CapacityError` for a sequence longer than the model takes.
+    A decoder's is read at the last token, whatever that is; an encoder's by its own pooling. Raises
+    `CapacityError` for a sequence longer than the model takes.
     """
-    return _padded_logits(model, sequences)[:, 0].float()
+    if not reads_last_token(model):
+        return _padded(model, model, sequences).logits[:, 0].float()
+    states_NLH = _padded(model, model.base_model, sequences).last_hidden_state
+    last_N = torch.tensor([len(s) - 1 for s in sequences], device=states_NLH.device)
+    scores: Tensor = model.score(states_NLH[torch.arange(len(sequences)), last_N])[:, 0].float()
+    return scores
 
 
 def token_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -51,27 +80,41 @@ def token_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> 
 
     Raises `CapacityError` for a sequence longer than the model takes.
     """
-    logits = _padded_logits(model, sequences)[..., 0].float()
+    logits = _padded(model, model, sequences).logits[..., 0].float()
     return [row[: len(s)] for row, s in zip(logits, sequences, strict=True)]
 
 
-def _padded_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    limit = getattr(model.config, "max_position_embeddings", None) or 2**20
-    longest = max(len(s) for s in sequences)
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Whether the score is a linear map of a decoder's last state."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def context(model: PreTrainedModel) -> int:
+    """How many tokens the model takes at most."""
+    longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            return min(longest, module.num_embeddings - 1 - first)  # RoBERTa's kind
+    return longest
+
+
+def _padded(model: PreTrainedModel, part: nn.Module, sequences: Sequence[Sequence[int]]) -> Any:
+    """What the model, or a part of it, makes of these sequences, padded on the right."""
+    longest, limit = max(map(len, sequences)), context(model)
     if longest > limit:
         raise CapacityError(
             f"A sequence of {longest} tokens is longer than the reward model's {limit}; "
-            "shorten the "
-            "prompt or lower max_new_tokens."
+            "shorten the prompt or lower max_new_tokens."
         )
-    ids = torch.full((len(sequences), longest), model.config.pad_token_id or 0, dtype=torch.int64)
+    pad = max(0, model.config.get_text_config().pad_token_id or 0)
+    ids = torch.full((len(sequences), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
         ids[i, : len(sequence)] = torch.tensor(sequence)
         mask[i, : len(sequence)] = 1
-    device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    return logits
+    device = model.device
+    return part(input_ids=ids.to(device), attention_mask=mask.to(device))
 
 
 @torch.no_grad()
@@ -82,7 +125,7 @@ def score_all(
     scores = [0.0] * len(sequences)
     batch: list[int] = []
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for i, after in zip(order, [*order[1:], None], strict=True):
+    for i, after in zip_longest(order, order[1:]):
         batch.append(i)
         if after is None or len(sequences[after]) * (len(batch) + 1) > max_tokens:
             values = sequence_scores(model, [sequences[j] for j in batch]).tolist()

@@ -9,25 +9,38 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from gearshift.errors import ModelError
-from gearshift.models.adapters import AdapterConfig, adapted_layers, merged_state, save_adapter
+from gearshift.models.adapters import (
+    AdapterConfig,
+    adapted_layers,
+    adapter_folder,
+    adapter_settings,
+    base_of,
+    is_tied,
+    merge_adapter,
+    merged_state,
+    save_adapter,
+)
 from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.config import Config, PathText
@@ -39,6 +52,9 @@ _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
     "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
 )
+Loaded = TypeVar("Loaded")
+_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks of adapters that come with a score."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -95,15 +111,14 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
     if name in SIZES:
         model: PreTrainedModel = tiny_model(**SIZES[name]).to(dtype)
         model.set_attn_implementation(ATTENTION)
+    elif folder := adapter_folder(source_of(name)):
+        if adapter_settings(folder).get("task_type") in _HEADS:
+            raise ModelError(f"The adapter in {name} makes a reward model, which writes no text.")
+        model = merge_adapter(_base(folder, lambda base: load_policy(config, base)), folder)
     else:
         model = _from_pretrained(
             AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION
         )
-        if adapted_layers(model):  # the folder holds an adapter: continue from its merged weights
-            base = model.peft_config[model.active_adapters()[0]].base_model_name_or_path
-            state = merged_state(model)
-            model = load_policy(config, base)
-            model.load_state_dict(state)
     return model.to(device).eval()
 
 
@@ -127,9 +142,43 @@ def load_classifier(
             model: PreTrainedModel = auto.from_config(tiny.config)
             model.base_model.load_state_dict(tiny.base_model.state_dict())
             model = model.to(dtype)
+        elif folder := adapter_folder(source_of(name)):
+            base = _base(folder, lambda base: load_classifier(config, base, of_tokens))
+            model = merge_adapter(base, folder)
         else:
             model = _from_pretrained(auto, name, config, dtype, num_labels=1)
     return model.to(device).eval()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model was saved there, or an adapter."""
+    return (folder / "config.json").is_file() or adapter_folder(folder) is not None
+
+
+def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfig:
+    """The model's own config; an adapter's is that of the model that it was trained on."""
+    name = name or config.name
+    if name in SIZES:
+        return tiny_model(**SIZES[name]).config
+    if folder := adapter_folder(source_of(name)):
+        return _base(folder, lambda base: load_config(config, base))
+    return _from_pretrained(AutoConfig, name, config)
+
+
+def writes_text(config: ModelConfig, name: str) -> bool:
+    """Whether the model of this name is a causal language model; else it gives scores, or states
+    that a score can be made of.
+    """
+    if name in SIZES:
+        return True
+    folder = adapter_folder(source_of(name))
+    if folder and adapter_settings(folder).get("task_type") in _HEADS:
+        return False
+    if folder:
+        return _base(folder, lambda base: writes_text(config, base))
+    kinds = load_config(config, name).architectures or ["ForCausalLM"]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return any(kind in known or kind.endswith("ForCausalLM") for kind in kinds)
 
 
 def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTokenizerBase:
@@ -139,6 +188,10 @@ def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTo
     name = name or config.name
     if name in SIZES:
         return tiny_tokenizer()
+    if (folder := adapter_folder(source_of(name))) and not (
+        folder / "tokenizer_config.json"
+    ).is_file():
+        return _base(folder, lambda base: load_tokenizer(config, base))
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -168,7 +221,7 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Aliased parameters are slices of one buffer; the file gets each as a tensor of its own.
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(model) else set()
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied(model) else set()
     adapted = bool(adapted_layers(model))
     if adapted:
         alone = lora is not None and lora.save == "adapter"
@@ -249,13 +302,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return (
-        isinstance(head, nn.Linear)
-        and embedding is not None
-        and head.weight.data_ptr() == embedding.weight.data_ptr()
-    )
+def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
+    """What is loaded of the model that an adapter was trained on."""
+    base = base_of(adapter)
+    try:
+        return load(base)
+    except ModelError as error:
+        raise ModelError(f"The adapter in {adapter} was trained on {base}. {error}") from error
 
 
 def _from_pretrained(

@@ -9,15 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any, Literal, Protocol
 
-from gearshift.data.chat import render_completion
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.data.chat import end_token_ids
 from gearshift.errors import ConfigError
-from gearshift.models.classifier import score_all, use_own_pad
-from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer
+from gearshift.models.load import ModelConfig
 from gearshift.rollouts.judge import JudgeConfig, JudgeReward
 from gearshift.rollouts.processes import ProcessReward
+from gearshift.rollouts.reward_model import Ensemble, ModelReward
 from gearshift.rollouts.rewards import (
     LOST,
     HttpReward,
@@ -30,7 +32,7 @@ from gearshift.rollouts.rewards import (
     usable,
 )
 from gearshift.rollouts.workers import Workers
-from gearshift.types import Message, Trajectory
+from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
 _NOT_COLUMNS = frozenset({"messages", "completion", "prompt"})
@@ -53,50 +55,6 @@ class Source(Protocol):
     def processes(self) -> int: ...
     @property
     def judge(self) -> JudgeConfig: ...
-
-
-class ModelReward:
-    """A reward model as a reward function: the score of prompt and completion as one text."""
-
-    def __init__(self, config: ModelConfig, folder: Path) -> None:
-        """Raises `ModelError` if the folder holds no classifier."""
-        self.model = load_classifier(config, str(folder))
-        self.tokenizer = load_tokenizer(config, str(folder))
-        use_own_pad(self.model, self.tokenizer)
-
-    def __call__(
-        self, prompts: list[list[Message]], completions: list[str], **_: Any
-    ) -> list[float | None]:
-        sequences = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids, completion_ids = render_completion(self.tokenizer, prompt, completion)
-            sequences.append([*prompt_ids, *completion_ids])
-        return list(score_all(self.model, sequences))
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Several reward models as one function (Coste et al. 2023)."""
-
-    members: Sequence[ModelReward]
-    how: Literal["mean", "min", "mean_less_std"]
-
-    def __call__(
-        self, prompts: list[list[Message]], completions: list[str], **_: Any
-    ) -> list[float | None]:
-        columns = [member(prompts, completions) for member in self.members]
-        return [
-            self._joined([v for v in row if v is not None]) for row in zip(*columns, strict=True)
-        ]
-
-    def _joined(self, scores: list[float]) -> float | None:
-        """None where no member applies, `LOST` where one has lost its score."""
-        if not all(map(usable, scores)):
-            return LOST
-        if not scores or self.how == "min":
-            return min(scores, default=None)
-        spread = 1.0 if self.how == "mean_less_std" else 0.0
-        return fmean(scores) - spread * pstdev(scores)
 
 
 @dataclass
@@ -129,10 +87,18 @@ class RewardSum:
     if the part has a weight. A part that does not apply to an episode (None) is not missing.
     """
 
-    def __init__(self, sources: Sequence[Source], config: ModelConfig, reward_model: Path) -> None:
-        """`reward_model`: the folder that the source `model` means. Raises `ConfigError` for an
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        config: ModelConfig,
+        reward_model: Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """`reward_model`: the folder that the source `model` means. `tokenizer`: the policy's, so
+        that reward models with the same one score what was sampled. Raises `ConfigError` for an
         unknown source.
         """
+        self._tokenizer = tokenizer
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
         self.functions: list[Named] = []
         self.models: list[Named] = []
@@ -182,7 +148,7 @@ class RewardSum:
         if not trajectories:
             return [], {}
         results = self._of_functions(trajectories)
-        results += _call(self.models, trajectories) if self.models else []
+        results += self._of_models(trajectories) if self.models else []
         for i, running in self._running.items():
             results[i] = running(results[i])
         results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])
@@ -241,13 +207,32 @@ class RewardSum:
         """The trajectory with the sum of its parts, of which the environment's is the first."""
         own, weights = self.environment_weight, [weight for _, weight in self._weights]
         rewards = [r * own if own else 0.0 for r in trajectory.rewards]
-        last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
+        last = _last_written(trajectory)
         extra = total(weights[1:], values[1:])
         given = trajectory.rewarded if own else ()
         if extra is not None and any(weights[1:]):
             rewards[last] += extra
             given = None if given is None else (*(i for i in given if i != last), last)
         return replace(trajectory, rewards=rewards, rewarded=given)
+
+    def _of_models(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        if self._tokenizer is None:
+            return _call(self.models, trajectories)
+        ends = end_token_ids(self._tokenizer)
+        read = [t.token_ids[: _last_written(t) + 1] for t in trajectories]
+        ended = [
+            t.finish_reason == "stop" or ids[-1] in ends
+            for t, ids in zip(trajectories, read, strict=True)
+        ]
+        given = {"token_ids": read, "ended": ended, "policy": self._tokenizer}
+        models = [(name, partial(model, **given), weight) for name, model, weight in self.models]
+        return _call(models, trajectories)
+
+
+def _last_written(trajectory: Trajectory) -> int:
+    """Where the last token that the policy wrote stands."""
+    last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
+    return last
 
 
 def _function(source: Source) -> RewardFunction:

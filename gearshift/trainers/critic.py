@@ -6,18 +6,23 @@ the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.engine import PackedModel
-from gearshift.models.classifier import sequence_scores, use_own_pad
+from gearshift.models.attention import ATTENTION
+from gearshift.models.classifier import context, reads_last_token, sequence_scores, use_own_pad
 from gearshift.models.heads import ValueHead
-from gearshift.models.load import ModelConfig, load_classifier, load_policy, load_tokenizer
+from gearshift.models.load import (
+    ModelConfig,
+    load_classifier,
+    load_policy,
+    load_tokenizer,
+    writes_text,
+)
 from gearshift.types import PackedBatch
 
 Decode = Callable[[list[int]], str]
@@ -43,19 +48,15 @@ class TokenCritic:
     def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
         self.modules: dict[str, nn.Module] = {"critic": trunk, "value_head": head}
         self.trunk, self.head = trunk, head
-        self._states = PackedModel(trunk)
+        self._states = PackedModel(trunk, getattr(trunk, "score", None))
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         values: Tensor = self.head(self._states(batch)[batch.predictors])
         return values
 
     def parameters(self) -> list[nn.Parameter]:
-        """Of head and trunk; a language-model head has no part in values."""
-        output = self.trunk.get_output_embeddings()
-        tied = output is None or output.weight is self.trunk.get_input_embeddings().weight
-        unused = set() if tied else {id(p) for p in output.parameters()}
-        trunk = [p for p in self.trunk.parameters() if id(p) not in unused]
-        return [*self.head.parameters(), *trunk]
+        """Of head and trunk; the head that the model came with has no part in values."""
+        return [*self.head.parameters(), *self.trunk.base_model.parameters()]
 
 
 class PromptCritic:
@@ -65,18 +66,18 @@ class PromptCritic:
     knew the answer would bias the gradient. It reads the prompt's text in its own tokens.
     """
 
-    def __init__(self, config: ModelConfig, folder: str, decode: Decode) -> None:
-        self.model = load_classifier(config, folder)
-        self.modules: dict[str, nn.Module] = {"critic": self.model}
-        self._tokenizer, self._decode = load_tokenizer(config, folder), decode
-        use_own_pad(self.model, self._tokenizer)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decode: Decode
+    ) -> None:
+        self.modules: dict[str, nn.Module] = {"critic": model}
+        self.model, self._tokenizer, self._decode = model, tokenizer, decode
+        use_own_pad(model, tokenizer)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         parents, starts = batch.parents.tolist(), batch.cu_seqlens.tolist()
         roots = [i for i, parent in enumerate(parents) if parent < 0]
         texts = [self._decode(batch.input_ids[starts[r] : starts[r + 1]].tolist()) for r in roots]
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        encoded = self._tokenizer(texts, truncation=longest is not None, max_length=longest)
+        encoded = self._tokenizer(texts, truncation=True, max_length=context(self.model))
         of_root = sequence_scores(self.model, encoded["input_ids"])
         index: list[int] = []
         for i, parent in enumerate(parents):
@@ -91,25 +92,14 @@ def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Crit
     """A critic from a policy's folder, its head zero; from a reward model's, with its score head;
     or, where that is an encoder, of the prompt. `decode`: the policy's tokens to text.
     """
-    if folder and _is_encoder(folder):
-        return PromptCritic(config, folder, decode)
-    trunk = load_policy(config, folder)
-    head = ValueHead(trunk.config.hidden_size).to(trunk.device)
-    weights = Path(folder or "") / "model.safetensors"
-    if weights.is_file():
-        with safe_open(str(weights), "pt") as saved, torch.no_grad():
-            if "score.weight" in saved.keys():  # noqa: SIM118  # not a dict
-                head.linear.weight.copy_(saved.get_tensor("score.weight").float())
-    return TokenCritic(trunk, head)
-
-
-def _is_encoder(folder: str) -> bool:
-    """Whether the model there reads both ways: a classifier without a causal model's score head."""
-    if not (Path(folder) / "config.json").is_file():
-        return False
-    [kind, *_] = AutoConfig.from_pretrained(folder).architectures or [""]
-    weights = Path(folder) / "model.safetensors"
-    if kind.endswith("ForCausalLM") or not weights.is_file():
-        return False
-    with safe_open(str(weights), "pt") as saved:
-        return "score.weight" not in saved.keys()  # noqa: SIM118
+    if folder is None or writes_text(config, folder):
+        trunk = load_policy(config, folder)
+        return TokenCritic(trunk, ValueHead(trunk.config.hidden_size).to(trunk.device))
+    model = load_classifier(config, folder)
+    if not reads_last_token(model):
+        return PromptCritic(model, load_tokenizer(config, folder), decode)
+    head = ValueHead(model.score.in_features).to(model.device)
+    with torch.no_grad():
+        head.linear.weight.copy_(model.score.weight)
+    model.set_attn_implementation(ATTENTION)
+    return TokenCritic(model, head)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import step_loss
-from gearshift.data import DataConfig, Mixture, StepsExample, at, render_prompt
+from gearshift.data import DataConfig, Mixture, StepsExample, at
+from gearshift.data.scored import letters, render_asked, spells
 from gearshift.errors import DataError
 from gearshift.models.classifier import token_logits
 from gearshift.runtime.config import PathText
@@ -61,10 +62,10 @@ def render_steps(
     rows = []
     for i, example in enumerate(examples):
         with at(example.where or f"Row {i + 1}"):
-            ids = render_prompt(tokenizer, example.prompt, example.options)
+            ids = render_asked(tokenizer, example.prompt, example.options)
             ends: list[int] = []
             for step in example.steps:
-                ids = [*ids, *tokenizer.encode(step + separator, add_special_tokens=False)]
+                ids = [*ids, *_step(tokenizer, step, separator)]
                 ends.append(len(ids) - 1)
             if len(ids) > max_length:
                 raise DataError(
@@ -73,6 +74,15 @@ def render_steps(
                 )
         rows.append(Steps(ids, ends, example.labels))
     return rows
+
+
+def _step(tokenizer: PreTrainedTokenizerBase, step: str, separator: str) -> list[int]:
+    """The separator may be a special token; what a step spells stays letters."""
+    if spells(tokenizer, step):
+        end = tokenizer.encode(separator, add_special_tokens=False)
+        return [*letters(tokenizer, step), *end]
+    ids: list[int] = tokenizer.encode(step + separator, add_special_tokens=False)
+    return ids
 
 
 def train_process_model(

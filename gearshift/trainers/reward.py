@@ -23,11 +23,11 @@ from gearshift.data import (
     PreferenceExample,
     at,
     pack_groups,
-    render_completion,
 )
+from gearshift.data.scored import render_scored
 from gearshift.engine import PackedModel
 from gearshift.errors import DataError
-from gearshift.models.classifier import score_all, sequence_scores
+from gearshift.models.classifier import reads_last_token, score_all, sequence_scores
 from gearshift.models.describe import describe
 from gearshift.models.forward import drops_out
 from gearshift.runtime.config import PathText
@@ -79,10 +79,9 @@ def render_pairs(
         sides = []
         with at(example.where or f"Pair {i + 1}"):
             for answer in (example.chosen, example.rejected):
-                prompt_ids, answer_ids = render_completion(
-                    tokenizer, example.prompt, answer, example.options
+                sides.append(
+                    render_scored(tokenizer, example.prompt, answer, options=example.options)
                 )
-                sides.append([*prompt_ids, *answer_ids])
             longest = max(map(len, sides))
             if longest > max_length:
                 raise DataError(
@@ -102,7 +101,7 @@ class PairScorer:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        packs = describe(model) is not None and hasattr(model, "score") and not drops_out(model)
+        packs = describe(model) is not None and reads_last_token(model) and not drops_out(model)
         self._states = PackedModel(model, model.score) if packs else None
 
     def micros(self, pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:

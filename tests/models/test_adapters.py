@@ -1,21 +1,32 @@
 """LoRA in both gears: one policy, a reference without a copy, saved so that others load it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gearshift.engine import HybridEngine
 from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig, adapters_off, add_adapter
-from gearshift.models.load import ModelConfig, load_policy, save_model
+from gearshift.models.classifier import score_all
+from gearshift.models.load import (
+    ModelConfig,
+    load_classifier,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.types import SamplingParams
 from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma3", "phi3", "opt"]
+CPU = ModelConfig(dtype="float32", device="cpu")
 PARAMS = SamplingParams(n=2, max_new_tokens=12)
 
 
@@ -92,3 +103,92 @@ def test_a_saved_adapter_is_what_was_trained(family: str, how: str, tmp_path: Pa
 def test_a_target_that_is_not_there_is_named() -> None:
     with pytest.raises(ModelError, match=r"model.lora.targets.*nowhere"):
         add_adapter(random_model("llama"), AdapterConfig(targets=("nowhere",)))
+
+
+def test_adapters_that_others_made(tmp_path: Path) -> None:
+    """Of a reward model, its score trained whole; with tokens added; with no tokenizer of its own;
+    its base a relative folder, an adapter itself.
+    """
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    save_model(base, random_model("llama"), tiny_tokenizer(), "card")
+    engine = adapted("llama")
+    save_model(first, engine.model, engine.tokenizer, "card", AdapterConfig(save="adapter"), "base")
+    (first / "adapter_config.json").write_text(
+        (first / "adapter_config.json").read_text().replace('"base"', '"../base"')
+    )
+    policy = load_policy(CPU, str(first))
+    model = load_classifier(CPU, str(first))
+    model.resize_token_embeddings(262, mean_resizing=False)
+    peft_model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "up_proj"])
+    )
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    peft_model.peft_config["default"].base_model_name_or_path = str(first)
+    peft_model.save_pretrained(second, save_embedding_layers=True)
+    ids = [[5, 6, 7], [8, 261]]
+    wanted = score_all(peft_model.base_model.model, ids)
+    assert score_all(load_classifier(CPU, str(second)), ids) == pytest.approx(wanted, abs=1e-5)
+    assert load_tokenizer(CPU, str(second)).chat_template == tiny_tokenizer().chat_template
+    trunk = load_classifier(CPU, str(first)).base_model.state_dict()
+    for name, tensor in policy.base_model.state_dict().items():
+        assert torch.equal(tensor, trunk[name]), name
+    with pytest.raises(ModelError, match="makes a reward model, which writes no text"):
+        load_policy(CPU, str(second))
+
+
+def test_a_head_that_was_trained_alone_is_tied_no_more(tmp_path: Path) -> None:
+    model = random_model("llama", "eager")
+    save_model(tmp_path / "base", model, tiny_tokenizer(), "card")
+    peft_model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"],
+                          modules_to_save=["lm_head"]),
+    )  # fmt: skip
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    peft_model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = peft_model(ids).logits
+    loaded = load_policy(CPU, str(tmp_path / "adapter"))
+    save_model(tmp_path / "whole", loaded, tiny_tokenizer(), "card")
+    for again in (loaded, load_policy(CPU, str(tmp_path / "whole"))):
+        again.set_attn_implementation("eager")
+        assert torch.allclose(again(ids).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"base_model_name_or_path": None}, "does not say which model it was trained on"),
+        ({"base_model_name_or_path": "/nowhere"}, "was trained on /nowhere"),
+        ({"base_model_name_or_path": "../saved"}, "names itself"),
+        ({"target_modules": ["query"]}, "does not fit"),
+        ({"r": 3}, "does not fit"),
+        ({"target_modules": ["0.mlp.up_proj"]}, "does not fit"),
+        ({"modules_to_save": ["lm_head"]}, "does not fit"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, "changes no weights"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    save_model(base, random_model("llama"), tiny_tokenizer(), "card")
+    engine = adapted("llama")
+    lora = AdapterConfig(save="adapter")
+    save_model(saved, engine.model, engine.tokenizer, "card", lora, str(base))
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ModelError, match=told) as caught:
+        load_policy(CPU, str(saved))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_text("")
+    with pytest.raises(ModelError, match="save it as safetensors"):
+        load_policy(CPU, str(tmp_path))
