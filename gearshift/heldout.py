@@ -22,7 +22,7 @@ from gearshift.data import load_rows, pack, render_supervised
 from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError
 from gearshift.models.load import load_policy, load_tokenizer
-from gearshift.recipe import POLICIES, Recipe, claim
+from gearshift.recipe import POLICIES, Recipe, claim, dated
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.evaluate import Comparison, compare, evaluate, value_of
 from gearshift.rollouts.tasks import get_task
@@ -172,6 +172,7 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path]:
         recipe = recipe.model_copy(update=changes)
     at = Path(recipe.run.dir)
     to = (folder if whole else at) / "eval" / at.name
+    recipe = dated(recipe, to)
     claim(to, recipe)
     return TaskData(recipe, to / "data"), to
 

@@ -42,7 +42,7 @@ from gearshift.models.load import (
     source_of,
 )
 from gearshift.models.vocabulary import check_same_tokens
-from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim
+from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, dated
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory
@@ -86,8 +86,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = print) -> None:
         """Raises `ConfigError` if the folder holds a run of another recipe."""
-        self.recipe, self.say = recipe, say
         self.folder = Path(recipe.run.dir)
+        self.recipe, self.say = dated(recipe, self.folder), say
         self.seed = recipe.run.seed
         self.task = TaskData(recipe, self.folder / "data")
         if recipe.model.threads:
@@ -160,7 +160,7 @@ class Run:
         assert config is not None
         start = config.model or self._newest_policy(before="process")
         model = load_classifier(self.recipe.model, start, of_tokens=True)
-        tokenizer = load_tokenizer(self.recipe.model, start)
+        tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
         use_own_pad(model, tokenizer)
 
         def render(rows: list[Row]) -> list[Steps]:
@@ -180,7 +180,7 @@ class Run:
         assert config is not None
         start = config.model or self._newest_policy(before="reward")
         model = load_classifier(self.recipe.model, start)
-        tokenizer = load_tokenizer(self.recipe.model, start)
+        tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
         use_own_pad(model, tokenizer)
 
         def render(rows: list[Row]) -> list[Any]:
@@ -317,7 +317,7 @@ class Run:
             raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
         critic = load_critic(self.recipe.model, folder or start, partial(decode, engine.tokenizer))
         if folder and isinstance(critic, TokenCritic):
-            tokenizer = load_tokenizer(self.recipe.model, folder)
+            tokenizer = load_tokenizer(self.recipe.model, folder, of_policy=False)
             check_same_tokens(f"rl.critic: {folder}", critic.trunk, tokenizer, engine)
         return critic
 
@@ -329,7 +329,7 @@ class Run:
         """
         if named:
             teacher = load_policy(self.recipe.model, named).requires_grad_(False)
-            tokenizer = load_tokenizer(self.recipe.model, named)
+            tokenizer = load_tokenizer(self.recipe.model, named, of_policy=False)
             check_same_tokens(f"rl.kl.reference: {named}", teacher, tokenizer, engine)
             return teacher
         if self.recipe.model.lora:

@@ -4,6 +4,7 @@ folder that belongs to it.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,18 @@ class Recipe(Config):
     @classmethod
     def _with_algorithm(cls, tree: Any) -> Any:
         return expand(tree) if isinstance(tree, dict) else tree
+
+
+def dated(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the date that chat templates take for today: its own, the one that the
+    recipe in the folder has, or today.
+    """
+    if recipe.model.date is not None:
+        return recipe
+    path = folder / "recipe.yaml"
+    kept = load(Recipe, path).model.date if path.exists() else None
+    date = kept or datetime.date.today()
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
 def claim(folder: Path, recipe: Recipe) -> None:

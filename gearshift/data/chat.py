@@ -65,8 +65,8 @@ def render_supervised(
     rendered = render_conversation(tokenizer, messages, options)
     if len(rendered) > 1:
         raise DataError(
-            "the chat template writes an earlier answer otherwise than a policy does; "
-            "its answers need a sequence each."
+            "the chat template writes an earlier answer otherwise than a policy does, so that each "
+            "needs a sequence of its own; to train them in one, add {% generation %} marks to it."
         )
     return rendered[0]
 
@@ -96,6 +96,7 @@ def render_conversation(
             if not has_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
+        _check_end(tokenizer, answer)
         span = _span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
             prompt, written = _continued(tokenizer, before, answer)
@@ -215,6 +216,8 @@ def _answer(
     answer = None
     if whole.startswith(before):
         answer = whole[len(before) : end]
+    elif not has_marks(tokenizer):
+        answer = _from_header(prompt, before, probed, whole[:end])
     # Asked, the template opens the reasoning (`<think>`), which it leaves out of an answer.
     opened = re.search(r"<(\w+)>(\s*)\Z", before)
     if answer is None and opened and whole.startswith(before[: opened.start()]):
@@ -235,6 +238,34 @@ def _answer(
     if "</think>" in content and squeezed(content).removeprefix("<think>") not in squeezed(answer):
         raise DataError(left_out("the reasoning of an answer"))
     return before, answer
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
+    """Raises `DataError` if a policy would not learn from this answer to end where it ends."""
+    end = re.search(f"{special_tokens(tokenizer)}$", answer)
+    if not end:
+        raise DataError(
+            "the chat template writes no end token after an answer, so that a policy would never "
+            "learn to end; give the tokenizer a template that does."
+        )
+    if end.group() in answer[: end.start()]:
+        raise DataError(
+            f"an answer has its end token {end.group()} inside; take it out of the row."
+        )
+
+
+def _from_header(prompt: Sequence[Message], before: str, probed: str, whole: str) -> str | None:
+    """What follows the text that stands, in `before` too, between the last question and an answer:
+    some templates write what comes before a question differently once it is answered.
+    """
+    question = str(prompt[-1].get("content") or "").strip() if prompt else ""
+    header = before.rpartition(question)[2] if question else ""
+    opening = probed.partition(PROBE)[0]
+    place = opening.rfind(question) + len(question)
+    if not header.strip() or not opening.startswith(header, place):
+        return None
+    start = place + len(header)
+    return whole[start:] if whole.startswith(opening[:start]) else None
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
@@ -338,19 +369,20 @@ def _continued(
 
 def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Rendered:
     """(ids, mask) of a text: 1 on each token with a character in one of the spans."""
-    ids = _encode(tokenizer, text)
-    mask = [0] * len(ids)
     if not tokenizer.is_fast:  # no offsets: what encodes as the text up to there does
+        ids = _encode(tokenizer, text)
+        mask = [0] * len(ids)
         for span in spans:
             first, last = (_common(ids, _encode(tokenizer, text[:at])) for at in span)
             mask[first:last] = [1] * (last - first)
         return ids, mask
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, mask = _once_bos(tokenizer, encoded["input_ids"]), []
     before = 0
-    for i, (start, end) in enumerate(offsets["offset_mapping"]):
+    for start, end in encoded["offset_mapping"]:
         # Some tokenizers leave white space out of a token's offsets.
         start, before = min(start, before), end
-        mask[i] = int(any(start < last and first < end for first, last in spans))
+        mask.append(int(any(start < last and first < end for first, last in spans)))
     return ids, mask
 
 
@@ -361,8 +393,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a template's text. Raises `DataError` if BOS is there twice."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return _once_bos(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+
+
+def _once_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """The ids of a template's text. Raises `DataError` if BOS is there twice."""
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise DataError(

@@ -6,47 +6,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.errors import ConfigError, DataError
+from gearshift.errors import DataError
+from gearshift.runtime.chat_arguments import bound_arguments, reads, template_source
 from gearshift.types import Message
 
 Options = Mapping[str, Any]
 """What a row gives a template beside its messages: `tools`, and further arguments by name."""
 PROBE = "Qzprobe"
 """Words that no conversation has: where they come out shows what a template does with a text."""
+_MARK = "Qzmark"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys under which templates read an answer's reasoning; rows are read into the first."""
-_BOUND = "gearshift_template_arguments"
-
-
-def bind_arguments(
-    tokenizer: PreTrainedTokenizerBase, arguments: Options, now: datetime | None = None
-) -> None:
-    """Let every rendering with this tokenizer have these arguments; `now` is its date and time.
-
-    Raises `ConfigError` for an argument that the template does not read.
-    """
-    for name in arguments:
-        if not reads(tokenizer, name):
-            raise ConfigError(
-                f"model.chat_template_kwargs: the chat template does not read `{name}`; "
-                "take it out, or correct its name."
-            )
-    bound = dict(arguments)
-    if now is not None:
-        bound["strftime_now"] = now.strftime
-    setattr(tokenizer, _BOUND, bound)
-
-
-def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether the template's source has this name."""
-    return re.search(rf"\b{re.escape(name)}\b", _source(tokenizer)) is not None
 
 
 def text_of(
@@ -76,7 +52,7 @@ def text_of(
 
 def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template marks what the assistant says, as `{% generation %}`."""
-    return re.search(r"{%-?\s*generation\b", _source(tokenizer)) is not None
+    return re.search(r"{%-?\s*generation\b", template_source(tokenizer)) is not None
 
 
 def marked(
@@ -99,55 +75,74 @@ def check_said(
     options = options or {}
     if unread := [n for n in options if n != "tools" and not reads(tokenizer, n)]:
         raise DataError(f"the chat template does not read `{unread[0]}`; take it out of the row.")
-    whole = text_of(tokenizer, messages, options)
-    if options.get("tools") and whole == text_of(tokenizer, messages, {**options, "tools": None}):
+    whole = _all_texts(tokenizer, messages, options)
+    without = {**options, "tools": None}
+    if options.get("tools") and whole == _all_texts(tokenizer, messages, without):
         raise DataError(left_out("`tools`"))
     for i, message in enumerate(messages):
-        answers = message["role"] == "assistant"
-        until = messages[: i + 1] if answers else messages
-        text = whole if len(until) == len(messages) else text_of(tokenizer, until, options)
-        for key in ("content", *REASONING[:1], "name"):
-            said = message.get(key)
-            if not said or (key == "name" and message["role"] == "tool"):  # the call names it
-                continue
-            if key == "content" and answers:
-                said = said.split("</think>")[-1]
-            if squeezed(said) not in squeezed(text) and not _shows(
-                tokenizer, until, i, {**message, key: PROBE}, options
+        until = messages[: i + 1] if message["role"] == "assistant" else messages
+        text = whole
+        if len(until) < len(messages):
+            text = _all_texts(tokenizer, until, options)
+        for what, said, instead in _sayings(tokenizer, message):
+            tried = [*messages[:i], instead, *until[i + 1 :]]
+            if (said is None or squeezed(said) not in squeezed(text)) and not _shows(
+                tokenizer, tried, options
             ):
-                raise DataError(left_out(f"`{key}` of message {i + 1} ({message['role']})"))
-        for n, call in enumerate(message.get("tool_calls") or ()):
-            calls = list(message["tool_calls"])
-            arguments = {PROBE: PROBE} if call["function"]["arguments"] else {}
-            for function in (
-                {**call["function"], "name": PROBE},
-                {**call["function"], "arguments": arguments},
-            ):
-                calls[n] = {**call, "function": function}
-                if PROBE in json.dumps(function) and not _shows(
-                    tokenizer, until, i, {**message, "tool_calls": calls}, options
-                ):
-                    raise DataError(left_out(f"`tool_calls` of message {i + 1}"))
+                raise DataError(left_out(f"`{what}` of message {i + 1} ({message['role']})"))
+
+
+def _all_texts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options
+) -> str:
+    """The conversation, and what asks for its last answer: some templates write only there what
+    comes before a question.
+    """
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    before = text_of(tokenizer, asked, options, asks=True) if asked else ""
+    return text_of(tokenizer, messages, options) + before
+
+
+def _sayings(
+    tokenizer: PreTrainedTokenizerBase, message: Message
+) -> Iterator[tuple[str, str | None, Message]]:
+    """What a message says: the key, the words if they come out as they are, and the message with
+    others in their place.
+    """
+    for key in ("content", REASONING[0], "name"):
+        said = message.get(key)
+        if key == "content" and said and message["role"] == "assistant":
+            said = said.split("</think>")[-1]
+        if key == "name" and message["role"] == "tool":
+            said = None  # the call names it
+        if key == REASONING[0] and not _reasoning_keys(tokenizer):
+            said = None  # it is a part of the content
+        if said:
+            yield key, said, {**message, key: _MARK}
+    calls = message.get("tool_calls") or []
+    for n, call in enumerate(calls):
+        function = call["function"]
+        others = [{**function, "name": _MARK}]
+        if function.get("arguments"):
+            others.append({**function, "arguments": {_MARK: _MARK}})
+        for other in others:
+            replaced = [*calls[:n], {**call, "function": other}, *calls[n + 1 :]]
+            yield "tool_calls", None, {**message, "tool_calls": replaced}
+
+
+def _shows(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options
+) -> bool:
+    """Whether the mark in these messages comes out (or is not allowed there)."""
+    try:
+        return _MARK in _all_texts(tokenizer, messages, options)
+    except DataError:
+        return True
 
 
 def squeezed(text: str) -> str:
     """Without white space, which templates trim and add."""
     return "".join(text.split())
-
-
-def _shows(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    i: int,
-    instead: Message,
-    options: Options,
-) -> bool:
-    """Whether the probe in `instead`, taken for message i, comes out (or is not allowed there)."""
-    tried = [*messages[:i], instead, *messages[i + 1 :]]
-    try:
-        return PROBE in text_of(tokenizer, tried, options)
-    except DataError:
-        return True
 
 
 def left_out(what: str) -> str:
@@ -177,7 +172,8 @@ def _rendered(
             "The tokenizer has no chat template; set tokenizer.chat_template and save it, "
             "or use `text` rows."
         )
-    arguments = {**getattr(tokenizer, _BOUND, {}), **(options or {})}
+    options = options or {}
+    arguments = {**bound_arguments(tokenizer, options.get("tools")), **options}
     try:
         return tokenizer.apply_chat_template(list(messages), **how, **arguments)
     except Exception as error:  # a template's own raise_exception, or one that wants other fields
@@ -192,14 +188,18 @@ def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Mess
     reasoning = message.get(REASONING[0])
     if not reasoning:
         return message
-    source = _source(tokenizer)
-    names = [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
+    names = _reasoning_keys(tokenizer)
     rest = {key: value for key, value in message.items() if key != REASONING[0]}
     if names:
         return {**rest, **dict.fromkeys(names, reasoning)}
-    if "</think>" in source:
+    if "</think>" in template_source(tokenizer):
         return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
     raise DataError(left_out(f"`{REASONING[0]}`"))
+
+
+def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    source = template_source(tokenizer)
+    return [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
 
 
 def _with_json(message: Message) -> Message:
@@ -214,11 +214,6 @@ def _with_json(message: Message) -> Message:
 
 def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value or {}, ensure_ascii=False)
-
-
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:

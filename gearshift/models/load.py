@@ -6,6 +6,7 @@ Nothing is loaded by pickle: safetensors only.
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import shutil
 import tempfile
@@ -43,6 +44,7 @@ from gearshift.models.adapters import (
 )
 from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
+from gearshift.runtime.chat_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.native import cache_folder
 
@@ -76,6 +78,12 @@ class ModelConfig(Config):
     """CPU threads of torch; None leaves torch's choice."""
     lora: AdapterConfig | None = None
     """Train low-rank adapters in place of the whole policy."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the policy's chat template is given besides, in training, rollouts, evaluation and chat;
+    for example `{enable_thinking: false}`. Reward models render without it.
+    """
+    date: datetime.date | None = None
+    """What chat templates take for today; None: the day on which the run began. A run keeps it."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code here."""
 
@@ -181,17 +189,24 @@ def writes_text(config: ModelConfig, name: str) -> bool:
     return any(kind in known or kind.endswith("ForCausalLM") for kind in kinds)
 
 
-def load_tokenizer(config: ModelConfig, name: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, name: str | None = None, of_policy: bool = True
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (the end token where it has none). One of an encoder,
-    which knows no chats, gets a template that sets messages apart.
+    which knows no chats, gets a template that sets messages apart. `of_policy`: its chats have the
+    config's arguments. Raises `ConfigError` if its template does not read one.
     """
     name = name or config.name
-    if name in SIZES:
-        return tiny_tokenizer()
+    tokenizer = tiny_tokenizer() if name in SIZES else _tokenizer(config, name)
+    bind_arguments(tokenizer, config.chat_template_kwargs if of_policy else {}, config.date)
+    return tokenizer
+
+
+def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
     if (folder := adapter_folder(source_of(name))) and not (
         folder / "tokenizer_config.json"
     ).is_file():
-        return _base(folder, lambda base: load_tokenizer(config, base))
+        return _base(folder, lambda base: _tokenizer(config, base))
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -31,7 +31,7 @@ class ModelReward:
                 "name a reward model's folder."
             )
         self.model = load_classifier(config, str(folder))
-        self.tokenizer = load_tokenizer(config, str(folder))
+        self.tokenizer = load_tokenizer(config, str(folder), of_policy=False)
         check_vocabulary(self.model, self.tokenizer)
 
     def __call__(

@@ -97,7 +97,7 @@ def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Crit
         return TokenCritic(trunk, ValueHead(trunk.config.hidden_size).to(trunk.device))
     model = load_classifier(config, folder)
     if not reads_last_token(model):
-        return PromptCritic(model, load_tokenizer(config, folder), decode)
+        return PromptCritic(model, load_tokenizer(config, folder, of_policy=False), decode)
     head = ValueHead(model.score.in_features).to(model.device)
     with torch.no_grad():
         head.linear.weight.copy_(model.score.weight)

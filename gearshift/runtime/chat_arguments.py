@@ -1,0 +1,74 @@
+"""What every rendering of a chat is given beside its messages: arguments of the recipe, and a date
+that stays. They lie on the tokenizer, which everything that renders has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, time
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.errors import ConfigError
+
+_ATTRIBUTE = "chat_arguments"
+_DIRECTIVES = (*"aAbBcdDeFgGhHIjmMpRSTuUVwWxXyY", "-d", "-m", "-H", "-I", "-M", "-S", "-j")
+
+
+def bind_arguments(
+    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], today: date | None
+) -> None:
+    """Let each rendering have these arguments, and take `today` (None: the day it is now) for the
+    date. Raises `ConfigError` for an argument that the template does not read.
+    """
+    for name in arguments:
+        if not reads(tokenizer, name):
+            raise ConfigError(
+                f"model.chat_template_kwargs: the chat template does not read `{name}`; "
+                "correct the name, or take it out."
+            )
+    setattr(tokenizer, _ATTRIBUTE, (dict(arguments), today or datetime.now().date()))
+
+
+def bound_arguments(
+    tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """What was bound, as arguments of `apply_chat_template`; nothing where nothing was."""
+    if not hasattr(tokenizer, _ATTRIBUTE):
+        return {}
+    arguments, today = getattr(tokenizer, _ATTRIBUTE)
+    if not reads(tokenizer, "strftime_now"):
+        return dict(arguments)
+    template = _fixed_date(today) + tokenizer.get_chat_template(None, tools)
+    return {"chat_template": template, **arguments}
+
+
+@lru_cache(4)
+def _fixed_date(today: date) -> str:
+    """The start of a template for which it always is the first moment of this day.
+
+    A macro, because templates are given plain data only, no functions.
+    """
+    now = datetime.combine(today, time())
+    parts = {f"%{letter}": now.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    return (
+        "{% macro strftime_now(form) %}{% set ns = namespace(text=form) %}"
+        f"{{% for name, value in {json.dumps({**parts, '%%': '%'})}.items() %}}"
+        "{% set ns.text = ns.text.replace(name, value) %}{% endfor %}{{ ns.text }}"
+        '{% endmacro %}{{ "" }}'  # a block's end would swallow the template's first newline
+    )
+
+
+def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the template's source has this name."""
+    return re.search(rf"\b{re.escape(name)}\b", template_source(tokenizer)) is not None
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template as it is written; all of them, where there are several by name."""
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
