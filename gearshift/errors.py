@@ -13,6 +13,10 @@ class DataError(GearshiftError):
     """A data file or one of its rows cannot be used."""
 
 
+class OverlongError(DataError):
+    """A row has more tokens than its stage or its model takes."""
+
+
 class ModelError(GearshiftError):
     """A model cannot be found, loaded, or run by the engine."""
 

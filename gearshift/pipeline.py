@@ -30,10 +30,10 @@ from gearshift.data import (
 )
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
-from gearshift.errors import ConfigError, DataError
+from gearshift.errors import ConfigError, DataError, OverlongError
 from gearshift.heldout import TaskData, comparisons, open_engine, perplexity, records
 from gearshift.models.adapters import add_adapter
-from gearshift.models.classifier import use_own_pad
+from gearshift.models.classifier import context, use_own_pad
 from gearshift.models.load import (
     load_classifier,
     load_policy,
@@ -135,10 +135,11 @@ class Run:
         max_length = config.max_length
 
         def render(rows: list[Row]) -> list[Judged]:
-            return render_judged([to_judged(r) for r in rows], engine.tokenizer, max_length)
+            examples = [to_judged(r) for r in rows]
+            return render_judged(examples, engine.tokenizer, max_length, engine.max_length)
 
-        sources = [render(rows) for rows in self._rows(config.data)]
-        heldout = [pair for rows in self._rows(config.heldout) for pair in render(rows)]
+        sources = self._rendered(config.data, render)
+        heldout = [pair for rows in self._rendered(config.heldout, render) for pair in rows]
         rows = self._mixed(config.data, sources)
         reference = None
         if config.reference == "each_step" and config.loss in NEEDS_REFERENCE:
@@ -165,13 +166,14 @@ class Run:
 
         def render(rows: list[Row]) -> list[Steps]:
             examples = [to_steps(r) for r in rows]
-            return render_steps(examples, tokenizer, config.separator, config.max_length)
+            lengths = config.max_length, context(model)
+            return render_steps(examples, tokenizer, config.separator, *lengths)
 
         rows = self._mixture(config.data, render)
+        heldout = [row for rows in self._rendered(config.heldout, render) for row in rows]
         stage = self._new_stage("process", config.steps(len(rows)), config)
         train_process_model(config, model, rows, stage)
         self._save(folder, model, tokenizer, "process reward modelling", start)
-        heldout = [row for source in self._rows(config.heldout) for row in render(source)]
         accuracy = step_accuracy(model, heldout) if heldout else None
         return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
 
@@ -184,13 +186,14 @@ class Run:
         use_own_pad(model, tokenizer)
 
         def render(rows: list[Row]) -> list[Any]:
-            return render_pairs([to_preference(r) for r in rows], tokenizer, config.max_length)
+            examples = [to_preference(r) for r in rows]
+            return render_pairs(examples, tokenizer, config.max_length, context(model))
 
         pairs = self._mixture(config.data, render)
+        heldout = [pair for rows in self._rendered(config.heldout, render) for pair in rows]
         stage = self._new_stage("reward", config.steps(len(pairs)), config)
         train_reward_model(config, model, pairs, stage)
         self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)", start)
-        heldout = [pair for source in self._rows(config.heldout) for pair in render(source)]
         accuracy = pair_accuracy(model, heldout) if heldout else None
         return {
             "pairs": len(pairs),
@@ -400,7 +403,22 @@ class Run:
     def _mixture(
         self, config: DataConfig, render: Callable[[list[Row]], list[Example]]
     ) -> Mixture[Example]:
-        return self._mixed(config, [render(rows) for rows in self._rows(config)])
+        return self._mixed(config, self._rendered(config, render))
+
+    def _rendered(
+        self, config: DataConfig, render: Callable[[list[Row]], list[Example]]
+    ) -> list[list[Example]]:
+        """What the rows of each source become, without those that are too long where the recipe
+        leaves them out.
+        """
+        sources = self._rows(config)
+        if config.overlong == "drop":
+            for i, rows in enumerate(sources):
+                sources[i] = [row for row in rows if _fits(row, render)]
+                if left := len(rows) - len(sources[i]):
+                    path = config.sources[i].path
+                    self.say(f"data: {path}: {left} of {len(rows)} rows are too long, left out")
+        return [render(rows) for rows in sources]
 
     def _mixed(self, config: DataConfig, sources: list[list[Example]]) -> Mixture[Example]:
         if not sources:
@@ -478,6 +496,14 @@ class Run:
             compared=compared,
         )
         return summary
+
+
+def _fits(row: Row, render: Callable[[list[Row]], list[Any]]) -> bool:
+    try:
+        render([row])
+    except OverlongError:
+        return False
+    return True
 
 
 def _latency(steps: Sequence[dict[str, float]]) -> str:

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pydantic import Field
 
@@ -46,6 +46,10 @@ class DataConfig(Config):
     """Mixed by weight."""
     clean: CleanConfig = CleanConfig()
     """Applied to each source."""
+    overlong: Literal["error", "drop"] = "error"
+    """Rows of more tokens than the stage's `max_length` or the model takes: told by file and line
+    before the first step, or left out and counted.
+    """
 
 
 def load_rows(path: str, split: str = "train") -> list[SourceRow]:

@@ -32,11 +32,10 @@ from gearshift.data import (
     render_completion,
 )
 from gearshift.engine import HybridEngine, PackedModel
-from gearshift.errors import DataError
 from gearshift.models.adapters import adapters_off
 from gearshift.models.forward import token_scores
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -69,7 +68,7 @@ class PreferenceConfig(EpochsConfig):
     """Reference log-probs: all before the first step, without a second copy of the weights; or at
     each step, which is cheaper where few of the rows are used."""
     max_length: int = Field(1024, ge=2)
-    """Longer sequences are refused."""
+    """Longer rows are refused, or left out (`data.overlong`)."""
     max_tokens: int = Field(4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
@@ -104,6 +103,7 @@ def render_judged(
     examples: Sequence[PreferenceExample | JudgedExample],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    context: int = 2**20,
 ) -> list[Judged]:
     """Token ids of each row; raises `DataError` for one that is too long."""
     rows = []
@@ -118,15 +118,10 @@ def render_judged(
                 for answer in answers
             ]
             prompt = sides[0][0]
-            longest = len(prompt) + max(len(ids) for _, ids in sides)
-            if longest > max_length:
-                raise DataError(
-                    f"it has {longest} tokens, over max_length={max_length}; raise it, "
-                    "or drop the row."
-                )
+            check_length(len(prompt) + max(len(ids) for _, ids in sides), max_length, context)
         rows.append(Judged(prompt, [ids for _, ids in sides], good))
     for row, after in zip(rows, [*rows[1:], *rows[:1]], strict=True):
-        row.other = after.completions[0][: max_length - len(row.prompt)]
+        row.other = after.completions[0][: min(max_length, context) - len(row.prompt)]
     return rows
 
 

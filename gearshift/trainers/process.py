@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gearshift.algorithms.preference_losses import step_loss
 from gearshift.data import DataConfig, Mixture, StepsExample, at
 from gearshift.data.scored import letters, render_asked, spells
-from gearshift.errors import DataError
 from gearshift.models.classifier import token_logits
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, chunks_by_tokens
 from gearshift.trainers.step import update
 
 
@@ -37,7 +36,7 @@ class ProcessRewardConfig(EpochsConfig):
     separator: str = "\n"
     """Stands after each step; its last token carries the step's logit."""
     max_length: int = Field(1024, ge=2)
-    """Longer sequences are refused."""
+    """Longer rows are refused, or left out (`data.overlong`)."""
     max_tokens: int = Field(4096, ge=1)
     """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
@@ -57,8 +56,11 @@ def render_steps(
     tokenizer: PreTrainedTokenizerBase,
     separator: str,
     max_length: int,
+    context: int = 2**20,
 ) -> list[Steps]:
-    """Token ids of each row, a step at a time; raises `DataError` for one that is too long."""
+    """Token ids of each row, a step at a time; raises `OverlongError` for one that is longer than
+    `max_length`, or than the model's `context`.
+    """
     rows = []
     for i, example in enumerate(examples):
         with at(example.where or f"Row {i + 1}"):
@@ -67,11 +69,7 @@ def render_steps(
             for step in example.steps:
                 ids = [*ids, *_step(tokenizer, step, separator)]
                 ends.append(len(ids) - 1)
-            if len(ids) > max_length:
-                raise DataError(
-                    f"it has {len(ids)} tokens, over max_length={max_length}; raise it, "
-                    "or drop the row."
-                )
+            check_length(len(ids), max_length, context)
         rows.append(Steps(ids, ends, example.labels))
     return rows
 

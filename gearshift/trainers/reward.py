@@ -26,13 +26,12 @@ from gearshift.data import (
 )
 from gearshift.data.scored import render_scored
 from gearshift.engine import PackedModel
-from gearshift.errors import DataError
 from gearshift.models.classifier import reads_last_token, score_all, sequence_scores
 from gearshift.models.describe import describe
 from gearshift.models.forward import drops_out
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, chunks_by_tokens
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -60,7 +59,7 @@ class RewardModelConfig(EpochsConfig):
     model: PathText | None = None
     """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
     max_length: int = Field(1024, ge=2)
-    """Longer sequences are refused."""
+    """Longer pairs are refused, or left out (`data.overlong`)."""
     max_tokens: int = Field(4096, ge=1)
     """Tokens in one micro-batch (padded ones, where the backbone is not described); bounds memory,
     does not change the gradient."""
@@ -71,9 +70,14 @@ class RewardModelConfig(EpochsConfig):
 
 
 def render_pairs(
-    examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[PreferenceExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    context: int = 2**20,
 ) -> list[Pair]:
-    """Token ids of both sides of each pair; raises `DataError` for one that is too long."""
+    """Token ids of both sides of each pair; raises `OverlongError` for one that is longer than
+    `max_length`, or than the model's `context`.
+    """
     pairs = []
     for i, example in enumerate(examples):
         sides = []
@@ -82,12 +86,7 @@ def render_pairs(
                 sides.append(
                     render_scored(tokenizer, example.prompt, answer, options=example.options)
                 )
-            longest = max(map(len, sides))
-            if longest > max_length:
-                raise DataError(
-                    f"it has {longest} tokens, over max_length={max_length}; raise it, "
-                    "or drop the pair."
-                )
+            check_length(max(map(len, sides)), max_length, context)
         pairs.append(Pair(sides[0], sides[1], example.margin))
     return pairs
 

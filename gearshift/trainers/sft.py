@@ -27,7 +27,7 @@ from gearshift.data.chat import Rendered as Rendered
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -40,7 +40,7 @@ class SFTConfig(EpochsConfig):
     epochs: float = Field(3.0, gt=0)
     """Passes over the examples."""
     max_length: int = Field(1024, ge=2)
-    """Longer examples are refused."""
+    """Longer examples are refused, or left out (`data.overlong`)."""
     max_tokens: int = Field(4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
@@ -56,7 +56,6 @@ def render_examples(
     to train on.
     """
     rendered: list[Rendered] = []
-    limit = min(max_length, engine.max_length)
     for i, example in enumerate(examples):
         with at(example.where or f"Example {i + 1}"):
             if isinstance(example, TextExample):
@@ -66,10 +65,7 @@ def render_examples(
                     engine.tokenizer, example.messages, example.options, example.untrained
                 )
             longest = max(len(ids) for ids, _ in some)
-            if longest > limit:
-                raise DataError(
-                    f"it has {longest} tokens, over max_length={limit}; raise it, or drop the row."
-                )
+            check_length(longest, max_length, engine.max_length)
             if not all(any(mask) for _, mask in some):
                 raise DataError("there are no assistant words to train on; add a reply or drop it.")
         rendered += some

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from gearshift.data import Mixture
-from gearshift.errors import CheckpointError, GearshiftError
+from gearshift.errors import CheckpointError, GearshiftError, OverlongError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
@@ -213,6 +213,15 @@ class Stage:
         if not lines and state["total"] != self.total:
             lines = [f"the data made {state['total']} steps and make {self.total}"]
         return "; ".join(lines)
+
+
+def check_length(tokens: int, max_length: int, context: int) -> None:
+    """Raises `OverlongError` for a row that is longer than the stage or its model takes."""
+    if tokens > min(max_length, context):
+        most = f"max_length={max_length}; raise it, drop the row,"
+        if context < max_length:
+            most = f"the {context} of the model; shorten or drop the row,"
+        raise OverlongError(f"it has {tokens} tokens, over {most} or set the data's overlong=drop.")
 
 
 def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:

@@ -1,8 +1,14 @@
-"""The reward model: packed and padded training are the same, loss and gradient."""
+"""The reward model: packed and padded training are the same, loss and gradient; pairs that are too
+long are told or left out before the first step.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from gearshift.cli import main
 from gearshift.models.classifier import sequence_scores
 from gearshift.models.load import load_classifier
 from gearshift.trainers.reward import Pair, PairScorer
@@ -34,3 +40,42 @@ def test_packed_scores_are_padded_scores(max_tokens: int) -> None:
         (padded * factor).sum().backward()
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("stage", ["reward", "process", "dpo", "sft"])
+@pytest.mark.parametrize("where", ["data", "heldout"])
+def test_rows_longer_than_the_model_takes(
+    stage: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model takes 512 tokens; the stage's own `max_length`, 1024, does not help."""
+    if (stage, where) == ("sft", "heldout"):
+        pytest.skip("it has no held-out rows")
+    for name in ("data", "heldout"):
+        long = "x" * 500 if name == where else "x"
+        rows = [
+            {
+                "reward": {"prompt": "a", "chosen": text, "rejected": "c"},
+                "dpo": {"prompt": "a", "chosen": text, "rejected": "c"},
+                "process": {"prompt": "a", "completions": [text], "labels": [True]},
+                "sft": {"prompt": "a", "completion": text},
+            }[stage]
+            for text in ("b", "bb", long, "bbb")
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    section = {"dpo": "preference"}.get(stage, stage)
+    data = {"sources": [{"path": str(tmp_path / "data.jsonl")}]}
+    held = {"sources": [{"path": str(tmp_path / "heldout.jsonl")}]}
+    recipe = {
+        "model": {"name": "tiny", "dtype": "float32", "device": "cpu"},
+        section: {"data": data, "batch_size": 2} | ({"heldout": held} if stage != "sft" else {}),
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    words = [stage, str(tmp_path / "r.yaml"), f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit):
+        main(words)
+    told = capsys.readouterr().err
+    assert f"{where}.jsonl, line 3: it has 5" in told and "the 512 of the model" in told
+    assert not (tmp_path / "run" / section / "metrics.jsonl").exists()
+    main([*words, f"{section}.{where}.overlong=drop", f"run.dir={tmp_path / 'other'}"])
+    assert "1 of 4 rows are too long, left out" in capsys.readouterr().out
+    assert (tmp_path / "other" / section / "done.json").exists()
