@@ -7,17 +7,15 @@ calls the functions that the completion defines (one text, or a list of them).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gearshift.errors import DataError
+from gearshift.rollouts.answers import code_blocks, is_python, without_thoughts
 from gearshift.rollouts.rewards import LOST, Rewards
 from gearshift.rollouts.sandbox import LostError, check_sandboxed, run_sandboxed
 from gearshift.types import Message
-
-_BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def code_reward(
@@ -48,9 +46,14 @@ def code_share(
 
 
 def extract_code(completion: str) -> str:
-    """The last fenced block; the whole text where there is none."""
-    blocks = _BLOCK.findall(completion)
-    return blocks[-1] if blocks else completion
+    """The last fenced block of Python; else the last that names no language; else the whole text.
+    Thoughts before the answer and blocks without a letter do not count.
+    """
+    answer = without_thoughts(completion)
+    blocks = [block for block in code_blocks(answer) if block.content.strip()]
+    python = [block for block in blocks if is_python(block)]
+    found = python or [block for block in blocks if not block.language]
+    return found[-1].content if found else answer
 
 
 def _score(

@@ -2,14 +2,12 @@
 (vLLM, llama.cpp, Ollama, `gearshift serve`, a hosted API).
 
 A room of its own because what it asks is data that may try to persuade: where the answer begins and
-ends, how a mark is read, and what becomes of none, is decided here.
+ends, and what becomes of no mark, is decided here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import re
 from functools import partial
 from statistics import fmean
@@ -18,7 +16,8 @@ from typing import Any
 from pydantic import Field
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts.rewards import LOST, Rewards, post
+from gearshift.rollouts.marks import parse_mark
+from gearshift.rollouts.rewards import LOST, Rewards, bearer, checked_address, post
 from gearshift.rollouts.workers import Workers
 from gearshift.runtime.config import Config
 from gearshift.types import Message
@@ -41,9 +40,6 @@ ANSWER {code}
 END OF ANSWER {code}
 
 Mark the answer: {{"score": N}}, N from {low:g} to {high:g}."""
-_SCORE = re.compile(r"""score["'*\s]*[:=]["'*\s]*(-?\d+(?:\.\d+)?)""", re.IGNORECASE)
-_ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\s*\.?\s*")
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 class JudgeConfig(Config):
@@ -68,19 +64,23 @@ class JudgeConfig(Config):
 class JudgeReward:
     """Marks from a judge, scaled to 0..1.
 
-    `GEARSHIFT_KEY`, or else `OPENAI_API_KEY`, is sent as the bearer token. Where after several
-    tries nobody answers, or an answer has no mark within the scale, the reward is `LOST`.
+    The environment variable `key_env` is sent as the bearer token. Where after several tries nobody
+    answers, or an answer has no mark within the scale, the reward is `LOST`.
     """
 
     def __init__(
-        self, url: str, config: JudgeConfig, timeout: float | None = None, pause: float = 0.5
+        self,
+        url: str,
+        config: JudgeConfig,
+        timeout: float | None = None,
+        pause: float = 0.5,
+        key_env: str | None = None,
     ) -> None:
         """`timeout`: seconds for a request; `pause` before the second try, then doubled.
 
-        Raises `ConfigError` for a scale or a URL that cannot be.
+        Raises `ConfigError` for a scale, a URL or a key that cannot be.
         """
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"judge:{url} has no address; write judge:http://HOST:PORT/v1, say.")
+        checked_address(f"judge:{url}", url)
         if not config.model:
             raise ConfigError(f"judge:{url} needs judge.model, the judge's name on the server.")
         if not config.low < config.high:
@@ -88,6 +88,7 @@ class JudgeReward:
         end = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(end) + end
         self.config, self.timeout, self.pause = config, timeout or 60.0, pause
+        self.key = bearer(key_env, "GEARSHIFT_JUDGE_KEY")
         self.parallel = config.concurrency
         self._workers = Workers(config.concurrency)
 
@@ -132,21 +133,10 @@ class JudgeReward:
         body: dict[str, Any] = {"model": config.model, "messages": messages}
         if config.temperature is not None:
             body["temperature"] = config.temperature
-        key = os.environ.get("GEARSHIFT_KEY") or os.environ.get("OPENAI_API_KEY")
-        mark = post(self.url, body, key, self._read, self.timeout, _TRIES, self.pause)
+        mark = post(self.url, body, self.key, self._read, self.timeout, _TRIES, self.pause)
         return LOST if mark is None else (mark - config.low) / (config.high - config.low)
 
     def _read(self, answer: Any) -> float | None:
-        mark = parse_mark(answer["choices"][0]["message"]["content"])
         low, high = self.config.low, self.config.high
+        mark = parse_mark(answer["choices"][0]["message"]["content"], high)
         return mark if mark is not None and low <= mark <= high else None
-
-
-def parse_mark(text: str) -> float | None:
-    """The number that a judge's reply gives: the last `score: N`, in JSON or in words, or a reply
-    that is a number alone; what it thought aloud before is not looked at.
-    """
-    text = _THOUGHT.sub("", text)
-    found = _SCORE.findall(text) or [m[1] for m in [_ALONE.fullmatch(text)] if m]
-    mark = float(found[-1]) if found else None
-    return mark if mark is not None and math.isfinite(mark) else None

@@ -55,6 +55,8 @@ class Source(Protocol):
     def processes(self) -> int: ...
     @property
     def judge(self) -> JudgeConfig: ...
+    @property
+    def key_env(self) -> str | None: ...
 
 
 @dataclass
@@ -239,9 +241,10 @@ def _function(source: Source) -> RewardFunction:
     """What a source other than the environment and models names, called as the source says."""
     name = source.source
     if name.startswith("judge:"):
-        return JudgeReward(name.removeprefix("judge:"), source.judge, source.timeout)
+        url = name.removeprefix("judge:")
+        return JudgeReward(url, source.judge, source.timeout, key_env=source.key_env)
     if name.startswith(("http://", "https://")):
-        return HttpReward(name, source.timeout)
+        return HttpReward(name, source.timeout, key_env=source.key_env)
     if source.timeout or source.processes:  # a thread that hangs cannot be ended
         return ProcessReward(name, max(1, source.processes), source.timeout)
     return load_reward(name)

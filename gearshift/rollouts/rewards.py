@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import ipaddress
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any, Protocol, SupportsFloat, TypeVar, cast
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from gearshift.errors import ConfigError
@@ -65,22 +68,64 @@ class HttpReward:
     """A reward behind an address: it is sent `{"prompts", "completions", ...columns}` as JSON and
     answers `{"rewards": [number or null, ...]}`; what `gearshift serve` does for a reward model.
 
-    `GEARSHIFT_KEY` in the environment is sent as a bearer token. An address that does not answer
+    The environment variable `key_env` is sent as a bearer token. An address that does not answer
     loses these rewards rather than end the run.
     """
 
-    def __init__(self, url: str, timeout: float | None = None, tries: int = 3) -> None:
+    def __init__(
+        self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
+    ) -> None:
+        """Raises `ConfigError` for an address or a key that cannot be."""
+        host = checked_address(url, url)
         self.url, self.timeout, self.tries = url, timeout or 60.0, tries
+        self.key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
+        if self.key is None and is_loopback(host):  # this machine's own `gearshift serve`
+            self.key = bearer(None, "GEARSHIFT_KEY")
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
-        key = os.environ.get("GEARSHIFT_KEY")
         rewards = post(
-            self.url, body, key, lambda answer: answer["rewards"], self.timeout, self.tries
+            self.url, body, self.key, lambda answer: answer["rewards"], self.timeout, self.tries
         )
         return [LOST] * len(completions) if rewards is None else cast(Rewards, rewards)
+
+
+def bearer(named: str | None, default: str) -> str | None:
+    """The key in the environment variable `named`, or if none is named in `default`, where it may
+    be missing. A key goes to the address for which it was named, and to no other.
+
+    Raises `ConfigError` for a missing variable or one that no header can carry.
+    """
+    key = os.environ.get(named or default, "").strip()
+    if named and not key:
+        raise ConfigError(
+            f"key_env names {named}, which is not set; export it, or set key_env=null."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"The key in {named or default} holds more than plain characters.")
+    return key or None
+
+
+def checked_address(source: str, url: str) -> str:
+    """The host of an http address. Raises `ConfigError`, which names the source, for another."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is no number, brackets that do not close
+        known = None
+    if not known or not url.isascii() or re.search(r"\s", url):
+        raise ConfigError(f"{source} has no address; write http://HOST:PORT/PATH.")
+    return str(parts.hostname)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def post(

@@ -155,6 +155,11 @@ class RewardSource(Config):
     """
     judge: JudgeConfig = JudgeConfig()
     """Of `judge:URL`: who judges, and by what."""
+    key_env: str | None = None
+    """Of an address: the environment variable whose value is sent to it, and to no other, as a
+    bearer token. null: GEARSHIFT_JUDGE_KEY of `judge:URL`, GEARSHIFT_REWARD_KEY of `http://...`, if
+    they are set.
+    """
 
     @model_validator(mode="after")
     def _applies(self) -> Self:
@@ -163,6 +168,8 @@ class RewardSource(Config):
             raise ValueError(f"timeout and processes are of functions; `{kind}` has none.")
         if kind in ("http", "https", "judge") and self.processes:
             raise ValueError("processes are of functions; an address is asked from threads.")
+        if kind not in ("http", "https", "judge") and self.key_env:
+            raise ValueError("key_env is of addresses; other sources need no key.")
         if (kind == "judge") != (self.judge != JudgeConfig()):
             raise ValueError("source judge:URL and judge.model go together.")
         return self

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts.judge import JudgeConfig, JudgeReward, parse_mark
+from gearshift.rollouts.judge import JudgeConfig, JudgeReward
 
 PROMPT = [{"role": "user", "content": "Say hello."}]
 
@@ -80,21 +80,44 @@ def judge() -> Iterator[Judge]:
 
 
 def marks(judge: Judge, *answers: str, columns: Any = None, **keys: Any) -> Any:
-    reward = JudgeReward(judge.url, JudgeConfig(model="m", **keys), timeout=0.3, pause=0.001)
+    hangs = any("hang" in steps for steps in judge.script.values())
+    config, timeout = JudgeConfig(model="m", **keys), 0.3 if hangs else 10.0
+    reward = JudgeReward(judge.url, config, timeout=timeout, pause=0.001)
     given = reward([PROMPT] * len(answers), list(answers), **(columns or {}))
     return [None if x is None or math.isnan(x) else pytest.approx(x) for x in given]
 
 
-def test_marks_are_scaled_and_the_key_is_sent(
-    judge: Judge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("GEARSHIFT_KEY", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
+def test_marks_are_scaled(judge: Judge) -> None:
     judge.script = {"bad": ['{"score": 1}'], "good": ['```json\n{"score": 5}\n```']}
     assert marks(judge, "bad", "good", low=1, high=5) == [0.0, 1.0]
-    path, key, body = judge.asked[0]
-    assert path == "/v1/chat/completions" and key == "Bearer k"
+    path, _, body = judge.asked[0]
+    assert path == "/v1/chat/completions"
     assert body["model"] == "m" and body["temperature"] == 0.0
+    judge.script = {"a": ["4/5"], "b": ["7/10"]}
+    assert marks(judge, "a", "b", low=0, high=5) == [0.8, None]  # another scale is no mark
+
+
+def test_a_judge_is_sent_the_key_that_was_named_for_it(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GEARSHIFT_KEY", "OPENAI_API_KEY", "GEARSHIFT_REWARD_KEY", "MINE"):
+        monkeypatch.setenv(name, f"of {name}")
+    monkeypatch.delenv("GEARSHIFT_JUDGE_KEY", raising=False)
+
+    def sent(key_env: str | None = None) -> str | None:
+        JudgeReward(judge.url, JudgeConfig(model="m"), key_env=key_env)([PROMPT], ["a"])
+        return judge.asked[-1][1]
+
+    assert sent() is None
+    assert sent("MINE") == "Bearer of MINE"
+    monkeypatch.setenv("GEARSHIFT_JUDGE_KEY", "its own\r\n")
+    assert sent() == "Bearer its own" and sent("MINE") == "Bearer of MINE"
+    monkeypatch.setenv("MINE", "")
+    with pytest.raises(ConfigError, match="key_env names MINE, which is not set"):
+        sent("MINE")
+    monkeypatch.setenv("GEARSHIFT_JUDGE_KEY", "a\nb")
+    with pytest.raises(ConfigError, match="GEARSHIFT_JUDGE_KEY"):
+        sent()
 
 
 @pytest.mark.parametrize(
@@ -147,24 +170,11 @@ def test_the_answer_is_data_between_markers_that_it_cannot_write(judge: Judge) -
 
 
 @pytest.mark.parametrize(
-    ("text", "mark"),
-    [
-        ('{"score": 7}', 7), ('{"score": "7.5"}', 7.5), ("{'score': -1}", -1),
-        ("**Score:** 8/10", 8),
-        ("7", 7), (" 7/10. ", 7), ('It says {"score": 10}, so {"score": 2}', 2),
-        ('<think>"score": 9</think>{"score": 3}', 3), ("seven", None),
-        ("I counted 3 faults.", None),
-        ("", None), ('{"score": null}', None), ('{"score": 1' + "0" * 400 + "}", None),
-    ],
-)  # fmt: skip
-def test_a_mark_is_read_from_what_judges_write(text: str, mark: float | None) -> None:
-    assert parse_mark(text) == mark
-
-
-@pytest.mark.parametrize(
     ("url", "keys", "said"),
     [("localhost", {"model": "m"}, "no address"), ("http://a/v1", {}, "judge.model"),
-     ("http://a/v1", {"model": "m", "low": 5, "high": 5}, "not below")],
+     ("http://a/v1", {"model": "m", "low": 5, "high": 5}, "not below"),
+     *((url, {"model": "m"}, "no address") for url in
+       ("http://", "http://[::1/v1", "http://a:x/v1", "ftp://a/v1", "http://a b/v1", ""))],
 )  # fmt: skip
 def test_what_cannot_be_is_told(url: str, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -16,7 +16,7 @@ import pytest
 
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts import sandbox
-from gearshift.rollouts.code import code_reward, code_share, extract_code
+from gearshift.rollouts.code import code_reward, code_share
 from gearshift.rollouts.sandbox import Limits, Outcome, check_sandboxed, run_sandboxed
 from tests.rollouts.hostile import CHEATS, HARMFUL, HARMLESS
 
@@ -248,8 +248,8 @@ def test_rewards_by_rows() -> None:
     completions = [good, bad, good, good]
     assert code_reward(PROMPT * 4, completions, **rows) == [1.0, 0.0, 0.0, None]
     assert code_share(PROMPT * 4, completions, **rows) == [1.0, 0.5, 0.5, None]
-    assert extract_code("```py\na\n```\n```python\nb\n``` c") == "b\n"
-    assert extract_code("a = 1") == "a = 1"
+    shell = f"{good}\n```bash\npython square.py\n```\nThat is all."
+    assert code_reward(PROMPT, [shell], tests=[pairs]) == [1.0]
 
 
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

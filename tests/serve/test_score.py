@@ -1,0 +1,215 @@
+"""What a client sends wrongly to the score server is answered with a 4xx, and it goes on."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gearshift.errors import CapacityError, ConfigError
+from gearshift.models.load import ModelConfig, load_classifier
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.rollouts.reward_model import ModelReward
+from gearshift.rollouts.rewards import HttpReward
+from gearshift.serve import score
+from gearshift.serve.score import ScoreServer, score_server
+
+GOOD = {"prompts": [[{"role": "user", "content": "q"}]], "completions": ["abc"]}
+
+
+def reward(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    if completions == ["too long"]:
+        raise CapacityError("A sequence of 9 tokens is longer than the reward model's 8.")
+    if completions == ["broken"]:
+        raise RuntimeError("out of memory")
+    return [float(len(c)) for c in completions]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScoreServer]:
+    monkeypatch.setattr(score._Handler, "timeout", 0.3)
+    server = score_server(reward, port=0)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def send(server: ScoreServer, data: bytes, end: bool = False) -> tuple[int, bytes, bytes]:
+    """(status, headers, body) of the answer to these bytes; `end`: say that no more will come."""
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as client:
+        client.sendall(data)
+        if end:
+            client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := client.recv(1 << 16):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), head, body
+
+
+def request(body: bytes, *headers: str, line: str = "POST /score HTTP/1.1") -> bytes:
+    named = {h.split(":")[0].lower() for h in headers}
+    own = [] if named & {"content-length", "none"} else [f"Content-Length: {len(body)}"]
+    lines = [line, "Host: x", *own, *(h for h in headers if h != "none:")]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def of(**changes: Any) -> bytes:
+    return request(json.dumps({**GOOD, **changes}).encode())
+
+
+BODY = json.dumps(GOOD).encode()
+MESSAGE = GOOD["prompts"][0][0]
+CASES: dict[str, tuple[bytes, int]] = {
+    "no length": (request(BODY, "none:"), 411),
+    "chunked": (request(b"5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "none:"), 411),
+    "chunked with a length": (request(BODY, "Transfer-Encoding: chunked"), 411),
+    "length no number": (request(BODY, "Content-Length: many"), 400),
+    "length negative": (request(BODY, "Content-Length: -1"), 400),
+    "length signed": (request(BODY, f"Content-Length: +{len(BODY)}"), 400),
+    "length a fraction": (request(BODY, "Content-Length: 1.5"), 400),
+    "length empty": (request(BODY, "Content-Length:"), 400),
+    "lengths differ": (request(BODY, "Content-Length: 3", f"Content-Length: {len(BODY)}"), 400),
+    "length too small": (request(BODY, "Content-Length: 5"), 400),
+    "length too large": (request(BODY, f"Content-Length: {len(BODY) + 5}"), 408),
+    "huge": (request(BODY, f"Content-Length: {score.MAX_BYTES + 1}"), 413),
+    "more than huge": (request(BODY, "Content-Length: " + "9" * 5000), 413),
+    "huge and sent": (request(b" " * (4 << 20), f"Content-Length: {1 << 40}"), 413),
+    "nothing": (request(b""), 400),
+    "not JSON": (request(b"prompts=1"), 400),
+    "half JSON": (request(BODY[:-2]), 400),
+    "not UTF-8": (request(b'{"prompts": "\xff\xfe"}'), 400),
+    "NaN": (request(BODY.replace(b'"abc"', b"NaN")), 400),
+    "NaN beside": (request(BODY[:-1] + b', "gold": [NaN]}'), 400),
+    "deep": (request(b'{"prompts": ' + b"[" * 200_000), 400),
+    "deep and whole": (request(b"[" * 900 + b"]" * 900), 400),
+    "a number of many digits": (request(b"[" + b"1" * 5000 + b"]"), 400),
+    "a list": (request(b"[]"), 400),
+    "null": (request(b"null"), 400),
+    "a text": (request(b'"prompts"'), 400),
+    "no prompts": (request(b'{"completions": ["a"]}'), 400),
+    "no completions": (request(b'{"prompts": [[]]}'), 400),
+    "empty": (of(prompts=[], completions=[]), 400),
+    "one more prompt": (of(prompts=GOOD["prompts"] * 2), 400),
+    "prompts a text": (of(prompts="q"), 400),
+    "prompts a mapping": (of(prompts={"0": []}), 400),
+    "a prompt a text": (of(prompts=["q"]), 400),
+    "a prompt of token ids": (of(prompts=[[1, 2, 10**9]]), 400),
+    "a message null": (of(prompts=[[None]]), 400),
+    "a message without a role": (of(prompts=[[{"content": "q"}]]), 400),
+    "a message with a number": (of(prompts=[[{"role": "user", "content": 3}]]), 400),
+    "a message in parts": (of(prompts=[[{"role": "user", "content": [{"text": "q"}]}]]), 400),
+    "a completion of token ids": (of(completions=[[1, -5, 10**9]]), 400),
+    "a completion null": (of(completions=[None]), 400),
+    "a completion a number": (of(completions=[3]), 400),
+    "half a character": (of(completions=["\ud800"]), 400),
+    "half a character in a prompt": (of(prompts=[[{**MESSAGE, "content": "\udfff"}]]), 400),
+    "half a character in a name": (of(prompts=[[{**MESSAGE, "\ud800": ""}]]), 400),
+    "too long for the model": (of(completions=["too long"]), 400),
+    "another path": (request(BODY, line="POST /elsewhere HTTP/1.1"), 404),
+    "a path that is none": (request(BODY, line="POST //[ HTTP/1.1"), 404),
+    **{f"{m}": (request(b"", line=f"{m} /score HTTP/1.1"), 405)
+       for m in ("GET", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD", "TRACE", "score")},
+    "GET elsewhere": (request(b"", line="GET / HTTP/1.1"), 404),
+    "another version": (request(BODY, line="POST /score HTTP/9.9"), 400),
+    "no version": (b"POST /score\r\n\r\n", 400),
+    "the oldest version": (b"GET /score\r\n\r\n", 405),
+    "a line of noise": (b"\x00\xff\x16\x03\x01 hello there you\r\n\r\n", 400),
+    "an empty line": (b"\r\n\r\n", 400),
+    "a long line": (b"POST /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+    "a long header": (request(BODY, "X: " + "a" * 70_000), 431),
+    "many headers": (request(BODY, *(f"X-{i}: 1" for i in range(200))), 431),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_malformed_request_is_told(
+    server: ScoreServer, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, wanted = CASES[name]
+    status, head, body = send(server, data)
+    assert status == wanted and 400 <= status < 500
+    assert b"application/json" in head and b"Traceback" not in body
+    if not data.startswith(b"HEAD"):
+        assert json.loads(body)["error"]
+    if status == 405:
+        assert b"Allow: POST" in head
+    assert send(server, request(BODY))[0] == 200  # one bad request does not stop the server
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_cut_off_is_answered(server: ScoreServer) -> None:
+    assert send(server, request(BODY)[:-4], end=True)[0] == 400
+    assert send(server, b"POST /sco", end=True)[0] == 400
+    assert send(server, b"POST /score HTTP/1.1\r\nHost: x", end=True)[0] == 411
+
+
+def test_good_requests_of_other_shapes(server: ScoreServer) -> None:
+    for data in (
+        request(BODY), request(BODY, line="POST /score HTTP/1.0"),
+        request(BODY, line="POST /score/?a=1 HTTP/1.1"),
+        request(BODY, line="POST http://x/score HTTP/1.1"), of(gold=[3]),
+        request(BODY, f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY)}"),
+        of(prompts=[[{**MESSAGE, "name": "A"}]]), request(json.dumps(GOOD).encode("utf-16")),
+    ):  # fmt: skip
+        status, _, body = send(server, data)
+        assert status == 200 and json.loads(body) == {"rewards": [3.0]}
+
+
+def test_a_reward_that_fails_may_be_asked_again(server: ScoreServer) -> None:
+    status, _, body = send(server, of(completions=["broken"]))
+    assert status == 503 and json.loads(body)["error"].endswith("RuntimeError: out of memory")
+    assert send(server, of())[0] == 200
+
+
+def test_who_is_silent_or_leaves_holds_up_nobody(
+    server: ScoreServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = ("127.0.0.1", server.server_address[1])
+    silent = socket.create_connection(address)
+    with socket.create_connection(address) as gone:
+        gone.sendall(request(BODY)[:-3])
+    assert send(server, of())[0] == 200
+    silent.settimeout(5)
+    assert silent.recv(100) == b""  # closed
+    silent.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_is_asked_texts_of_any_length(tmp_path: Any) -> None:
+    load_classifier(ModelConfig(name="tiny")).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    server = score_server(ModelReward(ModelConfig(), tmp_path), port=0)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        status, _, body = send(server, of(completions=["x" * 5000]))
+        assert status == 400 and "longer than the reward model's 512" in body.decode()
+        status, _, body = send(server, of(completions=["\x00\u200b\U0010ffff <|im_end|>"]))
+        assert status == 200 and isinstance(json.loads(body)["rewards"][0], float)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_where_nothing_can_listen_is_told(server: ScoreServer) -> None:
+    for port in (server.server_address[1], 70_000):
+        with pytest.raises(ConfigError, match=f"Nothing can listen on 127.0.0.1:{port}"):
+            score_server(reward, port=port)
+
+
+def test_keys_go_to_the_host_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEARSHIFT_KEY", "the server's")
+    monkeypatch.setenv("MINE", "mine")
+    monkeypatch.delenv("GEARSHIFT_REWARD_KEY", raising=False)
+    near, far = "http://localhost:8000/score", "https://example.org/score"
+    assert HttpReward(near).key == HttpReward("http://[::1]/score").key == "the server's"
+    assert HttpReward(far).key is None and HttpReward(far, key_env="MINE").key == "mine"
+    monkeypatch.setenv("GEARSHIFT_REWARD_KEY", "rewards'")
+    assert HttpReward(near).key == HttpReward(far).key == "rewards'"
+    with pytest.raises(ConfigError, match="key_env names NONE"):
+        HttpReward(far, key_env="NONE")
+    with pytest.raises(ConfigError, match="no address"):
+        HttpReward("http://")
