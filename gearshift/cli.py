@@ -74,7 +74,7 @@ def _options_first(words: Sequence[str]) -> list[str]:
     options: list[str] = []
     others: list[str] = []
     for i, word in enumerate(words):
-        follows = i > 0 and words[i - 1] in ("--recipe", "--show")
+        follows = i > 0 and words[i - 1] in ("--recipe", "--show", "--split")
         (options if word.startswith("--") or follows else others).append(word)
     return [*options, *others]
 
@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("run", help="a run's folder, or any model")
     evaluation.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluation.add_argument("--recipe", help="evaluate on this recipe's task; a run brings its own")
+    evaluation.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="validation is what settings are chosen by; test is for the end, and chooses nothing",
+    )
     evaluation.add_argument(
         "--show", type=int, default=3, help="this many wins and losses are printed"
     )
@@ -194,8 +200,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
     from gearshift.heldout import comparisons, records
 
-    found = records(folder / "heldout")
-    _print_table(f"{folder}: held-out", found, comparisons(found))
+    found = records(folder / "validation")
+    _print_table(f"{folder}: validation", found, comparisons(found))
     if (accuracy := summary["reward_model"]["accuracy"]) is not None:
         print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
@@ -214,10 +220,12 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
     from rich.console import Console
     from rich.table import Table
 
+    from gearshift.rollouts.evaluate import span
+
     if not found:
         return
     console = Console(highlight=False)
-    kept = ("metric", "value", "interval", "seconds", "samples", "n")
+    kept = ("metric", "value", "interval", "seconds", "samples", "n", "episodes", "split")
     metric = next(iter(found.values()))["metric"]
     others = dict.fromkeys(k for r in found.values() for k in r if k not in kept and k != metric)
     table = Table(title=title, title_justify="left")
@@ -227,26 +235,26 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
     rows = found.values()
     lines = {
         metric: [f"{r['value']:.3f}" for r in rows],
-        "95%": ["{:.3f} to {:.3f}".format(*r["interval"]) for r in rows],
+        "95%": [span(r["interval"]) for r in rows],
         **{name: [f"{r[name]:.4g}" if name in r else "" for r in rows] for name in others},
-        "of": [str(r["n"]) for r in rows],
+        "problems": [str(r["n"]) for r in rows],
+        "episodes": [str(r["episodes"]) for r in rows],
     }
     for name, cells in lines.items():
         table.add_row(name, *cells)
     console.print(table)
-    for c in compared:
-        low, high = c.interval
-        console.print(
-            f"{c.before} -> {c.after}: {c.difference:+.3f} [{low:+.3f}, {high:+.3f}]; "
-            f"{len(c.wins)} rows better, {len(c.losses)} worse"
-        )
+    for comparison in compared:
+        console.print(str(comparison), markup=False)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from gearshift.heldout import changed, comparisons, evaluate_run
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
-    title, found = evaluate_run(_place(arguments.run), recipe, arguments.overrides)
+    if arguments.split == "test":
+        print("test: these rows are for the end; choose no setting by what they say", flush=True)
+    run = _place(arguments.run)
+    title, found = evaluate_run(run, recipe, arguments.overrides, arguments.split)
     compared = comparisons(found)
     _print_table(title, found, compared)
     if not compared:

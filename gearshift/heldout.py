@@ -18,14 +18,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.data import load_rows, pack, render_supervised
+from gearshift.data import clean, load_rows, pack, render_supervised
+from gearshift.data.overlap import asked, prompt_keys, prompt_text
 from gearshift.engine import HybridEngine
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_policy, load_tokenizer
-from gearshift.recipe import POLICIES, Recipe, claim, dated
+from gearshift.recipe import POLICIES, STAGES, Recipe, claim, dated
 from gearshift.rollouts.collector import Collector
-from gearshift.rollouts.evaluate import Comparison, compare, evaluate, value_of
+from gearshift.rollouts.evaluate import (
+    Comparison,
+    Split,
+    compare,
+    evaluate,
+    span,
+    starts_of,
+    value_of,
+)
+from gearshift.rollouts.intervals import merged
 from gearshift.rollouts.tasks import get_task
+from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
 from gearshift.runtime.progress import Progress
@@ -65,8 +76,8 @@ class TaskData:
 
     def rows(self, split: str) -> int | None:
         """How many rows the split has; None where the task draws episodes by their seed."""
-        path = self.path(split)
-        return len(load_rows(str(path))) if path.exists() else None
+        rows = self._load(split)
+        return None if rows is None else len(rows)
 
     def collector(self, engine: HybridEngine, split: str) -> Collector:
         """Episodes over the split's rows."""
@@ -80,34 +91,144 @@ class TaskData:
             timeout=rl.episode_timeout if rl else None,
         )
 
-    def evaluate(self, engine: HybridEngine, name: str, to: Path) -> Record:
-        """The policy's held-out record, made once and kept in `to`."""
+    def unseen(self, split: Split, trained: Trained | None) -> list[int] | None:
+        """The split's rows that nobody trained on; None where the task has no rows. Raises
+        `DataError` if none is left.
+        """
+        rows = self._load(split)
+        if rows is None or trained is None:
+            return None if rows is None else list(range(len(rows)))
+        left = trained.unseen(rows, self._task.cluster)
+        if not left:
+            raise DataError(
+                f"{trained.run} trained on all {len(rows)} {split} rows, so they cannot tell how "
+                "good it is; name a recipe with other rows."
+            )
+        return left
+
+    def evaluate(
+        self,
+        engine: HybridEngine,
+        name: str,
+        to: Path,
+        split: Split = "validation",
+        trained: Trained | None = None,
+    ) -> Record:
+        """The policy's held-out record, made once and kept in `to`. Rows that were `trained` on
+        are left out.
+        """
         path = to / f"{name}.json"
         if path.exists():
             kept: Record = json.loads(path.read_text(encoding="utf-8"))
             return kept
-        config, limits = self.recipe.task, self.recipe.eval
-        assert config is not None
-        task, began = get_task(config.name), time.perf_counter()
-        rows = self.rows("heldout")
-        episodes = getattr(config, "heldout", EPISODES) if rows is None else rows
-        episodes = min(episodes, limits.limit or episodes)
-        with Progress(episodes, f"held-out {name}") as progress, engine.generating():
+        config, limits, began = self.recipe.task, self.recipe.eval, time.perf_counter()
+        rows, left = self._load(split), self.unseen(split, trained)
+        episodes = getattr(config, split, EPISODES) if left is None else len(left)
+        starts = starts_of(split, episodes, left)[: limits.limit]
+        with Progress(len(starts), f"{split} {name}") as progress, engine.generating():
             result = evaluate(
-                self.collector(engine, "heldout"),
-                episodes,
+                self.collector(engine, split),
+                starts,
                 limits.max_new_tokens,
-                by_row=rows is not None,
-                metric=getattr(config, "metric", task.metric),
-                corpus=task.corpus,
+                problems=None if rows is None else problems_of(rows, self._task.cluster),
+                metric=getattr(config, "metric", self._task.metric),
+                corpus=self._task.corpus,
                 progress=lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
             )
         seconds = time.perf_counter() - began
-        record = {**result.summary(), "seconds": seconds, "samples": result.samples}
+        skipped = 0 if rows is None or left is None else len(rows) - len(left)
+        extra = {"split": split, "left_out": skipped, "seconds": seconds}
+        record = {**result.summary(), **extra, "samples": result.samples}
         to.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
-        print(f"held-out {name}: {told(record)}", flush=True)
+        print(f"{split} {name}: {told(record)}", flush=True)
         return record
+
+    @property
+    def _task(self) -> Task:
+        assert self.recipe.task is not None
+        return get_task(self.recipe.task.name)
+
+    def _load(self, split: str) -> Sequence[Mapping[str, Any]] | None:
+        path = self.path(split)
+        if path.exists():
+            return load_rows(str(path))
+        if split != "train" and self.path("train").exists():
+            raise DataError(
+                f"There is no file {path}: the data was prepared before there were three splits; "
+                "evaluate the run with --recipe, or run it in another folder."
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run has learned from."""
+
+    run: Path
+    """Its folder."""
+    prompts: list[list[Message]]
+    """What its rows ask."""
+    clusters: frozenset[str]
+    """The problems that rows of its task name."""
+
+    def unseen(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[int]:
+        """The rows whose prompt and whose problem, named in `column`, are none of these."""
+        keys = prompt_keys([*self.prompts, *map(_prompt_of, rows)])
+        known = set(keys[: len(self.prompts)])
+        return [
+            i
+            for i, (row, key) in enumerate(zip(rows, keys[len(self.prompts) :], strict=True))
+            if not (key and key in known) and str(row.get(column)) not in self.clusters
+        ]
+
+
+def trained_on(run: Path, recipe: Recipe) -> Trained:
+    """The rows of every stage that the run has begun, and of the runs that it went on from. Raises
+    `DataError` if a file of them is gone.
+    """
+    found, clusters = [], set()
+    for name in STAGES:
+        config = getattr(recipe, name)
+        if config is None or not (run / name).is_dir():
+            continue
+        data = config.supervised.data if name == "rl" else config.data
+        for source in data.sources:
+            path = source.path
+            if path.startswith("task:"):
+                path = str(run / "data" / f"{path.removeprefix('task:')}.jsonl")
+            try:
+                rows = load_rows(path, source.split)[: source.limit]
+            except DataError as error:
+                raise DataError(
+                    f"What {run} trained on is not known, so neither is what it has not seen: "
+                    f"{error}"
+                ) from None
+            found += clean(rows, data.clean)[0]
+        if name == "rl" and recipe.task and (path := run / "data" / "train.jsonl").exists():
+            rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
+            found += rows
+            clusters |= {str(row[column]) for row in rows if row.get(column) is not None}
+    prompts = [prompt for row in found for prompt in asked(row)]
+    before = Path(recipe.model.name).expanduser().parent
+    if (before / "recipe.yaml").exists() and before.resolve() != run.resolve():
+        earlier = trained_on(before, load(Recipe, before / "recipe.yaml"))
+        prompts, clusters = prompts + earlier.prompts, clusters | earlier.clusters
+    return Trained(run, prompts, frozenset(clusters))
+
+
+def problems_of(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, int]:
+    """The problem of each row: one for rows that name the same in `column`, or whose prompts are
+    equal.
+    """
+    named = [i if row.get(column) is None else str(row[column]) for i, row in enumerate(rows)]
+    texts = [prompt_text(_prompt_of(row)) or i for i, row in enumerate(rows)]
+    return dict(enumerate(merged(named, texts)))
+
+
+def _prompt_of(row: Mapping[str, Any]) -> list[Message]:
+    prompt = row["prompt"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def open_engine(
@@ -126,17 +247,21 @@ def evaluate_run(
     run: str,
     recipe: Path | None,
     overrides: Sequence[str] = (),
+    split: Split = "validation",
 ) -> tuple[str, dict[str, Record]]:
-    """(title, records) of a run's policies, or of a model, on the held-out rows of `recipe`, None
-    for the run's own. What was evaluated before is not again.
+    """(title, records) of a run's policies, or of a model, on the rows of a split of `recipe`, None
+    for the run's own. What was evaluated before is not again. Rows that the run trained on are left
+    out, and counted.
 
-    Records lie in the run's folder: `heldout`, or `eval/<recipe>`; a model's lie in that of the
-    recipe. Raises `ConfigError` if a model has no recipe.
+    Records lie in the run's folder: in that of the split, or in `eval/<recipe>/<split>`; a model's
+    lie in that of the recipe. Raises `ConfigError` if a model has no recipe, `DataError` if the run
+    trained on every row.
     """
     folder = Path(run)
     whole = (folder / "recipe.yaml").exists()
+    trained: Trained | None = None
     if recipe:
-        data, to = _on(load(Recipe, recipe, overrides), folder, whole)
+        data, to, trained = _on(load(Recipe, recipe, overrides), folder, whole)
     elif not whole:
         raise ConfigError(
             f"{run} is no run's folder, so what to evaluate it on is not known; name a recipe "
@@ -149,22 +274,31 @@ def evaluate_run(
         )
     else:
         own = load(Recipe, folder / "recipe.yaml")
-        data, to = TaskData(own, folder / "data"), folder / "heldout"
+        data, to = TaskData(own, folder / "data"), folder
     data.prepare()
+    left, rows = data.unseen(split, trained), data.rows(split)
+    if left is not None and rows is not None and len(left) < rows:
+        print(
+            f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained on "
+            "them",
+            flush=True,
+        )
+    to = to / split
     policies = _policies(folder) if whole else {folder.name: run}
     for name, where in policies.items():
         if not (to / f"{name}.json").exists():
-            data.evaluate(open_engine(data.recipe, where), name, to)
+            data.evaluate(open_engine(data.recipe, where), name, to, split, trained)
     return str(to), records(to)
 
 
-def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path]:
-    """The held-out rows of another recipe for a run (`whole`), one of its stages or any model; and
-    where their records lie.
+def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path, Trained | None]:
+    """The held-out rows of another recipe for a run (`whole`), one of its stages or any model;
+    where their records lie; and what the run trained on.
     """
-    home = folder if whole else folder.parent
+    home, trained = folder if whole else folder.parent, None
     if (home / "recipe.yaml").exists():
         made = load(Recipe, home / "recipe.yaml")
+        trained = trained_on(home, made)
         changes: dict[str, Any] = {"model": made.model}
         if made.task and recipe.task and made.task.name == recipe.task.name:
             # The seed makes the split: with another, rows of training would be held out.
@@ -174,7 +308,7 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path]:
     to = (folder if whole else at) / "eval" / at.name
     recipe = dated(recipe, to)
     claim(to, recipe)
-    return TaskData(recipe, to / "data"), to
+    return TaskData(recipe, to / "data"), to, trained
 
 
 def _policies(run: Path) -> dict[str, str | None]:
@@ -184,9 +318,13 @@ def _policies(run: Path) -> dict[str, str | None]:
 
 
 def told(record: Record) -> str:
-    """The figure in words: `chrf 0.412 [0.395, 0.430] of 256`."""
-    low, high = record["interval"]
-    return f"{record['metric']} {record['value']:.3f} [{low:.3f}, {high:.3f}] of {record['n']}"
+    """The figure in words: `chrf 0.412 [0.395, 0.430] of 256 problems`."""
+    episodes = "" if record["episodes"] == record["n"] else f" in {record['episodes']} episodes"
+    failed = f", {record['failures']} failed" if record["failures"] else ""
+    return (
+        f"{record['metric']} {record['value']:.3f} {span(record['interval'])} of {record['n']} "
+        f"problems{episodes}{failed}"
+    )
 
 
 def records(folder: Path) -> dict[str, Record]:
@@ -213,6 +351,9 @@ def comparisons(found: Mapping[str, Record]) -> list[Comparison]:
     ]
 
 
+_FAILED = "(the environment failed)"
+
+
 def changed(
     before: Record, after: Record, rows: Sequence[int], count: int
 ) -> Iterator[tuple[str, str, str]]:
@@ -225,7 +366,9 @@ def changed(
         return abs(value_of(second[row], metric) - value_of(first[row], metric))
 
     for row in sorted(rows, key=change, reverse=True)[:count]:
-        yield first[row]["prompt"], first[row]["completion"], second[row]["completion"]
+        one, other = first[row], second[row]
+        texts = [_FAILED if s["failed"] else s["completion"] for s in (one, other)]
+        yield one["prompt"] or other["prompt"], texts[0], texts[1]
 
 
 @torch.no_grad()

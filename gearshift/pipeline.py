@@ -356,25 +356,25 @@ class Run:
 
     def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
         """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
-        collector, rows = self.task.collector(engine, "heldout"), self.task.rows("heldout")
+        collector, rows = self.task.collector(engine, "validation"), self.task.rows("validation")
         params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
         starts = [Start(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
         gap = logprob_gap(engine, collector, starts, params)
         return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
 
     def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> None:
-        """Evaluate a policy on the held-out rows, once; the record is kept in the run's folder."""
-        to = self.folder / "heldout"
+        """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
+        to = self.folder / "validation"
         if self.recipe.task and not (to / f"{name}.json").exists():
             self.task.evaluate(engine_of(), name, to)
 
     def _add_perplexity(self, start: str | None) -> None:
         """To each held-out record, under the policy that RL began from."""
         engine = self._engine(start)
-        for name, record in records(self.folder / "heldout").items():
-            said = [sample["messages"] for sample in record["samples"]]
+        for name, record in records(self.folder / "validation").items():
+            said = [s["messages"] for s in record["samples"] if not s["failed"]]
             record["perplexity"] = perplexity(engine, said)
-            write_json(self.folder / "heldout" / f"{name}.json", record)
+            write_json(self.folder / "validation" / f"{name}.json", record)
 
     # Data
 
@@ -452,7 +452,7 @@ class Run:
 
     def _summarise(self) -> dict[str, Any]:
         done = {name: self._read(name, "done.json") for name in STAGES}
-        heldout = records(self.folder / "heldout")
+        heldout = records(self.folder / "validation")
         gap = done["rl"].get("gap", {})
         seconds: dict[str, float] = {
             name: record["seconds"] for name, record in done.items() if record
@@ -527,7 +527,7 @@ def _side_by_side(heldout: dict[str, dict[str, Any]], count: int = 24) -> list[d
     """The same held-out prompts under each policy, those that changed first."""
     rows: dict[int, dict[str, Any]] = {}
     for name, record in heldout.items():
-        for sample in record["samples"]:
+        for sample in (s for s in record["samples"] if not s["failed"]):
             row = rows.setdefault(
                 sample["row"],
                 {"prompt": sample["prompt"], "gold": sample["gold"], "stages": {}, "rewards": {}},

@@ -39,10 +39,10 @@ class RunConfig(Config):
 
 
 class EvalConfig(Config):
-    """Held-out evaluation, before and after each stage."""
+    """Held-out evaluation: on the validation rows before and after each stage."""
 
     limit: int | None = Field(None, ge=1)
-    """Held-out rows to use; None takes all."""
+    """Rows of a split to use, the first ones; null takes all."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer of one turn."""
     perplexity: bool = False

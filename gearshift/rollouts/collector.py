@@ -100,6 +100,8 @@ class _Episode:
     running: bool = True
     ready: bool = False
     """Whether its environment has begun, or failed to."""
+    row: Any = None
+    """Which of its tasks the environment said that it is."""
     turn: int = 0
     """Completions that were begun."""
     asked: float | None = None
@@ -345,7 +347,7 @@ class Collector:
 
     def _began(self, episode: _Episode, answer: tuple[str, dict[str, Any]]) -> None:
         observation, info = answer
-        episode.messages = _said(observation, info)
+        episode.messages, episode.row = _said(observation, info), info.get("row")
         episode.options = info.get("template_options") or {}
         episode.hear(render_prompt(self._tokenizer, episode.messages, episode.options))
         episode.prompt_length = len(episode.token_ids)
@@ -391,7 +393,7 @@ class Collector:
             episode.start.group_id,
             episode.prompt_length,
             episode.finish_reason,
-            {**episode.info, "messages": episode.messages},
+            {"row": episode.row, **episode.info, "messages": episode.messages},
             tuple(episode.rewarded),
         )
 

@@ -1,29 +1,40 @@
 """Held-out evaluation: every row once, greedily; what the episodes came to, with its uncertainty.
 
 A figure here is a mean over episodes with a 95% interval, and two policies are compared row by
-row: the same rows, so that the rows' own difficulty drops out.
+row: the same rows, so that the rows' own difficulty drops out. Rows of one template or prompt are
+one problem (see `intervals`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
+from gearshift.data.overlap import prompt_text
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.intervals import (
+    Interval,
+    interval,
+    interval_of_change,
+    merged,
+    sign_flip,
+)
 from gearshift.types import SamplingParams, Trajectory
 
-Interval = tuple[float, float]
+Split = Literal["validation", "test"]
+SPLITS: tuple[Split, ...] = ("validation", "test")
+"""What settings are chosen by, and what is looked at in the end."""
 
 Sample = dict[str, Any]
-"""One episode: row, messages, prompt, completion, reward, success, gold, metrics."""
+"""One episode: row, problem, messages, prompt, completion, reward, success, failed, gold, metrics.
+"""
 
-HELDOUT_SEED = 1 << 30
-"""Where the seeds of held-out episodes begin, in environments that have no rows."""
+SEEDS: dict[Split, int] = {"validation": 1 << 31, "test": 3 << 30}
+"""Where the seeds of held-out episodes begin. Those of training are less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +48,12 @@ class Evaluation:
     interval: Interval
     """95%, of that mean."""
     n: int
-    """Episodes that ran to their end."""
+    """Distinct problems among the episodes of the figure: rows that share a template or a prompt
+    are one."""
+    episodes: int
+    """Episodes that were begun."""
     failures: int
-    """Episodes that their environment failed; they are in no figure."""
+    """Episodes that their environment failed: no success, and in no other figure."""
     figures: dict[str, float]
     """Means over the episodes: `success`, `reward`, `mean_length` in tokens, the environment's
     own metrics, and the task's figures of the whole corpus."""
@@ -51,61 +65,75 @@ class Evaluation:
         return {
             "metric": self.metric,
             "value": self.value,
-            "interval": list(self.interval),
+            "interval": finite(self.interval),
             "n": self.n,
+            "episodes": self.episodes,
             "failures": self.failures,
             **self.figures,
         }
 
 
+def starts_of(split: Split, count: int, rows: Sequence[int] | None = None) -> list[Start]:
+    """Where a split's episodes start: at these rows, or (None) `count` by their seed alone."""
+    if rows is None:
+        return [Start(i, SEEDS[split] + i) for i in range(count)]
+    return [Start(row, SEEDS[split] + row, row) for row in rows]
+
+
 def evaluate(
     collector: Collector,
-    episodes: int,
+    starts: Sequence[Start],
     max_new_tokens: int,
     *,
-    by_row: bool = True,
+    problems: Mapping[int, Hashable] | None = None,
     metric: str = "success",
     corpus: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None,
     progress: Callable[[int, int], None] = lambda episodes, tokens: None,
     at_once: int = 64,
 ) -> Evaluation:
-    """Run `episodes` greedily, `at_once` together: rows 0, 1, ..., or, where the environment has
-    no rows, seeds that training does not use. `progress` hears the episodes and tokens of each
+    """Run an episode from each start greedily, `at_once` together. `problems` names the problem of
+    each start's group; where it is not given, episodes are one problem if they start from one row
+    of the environment's, or from equal messages. `progress` hears the episodes and tokens of each
     batch.
 
     Raises `DataError` if no episode came to its end, `ConfigError` if one lacks the metric.
     """
     done: list[Trajectory] = []
-    failed = collector.failures
+    samples: list[Sample] = []
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
-    for first in range(0, episodes, at_once):
-        starts = [
-            Start(i, seed=HELDOUT_SEED + i, row=i if by_row else None)
-            for i in range(first, min(episodes, first + at_once))
+    for first in range(0, len(starts), at_once):
+        portion = starts[first : first + at_once]
+        ended = {t.group_id: t for t in collector.collect(portion, params)}
+        done += ended.values()
+        samples += [
+            sample(ended[s.group_id]) if s.group_id in ended else _failed(s.group_id)
+            for s in portion
         ]
-        ended = collector.collect(starts, params)
-        done += ended
-        progress(len(starts), sum(sum(t.loss_mask) for t in ended))
+        progress(len(portion), sum(sum(t.loss_mask) for t in ended.values()))
     if not done:
         raise DataError(
             f"No held-out episode came to its end; the last failure: {collector.last_failure}."
         )
-    samples = [sample(t) for t in done]
-    values = [value_of(s, metric) for s in samples]
-    names = [n for n in samples[0]["metrics"] if all(n in s["metrics"] for s in samples)]
+    _name_problems(samples, problems)
+    ran = [s for s in samples if not s["failed"]]
+    counted = [s for s in samples if has_value(s, metric)]
+    values = [value_of(s, metric) for s in counted]
+    clusters = [s["problem"] for s in counted]
+    names = [n for n in ran[0]["metrics"] if all(n in s["metrics"] for s in ran)]
     figures = {
         "success": fmean(s["success"] for s in samples),
-        "reward": fmean(s["reward"] for s in samples),
+        "reward": fmean(s["reward"] for s in ran),
         "mean_length": fmean(sum(t.loss_mask) for t in done),
-        **{name: fmean(s["metrics"][name] for s in samples) for name in names},
-        **(corpus(samples) if corpus else {}),
+        **{name: fmean(s["metrics"][name] for s in ran) for name in names},
+        **(corpus(ran) if corpus else {}),
     }
     return Evaluation(
         metric=metric,
         value=fmean(values),
-        interval=interval(values),
-        n=len(done),
-        failures=collector.failures - failed,
+        interval=interval(values, clusters),
+        n=len(set(clusters)),
+        episodes=len(samples),
+        failures=len(samples) - len(ran),
         figures=figures,
         samples=samples,
     )
@@ -118,16 +146,43 @@ def sample(trajectory: Trajectory) -> Sample:
     completion = trajectory.info["completion"]
     if len(said) > 1:
         completion = "\n".join(f"{m['role']}: {m['content']}" for m in messages[said[0] :])
+    start = trajectory.info.get("row")
     return {
         "row": trajectory.group_id,
+        "problem": prompt_text(messages[: said[0]]) if start is None else f"row {start}",
         "messages": messages,
         "prompt": next((m["content"] for m in messages if m["role"] == "user"), ""),
         "completion": completion,
         "reward": trajectory.reward,
         "success": bool(trajectory.info.get("success", False)),
+        "failed": False,
         "gold": trajectory.info.get("gold"),
         "metrics": dict(trajectory.info.get("metrics", {})),
     }
+
+
+def _failed(row: int) -> Sample:
+    """The record of an episode that its environment failed."""
+    nothing: Sample = {"messages": [], "prompt": "", "completion": "", "gold": None, "metrics": {}}
+    own = f"episode {row}"  # what it would have been about is not known
+    return {
+        "row": row, "problem": own, **nothing, "reward": None, "success": False, "failed": True,
+    }  # fmt: skip
+
+
+def _name_problems(samples: Sequence[Sample], problems: Mapping[int, Hashable] | None) -> None:
+    """Write into each record the number of its problem: that of its first row."""
+    keys = [s["problem"] if problems is None else problems[s["row"]] for s in samples]
+    first: dict[Hashable, int] = {}
+    for record, key in zip(samples, keys, strict=True):
+        record["problem"] = first.setdefault(key, record["row"])
+
+
+def has_value(sample: Mapping[str, Any], metric: str) -> bool:
+    """Whether the episode counts in this figure: one that failed is no success, and has no other
+    figure.
+    """
+    return metric == "success" or not sample.get("failed", False)
 
 
 def value_of(sample: Mapping[str, Any], metric: str) -> float:
@@ -142,34 +197,17 @@ def value_of(sample: Mapping[str, Any], metric: str) -> float:
     return float(sample["metrics"][metric])
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """The 95% interval of the mean: Wilson's (1927) where all values are 0 or 1, which is sound
-    near both ends; else the percentile bootstrap (Efron 1979) from a fixed seed.
-    """
-    x_N = np.asarray(values, dtype=np.float64)
-    if np.isin(x_N, (0.0, 1.0)).all():
-        return wilson(float(x_N.mean()), len(x_N))
-    return bootstrap(values)
+def finite(span: Interval) -> list[float | None]:
+    """An interval as JSON holds it: an end that nothing is known of is null."""
+    return [x if math.isfinite(x) else None for x in span]
 
 
-def bootstrap(values: Sequence[float], resamples: int = 4000) -> Interval:
-    """The 95% percentile interval of the mean, from a fixed seed."""
-    x_N = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(0)
-    means = x_N[rng.integers(len(x_N), size=(resamples, len(x_N)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def wilson(rate: float, n: int, z: float = 1.96) -> Interval:
-    """The 95% interval of a rate seen in n trials.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    """
-    middle = rate + z * z / (2 * n)
-    half = z * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+def span(interval: Sequence[float | None], form: str = ".3f") -> str:
+    """An interval in words: `[0.391, 0.656]`."""
+    if None in interval:
+        return "[not known: one problem only]"
+    low, high = interval
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +221,22 @@ class Comparison:
     difference: float
     """Mean of the other's figure less the one's."""
     interval: Interval
-    """95%, by bootstrap over rows; it leaves out 0 where the difference can be told from noise."""
+    """95%, by resampling problems."""
+    p: float
+    """How often chance alone would part two policies that do equally well as far, or farther."""
+    n: int
+    """Distinct problems among the rows."""
     wins: list[int]
     """Rows where the other is better."""
     losses: list[int]
     """Rows where it is worse."""
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is more than noise: p is below 0.05 and the interval leaves out
+        0. Both, for each of them fails where few problems change.
+        """
+        return self.p < 0.05 and not self.interval[0] <= 0 <= self.interval[1]
 
     def summary(self) -> dict[str, Any]:
         """The figures, rows counted."""
@@ -195,30 +244,49 @@ class Comparison:
             "before": self.before,
             "after": self.after,
             "difference": self.difference,
-            "interval": list(self.interval),
+            "interval": finite(self.interval),
+            "p": self.p,
+            "told_apart": self.told_apart,
+            "n": self.n,
             "better": len(self.wins),
             "worse": len(self.losses),
         }
+
+    def __str__(self) -> str:
+        apart = "" if self.told_apart else "; not told apart from noise"
+        return (
+            f"{self.before} -> {self.after}: {self.difference:+.3f} "
+            f"{span(finite(self.interval), '+.3f')}, p = {self.p:.2g}; {len(self.wins)} rows "
+            f"better, {len(self.losses)} worse, {self.n} problems{apart}"
+        )
 
 
 def compare(
     before: tuple[str, Sequence[Sample]], after: tuple[str, Sequence[Sample]], metric: str
 ) -> Comparison:
-    """`after` less `before`, each a name and its samples, row by row. Raises `DataError` if they
-    share no row.
+    """`after` less `before`, each a name and its samples, row by row. Rows are one problem where
+    either side says so. Raises `DataError` if they share no row.
     """
-    first, second = ({s["row"]: value_of(s, metric) for s in side[1]} for side in (before, after))
-    changes = {row: second[row] - first[row] for row in first if row in second}
-    if not changes:
+    first, second = (
+        {s["row"]: s for s in samples if has_value(s, metric)} for _, samples in (before, after)
+    )
+    rows = [row for row in first if row in second]
+    if not rows:
         raise DataError(
             f"{before[0]} and {after[0]} were evaluated on no common row; "
             "evaluate both on the same recipe."
         )
+    changes = [value_of(second[r], metric) - value_of(first[r], metric) for r in rows]
+    problems = merged(
+        [first[r].get("problem", r) for r in rows], [second[r].get("problem", r) for r in rows]
+    )
     return Comparison(
         before[0],
         after[0],
-        fmean(changes.values()),
-        bootstrap(list(changes.values())),
-        [row for row, change in changes.items() if change > 0],
-        [row for row, change in changes.items() if change < 0],
+        fmean(changes),
+        interval_of_change(changes, problems),
+        sign_flip(changes, problems),
+        len(set(problems)),
+        [row for row, change in zip(rows, changes, strict=True) if change > 0],
+        [row for row, change in zip(rows, changes, strict=True) if change < 0],
     )

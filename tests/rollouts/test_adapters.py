@@ -73,7 +73,7 @@ def two_steps_of_rl(folder: Path, task: dict[str, Any]) -> list[dict[str, float]
     recipe = {
         "run": {"dir": str(folder / "run")},
         "model": {"name": str(folder / "model"), "dtype": "float32", "device": "cpu", "threads": 1},
-        "task": {"name": "gym", "heldout": 2, "metric": "reward", **task},
+        "task": {"name": "gym", "validation": 2, "metric": "reward", **task},
         "sft": None,
         "reward": None,
         "rl": {"steps": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 6, "kl": {"beta": 0}},

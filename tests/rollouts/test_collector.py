@@ -13,7 +13,7 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start, request_id
-from gearshift.rollouts.evaluate import evaluate
+from gearshift.rollouts.evaluate import evaluate, starts_of
 from gearshift.rollouts.workers import Workers
 from gearshift.types import SamplingParams, Trajectory
 from tests.gyms import Misbehaves, SayLetters, TwoTurns
@@ -270,10 +270,11 @@ def test_a_heldout_evaluation_ends_where_environments_hang(engine: HybridEngine)
     collector = Collector(partial(Misbehaves, "hang"), engine.tokenizer, engine, timeout=0.3)
     began = time.monotonic()
     with engine.generating():
-        result = evaluate(collector, 2, 4)
+        result = evaluate(collector, starts_of("validation", 2, range(2)), 4)
         with pytest.raises(DataError, match="it took longer"):
-            evaluate(Collector(AllHang, engine.tokenizer, engine, timeout=0.3), 40, 4)
-    assert (result.n, result.failures) == (1, 1)
+            all_hang = Collector(AllHang, engine.tokenizer, engine, timeout=0.3)
+            evaluate(all_hang, starts_of("validation", 40, range(40)), 4)
+    assert (result.n, result.episodes, result.failures) == (2, 2, 1)
     assert time.monotonic() - began < 15  # forty hang beside each other, not four after four
 
 

@@ -1,37 +1,24 @@
-"""Held-out figures come with intervals that are as wide as they should be, and row by row."""
+"""Held-out figures: by problem, with failures counted, and compared row by row."""
 
 from __future__ import annotations
 
-import math
-import random
 from typing import Any
 
 import pytest
 
+from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError
-from gearshift.rollouts.evaluate import bootstrap, compare, interval, sample, value_of, wilson
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.environment import RowEnvironment
+from gearshift.rollouts.evaluate import compare, evaluate, sample, span, starts_of, value_of
 from gearshift.types import Trajectory
+from tests.zoo import random_model
 
 
-def test_wilson() -> None:
-    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
-    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert wilson(1, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)
-
-
-def test_a_rate_has_wilsons_interval_and_a_mean_the_bootstraps() -> None:
-    assert interval([0.0] * 20) == wilson(0, 20)
-    values = [random.Random(i).gauss(3, 2) for i in range(400)]
-    low, high = interval(values)
-    mean, half = sum(values) / 400, 1.96 * 2 / math.sqrt(400)
-    assert low == pytest.approx(mean - half, abs=0.06)
-    assert high == pytest.approx(mean + half, abs=0.06)
-    assert bootstrap(values) == (low, high), "the same figures give the same interval"
-
-
-def record(row: int, chrf: float, success: bool = False) -> dict[str, Any]:
-    return {"row": row, "reward": 2 * chrf, "success": success, "metrics": {"chrf": chrf}}
+def record(row: int, chrf: float, success: bool = False, **more: Any) -> dict[str, Any]:
+    figures = {"reward": 2 * chrf, "success": success, "metrics": {"chrf": chrf}}
+    return {"row": row, "problem": row, **figures, **more}
 
 
 def test_policies_are_compared_row_by_row() -> None:
@@ -41,12 +28,85 @@ def test_policies_are_compared_row_by_row() -> None:
     c = compare(("sft", before), ("rl", [*after, record(99, 0.0)]), "chrf")
     assert c.difference == pytest.approx(0.6)
     assert 0.3 < c.interval[0] < 0.6 < c.interval[1] < 0.9
+    assert c.p < 0.001 and c.told_apart and c.n == 50
     assert sorted(c.wins) == [i for i in range(50) if i % 5]
     assert sorted(c.losses) == list(range(0, 50, 5))
     assert c.summary() == {
-        "before": "sft", "after": "rl", "difference": c.difference,
-        "interval": list(c.interval), "better": 40, "worse": 10,
+        "before": "sft", "after": "rl", "difference": c.difference, "interval": list(c.interval),
+        "p": c.p, "told_apart": True, "n": 50, "better": 40, "worse": 10,
     }  # fmt: skip
+    assert str(c).startswith("sft -> rl: +0.600 [+0.") and str(c).endswith("worse, 50 problems")
+
+
+def test_four_better_and_none_worse_is_no_proof() -> None:
+    before = [record(i, 0.0) for i in range(50)]
+    c = compare(("a", before), ("b", [record(i, 0.0, i < 4) for i in range(50)]), "success")
+    assert c.interval[0] > 0 and c.p == 0.125 and not c.told_apart
+    assert "p = 0.12" in str(c) and str(c).endswith("not told apart from noise")
+
+
+def test_rows_of_one_problem_count_once() -> None:
+    after = [record(i, 0.0, True, problem=i % 3) for i in range(60)]
+    before = [record(i, 0.0, problem=i % 3) for i in range(60)]
+    c = compare(("a", before), ("b", after), "success")
+    assert (c.n, c.p, c.told_apart, len(c.wins)) == (3, 0.25, False, 60)
+    # Either side may know that rows are one problem.
+    apart = [record(i, 0.0, problem=i) for i in range(60)]
+    assert compare(("a", apart), ("b", after), "success").n == 3
+
+
+def test_what_is_not_known_is_said() -> None:
+    c = compare(("a", [record(0, 0.1)]), ("b", [record(0, 0.4)]), "chrf")
+    assert c.summary()["interval"] == [None, None] and not c.told_apart
+    assert "[not known: one problem only]" in str(c)
+    assert span([0.3912, 0.656]) == "[0.391, 0.656]"
+
+
+def test_a_failed_episode_is_no_success_and_has_no_other_figure() -> None:
+    before = [record(i, 0.5, True, failed=False) for i in range(4)]
+    after = [record(i, 0.75, True, failed=False) for i in range(3)]
+    after.append(record(3, 0.0, False, failed=True, reward=None, metrics={}))
+    lost = compare(("a", before), ("b", after), "success")
+    assert (lost.difference, lost.losses, lost.n) == (-0.25, [3], 4)
+    better = compare(("a", before), ("b", after), "chrf")
+    assert (better.difference, better.n) == (0.25, 3)
+
+
+class Fails(RowEnvironment):
+    """Fails at every fourth row; the others are solved."""
+
+    def __init__(self) -> None:
+        def score(prompts: Any, completions: Any, *_: Any, **__: Any) -> list[float | None]:
+            return [2.0]
+
+        super().__init__([{"prompt": f"row {i // 2}", "i": i} for i in range(8)], score)
+
+    def verdict(self, row: Any, action: str, reward: float) -> dict[str, Any]:
+        if row["i"] % 4 == 0:
+            raise OSError("the disk is full")
+        return {"success": True, "metrics": {"points": 3.0}}
+
+
+def test_failed_episodes_count_in_the_success_rate() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    collector = Collector(Fails, engine.tokenizer, engine)
+    starts = starts_of("test", 8, range(8))
+    assert all(start.seed >= 2**31 for start in starts), "no seed of training"
+    with engine.generating():
+        result = evaluate(collector, starts, 4, problems={i: i // 2 for i in range(8)})
+        points = evaluate(collector, starts, 4, metric="points")
+    assert (result.value, result.n, result.episodes, result.failures) == (0.75, 4, 8, 2)
+    assert result.figures["success"] == 0.75 and result.figures["reward"] == 2.0
+    assert result.summary()["episodes"] == 8
+    assert [s["failed"] for s in result.samples] == [True, False, False, False] * 2
+    assert [s["problem"] for s in result.samples] == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert (points.value, points.n, points.failures) == (3.0, 6, 2)
+
+
+def test_splits_by_seed_never_meet() -> None:
+    seeds = {s: {start.seed for start in starts_of(s, 5000)} for s in ("validation", "test")}
+    assert not seeds["validation"] & seeds["test"]
+    assert min(map(min, seeds.values())) >= 2**31 and max(map(max, seeds.values())) < 2**32
 
 
 def test_what_cannot_be_compared_is_said() -> None:

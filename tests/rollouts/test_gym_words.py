@@ -17,7 +17,7 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector
-from gearshift.rollouts.evaluate import evaluate
+from gearshift.rollouts.evaluate import evaluate, starts_of
 from gearshift.rollouts.gym_text import make_environment
 from gearshift.rollouts.gym_words import GymInWords
 from gearshift.rollouts.tasks import gym as t
@@ -285,9 +285,38 @@ def test_labelled_random_play(tmp_path: Path) -> None:
     assert t.prepare(t.GymConfig(), 0, tmp_path / "none") == {}
 
 
+def test_no_start_is_in_two_splits(tmp_path: Path) -> None:
+    config = t.GymConfig(kwargs=ANYWHERE, labelled=40, validation=20, heldout_fraction=0.5)
+    paths = t.prepare(config, 0, tmp_path)
+    rows = {n: [json.loads(x) for x in p.read_text().splitlines()] for n, p in paths.items()}
+    begun: dict[str, set[str]] = {
+        "labelled": {m["messages"][0]["content"] for m in rows["labelled"]}
+    }
+    for split in ("train", "validation", "test"):
+        environment = t.make(config, paths[split])
+        said = [environment.reset(options={"row": i})[0] for i in range(len(rows[split]))]
+        assert said == [row["prompt"][0]["content"] for row in rows[split]]
+        assert len({row["seed"] for row in rows[split]}) == len(said)
+        begun[split] = set(said)
+    counts = [len(begun[split]) for split in ("train", "validation", "test")]
+    assert counts == [5, 3, 3] and len(set.union(*begun.values())) == 11
+    assert begun["labelled"] <= begun["train"]
+    assert len(rows["validation"]) == 20, "each start again, for games that have more chance"
+    first = [row["cluster"] for row in rows["validation"][:3]]
+    assert len(set(first)) == 3, "any first part holds all alike"
+
+
+def test_a_game_with_one_start_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = t.GymConfig(kwargs={"game": "CliffWalking-v1"})
+    assert t.prepare(config, 0, tmp_path) == {}
+    assert "starts in 1 way(s) only" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"too few to hold some out; set task.starts=0"):
+        t.prepare(config.model_copy(update={"starts": 50}), 0, tmp_path)
+
+
 def test_labelled_won_keeps_only_wins(tmp_path: Path) -> None:
     def ends(won: bool) -> set[tuple[str, str]]:
-        rows = labelled(tmp_path / str(won), labelled_won=won)
+        rows = labelled(tmp_path / str(won), labelled_won=won, starts=0)
         return {(m[-2]["content"], m[-1]["content"]) for m in rows}
 
     assert ends(True) == {("O", "right")} < ends(False)
@@ -320,11 +349,12 @@ def engine() -> HybridEngine:
 def heldout(engine: HybridEngine, config: t.GymConfig, path: Path) -> float:
     collector = Collector(lambda: t.make(config, path), engine.tokenizer, engine)
     with engine.generating():
-        return evaluate(collector, config.heldout, 1, by_row=False, metric=config.metric).value
+        starts = starts_of("validation", config.validation)
+        return evaluate(collector, starts, 1, metric=config.metric).value
 
 
 def test_heldout_seeds_are_in_no_training(engine: HybridEngine, tmp_path: Path) -> None:
-    config = t.GymConfig(id="tests/Seeds-v0", labelled=20, heldout=20)
+    config = t.GymConfig(id="tests/Seeds-v0", labelled=20, validation=20)
     Seeds.seen = []
     t.prepare(config, 0, tmp_path)
     it = trainer(RLConfig(prompts=20), tmp_path, lambda: t.make(config, tmp_path))  # type: ignore[arg-type]
@@ -337,7 +367,7 @@ def test_heldout_seeds_are_in_no_training(engine: HybridEngine, tmp_path: Path) 
 
 def test_the_metric_of_a_game_that_knows_no_success(engine: HybridEngine, tmp_path: Path) -> None:
     def figure(metric: str) -> float:
-        config = t.GymConfig(id="tests/Seeds-v0", metric=metric, heldout=2)
+        config = t.GymConfig(id="tests/Seeds-v0", metric=metric, validation=2)
         return heldout(engine, config, tmp_path)
 
     assert (figure("success"), figure("reward"), figure("points")) == (0, 0.5, 3)

@@ -20,7 +20,7 @@ def load(paths: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def config(**keys: Any) -> r.ReasoningConfig:
-    return r.ReasoningConfig(**{"labelled": 8, "train": 30, "heldout": 20, **keys})
+    return r.ReasoningConfig(**{"labelled": 8, "train": 30, "validation": 20, "test": 10, **keys})
 
 
 def test_no_question_stands_in_two_files(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_no_question_stands_in_two_files(tmp_path: Path) -> None:
         for rows in files.values()
         for row in rows
     ]
-    assert len(asked) == len(set(asked)) == 88
+    assert len(asked) == len(set(asked)) == 98
     again = r.prepare(few, 1, tmp_path / "b")
     assert all(paths[n].read_bytes() == again[n].read_bytes() for n in paths)
     with pytest.raises(DataError, match=r"chain_sum gave \d+ different questions for train=5000"):
@@ -42,11 +42,14 @@ def test_no_question_stands_in_two_files(tmp_path: Path) -> None:
 
 def test_several_generators_share_the_rows_and_are_told_apart(tmp_path: Path) -> None:
     both = config(
-        dataset=("chain_sum", "spell_backward"), options={"chain_sum": SUMS}, labelled=3, heldout=9
+        dataset=("chain_sum", "spell_backward"),
+        options={"chain_sum": SUMS},
+        labelled=3,
+        validation=9,
     )
     files = load(r.prepare(both, 0, tmp_path))
-    assert [row["dataset"] for row in files["heldout"]].count("chain_sum") == 5
-    env = r.ReasoningEnvironment(tmp_path / "heldout.jsonl")
+    assert [row["dataset"] for row in files["validation"]].count("chain_sum") == 5
+    env = r.ReasoningEnvironment(tmp_path / "validation.jsonl")
     check_env(env, skip_render_check=True)
     samples = []
     for i, row in enumerate(env.rows):
@@ -61,7 +64,7 @@ def test_several_generators_share_the_rows_and_are_told_apart(tmp_path: Path) ->
 def test_the_answer_between_tags(tmp_path: Path) -> None:
     files = load(r.prepare(config(options=SUMS, answer="tagged"), 0, tmp_path))
     assert files["labelled"][0]["messages"][2]["content"].startswith("<answer>")
-    env = r.ReasoningEnvironment(tmp_path / "heldout.jsonl")
+    env = r.ReasoningEnvironment(tmp_path / "validation.jsonl")
     gold = env.rows[0]["gold"]
     for text, reward in (
         (f"well, <answer>0.5</answer> or <answer> {gold} </answer>", 1.0),
@@ -75,8 +78,8 @@ def test_the_answer_between_tags(tmp_path: Path) -> None:
 # Scorers read what JSON would change: tuples (rearc) and keys that are numbers (graph_color).
 @pytest.mark.parametrize("name", ["rearc", "graph_color", "rubiks_cube", "simple_geometry"])
 def test_the_right_answer_is_right_after_the_file(name: str, tmp_path: Path) -> None:
-    r.prepare(config(dataset=name, labelled=1, train=1, heldout=2), 0, tmp_path)
-    env = r.ReasoningEnvironment(tmp_path / "heldout.jsonl")
+    r.prepare(config(dataset=name, labelled=1, train=1, validation=2, test=1), 0, tmp_path)
+    env = r.ReasoningEnvironment(tmp_path / "validation.jsonl")
     env.reset(options={"row": 1})
     _, reward, _, _, info = env.step(env.rows[1]["gold"])
     assert reward >= 1.0 and info["success"]
@@ -89,9 +92,9 @@ def test_frozen_values_come_back_as_they_were() -> None:
 
 
 def row_of(name: str, tmp_path: Path) -> dict[str, Any]:
-    return load(r.prepare(config(dataset=name, labelled=1, train=1, heldout=1), 0, tmp_path))[
-        "heldout"
-    ][0]
+    return load(
+        r.prepare(config(dataset=name, labelled=1, train=1, validation=1, test=1), 0, tmp_path)
+    )["validation"][0]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,10 @@ def test_faults_of_the_recipe_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=match):
             r.prepare(config(**keys), 0, tmp_path)
     with pytest.raises(DataError, match=r"rush_hour says no right answer .*task.labelled=0"):
-        r.prepare(config(dataset="rush_hour", labelled=1, train=1, heldout=1), 0, tmp_path)
-    paths = r.prepare(config(dataset="rush_hour", labelled=0, train=1, heldout=1), 0, tmp_path)
-    assert sorted(paths) == ["heldout", "train"]
+        r.prepare(
+            config(dataset="rush_hour", labelled=1, train=1, validation=1, test=1), 0, tmp_path
+        )
+    paths = r.prepare(
+        config(dataset="rush_hour", labelled=0, train=1, validation=1, test=1), 0, tmp_path
+    )
+    assert sorted(paths) == ["test", "train", "validation"]

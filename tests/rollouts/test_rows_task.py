@@ -49,8 +49,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 def test_columns_reach_the_reward_and_success_has_a_threshold(tmp_path: Path, rewards: str) -> None:
     source = write(tmp_path / "rows.jsonl", sums(20, level="easy"))
     paths = t.prepare(config(source, rewards, system="Add."), 0, tmp_path / "data")
-    assert sorted(paths) == ["heldout", "train"]  # no row has an answer to learn from
-    env = t.RowsEnvironment(paths["heldout"], rewards)
+    assert sorted(paths) == ["test", "train", "validation"]  # no row has an answer to learn from
+    env = t.RowsEnvironment(paths["validation"], rewards)
     check_env(env, skip_render_check=True)
     _, info = env.reset(options={"row": 0})
     assert [m["role"] for m in info["messages"]] == ["system", "user"]
@@ -62,27 +62,73 @@ def test_columns_reach_the_reward_and_success_has_a_threshold(tmp_path: Path, re
     assert env.step("no")[4]["success"] is False
     length = rewards.replace("exact", "by_length")
     for threshold, said in ((0.3, True), (0.5, False), (None, None)):
-        env = t.RowsEnvironment(paths["heldout"], length, threshold)
+        env = t.RowsEnvironment(paths["validation"], length, threshold)
         env.reset(options={"row": 0})
         assert env.step("four")[4].get("success") is said
 
 
-def test_held_out_prompts_are_never_trained_on(tmp_path: Path, rewards: str) -> None:
+def asked(path: Path) -> set[str]:
+    return {row["prompt"][-1]["content"] for row in load(path)}
+
+
+def test_no_prompt_stands_in_two_splits(tmp_path: Path, rewards: str) -> None:
     # Every prompt twice with other columns: a split by rows would leak.
     source = write(tmp_path / "rows.jsonl", sums(30, n=1) + sums(30, n=2))
-    paths = t.prepare(config(source, rewards, heldout=0.3), 5, tmp_path / "a")
-    train, heldout = load(paths["train"]), load(paths["heldout"])
-    asked = {row["prompt"][-1]["content"] for row in train}
-    assert len(heldout) == 9 and len(train) == 42
-    assert not asked & {row["prompt"][-1]["content"] for row in heldout}
-    again = t.prepare(config(source, rewards, heldout=0.3), 5, tmp_path / "b")
+    paths = t.prepare(config(source, rewards, validation=0.3, test=0.2), 5, tmp_path / "a")
+    rows = {name: load(path) for name, path in paths.items()}
+    assert {n: len(r) for n, r in rows.items()} == {"validation": 18, "test": 12, "train": 30}
+    assert len(set.union(*map(asked, paths.values()))) == 30
+    again = t.prepare(config(source, rewards, validation=0.3, test=0.2), 5, tmp_path / "b")
     assert all(paths[n].read_bytes() == again[n].read_bytes() for n in paths)
-    # A file of its own: what it holds leaves the training rows.
-    other = write(tmp_path / "test.jsonl", sums(10))
-    paths = t.prepare(config(source, rewards, heldout=other), 5, tmp_path / "c")
-    assert len(load(paths["heldout"])) == 10 and len(load(paths["train"])) == 40
-    with pytest.raises(DataError, match=r"every prompt of task.train is held out"):
-        t.prepare(config(other, rewards, heldout=source), 5, tmp_path / "d")
+    other = t.prepare(config(source, rewards, validation=0.3, test=0.2), 6, tmp_path / "c")
+    assert asked(other["test"]) != asked(paths["test"])
+
+
+def test_equal_prompts_are_one_whatever_their_case_and_space(tmp_path: Path, rewards: str) -> None:
+    texts = [f"Say the word {word}" for word in ("red", "green", "blue", "black", "white", "grey")]
+    forms = (str, str.upper, lambda s: f"{s}  ", lambda s: s.replace(" ", "\n"))
+    rows: list[Any] = [{"prompt": form(text), "answer": ""} for text in texts for form in forms]
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": texts[0]}]
+    rows.append({"prompt": system, "answer": ""})
+    source = write(tmp_path / "rows.jsonl", rows)
+    paths = t.prepare(config(source, rewards, validation=0.4, test=0.3), 0, tmp_path / "data")
+    splits = [{" ".join(text.casefold().split()) for text in asked(p)} for p in paths.values()]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 6
+
+
+def test_files_of_ones_own_win_over_training(
+    tmp_path: Path, rewards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "rows.jsonl", sums(30, n=1) + sums(30, n=2))
+    validation = write(tmp_path / "validation.jsonl", sums(12))
+    test = write(tmp_path / "test.jsonl", sums(10))
+    named = config(source, rewards, validation=validation, test=test)
+    paths = t.prepare(named, 5, tmp_path / "a")
+    sizes = {name: len(load(path)) for name, path in paths.items()}
+    assert sizes == {"train": 36, "validation": 2, "test": 10}
+    out = capsys.readouterr().out
+    assert "10 rows left out of validation, for test has their prompts: " in out
+    assert "20 rows left out of train, for test has their prompts: " in out
+    assert f"{source}, line 1 asks what {test}, line 1 does" in out
+    assert f"4 rows left out of train, for validation has their prompts: {source}, line 11" in out
+    with pytest.raises(DataError, match=r"No row is left for train"):
+        t.prepare(config(test, rewards, validation=source, test=validation), 5, tmp_path / "b")
+    with pytest.raises(DataError, match=r"No row is left for validation"):
+        t.prepare(config(source, rewards, validation=test, test=validation), 5, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_nearly_equal_prompts_are_told(
+    tmp_path: Path, rewards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = "Write a story about a lighthouse keeper who finds a letter in a bottle"
+    source = write(tmp_path / "rows.jsonl", [*sums(5), {"prompt": f"{story}.", "answer": ""}])
+    near = [{"prompt": f"{story} on the beach!", "answer": ""}, {"prompt": "5 + 1 =", "answer": ""}]
+    test = write(tmp_path / "test.jsonl", near)
+    t.prepare(config(source, rewards, validation=0.2, test=test), 1, tmp_path / "data")
+    out = capsys.readouterr().out
+    assert "1 prompts of train are nearly prompts of test, and stay: " in out
+    assert f"{source}, line 6 and {test}, line 1" in out, "a sum of other numbers is another prompt"
 
 
 def test_rows_with_answers_are_labelled(tmp_path: Path, rewards: str) -> None:
@@ -97,7 +143,10 @@ def test_rows_with_answers_are_labelled(tmp_path: Path, rewards: str) -> None:
         ],
     )
     other = write(tmp_path / "test.jsonl", [{"prompt": "new", "answer": ""}])
-    paths = t.prepare(config(source, rewards, heldout=other, system="S"), 0, tmp_path / "data")
+    third = write(tmp_path / "third.jsonl", [{"prompt": "newer", "answer": ""}])
+    paths = t.prepare(
+        config(source, rewards, validation=other, test=third, system="S"), 0, tmp_path / "data"
+    )
     system = {"role": "system", "content": "S"}
     seven = [
         {"role": "user", "content": "7 + 7 = ?"},
@@ -117,7 +166,8 @@ def test_sources_are_mixed_by_weight(tmp_path: Path, rewards: str) -> None:
     with open(two, "w", newline="") as file:
         csv.writer(file).writerows([["prompt", "answer"], ["1 + 1?", "2"], ["2 + 2?", "4"]])
     other = write(tmp_path / "test.jsonl", [{"prompt": "new", "answer": ""}])
-    mixed = config(one, rewards, heldout=other)
+    third = write(tmp_path / "third.jsonl", [{"prompt": "newer", "answer": ""}])
+    mixed = config(one, rewards, validation=other, test=third)
     mixed = t.RowsConfig(
         **{**mixed.model_dump(), "train": [{"path": one}, {"path": two, "weight": 3}]}
     )
@@ -138,8 +188,9 @@ def test_sources_are_mixed_by_weight(tmp_path: Path, rewards: str) -> None:
 def test_a_broken_row_is_named(rows: list[Any], match: str, tmp_path: Path, rewards: str) -> None:
     source = write(tmp_path / "rows.jsonl", rows)
     other = write(tmp_path / "test.jsonl", [{"prompt": "new", "answer": ""}])
+    third = write(tmp_path / "third.jsonl", [{"prompt": "newer", "answer": ""}])
     with pytest.raises(DataError, match=match):
-        t.prepare(config(source, rewards, heldout=other), 0, tmp_path / "data")
+        t.prepare(config(source, rewards, validation=other, test=third), 0, tmp_path / "data")
 
 
 def test_faults_of_the_recipe_are_one_line(tmp_path: Path, rewards: str) -> None:
@@ -149,7 +200,7 @@ def test_faults_of_the_recipe_are_one_line(tmp_path: Path, rewards: str) -> None
     with pytest.raises(ConfigError, match="no function `exakt`"):
         t.prepare(config(source, rewards.replace("exact", "exakt")), 0, tmp_path / "data")
     with pytest.raises(ConfigError, match=r"a share between 0 and 1, or a file"):
-        t.prepare(config(source, rewards, heldout=1.5), 0, tmp_path / "data")
+        t.prepare(config(source, rewards, validation=1.5), 0, tmp_path / "data")
     with pytest.raises(DataError, match=r"no file .*prepare"):
         t.RowsEnvironment(tmp_path / "none.jsonl", rewards)
     assert not (tmp_path / "data").exists()

@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from gearshift.errors import DataError
 from gearshift.rollouts.tasks import sentiment as s
 
-SMALL = s.SentimentConfig(labelled=20, train=30, heldout=40)
+SMALL = s.SentimentConfig(labelled=20, train=30, validation=40, test=30)
 
 
 def installed() -> bool:
@@ -55,13 +55,15 @@ def test_no_review_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
     paths = s.prepare(SMALL, 3, tmp_path / "a")
     files = load(paths)
     assert {n: len(rows) for n, rows in files.items()} == {
-        "labelled": 20, "train": 30, "heldout": 40,
+        "labelled": 20, "train": 30, "validation": 40, "test": 30,
     }  # fmt: skip
     texts = {
         name: {i for i, text in enumerate(s._reviews()) for row in rows if spoken(row) in text}
         for name, rows in files.items()
     }
-    assert texts["heldout"] and not texts["heldout"] & (texts["labelled"] | texts["train"])
+    known = texts["labelled"] | texts["train"]
+    assert texts["validation"] and texts["test"] and not texts["validation"] & texts["test"]
+    assert not (texts["validation"] | texts["test"]) & known
     # A passage learned from is no passage of RL either.
     assert not {spoken(r) for r in files["labelled"]} & {spoken(r) for r in files["train"]}
     again = s.prepare(SMALL, 3, tmp_path / "b")
@@ -78,8 +80,8 @@ def spoken(row: dict[str, Any]) -> str:
 
 @needs_reviews
 def test_more_passages_than_there_are_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gave \d+ passages for heldout=9000; ask for fewer"):
-        s.prepare(s.SentimentConfig(heldout=9000), 0, tmp_path)
+    with pytest.raises(DataError, match=r"gave \d+ passages for test=9000; ask for fewer"):
+        s.prepare(s.SentimentConfig(test=9000), 0, tmp_path)
 
 
 @needs_reviews
@@ -87,7 +89,7 @@ def test_the_classifier_tells_praise_from_blame(tmp_path: Path) -> None:
     pytest.importorskip("spacy")
     praise, blame, nothing = s.positive(["a wonderful, moving film", "dull and awful", " \n"])
     assert praise > 0.7 and blame < 0.3 and nothing == 0.0
-    env = s.SentimentEnvironment(s.prepare(SMALL, 0, tmp_path)["heldout"])
+    env = s.SentimentEnvironment(s.prepare(SMALL, 0, tmp_path)["validation"])
     check_env(env, skip_render_check=True)
     _, info = env.reset(options={"row": 0})
     assert [m["role"] for m in info["messages"]] == ["system", "user"]

@@ -32,9 +32,16 @@ from gearshift.rollouts.tasks.service_shop import (
     tells,
 )
 
-SMALL = s.ServiceConfig(labelled=12, train=80, heldout=60)
+SMALL = s.ServiceConfig(labelled=12, train=80, validation=60, test=48)
 SMALL_REPLIES = r.RepliesConfig(
-    labelled=8, dialogues=10, train=80, heldout=60, pairs=80, talk_pairs=20, pairs_heldout=40
+    labelled=8,
+    dialogues=10,
+    train=80,
+    validation=60,
+    test=48,
+    pairs=80,
+    talk_pairs=20,
+    pairs_heldout=40,
 )
 Files = dict[str, list[dict[str, Any]]]
 KETTLE = Order("A123", "red kettle", 40, "delivered", 12, "3 Mill Lane")
@@ -135,7 +142,7 @@ def test_wrong_words_do_not_tell_the_outcome(text: str) -> None:
     assert tells(TOLD, CASE) and not tells(text, CASE)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_expert_solves_every_problem_and_earns_one(
     folder: Path, files: Files, split: str
 ) -> None:
@@ -297,8 +304,11 @@ def skeleton(row: dict[str, Any], problem: str) -> str:
     return said.replace(row["address"], "ADDRESS") if row["address"] else said
 
 
-def test_held_out_shares_nothing_with_training(files: Files, replies: Files) -> None:
-    known, unseen = files["train"], files["heldout"]
+@pytest.mark.parametrize(
+    ("one", "other"), [("train", "validation"), ("train", "test"), ("validation", "test")]
+)
+def test_splits_share_nothing(one: str, other: str, files: Files, replies: Files) -> None:
+    known, unseen = files[one], files[other]
 
     def orders(rows: list[dict[str, Any]]) -> set[str]:
         return {o["number"] for row in rows for o in (row["order"], *row["others"])}
@@ -316,9 +326,17 @@ def test_held_out_shares_nothing_with_training(files: Files, replies: Files) -> 
     assert not any(f'\\"{number}\\"' in shown for number in orders(unseen))
     questions = [
         {skeleton(row, row["prompt"][-1]["content"].split("\n")[1]) for row in replies[split]}
-        for split in ("train", "heldout")
+        for split in (one, other)
     ]
     assert questions[0] and not questions[0] & questions[1]
+
+
+def test_held_out_rows_name_their_phrasing(files: Files, replies: Files) -> None:
+    for row in (*files["test"], *replies["validation"]):
+        said = row["phrasing"].format(item=row["order"]["item"], address=row["address"])
+        assert said in row["prompt"][-1]["content"]
+    assert len({row["phrasing"] for row in files["test"]}) > 12
+    assert "phrasing" not in files["train"][0], "training rows are as they were"
 
 
 def test_dialogues_of_training_pairs_are_not_held_out(replies: Files) -> None:

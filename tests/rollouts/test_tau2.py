@@ -71,12 +71,13 @@ def test_prepare_keeps_the_test_split_apart(tmp_path: Path) -> None:
     first, again = (t.prepare(config, 1, tmp_path / name) for name in "ab")
     for name, path in first.items():
         assert path.read_bytes() == again[name].read_bytes()
-    ids = [{json.loads(x)["task"] for x in first[n].open()} for n in ("train", "heldout")]
-    assert ids[0] and ids[1] and not ids[0] & ids[1]
+    splits = ("train", "test", "validation")
+    ids = [{json.loads(x)["task"] for x in first[n].open()} for n in splits]
+    assert all(ids) and len(set.union(*ids)) == sum(map(len, ids))
     assert {m["role"] for x in first["labelled"].open() for m in json.loads(x)["messages"]} == {
         "system", "user", "assistant", "tool",
     }  # fmt: skip
-    environment = t.Tau2Environment(path=first["heldout"], config=config)
+    environment = t.Tau2Environment(path=first["test"], config=config)
     assert {task.id for task in environment.tasks} == ids[1]
 
 

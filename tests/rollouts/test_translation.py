@@ -35,7 +35,14 @@ SHOP = {
     "Your basket is empty": "Su cesta está vacía",
     "Thank you, %(name)s": "Gracias, %(name)s",
     "Pay now": "Pagar ahora",
+    "Go to the checkout": "Ir a la caja",
     "delete page.": "eliminar página.",  # the training product has it, but for case and the stop
+}
+DESK = {
+    "your basket is empty": "su cesta está vacía",
+    "Delete page": "Eliminar página",
+    "Close the ticket": "Cerrar la incidencia",
+    "Write an answer": "Escribir una respuesta",
 }
 
 
@@ -54,13 +61,17 @@ def products(tmp_path: Path) -> t.TranslationConfig:
     write_catalogue(tmp_path / "cms", "de", GERMAN)
     write_catalogue(tmp_path / "shop", "es", SHOP)
     write_catalogue(tmp_path / "shop", "de", {"Pay now": "Jetzt bezahlen"})
+    write_catalogue(tmp_path / "desk", "es", DESK)
+    write_catalogue(tmp_path / "desk", "de", {"Close the ticket": "Das Ticket schließen"})
     return t.TranslationConfig(
         languages=["es", "de"],
         products=[str(tmp_path / "cms")],
-        heldout_product=str(tmp_path / "shop"),
+        validation_product=str(tmp_path / "shop"),
+        test_product=str(tmp_path / "desk"),
         labelled=8,
         train=10,
-        heldout=3,
+        validation=3,
+        test=2,
     )
 
 
@@ -74,7 +85,7 @@ def prepared(config: t.TranslationConfig, seed: int, folder: Path) -> Files:
 
 def sources(files: Files) -> dict[str, set[str]]:
     asked = {s: [row["messages"] for row in files[s]] for s in ("labelled",)}
-    asked |= {s: [row["prompt"] for row in files[s]] for s in ("train", "heldout")}
+    asked |= {s: [row["prompt"] for row in files[s]] for s in ("train", "validation", "test")}
     return {
         split: {m[1]["content"].split(": ", 1)[1] for m in messages}
         for split, messages in asked.items()
@@ -217,11 +228,15 @@ def test_corpus_figures_by_language() -> None:
 
 def test_no_source_stands_in_two_files(products: t.TranslationConfig, tmp_path: Path) -> None:
     files = prepared(products, 3, tmp_path / "a")
-    assert [len(files[s]) for s in ("labelled", "train", "heldout")] == [8, 10, 3]
-    labelled, train, heldout = sources(files).values()
+    assert {s: len(rows) for s, rows in files.items()} == {
+        "labelled": 8, "train": 10, "validation": 3, "test": 2,
+    }  # fmt: skip
+    labelled, train, validation, test = sources(files).values()
     assert labelled | train <= SPANISH.keys() and not labelled & train
-    assert heldout == SHOP.keys() - {"delete page."}
-    row = files["heldout"][0]
+    # What another product has too, is in neither.
+    assert validation == SHOP.keys() - {"delete page.", "Your basket is empty"}
+    assert test == DESK.keys() - {"your basket is empty", "Delete page"}
+    row = files["validation"][0]
     texts = SHOP if row["language"] == "es" else {"Pay now": "Jetzt bezahlen"}
     assert row["reference"] == texts[row["source"]]
     assert row["prompt"][-1]["content"].endswith(f": {row['source']}")
@@ -251,20 +266,22 @@ def test_a_reference_that_fails_its_own_checks_is_left_out(
     config = products.model_copy(
         update={
             "languages": ["es"],
-            "heldout_product": str(product),
-            "heldout": 1,
+            "validation_product": str(product),
+            "validation": 1,
             "max_words": 5,
         }
     )
     files = prepared(config, 0, tmp_path / "out")
-    assert [row["source"] for row in files["heldout"]] == ["Save the page"]
-    with pytest.raises(DataError, match=r"1 messages for heldout=2; ask for fewer"):
-        t.prepare(config.model_copy(update={"heldout": 2}), 0, tmp_path / "more")
+    assert [row["source"] for row in files["validation"]] == ["Save the page"]
+    with pytest.raises(DataError, match=r"1 messages for validation=2; ask for fewer"):
+        t.prepare(config.model_copy(update={"validation": 2}), 0, tmp_path / "more")
 
 
 def test_bad_configs_are_told() -> None:
     with pytest.raises(ValidationError, match="among the products trained on"):
         t.TranslationConfig(products=["wagtail", "django-oscar"])
+    with pytest.raises(ValidationError, match="is the validation product too"):
+        t.TranslationConfig(test_product="django-oscar")
     with pytest.raises(ValidationError, match="names a language twice"):
         t.TranslationConfig(languages=["es", "es"])
 
@@ -273,7 +290,7 @@ def test_bad_configs_are_told() -> None:
 
 
 def test_the_environment(products: t.TranslationConfig, tmp_path: Path) -> None:
-    path = t.prepare(products, 0, tmp_path / "data")["heldout"]
+    path = t.prepare(products, 0, tmp_path / "data")["validation"]
     environment = t.TASK.make(products, path)
     check_env(environment, skip_render_check=True)
     said, info = environment.reset(options={"row": 1})
@@ -290,13 +307,14 @@ def test_the_environment(products: t.TranslationConfig, tmp_path: Path) -> None:
 
 
 def test_the_installed_products(tmp_path: Path) -> None:
-    for package in ("wagtail", "django", "oscar"):
+    for package in ("wagtail", "django", "oscar", "helpdesk"):
         pytest.importorskip(package, exc_type=ImportError)
     config = t.TranslationConfig()
     files = prepared(config, 0, tmp_path)
-    labelled, train, heldout = sources(files).values()
-    assert not labelled & train and not heldout & (labelled | train)
-    assert len(heldout) == config.heldout
+    labelled, train, validation, test = sources(files).values()
+    heldout = validation | test
+    assert not labelled & train and not heldout & (labelled | train) and not validation & test
+    assert (len(validation), len(test)) == (config.validation, config.test)
     trained = {
         m.casefold()
         for product in config.products
@@ -304,7 +322,7 @@ def test_the_installed_products(tmp_path: Path) -> None:
         for m in catalogue(product, language)
     }
     assert not {s.casefold() for s in heldout} & trained
-    for row in files["heldout"][:60] + files["train"][:60]:
+    for row in files["validation"][:60] + files["train"][:60]:
         columns = (row["source"], row["reference"], row["language"])
         assert t.score_translation(row["reference"], *columns) == pytest.approx(1.0)
-    assert {row["language"] for row in files["heldout"][:9]} == {"es", "de", "fr"}
+    assert {row["language"] for row in files["validation"][:9]} == {"es", "de", "fr"}

@@ -16,7 +16,7 @@ from gearshift.rollouts.tasks.voice_grammar import INTENTS, Grammar, grammar, re
 from gearshift.rollouts.tasks.voice_homes import HOMES
 from gearshift.rollouts.tasks.voice_noise import spoken
 
-SMALL = v.VoiceConfig(labelled=40, train=120, pairs=60, pairs_heldout=30, heldout=60)
+SMALL = v.VoiceConfig(labelled=40, train=120, pairs=60, pairs_heldout=30, validation=60, test=60)
 Files = dict[str, list[dict[str, Any]]]
 
 
@@ -148,15 +148,30 @@ def test_split_keeps_every_combination_in_training(language: str) -> None:
     assert {(t.intent, t.combination) for t in heldout} <= combinations
 
 
+@pytest.mark.parametrize("language", HOMES)
+def test_held_out_templates_are_halved(language: str) -> None:
+    _, heldout = v.split_templates(0.3, 1, language)
+    halves = [{t.text for t in half} for half in v.halve_templates(heldout, 1, language)]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == {t.text for t in heldout}
+    assert 0 <= len(halves[0]) - len(halves[1]) <= 1
+
+
 def test_heldout_is_unseen(files: Files) -> None:
-    heldout = {row["template"] for row in files["heldout"]}
-    training = {row["template"] for row in files["train"]}
-    assert not heldout & training
-    known = Grammar(keep={t.text for t in v.split_templates(0.3, 3)[0]}.__contains__)
-    unseen = [row["utterance"] for row in files["heldout"]]
-    unseen += [row["prompt"][1]["content"] for row in files["pairs_heldout"]]
-    assert not any(known.reads(u) for u in unseen)
-    assert all(known.reads(row["utterance"]) for row in files["train"])
+    splits = ("train", "validation", "test")
+    templates = {name: {row["template"] for row in files[name]} for name in splits}
+    said = {name: [row["utterance"] for row in files[name]] for name in splits}
+    said["validation"] += [row["prompt"][1]["content"] for row in files["pairs_heldout"]]
+    training, heldout = v.split_templates(0.3, 3)
+    readers = {"train": training}
+    readers["validation"], readers["test"] = v.halve_templates(heldout, 3)
+    for name, mine in readers.items():
+        known = Grammar(keep={t.text for t in mine}.__contains__)
+        assert all(known.reads(u) for u in said[name])
+        for other in splits:
+            if other != name:
+                assert not templates[name] & templates[other]
+            if other not in (name, "train"):
+                assert not any(known.reads(u) for u in said[other]), (name, other)
 
 
 def test_files_hold_what_they_promise(files: Files) -> None:
@@ -164,14 +179,16 @@ def test_files_hold_what_they_promise(files: Files) -> None:
     labelled = {
         row["messages"][1]["content"]: row["messages"][2]["content"] for row in files["labelled"]
     }
-    train, heldout = ([r["utterance"] for r in files[n]] for n in ("train", "heldout"))
+    train = [r["utterance"] for r in files["train"]]
+    heldout = [r["utterance"] for n in ("validation", "test") for r in files[n]]
     unseen = [r["prompt"][1]["content"] for r in files["pairs_heldout"]]
     everything = [*labelled, *train, *heldout, *unseen]
     assert len(everything) == len(set(everything))
     assert {r["prompt"][1]["content"] for r in files["pairs"]} <= set(train)
     assert {json.loads(command)["intent"] for command in labelled.values()} == set(INTENTS)
     assert all(v.is_exact(command, u) for u, command in labelled.items())
-    assert all(v.is_exact(r["command"], r["utterance"]) for r in files["heldout"])
+    for split in ("validation", "test"):
+        assert all(v.is_exact(r["command"], r["utterance"]) for r in files[split])
     assert files["train"][0]["prompt"][0] == {"role": "system", "content": v.SYSTEM}
 
 
@@ -184,7 +201,7 @@ def test_pairs_are_right_against_wrong_in_many_ways(files: Files) -> None:
 
 
 def test_prepare_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    few = v.VoiceConfig(labelled=6, train=10, pairs=6, pairs_heldout=4, heldout=6)
+    few = v.VoiceConfig(labelled=6, train=10, pairs=6, pairs_heldout=4, validation=6, test=6)
     texts = [
         {n: p.read_bytes() for n, p in v.prepare(few, seed, tmp_path / folder).items()}
         for seed, folder in ((1, "a"), (1, "b"), (2, "c"))
@@ -195,7 +212,7 @@ def test_prepare_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
 def test_too_much_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="raise train"):
-        v.prepare(v.VoiceConfig(labelled=1, train=2, heldout=1, pairs=3), 0, tmp_path)
+        v.prepare(v.VoiceConfig(labelled=1, train=2, validation=1, pairs=3), 0, tmp_path)
 
 
 def test_an_exhausted_intent_drops_out() -> None:
@@ -215,7 +232,7 @@ def test_tasks_by_name() -> None:
 
 
 MANY = v.VoiceConfig(
-    labelled=48, train=96, pairs=16, pairs_heldout=8, heldout=64,
+    labelled=48, train=96, pairs=16, pairs_heldout=8, validation=64, test=32,
     languages=("en", "de", "es", "fr"), noise=0.2,
 )  # fmt: skip
 
@@ -259,32 +276,34 @@ def test_nouns_go_with_their_articles() -> None:
 
 def test_languages_take_equal_parts_and_read_back(many: tuple[dict[str, Path], Files]) -> None:
     _, files = many
-    for name in ("train", "heldout"):
+    for name in ("train", "validation", "test"):
         assert set(Counter(row["language"] for row in files[name]).values()) == {
             getattr(MANY, name) // 4
         }
     assert all(
         v.score_command(row["command"], row["utterance"], row["language"]) == 1.0
-        for row in files["heldout"]
+        for row in files["validation"]
     )
-    assert all(row["prompt"][0]["content"] == v.SYSTEM for row in files["heldout"])
+    assert all(row["prompt"][0]["content"] == v.SYSTEM for row in files["validation"])
 
 
 def test_heldout_is_unseen_in_every_language(many: tuple[dict[str, Path], Files]) -> None:
     _, files = many
     for language in MANY.languages:
-        training = {t.text for t in v.split_templates(0.3, 5, language)[0]}
-        known = Grammar(training.__contains__, language)
-        rows = [row for row in files["heldout"] if row["language"] == language]
-        assert rows and not any(known.reads(row["utterance"]) for row in rows)
+        training, heldout = v.split_templates(0.3, 5, language)
+        halves = v.halve_templates(heldout, 5, language)
+        for split, others in (("validation", halves[1]), ("test", halves[0])):
+            known = Grammar({t.text for t in (*training, *others)}.__contains__, language)
+            rows = [row for row in files[split] if row["language"] == language]
+            assert rows and not any(known.reads(row["utterance"]) for row in rows)
 
 
 def test_half_of_the_heldout_is_heard_through_noise(many: tuple[dict[str, Path], Files]) -> None:
     _, files = many
-    counts = Counter((row["language"], row["noisy"]) for row in files["heldout"])
+    counts = Counter((row["language"], row["noisy"]) for row in files["validation"])
     assert set(counts.values()) == {8} and len(counts) == 8
     texts = [
-        (row["noisy"], row["prompt"][1]["content"], row["utterance"]) for row in files["heldout"]
+        (row["noisy"], row["prompt"][1]["content"], row["utterance"]) for row in files["validation"]
     ]
     assert all(heard == said for noisy, heard, said in texts if not noisy)
     assert sum(heard != said for noisy, heard, said in texts if noisy) > 16
@@ -313,9 +332,9 @@ def test_training_hears_anew_and_is_judged_by_what_was_said(
 
 def test_figures_of_clean_noisy_and_each_language(many: tuple[dict[str, Path], Files]) -> None:
     paths, files = many
-    environment = v.TASK.make(MANY, paths["heldout"])
+    environment = v.TASK.make(MANY, paths["validation"])
     samples = []
-    for i, row in enumerate(files["heldout"]):
+    for i, row in enumerate(files["validation"]):
         text, _ = environment.reset(seed=i, options={"row": i})
         assert text == row["prompt"][1]["content"]  # no more noise than was written
         # A policy that knows all but German, and fails where there is noise.
@@ -331,8 +350,8 @@ def test_figures_of_clean_noisy_and_each_language(many: tuple[dict[str, Path], F
 
 def test_english_alone_is_written_as_ever(files: Files) -> None:
     """The keys that older runs have, and no others."""
-    assert set(files["heldout"][0]) == {"prompt", "utterance", "template", "command"}
-    assert all(row["prompt"][1]["content"] == row["utterance"] for row in files["heldout"])
+    assert set(files["validation"][0]) == {"prompt", "utterance", "template", "command"}
+    assert all(row["prompt"][1]["content"] == row["utterance"] for row in files["validation"])
 
 
 # Answers

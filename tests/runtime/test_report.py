@@ -41,8 +41,8 @@ HELDOUT = {
     "rl": {"metric": "success", "value": 0.84, "interval": [0.764, 0.895], "n": 120, "bleu": 31.5},
 }
 COMPARED = [
-    {"before": "base", "after": "rl", "difference": 0.815, "interval": [0.7, 0.9], "better": 98,
-     "worse": 0},
+    {"before": "base", "after": "rl", "difference": 0.815, "interval": [0.7, 0.9], "p": 1e-4,
+     "told_apart": True, "n": 40, "better": 98, "worse": 0},
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def test_summary_has_what_is_promised(run: Path) -> None:
     assert {"data", "sft", "reward", "rl", "heldout_rl"} <= set(summary["seconds"])
     assert 0 < summary["engine"]["logprob_gap"] <= 1e-5
     assert summary["engine"]["dtype"] == "float32"
-    assert summary["heldout_detail"]["rl"]["n"] == 12
+    assert summary["heldout_detail"]["rl"]["episodes"] == 12
+    assert 1 < summary["heldout_detail"]["rl"]["n"] <= 12
     low, high = summary["heldout_detail"]["rl"]["interval"]
     assert low <= summary["heldout"]["rl"] <= high
     compared = [(c["before"], c["after"]) for c in summary["heldout_compared"]]
@@ -152,12 +153,13 @@ def test_a_run_and_a_model_are_evaluated_on_a_recipe(
     out = capsys.readouterr().out
     assert "sft -> rl:" in out and "95%" in out and "rows better" in out
     main(["eval", str(run), "--recipe", RECIPE, "eval.limit=5"])
-    records = {p.stem: json.loads(p.read_text()) for p in (run / "eval" / "tiny").glob("*.json")}
-    assert set(records) == {"base", "sft", "rl"} and records["rl"]["n"] == 5
-    own = json.loads((run / "heldout" / "rl.json").read_text())
+    there = (run / "eval" / "tiny" / "validation").glob("*.json")
+    records = {p.stem: json.loads(p.read_text()) for p in there}
+    assert set(records) == {"base", "sft", "rl"} and records["rl"]["episodes"] == 5
+    own = json.loads((run / "validation" / "rl.json").read_text())
     assert records["rl"]["samples"] == own["samples"][:5], "the split is the run's"
     main(["eval", str(run / "rl"), "--recipe", RECIPE, "eval.limit=5", f"run.dir={run}/alone"])
-    alone = json.loads((run / "alone" / "eval" / "alone" / "rl.json").read_text())
+    alone = json.loads((run / "alone" / "eval" / "alone" / "validation" / "rl.json").read_text())
     assert alone["samples"] == records["rl"]["samples"]
     for words, named in (
         (["eval", str(run / "rl")], "--recipe"),

@@ -65,8 +65,10 @@ class ReasoningConfig(Config):
     """Questions with their answers, for supervised fine-tuning; a few generators know none."""
     train: int = Field(2000, ge=1)
     """Questions for reinforcement learning."""
-    heldout: int = Field(256, ge=1)
+    validation: int = Field(256, ge=1)
     """Questions that stand in no other file."""
+    test: int = Field(256, ge=1)
+    """The same."""
 
     @property
     def datasets(self) -> dict[str, dict[str, Any]]:
@@ -280,7 +282,8 @@ def prepare(config: ReasoningConfig, seed: int, folder: Path) -> dict[str, Path]
 
     labelled.jsonl        messages (system, the question, a right answer)
     train.jsonl           prompt, and what the scorer needs
-    heldout.jsonl         the same; no question stands in two files
+    validation.jsonl      the same
+    test.jsonl            the same; no question stands in two files
 
     Raises `DataError` if a generator has not as many different questions, or no right answers to
     learn from; `ConfigError` if there is no such generator or option.
@@ -289,9 +292,10 @@ def prepare(config: ReasoningConfig, seed: int, folder: Path) -> dict[str, Path]
     found = {
         split: _questions(config, named_seed(seed, f"reasoning/{split}"), split, count, used)
         for split, count in (
-            ("heldout", config.heldout),
+            ("validation", config.validation),
             ("labelled", config.labelled),
             ("train", config.train),
+            ("test", config.test),
         )
     }
     labelled = found.pop("labelled")

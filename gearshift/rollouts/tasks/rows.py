@@ -18,6 +18,7 @@ from pydantic import Field
 from gearshift.data.clean import CleanConfig, clean
 from gearshift.data.formats import ChatExample, given, to_prompt, to_supervised
 from gearshift.data.messages import ROLES
+from gearshift.data.overlap import near, prompt_keys
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
@@ -39,8 +40,11 @@ class RowsConfig(Config):
     """Files or data sets with `prompt` (text or messages) and the reward's columns. Rows that have
     an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Of several
     sources each gives all its rows; one of twice the least weight gives them twice."""
-    heldout: PathText | float = 0.1
-    """A file of held-out rows; or the share of `train` that is held out."""
+    validation: PathText | float = 0.1
+    """A file of rows to choose settings by; or the share of the prompts of `train`."""
+    test: PathText | float = 0.1
+    """A file of rows to be looked at in the end; or the share of the prompts of `train`. A column
+    `cluster` names rows that are one problem, as rows with equal prompts are."""
     reward: PathText
     """The environment's own reward, with TRL's signature: `file.py:function`,
     `package.module:function` or `http://...`."""
@@ -93,50 +97,133 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl        messages, of the rows of `train` that have an answer; if there are any
     train.jsonl           prompt, and every column for the reward
-    heldout.jsonl         the same; no prompt of it stands in the other files
+    validation.jsonl      the same
+    test.jsonl            the same; no prompt stands in two of the three
 
-    Raises `DataError` naming the file and the row that cannot be used, `ConfigError` if the reward
-    cannot be loaded.
+    Which prompts of one file were left out because another file has them too, and which are nearly
+    equal, is printed with an example. Raises `DataError` naming the file and the row that cannot
+    be used, `ConfigError` if the reward cannot be loaded.
     """
     load_reward(config.reward)  # before any work is done
+    least = min(source.weight for source in config.train)
     rows: list[Mapping[str, Any]] = []
+    times: list[int] = []
     for source in config.train:
-        found, _ = clean(load_rows(source.path, source.split)[: source.limit], config.clean)
-        if not found:
-            raise DataError(f"{source.path} has no rows left once cleaned; see task.clean.")
-        rows += found * max(1, round(source.weight / min(s.weight for s in config.train)))
-    prompts = [_prompt_row(row, config.system) for row in rows]
-    if isinstance(config.heldout, str):
-        found, _ = clean(load_rows(config.heldout), config.clean)
-        heldout = [_prompt_row(row, config.system) for row in found]
-        if not heldout:
-            raise DataError(f"{config.heldout} has no rows left once cleaned; see task.clean.")
-    else:
-        heldout = _share(prompts, config.heldout, seed)
-    unseen = {_key(row) for row in heldout}
-    kept = [i for i, row in enumerate(prompts) if _key(row) not in unseen]
-    if not kept:
-        raise DataError("No row is left to train on: every prompt of task.train is held out.")
-    files: dict[str, list[Row]] = {"train": [prompts[i] for i in kept], "heldout": heldout}
-    labelled = [_labelled(rows[i], config.system) for i in kept if _has_answer(rows[i])]
+        found = _cleaned(source, config.clean)
+        rows += found
+        times += [max(1, round(source.weight / least))] * len(found)
+    of_split: dict[str, list[Mapping[str, Any]]] = {"train": rows}
+    for split in _HELDOUT:
+        if isinstance(named := getattr(config, split), str):
+            of_split[split] = [*_cleaned(SourceConfig(path=named), config.clean)]
+    # Without the recipe's own system message, so that it is no part of what is asked.
+    keys = _keys({split: [to_prompt(row).prompt for row in of_split[split]] for split in of_split})
+    kept = _cut(config, keys, seed)
+    _tell_overlap(of_split, keys, kept)
+    files: dict[str, list[Row]] = {
+        split: [_prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
+        for split in _HELDOUT
+    }
+    trained = [(rows[i], _prompt_row(rows[i], config.system), times[i]) for _, i in kept["train"]]
+    files["train"] = [prompt for _, prompt, count in trained for _ in range(count)]
+    labelled = [
+        _labelled(row, config.system)
+        for row, _, count in trained
+        if _has_answer(row)
+        for _ in range(count)
+    ]
     if labelled:
         files["labelled"] = labelled
     return write_rows(folder, files)
 
 
-def _share(prompts: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """This share of the different prompts, a row each; in the order of the file."""
-    if not 0 < share < 1:
-        raise ConfigError(f"task.heldout is {share}; give a share between 0 and 1, or a file.")
-    first = {_key(row): row for row in reversed(prompts)}
-    keys = list(dict.fromkeys(map(_key, prompts)))
-    count = max(1, round(share * len(keys)))
-    chosen = set(random.Random(named_seed(seed, "data/heldout")).sample(range(len(keys)), count))
-    return [first[key] for i, key in enumerate(keys) if i in chosen]
+_HELDOUT = ("validation", "test")
+_Place = tuple[str, int]
+"""A file, by the split that it is given for, and a row of it."""
 
 
-def _key(row: Row) -> str:
-    return json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
+def _cleaned(source: SourceConfig, config: CleanConfig) -> list[Row]:
+    found, _ = clean(load_rows(source.path, source.split)[: source.limit], config)
+    if not found:
+        raise DataError(f"{source.path} has no rows left once cleaned; see task.clean.")
+    return found
+
+
+def _keys(prompts: Mapping[str, Sequence[Sequence[Message]]]) -> dict[str, list[str]]:
+    """What each row of each file asks."""
+    together = iter(prompt_keys([p for of_file in prompts.values() for p in of_file]))
+    return {split: [next(together) for _ in of_file] for split, of_file in prompts.items()}
+
+
+def _cut(
+    config: RowsConfig, keys: Mapping[str, Sequence[str]], seed: int
+) -> dict[str, list[_Place]]:
+    """The rows of each split. A prompt that stands in several files stays in the test's, else in
+    validation's. Raises `DataError` if nothing is left for one of the splits.
+    """
+    kept: dict[str, list[_Place]] = {}
+    held: set[str] = set()
+    for split in reversed(_HELDOUT):
+        if split in keys:
+            kept[split] = [(split, i) for i, key in enumerate(keys[split]) if key not in held]
+            held |= set(keys[split])
+    free = [key for key in dict.fromkeys(keys["train"]) if key not in held]
+    # Validation first: a file for the test leaves the share for validation as it is.
+    shares = {s: getattr(config, s) for s in _HELDOUT if s not in kept}
+    drawn = random.Random(named_seed(seed, "data/heldout")).sample(free, len(free))
+    for split, share in shares.items():
+        if not 0 < share < 1 or sum(shares.values()) >= 1:
+            raise ConfigError(
+                f"task.{split} is {share}; give a share between 0 and 1, or a file; the shares "
+                "must leave something to train on."
+            )
+        count = max(1, round(share * len(free)))
+        mine, drawn = set(drawn[:count]), drawn[count:]
+        kept[split] = [("train", i) for i, key in enumerate(keys["train"]) if key in mine]
+        held |= mine
+    kept["train"] = [("train", i) for i, key in enumerate(keys["train"]) if key not in held]
+    for split, places in kept.items():
+        if not places:
+            raise DataError(
+                f"No row is left for {split}: every prompt of it is held out for another split."
+            )
+    return kept
+
+
+def _tell_overlap(
+    of_split: Mapping[str, Sequence[Mapping[str, Any]]],
+    keys: Mapping[str, Sequence[str]],
+    kept: Mapping[str, Sequence[_Place]],
+) -> None:
+    """Print what was left out of a file because another has it, and what is nearly equal."""
+
+    def where(place: _Place) -> str:
+        return getattr(of_split[place[0]][place[1]], "where", "a row")
+
+    first: dict[str, dict[str, _Place]] = {}
+    for split, places in kept.items():
+        first[split] = {}
+        for place in places:
+            first[split].setdefault(keys[place[0]][place[1]], place)
+    for split, other in (("validation", "test"), ("train", "test"), ("train", "validation")):
+        if other in keys:  # a file of its own, whose rows were not taken out of this one
+            equal = [(i, first[other][k]) for i, k in enumerate(keys.get(split, ()))
+                     if k in first[other]]  # fmt: skip
+            if equal:
+                i, place = equal[0]
+                print(
+                    f"data: {len(equal)} rows left out of {split}, for {other} has their prompts: "
+                    f"{where((split, i))} asks what {where(place)} does",
+                    flush=True,
+                )
+        texts, others = list(first[split]), list(first[other])
+        if pairs := list(near(texts, others)):
+            i, j = pairs[0]
+            print(
+                f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
+                f"{where(first[split][texts[i]])} and {where(first[other][others[j]])}",
+                flush=True,
+            )
 
 
 def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:

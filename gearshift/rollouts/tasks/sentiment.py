@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -47,10 +48,13 @@ class SentimentConfig(Config):
     """Passages with the reviewer's own continuation, for supervised fine-tuning."""
     train: int = Field(384, ge=1)
     """Beginnings alone, for reinforcement learning."""
-    heldout: int = Field(256, ge=1)
-    """Beginnings from held-out reviews."""
+    validation: int = Field(160, ge=1)
+    """Beginnings from validation reviews."""
+    test: int = Field(160, ge=1)
+    """Beginnings from test reviews."""
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
-    """Share of the reviews that training never sees."""
+    """Share of the reviews that training never sees: half of them are for validation, half for the
+    test."""
 
 
 # The classifier
@@ -197,12 +201,24 @@ def _prompt(given: str) -> list[Message]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": given}]
 
 
+def _halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Two lists of about as many passages, each review whole in one of them."""
+    passages = Counter(row["review"] for row in rows)
+    sizes, side = [0, 0], {}
+    for review, count in passages.items():
+        side[review] = int(sizes[1] < sizes[0])
+        sizes[side[review]] += count
+    first, second = ([row for row in rows if side[row["review"]] == half] for half in (0, 1))
+    return first, second
+
+
 def prepare(config: SentimentConfig, seed: int, folder: Path) -> dict[str, Path]:
     """Write the task's files into `folder`, the same for the same seed; returns them by name.
 
     labelled.jsonl        messages (system, the beginning, the reviewer's continuation)
     train.jsonl           prompt, continuation, review
-    heldout.jsonl         the same, from reviews of which the other files hold nothing
+    validation.jsonl      the same; and test.jsonl: each from reviews of which the other files hold
+                          nothing
 
     Raises `DataError` if the reviews have fewer passages than are asked for.
     """
@@ -212,8 +228,10 @@ def prepare(config: SentimentConfig, seed: int, folder: Path) -> dict[str, Path]
     unseen, known = _passages(order[:cut]), _passages(order[cut:])
     rng.shuffle(unseen)
     rng.shuffle(known)
+    validation, test = _halves(unseen)
     for name, wanted, found in (
-        ("heldout", config.heldout, unseen),
+        ("validation", config.validation, validation),
+        ("test", config.test, test),
         ("labelled + train", config.labelled + config.train, known),
     ):
         if wanted > len(found):
@@ -235,7 +253,8 @@ def prepare(config: SentimentConfig, seed: int, folder: Path) -> dict[str, Path]
                 for row in labelled
             ),
             "train": known[config.labelled : config.labelled + config.train],
-            "heldout": unseen[: config.heldout],
+            "validation": validation[: config.validation],
+            "test": test[: config.test],
         },
     )
 
@@ -247,4 +266,5 @@ TASK = Task(
     lambda config, path: SentimentEnvironment(path),
     SYSTEM,
     corpus=diversity,
+    cluster="review",
 )

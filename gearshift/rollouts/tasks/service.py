@@ -40,7 +40,13 @@ from gearshift.rollouts.tasks.service_shop import (
     to_row,
     tool_line,
 )
-from gearshift.rollouts.tasks.service_words import COLOURS, Words, split_words
+from gearshift.rollouts.tasks.service_words import (
+    COLOURS,
+    PROBLEMS,
+    UNHEARD,
+    Words,
+    split_words,
+)
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
@@ -89,10 +95,13 @@ class ServiceConfig(Config):
     """Conversations of an expert, for supervised fine-tuning."""
     train: int = Field(1000, ge=1)
     """Customers for reinforcement learning."""
-    heldout: int = Field(192, ge=1)
-    """Customers with other words, items, streets and order numbers."""
+    validation: int = Field(192, ge=1)
+    """Customers with words, items, streets and order numbers of their own."""
+    test: int = Field(192, ge=1)
+    """The same, with others again."""
     heldout_fraction: float = Field(0.35, gt=0, lt=1)
-    """Share of phrasings, items, streets and order numbers that training never sees."""
+    """Share of phrasings, items, streets and order numbers that training never sees: half of them
+    are for validation, half for the test."""
 
 
 # Customers
@@ -397,11 +406,12 @@ def prepare(config: ServiceConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl   messages: an expert's conversations with training customers
     train.jsonl      prompt, order, wish, address, others, script, outcome
-    heldout.jsonl    the same, with words, items, streets and order numbers of the held-out half
+    validation.jsonl the same, and phrasing; with words, items, streets and order numbers of its own
+    test.jsonl       the same, with others again
 
     No order stands in two files. Raises `DataError` if there are too few order numbers.
     """
-    train, heldout = split_words(
+    train, validation, test = split_words(
         random.Random(named_seed(seed, "service/words")), config.heldout_fraction
     )
     taken: set[str] = set()
@@ -414,9 +424,25 @@ def prepare(config: ServiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     files = {
         "labelled": [{"messages": converse(row)} for row in labelled],
         "train": take("train", train),
-        "heldout": take("heldout", heldout),
+        "validation": with_phrasing(take("validation", validation)),
+        "test": with_phrasing(take("test", test)),
     }
     return write_rows(folder, files)
+
+
+def with_phrasing(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with the words that its problem is told in: customers who share them are one
+    problem of the evaluation.
+    """
+    named = []
+    for row in rows:
+        asked = row["prompt"][-1]["content"]
+        facts = {"item": row["order"]["item"], "address": row["address"]}
+        told = (
+            p for p in (*PROBLEMS[row["wish"]], *UNHEARD[row["wish"]]) if p.format(**facts) in asked
+        )
+        named.append({**row, "phrasing": next(told)})
+    return named
 
 
 @lru_cache(4)
@@ -431,4 +457,5 @@ TASK = Task(
     prepare,
     lambda config, path: CustomerServiceEnvironment(path),
     SYSTEM,
+    cluster="phrasing",
 )

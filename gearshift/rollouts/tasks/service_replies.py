@@ -23,7 +23,7 @@ from pydantic import Field
 from gearshift.errors import DataError
 from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.tasks.rows import read_rows, write_rows
-from gearshift.rollouts.tasks.service import draw_case
+from gearshift.rollouts.tasks.service import draw_case, with_phrasing
 from gearshift.rollouts.tasks.service_shop import (
     OUTCOMES,
     REFUND_LIMIT,
@@ -74,17 +74,20 @@ class RepliesConfig(Config):
     """Real remarks and replies, for supervised fine-tuning."""
     train: int = Field(6000, ge=1)
     """Customers without replies, for reinforcement learning."""
-    heldout: int = Field(256, ge=1)
-    """Customers with other words, items, streets and order numbers."""
+    validation: int = Field(256, ge=1)
+    """Customers with words, items, streets and order numbers of their own."""
+    test: int = Field(256, ge=1)
+    """The same, with others again."""
     pairs: int = Field(6000, ge=1)
     """Right against wrong replies to training customers, for the reward model."""
     talk_pairs: int = Field(250, ge=0)
     """Real replies against wrong ones."""
     pairs_heldout: int = Field(200, ge=1)
-    """Both kinds of pairs (a fifth of them real dialogues), of held-out customers and dialogues."""
+    """Both kinds of pairs (a fifth of them real dialogues), of other customers, who speak as those
+    of validation do, and of other dialogues."""
     heldout_fraction: float = Field(0.35, gt=0, lt=1)
     """Share of phrasings, items, streets and order numbers, and of dialogues, that training never
-    sees."""
+    sees: half of the former are for validation, half for the test."""
 
 
 # The judge
@@ -199,9 +202,11 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl        messages: right replies to customers, and real dialogues
     train.jsonl           prompt, order, wish, address, outcome, reply
-    heldout.jsonl         the same, with words, items, streets and order numbers held out
+    validation.jsonl      the same, and phrasing; words, items, streets and order numbers are its
+                          own
+    test.jsonl            the same, with others again
     pairs.jsonl           prompt, chosen, rejected: customers of train, and real dialogues
-    pairs_heldout.jsonl   the same, of held-out words and dialogues
+    pairs_heldout.jsonl   the same, of validation's words and held-out dialogues
 
     No order stands in two files, except that pairs are of train's customers. Raises `DataError` if
     there is less than is asked for.
@@ -210,7 +215,7 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
     def rng(name: str) -> random.Random:
         return random.Random(named_seed(seed, f"replies/{name}"))
 
-    known, unknown = split_words(rng("words"), config.heldout_fraction)
+    known, validation, test = split_words(rng("words"), config.heldout_fraction)
     taken: set[str] = set()
     talk = dialogues()
     rng("dialogues").shuffle(talk)
@@ -227,7 +232,7 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
     if config.pairs > len(train):
         raise DataError(f"pairs={config.pairs} need as many customers as that; raise train.")
     fifth = config.pairs_heldout // 5
-    strangers = take("pairs_heldout", unknown, config.pairs_heldout - fifth)
+    strangers = take("pairs_heldout", validation, config.pairs_heldout - fifth)
     answered = [(row["prompt"], row["reply"]) for row in labelled]
     answered += [(_remark(said), reply) for said, reply in heard[: config.dialogues]]
     files: dict[str, list[Row]] = {
@@ -236,7 +241,8 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
             for prompt, reply in answered
         ],
         "train": train,
-        "heldout": take("heldout", unknown, config.heldout),
+        "validation": with_phrasing(take("validation", validation, config.validation)),
+        "test": with_phrasing(take("test", test, config.test)),
         "pairs": _pairs(train[: config.pairs], heard[: config.talk_pairs], rng("pairs/wrong")),
         "pairs_heldout": _pairs(strangers, unheard[:fifth], rng("pairs_heldout/wrong")),
     }
@@ -345,4 +351,5 @@ TASK = Task(
     prepare,
     lambda config, path: CustomerRepliesEnvironment(path),
     SYSTEM,
+    cluster="phrasing",
 )

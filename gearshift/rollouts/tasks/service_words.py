@@ -1,4 +1,4 @@
-"""What the shop's customers say and buy, in two halves: one for training, one held out.
+"""What the shop's customers say and buy, in three parts: for training, validation and the test.
 
 A room of its own because it is all words; it knows neither orders nor who answers.
 """
@@ -67,6 +67,49 @@ PROBLEMS: Mapping[str, Sequence[str]] = {
         "The {item} is faulty and I expect to be reimbursed.",
     ),
 }
+UNHEARD: Mapping[str, Sequence[str]] = {
+    "track": (
+        "Has the courier picked up my {item}?",
+        "My {item} seems to be lost, can you find out?",
+        "I need to know which day the {item} comes.",
+        "Did you forget about my {item}?",
+        "Give me an update on the {item}, please.",
+        "Is my {item} still in your warehouse?",
+        "The {item} should be with me by now. What is the matter?",
+        "Tell me how my order of a {item} is coming along.",
+    ),
+    "cancel": (
+        "I no longer want the {item}, take it off my account.",
+        "Could you stop my {item} before it leaves?",
+        "My husband bought a {item} already, so please drop ours.",
+        "Annul my purchase of the {item}.",
+        "Forget the {item}, I cannot afford it now.",
+        "I would rather not have the {item} after all.",
+        "Can I still call the {item} back?",
+        "The {item} was a wrong click. Undo it.",
+    ),
+    "address": (
+        "Can the {item} be brought to {address}?",
+        "Let the courier take my {item} to {address}.",
+        "I live at {address} now, so send the {item} there.",
+        "My {item} would go to an empty house. Make it {address}.",
+        "Correct the street for my {item}, please: {address}.",
+        "The right place for the {item} is {address}.",
+        "Please update where my {item} goes, it is {address}.",
+        "Could the {item} reach me at {address}?",
+    ),
+    "refund": (
+        "The {item} came in pieces. I want to be paid back.",
+        "Take the {item} back and return what it cost me.",
+        "I am sending the {item} back, please pay me.",
+        "My {item} stopped working after a day. Refund me.",
+        "The {item} is too small for me, what about my money?",
+        "This {item} is a disappointment, I ask for the price of it.",
+        "Your {item} is useless. Give me the money again.",
+        "Can you reimburse me for the {item}?",
+    ),
+}
+"""Said by customers of validation and the test only, whose words would be few else."""
 NUMBERS = ("It is {number}.", "{number}", "My order number is {number}.", "Sure, it is {number}.",
            "The number is {number}.", "That would be {number}.")  # fmt: skip
 GIVEN = ("The order number is {number}.", "My order is {number}.", "Order {number}.",
@@ -98,7 +141,7 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """One half of everything that is said."""
+    """One split's part of everything that is said."""
 
     problems: Mapping[str, Sequence[str]]
     things: Sequence[str]
@@ -112,19 +155,24 @@ class Words:
     pleas: Sequence[str]
 
 
-def split_words(rng: random.Random, fraction: float) -> tuple[Words, Words]:
-    """(training, held out): about this share of every list is held out, one at least."""
+def split_words(rng: random.Random, fraction: float) -> tuple[Words, Words, Words]:
+    """(training, validation, test): about this share of every list is held out, half of it for
+    validation and half for the test, one at least for each; and `UNHEARD` besides.
+    """
 
-    def halves(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    def parts(items: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         mixed = rng.sample(items, len(items))
-        cut = min(len(mixed) - 1, max(1, round(fraction * len(mixed))))
-        return mixed[cut:], mixed[:cut]
+        cut = min(len(mixed) - 1, max(2, round(fraction * len(mixed))))
+        return mixed[cut:], mixed[: cut // 2], mixed[cut // 2 : cut]
 
-    problems = {wish: halves(said) for wish, said in PROBLEMS.items()}
+    problems = {wish: parts(said) for wish, said in PROBLEMS.items()}
+    for wish, said in UNHEARD.items():
+        problems[wish][1].extend(said[::2])
+        problems[wish][2].extend(said[1::2])
     lists = (THINGS, STREETS, LETTERS, NUMBERS, GIVEN, CAREFUL, YES, PLEAS)
-    pairs = [halves(items) for items in lists]
-    train, heldout = (
-        Words({wish: both[half] for wish, both in problems.items()}, *(p[half] for p in pairs))
-        for half in (0, 1)
+    every = [parts(items) for items in lists]
+    train, validation, test = (
+        Words({wish: of[part] for wish, of in problems.items()}, *(p[part] for p in every))
+        for part in range(3)
     )
-    return train, heldout
+    return train, validation, test

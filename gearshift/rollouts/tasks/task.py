@@ -24,8 +24,9 @@ class Task:
     """The class of the recipe's `task` section; its `name` is a `Literal` of this task's name."""
     prepare: Callable[[Any, int, Path], dict[str, Path]]
     """(config, seed, folder) -> the JSONL files that it wrote, `<split>.jsonl`, by split.
-    `train` and `heldout` hold a row for each episode; a task without `train` draws episodes by
-    their seed alone.
+    `train`, `validation` and `test` hold a row for each episode, and share no problem; a task
+    without them draws episodes by their seed alone. Settings are chosen by `validation`; `test`
+    is looked at in the end.
     """
     make: Callable[[Any, Path], TextEnvironment]
     """(config, `<split>.jsonl`) -> an environment over that file's rows; `path.stem` tells the
@@ -40,3 +41,7 @@ class Task:
     """Further figures of all held-out episodes together (BLEU, say), from their records: row,
     prompt, completion, reward, success, gold, metrics.
     """
+    cluster: str = "cluster"
+    """The column of a held-out row that names its problem: rows of one template, say, which a
+    policy gets right or wrong together. Rows without it are problems of their own. Rows with equal
+    prompts are always one problem."""

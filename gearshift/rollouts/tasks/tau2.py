@@ -193,17 +193,21 @@ def prepare(config: Tau2Config, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl   messages: tau2's own solutions of training tasks
     train.jsonl      prompt, task
-    heldout.jsonl    the same: tau2's own test split; of a domain without one, every third task
+    test.jsonl       the same: tau2's own test split; of a domain without one, every third task
+    validation.jsonl the same: every fourth of the other tasks
     """
     tasks = _tasks(config.domain)
     splits = _splits(config.domain)
     test = set(splits.get("test") or [task.id for task in tasks[::3]])
-    train = [task for task in tasks if task.id not in test]
+    others = [task for task in tasks if task.id not in test]
+    validation = others[::4]
+    train = [task for i, task in enumerate(others) if i % 4]
     random.Random(named_seed(seed, "tau2/train")).shuffle(train)
     files: dict[str, Iterable[dict[str, Any]]] = {
         "labelled": ({"messages": _converse(config, task)} for task in train),
         "train": ({"prompt": prompt_of(config, t), "task": t.id} for t in train),
-        "heldout": ({"prompt": prompt_of(config, t), "task": t.id} for t in tasks if t.id in test),
+        "validation": ({"prompt": prompt_of(config, t), "task": t.id} for t in validation),
+        "test": ({"prompt": prompt_of(config, t), "task": t.id} for t in tasks if t.id in test),
     }
     return write_rows(folder, files)
 

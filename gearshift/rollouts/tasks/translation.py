@@ -47,14 +47,18 @@ class TranslationConfig(Config):
     products: list[str] = Field(["wagtail", "Django"], min_length=1)
     """Whose catalogues are trained on: installed packages, or folders with
     LANGUAGE/LC_MESSAGES/*.po."""
-    heldout_product: str = "django-oscar"
-    """Whose catalogues are held out; a message that a training product has too is left out."""
+    validation_product: str = "django-oscar"
+    """Whose catalogues are for validation; a message that another product has too is left out."""
+    test_product: str = "django-helpdesk"
+    """Whose catalogues are for the test; a message that another product has too is left out."""
     labelled: int = Field(1500, ge=1)
     """Messages with translations, for supervised fine-tuning."""
     train: int = Field(1500, ge=1)
     """Further messages, for reinforcement learning."""
-    heldout: int = Field(480, ge=1)
-    """Messages of the held-out product, each once and in one language."""
+    validation: int = Field(480, ge=1)
+    """Messages of the validation product, each once and in one language."""
+    test: int = Field(400, ge=1)
+    """Messages of the test product, each once and in one language."""
     max_words: int = Field(12, ge=1)
     """Longer messages are left out."""
 
@@ -67,11 +71,11 @@ class TranslationConfig(Config):
 
     @model_validator(mode="after")
     def _held_out(self) -> TranslationConfig:
-        if self.heldout_product in self.products:
-            raise ValueError(
-                f"heldout_product {self.heldout_product} is among the products trained on; "
-                "name another"
-            )
+        for split in ("validation_product", "test_product"):
+            if (name := getattr(self, split)) in self.products:
+                raise ValueError(f"{split} {name} is among the products trained on; name another")
+        if self.validation_product == self.test_product:
+            raise ValueError(f"test_product {name} is the validation product too; name another")
         return self
 
 
@@ -165,27 +169,30 @@ def prepare(config: TranslationConfig, seed: int, folder: Path) -> dict[str, Pat
 
     labelled.jsonl   messages (system, user, assistant)
     train.jsonl      prompt, source, reference, language, product
-    heldout.jsonl    the same, of the held-out product
+    validation.jsonl the same, of the validation product
+    test.jsonl       the same, of the test product
 
     No source stands in two files, whatever the language. Raises `DataError` if the catalogues hold
     fewer messages than are asked for.
     """
     rng = random.Random(named_seed(seed, "translation/split"))
-    known, unseen = _training(config), _heldout(config)
+    known = _training(config)
+    validation = _heldout(config, config.validation_product, config.test_product)
+    test = _heldout(config, config.test_product, config.validation_product)
     sources = rng.sample(list(known), len(known))
     cut = round(len(sources) * config.labelled / (config.labelled + config.train))
     labelled = _rows(known, sources[:cut], config, "labelled")
     train = _rows(known, sources[cut:], config, "train")
-    order = rng.sample(list(unseen), len(unseen))
-    heldout = _rows(unseen, order, config, "heldout", once=True)
     files: dict[str, list[Row]] = {
         "labelled": [
             {"messages": [*row["prompt"], {"role": "assistant", "content": row["reference"]}]}
             for row in labelled
         ],
         "train": train,
-        "heldout": heldout,
     }
+    for split, unseen in (("validation", validation), ("test", test)):
+        order = rng.sample(list(unseen), len(unseen))
+        files[split] = _rows(unseen, order, config, split, once=True)
     return write_rows(folder, files)
 
 
@@ -198,17 +205,17 @@ def _training(config: TranslationConfig) -> Sources:
     return sources
 
 
-def _heldout(config: TranslationConfig) -> Sources:
-    """The held-out product's messages less all that stands in a training product's catalogues,
-    used or not, but for case and punctuation at the end.
+def _heldout(config: TranslationConfig, product: str, other: str) -> Sources:
+    """The held-out product's messages less all that stands in the catalogues of a training product
+    or of the other held-out one, used or not, but for case and punctuation at the end.
     """
     seen = {
         _plain(source)
-        for product in config.products
+        for known in (*config.products, other)
         for language in config.languages
-        for source in catalogue(product, language)
+        for source in catalogue(known, language)
     }
-    usable = _usable(config, config.heldout_product)
+    usable = _usable(config, product)
     return {source: texts for source, texts in usable.items() if _plain(source) not in seen}
 
 

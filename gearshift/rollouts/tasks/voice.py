@@ -44,6 +44,8 @@ Row = dict[str, Any]
 Draw = tuple[str, Template]
 """A request, and the template that wrote it."""
 
+HELDOUT = ("validation", "test")
+
 # How often an intent may fail to say something new before it counts as exhausted.
 _TRIES = 60
 
@@ -60,11 +62,14 @@ class VoiceConfig(Config):
     pairs: int = Field(384, ge=1)
     """Right against wrong commands, for the reward model."""
     pairs_heldout: int = Field(128, ge=1)
-    """The same, from held-out templates."""
-    heldout: int = Field(256, ge=1)
-    """Requests from held-out templates, which no training template reads."""
+    """The same, from validation templates."""
+    validation: int = Field(256, ge=1)
+    """Requests from validation templates, which no other template reads."""
+    test: int = Field(256, ge=1)
+    """Requests from test templates, which no other template reads."""
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
-    """Share of each intent's sentence templates that training never sees."""
+    """Share of each intent's sentence templates that training never sees: half of them are for
+    validation, half for the test."""
     languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(("en",), min_length=1)
     """Languages of the requests, in equal parts. The prompt does not say which one it is."""
     noise: float = Field(0.0, ge=0, le=0.5)
@@ -171,6 +176,26 @@ def split_templates(
     )
 
 
+def halve_templates(
+    heldout: Sequence[Template], seed: int, language: str = "en"
+) -> tuple[list[Template], list[Template]]:
+    """(validation, test): of each intent's held-out sentences every other one, in turn through the
+    intents, so that both have about as many.
+    """
+    rng = _rng(seed, "validation", language)
+    texts: dict[str, list[str]] = {}
+    for template in heldout:
+        of_intent = texts.setdefault(template.intent, [])
+        if template.text not in of_intent:
+            of_intent.append(template.text)
+    mixed = [text for same in texts.values() for text in rng.sample(same, len(same))]
+    validation = set(mixed[::2])
+    return (
+        [t for t in heldout if t.text in validation],
+        [t for t in heldout if t.text not in validation],
+    )
+
+
 def _rng(seed: int, name: str, language: str = "en") -> random.Random:
     """English keeps the seeds that it has alone, whatever stands beside it."""
     place = "" if language == "en" else f"{language}/"
@@ -182,9 +207,13 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl        messages (system, user, assistant)
     train.jsonl           prompt, utterance, template
-    heldout.jsonl         prompt, utterance, template, command
+    validation.jsonl      prompt, utterance, template, command
+    test.jsonl            the same
     pairs.jsonl           prompt, chosen, rejected; from training templates
-    pairs_heldout.jsonl   the same, from held-out templates
+    pairs_heldout.jsonl   the same, from validation templates
+
+    Training, validation and test have templates of their own, and a held-out request is none that
+    a template of another split reads.
 
     Where there is more than English, rows have their `language`; where there is noise, they say
     whether they are `noisy`: the prompt is what was heard, the utterance what was said. `train` is
@@ -195,22 +224,25 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     """
     languages = tuple(dict.fromkeys(config.languages))
     used: set[str] = set()
-    splits = {
-        language: split_templates(config.heldout_fraction, seed, language) for language in languages
-    }
-    known = {
-        language: Grammar({t.text for t in training}.__contains__, language)
-        for language, (training, _) in splits.items()
-    }
+    splits: dict[str, dict[str, list[Template]]] = {}
+    foreign: dict[tuple[str, str], Grammar] = {}
+    for language in languages:
+        training, heldout = split_templates(config.heldout_fraction, seed, language)
+        halves = dict(zip(HELDOUT, halve_templates(heldout, seed, language), strict=True))
+        splits[language] = {"train": training, **halves}
+        for split, templates in halves.items():
+            mine = {t.text for t in templates}
+            others = {t.text for t in (*training, *heldout)} - mine
+            foreign[language, split] = Grammar(others.__contains__, language)
 
-    def take(name: str, unseen: bool = False) -> list[Draw]:
+    def take(name: str, split: str = "train") -> list[Draw]:
         """The languages' requests in turn."""
         count: int = getattr(config, name)
         each: list[list[Draw]] = []
         for i, language in enumerate(languages):
             draws = _requests(
-                splits[language][unseen], _rng(seed, name, language), used,
-                known[language] if unseen else None,
+                splits[language][split], _rng(seed, name, language), used,
+                foreign.get((language, split)),
             )  # fmt: skip
             each.append(list(itertools.islice(draws, len(range(i, count, len(languages))))))
         taken = [draw for turn in itertools.zip_longest(*each) for draw in turn if draw]
@@ -224,21 +256,22 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
         return _rows(draws, languages, noise, _rng(seed, f"{name}/noise"))
 
     labelled, train = take("labelled"), take("train")
-    heldout = take("heldout", unseen=True)
+    unseen = {split: take(split, split) for split in HELDOUT}
     if config.pairs > len(train):
         raise DataError(f"pairs={config.pairs} need as many requests as that; raise train.")
-    pairs = {"pairs": train[: config.pairs], "pairs_heldout": take("pairs_heldout", unseen=True)}
+    pairs = {"pairs": train[: config.pairs], "pairs_heldout": take("pairs_heldout", "validation")}
     files: dict[str, Iterable[Row]] = {
         "labelled": (
             {"messages": [*row["prompt"], {"role": "assistant", "content": _gold(draw)}]}
             for row, draw in zip(rows("labelled", labelled), labelled, strict=True)
         ),
         "train": rows("train", train, noise=0.0),
-        "heldout": (
-            {**row, "command": _gold(draw)}
-            for row, draw in zip(rows("heldout", heldout), heldout, strict=True)
-        ),
     }
+    for split, draws in unseen.items():
+        files[split] = [
+            {**row, "command": _gold(draw)}
+            for row, draw in zip(rows(split, draws), draws, strict=True)
+        ]
     for name, draws in pairs.items():
         commands = wrong_commands(((u, t.language) for u, t in draws), _rng(seed, f"{name}/wrong"))
         files[name] = [
@@ -316,4 +349,6 @@ def _make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
     return environment
 
 
-TASK = Task("voice_assistant", VoiceConfig, prepare, _make, SYSTEM, corpus=figures)
+TASK = Task(
+    "voice_assistant", VoiceConfig, prepare, _make, SYSTEM, corpus=figures, cluster="template"
+)

@@ -1,0 +1,98 @@
+"""Whether two sets of rows ask the same: prompts compared by their text, equal or nearly.
+
+For splits that must share no prompt. It knows messages and texts, no file and no split.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from gearshift.data.formats import Row, to_preference, to_prompt, to_supervised
+from gearshift.errors import DataError
+from gearshift.types import Message
+
+NEAR = 0.7
+"""Share of common pieces from which two prompts count as nearly equal."""
+_PIECE, _KEYS, _MOST = 5, 8, 50
+_LONGEST = 2000
+"""Characters of a prompt that are looked at for what is nearly equal."""
+
+
+def prompt_text(messages: Sequence[Message]) -> str:
+    """What is asked, so that equal questions are equal texts: who says what, without regard to
+    case, white space and forms of one character.
+    """
+    return "\n".join(f"{m['role']}: {_said(m)}" for m in messages)
+
+
+def prompt_keys(prompts: Sequence[Sequence[Message]]) -> list[str]:
+    """`prompt_text` of each without its system messages, which are most often a setting and no
+    question; with them where they are all that differs.
+    """
+    bare = [prompt_text([m for m in p if m["role"] != "system"]) for p in prompts]
+    return bare if len(set(bare)) > 1 else [prompt_text(p) for p in prompts]
+
+
+def asked(row: Row) -> list[list[Message]]:
+    """What a row of any format has a model answer: what stands before each of the assistant's
+    turns. Nothing for plain text, and for a row that no stage would take.
+    """
+    try:
+        if "chosen" in row:
+            return [to_preference(row).prompt]
+        if "prompt" in row or "completion" in row or "instruction" in row:
+            return [to_prompt(row).prompt]
+        example = to_supervised(row)
+    except DataError:
+        return []
+    messages = getattr(example, "messages", [])
+    return [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
+
+
+def near(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(i, j): text i is nearly the other text j, the first such j. Equal ones are left out.
+
+    Nearly: their pieces of five characters overlap by 0.7 (Jaccard's measure), and they have the
+    same numbers, for sums with other numbers are other questions. A bottom sketch (Broder 1997)
+    finds the candidates: at most 50 for each of the 8 least hashes of a text's pieces. So the cost
+    grows with the number of texts, and a few pairs may be missed among thousands of one template.
+    """
+    pieces = [_pieces(text) for text in others]
+    holders: dict[int, list[int]] = {}
+    for j, found in enumerate(pieces):
+        for key in sorted(found)[:_KEYS]:
+            holders.setdefault(key, []).append(j)
+    numbers = [_numbers(text) for text in others]
+    for i, text in enumerate(texts):
+        mine, own = _pieces(text), _numbers(text)
+        candidates = {j for key in sorted(mine)[:_KEYS] for j in holders.get(key, [])[:_MOST]}
+        for j in sorted(candidates):
+            alike = len(mine & pieces[j]) >= NEAR * len(mine | pieces[j])
+            if alike and own == numbers[j] and text != others[j]:
+                yield i, j
+                break
+
+
+def _said(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return _plain(message.get("content") or "") + (json.dumps(calls) if calls else "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _pieces(text: str) -> set[int]:
+    """Hashes of the text's stretches of `_PIECE` characters, punctuation left out."""
+    words = " ".join(re.findall(r"\w+", text[:_LONGEST]))
+    count = max(1, len(words) - _PIECE + 1)
+    return {zlib.crc32(words[i : i + _PIECE].encode()) for i in range(count)}
+
+
+def _numbers(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\d+", text))
