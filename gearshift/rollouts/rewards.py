@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPException
 from typing import Any, Protocol, SupportsFloat, TypeVar, cast
 from urllib.error import HTTPError
@@ -86,10 +87,14 @@ class HttpReward:
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
-        rewards = post(
-            self.url, body, self.key, lambda answer: answer["rewards"], self.timeout, self.tries
-        )
-        return [LOST] * len(completions) if rewards is None else cast(Rewards, rewards)
+        rewards = post(self.url, body, self.key, _rewards, self.timeout, self.tries)
+        return [LOST] * len(completions) if rewards is None else rewards
+
+
+def _rewards(answer: Any) -> Rewards:
+    """What a server says of each; where it names places that it could not score, these are lost."""
+    lost = answer.get("lost", ())
+    return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
 def bearer(named: str | None, default: str) -> str | None:
@@ -156,12 +161,16 @@ def post(
                 if found is not None:
                     return found
         except HTTPError as error:
+            told = error.read(_MOST)
+            if error.code == _IN_PART:
+                with suppress(ValueError, LookupError, TypeError, AttributeError):
+                    return read(json.loads(told))
             if error.code < 500 and error.code not in _BUSY:  # it won't be otherwise the next time
-                said = error.read(300).decode("utf-8", "replace").strip().replace("\n", " ")
+                said = told[:300].decode("utf-8", "replace").strip().replace("\n", " ")
                 raise ConfigError(f"{url} refused: {error.code} {error.reason} {said}") from error
             asked = error.headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
-        except (OSError, ValueError, LookupError, TypeError, HTTPException):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, HTTPException):
             pass
         if attempt + 1 < tries:
             time.sleep(wait)
@@ -169,6 +178,8 @@ def post(
 
 
 _BUSY = frozenset({408, 409, 425, 429})
+_IN_PART = 422
+"""Some of what was sent has no answer; `gearshift serve` says which."""
 _MOST = 64 << 20
 """Bytes of an answer that are read."""
 

@@ -1,13 +1,15 @@
 """A reward model behind an address: `POST /score` as `rollouts.rewards.HttpReward` sends it.
 
 The standard library's server: one model answers one request at a time, and no more is needed. What
-a client sends wrongly is answered with a 4xx and one line of JSON.
+a client sends wrongly is answered with a 4xx and one line of JSON; where some completions have no
+score, with the others' scores too, and the places of these.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import math
 import re
 import sys
 import threading
@@ -96,7 +98,12 @@ class _Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             self._refuse(408, f"nothing came for {PATIENCE:g} seconds")
         else:
-            self._answer(200, {"rewards": rewards})
+            lost = [i for i, r in enumerate(rewards) if r is not None and not math.isfinite(r)]
+            if not lost:
+                return self._answer(200, {"rewards": rewards})
+            told = [None if i in lost else r for i, r in enumerate(rewards)]
+            words = f"completions[{lost[0]}] is too long for the model, or its score is not finite"
+            self._answer(422, {"error": words, "rewards": told, "lost": lost})
 
     def _score(self, prompts: list[list[Message]], completions: list[str]) -> list[float | None]:
         try:

@@ -1,6 +1,7 @@
 """What a client sends wrongly to the score server is answered with a 4xx, and it goes on."""
 
 import json
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -185,8 +186,12 @@ def test_a_model_is_asked_texts_of_any_length(tmp_path: Any) -> None:
     server = score_server(ModelReward(ModelConfig(), tmp_path), port=0)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/score"
         status, _, body = send(server, of(completions=["x" * 5000]))
-        assert status == 400 and "longer than the reward model's 512" in body.decode()
+        assert status == 422 and "completions[0] is too long" in json.loads(body)["error"]
+        short, lost = HttpReward(url)(GOOD["prompts"] * 2, ["abc", "x" * 5000])
+        assert [short] == HttpReward(url)(GOOD["prompts"], ["abc"])
+        assert lost is not None and math.isnan(lost)
         status, _, body = send(server, of(completions=["\x00\u200b\U0010ffff <|im_end|>"]))
         assert status == 200 and isinstance(json.loads(body)["rewards"][0], float)
     finally:
