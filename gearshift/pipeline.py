@@ -322,6 +322,7 @@ class Run:
         if folder and isinstance(critic, TokenCritic):
             tokenizer = load_tokenizer(self.recipe.model, folder, of_policy=False)
             check_same_tokens(f"rl.critic: {folder}", critic.trunk, tokenizer, engine)
+            _check_context(f"rl.critic: {folder}", critic.trunk, engine)
         return critic
 
     def _reference(
@@ -334,6 +335,7 @@ class Run:
             teacher = load_policy(self.recipe.model, named).requires_grad_(False)
             tokenizer = load_tokenizer(self.recipe.model, named, of_policy=False)
             check_same_tokens(f"rl.kl.reference: {named}", teacher, tokenizer, engine)
+            _check_context(f"rl.kl.reference: {named}", teacher, engine)
             return teacher
         if self.recipe.model.lora:
             return engine.model
@@ -496,6 +498,15 @@ class Run:
             compared=compared,
         )
         return summary
+
+
+def _check_context(key: str, model: PreTrainedModel, engine: HybridEngine) -> None:
+    """Raises `ConfigError` for a model that cannot read the longest episode."""
+    if (most := context(model)) < engine.max_length:
+        raise ConfigError(
+            f"{key} takes {most} tokens, and an episode may have {engine.max_length}; "
+            f"set engine.max_length={most}."
+        )
 
 
 def _fits(row: Row, render: Callable[[list[Row]], list[Any]]) -> bool:

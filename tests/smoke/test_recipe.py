@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gearshift.cli import main
+from gearshift.models.load import ModelConfig, load_policy
 
 RECIPE = str(Path(__file__).parent / "tiny.yaml")
 
@@ -178,3 +180,29 @@ def test_perplexity_of_what_was_answered(run: Path, tmp_path: Path) -> None:
     assert all(1 < row["perplexity"] < 1e4 for row in detail.values())
     # Under the policy that wrote them greedily, its own answers are the likeliest.
     assert detail["sft"]["perplexity"] <= detail["base"]["perplexity"]
+
+
+def test_stages_and_commands_take_an_adapters_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [RECIPE, f"run.dir={tmp_path / 'run'}", "model.lora={rank: 2, save: adapter}"]
+    words += ["rl=null", "eval.limit=2"]
+    for command in ("sft", "reward"):
+        main([command, *words])
+    sft, reward = tmp_path / "run" / "sft", tmp_path / "run" / "reward"
+    assert (sft / "adapter_model.safetensors").exists() and not (sft / "config.json").exists()
+    assert not list(reward.glob("adapter*"))
+    trained = AutoModelForSequenceClassification.from_pretrained(reward).base_model.state_dict()
+    start = load_policy(ModelConfig(dtype="float32", device="cpu"), str(sft)).base_model
+    moved = [not torch.equal(t, trained[name]) for name, t in start.state_dict().items()]
+    assert all(moved)  # all of it was trained, from the policy on
+    assert all((t - trained[name]).abs().max() < 0.01 for name, t in start.state_dict().items())
+    for folder in (tmp_path / "run", sft):
+        main(["generate", str(folder), "Hello", "--max-new-tokens", "2"])
+    other = [RECIPE, f"run.dir={tmp_path / 'other'}", f"model.name={sft}", "sft=null"]
+    other += ["reward=null", "eval.limit=2", "rl.steps=1", f"rl.kl={{beta: 0.1, reference: {sft}}}"]
+    main(["run", *other, "--dry-run"])
+    main(["run", *other])
+    [first] = (tmp_path / "other" / "rl" / "metrics.jsonl").read_text().splitlines()
+    assert abs(json.loads(first)["kl"]) <= 1e-6
+    capsys.readouterr()

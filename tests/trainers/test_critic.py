@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from gearshift.cli import main
 from gearshift.data import Mixture
+from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.load import load_classifier, load_tokenizer, save_model
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
@@ -23,6 +25,7 @@ from gearshift.trainers.rollout import pack_trajectories
 from gearshift.trainers.stage import Stage
 from tests.trainers.rl_runs import TINY, small, trainer
 from tests.trainers.test_guards import episodes
+from tests.zoo import random_model
 
 
 @pytest.fixture
@@ -93,3 +96,36 @@ def test_an_encoder_reward_model_learns(encoder: str, tmp_path: Path) -> None:
     stage = Stage("reward", tmp_path / "run", config.steps(32), 0, config)
     train_reward_model(config, model, Mixture([pairs[:32]], [1.0], seed=0), stage)
     assert pair_accuracy(model, pairs[32:]) == 1.0
+
+
+def test_a_critic_starts_from_any_policy_or_reward_model(tmp_path: Path) -> None:
+    """GPT-2's class is no `...ForCausalLM`; an adapter's folder has no weights of a whole model."""
+    save_model(tmp_path / "gpt2", random_model("gpt2"), tiny_tokenizer(), "a card")
+    model = random_model("llama")
+    save_model(tmp_path / "base", model, tiny_tokenizer(), "a card")
+    add_adapter(model, AdapterConfig(rank=2))
+    lora = AdapterConfig(save="adapter")
+    save_model(
+        tmp_path / "lora", model, tiny_tokenizer(), "a card", lora, str(tmp_path / "base")
+    )  # fmt: skip
+    batch = pack_trajectories(episodes([False], [1.0]), 4096)
+    for name in ("gpt2", "lora"):
+        critic = load_critic(TINY, str(tmp_path / name), str)
+        assert isinstance(critic, TokenCritic)
+        assert not critic.head.linear.weight.any() and critic(batch).tolist() == [0.0] * 4
+        assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_a_critic_must_take_the_longest_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "short", random_model("llama"), tiny_tokenizer(), "a card")
+    recipe = Path(__file__).parents[1] / "smoke" / "tiny.yaml"
+    words = ["rl", str(recipe), f"run.dir={tmp_path / 'run'}", "sft=null", "reward=null"]
+    for key in ("rl.critic", "rl.kl.reference"):
+        value = ["rl.advantage=gae", "rl.value=critic"] if key == "rl.critic" else ["rl.kl.beta=1"]
+        with pytest.raises(SystemExit):
+            main([*words, *value, f"{key}={tmp_path / 'short'}", f"run.dir={tmp_path / key}"])
+        told = capsys.readouterr().err
+        assert f"{key}: {tmp_path / 'short'} takes 256 tokens" in told
+        assert "set engine.max_length=256" in told
