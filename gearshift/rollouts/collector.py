@@ -168,24 +168,26 @@ class Collector:
         Raises `DataError`, with the row's line, where the chat template refuses a prompt.
         """
         environment = self._make()
-        written = partial(render_prompt, self._tokenizer)
         extra: dict[tuple[str, ...], int] = {}
         found: dict[int, int] = {}
         for row in range(rows):
             try:
-                messages = _said(*environment.reset(seed=row, options={"row": row}))
+                observation, info = environment.reset(seed=row, options={"row": row})
+                messages = _said(observation, info)
             except Exception:
                 continue
+            template = info.get("template_options") or {}
             roles = tuple(m["role"] for m in messages)
             size = sum(len(m["content"].encode()) for m in messages)
-            plain = all(m.keys() == {"role", "content"} for m in messages)
+            plain = not template and all(m.keys() == {"role", "content"} for m in messages)
             if plain and roles in extra and size and size + extra[roles] <= most:
                 continue
             try:
-                tokens = len(written(messages))
+                tokens = len(render_prompt(self._tokenizer, messages, template))
             except DataError as error:
                 raise DataError(f"line {row + 1}: {error}") from error
-            extra.setdefault(roles, tokens)  # what the template adds is less than that
+            if plain:
+                extra.setdefault(roles, tokens)  # what the template adds is less than that
             if not 0 < tokens <= most:
                 found[row] = tokens
         return found

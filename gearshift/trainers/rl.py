@@ -166,6 +166,8 @@ class RewardSource(Config):
         kind = self.source.split(":")[0]
         if kind in ("environment", "model") and (self.timeout or self.processes):
             raise ValueError(f"timeout and processes are of functions; `{kind}` has none.")
+        if kind == "environment" and self.normalize:
+            raise ValueError("normalize is for functions and models; see whiten for advantages.")
         if kind in ("http", "https", "judge") and self.processes:
             raise ValueError("processes are of functions; an address is asked from threads.")
         if kind not in ("http", "https", "judge") and self.key_env:
@@ -434,7 +436,7 @@ class RLTrainer:
                 tokens, learned = self.learn(step, trajectories)
                 metrics |= learned
             metrics |= self.left_out.metrics()
-            metrics |= describe_generation(self.engine) | self.adapt(metrics)
+            metrics |= describe_generation(self.engine) | self.adapt(metrics, len(trajectories))
             self.stage.log(step, metrics, tokens)
         self.left_out.end()
 
@@ -677,15 +679,14 @@ class RLTrainer:
                     self.average.update()
         return {name: fmean(h[name] for h in history) for name in (history[:1] or [{}])[0]}
 
-    def adapt(self, metrics: dict[str, float]) -> dict[str, float]:
+    def adapt(self, metrics: dict[str, float], completions: int) -> dict[str, float]:
         """Bring beta nearer to what keeps the KL at its target."""
         kl = self.config.kl
         if kl.target is None or "kl" not in metrics:
             return {}
         used = self.memory.beta
         nats = metrics["kl"] * metrics["completions/mean_length"]
-        samples = self.config.prompts * self.config.group_size
-        self.memory.beta = adaptive_beta(used, nats, kl.target, kl.horizon, samples)
+        self.memory.beta = adaptive_beta(used, nats, kl.target, kl.horizon, completions)
         return {"kl/beta": used}
 
     def supervised(self, nth: int) -> list[PackedBatch]:

@@ -134,6 +134,7 @@ def test_a_timeout_takes_a_process() -> None:
     "keys",
     [
         {"source": "environment", "timeout": 1.0},
+        {"source": "environment", "normalize": True},
         {"source": "model:a", "processes": 1},
         {"source": "http://127.0.0.1/score", "processes": 1},
         {"source": "judge:http://127.0.0.1/v1"},
@@ -142,7 +143,7 @@ def test_a_timeout_takes_a_process() -> None:
     ],
 )
 def test_keys_that_do_not_apply_are_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"go together|are of functions|greater than 0"):
+    with pytest.raises(ValueError, match=r"go together|for functions|of functions|greater than 0"):
         RewardSource(**keys)
 
 

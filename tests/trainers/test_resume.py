@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gearshift.errors import CheckpointError
+from gearshift.models.tiny import tiny_model
 from gearshift.runtime import checkpoint
 from gearshift.runtime.config import Config, Neutral
 from gearshift.trainers.rl import RLTrainer
@@ -72,6 +73,24 @@ def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None
     resumed = trainer(config, tmp_path / "cut")
     resumed.train()
     assert fingerprint(resumed) == fingerprint(straight)
+
+
+def test_it_is_so_in_bf16_with_many_micro_batches_and_a_warm_up(tmp_path: Path) -> None:
+    config = small(
+        steps=8, max_tokens=16, critic_warmup=2, kl={"beta": 0},
+        optimizer={"lr": 1e-2, "warmup": 2, "schedule": "cosine"},
+    )  # fmt: skip
+    ends = []
+    for name, stop in (("straight", None), ("cut", 1), ("cut", 4), ("cut", None)):
+        run = trainer(config, tmp_path / name, model=tiny_model().bfloat16())
+        if stop is None:
+            run.train()
+            ends.append(fingerprint(run))
+            continue
+        stop_after(run, stop)
+        with pytest.raises(InterruptedRunError):
+            run.train()
+    assert ends[0] == ends[1]
 
 
 def test_steps_after_the_checkpoint_are_done_again(tmp_path: Path) -> None:
