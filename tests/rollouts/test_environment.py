@@ -47,7 +47,7 @@ def test_gymnasiums_own_checker(id: str) -> None:
 def test_row_environment() -> None:
     env = RowEnvironment(ROWS, right)
     text, info = env.reset(options={"row": 1})
-    assert text == "3 + 3?" and info == {"messages": ROWS[1]["prompt"], "row": 1}
+    assert text == "3 + 3?" and info["messages"] == ROWS[1]["prompt"] and info["row"] == 1
     assert env.step("6") == ("", 1.0, True, False, {"answer": "6", "row": 1})
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step("6")
