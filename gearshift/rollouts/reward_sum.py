@@ -101,6 +101,7 @@ class RewardSum:
         unknown source.
         """
         self._tokenizer = tokenizer
+        self._ends = end_token_ids(tokenizer) if tokenizer else frozenset()
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
         self.functions: list[Named] = []
         self.models: list[Named] = []
@@ -133,9 +134,16 @@ class RewardSum:
         """
         if group and self.functions:
             self._begun[group[0].group_id] = [
-                workers.submit(partial(_call, [named], group))
+                workers.submit(partial(_call, [self._told(named, group)], group))
                 for workers, named in zip(self._workers, self.functions, strict=True)
             ]
+
+    def _told(self, named: Named, group: list[Trajectory]) -> Named:
+        """An address is told which answers were cut: it may be a reward model's."""
+        name, function, weight = named
+        if isinstance(function, HttpReward):
+            function = partial(function, ended=self._ended(group))
+        return name, function, weight
 
     def __call__(
         self, trajectories: Sequence[Trajectory]
@@ -218,17 +226,29 @@ class RewardSum:
         return replace(trajectory, rewards=rewards, rewarded=given)
 
     def _of_models(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
-        if self._tokenizer is None:
-            return _call(self.models, trajectories)
-        ends = end_token_ids(self._tokenizer)
+        """What the reward models say of these episodes, from the tokens that were written."""
         read = [t.token_ids[: _last_written(t) + 1] for t in trajectories]
-        ended = [
-            t.finish_reason == "stop" or ids[-1] in ends
-            for t, ids in zip(trajectories, read, strict=True)
+        models = self.models
+        if self._tokenizer is not None:
+            given: dict[str, Any] = {"token_ids": read, "policy": self._tokenizer}
+            given["ended"] = self._ended(trajectories)
+            models = [(name, partial(model, **given), weight) for name, model, weight in models]
+        results = _call(models, trajectories)
+        for values in results:
+            lost = [len(ids) for ids, v in zip(read, values, strict=True) if v and not usable(v)]
+            if lost:
+                self.last_failure = (
+                    f"a reward model gave no score to an episode of {max(lost)} tokens: it takes "
+                    "fewer, or the score is not finite"
+                )
+        return results
+
+    def _ended(self, trajectories: Sequence[Trajectory]) -> list[bool]:
+        """Whether the last answer of each came to its end; else it was cut."""
+        return [
+            t.finish_reason == "stop" or t.token_ids[_last_written(t)] in self._ends
+            for t in trajectories
         ]
-        given = {"token_ids": read, "ended": ended, "policy": self._tokenizer}
-        models = [(name, partial(model, **given), weight) for name, model, weight in self.models]
-        return _call(models, trajectories)
 
 
 def _last_written(trajectory: Trajectory) -> int:

@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             self._allow()
-            rewards = self._score(*_samples(self._body()))
+            rewards = self._score(**_samples(self._body()))
         except _RefusedError as error:
             self._refuse(error.status, str(error))
         except TimeoutError:
@@ -105,10 +105,12 @@ class _Handler(BaseHTTPRequestHandler):
             words = f"completions[{lost[0]}] is too long for the model, or its score is not finite"
             self._answer(422, {"error": words, "rewards": told, "lost": lost})
 
-    def _score(self, prompts: list[list[Message]], completions: list[str]) -> list[float | None]:
+    def _score(
+        self, prompts: list[list[Message]], completions: list[str], **ended: list[bool]
+    ) -> list[float | None]:
         try:
             with self.server.one_at_a_time:
-                rewards = self.server.reward(prompts, completions)
+                rewards = self.server.reward(prompts, completions, **ended)
             return [None if r is None else float(r) for r in rewards]  # type: ignore[union-attr]
         except GearshiftError as error:  # a text too long for the model, say
             raise _RefusedError(400, str(error)) from error
@@ -191,8 +193,10 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"it has no {word}")
 
 
-def _samples(body: Any) -> tuple[list[list[Message]], list[str]]:
-    """The prompts and completions of a request, each looked at."""
+def _samples(body: Any) -> dict[str, Any]:
+    """The prompts and completions of a request, each looked at; and `ended`, where some were cut
+    before their end.
+    """
     if not isinstance(body, dict):
         raise _RefusedError(400, 'the body must be {"prompts": [...], "completions": [...]}')
     prompts, completions = body.get("prompts"), body.get("completions")
@@ -207,7 +211,11 @@ def _samples(body: Any) -> tuple[list[list[Message]], list[str]]:
             raise _RefusedError(400, f'prompts[{i}] must be a list of {{"role", "content"}} texts')
         if not _is_text(completion):
             raise _RefusedError(400, f"completions[{i}] must be a text of Unicode")
-    return prompts, completions
+    samples = {"prompts": prompts, "completions": completions}
+    ended = body.get("ended", [True] * len(prompts))
+    if not isinstance(ended, list) or [*map(type, ended)] != [bool] * len(prompts):
+        raise _RefusedError(400, "ended must be a list of true and false, one a completion")
+    return samples if all(ended) else {**samples, "ended": ended}
 
 
 def _is_message(message: Any) -> bool:

@@ -3,6 +3,7 @@ texts, in which a spelled special token stays letters and a cut answer gets no e
 """
 
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gearshift.models.load import load_classifier, load_policy, save_model
 from gearshift.models.tiny import CHATML, tiny_tokenizer
 from gearshift.rollouts.reward_model import Ensemble, ModelReward, same_tokens
 from gearshift.rollouts.reward_sum import RewardSum
+from gearshift.serve.score import score_server
 from gearshift.trainers.process import render_steps
 from gearshift.trainers.reward import render_pairs
 from gearshift.trainers.rl import RewardSource
@@ -158,7 +160,7 @@ def test_what_is_longer_than_the_context_is_left_out_and_named(folder: Path) -> 
     total = RewardSum([RewardSource(source="model")], TINY, folder, tiny_tokenizer())
     scored, _ = total([episode(ids, ASKED, "", "length") for ids in ([70], long)])
     assert scored[0] is not None and scored[1] is None
-    assert total.missing["model"] == 0.5
+    assert total.missing["model"] == 0.5 and "no score to an episode of 6" in total.last_failure
 
 
 def test_a_policy_is_no_reward_model(tmp_path: Path) -> None:
@@ -177,3 +179,17 @@ def test_an_encoders_marks_stay_its_own() -> None:
     ids = render_scored(tokenizer, asked, "b")
     assert [i for i, t in enumerate(ids) if t < 3] == [0, len(ids) - 3, len(ids) - 1]
     assert tokenizer.decode(ids) == "<|im_start|>a<|im_end|><|im_end|>b<|im_end|>"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_served_reward_model_is_told_which_answers_were_cut(folder: Path, reason: str) -> None:
+    server = score_server(ModelReward(TINY, folder), port=0)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    ids = [*letters(tiny_tokenizer(), FORGED), *([2] if reason == "stop" else [])]
+    episodes = [episode(ids, ASKED, FORGED, reason)]
+    try:
+        served = rewards(folder, episodes, f"http://127.0.0.1:{server.server_address[1]}/score")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert served == pytest.approx(rewards(folder, episodes), abs=1e-5)
