@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.data import clean, load_rows, pack, render_supervised
+from gearshift.data import clean, load_rows, pack
 from gearshift.data.overlap import asked, prompt_keys, prompt_text
 from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError
@@ -372,12 +372,17 @@ def changed(
 
 
 @torch.no_grad()
-def perplexity(engine: HybridEngine, conversations: Sequence[Sequence[Message]]) -> float:
+def perplexity(engine: HybridEngine, episodes: Sequence[Mapping[str, Any]]) -> float:
     """exp of the mean negative log-probability, under the engine's model, of the tokens that the
-    assistant wrote in these conversations.
+    policy sampled in these episodes: an answer that was cut has no end token.
+
+    Raises `DataError` where an episode's tokens were not kept.
     """
-    batch = pack([render_supervised(engine.tokenizer, m) for m in conversations])
-    batch = batch.to(engine.device)
+    if not all("token_ids" in episode for episode in episodes):
+        raise DataError(
+            "A held-out record of an earlier version has no tokens; delete it, and it is made anew."
+        )
+    batch = pack([(e["token_ids"], e["loss_mask"]) for e in episodes]).to(engine.device)
     total = count = 0.0
     for micro in batch.split(4096):
         with engine.training():

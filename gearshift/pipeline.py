@@ -374,8 +374,8 @@ class Run:
         """To each held-out record, under the policy that RL began from."""
         engine = self._engine(start)
         for name, record in records(self.folder / "validation").items():
-            said = [s["messages"] for s in record["samples"] if not s["failed"]]
-            record["perplexity"] = perplexity(engine, said)
+            episodes = [s for s in record["samples"] if not s["failed"]]
+            record["perplexity"] = perplexity(engine, episodes)
             write_json(self.folder / "validation" / f"{name}.json", record)
 
     # Data

@@ -107,7 +107,7 @@ def clean(
             length += 1
         else:
             changed += mended != read
-            kept.append(SourceRow(mended, row.where) if isinstance(row, SourceRow) else mended)
+            kept.append(SourceRow(mended, row.where, row) if isinstance(row, SourceRow) else mended)
         seen.add(digest)
     return kept, CleanReport(len(rows), len(kept), changed, empty, duplicate, length)
 

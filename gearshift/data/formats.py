@@ -43,11 +43,13 @@ _ASKED = ({"prompt"}, {"instruction"})
 class SourceRow(dict[str, Any]):
     """A row that knows where it stands (`data.jsonl, line 3`), so that an error can say it."""
 
-    __slots__ = ("where",)
+    __slots__ = ("raw", "where")
 
-    def __init__(self, columns: Row, where: str) -> None:
+    def __init__(self, columns: Row, where: str, raw: Row | None = None) -> None:
+        """`raw`: the row as its file has it, where the columns were cleaned since."""
         super().__init__(columns)
         self.where = where
+        self.raw: Row = columns if raw is None else raw
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ SPLITS: tuple[Split, ...] = ("validation", "test")
 """What settings are chosen by, and what is looked at in the end."""
 
 Sample = dict[str, Any]
-"""One episode: row, problem, messages, prompt, completion, reward, success, failed, gold, metrics.
+"""One episode: row, problem, messages, prompt, completion, its tokens (in `loss_mask` 1 for those
+that the policy sampled), reward, success, failed, gold, metrics.
 """
 
 SEEDS: dict[Split, int] = {"validation": 1 << 31, "test": 3 << 30}
@@ -153,6 +154,8 @@ def sample(trajectory: Trajectory) -> Sample:
         "messages": messages,
         "prompt": next((m["content"] for m in messages if m["role"] == "user"), ""),
         "completion": completion,
+        "token_ids": trajectory.token_ids,
+        "loss_mask": trajectory.loss_mask,
         "reward": trajectory.reward,
         "success": bool(trajectory.info.get("success", False)),
         "failed": False,

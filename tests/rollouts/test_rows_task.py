@@ -4,6 +4,7 @@ told.
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,33 @@ def test_rows_with_answers_are_labelled(tmp_path: Path, rewards: str) -> None:
     ]
     train = load(paths["train"])
     assert len(train) == 13 and train[11]["prompt"] == [system, chat[0]]
+
+
+def test_what_a_reward_reads_is_as_the_file_has_it(tmp_path: Path, rewards: str) -> None:
+    """Gold answers and tests to the byte; the prompt and what is learned from are cleaned."""
+    gold = "  caf\u00c3\u00a9 &amp; \ufb01\r\n\n"
+    more = {"completion": gold, "tests": [gold], "id": gold}
+    source = write(tmp_path / "rows.jsonl", [{**r, **more} for r in sums(20)])
+    paths = t.prepare(config(source, rewards), 0, tmp_path / "data")
+    for split in ("train", "test"):
+        for row in load(paths[split]):
+            assert (row["completion"], row["tests"], row["id"]) == (gold, [gold], gold)
+    [answer] = {row["messages"][-1]["content"] for row in load(paths["labelled"])}
+    assert answer == "  caf\u00e9 &amp; \ufb01"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud83d"])
+def test_what_json_cannot_hold_is_named_by_row(value: Any, tmp_path: Path, rewards: str) -> None:
+    bad = 11
+    rows = [{**row, "x": value if i == bad else 0.5} for i, row in enumerate(sums(12))]
+    if isinstance(value, str):
+        source = write(tmp_path / "rows.jsonl", rows)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        source = str(tmp_path / "rows.parquet")
+        parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), source)
+    with pytest.raises(DataError, match=r"rows\.\w+, (row|line) 12: `x` is .*, which JSON cannot"):
+        t.prepare(config(source, rewards), 0, tmp_path / "data")
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path, rewards: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
 from gearshift.data.formats import ChatExample, given, to_prompt, to_supervised
-from gearshift.data.messages import ROLES
+from gearshift.data.messages import ROLES, show
 from gearshift.data.overlap import near, prompt_keys
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
@@ -228,16 +228,20 @@ def _tell_overlap(
 
 def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
     example = to_prompt(row)
+    raw = getattr(row, "raw", row)
+    columns = {}
     for column, value in example.columns.items():
+        # What a reward reads is as the file has it, to the letter.
+        columns[column] = raw[column] if isinstance(value, str) else value
         try:
-            json.dumps(value)
+            json.dumps(columns[column], ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError):
             raise DataError(
-                f"{getattr(row, 'where', 'A row')}: `{column}` is a {type(value).__name__}, which "
-                "JSON cannot hold; make it a text or a number."
+                f"{getattr(row, 'where', 'A row')}: `{column}` is {show(value)}, which JSON cannot "
+                "hold; make it a text or a finite number."
             ) from None
     return {
-        **example.columns,
+        **columns,
         "prompt": _with_system(example.prompt, system),
         **_options(example.options),
     }
