@@ -25,6 +25,7 @@ from gearshift.data.template import (
     text_of,
     with_reasoning,
 )
+from gearshift.data.text import decode
 from gearshift.errors import DataError
 from gearshift.types import Message
 
@@ -369,13 +370,11 @@ def _continued(
 
 def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Rendered:
     """(ids, mask) of a text: 1 on each token with a character in one of the spans."""
-    if not tokenizer.is_fast:  # no offsets: what encodes as the text up to there does
+    if not tokenizer.is_fast:  # it gives no offsets
         ids = _encode(tokenizer, text)
-        mask = [0] * len(ids)
-        for span in spans:
-            first, last = (_common(ids, _encode(tokenizer, text[:at])) for at in span)
-            mask[first:last] = [1] * (last - first)
-        return ids, mask
+        ends = [len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids))]
+        parts = zip([0, *ends], ends, strict=False)
+        return ids, [int(any(a < end and start < b for start, end in spans)) for a, b in parts]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, mask = _once_bos(tokenizer, encoded["input_ids"]), []
     before = 0
@@ -384,12 +383,6 @@ def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
         start, before = min(start, before), end
         mask.append(int(any(start < last and first < end for first, last in spans)))
     return ids, mask
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

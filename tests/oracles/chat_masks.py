@@ -1,5 +1,7 @@
 """Which characters of a rendered conversation the assistant wrote, by walking the text itself."""
 
+from transformers import PreTrainedTokenizerBase
+
 
 def answer_mask(text: str, opening: str, end: str) -> list[bool]:
     """True on what stands between each `opening` and the next `end`, and on that `end`."""
@@ -16,3 +18,15 @@ def answer_mask(text: str, opening: str, end: str) -> list[bool]:
 def chatml_mask(text: str) -> list[bool]:
     """The same for ChatML."""
     return answer_mask(text, "<|im_start|>assistant\n", "<|im_end|>")
+
+
+def show_mask(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[int]) -> str:
+    """The text of the tokens, each run of trained ones between « and »."""
+    text = ""
+    for i, token in enumerate(ids):
+        if mask[i] and (i == 0 or not mask[i - 1]):
+            text += "«"
+        text += str(tokenizer.decode([token]))
+        if mask[i] and (i + 1 == len(ids) or not mask[i + 1]):
+            text += "»"
+    return text
