@@ -83,6 +83,11 @@ class Recipe(Config):
         return expand(tree) if isinstance(tree, dict) else tree
 
 
+def today() -> datetime.date:
+    """The day it is."""
+    return datetime.date.today()
+
+
 def dated(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the date that chat templates take for today: its own, the one that the
     recipe in the folder has, or today.
@@ -91,7 +96,7 @@ def dated(recipe: Recipe, folder: Path) -> Recipe:
         return recipe
     path = folder / "recipe.yaml"
     kept = load(Recipe, path).model.date if path.exists() else None
-    date = kept or datetime.date.today()
+    date = kept or today()
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
