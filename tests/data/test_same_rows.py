@@ -137,7 +137,8 @@ def test_some_prompts_with_an_answer(tmp_path: Path) -> None:
     for kind in KINDS:
         config = task.RowsConfig(
             train=[{"path": write(tmp_path, rows, kind)}],
-            heldout=0.2,
+            validation=0.1,
+            test=0.1,
             reward=f"{tmp_path / 'reward.py'}:f",
         )
         paths = task.prepare(config, 0, tmp_path / kind)
@@ -148,7 +149,8 @@ def test_some_prompts_with_an_answer(tmp_path: Path) -> None:
     labelled = len(made["jsonl"]["labelled"])
     assert {split: len(rows) for split, rows in made["jsonl"].items()} == {
         "train": 8,
-        "heldout": 2,
+        "validation": 1,
+        "test": 1,
         "labelled": labelled,
     }
     assert 1 <= labelled <= 3
@@ -167,7 +169,8 @@ def test_a_prompts_tools_and_flags_reach_the_tasks_files(tmp_path: Path) -> None
     (tmp_path / "reward.py").write_text("def f(completions, **_):\n    return [1.0]\n")
     config = task.RowsConfig(
         train=[{"path": write(tmp_path, rows, "jsonl")}],
-        heldout=0.25,
+        validation=0.25,
+        test=0.25,
         reward=f"{tmp_path / 'reward.py'}:f",
     )
     paths = task.prepare(config, 0, tmp_path / "data")
