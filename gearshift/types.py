@@ -276,6 +276,15 @@ class PackedBatch:
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.loss_mask.cpu().cumsum(0)])
         return ends[self.cu_seqlens[1:]] - ends[self.cu_seqlens[:-1]]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, those that it continues included."""
+        ends: list[int] = []
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
+        for length, parent in zip(lengths, self.parents.tolist(), strict=True):
+            ends.append(length + (ends[parent] if parent >= 0 else 0))
+        return max(ends, default=0)
+
     def scored(self, name: str) -> Tensor:
         """[M]: the per-token field `name` at the scored tokens. Raises ValueError if not set."""
         value = getattr(self, name)

@@ -18,8 +18,9 @@ from gearshift.engine.cache import BlockCache
 from gearshift.engine.kernels import Kernels, Places
 from gearshift.engine.layers import Angles, embed, layers
 from gearshift.engine.weights import AliasedWeights
+from gearshift.errors import ModelError
 from gearshift.models.attention import AttentionOptions
-from gearshift.models.describe import Plan
+from gearshift.models.describe import Plan, trunk_of
 from gearshift.models.logprobs import Head
 
 
@@ -34,7 +35,10 @@ class Decoder:
         head: Head,
         kernels: Kernels,
         cache: BlockCache,
+        max_length: int,
     ) -> None:
+        """`max_length`: no token stands at this position or beyond."""
+        self.max_length = max_length
         self.model, self.plan, self.weights, self.head = model, plan, weights, head
         self.kernels, self.cache = kernels, cache
         self._steps: dict[tuple[int, int], Step] = {}
@@ -156,8 +160,12 @@ class Step:
             decoder.kernels.draw(logits, self.temperature, self.uniforms, self.ids, self.logprobs)
             return logits
 
+        def advance() -> None:
+            # A row that has ended may be drawn further, but no table of positions goes further.
+            self.positions.add_(1).clamp_(max=decoder.max_length - 1)
+
         def plain() -> Tensor:
-            self.positions += 1
+            advance()
             return draw(decoder(self.ids, Places(places.rows, self.positions, self.table)))
 
         if plan is None or weights is None:
@@ -165,7 +173,7 @@ class Step:
         x, angles = embed(plan, self.ids, self.positions.clamp(min=0))
 
         def prepare() -> None:
-            self.positions += 1
+            advance()
             places.moved()
             now, turned = embed(plan, self.ids, self.positions)
             x.copy_(now)
@@ -193,7 +201,7 @@ def generic(
     """[T] token ids at `places` -> [B, C] states of the wanted ones, through Hugging Face's own
     modules.
     """
-    out = model.base_model(
+    out = trunk_of(model)(
         input_ids=input_ids[None],
         position_ids=places.positions[None],
         use_cache=False,
@@ -208,11 +216,15 @@ class CachedLayout:
 
     def __init__(self, kernels: Kernels, cache: BlockCache, places: Places) -> None:
         self.kernels, self.cache, self.places = kernels, cache, places
+        self._written: set[int] = set()
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
     ) -> Tensor:
         """[1, H, T, D] queries, [1, K, T, D] new keys and values -> [1, H, T, D]."""
+        if layer in self._written:
+            raise ModelError("it attends more than once in a layer, which has one place for keys")
+        self._written.add(layer)
         qkv = torch.cat((query[0], key[0], value[0])).transpose(0, 1).contiguous()
         store = self.cache.layer(layer, qkv[:, : key.shape[1]])
         query = self.kernels.rotate_and_write(qkv, None, store, self.places)

@@ -29,15 +29,18 @@ from gearshift.data.chat import end_token_ids
 from gearshift.data.text import decode
 from gearshift.engine import requests
 from gearshift.engine.cache import BLOCK, BlockCache
+from gearshift.engine.check import check
 from gearshift.engine.decode import Decoder
+from gearshift.engine.kernels import Kernels
 from gearshift.engine.layers import packed_states
 from gearshift.engine.native import kernels_of
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights
-from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
+from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
 from gearshift.models.attention import ATTENTION, require_attention
-from gearshift.models.describe import check_head, describe, head_of
+from gearshift.models.describe import describe, head_of
+from gearshift.models.exact import Limit, context_length, named
 from gearshift.models.forward import drops_out, hidden_states, token_scores
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
@@ -144,7 +147,7 @@ class HybridEngine:
         self._written, self._addresses = self._writes(), self._found_at()
         self._scheduler: Scheduler | None = None
         self._timing = Timing()
-        self._check_head()
+        self.limit = self._check()
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +157,7 @@ class HybridEngine:
     @property
     def max_length(self) -> int:
         """Longest prompt plus completion, in tokens."""
-        longest = getattr(self.model.config, "max_position_embeddings", None) or 2**20
+        longest = context_length(self.model.config) or 2**20
         return min(longest, self.config.max_length or longest)
 
     # Gears
@@ -281,6 +284,8 @@ class HybridEngine:
                 f"A row has the token {int(batch.input_ids.max())} and the model {self.vocabulary} "
                 "tokens; take out what stands for an image or a sound."
             )
+        if self.limit:
+            self.limit.check(batch)
         if self.plan is None or self.weights is None or drops_out(self.model):
             if self.config.recompute:
                 raise GearshiftError(
@@ -288,6 +293,10 @@ class HybridEngine:
                     "it off, or lower max_tokens to save memory."
                 )
             return hidden_states(self.model, batch)
+        return self._planned(batch)
+
+    def _planned(self, batch: PackedBatch) -> Tensor:
+        assert self.plan is not None and self.weights is not None
         recompute = bool(self.config.recompute)
         return packed_states(self.plan, self.weights, self.kernels, batch, recompute)
 
@@ -429,10 +438,9 @@ class HybridEngine:
         return groups
 
     def _new_scheduler(self) -> Scheduler:
-        cache = BlockCache()
-        decoder = Decoder(self.model, self.plan, self.weights, self.head, self.kernels, cache)
+        decoder = self._decoder(self.kernels)
         return Scheduler(
-            cache,
+            decoder.cache,
             decoder,
             partial(decode, self.tokenizer),
             self.config.max_rows,
@@ -440,6 +448,11 @@ class HybridEngine:
             self.config.steps_ahead or (1 if self.device.type == "cpu" else 8),
             self.device,
             self._timing,
+        )
+
+    def _decoder(self, kernels: Kernels) -> Decoder:
+        return Decoder(
+            self.model, self.plan, self.weights, self.head, kernels, BlockCache(), self.max_length
         )
 
     def _check_room(self, index: int, length: int, new: int) -> None:
@@ -467,11 +480,13 @@ class HybridEngine:
         longest = max((len(g[0].prompt) + g[0].params.max_new_tokens for g in groups), default=0)
         scheduler.cache.grow(min(live, self.config.max_rows) * -(-longest // BLOCK))
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.arange(3, 9, device=self.device) % self.model.config.vocab_size
-        cu = torch.tensor([0, len(ids)])
-        mask = torch.ones(len(ids), dtype=torch.bool, device=self.device)
-        positions = torch.arange(len(ids), device=self.device)
-        batch = PackedBatch(ids, positions, cu, torch.tensor([-1]), mask)
-        check_head(self.model, hidden_states(self.model, batch), ids)
+    def _check(self) -> Limit | None:
+        """See `engine.check`."""
+        states = self._planned if self.plan else None
+        limit = check(self.model, self.plan, states, lambda: self._decoder(kernels_of(self.model)))
+        if limit and self.max_length > limit.tokens:
+            raise ModelError(
+                f"{named(self.model)} is right up to {limit.tokens} tokens only ({limit.why}); "
+                f"set engine.max_length={limit.tokens} or less."
+            )
+        return limit

@@ -9,39 +9,16 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from gearshift.engine.kernels import Kernels
-from gearshift.engine.native import kernels_of
 from gearshift.engine.weights import AliasedWeights
 from gearshift.models.attention import AttentionOptions, PackedLayout
-from gearshift.models.describe import Plan, describe, head_of
-from gearshift.models.forward import drops_out, hidden_states
+from gearshift.models.describe import Plan
 from gearshift.types import PackedBatch
 
 Angles = list[tuple[Tensor, Tensor]]
-
-
-class PackedModel:
-    """The last hidden states of a model that only scores (a reference, a critic), as the training
-    gear computes the policy's: by its plan, or by its own modules where it has none.
-    """
-
-    def __init__(self, model: PreTrainedModel, head: nn.Module | None = None) -> None:
-        """`head`: of a model that has none for tokens (a classifier's score)."""
-        self.model, self.plan = model, describe(model)
-        self.weights: AliasedWeights | None = None
-        if self.plan:
-            self.weights = AliasedWeights(self.plan, head or head_of(model).linear)
-        self.kernels = kernels_of(model)
-
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        """[T, C]."""
-        if self.plan is None or self.weights is None or drops_out(self.model):
-            return hidden_states(self.model, batch)
-        return packed_states(self.plan, self.weights, self.kernels, batch)
 
 
 class Attention(Protocol):

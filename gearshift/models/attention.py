@@ -9,6 +9,8 @@ packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from gearshift.errors import ModelError
 from gearshift.runtime import native
@@ -24,6 +27,7 @@ from gearshift.types import PackedBatch
 
 ATTENTION = "gearshift"
 """The name under which Hugging Face models find `hf_attention`."""
+NO_INTERFACE = "its attention does not go through Hugging Face's attention interface"
 
 _PLAIN_SCORES = 2**25
 """Above this many scores a CPU is better off with the blocked kernel, which never stores them."""
@@ -76,6 +80,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: Attention
     return (weights.view(B, K, -1, L) @ value).view(B, H, S, D)
 
 
+class LostLayoutError(ModelError):
+    """An attention layer was called without being told which tokens belong together."""
+
+
 def hf_attention(
     module: nn.Module,
     query: Tensor,
@@ -88,20 +96,31 @@ def hf_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface: [B, H, S, D] in, [B, S, H, D] out."""
+    """Hugging Face's attention interface: [B, H, S, D] in, [B, S, H, D] out.
+
+    Values of another size than the queries' (latent attention) are filled up with zeros, and what
+    these become is cut off.
+    """
     if layout is None:
-        raise ModelError(
+        raise LostLayoutError(
             "This model was loaded for the engine; to call it directly, first run "
             "model.set_attn_implementation('sdpa')."
         )
     if s_aux is not None:
-        raise ModelError(f"{type(module).__name__} uses attention sinks, which are not built yet.")
+        raise ModelError("its attention has sinks, which the engine does not compute")
+    if attention_mask is not None or others.get("position_bias") is not None:
+        raise ModelError("it makes attention masks or biases itself, which the engine ignores")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scaling, dropout, sliding_window, softcap)
     layer = int(getattr(module, "layer_idx", 0) or 0)
-    return layout.attend(query, key, value, layer, options).transpose(1, 2), None
+    size, own = query.shape[-1], value.shape[-1]
+    if own > size:
+        raise ModelError("its values are longer than its queries, which its cache has no place for")
+    if own < size:
+        value = F.pad(value, (0, size - own))
+    return layout.attend(query, key, value, layer, options).transpose(1, 2)[..., :own], None
 
 
 AttentionInterface.register(ATTENTION, hf_attention)
@@ -117,6 +136,27 @@ def require_attention(model: PreTrainedModel) -> None:
             "the engine needs its own: run "
             f"model.set_attn_implementation({ATTENTION!r})."
         )
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Hugging Face's own attention; the model's comes back after. Raises `ModelError` where the
+    model does not obey.
+    """
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a model that does not obey only logs that
+    try:
+        for name in (ATTENTION, "eager"):
+            model.set_attn_implementation(name)
+            if model.config.get_text_config()._attn_implementation != name:
+                raise ModelError(NO_INTERFACE)
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 class PackedLayout:

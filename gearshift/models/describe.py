@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -83,6 +82,14 @@ def describe(model: PreTrainedModel) -> Plan | None:
     """The plan of a model we know, or None: it then runs through the Hugging Face forward."""
     reader = _READERS.get(model.config.model_type)
     return reader(model.config, model.base_model) if reader else None
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The part that makes hidden states; a few families call the language model itself their base
+    (Llama 4).
+    """
+    base: nn.Module = model.base_model
+    return getattr(model, "model", base) if base is model else base
 
 
 def own(module: Module) -> Module:
@@ -316,32 +323,7 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ModelError(
             f"{type(model).__name__} has no linear language-model head; load a causal LM."
         )
-    config = model.config
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return Head(linear, float(scale), getattr(config, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel, hidden_MH: Tensor, input_ids: Tensor) -> None:
-    """Compare our head with the model's own logits on a short input; raises `ModelError` if they
-    differ.
-
-    It keeps a family whose logits go through something `head_of` does not know from training
-    wrongly.
-    """
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        theirs = model(input_ids=input_ids[None], use_cache=False).logits[0].float()
-    finally:
-        model.set_attn_implementation(implementation)
-    ours = head_of(model).logits(hidden_MH)
-    scale = theirs.abs().max().clamp(min=1.0)
-    tolerance = 1e-3 if theirs.dtype == torch.float32 and hidden_MH.dtype == torch.float32 else 0.1
-    if not bool((ours - theirs).abs().max() <= tolerance * scale):
-        raise ModelError(
-            f"The logits of {type(model).__name__} are not those of its head on its hidden states, "
-            "so its "
-            "log-probabilities would be wrong; this architecture is not supported yet."
-        )

@@ -11,20 +11,24 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gearshift.models.attention import PackedLayout, require_attention
-from gearshift.models.describe import head_of
+from gearshift.models.attention import Layout, PackedLayout, require_attention
+from gearshift.models.describe import head_of, trunk_of
 from gearshift.models.logprobs import TokenScores, token_logprobs
 from gearshift.types import PackedBatch
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[T, H] last hidden states of the packed tokens; no padding, nothing crosses sequences."""
+def hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, layout: Layout | None = None
+) -> Tensor:
+    """[T, H] last hidden states of the packed tokens; no padding, nothing crosses sequences.
+    `layout`: the attention, where it is not simply the batch's.
+    """
     require_attention(model)
-    out = model.base_model(
+    out = trunk_of(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        layout=PackedLayout(batch),
+        layout=layout or PackedLayout(batch),
     )
     hidden: Tensor = out.last_hidden_state[0]
     return hidden

@@ -42,7 +42,7 @@ from gearshift.models.adapters import (
     merged_state,
     save_adapter,
 )
-from gearshift.models.attention import ATTENTION
+from gearshift.models.attention import ATTENTION, NO_INTERFACE
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.chat_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
@@ -340,12 +340,20 @@ def _from_pretrained(
         return auto.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, local_files_only=local, **kwargs
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a config, a file or code that is not ours may fail in any way
         raise ModelError(
-            f"Model {name!r} could not be loaded ({reason}); give a folder with a saved model, "
-            "a Hugging Face "
-            f"name, or `embedded`."
+            f"Model {name!r} could not be loaded ({_said(error)}); give a folder with a saved "
+            "model, a Hugging Face name, or `embedded`."
         ) from error
     finally:
         hf_logging.set_verbosity(level)
+
+
+def _said(error: Exception) -> str:
+    """The first line of what a library says, so that it can be understood."""
+    if isinstance(error, KeyError) and error.args == (ATTENTION,):
+        return NO_INTERFACE
+    said = next(iter(str(error).strip().splitlines()), "")
+    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"

@@ -1,0 +1,366 @@
+"""A small random model of every type that `AutoModelForCausalLM` knows, and whether the engine runs
+it rightly or refuses it: `python -m tests.models.families` writes docs/models.md.
+
+What is right is told by Hugging Face's own forward of each sequence alone, not by the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 300
+
+NOT_RUN = {
+    "whisper": "speech",
+    "musicgen": "music",
+    "musicgen_melody": "music",
+    "moshi": "speech",
+    "git": "captions of images",
+    "trocr": "the decoder of an image reader",
+    "moss_transcribe_diarize": "speech",
+    "got_ocr2": "images",
+    "fuyu": "images",
+    "gemma4_assistant": "a drafter",
+    "gemma4_unified_assistant": "a drafter",
+    "gemma3n": "its vision part needs timm; its text part is `gemma3n_text`",
+}
+"""Types that are no language models by themselves."""
+
+_SMALL = {
+    # sizes
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "emb_dim": 64,
+    "intermediate_size": 96,
+    "dff": 96,
+    "ffn_dim": 96,
+    "dim_ff": 96,
+    "d_inner": 96,
+    "n_inner": 96,
+    "ffn_hidden_size": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "intermediate_size_mlp": 96,
+    "dense_intermediate_size": 96,
+    "feed_forward_size": 96,
+    # layers
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "num_decoder_layers": 2,
+    "num_encoder_layers": 1,
+    # heads
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+    "num_encoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "dim_head": 16,
+    "attention_head_size": 16,
+    "kv_channels": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "rotary_dim": 8,
+    "query_pre_attn_scalar": 16,
+    # lengths
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "n_ctx": 128,
+    "max_seq_len": 128,
+    "context_length": 128,
+    "original_max_position_embeddings": 128,
+    "sliding_window": 8,
+    "window_size": 8,
+    "local_attention": 8,
+    "sliding_window_size": 8,
+    "attention_window_size": 8,
+    "attention_chunk_size": 8,
+    "rel_extent": 16,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "zero_expert_num": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "router_hidden_size": 32,
+    # latent attention and indexers: the values' size is not the queries'
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "o_lora_rank": 16,
+    "o_groups": 2,
+    # states
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_d_ssm": 128,
+    "mamba_chunk_size": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "state_size": 8,
+    "chunk_size": 8,
+    "n_groups": 1,
+    "lru_width": 64,
+    # per-layer parts of Gemma
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 2,
+    # tokens
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+    "sep_token_id": 2,
+    "cls_token_id": 1,
+    "eod_token_id": 2,
+    "unpadded_vocab_size": VOCABULARY,
+    # others
+    "tie_word_embeddings": False,
+    "is_decoder": True,
+    "use_mamba_kernels": False,
+    "classifier_dropout": 0.0,
+}
+"""What a config gets, where it has such a field."""
+
+_KINDS = {"num_hidden_layers": 4}
+_WINDOWS = {**_KINDS, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+_STATES = {
+    **_KINDS,
+    "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+}
+_CONVOLUTIONS = {**_KINDS, "layer_types": ["conv", "full_attention"] * 2}
+_LATENT = {"num_key_value_heads": 4}
+_LATENT_8 = {**_LATENT, "head_dim": 8}
+_SEEING = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+_PARTS = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": 128,
+    "hidden_size_global": 64,
+}  # fmt: skip
+_SHARED = {
+    "num_hidden_layers": 5, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}  # fmt: skip
+_QWEN_4 = {
+    **_KINDS, "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_budget": 8,
+    "ngram_vocab_size_base": 50, "split_ngram_parts": 2, "hc_lowrank": 8,
+}  # fmt: skip
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT_8,
+    "bailing_hybrid": {**_STATES, **_LATENT},
+    "bamba": {**_KINDS, "attn_layer_indices": [2]},
+    "beam": _WINDOWS,
+    "blt": {
+        "encoder_hash_byte_group_vocab": 100,
+        **{f"{part}_config": _PARTS for part in ("patcher", "encoder", "decoder", "global")},
+    },
+    "cohere2": _WINDOWS,
+    "cohere2_moe": _WINDOWS,
+    "cohere_compass_text": {
+        **_WINDOWS,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": None,
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": _LATENT_8,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT_8,
+    "deepseek_v4": _KINDS,
+    "dots3_note": {"vision_config": {**_SEEING, "adapter_in_dim": 32, "adapter_out_dim": 64}},
+    "dots3_note_text": _LATENT_8,
+    "exaone4": _WINDOWS,
+    "exaone_moe": _WINDOWS,
+    "gemma2": _WINDOWS,
+    "gemma3": {"vision_config": _SEEING},
+    "gemma3_text": _WINDOWS,
+    "gemma3n_text": _SHARED,
+    "gemma4": {"vision_config": None, "audio_config": None},
+    "gemma4_text": _SHARED,
+    "gemma4_unified": {"vision_config": None, "audio_config": None},
+    "gemma4_unified_text": _SHARED,
+    "glm4_moe_lite": {**_LATENT, "v_head_dim": 24},
+    "glm_moe_dsa": _LATENT_8,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": _STATES,
+    "hy_v4": _LATENT,
+    "inkling_text": {**_KINDS, "logits_mup_width_multiplier": 1.0},
+    "inkling2_text": _KINDS,
+    "jamba": {**_KINDS, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {**_STATES, **_LATENT},
+    "kolibri1": _WINDOWS,
+    "laguna": _WINDOWS,
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": _CONVOLUTIONS,
+    "lfm3": _CONVOLUTIONS,
+    "llama4": {"vision_config": _SEEING},
+    "llama4_text": _KINDS,
+    "longcat_flash": _LATENT_8,
+    "mamba2": {"num_heads": 8},
+    "minicpm3": _LATENT,
+    "minimax": _STATES,
+    "ministral": _WINDOWS,
+    "mllama": {
+        "vision_config": {
+            **_SEEING,
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "max_num_tiles": 4,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+        },
+        "text_config": {"cross_attention_layers": []},
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    },
+    "olmo3": _WINDOWS,
+    "olmo_hybrid": _STATES,
+    "phi4_multimodal": {
+        "vision_config": {**_SEEING, "crop_size": 28},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+        },
+    },
+    "qwen2_moe": {"use_sliding_window": False},
+    "qwen3_5": {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32}},
+    "qwen3_5_moe": {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32}},
+    "qwen3_5_moe_text": _STATES,
+    "qwen3_5_text": _STATES,
+    "qwen3_next": _STATES,
+    "qwen4_exp_text": _QWEN_4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds_dim": [16, 48],
+        "axial_pos_shape": [8, 16],
+    },
+    "rembert": {"input_embedding_size": 64, "output_embedding_size": 80},
+    "roc_bert": {
+        "pronunciation_vocab_size": 50,
+        "shape_vocab_size": 50,
+        "pronunciation_embed_dim": 16,
+        "shape_embed_dim": 16,
+    },
+    "smollm3": {**_KINDS, "no_rope_layer_interval": 2},
+    "vaultgemma": _WINDOWS,
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "youtu": _LATENT,
+    "zamba": {
+        **_KINDS,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        **_KINDS,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "chunk_size": 8,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What a type needs besides."""
+
+
+def fields_of(config_class: Any) -> set[str]:
+    """The names that this config takes."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name for field in dataclasses.fields(config_class)}
+    return set(inspect.signature(config_class.__init__).parameters)
+
+
+def small_config(kind: str, **more: Any) -> Any:
+    """A small config of this type."""
+    config_class = CONFIG_MAPPING[kind]
+    names = fields_of(config_class)
+    given = {name: value for name, value in _SMALL.items() if name in names}
+    given |= _OVERRIDES.get(kind, {}) | more
+    if "text_config" in config_class.sub_configs:
+        text = config_class.sub_configs["text_config"]
+        given["text_config"] = {
+            **{n: v for n, v in _SMALL.items() if n in fields_of(text)},
+            **_OVERRIDES.get(text.model_type, {}),
+            **given.get("text_config", {}),
+        }
+    return config_class(**given)
+
+
+def random_model(config: Any, seed: int = 3) -> PreTrainedModel:
+    """Random weights whose logits spread by about 2; norms, biases and sinks are random too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"
+        )
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape))
+            else:
+                parameter.data.normal_(std=0.15)
+    return model.eval()
