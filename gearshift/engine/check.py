@@ -73,15 +73,15 @@ def check(
     """
     if state := keeps_state(model):
         raise _refused(model, state)
-    watched = None if states else _Watched(model)
-    sizes = {layer.attention.window for layer in plan.layers} if plan else set()
+    windows = {layer.attention.window for layer in plan.layers} if plan else set()
+    states = states or _Watched(model, windows)
     longest = context_length(model.config) or 2**20
     found, draw = None, 0
     with _undisturbed(model):
         while draw < _DRAWS:
             tokens = _sequences(model, draw, longest)
             try:
-                why = _difference(model, tokens, states or watched, decoder, head)
+                why = _difference(model, tokens, states, decoder, head)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except LostLayoutError as error:
@@ -91,7 +91,7 @@ def check(
             except Exception as error:
                 said = next(iter(str(error).strip().splitlines()), "")
                 raise _refused(model, f"{type(error).__name__}: {said}") from error
-            limit = shortest(limits(model, sizes | (watched.windows if watched else set())))
+            limit = shortest(limits(model, windows))
             if why is None:
                 return limit
             if limit and limit.tokens < max(map(len, tokens)):
@@ -224,8 +224,8 @@ def _alone(model: PreTrainedModel, row: list[int], head: bool, counted: bool = F
 class _Watched:
     """A model's own modules over a packed batch; keeps the windows that attention is asked for."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.windows = model, set[int | None]()
+    def __init__(self, model: PreTrainedModel, windows: set[int | None]) -> None:
+        self.model, self.windows = model, windows
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.layout = PackedLayout(batch)

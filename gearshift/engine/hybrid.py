@@ -38,6 +38,7 @@ from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
+from gearshift.models.adapters import adapted_layers, switched
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import describe, head_of
 from gearshift.models.exact import Limit, context_length, named
@@ -144,7 +145,8 @@ class HybridEngine:
         self.weights_version = 0
         self.gear: Gear | None = None
         self.shift_seconds = 0.0
-        self._written, self._addresses = self._writes(), self._found_at()
+        self._addresses = self._found_at()
+        self._seen = self._signs()
         self._scheduler: Scheduler | None = None
         self._timing = Timing()
         self.limit = self._check()
@@ -191,7 +193,7 @@ class HybridEngine:
                     "The weights changed while requests were running; let them end, or abort them."
                 )
             self._scheduler.cache.forget()
-        self._written = self._writes()
+        self._seen = self._signs()
         self.weights_version += 1
 
     # Generation
@@ -254,6 +256,8 @@ class HybridEngine:
         if self._scheduler is None or self._scheduler.idle:
             raise GearshiftError("No request is running; an earlier error ended it: send it again.")
         try:
+            if self._signs() != self._seen:
+                self.weights_changed()
             self._scheduler.step()
         except BaseException:
             self._scheduler = None
@@ -357,6 +361,14 @@ class HybridEngine:
 
     def _shift(self, gear: Gear) -> None:
         require_attention(self.model)
+        self._follow()
+        if gear == "training" and not self.config.keep_cache:
+            self._give_back()
+        if gear == "generation":
+            self._pack()
+
+    def _follow(self) -> None:
+        """Notice what was done to the weights: moved, written, an adapter switched."""
         if self._where() != self._home:  # moved, or in another precision
             self._give_back()
             self._home = self._where()
@@ -365,17 +377,17 @@ class HybridEngine:
             self._addresses = addresses
             if self._scheduler is not None:
                 self._scheduler.decoder.forget()
-        if mended or self._writes() != self._written:
+        if mended or self._signs() != self._seen:
             self.weights_changed()
-        if gear == "training" and not self.config.keep_cache:
-            if self._scheduler is not None and not self._scheduler.idle:
-                raise GearshiftError("Requests are running; let them end before training.")
-            self._give_back()
-        if gear == "generation" and self.weights and self.config.packed_weights:
+
+    def _pack(self) -> None:
+        if self.weights and self.config.packed_weights:
             self.weights.pack(self.kernels, self.weights_version, self.config.max_rows)
 
     def _give_back(self) -> None:
         """Everything that the generation gear holds beside the weights."""
+        if self._scheduler is not None and not self._scheduler.idle:
+            raise GearshiftError("Requests are running; let them end, or abort them.")
         self._scheduler = None
         if self.weights:
             self.weights.unpack()
@@ -384,13 +396,18 @@ class HybridEngine:
     def _where(self) -> tuple[torch.device, torch.dtype]:
         return self.device, self.model.dtype
 
-    def _writes(self) -> int:
-        """Grows with every in-place write to a parameter, whoever does it."""
-        return sum(p._version for p in self.model.parameters())
+    def _signs(self) -> tuple[object, ...]:
+        """Differs after every in-place write to a parameter (but through `.data`), whoever does it,
+        and after an adapter is switched, scaled or merged.
+        """
+        written = sum(p._version for p in self._parameters)
+        return written, *map(switched, self._adapted)
 
     def _found_at(self) -> list[int]:
         """Where the parameters lie; recorded steps read them there."""
-        return [p.data_ptr() for p in self.model.parameters()]
+        self._parameters = list(self.model.parameters())
+        self._adapted = [layer for _, layer in adapted_layers(self.model)]
+        return [p.data_ptr() for p in self._parameters]
 
     def _require(self, gear: Gear, what: str) -> None:
         if self.gear != gear:
@@ -430,6 +447,8 @@ class HybridEngine:
             ]
             for prompt, own, request_id in zip(tokens, params, request_ids, strict=True)
         ]
+        self._follow()
+        self._pack()
         scheduler = self._scheduler or self._new_scheduler()
         self._scheduler = scheduler
         self._make_room(scheduler, groups)

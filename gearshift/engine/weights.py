@@ -33,12 +33,14 @@ class FusedLinear:
         self.transposed = isinstance(self.linears[0], Conv1D)
         self.product: Product | None = None
         """Of the packed copy, where there is one."""
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: tuple[object, ...] = ()
         self.weight, self.bias = self._fuse()
         ends = torch.tensor([self._out(linear) for linear in self.linears]).cumsum(0).tolist()
         self.slices = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         each = zip(modules, self.slices, strict=True)
-        self.adapted = [(module, part) for module, part in each if own(module) is not module]
+        self.adapted: list[tuple[Any, slice]] = [
+            (module, part) for module, part in each if own(module) is not module
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, sum of outs]."""
@@ -60,7 +62,10 @@ class FusedLinear:
         fastest in. A weight that is not trained and was not written keeps the copy that it has.
         """
         trained = any(linear.weight.requires_grad for linear in self.linears)
-        stamp = (version if trained else 0, *(linear.weight._version for linear in self.linears))
+        merged = [tuple(module.merged_adapters) for module, _ in self.adapted]
+        stamp = (
+            version if trained else 0, *(linear.weight._version for linear in self.linears), *merged
+        )  # fmt: skip
         if self._stamp != stamp:
             self._stamp = stamp
             weight = (self.weight.t() if self.transposed else self.weight).detach()

@@ -79,14 +79,20 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before its adapters; any model, for one without adapters."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    for layer in layers:
+    on = [layer for _, layer in adapted_layers(model) if not layer.disable_adapters]
+    for layer in on:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in on:
             layer.enable_adapters(True)
+
+
+def switched(layer: Any) -> tuple[object, ...]:
+    """What of its adapters a layer adds to its output, and what its weight has of them."""
+    added = () if layer.disable_adapters else tuple(layer.active_adapters)
+    return added, tuple(layer.merged_adapters), tuple(layer.scaling.values())
 
 
 def adapter_folder(name: str | Path) -> Path | None:

@@ -74,7 +74,7 @@ def _rope_limits(model: PreTrainedModel) -> Iterator[Limit]:
             if kind == "longrope" and "original_max_position_embeddings" in rope:
                 yield Limit(int(rope["original_max_position_embeddings"]), why)
             elif "dynamic" in str(kind):
-                yield Limit(int(module.original_max_seq_len), why)  # type: ignore[arg-type]
+                yield Limit(int(module.original_max_seq_len), why)
 
 
 def _window_limits(config: Any, windows: set[int | None]) -> Iterator[Limit]:
@@ -95,7 +95,9 @@ def _window_limits(config: Any, windows: set[int | None]) -> Iterator[Limit]:
 def keeps_state(model: PreTrainedModel) -> str | None:
     """Why a token depends on more than the keys and values of those before it, if it does."""
     config = model.config.get_text_config()
-    if any(hasattr(config, name) for name in ("index_topk", "indexer_budget")):
+    kinds = getattr(config, "layer_types", None) or ()
+    indexed = any(hasattr(config, name) for name in ("index_topk", "indexer_budget"))
+    if indexed or any("sparse" in str(kind) for kind in kinds):
         return "its indexer chooses keys by an attention mask, which the engine does not make"
     for name, module in model.base_model.named_modules():
         if not name or re.search("vision|audio", name):

@@ -104,7 +104,7 @@ def test_a_head_that_does_something_else_is_refused() -> None:
         return out
 
     model.forward = other
-    with pytest.raises(ModelError, match="not supported yet"):
+    with pytest.raises(ModelError, match="its head on its hidden states"):
         HybridEngine(model, tiny_tokenizer())
 
 

@@ -6,12 +6,24 @@ What is right is told by Hugging Face's own forward of each sequence alone, not 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gearshift.data.packing import pack_groups
+from gearshift.engine import HybridEngine
+from gearshift.errors import ModelError
+from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import SamplingParams
 
 VOCABULARY = 300
 
@@ -228,7 +240,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT_8,
     "deepseek_v4": _KINDS,
-    "dots3_note": {"vision_config": {**_SEEING, "adapter_in_dim": 32, "adapter_out_dim": 64}},
+    "dots3_note": {"vision_config": {**_SEEING, "adapter_in_dim": 32, "adapter_out_dim": 64, "mlp_layer_types": ["dense"]}},
     "dots3_note_text": _LATENT_8,
     "exaone4": _WINDOWS,
     "exaone_moe": _WINDOWS,
@@ -364,3 +376,152 @@ def random_model(config: Any, seed: int = 3) -> PreTrainedModel:
             else:
                 parameter.data.normal_(std=0.15)
     return model.eval()
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama, rotary by parts (llama3)": (
+        "llama",
+        {"rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        }},
+    ),
+    "llama, yarn": (
+        "llama",
+        {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }},
+    ),
+    "llama, dynamic NTK": (
+        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "phi3, part of each head rotary": (
+        "phi3", {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        }},
+    ),
+    "phi3, longrope": ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 8,
+        "short_factor": [1.0] * 8, "original_max_position_embeddings": 32,
+    }}),
+    "qwen2, window": ("qwen2", {
+        "use_sliding_window": True, "max_window_layers": 1,
+    }),
+    "qwen3, window": ("qwen3", {
+        "use_sliding_window": True, "max_window_layers": 1,
+    }),
+    "qwen2_moe, window": ("qwen2_moe", {
+        "use_sliding_window": True, "max_window_layers": 1,
+    }),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "phimoe, no window": ("phimoe", {"sliding_window": None}),
+    "llama4_text, chunk of the whole length": ("llama4_text", {"attention_chunk_size": 128}),
+    "granite, multipliers": ("granite", {
+        "embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    }),
+    "granitemoehybrid, attention alone": ("granitemoehybrid", {
+        "layer_types": ["full_attention"] * 4,
+    }),
+    "nemotron_h, attention alone": ("nemotron_h", {
+        "layers_block_type": ["full_attention", "moe", "full_attention", "mlp"],
+    }),
+    "deepseek_v3, values as long as queries": ("deepseek_v3", {"v_head_dim": 24}),
+    "minimax_m3_vl_text, sparse layers": ("minimax_m3_vl_text", {
+        "layer_types": ["minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2,
+    }),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt, norms after": ("opt", {"do_layer_norm_before": False}),
+    "gpt_neox, serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "gemma4_text, experts": ("gemma4_text", {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    }),
+    "gemma4_text, values are keys": ("gemma4_text", {"attention_k_eq_v": True}),
+    "cohere, query and key norms": ("cohere", {"use_qk_norm": True}),
+    "glm4_moe, query and key norms": ("glm4_moe", {"use_qk_norm": True}),
+    "exaone_moe, groups of experts": ("exaone_moe", {"n_group": 2, "topk_group": 1}),
+    "stablelm, query and key norms": ("stablelm", {"qk_layernorm": True}),
+    "falcon, ALiBi": ("falcon", {"alibi": True}),
+    "falcon, new decoder": ("falcon", {"new_decoder_architecture": True}),
+}  # fmt: skip
+"""Options that a family has besides, as (type, what its config gets)."""
+
+
+class Verdict(NamedTuple):
+    """What became of one model."""
+
+    right: bool
+    how: str
+    """`described` or `generic`, or why it is refused."""
+
+
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every type that is run, and the options, by name."""
+    kinds = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_RUN))
+    return {**{kind: (kind, {}) for kind in kinds}, **OPTIONS}
+
+
+def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
+    """Refused by `load_policy` or `HybridEngine`, or right; `AssertionError` if it is wrong."""
+    model = random_model(small_config(kind, **options))
+    model.save_pretrained(folder)
+    try:
+        if kind == "emu3":  # its saved text part is of a type that nothing loads
+            loaded = copy.deepcopy(model)
+        else:
+            loaded = load_policy(ModelConfig(dtype="float32", device="cpu"), str(folder))
+        engine = HybridEngine(loaded, tiny_tokenizer())
+    except ModelError as error:
+        return Verdict(False, told(str(error)))
+    compare(engine, model)
+    return Verdict(True, "described" if engine.plan else "generic")
+
+
+def told(error: str) -> str:
+    """The reason in a refusal."""
+    for pattern in (r"refused: (.*)\. docs/models", r"could not be loaded \((.*)\); give"):
+        if found := re.search(pattern, error):
+            return found[1]
+    return error
+
+
+@torch.no_grad()
+def compare(engine: HybridEngine, plain: PreTrainedModel) -> None:
+    """Greedy tokens, and log-probs packed and prompt-shared, are those of Hugging Face's forward
+    of each sequence alone.
+    """
+    prompts = [[7, 11, 13], [(17 * i) % 290 + 5 for i in range(29)]]
+    with engine.generating():
+        groups = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=7, temperature=0.0))
+    others = [[40, 41, 42, 43], [200, 100, 50]]
+    for prompt, group, other in zip(prompts, groups, others, strict=True):
+        logits_TV = plain(input_ids=torch.tensor([prompt + group[0].token_ids])).logits[0].float()
+        steps_SV = logits_TV[len(prompt) - 1 : -1]
+        first, second = steps_SV.topk(2).values.T
+        same = steps_SV.argmax(-1) == torch.tensor(group[0].token_ids)
+        assert bool((same | (first - second < 1e-3)).all()), "greedy tokens"
+        exact = alone(plain, prompt, group[0].token_ids)
+        assert far(torch.tensor(group[0].logprobs), exact) < 1e-3, "log-probs as written"
+        rows = [(other, [1] * len(other)), (group[0].token_ids, [1] * len(group[0].token_ids))]
+        exact = torch.cat([alone(plain, prompt, row) for row, _ in rows])
+        for share in (False, True):
+            batch = pack_groups([(prompt, rows), ([9, 8, 7], [([6, 5], [0, 0])])], share=share)
+            with engine.training(), torch.no_grad():
+                scored = engine.logprobs(batch).logprobs
+            assert far(scored, exact) < 1e-3, f"log-probs packed, share={share}"
+
+
+def alone(plain: PreTrainedModel, prompt: list[int], row: list[int]) -> Tensor:
+    """Log-probs of a completion by Hugging Face."""
+    logits_TV = plain(input_ids=torch.tensor([prompt + row]), use_cache=False).logits[0].float()
+    log_p_TV = torch.log_softmax(logits_TV, -1)[len(prompt) - 1 : -1]
+    return log_p_TV.gather(1, torch.tensor(row)[:, None])[:, 0]
+
+
+def far(ours: Tensor, theirs: Tensor) -> float:
+    """The greatest difference in nats."""
+    return float((ours - theirs).abs().max())
