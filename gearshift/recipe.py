@@ -16,7 +16,7 @@ from gearshift.models.load import ModelConfig
 from gearshift.presets import Algorithm, expand
 from gearshift.rollouts.tasks import TaskConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
-from gearshift.runtime.files import writing
+from gearshift.runtime.files import write_text
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process import ProcessRewardConfig
 from gearshift.trainers.reward import RewardModelConfig
@@ -90,13 +90,12 @@ def today() -> datetime.date:
 
 def dated(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the date that chat templates take for today: its own, the one that the
-    recipe in the folder has, or today.
+    recipe in the folder has (none, if an earlier version wrote it), or today.
     """
     if recipe.model.date is not None:
         return recipe
     path = folder / "recipe.yaml"
-    kept = load(Recipe, path).model.date if path.exists() else None
-    date = kept or today()
+    date = load(Recipe, path).model.date if path.exists() else today()
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
@@ -114,6 +113,4 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 f"{folder} was made by another recipe: {'; '.join(changed)}; "
                 "choose another run.dir, or delete it."
             )
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump(recipe), encoding="utf-8")
+    write_text(path, dump(recipe))

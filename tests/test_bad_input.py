@@ -1,11 +1,16 @@
 """A user's mistake gives one clear line that names the thing and a non-zero exit, no traceback."""
 
+import errno
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gearshift.cli import main
+from gearshift.cli import _model_folder, main
+from gearshift.recipe import Recipe, claim
+from gearshift.runtime.config import load
 
 RECIPE = str(Path(__file__).parent / "smoke" / "tiny.yaml")
 
@@ -72,10 +77,15 @@ BAD_ROWS = {
     "unknown role": ('{"messages": [{"role": "robot", "content": "hi"}]}', "robot"),
     "content is a number": ('{"messages": [{"role": "user", "content": 3}]}', "content"),
     "nothing to learn": ('{"messages": [{"role": "user", "content": "hi"}]}', "assistant"),
-    "too long": (json.dumps({"text": "word " * 2000}), "max_length"),
+    "too long": (json.dumps({"text": "word " * 2000}), "over the 512 of the model"),
     "empty file": ("", "no rows"),
     "all rows dropped": ('{"text": "  "}', "no rows left"),
     "second row broken": (json.dumps(CHAT) + "\n{oops}", "line 2"),
+    "NaN": (json.dumps({"text": "a", "n": float("nan")}), "rows.jsonl, line 1 is not JSON"),
+    "the fifth is too long": (
+        "\n".join([*[json.dumps(CHAT)] * 4, json.dumps({"text": "word " * 2000})]),
+        "rows.jsonl, line 5: it has",
+    ),
     "a turn from nobody": ('{"conversations": [{"from": "x", "value": "y"}]}', "from"),
 }
 
@@ -93,3 +103,78 @@ def test_bad_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 1
     assert error.startswith("gearshift: ") and named in error
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "done.json", "recipe.yaml", "report.html"])
+def test_a_full_disk_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Writing fails without a name, as it does where the disk is full."""
+    opened = Path.open
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        full_one = name in self.name and set(mode) & set("wa")
+        return Full() if full_one else opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    rows = tmp_path / "rows.jsonl"
+    with opened(rows, "w") as file:
+        file.write(json.dumps(CHAT))
+    with pytest.raises(SystemExit) as stopped:
+        main([
+            "sft", RECIPE, f"run.dir={tmp_path / 'run'}", "task=null",
+            f"sft.data.sources=[{{path: '{rows}'}}]",
+        ])  # fmt: skip
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("gearshift: ") and f"{name} cannot be written (No space left" in last
+
+
+@pytest.mark.parametrize(
+    ("at", "kind"),
+    [("run", "file"), ("run/sft", "file"), ("run/sft/checkpoints", "link"), ("run", "link")],
+)
+def test_what_stands_in_a_folders_place_is_named(
+    at: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, place = tmp_path / "rows.jsonl", tmp_path / at
+    rows.write_text(json.dumps(CHAT))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to(tmp_path / "nowhere" / "folder")
+    with pytest.raises(SystemExit) as stopped:
+        main([
+            "sft", RECIPE, f"run.dir={tmp_path / 'run'}", "task=null",
+            f"sft.data.sources=[{{path: '{rows}'}}]",
+        ])  # fmt: skip
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "Traceback" not in error
+    assert str(place) in error.strip().splitlines()[-1]
+
+
+def test_links_and_home_stand_for_what_they_lead_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stage = tmp_path / "run" / "sft"
+    stage.mkdir(parents=True)
+    claim(stage.parent, Recipe())
+    (tmp_path / "latest").symlink_to(stage)
+    (tmp_path / "newest").symlink_to(stage.parent)
+    assert _model_folder("~/latest") == (str(stage), Recipe())
+    (stage / "config.json").write_text("{}")
+    assert _model_folder("~/newest")[0] == str(tmp_path / "newest" / "sft")
+    words = [
+        "model.name=~/m", "sft.data.sources=[{path: ~/a.jsonl}]", "reward.model=~/r",
+        "rl.kl.reference=~/t", "rl.critic=~/c", "run.dir=~/run #2",
+        "rl.rewards=[{source: 'model:~/x,~/y'}, {source: ~/f.py:g}, {source: environment}]",
+    ]  # fmt: skip
+    named = load(Recipe, None, words).model_dump_json()
+    assert "~" not in named and named.count(str(tmp_path)) == 9

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import ConfigError, StorageError
-from gearshift.recipe import Recipe, claim
+from gearshift.recipe import Recipe, claim, dated
 from gearshift.runtime.config import load
 
 BASE = ["model.name=tiny", "rl.steps=3", "sft.epochs=1", "rl.rewards=[{source: environment}]"]
@@ -52,7 +52,7 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """Keys that it does not have count as their defaults; layout and comments say nothing."""
     text = "# ours\nrl: {rewards: [{source: environment}], steps: 3}\n"
     (tmp_path / "recipe.yaml").write_text(text + "model: {name: tiny}\nsft: {epochs: 1}\n")
-    claim(tmp_path, recipe())
+    claim(tmp_path, dated(recipe(), tmp_path))
     with pytest.raises(ConfigError, match=r"`rl\.prompts` was 8 and is 9"):
         claim(tmp_path, recipe("rl.prompts=9"))
 

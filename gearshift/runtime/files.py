@@ -26,9 +26,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
+def write_text(path: Path, text: str) -> None:
+    """Write by way of a temporary file: a reader sees the old text or the new one, never half."""
     partial = path.with_suffix(path.suffix + ".partial")
     with writing(path):
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in the same way."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

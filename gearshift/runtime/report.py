@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gearshift.runtime.files import writing
+from gearshift.runtime.files import write_text
 
 _CURVES = (
     ("Reward", ("reward", "rewards/*/mean")),
@@ -94,8 +94,7 @@ def write_report(
         facts=list(_facts(summary)),
     )
     path = run_folder / "report.html"
-    with writing(path):
-        path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

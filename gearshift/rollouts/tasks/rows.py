@@ -25,6 +25,7 @@ from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.rewards import RewardFunction, load_reward
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
 from gearshift.types import Message
 
@@ -58,11 +59,10 @@ class RowsConfig(Config):
 
 def write_rows(folder: Path, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, Path]:
     """Write each split's rows to `<split>.jsonl` in the folder; returns the paths by split."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {split: folder / f"{split}.jsonl" for split in files}
     for split, rows in files.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        paths[split].write_text("".join(lines), encoding="utf-8")
+        write_text(paths[split], "".join(lines))
     return paths
 
 
