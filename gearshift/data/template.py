@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,21 +75,60 @@ def check_said(
     options = options or {}
     if unread := [n for n in options if n != "tools" and not reads(tokenizer, n)]:
         raise DataError(f"the chat template does not read `{unread[0]}`; take it out of the row.")
-    whole = _all_texts(tokenizer, messages, options)
-    without = {**options, "tools": None}
-    if options.get("tools") and whole == _all_texts(tokenizer, messages, without):
-        raise DataError(left_out("`tools`"))
-    for i, message in enumerate(messages):
-        until = messages[: i + 1] if message["role"] == "assistant" else messages
-        text = whole
-        if len(until) < len(messages):
-            text = _all_texts(tokenizer, until, options)
-        for what, said, instead in _sayings(tokenizer, message):
-            tried = [*messages[:i], instead, *until[i + 1 :]]
-            if (said is None or squeezed(said) not in squeezed(text)) and not _shows(
-                tokenizer, tried, options
-            ):
-                raise DataError(left_out(f"`{what}` of message {i + 1} ({message['role']})"))
+    form = json.dumps([_with_marks(i, message) for i, message in enumerate(messages)], default=str)
+    what = json.dumps([bound_arguments(tokenizer, None), options], default=str)
+    if unsaid := _unsaid(tokenizer, template_source(tokenizer), form, what):
+        raise DataError(left_out(unsaid))
+
+
+def _with_marks(i: int, message: Message) -> Message:
+    """The message with a mark of its own in the place of each text."""
+    marked = dict(message)
+    for key in ("content", REASONING[0], "name"):
+        if message.get(key):
+            marked[key] = f"{_MARK}{i}{key}."
+    if calls := message.get("tool_calls"):
+        marks = [f"{_MARK}{i}call{n}" for n in range(len(calls))]
+        marked["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    "name": f"{mark}name.",
+                    "arguments": {mark: f"{mark}."} if call["function"].get("arguments") else {},
+                },
+            }
+            for mark, call in zip(marks, calls, strict=True)
+        ]
+    return marked
+
+
+@lru_cache(4096)
+def _unsaid(tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: str) -> str | None:
+    """What does not come out of a conversation of this form (messages of marks), if anything.
+    `source` and `what` tell apart what the tokenizer is given.
+    """
+    messages, (_, options) = json.loads(form), json.loads(what)
+    try:
+        whole = _all_texts(tokenizer, messages, options)
+        without = {**options, "tools": None}
+        if options.get("tools") and whole == _all_texts(tokenizer, messages, without):
+            return "`tools`"
+        for i, message in enumerate(messages):
+            of = f"of message {i + 1} ({message['role']})"
+            for key in ("content", "name"):
+                optional = key == "name" and message["role"] == "tool"  # the call names it
+                if not optional and message.get(key, "") not in whole:
+                    return f"`{key}` {of}"
+            for call in message.get("tool_calls") or ():
+                function = call["function"]
+                if not all(t in whole for t in (function["name"], *function["arguments"].values())):
+                    return f"`tool_calls` {of}"
+            thought = message.get(REASONING[0]) if _reasoning_keys(tokenizer) else None
+            if thought and thought not in _all_texts(tokenizer, messages[: i + 1], options):
+                return f"`{REASONING[0]}` {of}"
+    except DataError:  # it refuses marks; what it makes of the texts themselves will be seen
+        return None
+    return None
 
 
 def _all_texts(
@@ -101,43 +140,6 @@ def _all_texts(
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     before = text_of(tokenizer, asked, options, asks=True) if asked else ""
     return text_of(tokenizer, messages, options) + before
-
-
-def _sayings(
-    tokenizer: PreTrainedTokenizerBase, message: Message
-) -> Iterator[tuple[str, str | None, Message]]:
-    """What a message says: the key, the words if they come out as they are, and the message with
-    others in their place.
-    """
-    for key in ("content", REASONING[0], "name"):
-        said = message.get(key)
-        if key == "content" and said and message["role"] == "assistant":
-            said = said.split("</think>")[-1]
-        if key == "name" and message["role"] == "tool":
-            said = None  # the call names it
-        if key == REASONING[0] and not _reasoning_keys(tokenizer):
-            said = None  # it is a part of the content
-        if said:
-            yield key, said, {**message, key: _MARK}
-    calls = message.get("tool_calls") or []
-    for n, call in enumerate(calls):
-        function = call["function"]
-        others = [{**function, "name": _MARK}]
-        if function.get("arguments"):
-            others.append({**function, "arguments": {_MARK: _MARK}})
-        for other in others:
-            replaced = [*calls[:n], {**call, "function": other}, *calls[n + 1 :]]
-            yield "tool_calls", None, {**message, "tool_calls": replaced}
-
-
-def _shows(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options
-) -> bool:
-    """Whether the mark in these messages comes out (or is not allowed there)."""
-    try:
-        return _MARK in _all_texts(tokenizer, messages, options)
-    except DataError:
-        return True
 
 
 def squeezed(text: str) -> str:

@@ -240,7 +240,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT_8,
     "deepseek_v4": _KINDS,
-    "dots3_note": {"vision_config": {**_SEEING, "adapter_in_dim": 32, "adapter_out_dim": 64, "mlp_layer_types": ["dense"]}},
+    "dots3_note": {
+        "vision_config": {
+            **_SEEING,
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 64,
+            "mlp_layer_types": ["dense"],
+        }
+    },
     "dots3_note_text": _LATENT_8,
     "exaone4": _WINDOWS,
     "exaone_moe": _WINDOWS,
