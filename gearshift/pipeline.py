@@ -285,30 +285,24 @@ class Run:
     def _prompts(
         self, collector: Collector, engine: HybridEngine, config: RLConfig
     ) -> Sequence[int] | None:
-        """The rows to draw prompts from, None where there are none; those that are too long are
-        told by file and line, or left out.
+        """The rows to draw prompts from, None where there are none; those whose prompt is too long
+        or refused are told by file and line, or left out.
         """
         count, path = self.task.rows("train"), self.task.path("train")
         if count is None:
             return None
         longest = min(engine.max_length, engine.config.cache_tokens or engine.max_length)
-        most = longest - config.max_new_tokens
-        try:
-            overlong = collector.overlong_rows(count, most)
-        except DataError as error:
-            raise DataError(f"{path}, {error}") from error
-        if not overlong:
+        unusable = collector.unusable_rows(count, longest - config.max_new_tokens)
+        if not unusable:
             return range(count)
-        row, tokens = next(iter(overlong.items()))
-        told = (
-            f"{path}, line {row + 1}: the prompt has {tokens} tokens, and with "
-            f"rl.max_new_tokens={config.max_new_tokens} {most} at most fit; "
-            f"so it is with {len(overlong)} of {count} rows"
-        )
-        if config.overlong_prompts == "error" or len(overlong) == count:
-            raise DataError(f"{told}. Shorten them, or set rl.overlong_prompts=drop.")
-        self.say(f"rl: {told}, which are left out")
-        return [i for i in range(count) if i not in overlong]
+        row, why = next(iter(unusable.items()))
+        told = f"{path}, line {row + 1}: {why}; {len(unusable)} of {count} rows cannot be used"
+        if config.overlong_prompts == "error" or len(unusable) == count:
+            raise DataError(
+                f"{told}. Shorten them, lower rl.max_new_tokens, or set rl.overlong_prompts=drop."
+            )
+        self.say(f"rl: {told}, and are left out")
+        return [i for i in range(count) if i not in unusable]
 
     def _critic(self, start: str | None, engine: HybridEngine) -> Critic:
         """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""

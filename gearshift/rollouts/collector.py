@@ -159,17 +159,18 @@ class Collector:
         self.overlong = 0
         """Of these, the ones that were lost to their prompt."""
         self.last_failure = ""
+        self._rewarded: Rewarded = "needed"
 
-    def overlong_rows(self, rows: int, most: int) -> dict[int, int]:
-        """The rows whose prompt has more than `most` tokens or none, with how many it has.
+    def unusable_rows(self, rows: int, most: int) -> dict[int, str]:
+        """The rows whose prompt has more than `most` tokens or none, or is refused by the chat
+        template; and why, for each.
 
         A prompt that has no more bytes than that is not rendered, if one of its roles has been: a
         token is a byte at least. One that cannot be begun is left to the rollout, which counts it.
-        Raises `DataError`, with the row's line, where the chat template refuses a prompt.
         """
         environment = self._make()
         extra: dict[tuple[str, ...], int] = {}
-        found: dict[int, int] = {}
+        found: dict[int, str] = {}
         for row in range(rows):
             try:
                 observation, info = environment.reset(seed=row, options={"row": row})
@@ -185,11 +186,14 @@ class Collector:
             try:
                 tokens = len(render_prompt(self._tokenizer, messages, template))
             except DataError as error:
-                raise DataError(f"line {row + 1}: {error}") from error
+                found[row] = str(error).rstrip(".")
+                continue
             if plain:
                 extra.setdefault(roles, tokens)  # what the template adds is less than that
             if not 0 < tokens <= most:
-                found[row] = tokens
+                found[row] = (
+                    f"the prompt has {tokens} tokens, and 1 to {most} leave place to answer"
+                )
         return found
 
     def collect(

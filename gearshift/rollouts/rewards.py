@@ -279,8 +279,11 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
         return await asyncio.gather(*(results[i] for i in waiting), return_exceptions=True)
 
     # A thread of its own has no event loop yet; the caller's (a notebook's, say) may have one.
-    with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(asyncio.run, gather()).result()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(asyncio.run, gather()).result()
+    except (Exception, SystemExit) as error:  # a sys.exit ends the loop for all of them
+        raise _raised(", ".join(names[i] for i in waiting), error) from error
     for i, answer in zip(waiting, answers, strict=True):
         if isinstance(answer, BaseException):
             raise _raised(names[i], answer) from answer

@@ -41,12 +41,12 @@ class LeftOut:
             self.counts[reason] = self.counts.get(reason, 0) + episodes
             self.why = why or self.why
 
-    def prompts(self, tried: int, usable: int) -> None:
-        """So many prompts were tried, and so many can be learned from. Raises `DataError` where
-        none of many in a row can.
+    def prompts(self, tried: int, tokens: int) -> None:
+        """So many prompts were tried, and this much was learned from. Raises `DataError` where many
+        in a row came to nothing.
         """
-        self.barren = 0 if usable else self.barren + tried
-        self.learned = self.learned or usable > 0
+        self.barren = 0 if tokens else self.barren + tried
+        self.learned = self.learned or tokens > 0
         if self.barren >= _PATIENCE:
             self.end()
 

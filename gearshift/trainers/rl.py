@@ -202,8 +202,9 @@ class RLConfig(StageConfig):
     group_size: int = Field(8, ge=1, le=1 << 16)
     """Completions of each prompt."""
     overlong_prompts: Literal["error", "drop"] = "error"
-    """Rows whose prompt leaves no place for `max_new_tokens`: told before the first step, or left
-    out and counted. Of an environment without rows, an episode is left out when it comes."""
+    """Rows whose prompt leaves no place for `max_new_tokens`, or that the chat template refuses:
+    told before the first step, or left out. Where the environment has no rows, an episode with such
+    a prompt is left out when it comes."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling, and so of the policy that is trained."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -435,6 +436,7 @@ class RLTrainer:
             if trajectories:
                 tokens, learned = self.learn(step, trajectories)
                 metrics |= learned
+            self.left_out.prompts(self.config.prompts, tokens)
             metrics |= self.left_out.metrics()
             metrics |= describe_generation(self.engine) | self.adapt(metrics, len(trajectories))
             self.stage.log(step, metrics, tokens)
@@ -482,7 +484,6 @@ class RLTrainer:
                 break
         enough = list(kept.values())[: self.config.prompts]
         chosen = self.comparable(enough or by_group(everything).values())
-        self.left_out.prompts((nth + 1) * self.config.prompts, len(chosen))
         metrics = describe_rollout(everything, all_parts)
         metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
         if rounds > 1:
@@ -630,9 +631,8 @@ class RLTrainer:
         metrics = {"advantages/std": float(unpad_rows(advantages_NA, mask_NA).std(correction=0))}
         if values_M is not None:
             error_M = unpad_rows(returns_NA, mask_NA) - values_M
-            metrics["value/explained_variance"] = 1.0 - float(
-                error_M.var() / unpad_rows(returns_NA, mask_NA).var().clamp(min=1e-8)
-            )
+            spread = unpad_rows(returns_NA, mask_NA).var(correction=0).clamp(min=1e-8)
+            metrics["value/explained_variance"] = 1.0 - float(error_M.var(correction=0) / spread)
         counts_NA = mask_NA  # in the loss, and so in what advantages are whitened by
         if config.truncated == "mask":
             whole = [t.finish_reason != "length" for t in trajectories]

@@ -168,8 +168,8 @@ def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
     assert (collector.failures, collector.overlong) == (2, 2)
     assert "tokens" in collector.last_failure
     assert engine._scheduler is not None and engine._scheduler.idle
-    assert list(collector.overlong_rows(3, 400)) == [1]
-    assert list(collector.overlong_rows(3, 1)) == [0, 1, 2]
+    assert list(collector.unusable_rows(3, 400)) == [1]
+    assert list(collector.unusable_rows(3, 1)) == [0, 1, 2]
 
 
 def test_episodes_that_start_otherwise_than_their_group_are_left_out(

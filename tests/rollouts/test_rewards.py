@@ -104,6 +104,15 @@ def test_exceptions_name_the_function() -> None:
     async def culprit_later(**_: Any) -> Any:
         raise KeyError("gold")
 
+    def leaves(**_: Any) -> Any:
+        raise SystemExit(3)
+
+    async def leaves_later(**_: Any) -> Any:
+        raise SystemExit(3)
+
+    for function in (leaves, leaves_later):
+        with pytest.raises(ConfigError, match=f"{function.__name__} raised SystemExit"):
+            run((function, 1.0))
     with pytest.raises(ConfigError, match="culprit raised ZeroDivisionError: by zero"):
         run((culprit, 1.0))
     with pytest.raises(ConfigError, match="culprit_later raised KeyError"):

@@ -192,7 +192,12 @@ RECIPE = """
 run: {{dir: {dir}}}
 model: {{name: tiny, dtype: float32, device: cpu, threads: 1}}
 engine: {{max_length: 64}}
-task: {{name: data, train: [{{path: {rows}}}], heldout: 0.2, reward: "{reward}"}}
+task:
+  name: data
+  train: [{{path: {rows}}}]
+  validation: {other}1.jsonl
+  test: {other}2.jsonl
+  reward: {reward}
 sft: null
 reward: null
 rl: {{steps: 2, prompts: 2, group_size: 2, max_new_tokens: 8, advantage: rloo, kl: {{beta: 0}}}}
@@ -205,9 +210,14 @@ def recipe(folder: Path, rows: str) -> str:
         "def f(completions, **_):\n    return [1.0 for c in completions]\n"
     )
     (folder / "rows.jsonl").write_text(rows)
+    for i in "12":
+        (folder / f"other{i}.jsonl").write_text(json.dumps({"prompt": f"and {i}"}) + "\n")
     path = folder / "recipe.yaml"
     text = RECIPE.format(
-        dir=folder / "run", rows=folder / "rows.jsonl", reward=f"{folder / 'rewards.py'}:f"
+        dir=folder / "run",
+        rows=folder / "rows.jsonl",
+        other=folder / "other",
+        reward=f"{folder / 'rewards.py'}:f",
     )
     path.write_text(text)
     return str(path)
@@ -217,14 +227,14 @@ def test_prompts_that_are_too_long_are_told_before_the_first_step_or_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [f"say {i}" for i in range(20)]
-    prompts[7:7] = ["long " * 40] * 2
+    prompts[7:7] = ["long " * 40, "longer " * 40]
     path = recipe(tmp_path, "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     with pytest.raises(SystemExit):
         main(["rl", path])
     told = capsys.readouterr().err
-    assert "train.jsonl, line " in told and "rl.overlong_prompts=drop" in told
+    assert "train.jsonl, line 8: the prompt has 2" in told and "rl.overlong_prompts=drop" in told
     assert "Traceback" not in told and not (tmp_path / "run" / "rl" / "metrics.jsonl").exists()
     main(["rl", path, "rl.overlong_prompts=drop", f"run.dir={tmp_path / 'other'}"])
-    assert "which are left out" in capsys.readouterr().out
+    assert "2 of 22 rows cannot be used, and are left out" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "other" / "rl" / "metrics.jsonl")
     assert [m["left_out/overlong_prompt"] for m in metrics] == [0, 0]
