@@ -210,11 +210,17 @@ def trained_on(run: Path, recipe: Recipe) -> Trained:
             found += rows
             clusters |= {str(row[column]) for row in rows if row.get(column) is not None}
     prompts = [prompt for row in found for prompt in asked(row)]
-    before = Path(recipe.model.name).expanduser().parent
-    if (before / "recipe.yaml").exists() and before.resolve() != run.resolve():
+    before = run_of(Path(recipe.model.name).expanduser())
+    if before and before.resolve() != run.resolve():
         earlier = trained_on(before, load(Recipe, before / "recipe.yaml"))
         prompts, clusters = prompts + earlier.prompts, clusters | earlier.clusters
     return Trained(run, prompts, frozenset(clusters))
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or is a part of: a stage, its adapter, its average."""
+    near = (folder, *folder.parents)[:3] if folder.is_dir() else ()
+    return next((place for place in near if (place / "recipe.yaml").exists()), None)
 
 
 def problems_of(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, int]:
@@ -295,8 +301,8 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path, Trai
     """The held-out rows of another recipe for a run (`whole`), one of its stages or any model;
     where their records lie; and what the run trained on.
     """
-    home, trained = folder if whole else folder.parent, None
-    if (home / "recipe.yaml").exists():
+    home, trained = run_of(folder), None
+    if home:
         made = load(Recipe, home / "recipe.yaml")
         trained = trained_on(home, made)
         changes: dict[str, Any] = {"model": made.model}

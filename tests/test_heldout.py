@@ -1,4 +1,4 @@
-"""What a run trained on is never what it is evaluated on, and test rows have a place of their own."""
+"""What a run trained on is never what it is evaluated on; test rows have a place of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from gearshift.cli import main
 from gearshift.errors import DataError
-from gearshift.heldout import Trained, problems_of, trained_on
+from gearshift.heldout import Trained, problems_of, run_of, trained_on
 from gearshift.recipe import Recipe
 from gearshift.runtime.config import load
 
@@ -69,9 +69,8 @@ def test_rows_that_the_run_trained_on_are_left_out(
     assert "validation: 24 of 41 rows are left out, for" in out
     found = json.loads((place / "run/eval/other/validation/sft.json").read_text())
     assert (found["episodes"], found["left_out"]) == (17, 24)
-    trained = {
-        r["prompt"][0]["content"] for r in map(json.loads, (place / "run/data/train.jsonl").open())
-    }
+    rows = [json.loads(line) for line in (place / "run/data/train.jsonl").open()]
+    trained = {row["prompt"][0]["content"] for row in rows}
     asked = {sample["prompt"].casefold() for sample in found["samples"]}
     assert len(asked) == 17 and not asked & {text.casefold() for text in trained}
     # A stage's own folder knows its run too.
@@ -146,6 +145,13 @@ def test_what_every_stage_read_is_known(place: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").unlink()
     with pytest.raises(DataError, match="trained on is not known, so neither is what it has not"):
         trained_on(later, made)
+
+
+def test_a_part_of_a_stage_knows_its_run(place: Path) -> None:
+    (place / "run/sft/adapter").mkdir(exist_ok=True)
+    for part in ("run", "run/sft", "run/sft/adapter"):
+        assert run_of(place / part) == place / "run"
+    assert run_of(place / "nothing/sft") is None and run_of(Path("tiny")) is None
 
 
 def test_problems_are_named_by_the_task_or_by_equal_prompts() -> None:
