@@ -1,4 +1,4 @@
-"""A run of the translation recipe beside Apertium, a rule-based translator, on the same held-out
+"""A run of the translation recipe beside Apertium, a rule-based translator, on the same validation
 English-Spanish messages: chrF and BLEU of both.
 
     apt-get install apertium apertium-eng-spa
@@ -19,7 +19,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import RESULTS
-from gearshift.rollouts.evaluate import bootstrap
+from gearshift.rollouts.evaluate import finite
+from gearshift.rollouts.intervals import interval_of_change
 from gearshift.rollouts.tasks.translation_score import (
     PLACEHOLDER,
     chrf,
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     if not has_apertium():
         sys.exit("Apertium is not installed; run: apt-get install apertium apertium-eng-spa")
-    data = options.run / "data" / "heldout.jsonl"
+    data = options.run / "data" / "validation.jsonl"
     if not data.is_file():
         sys.exit(f"{options.run} is no run of the translation recipe: it has no {data.name}.")
     lines = data.read_text(encoding="utf-8").splitlines()
@@ -46,7 +47,7 @@ def main() -> None:
     answers = translate([row["source"] for row in rows.values()])
     systems = {"copy of the source": as_samples(rows, [r["source"] for r in rows.values()])}
     systems["Apertium"] = as_samples(rows, answers)
-    for path in sorted((options.run / "heldout").glob("*.json")):
+    for path in sorted((options.run / "validation").glob("*.json")):
         told = {s["row"]: s["completion"] for s in json.loads(path.read_text())["samples"]}
         if rows.keys() <= told.keys():
             systems[path.stem] = as_samples(rows, [told[i] for i in rows])
@@ -54,7 +55,10 @@ def main() -> None:
     for name, samples in systems.items():
         pairs = zip(systems["Apertium"], samples, strict=True)
         changes = [b["metrics"]["chrf"] - a["metrics"]["chrf"] for a, b in pairs]
-        figures[name]["chrf less Apertium's"] = [fmean(changes), *bootstrap(changes)]
+        figures[name]["chrf less Apertium's"] = [
+            fmean(changes),
+            *finite(interval_of_change(changes, range(len(changes)))),
+        ]
     options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(figures, len(rows))))
 
@@ -121,7 +125,7 @@ def figures_of(samples: list[Sample]) -> dict[str, Any]:
 def table(figures: dict[str, Any], rows: int) -> list[str]:
     """Markdown, one line a system."""
     lines = [
-        f"{rows} held-out messages, English to Spanish",
+        f"{rows} validation messages, English to Spanish",
         "",
         "| system | mean chrF | corpus chrF | BLEU | mean chrF less Apertium's |",
         "|---|---|---|---|---|",

@@ -1,11 +1,13 @@
-"""The recipes' held-out figures, from the runs' `summary.json`: docs/results.json, the table in
-docs/results.md, and the reward curves in docs/results.svg.
+"""The recipes' figures on their test rows: docs/results.json, the table in docs/results.md, and the
+reward curves in docs/results.svg.
 
     python -m benchmarks.results --run             # run what is missing, three seeds of each recipe
     python -m benchmarks.results [--runs FOLDER]   # gather only
 
-A run lies in FOLDER/<recipe>-<seed>. One run at a time: they are timed. What docs/results.json has
-of runs that are not in FOLDER stays.
+A run lies in FOLDER/<recipe>-<seed>. One run at a time: they are timed. Its policies are evaluated
+on the test rows once, for this table; what a setting is chosen by is the run's own table, on the
+validation rows. What docs/results.json has of runs that are not in FOLDER stays, but for figures
+that are not of test rows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import matplotlib
 
 from gearshift.cli import main as gearshift
+from gearshift.heldout import comparisons, records
+from gearshift.rollouts.evaluate import finite, span
 from gearshift.runtime.metrics import read_metrics
 
 RECIPES = (
@@ -44,9 +48,10 @@ def main() -> None:
     if options.run:
         for (recipe, seed), folder in names.items():
             gearshift(["run", recipe, f"run.dir={folder}", f"run.seed={seed}"])
+            gearshift(["eval", str(folder), "--split", "test", "--show", "0"])
     found = kept()
     for (recipe, seed), folder in names.items():
-        if (folder / "summary.json").exists():
+        if (folder / "test" / "rl.json").exists():
             found[recipe][seed] = row(folder)
     found = {recipe: dict(sorted(seeds.items())) for recipe, seeds in found.items() if seeds}
     DOCS.joinpath("results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -60,40 +65,45 @@ def main() -> None:
 
 
 def kept() -> Rows:
-    """What was gathered before, of the recipes that there are."""
+    """What was gathered before, of the recipes that there are, on test rows."""
     path = DOCS / "results.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {r: {int(s): row for s, row in before.get(r, {}).items()} for r in RECIPES}
+    return {
+        r: {int(s): row for s, row in before.get(r, {}).items() if row.get("split") == "test"}
+        for r in RECIPES
+    }
 
 
 def row(folder: Path) -> dict[str, Any]:
-    """One run. `interval` is half the width of the 95% interval of RL less SFT (or less the base
-    model, where a recipe has no SFT): a gain greater than it can be told from noise.
+    """One run: each policy on the test rows, and RL less SFT, or less the base model where a recipe
+    has no SFT.
     """
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    detail, values = summary["heldout_detail"], summary["heldout"]
-    before = "sft" if "sft" in values else "base"
-    compared = next(
-        c for c in summary["heldout_compared"] if (c["before"], c["after"]) == (before, "rl")
-    )
-    low, high = compared["interval"]
+    found = records(folder / "test")
+    before = "sft" if "sft" in found else "base"
+    compared = next(c for c in comparisons(found) if (c.before, c.after) == (before, "rl"))
+    values = {name: record["value"] for name, record in found.items()}
     steps = read_metrics(folder / "rl" / "metrics.jsonl")
     return {
-        "metric": detail["rl"]["metric"],
+        "split": "test",
+        "metric": found["rl"]["metric"],
         "base": values["base"],
         "sft": values.get("sft"),
         "rl": values["rl"],
-        "n": detail["rl"]["n"],
-        "interval": (high - low) / 2,
+        "n": found["rl"]["n"],
+        "episodes": found["rl"]["episodes"],
         "minutes": sum(summary["seconds"].values()) / 60,
         "intervals": {
-            **{name: d["interval"] for name, d in detail.items()},
-            f"rl-{before}": [low, high],
+            **{name: record["interval"] for name, record in found.items()},
+            f"rl-{before}": finite(compared.interval),
         },
-        "better": compared["better"],
-        "worse": compared["worse"],
+        "p": compared.p,
+        "told_apart": compared.told_apart,
+        "better": len(compared.wins),
+        "worse": len(compared.losses),
         "figures": {
-            name: {k: v for k, v in d.items() if isinstance(v, float)} for name, d in detail.items()
+            name: {k: v for k, v in record.items() if isinstance(v, float)}
+            for name, record in found.items()
         },
         "proxy_gold": proxy_gold(steps),
         "rewards": [round(step["reward"], 4) for step in steps],
@@ -116,20 +126,20 @@ def proxy_gold(steps: list[dict[str, float]]) -> dict[str, list[float]] | None:
 def lines(found: Rows) -> list[str]:
     """The table in Markdown, and under it what did not work."""
     table = [
-        "| recipe | metric | seed | base | SFT | RL | RL - SFT | better / worse | n | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| recipe | metric | seed | base | SFT | RL | RL - SFT | p | better / worse "
+        "| problems | rows | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, seeds in found.items():
         for seed, r in seeds.items():
             shown = [cell(r, name) for name in ("base", "sft", "rl")]
             key = "rl-sft" if r["sft"] is not None else "rl-base"
-            low, high = r["intervals"][key]
             gain = r["rl"] - (r["sft"] if r["sft"] is not None else r["base"])
-            words = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+            words = f"{gain:+.3f} {span(r['intervals'][key], '+.3f')}"
             table.append(
                 f"| `{recipe}` | {r['metric']} | {seed} | {' | '.join(shown)} | "
-                f"{f'**{words}**' if low > 0 else words} | {r['better']} / {r['worse']} | "
-                f"{r['n']} | {r['minutes']:.1f} |"
+                f"{f'**{words}**' if r['told_apart'] and gain > 0 else words} | {r['p']:.2g} | "
+                f"{r['better']} / {r['worse']} | {r['n']} | {r['episodes']} | {r['minutes']:.1f} |"
             )
     gaps = [
         f"- `{recipe}`, seed {seed}: reward model {g['proxy'][0]:.2f} -> {g['proxy'][1]:.2f}, "
@@ -152,8 +162,7 @@ def cell(r: dict[str, Any], name: str) -> str:
     """A policy's figure with its interval."""
     if r.get(name) is None:
         return ""
-    low, high = r["intervals"][name]
-    return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{r[name]:.3f} {span(r['intervals'][name])}"
 
 
 def draw(found: Rows) -> None:

@@ -3,9 +3,9 @@
     python -m benchmarks.voice_audio runs/voice_languages            # 64 requests
     python -m benchmarks.voice_audio RUN --n 128 --recogniser my.py:hear
 
-Each English held-out request of the run is spoken in one of several voices, heard, and given to the
-run's policy; the command is right if it is that of what was said. Beside it the same requests as
-text. The recogniser's sentence model is built from the run's training requests and the home's
+Each English validation request of the run is spoken in one of several voices, heard, and given to
+the run's policy; the command is right if it is that of what was said. Beside it the same requests
+as text. The recogniser's sentence model is built from the run's training requests and the home's
 names: it has seen no held-out template. Writes benchmarks/results/voice_audio.json.
 """
 
@@ -25,7 +25,7 @@ from gearshift.data.chat import render_prompt
 from gearshift.engine import HybridEngine
 from gearshift.errors import GearshiftError
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
-from gearshift.rollouts.evaluate import wilson
+from gearshift.rollouts.intervals import interval
 from gearshift.rollouts.tasks.rows import read_rows
 from gearshift.rollouts.tasks.voice import SYSTEM, is_exact
 from gearshift.rollouts.tasks.voice_noise import spoken, word_error_rate
@@ -52,9 +52,10 @@ def main() -> None:
 
 
 def measure(run: Path, count: int, recogniser: str | None, stage: str) -> dict[str, Any]:
-    """Speak, hear and obey the run's first `count` English held-out requests."""
-    rows = read_rows(run / "data" / "heldout.jsonl", "utterance", "command")
-    said = [row["utterance"] for row in rows if row.get("language", "en") == "en"][:count]
+    """Speak, hear and obey the run's first `count` English validation requests."""
+    found = read_rows(run / "data" / "validation.jsonl", "utterance", "template")
+    rows = [row for row in found if row.get("language", "en") == "en"][:count]
+    said = [row["utterance"] for row in rows]
     phrases = () if recogniser else run_phrases(run)
     began = time.perf_counter()
     heard = [
@@ -77,8 +78,9 @@ def measure(run: Path, count: int, recogniser: str | None, stage: str) -> dict[s
         "seconds_a_request": seconds / len(said),
     }
     for source, exact in right.items():
-        rate = sum(exact) / len(exact)
-        result[f"exact_from_{source}"] = [rate, *wilson(rate, len(exact))]
+        templates = [row["template"] for row in rows]
+        spread = interval([float(e) for e in exact], templates)
+        result[f"exact_from_{source}"] = [sum(exact) / len(exact), *spread]
     result["voices"] = {
         f"{voice} {speed}": {
             "word_error_rate": _rate(said[i :: len(VOICES)], heard[i :: len(VOICES)]),
