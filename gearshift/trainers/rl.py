@@ -205,7 +205,7 @@ class RLConfig(StageConfig):
     """Rows whose prompt leaves no place for `max_new_tokens`, or that the chat template refuses:
     told before the first step, or left out. Where the environment has no rows, an episode with such
     a prompt is left out when it comes."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-5, le=1e5)
     """Of sampling, and so of the policy that is trained."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Below 1 the sampler is not the policy that is trained; ratios stay about the untruncated

@@ -10,16 +10,18 @@ import torch
 
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.engine import scheduler as scheduling
-from gearshift.errors import ConfigError, DataError, GearshiftError, NumericalError
+from gearshift.errors import ConfigError, DataError, GearshiftError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.zoo import random_model
 
 PROMPT = [5, 6, 7]
+CONFIG = EngineConfig(max_length=64, cache_tokens=2048)  # for several at a time
 
 
 @pytest.fixture
 def engine() -> HybridEngine:
-    return HybridEngine(tiny_model(), tiny_tokenizer(), EngineConfig(max_length=64))
+    return HybridEngine(tiny_model(), tiny_tokenizer(), CONFIG)
 
 
 WRONG = [
@@ -98,7 +100,7 @@ def test_tokens_beyond_the_vocabulary_end_no_other_stream(
         other = engine.stream(PROMPT, SamplingParams(max_new_tokens=9))
         begun = [next(other)]
         with pytest.raises(ConfigError, match=next(iter(keys))):
-            engine.stream(PROMPT, SamplingParams(**keys))
+            engine.stream(PROMPT, SamplingParams(max_new_tokens=2, **keys))
         assert begun + list(other) == alone
         [[most]] = engine.generate([PROMPT], SamplingParams(max_new_tokens=2, top_k=10**6))
     assert len(most.token_ids) == 2  # top_k beyond the vocabulary keeps all
@@ -132,18 +134,20 @@ def test_a_seed_is_a_number_that_samples_can_come_from() -> None:
 # What goes wrong while others run
 
 
-def others_go_on(engine: HybridEngine, bad: SamplingParams, error: type[GearshiftError]) -> None:
-    params = SamplingParams(max_new_tokens=9)
+def others_go_on(engine: HybridEngine, said: str, **bad: Any) -> None:
+    params = SamplingParams(max_new_tokens=9, bad_words=((2,),))  # which would end it
+    wrong = SamplingParams(max_new_tokens=9, **bad)
     with engine.generating():
         alone = engine.generate([PROMPT], params)[0][0].token_ids
+        assert len(alone) == 9
         other = engine.stream(PROMPT, params)
         begun = [next(other)]
-        with pytest.raises(error):
-            list(engine.stream([9, 9], bad, request_id=7))
+        with pytest.raises(GearshiftError, match=said):
+            list(engine.stream([9, 9], wrong, request_id=7))
         assert begun + list(other) == alone
         late = engine.stream(PROMPT, params)
-        with pytest.raises(error):
-            engine.generate([[9, 9]], bad, [7])
+        with pytest.raises(GearshiftError, match=said):
+            engine.generate([[9, 9]], wrong, [7])
         assert list(late) == alone
 
 
@@ -154,7 +158,7 @@ def test_a_text_that_cannot_be_decoded_ends_its_own_request(
         raise RuntimeError("no text")
 
     monkeypatch.setattr(engine.tokenizer, "decode", decode)
-    others_go_on(engine, SamplingParams(stop="x"), GearshiftError)
+    others_go_on(engine, "Request 7 failed alone: RuntimeError: no text", stop="x")
 
 
 def test_a_row_that_cannot_be_adjusted_ends_its_own_request(
@@ -168,14 +172,15 @@ def test_a_row_that_cannot_be_adjusted_ends_its_own_request(
         return sample(draw, logits, uniforms, params, history)
 
     monkeypatch.setattr(scheduling, "sample", failing)
-    others_go_on(engine, SamplingParams(logit_bias=((3, 1.0),)), GearshiftError)
+    others_go_on(engine, "failed alone: IndexError", logit_bias={3: 1.0})
 
 
-def test_logits_that_are_no_numbers_end_their_own_request(engine: HybridEngine) -> None:
-    with torch.no_grad():
-        engine.model.model.embed_tokens.weight[9] = math.nan
-    with engine.generating(), pytest.raises(NumericalError):
-        engine.generate([PROMPT, [9, 9]], SamplingParams(max_new_tokens=2))
+def test_logits_that_are_no_numbers_end_their_own_request() -> None:
+    engine = HybridEngine(random_model("qwen2"), tiny_tokenizer(), CONFIG)
+    with torch.no_grad():  # the head is another matrix: only prompts with this token are ill
+        engine.model.get_input_embeddings().weight[9] = math.nan
+    engine.weights_changed()
+    others_go_on(engine, "logits are not finite")
 
 
 EXTREMES: list[dict[str, Any]] = [

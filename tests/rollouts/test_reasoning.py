@@ -70,6 +70,9 @@ def test_the_answer_between_tags(tmp_path: Path) -> None:
         (f"well, <answer>0.5</answer> or <answer> {gold} </answer>", 1.0),
         (gold, 0.0),
         (f"<answer>{gold}", 0.0),
+        (f"<answer> no, <answer>{gold}</answer>", 1.0),
+        (f"<think><answer>0.5</answer></think> <answer>{gold}</answer>", 1.0),
+        (f"<think> is it <answer>{gold}</answer>?", 0.0),
     ):
         env.reset(options={"row": 0})
         assert env.step(text)[1] == reward, text

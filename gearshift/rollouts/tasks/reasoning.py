@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.errors import ConfigError, DataError
+from gearshift.rollouts.answers import without_thoughts
 from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.tasks.rows import read_rows, write_rows
 from gearshift.rollouts.tasks.task import Task
@@ -180,10 +181,13 @@ def _small(exponent: ast.AST, most: int) -> bool:
 
 
 def read_answer(completion: str, form: Format) -> str:
-    """The answer in a completion; empty where the tags are missing."""
+    """The answer in a completion; empty where the tags are missing, or only its thoughts have
+    them.
+    """
     if form == "whole":
         return completion.strip()
-    found = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
+    said = without_thoughts(completion)
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", said, flags=re.DOTALL)
     return found[-1].strip() if found else ""
 
 
