@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.template import (
+    MARK,
     PROBE,
     REASONING,
     Options,
@@ -97,7 +98,7 @@ def render_conversation(
             if not has_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
-        _check_end(tokenizer, answer)
+        _check_end(tokenizer, answer, message)
         span = _span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
             prompt, written = _continued(tokenizer, before, answer)
@@ -217,19 +218,21 @@ def _answer(
     answer = None
     if whole.startswith(before):
         answer = whole[len(before) : end]
-    elif not has_marks(tokenizer):
-        answer = _from_header(prompt, before, probed, whole[:end])
     # Asked, the template opens the reasoning (`<think>`), which it leaves out of an answer.
-    opened = re.search(r"<(\w+)>(\s*)\Z", before)
+    opened = re.search(r"<(\w+)>(\s*)(</\1>\s*)?\Z", before)
     if answer is None and opened and whole.startswith(before[: opened.start()]):
-        tag, space = opened.groups()
-        rest = whole[opened.start() : end].removeprefix(f"<{tag}>")
-        if f"</{tag}>" not in rest:
-            thought, closed, said = content.rpartition(f"</{tag}>")
-            thought = thought.lstrip().removeprefix(f"<{tag}>") if closed else "\n\n"
-            gap = said[: len(said) - len(said.lstrip())] if closed else "\n\n"
-            rest = f"{thought}</{tag}>{gap}{rest.lstrip()}"
-        answer = rest.removeprefix(space)
+        tag, space, closed = opened.groups()
+        rest = whole[opened.start() : end]
+        thinks = rest.startswith(f"<{tag}>")
+        rest = rest.removeprefix(f"<{tag}>")
+        if closed and thinks:
+            raise DataError(
+                f"an answer gives its reasoning, for which the prompt leaves no place: it has "
+                f"closed <{tag}> already. Take one of the two out."
+            )
+        answer = rest if closed else _thought_first(content, rest, tag).removeprefix(space)
+    if answer is None and not has_marks(tokenizer):
+        answer = _from_header(tokenizer, prompt, options, probed, whole[:end])
     if answer is None:
         raise _UntoldAnswerError(
             "The chat template renders a prompt differently once it is answered, so the "
@@ -241,7 +244,7 @@ def _answer(
     return before, answer
 
 
-def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
+def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message) -> None:
     """Raises `DataError` if a policy would not learn from this answer to end where it ends."""
     end = re.search(f"{special_tokens(tokenizer)}$", answer)
     if not end:
@@ -249,24 +252,46 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
             "the chat template writes no end token after an answer, so that a policy would never "
             "learn to end; give the tokenizer a template that does."
         )
-    if end.group() in answer[: end.start()]:
+    if any(end.group() in str(message.get(key)) for key in ("content", REASONING[0])):
         raise DataError(
             f"an answer has its end token {end.group()} inside; take it out of the row."
         )
 
 
-def _from_header(prompt: Sequence[Message], before: str, probed: str, whole: str) -> str | None:
-    """What follows the text that stands, in `before` too, between the last question and an answer:
-    some templates write what comes before a question differently once it is answered.
+def _thought_first(content: str, rest: str, tag: str) -> str:
+    """`rest`, as the template writes an answer of this content, with the reasoning that it leaves
+    out before it; with its end alone where there is none.
     """
-    question = str(prompt[-1].get("content") or "").strip() if prompt else ""
-    header = before.rpartition(question)[2] if question else ""
+    close = f"</{tag}>"
+    thought, given, said = content.rpartition(close)
+    thought = thought.lstrip().removeprefix(f"<{tag}>")
+    if given and squeezed(thought + close) not in squeezed(rest):
+        gap = said[: len(said) - len(said.lstrip())]
+        return thought + close + gap + rest.removeprefix(close).lstrip()
+    return rest if close in rest else f"\n\n{close}\n\n{rest.lstrip()}"
+
+
+def _from_header(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    options: Options | None,
+    probed: str,
+    whole: str,
+) -> str | None:
+    """What follows the text that opens an answer, asked and answered alike: some templates write
+    what stands before the last question differently once it is answered.
+    """
+    question = {**prompt[-1], "content": MARK}
+    asking = text_of(tokenizer, [*prompt[:-1], question], options, asks=True)
+    answered = [*prompt[:-1], question, {"role": "assistant", "content": PROBE}]
+    header = asking.rpartition(MARK)[2]
+    between = text_of(tokenizer, answered, options).rpartition(MARK)[2].partition(PROBE)[0]
     opening = probed.partition(PROBE)[0]
-    place = opening.rfind(question) + len(question)
-    if not header.strip() or not opening.startswith(header, place):
+    if MARK not in asking or not header.strip() or not between.startswith(header):
         return None
-    start = place + len(header)
-    return whole[start:] if whole.startswith(opening[:start]) else None
+    start = len(opening) - len(between) + len(header)
+    told = opening.endswith(between) and whole.startswith(opening[:start])
+    return whole[start:] if told else None
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:

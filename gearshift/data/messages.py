@@ -74,7 +74,7 @@ def read_message(item: Any, key: str) -> Message:
     message: Message = {"role": ROLES[who], "content": ""}
     said = item.get(words)
     if who == "function_call":
-        message["tool_calls"] = _calls(said, words)
+        message["tool_calls"] = read_calls(said, words)
     else:
         message["content"], thought = _content(said, words)
         if thought:
@@ -106,7 +106,7 @@ def _add_rest(message: Message, item: Mapping[str, Any]) -> None:
         if calls := item.get(name):
             if "tool_calls" in message:
                 raise DataError(f"a message gives its calls twice; take `{name}` out.")
-            message["tool_calls"] = _calls(calls, name)
+            message["tool_calls"] = read_calls(calls, name)
     trained = {_flag(item[name], name) for name in FLAGS if item.get(name) is not None}
     if len(trained) > 1:
         raise DataError(f"a message's flags ({', '.join(FLAGS)}) say yes and no.")
@@ -140,7 +140,7 @@ def _content(value: Any, key: str) -> tuple[str, str]:
     return "".join(words), "\n".join(thoughts)
 
 
-def _calls(value: Any, key: str) -> list[dict[str, Any]]:
+def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
     """Tool calls as templates take them: their arguments as an object."""
     value = parsed(value, key) if isinstance(value, str) else value
     calls = []

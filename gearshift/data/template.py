@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gearshift.data.messages import read_calls
 from gearshift.errors import DataError
 from gearshift.runtime.chat_arguments import bound_arguments, reads, template_source
 from gearshift.types import Message
@@ -20,7 +21,8 @@ Options = Mapping[str, Any]
 """What a row gives a template beside its messages: `tools`, and further arguments by name."""
 PROBE = "Qzprobe"
 """Words that no conversation has: where they come out shows what a template does with a text."""
-_MARK = "Qzmark"
+MARK = "Qzmark"
+"""The same, for another text beside it."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys under which templates read an answer's reasoning; rows are read into the first."""
 
@@ -35,7 +37,7 @@ def text_of(
 
     Raises `DataError` if there is no template, or it refuses.
     """
-    given = [with_reasoning(tokenizer, message) for message in messages]
+    given = [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
     functions = [c["function"] for m in given for c in m.get("tool_calls") or ()]
     written = [str(f["arguments"]) for f in functions if isinstance(f.get("arguments"), dict)]
     written = [value for value in written if value != "{}"]
@@ -59,7 +61,7 @@ def marked(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
 ) -> tuple[list[int], list[int]]:
     """(token ids, mask) by these marks."""
-    given = [with_reasoning(tokenizer, message) for message in messages]
+    given = [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
     how = {"return_dict": True, "return_assistant_tokens_mask": True}
     out = _rendered(tokenizer, given, options, **how)
     return list(out["input_ids"]), list(out["assistant_masks"])
@@ -83,12 +85,12 @@ def check_said(
 
 def _with_marks(i: int, message: Message) -> Message:
     """The message with a mark of its own in the place of each text."""
-    marked = dict(message)
+    marked = dict(_with_calls(message))
     for key in ("content", REASONING[0], "name"):
         if message.get(key):
-            marked[key] = f"{_MARK}{i}{key}."
-    if calls := message.get("tool_calls"):
-        marks = [f"{_MARK}{i}call{n}" for n in range(len(calls))]
+            marked[key] = f"{MARK}{i}{key}."
+    if calls := marked.get("tool_calls"):
+        marks = [f"{MARK}{i}call{n}" for n in range(len(calls))]
         marked["tool_calls"] = [
             {
                 **call,
@@ -202,6 +204,12 @@ def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Mess
 def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     source = template_source(tokenizer)
     return [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
+
+
+def _with_calls(message: Message) -> Message:
+    """The message with its calls in the one form, whoever wrote them."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": read_calls(calls, "tool_calls")} if calls else message
 
 
 def _with_json(message: Message) -> Message:

@@ -85,6 +85,18 @@ THINKING = """\
   {%- if enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
 {%- endif -%}
 """
+# DeepSeek-V3.1: each answer stands after </think>, and a prompt may open the reasoning instead.
+CLOSED = """\
+{{- bos_token -}}
+{%- for m in messages -%}
+  {%- if m.role == 'user' -%}<User>{{ m.content }}
+  {%- else -%}<Assistant></think>{{ m.content.split('</think>')[-1] }}{{ eos_token }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  <Assistant>{{ '<think>' if thinking else '</think>' }}
+{%- endif -%}
+"""
 # Mistral: no header before an answer, stripped words, the system's in the last question only.
 INSTRUCTED = """\
 {%- if messages[0].role == 'system' -%}
@@ -165,6 +177,7 @@ def shaped(template: str, bos: str, eos: str) -> PreTrainedTokenizerFast:
 SHAPES = {
     "channels": shaped(CHANNELS, "<s>", "<|return|>"),
     "opened": shaped(OPENED, "<s>", "</s>"),
+    "closed": shaped(CLOSED, "<s>", "</s>"),
     "thinking": shaped(THINKING, "<s>", "<|im_end|>"),
     "instructed": shaped(INSTRUCTED, "<s>", "</s>"),
     "endless": shaped(ENDLESS, "<s>", "</s>"),

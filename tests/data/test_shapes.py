@@ -64,6 +64,12 @@ CASES: list[tuple[str, list[Message], dict[str, Any], list[str]]] = [
     ("opened", [USER, BOT, AGAIN, INLINE], {}, [
         "<s><User>hi<Assistant><think>\n«\n</think>\n\nyo</s>»",
         "<s><User>hi<Assistant>yo</s><User>so<Assistant><think>\n«hm\n</think>\n\nyo</s>»"]),
+    ("closed", [USER, BOT, AGAIN, THEN], {}, [
+        "<s><User>hi<Assistant></think>«yo</s>»<User>so<Assistant></think>«ok</s>»"]),
+    ("closed", [USER, BOT], {"thinking": True}, [
+        "<s><User>hi<Assistant><think>«</think>yo</s>»"]),
+    ("closed", [USER, {**BOT, "content": "<think>hm</think>yo"}], {"thinking": True}, [
+        "<s><User>hi<Assistant><think>«hm</think>yo</s>»"]),
     ("thinking", [USER, BOT, AGAIN, THEN], {}, [
         Q + "«yo<|im_end|>»" + Q2 + "«<think>\n\n</think>\n\nok<|im_end|>»\n"]),
     ("thinking", [USER, THOUGHT], {}, [Q + "«<think>\nhm\n</think>\n\nyo<|im_end|>»\n"]),
@@ -124,6 +130,8 @@ def test_exactly_what_a_policy_writes_is_trained(
         ("model", [USER, SPOKEN, RESULT, THEN], {}, "leaves out `tool_calls`"),
         ("channels", [USER, BOT, RESULT, THEN], {}, "refuses this conversation: there is no call"),
         ("unended", [USER, BOT], {}, "writes no end token"),
+        ("closed", [USER, INLINE], {}, "leaves out the reasoning"),
+        ("thinking", [USER, THOUGHT], {"enable_thinking": False}, "has closed <think> already"),
         ("dated", [USER, {**BOT, "content": "yo<|eot|>"}], {}, "end token <|eot|> inside"),
     ],
 )
@@ -145,6 +153,7 @@ def test_answers_that_are_not_trained_are_read_all_the_same() -> None:
 TURNS = {
     "channels": "<|start|>user<|message|>so<|end|><|start|>assistant",
     "opened": "<User>so<Assistant><think>\n",
+    "closed": "<User>so<Assistant></think>",
     "thinking": Q2,
     "instructed": "[INST] so[/INST]",
     "endless": "[INST] so [/INST]",
@@ -177,6 +186,7 @@ def test_what_ends_an_answer_of_each() -> None:
     assert ends == {
         "channels": {"<|return|>", "<|call|>"},
         "opened": {"</s>"},
+        "closed": {"</s>"},
         "thinking": {"<|im_end|>"},
         "instructed": {"</s>"},
         "endless": {"</s>"},
