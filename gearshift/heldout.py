@@ -101,8 +101,8 @@ class TaskData:
         left = trained.unseen(rows, self._task.cluster)
         if not left:
             raise DataError(
-                f"{trained.run} trained on all {len(rows)} {split} rows, so they cannot tell how "
-                "good it is; name a recipe with other rows."
+                f"{trained.run} trains on all {len(rows)} {split} rows, so they cannot tell how "
+                "good it is; take the stages' data from task:labelled, or name other rows."
             )
         return left
 
@@ -183,14 +183,14 @@ class Trained:
         ]
 
 
-def trained_on(run: Path, recipe: Recipe) -> Trained:
-    """The rows of every stage that the run has begun, and of the runs that it went on from. Raises
-    `DataError` if a file of them is gone.
+def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
+    """The rows of every stage that the run has begun, or (`begun=False`) of every stage that it
+    has; and of the runs that it went on from. Raises `DataError` if a file of them is gone.
     """
     found, clusters = [], set()
     for name in STAGES:
         config = getattr(recipe, name)
-        if config is None or not (run / name).is_dir():
+        if config is None or (begun and not (run / name).is_dir()):
             continue
         data = config.supervised.data if name == "rl" else config.data
         for source in data.sources:
@@ -200,6 +200,8 @@ def trained_on(run: Path, recipe: Recipe) -> Trained:
             try:
                 rows = load_rows(path, source.split)[: source.limit]
             except DataError as error:
+                if not begun:
+                    raise
                 raise DataError(
                     f"What {run} trained on is not known, so neither is what it has not seen: "
                     f"{error}"
@@ -282,6 +284,7 @@ def evaluate_run(
         own = load(Recipe, folder / "recipe.yaml")
         data, to = TaskData(own, folder / "data"), folder
     data.prepare()
+    trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
     left, rows = data.unseen(split, trained), data.rows(split)
     if left is not None and rows is not None and len(left) < rows:
         print(
@@ -327,6 +330,8 @@ def told(record: Record) -> str:
     """The figure in words: `chrf 0.412 [0.395, 0.430] of 256 problems`."""
     episodes = "" if record["episodes"] == record["n"] else f" in {record['episodes']} episodes"
     failed = f", {record['failures']} failed" if record["failures"] else ""
+    if record["left_out"]:
+        failed += f"; {record['left_out']} rows left out that were trained on"
     return (
         f"{record['metric']} {record['value']:.3f} {span(record['interval'])} of {record['n']} "
         f"problems{episodes}{failed}"

@@ -31,7 +31,15 @@ from gearshift.data import (
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError, OverlongError
-from gearshift.heldout import TaskData, comparisons, open_engine, perplexity, records
+from gearshift.heldout import (
+    TaskData,
+    Trained,
+    comparisons,
+    open_engine,
+    perplexity,
+    records,
+    trained_on,
+)
 from gearshift.models.adapters import add_adapter
 from gearshift.models.classifier import context, use_own_pad
 from gearshift.models.load import (
@@ -90,6 +98,7 @@ class Run:
         self.recipe, self.say = dated(recipe, self.folder), say
         self.seed = recipe.run.seed
         self.task = TaskData(recipe, self.folder / "data")
+        self._trained: Trained | None = None
         if recipe.model.threads:
             torch.set_num_threads(recipe.model.threads)
 
@@ -98,6 +107,7 @@ class Run:
         claim(self.folder, self.recipe)
         if self.recipe.task:
             self.task.prepare()
+            self._trained = trained_on(self.folder, self.recipe, begun=False)
             self._heldout("base", lambda: self._engine(None))
         wanted = tuple(stages)
         work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
@@ -362,7 +372,7 @@ class Run:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
         to = self.folder / "validation"
         if self.recipe.task and not (to / f"{name}.json").exists():
-            self.task.evaluate(engine_of(), name, to)
+            self.task.evaluate(engine_of(), name, to, trained=self._trained)
 
     def _add_perplexity(self, start: str | None) -> None:
         """To each held-out record, under the policy that RL began from."""

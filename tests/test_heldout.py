@@ -79,6 +79,27 @@ def test_rows_that_the_run_trained_on_are_left_out(
     assert alone["samples"] == found["samples"]
 
 
+def test_a_stage_that_reads_the_whole_file_takes_its_rows_from_the_evaluation(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The task cuts the file into splits, but SFT reads some of it past the task."""
+    task = {"train": [{"path": str(place / "sums.jsonl")}], "validation": 0.5, "test": 0.2}
+    sft = {"data": {"sources": [{"path": write(place / "some.jsonl", sums(0, 20))}]}}
+    made = recipe(place, "leaky", task=task, sft=sft)
+    main(["run", str(made)])
+    record = json.loads((place / "leaky/validation/base.json").read_text())
+    assert 0 < record["left_out"] < 20 and record["episodes"] == 20 - record["left_out"]
+    assert f"{record['left_out']} rows left out that were trained on" in capsys.readouterr().out
+    assert all(int(s["prompt"].split()[0]) >= 20 for s in record["samples"])
+    main(["eval", str(place / "leaky"), "--split", "test"])
+    tested = json.loads((place / "leaky/test/sft.json").read_text())
+    assert all(int(s["prompt"].split()[0]) >= 20 for s in tested["samples"])
+    whole = {"data": {"sources": [{"path": str(place / "sums.jsonl")}]}}
+    with pytest.raises(SystemExit):
+        main(["run", str(recipe(place, "all", task=task, sft=whole))])
+    assert "trains on all 20 validation rows" in capsys.readouterr().err
+
+
 def test_a_run_that_trained_on_all_of_it_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +113,7 @@ def test_a_run_that_trained_on_all_of_it_is_refused(
     other = recipe(place, "known", task=task)
     with pytest.raises(SystemExit):
         main(["eval", str(place / "run"), "--recipe", str(other)])
-    assert "trained on all 24 validation rows" in capsys.readouterr().err
+    assert "trains on all 24 validation rows" in capsys.readouterr().err
 
 
 def test_test_rows_have_a_place_of_their_own(
