@@ -92,6 +92,7 @@ class FusedLinear:
     def mend(self) -> None:
         """Alias again; the parameters' present values win, in the same `Parameter` objects."""
         self.weight, self.bias = self._fuse()
+        self._stamp = ()  # a packed copy is of what was there before
 
     def _fuse(self) -> tuple[Tensor, Tensor | None]:
         if len(self.linears) == 1:

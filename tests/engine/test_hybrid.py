@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gearshift.engine import EngineConfig, HybridEngine
-from gearshift.errors import CapacityError, ConfigError, ModelError
+from gearshift.errors import CapacityError, ConfigError, GearshiftError, ModelError
+from gearshift.models.adapters import AdapterConfig, adapted_layers, adapters_off, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
@@ -126,3 +127,81 @@ def test_a_head_bias_and_untied_head_are_used() -> None:
         engine.logprobs(pack_completions(PROMPTS, groups)).logprobs.sum().backward()
     head = engine.model.get_output_embeddings().weight
     assert head.grad is not None and torch.isfinite(head.grad).all() and head.grad.abs().sum() > 0
+
+
+def changed_by(how: str, engine: HybridEngine) -> None:
+    """Change what the model computes."""
+    model = engine.model
+    layers = [layer for _, layer in adapted_layers(model)]
+    if how == "switched off":
+        for layer in layers:
+            layer.enable_adapters(False)
+    elif how == "merged":
+        for layer in layers:
+            layer.merge()
+            layer.base_layer.weight.data += 0.1  # which only `merged` tells
+    elif how == "scaled":
+        for layer in layers:
+            layer.set_scale("default", 3.0)
+    elif how == "loaded":
+        model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+    elif how == "written":
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(2)
+    elif how == "replaced":
+        weight = model.model.layers[1].self_attn.k_proj.base_layer.weight
+        weight.data = weight.data * 2
+    elif how == "another precision":
+        model.to(torch.bfloat16 if model.dtype == torch.float32 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "how",
+    ["switched off", "merged", "scaled", "loaded", "written", "replaced", "another precision"],
+)
+def test_a_cache_of_other_weights_cannot_be_reached(how: str, dtype: torch.dtype) -> None:
+    """Within one generation gear, without a word to the engine."""
+
+    def fresh() -> HybridEngine:
+        model = random_model("llama")
+        torch.manual_seed(1)
+        add_adapter(model, AdapterConfig(rank=4))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.5)
+        return HybridEngine(model.to(dtype), tiny_tokenizer())
+
+    params, prompts = SamplingParams(max_new_tokens=8), [[20 + i for i in range(50)]]
+    one, other = fresh(), fresh()
+    with one.generating():
+        before = one.generate(prompts, params)
+        changed_by(how, one)
+        after = one.generate(prompts, params)
+    changed_by(how, other)
+    with other.generating():
+        expected = other.generate(prompts, params)
+    assert after[0][0].logprobs == pytest.approx(expected[0][0].logprobs, abs=1e-4)
+    assert before[0][0].logprobs != after[0][0].logprobs
+    assert one.weights_version > 0 or how == "another precision"
+
+
+def test_weights_that_change_under_a_running_request_end_it() -> None:
+    one = HybridEngine(random_model("llama"), tiny_tokenizer())
+    with one.generating():
+        running = one.stream(PROMPTS[0], SamplingParams(max_new_tokens=30))
+        next(running)
+        one.model.load_state_dict(one.model.state_dict())
+        with pytest.raises(GearshiftError, match="weights changed while requests were running"):
+            one.step()
+        assert len(one.generate(PROMPTS, SamplingParams(max_new_tokens=2))) == len(PROMPTS)
+
+
+def test_adapters_that_were_off_stay_off() -> None:
+    model = random_model("llama")
+    add_adapter(model, AdapterConfig(rank=4))
+    with adapters_off(model):
+        with adapters_off(model):
+            pass
+        assert all(layer.disable_adapters for _, layer in adapted_layers(model))
+    assert not any(layer.disable_adapters for _, layer in adapted_layers(model))

@@ -8,6 +8,8 @@ import torch
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import Completion, SamplingParams
+from tests.models.families import random_model as small_model
+from tests.models.families import small_config
 from tests.zoo import CONFIGS, PROMPTS, random_model
 
 PARAMS = SamplingParams(n=3, max_new_tokens=20)
@@ -82,3 +84,38 @@ def test_steps_drawn_ahead_are_the_same_steps(cache_tokens: int | None) -> None:
     scheduler = ahead._scheduler
     assert scheduler is not None
     assert scheduler.cache.available == scheduler.cache.blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "biogpt", "ctrl", "llama"])
+def test_steps_drawn_ahead_of_the_last_position_are_thrown_away(
+    name: str, dtype: torch.dtype
+) -> None:
+    """No table of positions is read beyond its end, and the other rows are as without."""
+    written = []
+    for ahead in (1, 8):
+        model = random_model(name) if name in CONFIGS else small_model(small_config(name))
+        one = HybridEngine(model.to(dtype), tiny_tokenizer(), EngineConfig(steps_ahead=ahead))
+        longest = one.max_length
+        prompts = [[5] * (longest - 5), [6, 7]]
+        params = [SamplingParams(max_new_tokens=n, n=2) for n in (5, 20)]
+        with one.generating():
+            written.append([c for group in one.generate(prompts, params) for c in group])
+    for a, b in zip(*written, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_steps_drawn_ahead_do_not_stretch_a_dynamic_rotary() -> None:
+    """Its frequencies follow the longest position of the batch, also of a row that has ended."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    written = []
+    for ahead in (1, 8):
+        model = small_model(small_config("llama", rope_parameters=rope))
+        one = HybridEngine(model, tiny_tokenizer(), EngineConfig(steps_ahead=ahead))
+        params = [SamplingParams(max_new_tokens=n) for n in (3, 20)]
+        with one.generating():
+            written.append(one.generate([[5] * (one.max_length - 3), [6, 7]], params))
+    for a, b in zip(*written, strict=True):
+        assert a[0].token_ids == b[0].token_ids
+        assert a[0].logprobs == pytest.approx(b[0].logprobs, abs=1e-4)

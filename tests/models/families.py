@@ -10,13 +10,17 @@ import copy
 import dataclasses
 import inspect
 import re
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
 
 from gearshift.data.packing import pack_groups
 from gearshift.engine import HybridEngine
@@ -26,6 +30,8 @@ from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 
 VOCABULARY = 300
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+HOW = ("described", "generic")
 
 NOT_RUN = {
     "whisper": "speech",
@@ -42,6 +48,9 @@ NOT_RUN = {
     "gemma3n": "its vision part needs timm; its text part is `gemma3n_text`",
 }
 """Types that are no language models by themselves."""
+
+UNSAVED = ("emu3", "mllama")
+"""What is saved of these is a text part of a type that `AutoModelForCausalLM` does not load."""
 
 _SMALL = {
     # sizes
@@ -246,7 +255,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
             "adapter_in_dim": 32,
             "adapter_out_dim": 64,
             "mlp_layer_types": ["dense"],
-        }
+        },
+        "audio_config": {"adapter_out_dim": 64},
     },
     "dots3_note_text": _LATENT_8,
     "exaone4": _WINDOWS,
@@ -477,7 +487,7 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
     model = random_model(small_config(kind, **options))
     model.save_pretrained(folder)
     try:
-        if kind == "emu3":  # its saved text part is of a type that nothing loads
+        if kind in UNSAVED:
             loaded = copy.deepcopy(model)
         else:
             loaded = load_policy(ModelConfig(dtype="float32", device="cpu"), str(folder))
@@ -490,45 +500,152 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
 
 def told(error: str) -> str:
     """The reason in a refusal."""
-    for pattern in (r"refused: (.*)\. docs/models", r"could not be loaded \((.*)\); give"):
+    for pattern in (
+        r"refused: (.*)\. docs/models",
+        r"(right up to .*);",
+        r"could not be loaded \((.*)\); give",
+    ):
         if found := re.search(pattern, error):
             return found[1]
     return error
 
 
-@torch.no_grad()
 def compare(engine: HybridEngine, plain: PreTrainedModel) -> None:
-    """Greedy tokens, and log-probs packed and prompt-shared, are those of Hugging Face's forward
-    of each sequence alone.
+    """Greedy tokens, log-probs packed and prompt-shared, and the gradient of two packed sequences
+    are those of Hugging Face's forward of each sequence alone.
     """
     prompts = [[7, 11, 13], [(17 * i) % 290 + 5 for i in range(29)]]
+    greedy = SamplingParams(n=2, max_new_tokens=7, temperature=0.0)
     with engine.generating():
-        groups = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=7, temperature=0.0))
-    others = [[40, 41, 42, 43], [200, 100, 50]]
-    for prompt, group, other in zip(prompts, groups, others, strict=True):
-        logits_TV = plain(input_ids=torch.tensor([prompt + group[0].token_ids])).logits[0].float()
-        steps_SV = logits_TV[len(prompt) - 1 : -1]
-        first, second = steps_SV.topk(2).values.T
-        same = steps_SV.argmax(-1) == torch.tensor(group[0].token_ids)
+        written = [group[0] for group in engine.generate(prompts, greedy)]
+    rows = []
+    for prompt, one, other in zip(prompts, written, ([40, 41, 42], [200, 100]), strict=True):
+        logits_SV = logits_of(plain, prompt, one.token_ids)
+        first, second = logits_SV.topk(2).values.T
+        same = logits_SV.argmax(-1) == torch.tensor(one.token_ids)
         assert bool((same | (first - second < 1e-3)).all()), "greedy tokens"
-        exact = alone(plain, prompt, group[0].token_ids)
-        assert far(torch.tensor(group[0].logprobs), exact) < 1e-3, "log-probs as written"
-        rows = [(other, [1] * len(other)), (group[0].token_ids, [1] * len(group[0].token_ids))]
-        exact = torch.cat([alone(plain, prompt, row) for row, _ in rows])
-        for share in (False, True):
-            batch = pack_groups([(prompt, rows), ([9, 8, 7], [([6, 5], [0, 0])])], share=share)
-            with engine.training(), torch.no_grad():
-                scored = engine.logprobs(batch).logprobs
-            assert far(scored, exact) < 1e-3, f"log-probs packed, share={share}"
+        exact = alone(plain, prompt, one.token_ids)
+        assert far(torch.tensor(one.logprobs), exact) < 1e-3, "log-probs as written"
+        rows.append((prompt, [(ids, [1] * len(ids)) for ids in (one.token_ids, other)]))
+    plain.zero_grad()
+    exact = torch.cat([alone(plain, prompt, ids) for prompt, many in rows for ids, _ in many])
+    exact.sum().backward()
+    for share in (False, True):
+        engine.model.zero_grad()
+        with engine.training():
+            scored = engine.logprobs(pack_groups(rows, share=share)).logprobs
+        assert far(scored, exact) < 1e-3, f"log-probs packed, share={share}"
+        scored.sum().backward()
+        assert cosine(engine.model, plain) > 0.9999, f"gradient, share={share}"
+
+
+def logits_of(plain: PreTrainedModel, prompt: list[int], row: list[int]) -> Tensor:
+    """[S, V]: what Hugging Face predicts a completion's tokens from."""
+    ids = torch.tensor([prompt + row])
+    logits_TV: Tensor = plain(input_ids=ids, use_cache=False).logits[0].float()
+    return logits_TV[len(prompt) - 1 : -1]
 
 
 def alone(plain: PreTrainedModel, prompt: list[int], row: list[int]) -> Tensor:
     """Log-probs of a completion by Hugging Face."""
-    logits_TV = plain(input_ids=torch.tensor([prompt + row]), use_cache=False).logits[0].float()
-    log_p_TV = torch.log_softmax(logits_TV, -1)[len(prompt) - 1 : -1]
-    return log_p_TV.gather(1, torch.tensor(row)[:, None])[:, 0]
+    log_p_SV = torch.log_softmax(logits_of(plain, prompt, row), -1)
+    return log_p_SV.gather(1, torch.tensor(row)[:, None])[:, 0]
 
 
 def far(ours: Tensor, theirs: Tensor) -> float:
     """The greatest difference in nats."""
-    return float((ours - theirs).abs().max())
+    return float((ours - theirs).detach().abs().max())
+
+
+def cosine(ours: PreTrainedModel, theirs: PreTrainedModel) -> float:
+    """Between the gradients of two models of one kind."""
+    exact = dict(theirs.named_parameters())
+    every = [(p.grad, exact[name].grad) for name, p in ours.named_parameters()]
+    pairs = [(a, b) for a, b in every if a is not None and b is not None]
+    both = [[g.flatten() for g in side] for side in zip(*pairs, strict=True)]
+    return float(torch.cosine_similarity(torch.cat(both[0]), torch.cat(both[1]), dim=0))
+
+
+def sweep() -> dict[str, Verdict]:
+    """All cases."""
+    found = {}
+    for name, (kind, options) in cases().items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = judge(kind, options, Path(folder))
+    return found
+
+
+def page(found: dict[str, Verdict]) -> str:
+    """docs/models.md."""
+    kinds = {name: verdict for name, verdict in found.items() if name not in OPTIONS}
+    right = {how: [n for n, v in kinds.items() if v == Verdict(True, how)] for how in HOW}
+    refused: dict[str, list[str]] = {}
+    for name, verdict in kinds.items():
+        if not verdict.right:
+            refused.setdefault(grouped(verdict.how), []).append(name)
+    lines = [
+        "# Models",
+        "",
+        "Made by `python -m tests.models.families`; `tests/models/test_families.py` holds it.",
+        "",
+        f"`AutoModelForCausalLM` of transformers {transformers.__version__} knows "
+        f"{len(kinds) + len(NOT_RUN)} model types. Of each, a small random model was loaded and "
+        "given to the engine. Either it is **right**: greedy tokens, log-probs of packed and "
+        "prompt-shared sequences (to 1e-3 nats in fp32) and gradients are those of Hugging Face's "
+        "forward of each sequence alone. Or it is **refused** in one line that says why.",
+        "",
+        "A type here says what its code can do; your checkpoint is compared with Hugging Face's "
+        "own forward whenever an engine is made, for the references and critics too.",
+        "",
+        f"## Right: {sum(map(len, right.values()))}",
+        "",
+        f"On the fast path (described; {len(right['described'])}): {listed(right['described'])}.",
+        "",
+        f"Through Hugging Face's modules ({len(right['generic'])}): {listed(right['generic'])}.",
+        "",
+        f"{listed(UNSAVED)} run, but what a stage saves of them is a text part that "
+        "`AutoModelForCausalLM` does not load again.",
+        "",
+        f"## Refused: {sum(map(len, refused.values()))}",
+        "",
+        *(f"- {why}: {listed(names)}." for why, names in sorted(refused.items())),
+        "",
+        "A limit of length is a rule on the config: the engine runs such a model where "
+        "`engine.max_length` stays within it (a window or chunk that only Hugging Face's mask "
+        "knows, longrope's original length), and refuses it above, with the number to set. "
+        "Dynamic NTK is the model's own rotary up to `max_position_embeddings`, which is as far "
+        "as the engine goes.",
+        "",
+        "## Options",
+        "",
+        "| option | |",
+        "|---|---|",
+        *(f"| {name} | {in_words(found[name])} |" for name in OPTIONS),
+        "",
+        "## Not tried",
+        "",
+        *(f"- `{name}`: {why}." for name, why in NOT_RUN.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def listed(names: Iterable[str]) -> str:
+    """In code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def grouped(why: str) -> str:
+    """A reason without what is a model's own."""
+    if "up to" in why:
+        return "a window or a chunk is only in Hugging Face's mask; right below it"
+    return re.sub(r" \(.*?\)$", "", why)
+
+
+def in_words(found: Verdict) -> str:
+    """In words."""
+    return f"right, {found.how}" if found.right else f"refused: {found.how}"
+
+
+if __name__ == "__main__":
+    hf_logging.set_verbosity_error()
+    PAGE.write_text(page(sweep()), encoding="utf-8")

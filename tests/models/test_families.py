@@ -1,0 +1,23 @@
+"""Every type that `AutoModelForCausalLM` knows is right or refused; docs/models.md says which."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.models.families import PAGE, Verdict, cases, judge, page
+
+found: dict[str, Verdict] = {}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_right_or_refused(name: str, tmp_path: Path) -> None:
+    kind, options = cases()[name]
+    found[name] = judge(kind, options, tmp_path)
+
+
+def test_the_page_says_so() -> None:
+    written = PAGE.read_text(encoding="utf-8")
+    if len(found) < len(cases()) or transformers.__version__ not in written:
+        pytest.skip("not every type was run, or the page is of another version")
+    assert page(found) == written, "run python -m tests.models.families"
