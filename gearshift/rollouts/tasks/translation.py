@@ -27,7 +27,7 @@ from gearshift.rollouts.tasks.translation_score import (
     keeps_placeholders,
     placeholders,
 )
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.seeding import named_seed
 from gearshift.types import Message
 
@@ -44,12 +44,12 @@ class TranslationConfig(Config):
     """Which task this is."""
     languages: list[Literal["es", "de", "fr"]] = Field(["es", "de", "fr"], min_length=1)
     """Languages to translate into, from English."""
-    products: list[str] = Field(["wagtail", "Django"], min_length=1)
+    products: list[PathText] = Field(["wagtail", "Django"], min_length=1)
     """Whose catalogues are trained on: installed packages, or folders with
     LANGUAGE/LC_MESSAGES/*.po."""
-    validation_product: str = "django-oscar"
+    validation_product: PathText = "django-oscar"
     """Whose catalogues are for validation; a message that another product has too is left out."""
-    test_product: str = "django-helpdesk"
+    test_product: PathText = "django-helpdesk"
     """Whose catalogues are for the test; a message that another product has too is left out."""
     labelled: int = Field(1500, ge=1)
     """Messages with translations, for supervised fine-tuning."""
