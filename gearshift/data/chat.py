@@ -12,19 +12,22 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from gearshift.data.answers import (
+    Span,
+    UntoldAnswerError,
+    answer_span,
+    closing_of,
+    written_answer,
+)
 from gearshift.data.template import (
-    MARK,
     PROBE,
     REASONING,
     Options,
     check_said,
     has_marks,
-    left_out,
     marked,
     special_tokens,
-    squeezed,
     text_of,
-    with_reasoning,
 )
 from gearshift.data.text import decode
 from gearshift.errors import DataError
@@ -32,11 +35,6 @@ from gearshift.types import Message
 
 Rendered = tuple[list[int], list[int]]
 """(token ids, mask)."""
-Span = tuple[int, int]
-
-
-class _UntoldAnswerError(DataError):
-    """The template does not let an answer be told from what stands before it."""
 
 
 def render_prompt(
@@ -93,13 +91,13 @@ def render_conversation(
         if message["role"] != "assistant" or i in untrained:
             continue
         try:
-            before, answer = _answer(tokenizer, messages[: i + 1], options)
-        except _UntoldAnswerError:
+            before, answer = written_answer(tokenizer, messages[: i + 1], options)
+        except UntoldAnswerError:
             if not has_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
         _check_end(tokenizer, answer, message)
-        span = _span(tokenizer, messages, i, options, whole, before, answer)
+        span = answer_span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
             prompt, written = _continued(tokenizer, before, answer)
             alone.append(([*prompt, *written], [0] * len(prompt) + [1] * len(written)))
@@ -143,7 +141,7 @@ def completion_texts(
     Raises `DataError`.
     """
     check_said(tokenizer, answered, options)
-    return _answer(tokenizer, answered, options)
+    return written_answer(tokenizer, answered, options)
 
 
 def render_turn(
@@ -167,7 +165,7 @@ def render_turn(
         opening[1] = _calling(said[0].get("name") or "tool")
         whole = text_of(tokenizer, [*opening, *said], options, asks=True)
     check_said(tokenizer, [*opening, *said], options)
-    before, answer = _answer(tokenizer, opening, options)
+    before, answer = written_answer(tokenizer, opening, options)
     if whole.startswith(before + answer):
         end = len(before + answer)
     else:
@@ -178,7 +176,7 @@ def render_turn(
                 "give the tokenizer a template that keeps them."
             )
         tail = whole[at + len(PROBE) :]
-        end = at + len(PROBE) + len(_closing(tokenizer, tail, answer))
+        end = at + len(PROBE) + len(closing_of(tokenizer, tail, answer))
     return _continued(tokenizer, whole[:end], whole[end:])[1]
 
 
@@ -189,7 +187,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     found = {t for t in [tokenizer.eos_token_id] if t is not None}
     for answer in ({"role": "assistant", "content": PROBE}, _calling("tool")):
         try:
-            _, text = _answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
+            _, text = written_answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
         except DataError:
             continue
         if end := re.search(f"{special_tokens(tokenizer)}$", text):
@@ -200,48 +198,6 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _calling(name: str) -> Message:
     call = {"type": "function", "id": "call00001", "function": {"name": name, "arguments": {}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-def _answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
-) -> tuple[str, str]:
-    """The text that asks for the last message, and what a policy writes after it: the message,
-    through its end token. Raises `DataError` if that cannot be told.
-    """
-    *prompt, message = messages
-    before = text_of(tokenizer, prompt, options, asks=True)
-    whole = text_of(tokenizer, messages, options)
-    probed = text_of(tokenizer, [*prompt, {"role": "assistant", "content": PROBE}], options)
-    tail = probed.rpartition(PROBE)[2] if PROBE in probed else ""
-    end = _end(tokenizer, whole, tail)
-    content = str(with_reasoning(tokenizer, message)["content"])
-    answer = None
-    if whole.startswith(before):
-        answer = whole[len(before) : end]
-    # Asked, the template opens the reasoning (`<think>`), which it leaves out of an answer.
-    opened = re.search(r"<(\w+)>(\s*)(</\1>\s*)?\Z", before)
-    if answer is None and opened and whole.startswith(before[: opened.start()]):
-        tag, space, closed = opened.groups()
-        rest = whole[opened.start() : end]
-        thinks = rest.startswith(f"<{tag}>")
-        rest = rest.removeprefix(f"<{tag}>")
-        if closed and thinks:
-            raise DataError(
-                f"an answer gives its reasoning, for which the prompt leaves no place: it has "
-                f"closed <{tag}> already. Take one of the two out."
-            )
-        answer = rest if closed else _thought_first(content, rest, tag).removeprefix(space)
-    if answer is None and not has_marks(tokenizer):
-        answer = _from_header(tokenizer, prompt, options, probed, whole[:end])
-    if answer is None:
-        raise _UntoldAnswerError(
-            "The chat template renders a prompt differently once it is answered, so the "
-            "assistant's tokens cannot be told; give the tokenizer a template whose rendering only "
-            "grows, or add {% generation %} marks to it."
-        )
-    if "</think>" in content and squeezed(content).removeprefix("<think>") not in squeezed(answer):
-        raise DataError(left_out("the reasoning of an answer"))
-    return before, answer
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message) -> None:
@@ -256,109 +212,6 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message
         raise DataError(
             f"an answer has its end token {end.group()} inside; take it out of the row."
         )
-
-
-def _thought_first(content: str, rest: str, tag: str) -> str:
-    """`rest`, as the template writes an answer of this content, with the reasoning that it leaves
-    out before it; with its end alone where there is none.
-    """
-    close = f"</{tag}>"
-    thought, given, said = content.rpartition(close)
-    thought = thought.lstrip().removeprefix(f"<{tag}>")
-    if given and squeezed(thought + close) not in squeezed(rest):
-        gap = said[: len(said) - len(said.lstrip())]
-        return thought + close + gap + rest.removeprefix(close).lstrip()
-    return rest if close in rest else f"\n\n{close}\n\n{rest.lstrip()}"
-
-
-def _from_header(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[Message],
-    options: Options | None,
-    probed: str,
-    whole: str,
-) -> str | None:
-    """What follows the text that opens an answer, asked and answered alike: some templates write
-    what stands before the last question differently once it is answered.
-    """
-    question = {**prompt[-1], "content": MARK}
-    asking = text_of(tokenizer, [*prompt[:-1], question], options, asks=True)
-    answered = [*prompt[:-1], question, {"role": "assistant", "content": PROBE}]
-    header = asking.rpartition(MARK)[2]
-    between = text_of(tokenizer, answered, options).rpartition(MARK)[2].partition(PROBE)[0]
-    opening = probed.partition(PROBE)[0]
-    if MARK not in asking or not header.strip() or not between.startswith(header):
-        return None
-    start = len(opening) - len(between) + len(header)
-    told = opening.endswith(between) and whole.startswith(opening[:start])
-    return whole[start:] if told else None
-
-
-def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
-    """Where the last answer's end token ends. `tail`: what the template writes after an answer."""
-    special = special_tokens(tokenizer)
-    first = re.search(special, tail)
-    if whole.endswith(tail):
-        return len(whole) - len(tail) + (first.end() if first else len(tail))
-    # After a tool call it may be another one: the same if it is among those at the end, or the
-    # first of them.
-    run = re.search(rf"(?:\s|{special})*\Z", whole)
-    assert run
-    same = re.compile(re.escape(first.group()) if first else "(?!)")
-    found = same.search(whole, run.start()) or re.compile(special).search(whole, run.start())
-    return found.end() if found else len(whole)
-
-
-def _span(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    i: int,
-    options: Options | None,
-    whole: str,
-    before: str,
-    answer: str,
-) -> Span | None:
-    """Where answer i stands in the text of the whole conversation; None if it is not there as a
-    policy writes it: after the text that asks for it, with all its words, and an end token.
-    """
-    if whole.startswith(before + answer):
-        return len(before), len(before + answer)
-    if not whole.startswith(before):
-        return None
-    probe = {"role": "assistant", "content": PROBE}
-    try:
-        probed = text_of(tokenizer, [*messages[:i], probe, *messages[i + 1 :]], options)
-    except DataError:
-        return None
-    tail = probed.partition(PROBE)[2]
-    closing = _closing(tokenizer, tail, answer)
-    start, end = len(before), len(whole) - len(tail) + len(closing)
-    if not closing or not whole.endswith(tail) or end < start:
-        return None
-    words = squeezed(whole[start:end])
-    for key in ("content", REASONING[0]):
-        said = squeezed(messages[i].get(key) or "")
-        if said in squeezed(answer) and said not in words:
-            return None
-    return start, end
-
-
-def _closing(tokenizer: PreTrainedTokenizerBase, tail: str, answer: str) -> str:
-    """The end token that `tail`, what stands after an earlier answer, begins with; and "" if it has
-    none, and begins with the next message.
-
-    It may be another one than the last answer's. What opens a message is followed by the name of a
-    role or by the words; an end token by what opens the next one.
-    """
-    special = special_tokens(tokenizer)
-    last = re.search(f"{special}$", answer)
-    found = re.match(rf"\s*({special})(\s*(?:{special}|\Z))?", tail)
-    if not found:
-        return ""
-    token, followed = found.groups()
-    same = last is not None and token == last.group()
-    ends = same or (followed is not None and token != tokenizer.bos_token)
-    return tail[: found.end(1)] if ends else ""
 
 
 def _marked(

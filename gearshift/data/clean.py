@@ -14,7 +14,8 @@ from typing import Any
 import ftfy
 from pydantic import Field
 
-from gearshift.data.formats import COLUMNS, SourceRow, lacks_words, with_lists
+from gearshift.data.formats import SourceRow
+from gearshift.data.given import COLUMNS, lacks_words, with_lists
 from gearshift.data.messages import ROLES
 from gearshift.runtime.config import Config
 

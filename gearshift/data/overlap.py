@@ -12,7 +12,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from gearshift.data.formats import Row, to_preference, to_prompt, to_supervised
+from gearshift.data.formats import to_preference, to_prompt, to_supervised
+from gearshift.data.given import Row
 from gearshift.errors import DataError
 from gearshift.types import Message
 

@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
-from gearshift.data.formats import COLUMNS, SourceRow
+from gearshift.data.formats import SourceRow
+from gearshift.data.given import COLUMNS
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, PathText
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
-from gearshift.data.formats import ChatExample, given, to_prompt, to_supervised
+from gearshift.data.formats import ChatExample, to_prompt, to_supervised
+from gearshift.data.given import given
 from gearshift.data.messages import ROLES, show
 from gearshift.data.overlap import near, prompt_keys
 from gearshift.data.sources import SourceConfig, load_rows

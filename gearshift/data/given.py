@@ -1,0 +1,104 @@
+"""What a row gives, the same from every kind of file: tables pad with nulls, and CSV has texts
+only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+COLUMNS = frozenset((
+    "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
+    "rejected", "instruction", "input", "output", "system", "history",
+))  # fmt: skip
+"""The columns that hold what is read and learned; any other is the user's own, or tells how."""
+LISTS = (
+    "messages", "conversations", "completions", "labels", "tools", "history",
+    "chat_template_kwargs",
+)  # fmt: skip
+"""Columns of lists and objects; in a file that has texts only, JSON."""
+_ANSWERED = (
+    {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"},
+    {"instruction", "output"}, {"chosen", "rejected"}, {"prompt", "completions", "labels"},
+)  # fmt: skip
+_ASKED = ({"prompt"}, {"instruction"})
+
+
+def with_lists(row: Row) -> dict[str, Any]:
+    """The row with its lists and objects read, where its file has texts only. What is no JSON
+    stays, to be refused by its name.
+    """
+    row = dict(row)
+    for key in {*LISTS, "prompt", "completion", "chosen", "rejected"} & set(row):
+        text = row[key]
+        if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            # A prompt that looks like a list is one only if it holds messages.
+            items = value if isinstance(value, list) else [value]
+            if key in LISTS or all(isinstance(m, dict) and {"role"} <= set(m) for m in items):
+                row[key] = value
+    return row
+
+
+def given(row: Row) -> dict[str, Any]:
+    """What a row gives, the same from every kind of file: null and empty columns are not given, and
+    columns of lists and objects are read from JSON where the file has texts only.
+    """
+    kept = {key: _plain(value) for key, value in with_lists(row).items()}
+    return {key: value for key, value in kept.items() if value is not None and value != ""}
+
+
+def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
+    """Whether a row is empty where it must say something: a text that it needs, or a message of
+    user or assistant, is blank. A column that only other rows of its source (`columns`) have is
+    blank too. `answered`: a prompt alone is not enough.
+    """
+    said = {key: value for key, value in given(row).items() if not _blank(value)}
+    known = columns & COLUMNS
+    if not said.keys() & known:  # blank, or of no format at all, which is to be told
+        return not said or bool(row.keys() & known)
+    formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)
+    if not any(needed <= set(said) for needed in formats):
+        return not known <= set(said)
+    lists = [value for key, value in said.items() if key in COLUMNS and isinstance(value, list)]
+    return any(_silent(message) for messages in lists for message in messages)
+
+
+def _silent(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return isinstance(message, str) and not _shows(message)
+    who, words = (
+        message.get("role", message.get("from")),
+        message.get("content", message.get("value")),
+    )
+    others = {"role", "from", "content", "value"}
+    blank = isinstance(words, str) and not _shows(words)
+    return blank and who in ("user", "human", "assistant", "gpt") and not set(message) - others
+
+
+def _blank(value: Any) -> bool:
+    return not _shows(value) if isinstance(value, str) else value in ([], {})
+
+
+def _shows(text: str) -> bool:
+    """Whether there is anything to see in it."""
+    return any(letter.isprintable() for letter in text if letter != " ")
+
+
+def _plain(value: Any) -> Any:
+    """Lists and objects as JSON has them, without nulls: tables pad with them."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        pairs = [isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value]
+        if pairs and all(pairs):  # a table's map
+            return _plain(dict(value))
+        return [_plain(v) for v in value]
+    return value
