@@ -163,7 +163,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ModelError("LoRA needs peft; run: pip install 'gearshift[lora]'.") from error
-    tied = is_tied(model)
+    shared = model.get_input_embeddings().weight if is_tied(model) else None
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
@@ -183,11 +183,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 raise ValueError(f"it leaves {left[0]}")
             for layer in adapted.modules():
                 if isinstance(layer, BaseTunerLayer):
-                    base = layer.get_base_layer()
-                    dtype = next(base.parameters()).dtype
-                    base.float()  # the sum is rounded once
-                    layer.merge()
-                    base.to(dtype)
+                    _merge_layer(layer, shared)
             merged: PreTrainedModel = adapted.merge_and_unload()
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -195,10 +191,23 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"The adapter in {folder} does not fit {model.config.name_or_path or 'its model'} "
             f"({reason[:200]}); give the model that it was trained on."
         ) from error
-    if tied and not is_tied(merged):  # one of the two was trained alone
+    if shared is not None and not is_tied(merged):  # one of the two was trained alone
         merged.config.get_text_config().tie_word_embeddings = False
         merged.config.tie_word_embeddings = False
     return merged.requires_grad_(True)
+
+
+def _merge_layer(layer: Any, shared: nn.Parameter | None) -> None:
+    """Add the adapter to the layer's weight, in float32, so that the sum is rounded once. `shared`:
+    the weight of embedding and head; the one that has an adapter parts from the other.
+    """
+    base = layer.get_base_layer()
+    if shared is not None and getattr(base, "weight", None) is shared:
+        base.weight = nn.Parameter(shared.detach().clone())
+    dtype = next(base.parameters()).dtype
+    base.float()
+    layer.merge()
+    base.to(dtype)
 
 
 def _left(missing: list[str], unexpected: list[str], model: PreTrainedModel) -> list[str]:

@@ -131,27 +131,38 @@ def test_adapters_that_others_made(tmp_path: Path) -> None:
     wanted = score_all(peft_model.base_model.model, ids)
     assert score_all(load_classifier(CPU, str(second)), ids) == pytest.approx(wanted, abs=1e-5)
     assert load_tokenizer(CPU, str(second)).chat_template == tiny_tokenizer().chat_template
-    trunk = load_classifier(CPU, str(first)).base_model.state_dict()
-    for name, tensor in policy.base_model.state_dict().items():
-        assert torch.equal(tensor, trunk[name]), name
+    for of_tokens in (False, True):
+        trunk = load_classifier(CPU, str(first), of_tokens).base_model.state_dict()
+        for name, tensor in policy.base_model.state_dict().items():
+            assert torch.equal(tensor, trunk[name]), name
     with pytest.raises(ModelError, match="makes a reward model, which writes no text"):
         load_policy(CPU, str(second))
 
 
-def test_a_head_that_was_trained_alone_is_tied_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj"], "use_dora": True, "bias": "all"},
+    ],
+    ids=str,
+)
+def test_what_an_adapter_changes_besides(what: dict[str, Any], tmp_path: Path) -> None:
+    """A head that is trained alone is the embedding no more."""
     model = random_model("llama", "eager")
     save_model(tmp_path / "base", model, tiny_tokenizer(), "card")
-    peft_model = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"],
-                          modules_to_save=["lm_head"]),
-    )  # fmt: skip
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **what))
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
     peft_model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     peft_model.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[5, 6, 7]])
-    wanted = peft_model(ids).logits
+    wanted = peft_model.eval()(ids).logits
     loaded = load_policy(CPU, str(tmp_path / "adapter"))
     save_model(tmp_path / "whole", loaded, tiny_tokenizer(), "card")
     for again in (loaded, load_policy(CPU, str(tmp_path / "whole"))):
