@@ -69,6 +69,12 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> None:
             f"model.lora.targets: {str(error).splitlines()[0]} Give `all-linear`, or ends of "
             "names such as q_proj."
         ) from error
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(module, "base_layer") for module in ends):
+        raise ModelError(
+            "model.lora.targets names the embedding or the head, which may be one weight; give "
+            "linear layers between them, such as q_proj."
+        )
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -202,7 +208,7 @@ def _merge_layer(layer: Any, shared: nn.Parameter | None) -> None:
     the weight of embedding and head; the one that has an adapter parts from the other.
     """
     base = layer.get_base_layer()
-    if shared is not None and getattr(base, "weight", None) is shared:
+    if shared is not None and any(p is shared for p in base.parameters(recurse=False)):
         base.weight = nn.Parameter(shared.detach().clone())
     dtype = next(base.parameters()).dtype
     base.float()

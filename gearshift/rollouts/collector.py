@@ -391,6 +391,7 @@ class Collector:
         return [self._trajectory(e) for e in group if e.finish_reason != "abort"]
 
     def _trajectory(self, episode: _Episode) -> Trajectory:
+        options = {"template_options": episode.options} if episode.options else {}
         return Trajectory(
             episode.token_ids,
             episode.loss_mask,
@@ -399,7 +400,7 @@ class Collector:
             episode.start.group_id,
             episode.prompt_length,
             episode.finish_reason,
-            {"row": episode.row, **episode.info, "messages": episode.messages},
+            {"row": episode.row, **options, **episode.info, "messages": episode.messages},
             tuple(episode.rewarded),
         )
 

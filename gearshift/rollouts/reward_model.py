@@ -12,7 +12,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.scored import render_scored
-from gearshift.errors import ModelError
+from gearshift.data.template import Options
+from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import context, reads_last_token, score_all
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
 from gearshift.models.vocabulary import check_vocabulary
@@ -42,23 +43,47 @@ class ModelReward:
         token_ids: Sequence[list[int]] | None = None,
         ended: Sequence[bool] | None = None,
         policy: PreTrainedTokenizerBase | None = None,
+        template_options: Sequence[Options | None] | None = None,
         **_: Any,
     ) -> list[float | None]:
         """`token_ids`: each conversation with its answer as the `policy` read and wrote it; these
         are scored where the reward model reads the same tokens, and else the texts. `ended`:
-        whether an answer came to its end. A sequence that is longer than the model takes is
-        `LOST`.
+        whether an answer came to its end. `template_options`: tools and what else the template
+        gets. A sequence that is longer than the model takes is
+        `LOST`, and so is a conversation that its template refuses.
         """
         if token_ids is not None and policy is not None and same_tokens(policy, self.tokenizer):
             sequences = [self._read(ids) for ids in token_ids]
         else:
-            ended = [True] * len(prompts) if ended is None else ended
-            given = zip(prompts, completions, ended, strict=True)
-            sequences = [self._read(render_scored(self.tokenizer, *one)) for one in given]
+            ended = ended or [True] * len(prompts)
+            options = template_options or [None] * len(prompts)
+            samples = zip(prompts, completions, ended, options, strict=True)
+            sequences = self._rendered(list(samples))
         limit = context(self.model)
-        fits = [s for s in sequences if len(s) <= limit]
-        scores = iter(score_all(self.model, fits))
-        return [next(scores) if len(s) <= limit else LOST for s in sequences]
+        fits = [bool(s) and len(s) <= limit for s in sequences]
+        scores = iter(score_all(self.model, [s for s, f in zip(sequences, fits, strict=True) if f]))
+        return [next(scores) if fit else LOST for fit in fits]
+
+    def _rendered(
+        self, samples: Sequence[tuple[list[Message], str, bool, Options | None]]
+    ) -> list[list[int]]:
+        """Token ids of texts; none where the template refuses a conversation. Raises its
+        `DataError` if it refuses all.
+        """
+        sequences: list[list[int]] = []
+        fault: DataError | None = None
+        for prompt, completion, end, options in samples:
+            # What closes an encoder's text is no end that somebody wrote.
+            end = end or not reads_last_token(self.model)
+            try:
+                ids = render_scored(self.tokenizer, prompt, completion, end, options)
+                sequences.append(self._read(ids))
+            except DataError as error:
+                fault = error
+                sequences.append([])
+        if fault and not any(sequences):
+            raise fault
+        return sequences
 
     def _read(self, ids: list[int]) -> list[int]:
         """Up to where Hugging Face reads a decoder's score: the last token that is not the pad. A

@@ -103,6 +103,9 @@ def test_a_saved_adapter_is_what_was_trained(family: str, how: str, tmp_path: Pa
 def test_a_target_that_is_not_there_is_named() -> None:
     with pytest.raises(ModelError, match=r"model.lora.targets.*nowhere"):
         add_adapter(random_model("llama"), AdapterConfig(targets=("nowhere",)))
+    for target in ("embed_tokens", "lm_head"):
+        with pytest.raises(ModelError, match=r"model.lora.targets names the embedding or the head"):
+            add_adapter(random_model("llama"), AdapterConfig(targets=("q_proj", target)))
 
 
 def test_adapters_that_others_made(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gearshift.data import PreferenceExample, StepsExample, render_completion, render_prompt
 from gearshift.data.scored import letters, render_scored
-from gearshift.errors import ModelError
+from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import score_all
 from gearshift.models.load import load_classifier, load_policy, save_model
 from gearshift.models.tiny import CHATML, tiny_tokenizer
@@ -193,3 +193,30 @@ def test_a_served_reward_model_is_told_which_answers_were_cut(folder: Path, reas
         server.shutdown()
         server.server_close()
     assert served == pytest.approx(rewards(folder, episodes), abs=1e-5)
+
+
+def test_a_conversation_that_the_template_refuses_is_lost(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHATML
+    )
+    reward = ModelReward(TINY, saved(tmp_path / "reward", tokenizer))
+    lost, told = reward([ASKED, ASKED[1:]], ["Yes.", "Yes."])
+    assert lost is not None and math.isnan(lost) and told == reward([ASKED[1:]], ["Yes."])[0]
+    with pytest.raises(DataError, match="no system"):
+        reward([ASKED], ["Yes."])
+
+
+def test_texts_come_with_their_tools(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + CHATML
+    folder = saved(tmp_path / "reward", tokenizer)
+    options = {"tools": [{"name": "lamp"}]}
+    example = PreferenceExample(ASKED, "Yes.", "No.", options=options)
+    [pair] = render_pairs([example], tokenizer, 512)
+    one = episode([70, 2], ASKED, "Yes.", "stop")
+    told = replace(one, info={**one.info, "template_options": options})
+    wanted = score_all(load_classifier(TINY, str(folder)), [pair.chosen])
+    assert rewards(folder, [told]) == pytest.approx(wanted, abs=1e-5)
+    assert rewards(folder, [one]) != pytest.approx(wanted, abs=1e-3)
