@@ -152,11 +152,10 @@ def answer_span(
     start, end = len(before), len(whole) - len(tail) + len(closing)
     if not closing or not whole.endswith(tail) or end < start:
         return None
-    words = squeezed(whole[start:end])
-    for key in ("content", REASONING[0]):
-        said = squeezed(messages[i].get(key) or "")
-        if said in squeezed(answer) and said not in words:
-            return None
+    thinks = messages[i].get(REASONING[0]) or "</think>" in messages[i]["content"]
+    said = re.sub(f"{special_tokens(tokenizer)}$", "", answer)
+    if thinks and squeezed(said) != squeezed(whole[start : end - len(closing)]):
+        return None
     return start, end
 
 

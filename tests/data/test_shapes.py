@@ -74,6 +74,9 @@ CASES: list[tuple[str, list[Message], dict[str, Any], list[str]]] = [
         Q + "«yo<|im_end|>»" + Q2 + "«<think>\n\n</think>\n\nok<|im_end|>»\n"]),
     ("thinking", [USER, THOUGHT], {}, [Q + "«<think>\nhm\n</think>\n\nyo<|im_end|>»\n"]),
     ("thinking", [USER, INLINE], {}, [Q + "«<think>\nhm\n</think>\n\nyo<|im_end|>»\n"]),
+    ("thinking", [USER, {**BOT, "reasoning_content": "o"}, AGAIN, THEN], {}, [
+        Q + "yo<|im_end|>" + Q2 + "«<think>\n\n</think>\n\nok<|im_end|>»\n",
+        Q + "«<think>\no\n</think>\n\nyo<|im_end|>»"]),
     ("thinking", [USER, THOUGHT, AGAIN, THEN], {}, [
         Q + "yo<|im_end|>" + Q2 + "«<think>\n\n</think>\n\nok<|im_end|>»\n",
         Q + "«<think>\nhm\n</think>\n\nyo<|im_end|>»"]),
