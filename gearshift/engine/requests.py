@@ -98,13 +98,16 @@ def checked_prompt(place: int, prompt: Ordered[int], vocabulary: int) -> list[in
     """The prompt's token ids. Raises `DataError` for what is no token of the vocabulary."""
     if isinstance(prompt, str | bytes):
         raise DataError(f"Prompt {place} is a text; encode it first, a prompt is token ids.")
-    for token in prompt:
+    ids = list(prompt)
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary:
+        return ids
+    for token in ids:
         if not _is_token(token, vocabulary):
             raise DataError(
                 f"Prompt {place} holds {token!r}, which is no token id from 0 to {vocabulary - 1}; "
                 "encode it with this model's tokenizer."
             )
-    return list(map(index, prompt))
+    return list(map(index, ids))
 
 
 def check_params(params: SamplingParams, vocabulary: int) -> None:
