@@ -384,13 +384,14 @@ def _heard(arguments: argparse.Namespace) -> str:
 def _serve(arguments: argparse.Namespace) -> None:
     from gearshift.models.load import ModelConfig
     from gearshift.rollouts.reward_model import ModelReward
+    from gearshift.rollouts.rewards import bearer
     from gearshift.serve.score import score_server
 
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; name a reward model's.")
     reward = ModelReward(ModelConfig(), folder)
-    server = score_server(reward, arguments.host, arguments.port, os.environ.get("GEARSHIFT_KEY"))
+    server = score_server(reward, arguments.host, arguments.port, bearer(None, "GEARSHIFT_KEY"))
     print(f"http://{arguments.host}:{server.server_address[1]}/score", flush=True)
     server.serve_forever()
 

@@ -51,7 +51,8 @@ def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remem
         try:
             said = []
             for piece in reply(engine, messages, params, request_id=turn):
-                console.out(piece, end="")  # as it is: brackets, `:smile:` and all
+                # As it is: rich would read brackets and `:smile:`, and replace tabs.
+                print(piece, end="", flush=True, file=console.file)
                 said.append(piece)
             console.print()
         except GearshiftError as error:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.serve.chat import chat, reply
 from gearshift.types import SamplingParams
 from tests.zoo import random_model
+
+SAID = "[bold]fine\t:smile: [/b]"
 
 
 @pytest.fixture
@@ -48,12 +51,13 @@ def test_a_conversation(
     def answer(_: HybridEngine, messages: list[dict[str, str]], *args: object, **kwargs: object):
         said.append([m["content"] for m in messages])
         yield "[bold]fine"
+        yield "\t:smile: [/b]"
 
     monkeypatch.setattr("gearshift.serve.chat.reply", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/new\nthree\n/quit\nfour\n"))
     chat(engine, "sys", SamplingParams(), remember=True)
-    assert said == [["sys", "one"], ["sys", "one", "[bold]fine", "two"], ["sys", "three"]]
-    assert "[bold]fine" in capsys.readouterr().out  # a model's brackets are not markup
+    assert said == [["sys", "one"], ["sys", "one", SAID, "two"], ["sys", "three"]]
+    assert SAID in capsys.readouterr().out  # a model's brackets are not markup
 
 
 def test_without_memory_each_request_stands_alone(
@@ -63,3 +67,16 @@ def test_without_memory_each_request_stands_alone(
     chat(engine, None, SamplingParams(max_new_tokens=4), remember=False)
     out = capsys.readouterr().out
     assert out.count("you>") == 5 and "limit of 200" in out
+
+
+def test_a_request_that_fails_is_told_as_it_is(
+    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> Iterator[str]:
+        raise DataError("The template refuses [/this] role.")
+        yield ""
+
+    monkeypatch.setattr("gearshift.serve.chat.reply", fails)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    chat(engine, None, SamplingParams(), remember=True)
+    assert capsys.readouterr().out.count("refuses [/this] role") == 2
