@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig
-from gearshift.models.load import load_config, resolve_device, resolve_dtype
+from gearshift.models.load import load_config, resolve_device, resolve_dtype, said
 from gearshift.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
 from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
@@ -37,8 +38,13 @@ def plan(recipe: Recipe) -> str:
 
 def _shapes(recipe: Recipe) -> PreTrainedModel:
     config = load_config(recipe.model)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config that is not ours may fail in any way
+        raise ModelError(
+            f"Model {recipe.model.name!r} cannot be built ({said(error)}); name a language model."
+        ) from error
 
 
 def _stages(recipe: Recipe) -> list[str]:

@@ -54,6 +54,6 @@ def token_scores(
 
 def drops_out(model: PreTrainedModel) -> bool:
     """Whether some dropout of this model is switched on now."""
-    attention = getattr(model.config, "attention_dropout", 0.0)
+    attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     dropped = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
     return dropped or bool(model.training and attention)

@@ -125,9 +125,16 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
             raise ModelError(f"The adapter in {name} makes a reward model, which writes no text.")
         model = merge_adapter(_base(folder, lambda base: load_policy(config, base)), folder)
     else:
-        model = _from_pretrained(
-            AutoModelForCausalLM, name, config, dtype, attn_implementation=ATTENTION
-        )
+        model, told = _from_pretrained(
+            AutoModelForCausalLM, name, config, dtype,
+            attn_implementation=ATTENTION, output_loading_info=True,
+        )  # fmt: skip
+        if missing := sorted(told["missing_keys"]):
+            more = f" and {len(missing) - 1} others" if missing[1:] else ""
+            raise ModelError(
+                f"Model {name!r} has no weights for {missing[0]}{more}; they would be random: give "
+                "a whole language model."
+            )
     return model.to(device).eval()
 
 
@@ -347,16 +354,16 @@ def _from_pretrained(
         raise
     except Exception as error:  # a config, a file or code that is not ours may fail in any way
         raise ModelError(
-            f"Model {name!r} could not be loaded ({_said(error)}); give a folder with a saved "
+            f"Model {name!r} could not be loaded ({said(error)}); give a folder with a saved "
             "model, a Hugging Face name, or `embedded`."
         ) from error
     finally:
         hf_logging.set_verbosity(level)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """The first line of what a library says, so that it can be understood."""
     if isinstance(error, KeyError) and error.args == (ATTENTION,):
         return NO_INTERFACE
-    said = next(iter(str(error).strip().splitlines()), "")
-    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gearshift.engine import PackedModel
 from gearshift.models.attention import ATTENTION
 from gearshift.models.classifier import context, reads_last_token, sequence_scores, use_own_pad
+from gearshift.models.describe import head_of
 from gearshift.models.heads import ValueHead
 from gearshift.models.load import (
     ModelConfig,
@@ -94,7 +95,7 @@ def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Crit
     """
     if folder is None or writes_text(config, folder):
         trunk = load_policy(config, folder)
-        return TokenCritic(trunk, ValueHead(trunk.config.hidden_size).to(trunk.device))
+        return TokenCritic(trunk, ValueHead(head_of(trunk).linear.in_features).to(trunk.device))
     model = load_classifier(config, folder)
     if not reads_last_token(model):
         return PromptCritic(model, load_tokenizer(config, folder, of_policy=False), decode)

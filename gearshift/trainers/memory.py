@@ -55,16 +55,23 @@ class Shape:
     def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
         """Of a model, which may be on the meta device."""
         config = model.config.get_text_config()
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        layers = getattr(config, "per_layer_config", None) or [config]
+
+        def most(name: str, otherwise: int) -> int:
+            """Of the layers, where they differ."""
+            given = [getattr(layer, name, None) or otherwise for layer in layers]
+            return max(max(x) if isinstance(x, list) else x for x in given)
+
+        hidden, heads = config.hidden_size, most("num_attention_heads", 1)
+        key_heads = most("num_key_value_heads", heads)
         return Shape(
             sum(p.numel() for p in model.parameters()),
             config.num_hidden_layers,
             hidden,
-            getattr(config, "intermediate_size", None) or 4 * hidden,
+            most("intermediate_size", 4 * hidden),
             heads + 2 * key_heads,
             key_heads,
-            getattr(config, "head_dim", None) or hidden // heads,
+            most("head_dim", hidden // heads),
             config.vocab_size,
             dtype.itemsize,
         )

@@ -422,7 +422,7 @@ class RLTrainer:
             self.stage.track(**critic.modules)
             parameters = critic.parameters()
         else:
-            self.head = ValueHead(self.engine.model.config.hidden_size).to(self.engine.device)
+            self.head = ValueHead(self.engine.head.linear.in_features).to(self.engine.device)
             self.stage.track(value_head=self.head)
             parameters = list(self.head.parameters())
         self.optimizers.append(MasterAdamW(parameters, config.value_optimizer, config.updates))

@@ -27,6 +27,7 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import ModelError
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_tokenizer
+from gearshift.trainers.memory import Shape
 from gearshift.types import SamplingParams
 
 VOCABULARY = 300
@@ -495,6 +496,7 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
     except ModelError as error:
         return Verdict(False, told(str(error)))
     compare(engine, model)
+    assert Shape.of(engine.model, torch.float32).token() > 0, "the memory plan"
     return Verdict(True, "described" if engine.plan else "generic")
 
 

@@ -1,0 +1,73 @@
+"""What cannot be loaded is told in one line, whatever a library raises."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from gearshift.cli import main
+from gearshift.errors import ModelError
+from gearshift.models.load import ModelConfig, load_policy
+from tests.models.families import random_model, small_config
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        load_policy(ModelConfig(dtype="float32", device="cpu"), str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gptj", "gpt_neo"])
+def test_a_fixed_table_of_attentions(kind: str, tmp_path: Path) -> None:
+    told = refused(saved(random_model(small_config(kind)), tmp_path))
+    assert "does not go through Hugging Face's attention interface" in told
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    folder = saved(random_model(small_config("llama")), tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused(folder)
+    weights.write_bytes(b"")
+    refused(folder)
+    weights.write_bytes(whole)
+    config = folder / "config.json"
+    good = json.loads(config.read_text())
+    for bad in ("{", "[]", "null", json.dumps({**good, "hidden_size": "many"})):
+        config.write_text(bad)
+        refused(folder)
+    for change in ({"hidden_size": 32}, {"model_type": "no_such_type"}):
+        config.write_text(json.dumps({**good, **change}))
+        refused(folder)
+
+
+def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
+    config = small_config("llama")
+    config.num_labels = 1
+    told = refused(saved(AutoModelForSequenceClassification.from_config(config), tmp_path))
+    assert "no weights for lm_head.weight" in told
+    folder = saved(random_model(small_config("llama")), tmp_path / "shallow")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    assert "others; they would be random" in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma4", "falcon"])
+def test_a_dry_run_tells_or_refuses(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never a traceback, whatever the config has."""
+    folder = saved(random_model(small_config(kind)), tmp_path)
+    recipe = Path(__file__).parents[1] / "smoke" / "tiny.yaml"
+    main(["run", str(recipe), f"model.name={folder}", "--dry-run"])
+    assert "Traceback" not in capsys.readouterr().err
