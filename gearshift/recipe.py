@@ -32,7 +32,7 @@ POLICIES = ("sft", "preference", "rl")
 class RunConfig(Config):
     """Where a run lives, and what it is made from."""
 
-    dir: Neutral[PathText] = Field("runs/run", min_length=1)
+    dir: Neutral[PathText] = "runs/run"
     """The run's folder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """All randomness of the run flows from it."""

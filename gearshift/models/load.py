@@ -168,7 +168,9 @@ def load_classifier(
 
 def holds_model(folder: Path) -> bool:
     """Whether a model was saved there, or an adapter."""
-    return (folder / "config.json").is_file() or adapter_folder(folder) is not None
+    # A folder that is not there is no name on the hub, which would be asked for an adapter.
+    here = folder.is_dir()
+    return here and ((folder / "config.json").is_file() or adapter_folder(folder) is not None)
 
 
 def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfig:

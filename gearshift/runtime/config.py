@@ -28,7 +28,15 @@ T = TypeVar("T")
 _NEUTRAL = "cannot change what comes of a run"
 Neutral = Annotated[T, _NEUTRAL]
 """The type of a key that may change while a run is resumed."""
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("a path has at least one character, and none of them is null.")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 """The type of a key that names a file or a folder: `~` is the user's home."""
 
 

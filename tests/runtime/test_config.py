@@ -261,6 +261,9 @@ def test_home_is_found_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(Whole, None, ["places=[{path: ~/x, model: ~/y}, {path: a~b}]"])
     assert [p.path for p in loaded.places] == ["/home/a/x", "a~b"]
     assert loaded.places[0].model == "/home/a/y"
+    for text in ("''", '"a\\0b"'):
+        with pytest.raises(ConfigError, match=r"`path`: a path has at least one character"):
+            load(Place, None, [f"path={text}"])
     assert "every: int = 5  - Between two." in describe(Place)
 
 
