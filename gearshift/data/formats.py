@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -145,6 +145,8 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
     elif "instruction" in row and "output" in row:
         messages = [*_prompt(row), *_answer(string(row["output"], "output"), "output")]
     elif "text" in row:
+        _refuse_unused(row, ("system", "tools", "chat_template_kwargs"))
+        _options(row)
         return TextExample(string(row["text"], "text"))
     else:
         _unknown(
@@ -281,13 +283,22 @@ def _options(row: Row, media: bool = False) -> dict[str, Any]:
     """What the chat template gets besides the messages. `media`: columns of pictures and the like
     are the user's own.
     """
-    if not media and (unread := [key for key in _MEDIA if key in row]):
-        raise DataError(f"`{unread[0]}` is not read, only text is; take the column out.")
+    if not media:
+        alpaca = "instruction" in row and not {"messages", "conversations", "prompt"} & set(row)
+        _refuse_unused(row, _MEDIA if alpaca else (*_MEDIA, "input", "history"))
     options = row.get("chat_template_kwargs", {})
     if not isinstance(options, Mapping):
         raise DataError(f"`chat_template_kwargs` is {show(options)}; it must be an object.")
     tools = {"tools": read_tools(row["tools"])} if row.get("tools") else {}
     return {**tools, **options}
+
+
+def _refuse_unused(row: Row, columns: Sequence[str]) -> None:
+    """Raises `DataError` if the row has one of these, which its format does not use."""
+    if unused := [column for column in columns if column in row]:
+        raise DataError(
+            f"`{unused[0]}` is not used with the row's other columns; take the column out."
+        )
 
 
 def _conversation(row: Row) -> list[Message]:

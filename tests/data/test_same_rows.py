@@ -163,6 +163,7 @@ def test_a_prompts_tools_and_flags_reach_the_tasks_files(tmp_path: Path) -> None
         {
             "messages": [ASK, {**SAY, "train": False}, {**ASK, "content": str(i)}, SAY],
             "tools": TOOLS,
+            "input": "the user's own",
         }
         for i in range(4)
     ]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
-from gearshift.data.formats import ChatExample, to_prompt, to_supervised
+from gearshift.data.formats import ChatExample, SourceRow, to_prompt, to_supervised
 from gearshift.data.given import given
 from gearshift.data.messages import ROLES, show
 from gearshift.data.overlap import near, prompt_keys
@@ -259,7 +259,9 @@ def _has_answer(row: Mapping[str, Any]) -> bool:
 
 
 def _labelled(row: Mapping[str, Any], system: str | None) -> Row:
-    example = to_supervised(row)
+    own = to_prompt(row).columns.keys() - {"completion", "output"}
+    kept = {key: value for key, value in row.items() if key not in own}
+    example = to_supervised(SourceRow(kept, getattr(row, "where", "A row")))
     assert isinstance(example, ChatExample)  # the row has a prompt
     messages = [
         {**message, "train": False} if i in example.untrained else message
