@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gearshift.data.formats import to_preference, to_prompt, to_supervised
 from gearshift.data.given import Row
 from gearshift.errors import DataError
 from gearshift.types import Message
 
+Codes = NDArray[np.uint64]
+
 NEAR = 0.7
 """Share of common pieces from which two prompts count as nearly equal."""
-_PIECE, _KEYS, _MOST = 5, 8, 50
+_PIECE, _KEYS, _MOST = 5, 8, 10
 _LONGEST = 2000
 """Characters of a prompt that are looked at for what is nearly equal."""
 
@@ -60,21 +64,20 @@ def near(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int
 
     Nearly: their pieces of five characters overlap by 0.7 (Jaccard's measure), and they have the
     same numbers, for sums with other numbers are other questions. A bottom sketch (Broder 1997)
-    finds the candidates: at most 50 for each of the 8 least hashes of a text's pieces. So the cost
+    finds the candidates: at most 10 for each of the 8 least hashes of a text's pieces. So the cost
     grows with the number of texts, and a few pairs may be missed among thousands of one template.
     """
     pieces = [_pieces(text) for text in others]
     holders: dict[int, list[int]] = {}
     for j, found in enumerate(pieces):
-        for key in sorted(found)[:_KEYS]:
+        for key in found[:_KEYS].tolist():
             holders.setdefault(key, []).append(j)
     numbers = [_numbers(text) for text in others]
     for i, text in enumerate(texts):
         mine, own = _pieces(text), _numbers(text)
-        candidates = {j for key in sorted(mine)[:_KEYS] for j in holders.get(key, [])[:_MOST]}
-        for j in sorted(candidates):
-            alike = len(mine & pieces[j]) >= NEAR * len(mine | pieces[j])
-            if alike and own == numbers[j] and text != others[j]:
+        found_j = {j for k in mine[:_KEYS].tolist() for j in holders.get(k, [])[:_MOST]}
+        for j in sorted(found_j):
+            if own == numbers[j] and text != others[j] and _share(mine, pieces[j]) >= NEAR:
                 yield i, j
                 break
 
@@ -88,11 +91,21 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _pieces(text: str) -> set[int]:
-    """Hashes of the text's stretches of `_PIECE` characters, punctuation left out."""
-    words = " ".join(re.findall(r"\w+", text[:_LONGEST]))
-    count = max(1, len(words) - _PIECE + 1)
-    return {zlib.crc32(words[i : i + _PIECE].encode()) for i in range(count)}
+def _pieces(text: str) -> Codes:
+    """Hashes of the text's stretches of `_PIECE` bytes, punctuation left out, in order."""
+    words = " ".join(re.findall(r"\w+", text[:_LONGEST])).encode().ljust(_PIECE)
+    data = np.frombuffer(words, dtype=np.uint8).astype(np.uint64)
+    count = len(data) - _PIECE + 1
+    codes = np.zeros(count, dtype=np.uint64)
+    for i in range(_PIECE):
+        codes = codes << np.uint64(8) | data[i : i + count]
+    return np.unique(codes * np.uint64(0x9E3779B97F4A7C15))  # so that the least are any
+
+
+def _share(one: Codes, other: Codes) -> float:
+    """Jaccard's measure."""
+    common = len(np.intersect1d(one, other, assume_unique=True))
+    return common / (len(one) + len(other) - common)
 
 
 def _numbers(text: str) -> Counter[str]:
