@@ -1,34 +1,6 @@
-"""The quiet failures of this field, put in one at a time: each must make a test fail.
+"""Quiet failures of the loop, the engine and the kernels."""
 
-    python -m tests.mutations [--only NAME]
-
-Each mutation is made in a copy of the package, where the tests that should catch it are run. Prints
-a line for each and `caught N of M` last; exits non-zero when more than one was missed.
-"""
-
-from __future__ import annotations
-
-import argparse
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
-
-ROOT = Path(__file__).parent.parent
-
-
-class Mutation(NamedTuple):
-    """`old` in `gearshift/file` becomes `new`; `tests` must fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
+from tests.mutations import Mutation
 
 MUTATIONS = (
     Mutation(
@@ -101,13 +73,6 @@ MUTATIONS = (
         'weights_M = batch.scored("loss_weights")',
         'weights_M = batch.scored("loss_weights")\n    weights_M = weights_M / weights_M.sum()',
         "tests/trainers/test_guards.py",
-    ),
-    Mutation(
-        "pad = end in a decoder reward model",
-        "models/classifier.py",
-        "tokenizer.pad_token = spare or tokenizer.eos_token",
-        "pass",
-        "tests/smoke/test_recipe.py -k transformers",
     ),
     Mutation(
         "double BOS: special tokens are added to a rendered chat",
@@ -256,45 +221,3 @@ MUTATIONS = (
         "tests/invariants/test_4_first_update.py",
     ),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="mutations whose name has this in it")
-    options = parser.parse_args(argv)
-    chosen = [m for m in MUTATIONS if options.only in m.name]
-    caught = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for part in ("gearshift", "tests", "recipes", "docs"):
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        for mutation in chosen:
-            found = is_caught(mutation, copy)
-            caught += found
-            print(f"{'caught' if found else 'MISSED'}  {mutation.name}", flush=True)
-    print(f"caught {caught} of {len(chosen)}")
-    sys.exit(caught < len(chosen) - 1)
-
-
-def is_caught(mutation: Mutation, copy: Path) -> bool:
-    """Whether the tests fail with it; they are known to pass without."""
-    path = copy / "gearshift" / mutation.file
-    source = path.read_text(encoding="utf-8")
-    if source.count(mutation.old) < 1:
-        raise SystemExit(f"{mutation.name}: {mutation.file} has no such text any more.")
-    path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    try:
-        done = subprocess.run(
-            [*command, *mutation.tests.split()], cwd=copy, capture_output=True, text=True
-        )
-    finally:
-        path.write_text(source, encoding="utf-8")
-    if done.returncode not in (0, 1):  # 1: tests ran, and some failed
-        raise SystemExit(f"{mutation.name}: pytest could not run.\n{done.stdout[-2000:]}")
-    return done.returncode == 1
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,76 @@
+"""Splits, clusters and intervals."""
+
+from tests.mutations import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "rows of one template count as independent in an interval",
+        "rollouts/intervals.py",
+        "of_N = np.array([number.setdefault(c, len(number)) for c in clusters])",
+        "of_N = np.arange(len(clusters))",
+        "tests/rollouts/test_intervals.py",
+    ),
+    Mutation(
+        "a rate of 0 of k templates has an interval as if each row were a trial",
+        "rollouts/intervals.py",
+        "    if rate in (0.0, 1.0):\n        return wilson(rate, k)",
+        "    if rate in (0.0, 1.0):\n        return wilson(rate, len(x_N))",
+        "tests/rollouts/test_intervals.py",
+    ),
+    Mutation(
+        "a gain is told apart from noise by its interval alone",
+        "rollouts/evaluate.py",
+        "return self.p < 0.05 and not",
+        "return not",
+        "tests/rollouts/test_evaluate.py",
+    ),
+    Mutation(
+        "equal prompts count as several problems",
+        "heldout.py",
+        "texts = [prompt_text(_prompt_of(row)) or i for i, row in enumerate(rows)]",
+        "texts = list(range(len(rows)))",
+        "tests/test_heldout.py::test_problems_are_named_by_the_task_or_by_equal_prompts",
+    ),
+    Mutation(
+        "failed held-out episodes leave the success rate",
+        "rollouts/evaluate.py",
+        'return metric == "success" or not sample.get("failed", False)',
+        'return not sample.get("failed", False)',
+        "tests/rollouts/test_evaluate.py",
+    ),
+    Mutation(
+        "a run is evaluated on rows that it trained on",
+        "heldout.py",
+        "if not (key and key in known) and",
+        "if",
+        "tests/test_heldout.py",
+    ),
+    Mutation(
+        "the same prompt in other letters stands in two splits",
+        "data/overlap.py",
+        'unicodedata.normalize("NFKC", text).casefold().split()',
+        "text.split()",
+        "tests/rollouts/test_rows_task.py",
+    ),
+    Mutation(
+        "a test request is one that a validation template reads",
+        "rollouts/tasks/voice.py",
+        "others = {t.text for t in (*training, *heldout)} - mine",
+        "others = {t.text for t in training}",
+        "tests/rollouts/test_voice.py::test_heldout_is_unseen",
+    ),
+    Mutation(
+        "games of held-out starts are learned from in supervised tuning",
+        "rollouts/tasks/gym.py",
+        'if known and start_of(said, info.get("row")) not in known:',
+        "if False:",
+        "tests/rollouts/test_gym_words.py::test_no_start_is_in_two_splits",
+    ),
+    Mutation(
+        "validation and test draw the same seeds",
+        "rollouts/evaluate.py",
+        '"test": 3 << 30',
+        '"test": 1 << 31',
+        "tests/rollouts/test_evaluate.py",
+    ),
+)

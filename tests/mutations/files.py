@@ -1,0 +1,118 @@
+"""Files, cleaning, overrides, batches, resumes."""
+
+from tests.mutations import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "cleaning: entities are unescaped",
+        "data/clean.py",
+        "    unescape_html=False,\n",
+        "",
+        "tests/data/test_clean.py",
+    ),
+    Mutation(
+        "cleaning: the first line loses its indentation",
+        "data/clean.py",
+        'text = _BLANK_LINES.sub("", text.rstrip())',
+        'text = _BLANK_LINES.sub("", text.strip())',
+        "tests/data/test_clean.py",
+    ),
+    Mutation(
+        "cleaning: columns that rewards read are mended",
+        "data/clean.py",
+        "_mend(v, config) if key in COLUMNS else v for",
+        "_mend(v, config) for",
+        "tests/data/test_clean.py",
+    ),
+    Mutation(
+        "files: a number that is not finite is read",
+        "data/sources.py",
+        "    if not math.isfinite(number):\n",
+        "    if False:\n",
+        "tests/data/test_sources.py",
+    ),
+    Mutation(
+        "files: a CSV row is told by its last line",
+        "data/sources.py",
+        'where, first = f"{file}, line {first}", reader.line_num + 1',
+        'where, first = f"{file}, line {reader.line_num}", reader.line_num + 1',
+        "tests/data/test_sources.py",
+    ),
+    Mutation(
+        "files: long CSV cells are refused",
+        "data/sources.py",
+        "    csv.field_size_limit(2**31 - 1)",
+        "    csv.field_size_limit(2**17)",
+        "tests/data/test_sources.py",
+    ),
+    Mutation(
+        "checkpoints: a link that leads nowhere is a new beginning",
+        "runtime/checkpoint.py",
+        "if path.is_symlink() and not path.exists():",
+        "if False:",
+        "tests/runtime/test_checkpoint.py",
+    ),
+    Mutation(
+        "a full disk is a traceback",
+        "runtime/files.py",
+        "    except (OSError, SafetensorError) as error:",
+        "    except SafetensorError as error:",
+        "tests/test_bad_input.py::test_a_full_disk_is_one_line",
+    ),
+    Mutation(
+        "epochs: the rows that are left are not learned from",
+        "trainers/stage.py",
+        "return math.ceil(self.seen(rows) / self.batch_size)",
+        "return max(1, self.seen(rows) // self.batch_size)",
+        "tests/trainers/test_epochs.py",
+    ),
+    Mutation(
+        "epochs: a reward model's last batch weighs as a whole one",
+        "trainers/reward.py",
+        "share = len(some) / total",
+        "share = len(some) / config.batch_size",
+        "tests/trainers/test_epochs.py",
+    ),
+    Mutation(
+        "resume: what cannot change the result forbids it",
+        "trainers/stage.py",
+        "    save_every: Neutral[int] =",
+        "    save_every: int =",
+        "tests/test_recipe.py",
+    ),
+    Mutation(
+        "resume: a key of a later version forbids it",
+        "trainers/stage.py",
+        "before = identity(type(self._recipe).model_validate(before))",
+        "pass",
+        "tests/trainers/test_resume.py::test_what_cannot_change_the_result_may_change_before_a_resume",
+    ),
+    Mutation(
+        "trackers: a resumed run begins another",
+        "runtime/metrics.py",
+        "        if known:\n            write_json(path, known)\n",
+        "",
+        "tests/runtime/test_metrics.py",
+    ),
+    Mutation(
+        "overrides: a comment cuts the value",
+        "runtime/written.py",
+        'if text[:1] in ("[", "{", "\'", \'"\'):',
+        "if True:",
+        "tests/runtime/test_config.py",
+    ),
+    Mutation(
+        "recipes: a number is no text",
+        "runtime/written.py",
+        "return value.text if scalars and not any(k in meant for k in kinds) else value.value",
+        "return value.value",
+        "tests/runtime/test_config.py",
+    ),
+    Mutation(
+        "perplexity counts the prompt",
+        "heldout.py",
+        'pack([(e["token_ids"], e["loss_mask"]) for e in episodes])',
+        'pack([(e["token_ids"], [0, *[1] * (len(e["token_ids"]) - 1)]) for e in episodes])',
+        "tests/test_perplexity.py",
+    ),
+)

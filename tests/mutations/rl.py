@@ -1,0 +1,142 @@
+"""Rewards, advantages, what a rollout leaves out, gradients."""
+
+from tests.mutations import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "a reward that does not apply deletes the episode",
+        "rollouts/reward_sum.py",
+        "results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])",
+        "results.insert(0, [None] * len(trajectories))",
+        "tests/rollouts/test_reward_sum.py -k what_does_not_apply",
+    ),
+    Mutation(
+        "a source of weight 0 deletes what it is only to log",
+        "rollouts/rewards.py",
+        "terms = [w * v for w, v in zip(weights, values, strict=True) if w and v is not None]",
+        "terms = [w * v for w, v in zip(weights, values, strict=True) if v is not None]",
+        "tests/rollouts/test_reward_sum.py -k what_does_not_apply",
+    ),
+    Mutation(
+        "a lost reward counts as 0",
+        "rollouts/rewards.py",
+        "return sum(terms) if terms and usable(sum(terms)) else None",
+        "return sum(t for t in terms if usable(t)) if terms else None",
+        "tests/rollouts/test_reward_sum.py -k what_does_not_apply",
+    ),
+    Mutation(
+        "normalisation is poisoned by a reward that is not finite",
+        "rollouts/reward_sum.py",
+        "            if x is not None and usable(x):\n                self.count += 1",
+        "            if x is not None:\n                self.count += 1",
+        "tests/rollouts/test_reward_sum.py -k poisoned",
+    ),
+    Mutation(
+        "a reward function that raises at one group ends the run",
+        "rollouts/reward_sum.py",
+        "if fault and name not in self._worked:",
+        "if fault:",
+        "tests/rollouts/test_reward_sum.py -k raises_at_one_group",
+    ),
+    Mutation(
+        "the length of all turns is held against the limit of one",
+        "trainers/rollout.py",
+        "return torch.tensor(rows), torch.tensor(ends), "
+        "torch.tensor([n for own in lengths for n in own])",
+        "return torch.tensor(rows), torch.tensor(ends), "
+        "torch.tensor([sum(own) for own in lengths for n in own])",
+        "tests/trainers/test_guards.py -k own_limit",
+    ),
+    Mutation(
+        "advantages are whitened by what is masked",
+        "trainers/rl.py",
+        "advantages_NA = whiten(advantages_NA, counts_NA)",
+        "advantages_NA = whiten(advantages_NA, mask_NA)",
+        "tests/trainers/test_guards.py -k whitened",
+    ),
+    Mutation(
+        "a greedy episode that was lost is no reason to leave its group out",
+        "trainers/rl.py",
+        "known = [t for t in trajectories if t.group_id in greedy]",
+        "known = trajectories\n"
+        "            greedy = {t.group_id: greedy.get(t.group_id, t.reward) for t in known}",
+        "tests/trainers/test_left_out.py -k greedy",
+    ),
+    Mutation(
+        "a turn's reward of 0 is no reward",
+        "trainers/rl.py",
+        "            given_NA=given_rewards(trajectories, mask_NA),\n",
+        "",
+        "tests/trainers/test_guards.py -k reward_of_0",
+    ),
+    Mutation(
+        "the value net's warm-up uses the policy's schedule up",
+        "trainers/rl.py",
+        "        if has_values:  # the policy has no part in the value net's warm-up",
+        "        if False:",
+        "tests/trainers/test_guards.py -k schedule",
+    ),
+    Mutation(
+        "counts of what was left out begin anew at a resume",
+        "trainers/rl.py",
+        "stage.track(rewards=score, left_out=self.left_out)",
+        "stage.track(rewards=score)",
+        "tests/trainers/test_left_out.py -k resume",
+    ),
+    Mutation(
+        "what is alone in its group is learned from without a baseline",
+        "trainers/rl.py",
+        "several = [group for group in groups if len(group) > 1]",
+        "several = list(groups)",
+        "tests/trainers/test_left_out.py -k alone",
+    ),
+    Mutation(
+        "fewer groups than minibatches end the run",
+        "trainers/rollout.py",
+        "count = min(count, len(trees))",
+        "pass",
+        "tests/trainers/test_left_out.py -k minibatches",
+    ),
+    Mutation(
+        "a prompt too long at its turn ends the run",
+        "rollouts/collector.py",
+        "        except CapacityError as error:\n            for episode in",
+        "        except ZeroDivisionError as error:\n            for episode in",
+        "tests/rollouts/test_collector.py -k no_place",
+    ),
+    Mutation(
+        "prompts that are too long are not told before the first step",
+        "rollouts/collector.py",
+        "            if not 0 < tokens <= most:\n",
+        "            if not tokens:\n",
+        "tests/trainers/test_left_out.py -k before_the_first_step",
+    ),
+    Mutation(
+        "rewards are asked for a prompt that ends with the answer",
+        "rollouts/collector.py",
+        "        del self.messages[self.said :]\n",
+        "",
+        "tests/rollouts/test_collector.py -k conversation_before",
+    ),
+    Mutation(
+        "from turn 256 on random numbers repeat",
+        "rollouts/collector.py",
+        "return (turn >> 8) << 56 | group << 24 | (turn & 255) << 16 | sample",
+        "return group << 24 | turn << 16 | sample",
+        "tests/rollouts/test_collector.py -k turn_256",
+    ),
+    Mutation(
+        "the policy steps before the value net's gradient is looked at",
+        "trainers/step.py",
+        "        norms = [optimizer.norm() for optimizer in optimizers]\n",
+        "        norms = [optimizers[0].norm(), *[0.0] * (len(optimizers) - 1)]\n",
+        "tests/trainers/test_step.py -k no_optimizer",
+    ),
+    Mutation(
+        "gradients of micro-batches are added up in bf16",
+        "trainers/step.py",
+        "            if len(micros) > 1:\n",
+        "            if False:\n",
+        "tests/trainers/test_step.py -k bf16",
+    ),
+)
