@@ -302,6 +302,11 @@ class Run:
         if count is None:
             return None
         longest = min(engine.max_length, engine.config.cache_tokens or engine.max_length)
+        if config.max_new_tokens >= longest:
+            raise ConfigError(
+                f"rl.max_new_tokens={config.max_new_tokens} leaves no place for a prompt in "
+                f"{longest} tokens; lower it."
+            )
         unusable = collector.unusable_rows(count, longest - config.max_new_tokens)
         if not unusable:
             return range(count)
