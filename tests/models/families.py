@@ -459,6 +459,29 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "moe_intermediate_size": 32,
     }),
     "gemma4_text, values are keys": ("gemma4_text", {"attention_k_eq_v": True}),
+    "gemma4_text, no embeddings by layer": ("gemma4_text", {
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    }),
+    "gemma3_text, linear rotary": ("gemma3_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    }}),
+    "gemma2, both directions": ("gemma2", {"use_bidirectional_attention": True}),
+    "mixtral, window": ("mixtral", {"sliding_window": 8}),
+    "starcoder2, window": ("starcoder2", {"sliding_window": 8}),
+    "qwen3_moe, a dense layer": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "ernie4_5_moe, every other layer": ("ernie4_5_moe", {"moe_layer_interval": 2}),
+    "ministral3, scale by position": ("ministral3", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 8,
+    }}),
+    "phi3, longrope, below its length": ("phi3", {
+        "original_max_position_embeddings": 128, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 8,
+            "short_factor": [1.0] * 8, "original_max_position_embeddings": 128,
+        },
+    }),
     "cohere, query and key norms": ("cohere", {"use_qk_norm": True}),
     "glm4_moe, query and key norms": ("glm4_moe", {"use_qk_norm": True}),
     "exaone_moe, groups of experts": ("exaone_moe", {"n_group": 2, "topk_group": 1}),
