@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
-from gearshift.data.given import Row, given
-from gearshift.data.messages import (
-    as_list,
-    read_message,
-    read_messages,
-    read_tools,
-    show,
-    string,
+from gearshift.data.columns import (
+    ALPACA,
+    BESIDE,
+    answer,
+    answers,
+    asked,
+    boolean,
+    conversation,
+    number,
+    options,
+    refuse_unsaid,
+    refuse_unused,
+    with_system,
 )
+from gearshift.data.given import Row, given
+from gearshift.data.messages import string
 from gearshift.errors import DataError
 from gearshift.types import Message
-
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 class SourceRow(dict[str, Any]):
@@ -138,32 +142,37 @@ def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
 def to_supervised(row: Row) -> ChatExample | TextExample:
     """From `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
     if "messages" in row or "conversations" in row:
-        messages = _conversation(row)
+        used: tuple[str, ...] = ("messages" if "messages" in row else "conversations",)
+        messages = conversation(row)
     elif "prompt" in row and "completion" in row:
-        asked = [{**m, "train": False} if _answers(m) else m for m in _prompt(row)]
-        messages = [*asked, *_answer(row["completion"], "completion")]
+        used = ("prompt", "completion")
+        before = [{**m, "train": False} if answers(m) else m for m in asked(row, "prompt")]
+        messages = [*before, *answer(row["completion"], "completion")]
     elif "instruction" in row and "output" in row:
-        messages = [*_prompt(row), *_answer(string(row["output"], "output"), "output")]
+        used = (*ALPACA, "output")
+        words = answer(string(row["output"], "output"), "output")
+        messages = [*asked(row, "instruction"), *words]
     elif "text" in row:
-        _refuse_unused(row, ("system", "tools", "chat_template_kwargs"))
-        _options(row)
+        refuse_unused(row, BESIDE)
+        refuse_unsaid(row, ("text",))
         return TextExample(string(row["text"], "text"))
     else:
         _unknown(
             row, "text; messages; prompt and completion; conversations; instruction and output"
         )
-    if not any(map(_answers, messages)):
+    refuse_unsaid(row, used)
+    if not any(map(answers, messages)):
         raise DataError(
             "the conversation has no assistant message to learn from; add one or drop the row."
         )
-    if _answers(messages[0]):
+    if answers(messages[0]):
         raise DataError(
             "the conversation begins with the assistant; put a user message first or drop the row."
         )
     untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
-    if all(i in untrained for i, m in enumerate(messages) if _answers(m)):
+    if all(i in untrained for i, m in enumerate(messages) if answers(m)):
         raise DataError("no answer of the conversation is to be trained; drop the row.")
-    return ChatExample([_untold(m) for m in messages], _options(row), untrained)
+    return ChatExample([_untold(m) for m in messages], options(row), untrained)
 
 
 @_located
@@ -174,18 +183,18 @@ def to_prompt(row: Row) -> PromptExample:
     if not {"prompt", "messages", "conversations", "instruction"} & set(row):
         _unknown(row, "prompt; messages; conversations; instruction")
     if "prompt" in row:
-        used, messages = {"prompt"}, _prompt(row)
+        used, messages = {"prompt"}, asked(row, "prompt")
     elif {"messages", "conversations"} & set(row):
-        used, messages = {"messages", "conversations"}, _conversation(row)
+        used, messages = {"messages", "conversations", "functions"}, conversation(row)
     else:
-        used, messages = {"instruction", "input", "history"}, _prompt(row)
-    if _answers(messages[-1]):
+        used, messages = set(ALPACA), asked(row, "instruction")
+    if answers(messages[-1]):
         messages = messages[:-1]
-    if not messages or _answers(messages[-1]):
+    if not messages or answers(messages[-1]):
         raise DataError("there is no prompt before the assistant's words; drop the row.")
-    used |= {"system", "tools", "chat_template_kwargs"}
+    used |= set(BESIDE) - {"functions"}
     columns = {k: v for k, v in row.items() if k not in used}
-    return PromptExample([_untold(m) for m in messages], columns, _options(row, media=True))
+    return PromptExample([_untold(m) for m in messages], columns, options(row))
 
 
 @_located
@@ -195,49 +204,56 @@ def to_preference(row: Row) -> PreferenceExample:
 
     Raises `DataError`.
     """
+    return _pair(row)
+
+
+def _pair(row: Row) -> PreferenceExample:
     if "chosen" not in row or "rejected" not in row:
         _unknown(row, "prompt, chosen and rejected; chosen and rejected conversations")
-    both = [_answer(row[key], key) for key in ("chosen", "rejected")]
-    if {"prompt", "instruction", "conversations"} & set(row):
-        prompt = _prompt(row)
-        # Some sets repeat the prompt in front of each side.
-        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in both]
-        if any(len(side) != 1 for side in sides):
+    both = [answer(row[key], key) for key in ("chosen", "rejected")]
+    before = both[0][:-1]
+    asks = ("prompt", "instruction", "conversations", "messages")
+    if before and not answers(before[0]) and before == both[1][:-1]:
+        used, prompt = ("chosen", "rejected"), with_system(before, row)
+    elif column := next((name for name in asks if name in row), None):
+        prompt = asked(row, column)
+        used = (*(ALPACA if column == "instruction" else (column,)), "chosen", "rejected")
+        if any(len(side) != 1 for side in both):
             raise DataError(
-                "chosen and rejected must each be one assistant message after the prompt."
+                "chosen and rejected must each be one assistant message after the prompt, or "
+                "conversations that differ in their last message only."
             )
     else:
         if any(isinstance(row[key], str) for key in ("chosen", "rejected")):
             raise DataError(
                 "chosen and rejected are texts without a `prompt`; add one, or give conversations."
             )
-        prompt, sides = _with_system(both[0][:-1], row), [both[0][-1:], both[1][-1:]]
-        if not both[0][:-1] or both[0][:-1] != both[1][:-1]:
-            raise DataError(
-                "chosen and rejected must be conversations that differ in their last message only."
-            )
-    chosen, rejected = (_one(side[0]) for side in sides)
+        raise DataError(
+            "chosen and rejected must be conversations that differ in their last message only."
+        )
+    refuse_unsaid(row, used)
+    chosen, rejected = (_one(side[-1]) for side in both)
     if chosen == rejected:
         raise DataError("chosen and rejected are the same; drop the row.")
     prompt = [_untold(m) for m in prompt]
-    return PreferenceExample(
-        prompt, chosen, rejected, _number(row.get("margin", 0.0), "margin"), _options(row)
-    )
+    margin = number(row.get("margin", 0.0), "margin")
+    return PreferenceExample(prompt, chosen, rejected, margin, options(row))
 
 
 @_located
 def to_judged(row: Row) -> PreferenceExample | JudgedExample:
     """From `prompt`/`completion`/`label` (true: a good answer), or a pair. Raises `DataError`."""
-    if "label" not in row or {"chosen", "rejected"} <= set(row):
-        return to_preference(row)
-    if "prompt" not in row or "completion" not in row:
+    if {"chosen", "rejected"} <= set(row):
+        return _pair(row)
+    if not {"prompt", "completion", "label"} <= set(row):
         _unknown(row, "prompt, completion and label; prompt, chosen and rejected")
-    good = _boolean(row["label"], "label")
-    answer = _answer(row["completion"], "completion")
-    if len(answer) != 1:
+    refuse_unsaid(row, ("prompt", "completion"))
+    good = boolean(row["label"], "label")
+    said = answer(row["completion"], "completion")
+    if len(said) != 1:
         raise DataError("completion must be one assistant message after the prompt.")
-    prompt = [_untold(m) for m in _prompt(row)]
-    return JudgedExample(prompt, _one(answer[0]), good, _options(row))
+    prompt = [_untold(m) for m in asked(row, "prompt")]
+    return JudgedExample(prompt, _one(said[0]), good, options(row))
 
 
 @_located
@@ -254,17 +270,14 @@ def to_steps(row: Row) -> StepsExample:
     if not steps:
         raise DataError("an answer needs at least one step.")
     texts = [string(step, "completions") for step in steps]
-    prompt = [_untold(m) for m in _prompt(row)]
-    right = [_boolean(label, "labels") for label in labels]
-    return StepsExample(prompt, texts, right, _options(row))
+    refuse_unsaid(row, ("prompt", "completions"))
+    prompt = [_untold(m) for m in asked(row, "prompt")]
+    right = [boolean(label, "labels") for label in labels]
+    return StepsExample(prompt, texts, right, options(row))
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
     raise DataError(f"the keys are {', '.join(map(str, row)) or 'none'}; accepted are: {accepted}.")
-
-
-def _answers(message: Message) -> bool:
-    return bool(message["role"] == "assistant")
 
 
 def _untold(message: Message) -> Message:
@@ -277,103 +290,3 @@ def _one(message: Message) -> str | Message:
     if "train" in message:
         raise DataError("an answer that is compared is flagged not to be trained; drop the row.")
     return message["content"] if set(message) == {"role", "content"} else message
-
-
-def _options(row: Row, media: bool = False) -> dict[str, Any]:
-    """What the chat template gets besides the messages. `media`: columns of pictures and the like
-    are the user's own.
-    """
-    if not media:
-        alpaca = "instruction" in row and not {"messages", "conversations", "prompt"} & set(row)
-        _refuse_unused(row, _MEDIA if alpaca else (*_MEDIA, "input", "history"))
-    options = row.get("chat_template_kwargs", {})
-    if not isinstance(options, Mapping):
-        raise DataError(f"`chat_template_kwargs` is {show(options)}; it must be an object.")
-    tools = {"tools": read_tools(row["tools"])} if row.get("tools") else {}
-    return {**tools, **options}
-
-
-def _refuse_unused(row: Row, columns: Sequence[str]) -> None:
-    """Raises `DataError` if the row has one of these, which its format does not use."""
-    if unused := [column for column in columns if column in row]:
-        raise DataError(
-            f"`{unused[0]}` is not used with the row's other columns; take the column out."
-        )
-
-
-def _conversation(row: Row) -> list[Message]:
-    key = "messages" if "messages" in row else "conversations"
-    value = row[key]
-    return _with_system(read_messages(value, key), row)
-
-
-def _prompt(row: Row) -> list[Message]:
-    """What is asked: `prompt`, Alpaca's columns, or ShareGPT's turns; without an answer."""
-    if "prompt" in row:
-        value = row["prompt"]
-        single = isinstance(value, str)
-        messages = [_user(string(value, "prompt"))] if single else read_messages(value, "prompt")
-    elif "instruction" in row:
-        parts = [string(row[k], k) for k in ("instruction", "input") if k in row]
-        messages = [*_history(row.get("history", [])), _user("\n\n".join(parts))]
-    else:
-        messages = read_messages(row["conversations"], "conversations")
-    if _answers(messages[-1]):
-        raise DataError("the prompt ends with the assistant's words; move them to `completion`.")
-    return _with_system(messages, row)
-
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _history(value: Any) -> list[Message]:
-    """Alpaca's earlier turns: pairs of what was asked and answered."""
-    messages: list[Message] = []
-    for pair in as_list(value, "history"):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"`history` has {show(pair)}; it must hold pairs of question, answer.")
-        messages += [_user(string(pair[0], "history"))]
-        messages += [{"role": "assistant", "content": string(pair[1], "history")}]
-    return messages
-
-
-def _with_system(messages: list[Message], row: Row) -> list[Message]:
-    """With the system message of a column beside them."""
-    if "system" not in row:
-        return messages
-    system: Message = {"role": "system", "content": string(row["system"], "system")}
-    if not messages or messages[0]["role"] != "system":
-        return [system, *messages]
-    if messages[0] != system:
-        raise DataError("`system` is not the conversation's own system message; take one out.")
-    return messages
-
-
-def _answer(value: Any, key: str) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": string(value, key)}]
-    messages = (
-        [read_message(value, key)] if isinstance(value, Mapping) else read_messages(value, key)
-    )
-    if not _answers(messages[-1]):
-        raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
-    return messages
-
-
-def _boolean(value: Any, key: str) -> bool:
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
-    if known is None:
-        raise DataError(f"`{key}` is {show(value)}; it must be true or false.")
-    return known
-
-
-def _number(value: Any, key: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"`{key}` is {show(value)}; it must be a number.")
-    return number

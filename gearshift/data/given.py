@@ -11,12 +11,12 @@ from typing import Any
 Row = Mapping[str, Any]
 COLUMNS = frozenset((
     "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
-    "rejected", "instruction", "input", "output", "system", "history",
+    "rejected", "instruction", "input", "output", "system", "system_prompt", "history",
 ))  # fmt: skip
 """The columns that hold what is read and learned; any other is the user's own, or tells how."""
 LISTS = (
-    "messages", "conversations", "completions", "labels", "tools", "history",
-    "chat_template_kwargs",
+    "messages", "conversations", "completions", "labels", "tools", "functions",
+    "history", "chat_template_kwargs",
 )  # fmt: skip
 """Columns of lists and objects; in a file that has texts only, JSON."""
 _ANSWERED = (
@@ -24,6 +24,8 @@ _ANSWERED = (
     {"instruction", "output"}, {"chosen", "rejected"}, {"prompt", "completions", "labels"},
 )  # fmt: skip
 _ASKED = ({"prompt"}, {"instruction"})
+_MESSAGE = frozenset(("content", "tool_calls", "function_call"))
+_OPTIONAL = frozenset(("system", "system_prompt", "input", "history"))
 
 
 def with_lists(row: Row) -> dict[str, Any]:
@@ -40,9 +42,14 @@ def with_lists(row: Row) -> dict[str, Any]:
                 continue
             # A prompt that looks like a list is one only if it holds messages.
             items = value if isinstance(value, list) else [value]
-            if key in LISTS or all(isinstance(m, dict) and {"role"} <= set(m) for m in items):
+            if key in LISTS or all(map(_is_message, items)):
                 row[key] = value
     return row
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it is a message, and no other object that happens to have a role."""
+    return isinstance(value, dict) and "role" in value and bool(_MESSAGE & set(value))
 
 
 def given(row: Row) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
     blank too. `answered`: a prompt alone is not enough.
     """
     said = {key: value for key, value in given(row).items() if not _blank(value)}
-    known = columns & COLUMNS
+    known = (columns & COLUMNS) - _OPTIONAL
     if not said.keys() & known:  # blank, or of no format at all, which is to be told
         return not said or bool(row.keys() & known)
     formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)

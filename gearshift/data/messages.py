@@ -25,6 +25,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
     "function_response": "tool",
 }
 """Who speaks, and the template's name for it."""
@@ -42,8 +43,9 @@ def read_messages(value: Any, key: str) -> list[Message]:
     System messages without words are left out. Raises `DataError`.
     """
     if not isinstance(value, list) or not value:
+        text_or = "" if key in ("messages", "conversations") else "a text or "
         raise DataError(
-            f"`{key}` is {show(value)}; it must be a list of messages that is not empty."
+            f"`{key}` is {show(value)}; it must be {text_or}a list of messages that is not empty."
         )
     messages = [read_message(item, key) for item in value]
     messages = [m for m in messages if m["role"] != "system" or m["content"]]
@@ -66,20 +68,22 @@ def read_message(item: Any, key: str) -> Message:
             f"a message in `{key}` has {speaker} {show(who)}, which is no role; roles are "
             f"{', '.join(ROLES)}."
         )
-    if unknown := [name for name in item if name not in (speaker, words, *_KEYS)]:
+    said = [name for name, value in item.items() if value not in (None, "", [], {})]
+    if unknown := [name for name in said if name not in (speaker, words, *_KEYS)]:
         raise DataError(
             f"a message in `{key}` has `{unknown[0]}`, which is not used; take it out, or use "
             f"one of {', '.join(_KEYS)}."
         )
     message: Message = {"role": ROLES[who], "content": ""}
-    said = item.get(words)
     if who == "function_call":
-        message["tool_calls"] = read_calls(said, words)
+        message["tool_calls"] = read_calls(item.get(words), words)
     else:
-        message["content"], thought = _content(said, words)
+        message["content"], thought = _content(item.get(words), words)
         if thought:
             message[_REASONING[0]] = thought
     _add_rest(message, item)
+    if _REASONING[0] in message and "</think>" in message["content"]:
+        raise DataError("a message gives its reasoning twice, once in its words; take one out.")
     answers = message["role"] == "assistant"
     if not answers and (_REASONING[0] in message or "tool_calls" in message):
         raise DataError(f"a message in `{key}` of {who} has an assistant's reasoning or calls.")

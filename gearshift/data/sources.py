@@ -204,11 +204,13 @@ def _parquet(file: Path) -> list[SourceRow]:
     except ImportError:
         raise DataError(f"{file} needs Parquet support; pip install 'gearshift[data]'.") from None
     try:
-        rows = parquet.ParquetFile(file).read().to_pylist()
+        table = parquet.ParquetFile(file).read()
+        rows = table.to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file} is not Parquet ({str(error).splitlines()[0]}); write it anew."
         ) from None
+    _header(table.column_names, str(file))
     return [SourceRow(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 

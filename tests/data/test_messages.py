@@ -146,6 +146,23 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (to_supervised, {"text": "a", "system": "S."}, "`system` is not used"),
     (to_supervised, {"text": "a", "tools": [TOOL]}, "`tools` is not used"),
     (to_supervised, {"prompt": "a", "completion": "b", "input": "c"}, "`input` is not used"),
+    (to_supervised, {"prompt": "a b", "messages": [USER, BOT]}, "`prompt` is not used"),
+    (to_supervised, {"prompt": "Q?", "text": "Answer."}, "`prompt` is not used"),
+    (to_supervised, {"instruction": "Do.", "prompt": "This.", "output": "b"}, "`prompt` is not"),
+    (to_supervised, {"instruction": "Q?", "context": "That.", "output": "b"}, "`context` is not"),
+    (to_supervised, {"messages": [USER, BOT], "conversations": [HUMAN, {**GPT, "value": "no"}]},
+     "`conversations` is not used"),
+    (to_preference, {"prompt": "a", "instruction": "Do.", "chosen": "b", "rejected": "c"},
+     "`instruction` is not used"),
+    (to_supervised, {"messages": [USER, BOT], "tools": [TOOL], "functions": [{"name": "a"}]},
+     "`functions` differ"),
+    (to_supervised, {"text": "a", "system_prompt": "S."}, "`system_prompt` is not used"),
+    (to_supervised, {"messages": [USER, BOT], "system": "a", "system_prompt": "b"},
+     "`system_prompt` is not the conversation's own"),
+    (to_supervised, {"messages": [USER, {**BOT, "reasoning_content": "a",
+                                         "content": "<think>b</think>c"}]}, "reasoning twice"),
+    (to_supervised, {"messages": [USER, {**BOT, "refusal": "I will not."}]}, "`refusal`"),
+    (to_judged, {"conversations": [HUMAN, GPT], "kto_tag": True}, "the keys are conversations"),
     (to_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]},
      "`history` is not used"),
     (to_supervised, {"messages": [USER, BOT], "tools": [{"a": 1}]}, "`tools` has"),
@@ -170,6 +187,78 @@ def test_the_rest_is_refused_by_name(
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{named}") as error:
         convert(load_rows(str(tmp_path / "a.jsonl"))[0])
     assert "\n" not in str(error.value)
+
+
+ALIKE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "the system's words by another name": (
+        to_supervised,
+        {"messages": [USER, BOT], "system_prompt": "S."},
+        {"messages": [USER, BOT], "system": "S."},
+    ),
+    "and for a reward": (
+        to_prompt,
+        {"prompt": "hi", "system_prompt": "S.", "gold": "yo"},
+        {"prompt": "hi", "system": "S.", "gold": "yo"},
+    ),
+    "functions": (
+        to_supervised,
+        {"messages": [USER, BOT], "functions": [SCHEMA]},
+        {"messages": [USER, BOT], "tools": [TOOL]},
+    ),
+    "what is given but empty": (
+        to_supervised,
+        {"messages": [USER, {**BOT, "annotations": [], "refusal": ""}], "images": [], "tools": []},
+        {"messages": [USER, BOT]},
+    ),
+    "a tool by another name": (
+        to_supervised,
+        {"messages": [USER, BOT, {"role": "ipython", "content": "3"}, BOT]},
+        {"messages": [USER, BOT, {"role": "tool", "content": "3"}, BOT]},
+    ),
+    "words that are said twice": (
+        to_supervised,
+        {"messages": [USER, BOT], "prompt": "hi", "input": " hi", "output": "yo", "score": 3,
+         "text": "### Human: hi\n### Assistant: yo", "conversations": [HUMAN, GPT]},
+        {"messages": [USER, BOT]},
+    ),
+    "alpaca's prompt written out": (
+        to_supervised,
+        {"instruction": "Add.", "input": "1", "output": "2", "prompt": "Below: Add.\n\n1"},
+        {"instruction": "Add.", "input": "1", "output": "2"},
+    ),
+    "a JSON object with a role": (
+        to_supervised,
+        {"messages": [USER, {**BOT, "content": '{"role": "admin"}'}]},
+        {"prompt": "hi", "completion": '{"role": "admin"}'},
+    ),
+    "compared after a conversation's question": (
+        to_preference,
+        {"messages": [USER], "chosen": BOT, "rejected": {**BOT, "content": "no"}},
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+    ),
+    "compared conversations beside their last question": (
+        to_preference,
+        {"prompt": "so", "chosen": [USER, BOT, {**USER, "content": "so"}, BOT],
+         "rejected": [USER, BOT, {**USER, "content": "so"}, {**BOT, "content": "no"}]},
+        {"prompt": [USER, BOT, {**USER, "content": "so"}], "chosen": "yo", "rejected": "no"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_rows_that_say_the_same_are_read_alike(name: str) -> None:
+    convert, row, same = ALIKE[name]
+    assert convert(row) == convert(same)
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_row_of_no_format_is_refused_though_its_system_message_is_empty(empty: Any) -> None:
+    rows, report = clean([{"system_prompt": empty, "question": "a", "response": "b"},
+                          {"system_prompt": "S.", "question": "c", "response": "d"}],
+                         CleanConfig())  # fmt: skip
+    assert report.empty == 0
+    with pytest.raises(DataError, match="the keys are"):
+        to_supervised(rows[0])
 
 
 def test_judged_answers_may_be_calls_and_have_reasons() -> None:

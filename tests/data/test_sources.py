@@ -171,3 +171,13 @@ def test_a_link_is_what_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_rows(str(tmp_path / "b.csv")) == [{"text": "b"}]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_rows(SourceConfig(path="~/latest").path) == [{"text": "a"}]
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"])
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet names the column 'completion' twice"):
+        load_rows(str(tmp_path / "a.parquet"))

@@ -64,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "keys of a message that are not known vanish",
         "data/messages.py",
-        "if unknown := [name for name in item if name not in (speaker, words, *_KEYS)]:",
-        "if unknown := [name for name in item if name is None]:",
+        "if unknown := [name for name in said if name not in (speaker, words, *_KEYS)]:",
+        "if unknown := [name for name in said if name is None]:",
         _MESSAGES,
     ),
     Mutation(
@@ -85,8 +85,8 @@ MUTATIONS = (
     Mutation(
         "a prompt's earlier answers are trained",
         "data/formats.py",
-        'asked = [{**m, "train": False} if _answers(m) else m for m in _prompt(row)]',
-        "asked = _prompt(row)",
+        'before = [{**m, "train": False} if answers(m) else m for m in asked(row, "prompt")]',
+        'before = asked(row, "prompt")',
         _MESSAGES,
     ),
     Mutation(

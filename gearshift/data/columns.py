@@ -1,0 +1,168 @@
+"""What the columns of a row say: its conversation, what is asked, an answer, and what stands beside
+them. A column that says something which no other one does is used, or refused by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gearshift.data.given import Row
+from gearshift.data.messages import (
+    as_list,
+    read_message,
+    read_messages,
+    read_tools,
+    show,
+    string,
+)
+from gearshift.errors import DataError
+from gearshift.types import Message
+
+ALPACA = ("instruction", "input", "history")
+"""Alpaca's columns that ask."""
+BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+"""Columns that stand beside a conversation."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_SAYING = (
+    "text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
+    "context",
+)  # fmt: skip
+
+
+def options(row: Row) -> dict[str, Any]:
+    """What the chat template gets besides the messages. Raises `DataError`."""
+    given = row.get("chat_template_kwargs", {})
+    if not isinstance(given, Mapping):
+        raise DataError(f"`chat_template_kwargs` is {show(given)}; it must be an object.")
+    # OpenAI's older name; other rows may have functions of another kind.
+    names = ("tools", "functions") if "messages" in row else ("tools",)
+    tools = [read_tools(row[name]) for name in names if row.get(name)]
+    if len(tools) == 2 and tools[0] != tools[1]:
+        raise DataError("`tools` and `functions` differ; take one out.")
+    return {**({"tools": tools[0]} if tools else {}), **given}
+
+
+def refuse_unused(row: Row, columns: Sequence[str]) -> None:
+    """Raises `DataError` if the row has one of these, which its format does not use."""
+    if unused := [column for column in columns if row.get(column) not in (None, [], {})]:
+        raise DataError(
+            f"`{unused[0]}` is not used with the row's other columns; take the column out."
+        )
+
+
+def refuse_unsaid(row: Row, used: Sequence[str]) -> None:
+    """Raises `DataError` if a column beside those `used` says what none of them says.
+
+    Many sets give a prompt, or the whole text, once more in a column of its own.
+    """
+    refuse_unused(row, [c for c in (*_MEDIA, "history") if c not in used])
+    said = [text for column in used for text in _said(row.get(column))]
+    for column in _SAYING:
+        for text in _said(row.get(column)) if column not in used else ():
+            if not any(text in other or other in text for other in said):
+                refuse_unused(row, (column,))
+
+
+def _said(value: Any) -> Iterator[str]:
+    """The texts in a column, without white space."""
+    if isinstance(value, str):
+        yield from filter(None, ["".join(value.split())])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _said(item)
+    elif isinstance(value, Mapping):
+        for key in ("content", "value", "text"):
+            yield from _said(value.get(key))
+
+
+def conversation(row: Row) -> list[Message]:
+    """The messages of `messages` or ShareGPT's `conversations`. Raises `DataError`."""
+    key = "messages" if "messages" in row else "conversations"
+    return with_system(read_messages(row[key], key), row)
+
+
+def asked(row: Row, *columns: str) -> list[Message]:
+    """What is asked, in the first of these columns that the row has: `prompt`, Alpaca's
+    `instruction`, or the turns of a conversation; without an answer. Raises `DataError`.
+    """
+    column = next(column for column in columns if column in row)
+    value = row[column]
+    if column == "instruction":
+        parts = [string(row[k], k) for k in ("instruction", "input") if k in row]
+        messages = [*_history(row.get("history", [])), _user("\n\n".join(parts))]
+    elif isinstance(value, str) and column == "prompt":
+        messages = [_user(string(value, column))]
+    else:
+        messages = read_messages(value, column)
+    if answers(messages[-1]):
+        raise DataError("the prompt ends with the assistant's words; move them to `completion`.")
+    return with_system(messages, row)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _history(value: Any) -> list[Message]:
+    """Alpaca's earlier turns: pairs of what was asked and answered."""
+    messages: list[Message] = []
+    for pair in as_list(value, "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"`history` has {show(pair)}; it must hold pairs of question, answer.")
+        messages += [_user(string(pair[0], "history"))]
+        messages += [{"role": "assistant", "content": string(pair[1], "history")}]
+    return messages
+
+
+def with_system(messages: list[Message], row: Row) -> list[Message]:
+    """With the system message of a column beside them. Raises `DataError` if they have another."""
+    for column in ("system", "system_prompt"):
+        if column not in row:
+            continue
+        system: Message = {"role": "system", "content": string(row[column], column)}
+        if not messages or messages[0]["role"] != "system":
+            messages = [system, *messages]
+        elif messages[0] != system:
+            raise DataError(
+                f"`{column}` is not the conversation's own system message; take one out."
+            )
+    return messages
+
+
+def answer(value: Any, key: str) -> list[Message]:
+    """An answer: a text, a message, or messages of which the last is one. Raises `DataError`."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": string(value, key)}]
+    messages = (
+        [read_message(value, key)] if isinstance(value, Mapping) else read_messages(value, key)
+    )
+    if not answers(messages[-1]):
+        raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
+    return messages
+
+
+def answers(message: Message) -> bool:
+    """Whether the assistant says it."""
+    return bool(message["role"] == "assistant")
+
+
+def boolean(value: Any, key: str) -> bool:
+    """True or false, in a table's or a text's form too. Raises `DataError`."""
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
+    if known is None:
+        raise DataError(f"`{key}` is {show(value)}; it must be true or false.")
+    return known
+
+
+def number(value: Any, key: str) -> float:
+    """A finite number, in a text too. Raises `DataError`."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"`{key}` is {show(value)}; it must be a number.")
+    return found
