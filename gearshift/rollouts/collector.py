@@ -26,6 +26,7 @@ from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.rewards import LOST, usable
 from gearshift.rollouts.workers import Workers
+from gearshift.runtime.named import in_words
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
 
@@ -294,7 +295,7 @@ class Collector:
             except Exception as error:
                 fault = error
         if fault is not None:
-            self._lose(episode, f"{type(fault).__name__}: {fault}")
+            self._lose(episode, in_words(fault))
         episode.ready = True
 
     def _lose(self, episode: _Episode, why: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.marks import parse_mark
-from gearshift.rollouts.rewards import LOST, Rewards, bearer, checked_address, post
+from gearshift.rollouts.rewards import LOST, NoAnswerError, Rewards, bearer, checked_address, post
 from gearshift.rollouts.workers import Workers
 from gearshift.runtime.config import Config
 from gearshift.types import Message
@@ -67,6 +67,9 @@ class JudgeReward:
     The environment variable `key_env` is sent as the bearer token. Where after several tries nobody
     answers, or an answer has no mark within the scale, the reward is `LOST`.
     """
+
+    last_failure = ""
+    """Why the last mark was lost."""
 
     def __init__(
         self,
@@ -133,8 +136,12 @@ class JudgeReward:
         body: dict[str, Any] = {"model": config.model, "messages": messages}
         if config.temperature is not None:
             body["temperature"] = config.temperature
-        mark = post(self.url, body, self.key, self._read, self.timeout, _TRIES, self.pause)
-        return LOST if mark is None else (mark - config.low) / (config.high - config.low)
+        try:
+            mark = post(self.url, body, self.key, self._read, self.timeout, _TRIES, self.pause)
+        except NoAnswerError as error:
+            self.last_failure = str(error)
+            return LOST
+        return (mark - config.low) / (config.high - config.low)
 
     def _read(self, answer: Any) -> float | None:
         low, high = self.config.low, self.config.high

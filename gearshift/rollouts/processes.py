@@ -31,6 +31,9 @@ class ProcessReward:
     rewards cross as plain data.
     """
 
+    last_failure = ""
+    """Why the last rewards were lost."""
+
     def __init__(self, spec: str, processes: int, timeout: float | None) -> None:
         """Raises `ConfigError` like `load_reward`."""
         load_reward(spec)  # a fault is told here, not by each worker
@@ -48,11 +51,15 @@ class ProcessReward:
             future = self._pool.schedule(_score, (self.spec, given), timeout=self.timeout)
         try:
             rewards, fault = future.result()
-        except (FutureTimeout, ProcessExpired, BrokenProcessPool):
-            return [LOST] * len(completions)
-        if fault:
-            raise ConfigError(fault)
-        return rewards
+        except FutureTimeout:
+            self.last_failure = f"the reward function {self.spec} took more than {self.timeout:g} s"
+        except (ProcessExpired, BrokenProcessPool) as error:
+            self.last_failure = f"the process of the reward function {self.spec} died ({error})"
+        else:
+            if fault:
+                raise ConfigError(fault)
+            return rewards
+        return [LOST] * len(completions)
 
     def close(self) -> None:
         """End the workers."""

@@ -107,7 +107,7 @@ class RewardSum:
         self.models: list[Named] = []
         self.missing: dict[str, float] = {}
         self.last_failure = ""
-        """What the last function said that raised."""
+        """Why a reward was last lost."""
         self._worked: set[str] = set()
         """Functions that have scored a group in this run; one that raises has its own faults until
         then, and afterwards those of the group."""
@@ -154,7 +154,7 @@ class RewardSum:
         The environment's rewards stay at their turns, times their weight; what is added stands at
         the last token that the policy wrote.
         """
-        self.missing = {}
+        self.missing, self.last_failure = {}, ""
         if not trajectories:
             return [], {}
         results = self._of_functions(trajectories)
@@ -189,26 +189,35 @@ class RewardSum:
                 self.begin(group)
         begun, self._begun = self._begun, {}
         return [
-            self._result(name, [(begun[group[0].group_id][i], len(group)) for group in groups])
-            for i, (name, _, _) in enumerate(self.functions)
+            self._result(named, [(begun[group[0].group_id][i], len(group)) for group in groups])
+            for i, named in enumerate(self.functions)
         ]
 
     def _result(
-        self, name: str, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
+        self, named: Named, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
     ) -> list[float | None]:
         """What a function has said of groups of these sizes; a group at which it raised is lost.
 
         Raises its `ConfigError` if it raised at every one and has never worked.
         """
+        name, function, weight = named
         said: list[float | None] = []
         fault: ConfigError | None = None
         for call_, size in calls:
             try:
-                said += call_.result()[0]
-                self._worked.add(name)
+                [values] = call_.result()
             except ConfigError as error:
                 fault, self.last_failure = error, str(error)
-                said += [LOST] * size
+                values = [LOST] * size
+            else:
+                if any(v is None or usable(v) for v in values):
+                    self._worked.add(name)
+                if weight and not all(v is None or usable(v) for v in values):
+                    self.last_failure = (
+                        getattr(function, "last_failure", "")
+                        or f"the reward function {name} gave no finite number"
+                    )
+            said += values
         if fault and name not in self._worked:
             raise fault
         return said

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
 from typing import Any, Protocol, SupportsFloat, TypeVar, cast
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -40,7 +40,10 @@ LARGEST = 1e18
 
 def usable(reward: float) -> bool:
     """Whether a reward is a number that training can compute with."""
-    return math.isfinite(reward) and abs(reward) <= LARGEST
+    try:
+        return math.isfinite(reward) and abs(reward) <= LARGEST
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 class RewardFunction(Protocol):
@@ -73,6 +76,9 @@ class HttpReward:
     loses these rewards rather than end the run.
     """
 
+    last_failure = ""
+    """Why it last did not answer."""
+
     def __init__(
         self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
     ) -> None:
@@ -87,13 +93,16 @@ class HttpReward:
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
-        rewards = post(self.url, body, self.key, _rewards, self.timeout, self.tries)
-        return [LOST] * len(completions) if rewards is None else rewards
+        try:
+            return post(self.url, body, self.key, _rewards, self.timeout, self.tries)
+        except NoAnswerError as error:
+            self.last_failure = str(error)
+            return [LOST] * len(completions)
 
 
 def _rewards(answer: Any) -> Rewards:
     """What a server says of each; where it names places that it could not score, these are lost."""
-    lost = answer.get("lost", ())
+    lost = answer.get("lost") or ()
     return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
@@ -133,6 +142,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class NoAnswerError(Exception):
+    """An address has not answered, or not what it was asked for, however often it was asked."""
+
+
 def post(
     url: str,
     body: dict[str, Any],
@@ -141,45 +154,57 @@ def post(
     timeout: float,
     tries: int,
     pause: float = 0.5,
-) -> T | None:
+) -> T:
     """What `read` finds in the JSON that a POST is answered with. Asked again, after a pause that
     doubles (or as long as the answer says), where nobody answers, the server is ill or busy, or
-    `read` finds nothing; None after the last try.
+    `read` finds nothing.
 
-    Raises `ConfigError` where the server refuses. Redirects are refused too: they would carry the
-    key to somebody else.
+    Raises `NoAnswerError` after the last try; `ConfigError` where the server refuses. Redirects are
+    refused too: they would carry the key to somebody else.
     """
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
     data = json.dumps(body, default=str).encode()
+    why = ""
     for attempt in range(tries):
-        wait = pause * 2**attempt
+        wait, told = pause * 2**attempt, b""
         try:
             with _OPENER.open(Request(url, data, headers), timeout=timeout) as answer:
-                found = read(json.loads(answer.read(_MOST)))
-                if found is not None:
+                told = answer.read(_MOST)
+                if (found := read(json.loads(told))) is not None:
                     return found
+            why = f"what was asked for is not in its answer {_start(told)}"
         except HTTPError as error:
             told = error.read(_MOST)
             if error.code == _IN_PART:
-                with suppress(ValueError, LookupError, TypeError, AttributeError):
-                    return read(json.loads(told))
+                with suppress(*_UNREADABLE):
+                    if (found := read(json.loads(told))) is not None:
+                        return found
             if error.code < 500 and error.code not in _BUSY:  # it won't be otherwise the next time
                 said = told[:300].decode("utf-8", "replace").strip().replace("\n", " ")
+                if place := error.headers.get("Location"):
+                    said = f"It redirects to {place}; name that address. {said}".strip()
                 raise ConfigError(f"{url} refused: {error.code} {error.reason} {said}") from error
+            why = f"it answers {error.code} {error.reason}"
             asked = error.headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, HTTPException):
-            pass
+        except _UNREADABLE:
+            why = f"what was asked for is not in its answer {_start(told)}"
+        except URLError as error:
+            why = str(error.reason)
+        except (OSError, HTTPException) as error:
+            why = in_words(error)
         if attempt + 1 < tries:
             time.sleep(wait)
-    return None
+    raise NoAnswerError(f"{url}: {why}, {tries} times")
 
 
 _BUSY = frozenset({408, 409, 425, 429})
 _IN_PART = 422
 """Some of what was sent has no answer; `gearshift serve` says which."""
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading an answer that is not as agreed raises."""
 _MOST = 64 << 20
 """Bytes of an answer that are read."""
 
@@ -234,7 +259,7 @@ def call(
                     **columns,
                 )
             )
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise _raised(name, error) from error
     _await_all([name for name, _, _ in functions], results)
     return [
@@ -297,7 +322,10 @@ def _checked(name: str, result: Any, samples: int) -> list[float | None]:
             f"The reward function {name} returned {_short(result)};"
             " it must return a list of numbers."
         )
-    values = list(result)
+    try:
+        values = list(result)
+    except Exception as error:  # a generator runs only now
+        raise _raised(name, error) from error
     if len(values) != samples:
         raise ConfigError(
             f"The reward function {name} returned {len(values)} rewards for {samples} completions;"
@@ -311,6 +339,8 @@ def _number(name: str, value: Any) -> float:
         if isinstance(value, SupportsFloat):  # not a string, which float() would read
             number = float(value)
             return number if usable(number) else LOST
+    except OverflowError:  # an integer beyond all floats
+        return LOST
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
         pass
     raise ConfigError(
@@ -325,6 +355,10 @@ def _raised(name: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"The reward function {name} raised {in_words(error)}; mend it or take it out."
     )
+
+
+def _start(answer: bytes) -> str:
+    return _short(answer[:80].decode("utf-8", "replace"))
 
 
 def _short(value: object) -> str:

@@ -32,8 +32,8 @@ def named_function(spec: str, what: str) -> Callable[..., Any]:
 
 
 def in_words(error: BaseException) -> str:
-    """`ValueError: what it says`."""
-    return f"{type(error).__name__}: {error}".rstrip(". ")
+    """`ValueError: what it says`, without a full stop."""
+    return f"{type(error).__name__}: {error}".rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """Episodes that reinforcement learning had to leave out: how many, why, and when that is too many.
 
-One that failed costs itself and never the run; a run that learns from nothing at all ends.
+One that failed costs itself and never the run; a run that learns from nothing at all ends, at once
+if it never did, and after an outage that lasts if it did.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ _WORDS: dict[Reason, str] = {
     "alone": "alone in their group",
     "no_greedy": "whose greedy episode was lost",
 }
-_PATIENCE = 16
-"""Prompts in a row that may come to nothing."""
+_PROMPTS = 16
+"""Prompts in a row from which a run ends, if all came to nothing."""
+_ROLLOUTS = 5
+"""So many rollouts too, once something was learned: an outage passes."""
 
 
 @dataclass
@@ -31,9 +34,11 @@ class LeftOut:
     why: str = ""
     """What the last of them was lost to."""
     barren: int = 0
-    """Prompts since the last one that there was something to learn from."""
+    """Rollouts since the last one that there was something to learn from."""
+    tried: int = 0
+    """Their prompts."""
     learned: bool = False
-    """Whether there was such a prompt in this run."""
+    """Whether there was such a rollout in this run."""
 
     def add(self, reason: Reason, episodes: int, why: str = "") -> None:
         """Count these episodes."""
@@ -41,22 +46,28 @@ class LeftOut:
             self.counts[reason] = self.counts.get(reason, 0) + episodes
             self.why = why or self.why
 
-    def prompts(self, tried: int, tokens: int) -> None:
-        """So many prompts were tried, and this much was learned from. Raises `DataError` where many
-        in a row came to nothing.
-        """
-        self.barren = 0 if tokens else self.barren + tried
+    def rollout(self, prompts: int, tokens: int) -> None:
+        """So many prompts were tried, and this much was learned from."""
         self.learned = self.learned or tokens > 0
-        if self.barren >= _PATIENCE:
-            self.end()
+        self.barren = 0 if tokens else self.barren + 1
+        self.tried = 0 if tokens else self.tried + prompts
 
-    def end(self) -> None:
-        """Raise `DataError` if nothing is learned from any more."""
-        if self.barren >= _PATIENCE or not self.learned:
-            raise DataError(
-                f"No episode of the last {self.barren} prompts has a reward to learn from "
-                f"({self.why or 'every reward was None'}); look at the environment and the rewards."
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many prompts in a row came to nothing that the run ends."""
+        return self.tried >= _PROMPTS and self.barren >= (_ROLLOUTS if self.learned else 1)
+
+    def error(self) -> DataError:
+        """Why it ends."""
+        return DataError(
+            f"No episode of the last {self.tried} prompts has a reward to learn from "
+            f"({self.why or 'every reward was None'}); look at the environment and the rewards."
+            + (
+                " What was learned before them is saved, and the same command goes on from there."
+                if self.learned
+                else ""
             )
+        )
 
     def metrics(self) -> dict[str, float]:
         """So far, by reason."""
@@ -72,10 +83,11 @@ class LeftOut:
         return f"episodes left out: {', '.join(parts)}{last}"
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: figures only, the same however threads ran."""
-        return {"counts": self.counts, "barren": self.barren, "learned": self.learned}
+        """For a checkpoint: figures only, the same however threads ran. A run that is taken up
+        again has its patience anew.
+        """
+        return {"counts": self.counts, "learned": self.learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From one."""
-        self.counts, self.barren = dict(state["counts"]), state["barren"]
-        self.learned = state["learned"]
+        self.counts, self.learned = dict(state["counts"]), state["learned"]

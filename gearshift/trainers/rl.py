@@ -436,11 +436,16 @@ class RLTrainer:
             if trajectories:
                 tokens, learned = self.learn(step, trajectories)
                 metrics |= learned
-            self.left_out.prompts(self.config.prompts, tokens)
+            self.left_out.rollout(self.config.prompts, tokens)
             metrics |= self.left_out.metrics()
             metrics |= describe_generation(self.engine) | self.adapt(metrics, len(trajectories))
             self.stage.log(step, metrics, tokens)
-        self.left_out.end()
+            if self.left_out.hopeless:
+                if self.left_out.learned:  # these rollouts changed nothing, and are run again
+                    self.stage.save(step + 1 - self.left_out.barren)
+                raise self.left_out.error()
+        if not self.left_out.learned:
+            raise self.left_out.error()
 
     def learn(self, step: int, trajectories: list[Trajectory]) -> tuple[int, dict[str, float]]:
         """Advantages, and the updates; returns the tokens of the batch, and metrics."""

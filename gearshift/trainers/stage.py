@@ -141,7 +141,7 @@ class Stage:
                 heap.look()
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
                 if interrupt.requested or (due and step + 1 < self.total):
-                    self._save(step + 1)
+                    self.save(step + 1)
                 if interrupt.requested and step + 1 < self.total:
                     raise InterruptedRunError(
                         f"Stopped after step {step + 1} of {self.total} ({self.name}); "
@@ -173,7 +173,11 @@ class Stage:
             shown = {k: metrics[k] for k in ("loss", "reward", "kl", "accuracy") if k in metrics}
             self._progress.advance(1, tokens=tokens, **shown)
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Write a checkpoint to go on from at `step`, unless there is one of then or later."""
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if newest is not None and int(newest.name.removeprefix("step-")) >= step:
+            return
         tensors, skeleton = checkpoint.flatten(
             {name: thing.state_dict() for name, thing in self._tracked.items()}
         )

@@ -68,11 +68,16 @@ def score(reward: Any, *words: str) -> Any:
     return combine([("f", reward, 1.0)], [[]] * len(words), list(words), None, columns)[0]
 
 
-@pytest.mark.parametrize("word", ["stubborn", "crash", "exit"])
-def test_a_call_that_hangs_or_dies_loses_its_own_samples(reward: ProcessReward, word: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "said"), [("stubborn", "took more than 1 s"), ("crash", "died"), ("exit", "")]
+)
+def test_a_call_that_hangs_or_dies_loses_its_own_samples(
+    reward: ProcessReward, word: str, said: str
+) -> None:
     begun = time.monotonic()
     assert score(reward, word, "a") == [None, None]
     assert time.monotonic() - begun < 20
+    assert reward.spec in reward.last_failure and said in reward.last_failure
     assert score(reward, "abc", "a") == [3.5, 1.5]  # another worker has taken its place
 
 

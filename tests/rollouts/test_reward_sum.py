@@ -3,9 +3,12 @@ asked while others still write; models may be many, and far away.
 """
 
 import math
+import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -283,6 +286,60 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     episodes, parts = total(EPISODES[:2])
     assert episodes == [None, None] and parts[far] == [None, None]
     assert total.missing == {"environment": 0.0, far: 1.0, near: 0.0}
+    assert far in total.last_failure and "Connection refused, 3 times" in total.last_failure
+
+
+@pytest.mark.parametrize(
+    ("code", "answer", "said"),
+    [
+        (500, b"boom", "it answers 500 Internal Server Error, 3 times"),
+        (200, b"<html>hi", "what was asked for is not in its answer '<html>hi', 3 times"),
+        (200, b"[1.0]", r"is not in its answer '\[1.0\]'"),
+        (200, b"[" * 9999, r"is not in its answer '\[\[\["),
+        (200, b'{"rewards": [NaN]}', "gave no finite number"),
+        (200, b'{"rewards": [1' + b"0" * 400 + b"]}", "gave no finite number"),
+    ],
+)
+def test_why_an_address_gave_no_reward_is_told(
+    code: int, answer: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
+    with answering(code, answer) as url:
+        total = RewardSum([source(url)], TINY, tmp_path)
+        assert total(EPISODES[:1])[0] == [None] and not total.state_dict()["worked"]
+        assert url in total.last_failure and re.search(said, total.last_failure)
+        logged = RewardSum([source("environment"), source(url, 0.0)], TINY, tmp_path)
+        assert logged(EPISODES[:1])[0] != [None] and not logged.last_failure
+
+
+def test_a_redirect_is_refused_and_its_place_is_told(tmp_path: Path) -> None:
+    with (
+        answering(308, b"", Location="/score/") as url,
+        pytest.raises(ConfigError, match=r"308 .*redirects to /score/; name that address"),
+    ):
+        RewardSum([source(url)], TINY, tmp_path)(EPISODES[:1])
+
+
+@contextmanager
+def answering(code: int, answer: bytes, **headers: str) -> Iterator[str]:
+    """The address of a server that says this to everybody."""
+
+    class Says(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Says) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/score"
+        server.shutdown()
 
 
 def test_nothing_listens_beyond_loopback_without_a_key() -> None:

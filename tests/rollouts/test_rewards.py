@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts.rewards import combine, load_reward
+from gearshift.rollouts.rewards import combine, load_reward, usable
 
 PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
 TEXTS = ["one", "three"]
@@ -59,6 +59,10 @@ def test_not_finite_is_no_reward_and_no_total() -> None:
     def broken(**_: Any) -> list[float]:
         return [float("nan"), float("inf")]
 
+    def endless(**_: Any) -> list[int]:
+        return [10**400, -(10**400)]
+
+    assert run((length, 1.0), (endless, 1.0))[0] == [None, None] and not usable(10**400)
     totals, parts = run((length, 1.0), (broken, 1.0))
     assert totals == [None, None]
     assert parts == {"length": [3.0, 5.0], "broken": [None, None]}
@@ -110,6 +114,17 @@ def test_exceptions_name_the_function() -> None:
     async def leaves_later(**_: Any) -> Any:
         raise SystemExit(3)
 
+    def cancelled(**_: Any) -> Any:
+        raise asyncio.CancelledError
+
+    def one_by_one(**_: Any) -> Any:
+        yield 1.0
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(ConfigError, match="cancelled raised CancelledError;"):
+        run((cancelled, 1.0))
+    with pytest.raises(ConfigError, match="one_by_one raised ZeroDivisionError: by zero"):
+        run((one_by_one, 1.0))
     for function in (leaves, leaves_later):
         with pytest.raises(ConfigError, match=f"{function.__name__} raised SystemExit"):
             run((function, 1.0))

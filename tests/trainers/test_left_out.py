@@ -17,7 +17,7 @@ from gearshift.trainers.rollout import minibatches, pack_trajectories
 from gearshift.trainers.stage import InterruptedRunError
 from gearshift.types import Trajectory
 from tests.gyms import SayLetters
-from tests.trainers.rl_runs import small, trainer
+from tests.trainers.rl_runs import OwnReward, small, trainer
 from tests.trainers.test_resume import stop_after
 
 NO_KL = {"beta": 0.0}
@@ -74,9 +74,54 @@ def test_a_run_that_learns_from_nothing_any_more_ends(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"last 16 prompts .*RuntimeError: the simulator"):
         it.train()
-    assert len(read_metrics(tmp_path / "later" / "metrics.jsonl")) == 1 + 7
+    assert len(read_metrics(tmp_path / "later" / "metrics.jsonl")) == 1 + 8
     with pytest.raises(DataError, match="last 8 prompts"):  # at its end at the latest
         trainer(small(kl=NO_KL), tmp_path / "never", environment=failing(lambda n: True)).train()
+
+
+class Outage(OwnReward):
+    """The rewards of these rollouts are lost."""
+
+    last_failure = "http://judge: [Errno 111] Connection refused"
+
+    def __init__(self, rollouts: range) -> None:
+        self.rollouts, self.nth = rollouts, -1
+
+    def __call__(self, trajectories: Any) -> Any:
+        told, parts = super().__call__(trajectories)
+        self.nth += 1
+        return ([None] * len(told) if self.nth in self.rollouts else told), parts
+
+
+def with_outage(folder: Path, rollouts: range) -> Any:
+    it = trainer(small(steps=8, prompts=16, group_size=1, advantage="returns", kl=NO_KL), folder)
+    it.score = Outage(rollouts)
+    return it
+
+
+@pytest.mark.parametrize("rollouts", [range(1, 5), range(4, 8)])
+def test_an_outage_of_whole_rollouts_does_not_end_a_run_that_has_learned(
+    tmp_path: Path, rollouts: range
+) -> None:
+    it = with_outage(tmp_path, rollouts)
+    it.train()
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [i for i, m in enumerate(metrics) if "loss" not in m] == list(rollouts)
+    assert it.left_out.counts == {"no_reward": 64}
+
+
+def test_a_run_that_an_outage_ends_is_saved_and_goes_on_as_if_there_had_been_none(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError, match=r"last 80 prompts .*Connection refused.* is saved"):
+        with_outage(tmp_path / "a", range(2, 99)).train()
+    again, whole = with_outage(tmp_path / "a", range(0)), with_outage(tmp_path / "b", range(0))
+    again.train()
+    whole.train()
+    assert torch.equal(weights(again), weights(whole)) and again.score.nth == 5
+    assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 8
+    with pytest.raises(DataError, match="last 16 prompts"):  # nothing was ever learned
+        with_outage(tmp_path / "c", range(99)).train()
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr_grpo", "grpo_turns", "opo", "best_of_n"])
