@@ -97,6 +97,26 @@ def test_equal_prompts_are_one_whatever_their_case_and_space(tmp_path: Path, rew
     assert sum(map(len, splits)) == len(set.union(*splits)) == 6
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_no_cluster_stands_in_two_splits(suffix: str, tmp_path: Path, rewards: str) -> None:
+    # Clusters 0 to 8 of four prompts each; 9 joins 8, for one prompt is in both. Two have none.
+    rows = [{**row, "cluster": i // 4} for i, row in enumerate(sums(36))]
+    rows += [{**rows[-1], "cluster": 9}, {**sums(40)[-1], "cluster": 9}, *sums(38)[-2:]]
+    if suffix == "csv":
+        lines = [f"{r['prompt']},{r['answer']},{r.get('cluster', '')}\n" for r in rows]
+        source = str(tmp_path / "rows.csv")
+        Path(source).write_text("".join(["prompt,answer,cluster\n", *lines]))
+    else:
+        source = write(tmp_path / "rows.jsonl", rows)
+    test = write(tmp_path / "test.jsonl", [{"prompt": "Another?", "answer": "", "cluster": "0"}])
+    named = config(source, rewards, validation=0.3, test=test)
+    paths = t.prepare(named, 0, tmp_path / "data")
+    splits = [{str(r["cluster"]) for r in load(p) if "cluster" in r} for p in paths.values()]
+    splits = [{"8" if name == "9" else name for name in split} for split in splits]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 9
+    assert all(splits)
+
+
 def test_files_of_ones_own_win_over_training(
     tmp_path: Path, rewards: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,10 +128,11 @@ def test_files_of_ones_own_win_over_training(
     sizes = {name: len(load(path)) for name, path in paths.items()}
     assert sizes == {"train": 36, "validation": 2, "test": 10}
     out = capsys.readouterr().out
-    assert "10 rows left out of validation, for test has their prompts: " in out
-    assert "20 rows left out of train, for test has their prompts: " in out
-    assert f"{source}, line 1 asks what {test}, line 1 does" in out
-    assert f"4 rows left out of train, for validation has their prompts: {source}, line 11" in out
+    assert "10 rows left out of validation, for test has their prompts or clusters: " in out
+    assert "20 rows left out of train, for test has their prompts or clusters: " in out
+    assert f"{source}, line 1 is as {test}, line 1" in out
+    assert "4 rows left out of train, for validation has their prompts or clusters: " in out
+    assert f"{source}, line 11 is as {validation}, line 11" in out
     with pytest.raises(DataError, match=r"No row is left for train"):
         t.prepare(config(test, rewards, validation=source, test=validation), 5, tmp_path / "b")
     with pytest.raises(DataError, match=r"No row is left for validation"):

@@ -23,6 +23,7 @@ from gearshift.data.overlap import near, prompt_keys
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
+from gearshift.rollouts.intervals import merged
 from gearshift.rollouts.rewards import RewardFunction, load_reward
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config, PathText
@@ -46,7 +47,8 @@ class RowsConfig(Config):
     """A file of rows to choose settings by; or the share of the prompts of `train`."""
     test: PathText | float = 0.1
     """A file of rows to be looked at in the end; or the share of the prompts of `train`. A column
-    `cluster` names rows that are one problem, as rows with equal prompts are."""
+    `cluster` names rows that are one problem, as rows with equal prompts are; no problem stands in
+    two splits."""
     reward: PathText
     """The environment's own reward, with TRL's signature: `file.py:function`,
     `package.module:function` or `http://...`."""
@@ -99,11 +101,11 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
     labelled.jsonl        messages, of the rows of `train` that have an answer; if there are any
     train.jsonl           prompt, and every column for the reward
     validation.jsonl      the same
-    test.jsonl            the same; no prompt stands in two of the three
+    test.jsonl            the same; no prompt and no `cluster` stands in two of the three
 
-    Which prompts of one file were left out because another file has them too, and which are nearly
-    equal, is printed with an example. Raises `DataError` naming the file and the row that cannot
-    be used, `ConfigError` if the reward cannot be loaded.
+    Which rows of one file were left out because another file has their problem, and which prompts
+    are nearly equal, is printed with an example. Raises `DataError` naming the file and the row
+    that cannot be used, `ConfigError` if the reward cannot be loaded.
     """
     load_reward(config.reward)  # before any work is done
     least = min(source.weight for source in config.train)
@@ -119,8 +121,9 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
             of_split[split] = [*_cleaned(SourceConfig(path=named), config.clean)]
     # Without the recipe's own system message, so that it is no part of what is asked.
     keys = _keys({split: [to_prompt(row).prompt for row in of_split[split]] for split in of_split})
-    kept = _cut(config, keys, seed)
-    _tell_overlap(of_split, keys, kept)
+    problems = _problems(of_split, keys)
+    kept = _cut(config, problems, seed)
+    _tell_overlap(of_split, keys, problems, kept)
     files: dict[str, list[Row]] = {
         split: [_prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
         for split in _HELDOUT
@@ -156,19 +159,29 @@ def _keys(prompts: Mapping[str, Sequence[Sequence[Message]]]) -> dict[str, list[
     return {split: [next(together) for _ in of_file] for split, of_file in prompts.items()}
 
 
+def _problems(
+    of_split: Mapping[str, Sequence[Mapping[str, Any]]], keys: Mapping[str, Sequence[str]]
+) -> dict[str, list[int]]:
+    """Each row's problem: one for rows that ask the same, or name the same `cluster`."""
+    named = [given(row).get("cluster") for of_file in of_split.values() for row in of_file]
+    clusters = [i if name is None else str(name) for i, name in enumerate(named)]
+    together = iter(merged(clusters, [key for of_file in keys.values() for key in of_file]))
+    return {split: [next(together) for _ in of_file] for split, of_file in keys.items()}
+
+
 def _cut(
-    config: RowsConfig, keys: Mapping[str, Sequence[str]], seed: int
+    config: RowsConfig, problems: Mapping[str, Sequence[int]], seed: int
 ) -> dict[str, list[_Place]]:
-    """The rows of each split. A prompt that stands in several files stays in the test's, else in
+    """The rows of each split. A problem that stands in several files stays in the test's, else in
     validation's. Raises `DataError` if nothing is left for one of the splits.
     """
     kept: dict[str, list[_Place]] = {}
-    held: set[str] = set()
+    held: set[int] = set()
     for split in reversed(_HELDOUT):
-        if split in keys:
-            kept[split] = [(split, i) for i, key in enumerate(keys[split]) if key not in held]
-            held |= set(keys[split])
-    free = [key for key in dict.fromkeys(keys["train"]) if key not in held]
+        if split in problems:
+            kept[split] = [(split, i) for i, p in enumerate(problems[split]) if p not in held]
+            held |= set(problems[split])
+    free = [p for p in dict.fromkeys(problems["train"]) if p not in held]
     # Validation first: a file for the test leaves the share for validation as it is.
     shares = {s: getattr(config, s) for s in _HELDOUT if s not in kept}
     drawn = random.Random(named_seed(seed, "data/heldout")).sample(free, len(free))
@@ -180,13 +193,14 @@ def _cut(
             )
         count = max(1, round(share * len(free)))
         mine, drawn = set(drawn[:count]), drawn[count:]
-        kept[split] = [("train", i) for i, key in enumerate(keys["train"]) if key in mine]
+        kept[split] = [("train", i) for i, p in enumerate(problems["train"]) if p in mine]
         held |= mine
-    kept["train"] = [("train", i) for i, key in enumerate(keys["train"]) if key not in held]
+    kept["train"] = [("train", i) for i, p in enumerate(problems["train"]) if p not in held]
     for split, places in kept.items():
         if not places:
             raise DataError(
-                f"No row is left for {split}: every prompt of it is held out for another split."
+                f"No row is left for {split}: every prompt or cluster of it is held out for "
+                "another split."
             )
     return kept
 
@@ -194,6 +208,7 @@ def _cut(
 def _tell_overlap(
     of_split: Mapping[str, Sequence[Mapping[str, Any]]],
     keys: Mapping[str, Sequence[str]],
+    problems: Mapping[str, Sequence[int]],
     kept: Mapping[str, Sequence[_Place]],
 ) -> None:
     """Print what was left out of a file because another has it, and what is nearly equal."""
@@ -201,28 +216,26 @@ def _tell_overlap(
     def where(place: _Place) -> str:
         return getattr(of_split[place[0]][place[1]], "where", "a row")
 
-    first: dict[str, dict[str, _Place]] = {}
-    for split, places in kept.items():
-        first[split] = {}
-        for place in places:
-            first[split].setdefault(keys[place[0]][place[1]], place)
+    def first(split: str, of: Mapping[str, Sequence[Any]]) -> dict[Any, _Place]:
+        """The first place in the split of each prompt, or of each problem."""
+        return {of[file][i]: (file, i) for file, i in reversed(kept[split])}
+
     for split, other in (("validation", "test"), ("train", "test"), ("train", "validation")):
         if other in keys:  # a file of its own, whose rows were not taken out of this one
-            equal = [(i, first[other][k]) for i, k in enumerate(keys.get(split, ()))
-                     if k in first[other]]  # fmt: skip
-            if equal:
-                i, place = equal[0]
+            theirs, mine = first(other, problems), problems.get(split, ())
+            if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
+                one, place = (split, equal[0]), theirs[mine[equal[0]]]
                 print(
-                    f"data: {len(equal)} rows left out of {split}, for {other} has their prompts: "
-                    f"{where((split, i))} asks what {where(place)} does",
+                    f"data: {len(equal)} rows left out of {split}, for {other} has their prompts "
+                    f"or clusters: {where(one)} is as {where(place)}",
                     flush=True,
                 )
-        texts, others = list(first[split]), list(first[other])
-        if pairs := list(near(texts, others)):
+        texts, others = first(split, keys), first(other, keys)
+        if pairs := list(near([*texts], [*others])):
             i, j = pairs[0]
             print(
                 f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
-                f"{where(first[split][texts[i]])} and {where(first[other][others[j]])}",
+                f"{where([*texts.values()][i])} and {where([*others.values()][j])}",
                 flush=True,
             )
 
