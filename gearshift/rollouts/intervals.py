@@ -23,6 +23,8 @@ RESAMPLES = 4000
 FLIPS = 20000
 EXACT = 16
 """Clusters that change up to which the paired test looks at every pattern of signs."""
+FEW = 6
+"""Clusters below which the bootstrap's quantiles are not used."""
 _Z = 1.96
 
 
@@ -77,11 +79,17 @@ def interval_of_change(changes: Sequence[float], clusters: Sequence[Hashable]) -
 def bootstrap(sums_K: Floats, sizes_K: Floats) -> Interval:
     """The percentile interval (Efron 1979) of sum / size when clusters are drawn with replacement,
     from a fixed seed. Its tails are moved out by sqrt(k / (k - 1)) and Student's quantile
-    (Hesterberg 2015), without which it is too narrow for few clusters.
+    (Hesterberg 2015), without which it is too narrow for few clusters. Below `FEW` that is still
+    too narrow, for no resample leaves the range of what was seen: Student's interval, then.
     """
     k = len(sums_K)
     if k < 2:
         return -math.inf, math.inf
+    if k < FEW:
+        mean = sums_K.sum() / sizes_K.sum()
+        error = math.sqrt(_resampled(sums_K, sizes_K).var() * k / (k - 1))
+        half = student(k - 1) * error
+        return float(mean - half), float(mean + half)
     tail = NormalDist().cdf(-math.sqrt(k / (k - 1)) * student(k - 1))
     low, high = np.quantile(_resampled(sums_K, sizes_K), (tail, 1 - tail))
     return float(low), float(high)

@@ -73,4 +73,18 @@ MUTATIONS = (
         '"test": 1 << 31',
         "tests/rollouts/test_evaluate.py",
     ),
+    Mutation(
+        "means of two to five problems have the range of their resamples as interval",
+        "rollouts/intervals.py",
+        "    if k < FEW:",
+        "    if k < 0:",
+        "tests/rollouts/test_intervals.py",
+    ),
+    Mutation(
+        "one's own rows of one cluster stand in two splits",
+        "rollouts/tasks/rows.py",
+        "clusters = [i if name is None else str(name) for i, name in enumerate(named)]",
+        "clusters = list(range(len(named)))",
+        "tests/rollouts/test_rows_task.py::test_no_cluster_stands_in_two_splits",
+    ),
 )

@@ -104,6 +104,18 @@ def test_intervals_of_few_clusters_hold_the_truth_often_enough() -> None:
     assert held / 150 > 0.91
 
 
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_means_of_a_handful_of_clusters_hold_the_truth_often_enough(k: int) -> None:
+    """No resample leaves the range of what was seen, and so few clusters seldom span the truth."""
+    rng, held = np.random.default_rng(k), 0
+    clusters = np.repeat(np.arange(k), 4)
+    for _ in range(200):
+        values = rng.normal(size=k)[clusters] + rng.normal(size=4 * k)
+        low, high = t.interval(values.tolist(), clusters.tolist())
+        held += low <= 0 <= high
+    assert held / 200 > 0.91
+
+
 changed = st.lists(
     st.tuples(st.sampled_from((-1.0, 0.0, 1.0, 0.25)), st.integers(0, 6)), min_size=1, max_size=30
 )
