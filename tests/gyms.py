@@ -4,6 +4,8 @@ import math
 import threading
 from typing import Any
 
+import numpy as np
+
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.types import Message
 
@@ -116,4 +118,6 @@ class Misbehaves(SayLetters):
         if fault in ("nan", "inf", "none", "text") and len(rest) > 1:
             values = {"nan": math.nan, "inf": math.inf, "none": None, "text": "1"}
             return observation, values[fault], *rest[1:]
+        if fault == "verdict" and len(rest) > 1:
+            return observation, *rest[:-1], {"success": np.zeros(2)}
         return answer

@@ -371,7 +371,7 @@ class Collector:
         observation, reward, terminated, truncated, info = answer
         if reward is not None and not usable(reward):
             if self._rewarded != "any":
-                raise ValueError(f"the reward is {reward}")
+                raise ValueError(f"the reward is {reward!r:.60}")
             reward = LOST
         text = self._text(episode)
         episode.rewards[-1] += float(reward or 0.0)
@@ -379,7 +379,8 @@ class Collector:
             episode.rewarded += [len(episode.rewards) - 1]
         episode.messages += [{"role": "assistant", "content": text}]
         episode.said = len(episode.messages)
-        episode.info = {**info, "completion": text}
+        told = {"success": bool(info["success"])} if "success" in info else {}
+        episode.info = {**info, **told, "completion": text}
         if terminated or truncated or episode.finish_reason == "length":
             episode.running = False
             self._judge(episode)

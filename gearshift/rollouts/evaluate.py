@@ -7,8 +7,10 @@ one problem (see `intervals`).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -159,9 +161,19 @@ def sample(trajectory: Trajectory) -> Sample:
         "reward": trajectory.reward,
         "success": bool(trajectory.info.get("success", False)),
         "failed": False,
-        "gold": trajectory.info.get("gold"),
-        "metrics": dict(trajectory.info.get("metrics", {})),
+        "gold": json.loads(json.dumps(trajectory.info.get("gold"), default=str)),
+        "metrics": _numbers(trajectory.info.get("metrics")),
     }
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Of what an environment or a row's own column calls `metrics`, what is a finite number."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            if math.isfinite(number := float(value)):
+                numbers[str(name)] = number
+    return numbers
 
 
 def _failed(row: int) -> Sample:

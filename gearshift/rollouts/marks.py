@@ -13,7 +13,7 @@ from gearshift.rollouts.answers import without_thoughts
 
 _NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:\.\d+)?))?"
 # No range, percentage, number with a comma, or second fraction follows.
-_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+to\s+\d)"
+_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+(?:to|or)\s+\d)"
 _ALONE = re.compile(rf"\s*{_NUMBER}\s*\.?\s*", re.IGNORECASE)
 _IN_WORDS = re.compile(rf"""(?<!["'\w])score[*\s]*[:=][*\s]*{_NUMBER}{_ENDS}""", re.IGNORECASE)
 # `{'score': 8}`, or JSON that is broken behind its mark; what stops within the number is neither.

@@ -61,7 +61,7 @@ class LeftOut:
         """Why it ends."""
         return DataError(
             f"No episode of the last {self.tried} prompts has a reward to learn from "
-            f"({self.why or 'every reward was None'}); look at the environment and the rewards."
+            f"({self.told()}); look at the environment and the rewards."
             + (
                 " What was learned before them is saved, and the same command goes on from there."
                 if self.learned

@@ -249,6 +249,7 @@ FAULTS = {
     "inf": "the reward is inf",
     "none": "the environment gave no reward",
     "text": "must be real number, not str",
+    "verdict": "array with more than one element is ambiguous",
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gearshift.engine import HybridEngine
@@ -101,6 +104,18 @@ def test_failed_episodes_count_in_the_success_rate() -> None:
     assert [s["failed"] for s in result.samples] == [True, False, False, False] * 2
     assert [s["problem"] for s in result.samples] == [0, 0, 2, 2, 4, 4, 6, 6]
     assert (points.value, points.n, points.failures) == (3.0, 6, 2)
+
+
+@pytest.mark.parametrize("metrics", ["accuracy", None, 3, {"x": None}, {"x": math.nan}, {"x": "a"}])
+def test_figures_that_are_no_numbers_cost_only_themselves(metrics: Any) -> None:
+    told = {"x": np.float32(2.0), "y": np.int64(3)}
+    info = {"completion": "c", "messages": [{"role": "assistant", "content": "c"}], "gold": {1}}
+    one, other = (
+        sample(Trajectory([1, 2], [0, 1], [0.0] * 2, [0.0, 1.0], 0, 1, "stop", {**info, **more}))
+        for more in ({"metrics": told}, {"metrics": metrics})
+    )
+    assert one["metrics"] == {"x": 2.0, "y": 3.0} and other["metrics"] == {}
+    assert json.loads(json.dumps([one, other]))[0]["gold"] == "{1}"
 
 
 def test_splits_by_seed_never_meet() -> None:

@@ -44,6 +44,7 @@ J = '{"score": %s}'
         ('{"score": 1' + "0" * 400 + "}", None), ('{"score": 1e999}', None), ("1e999", None),
         ('{"score": 1' + "0" * 5000 + "}", None), ('{"score": 8', None), ('{"score": 8.', None),
         ('{"score": 1, "score": 9}', None), ("Score: 3-4", None), ("Score: 7 to 9", None),
+        ("Score: 7 or 9", None),
         ("Score: 80%", None), ("Score: 8,5", None), ("Score: 1e", None), ("score: 1.2.3", None),
         ('{"score": null} Score: 8', None), ('{"result": {"score": 8}}', None),
         ('{"score": 3, "old": {"score": 9}, oops', None), ("underscore: 3", None),
