@@ -296,7 +296,12 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
                 f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first."
             )
         return str(done[0]), load(Recipe, folder / "recipe.yaml", ())
-    if (folder.parent / "recipe.yaml").exists():
+    stage = (folder.parent / "recipe.yaml").exists()
+    if stage and not holds_model(folder):
+        raise ConfigError(
+            f"{folder} holds no finished stage; run {folder.parent} to its end first."
+        )
+    if stage:
         return name, load(Recipe, folder.parent / "recipe.yaml", ())
     if folder.is_dir() and not holds_model(folder):
         raise ConfigError(

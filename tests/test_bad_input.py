@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gearshift.cli import _model_folder, main
+from gearshift.errors import ConfigError
 from gearshift.recipe import Recipe, claim
 from gearshift.runtime.config import load
 
@@ -159,6 +160,12 @@ def test_what_stands_in_a_folders_place_is_named(
     assert str(place) in error.strip().splitlines()[-1]
 
 
+def test_a_stage_that_has_not_run_is_no_name_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no finished stage"):
+        _model_folder(str(tmp_path / "rl"))
+
+
 def test_links_and_home_stand_for_what_they_lead_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,8 +175,8 @@ def test_links_and_home_stand_for_what_they_lead_to(
     claim(stage.parent, Recipe())
     (tmp_path / "latest").symlink_to(stage)
     (tmp_path / "newest").symlink_to(stage.parent)
-    assert _model_folder("~/latest") == (str(stage), Recipe())
     (stage / "config.json").write_text("{}")
+    assert _model_folder("~/latest") == (str(stage), Recipe())
     assert _model_folder("~/newest")[0] == str(tmp_path / "newest" / "sft")
     words = [
         "model.name=~/m", "sft.data.sources=[{path: ~/a.jsonl}]", "reward.model=~/r",

@@ -4,7 +4,7 @@ before it runs beside others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -98,6 +98,8 @@ def checked_prompt(place: int, prompt: Ordered[int], vocabulary: int) -> list[in
     """The prompt's token ids. Raises `DataError` for what is no token of the vocabulary."""
     if isinstance(prompt, str | bytes):
         raise DataError(f"Prompt {place} is a text; encode it first, a prompt is token ids.")
+    if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
+        raise DataError(f"Prompt {place} is {prompt!r}; give a list of prompts, each of token ids.")
     ids = list(prompt)
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary:
         return ids

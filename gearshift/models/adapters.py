@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field
 from safetensors import safe_open
 from torch import nn
@@ -148,15 +149,25 @@ def base_of(folder: Path) -> str:
             f"The adapter in {folder} does not say which model it was trained on; write its name "
             f"or folder as base_model_name_or_path into {folder / _SETTINGS}."
         )
-    places = [Path(base).expanduser(), folder / base]
-    if (folder.parent / "recipe.yaml").is_file():  # a run that was moved, its stages side by side
-        places.append(folder.parent / Path(base).name)
+    places = [Path(base).expanduser(), folder / base, *_beside(folder, base)]
     found = next(
         (str(p) for p in places if any((p / f).is_file() for f in (_SETTINGS, "config.json"))), base
     )
     if Path(found).resolve() == folder.resolve():
         raise ModelError(f"The adapter in {folder} names itself as the model it was trained on.")
     return found
+
+
+def _beside(folder: Path, base: str) -> list[Path]:
+    """The stage of the base's name in the run that the adapter is of, which may have been moved;
+    none where the base was a stage of another run.
+    """
+    recipe = folder.parent / "recipe.yaml"
+    if not recipe.is_file():
+        return []
+    run = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("run") or {}
+    own = Path(str(run.get("dir", ""))).name == Path(base).parent.name
+    return [folder.parent / Path(base).name] if own else []
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -251,9 +262,11 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def save_adapter(folder: Path, model: PreTrainedModel, base: str) -> None:
     """Write the adapter as PEFT reads it; `base` names the model that it was trained on."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base
+    [config] = model.peft_config.values()
+    config.base_model_name_or_path = None  # or peft asks the hub for the base's config
     model.save_pretrained(folder)
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Any]:

@@ -135,6 +135,11 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
                 f"Model {name!r} has no weights for {missing[0]}{more}; they would be random: give "
                 "a whole language model."
             )
+        if any(kind.endswith("Classification") for kind in model.config.architectures or ()):
+            raise ModelError(  # with a tied head it would load
+                f"{name} holds a model that gives scores, which writes no text; give a language "
+                "model."
+            )
     return model.to(device).eval()
 
 

@@ -107,7 +107,11 @@ def test_tokens_beyond_the_vocabulary_end_no_other_stream(
 
 
 @pytest.mark.parametrize(
-    "prompt", [[5, 259], [-1], [5, 2.0], [True], "text", ["5"], [2**70], torch.tensor([1.5])]
+    "prompt",
+    [
+        *([5, 259], [-1], [5, 2.0], [True], ["5"], [2**70], torch.tensor([1.5])),
+        *("text", 5, None, torch.tensor(5)),
+    ],
 )
 def test_a_prompt_is_tokens_of_the_vocabulary(engine: HybridEngine, prompt: Any) -> None:
     with engine.generating(), pytest.raises(DataError, match="Prompt 1 "):

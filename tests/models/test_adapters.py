@@ -201,6 +201,26 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_was_moved_finds_its_own_stages_alone(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The adapter of `sft` was trained on another run's `rl`, that of `rl` on `sft`."""
+    other, run, moved = tmp_path / "other" / "rl", tmp_path / "run", tmp_path / "moved"
+    engine, lora = adapted("llama"), AdapterConfig(save="adapter")
+    save_model(other, random_model("llama"), tiny_tokenizer(), "card")
+    for stage, base in (("sft", other), ("rl", run / "sft")):
+        save_model(run / stage, engine.model, engine.tokenizer, "card", lora, str(base))
+    assert not recwarn.list  # the hub is asked nothing about the base
+    (run / "recipe.yaml").write_text(f"run: {{dir: {run}}}")
+    whole = load_policy(CPU, str(run / "rl")).state_dict()
+    run.rename(moved)
+    again = load_policy(CPU, str(moved / "rl")).state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    other.rename(tmp_path / "away")
+    with pytest.raises(ModelError, match=f"in {moved / 'sft'} was trained on {other}"):
+        load_policy(CPU, str(moved / "rl"))
+
+
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_text("")

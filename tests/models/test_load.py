@@ -54,6 +54,9 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
     config.num_labels = 1
     told = refused(saved(AutoModelForSequenceClassification.from_config(config), tmp_path))
     assert "no weights for lm_head.weight" in told
+    config.tie_word_embeddings = True
+    folder = saved(AutoModelForSequenceClassification.from_config(config), tmp_path / "tied")
+    assert "gives scores, which writes no text" in refused(folder)
     folder = saved(random_model(small_config("llama")), tmp_path / "shallow")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
