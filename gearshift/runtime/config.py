@@ -172,7 +172,7 @@ def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetai
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     kind = same[0]["type"]
     if kind == "extra_forbidden":
-        return f"unknown key `{key}`; {_nearest(cls, key)}{more}"
+        return f"unknown key `{key}`; {_nearest(cls, tree, key)}{more}"
     if kind == "missing":
         return f"`{key}` is missing; it has no default.{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -224,22 +224,33 @@ def _wanted(error: ErrorDetails) -> str:
     return message.removeprefix("Input should be ").split(", unable to")[0]
 
 
-def _nearest(cls: type[BaseModel], key: str) -> str:
+def _nearest(cls: type[BaseModel], tree: dict[str, Any], key: str) -> str:
     """What the user may have meant by an unknown key."""
     *path, last = key.split(".")
     level: list[type[BaseModel]] = [cls]
+    node: Any = tree
+    chosen: list[type[BaseModel]] = []
     for part in path:
         fields = [m.model_fields[part] for m in level if part in m.model_fields]
         # A list's index and a dict's key are not fields: the models inside are already at hand.
         level = [m for f in fields for m in _models(f.annotation)] if fields else level
+        if isinstance(node, list) and part.isdecimal():
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.get(part)
+        said = node if isinstance(node, dict) else {}
+        chosen = [
+            m for f in fields for t, m in _tags(f).items() if said.get(str(f.discriminator)) == t
+        ]
+        level = chosen or level  # what another task has is no key here
     keys = list(dict.fromkeys(name for model in level for name in model.model_fields))
     near = difflib.get_close_matches(last, keys, n=1)
     if near:
         return f"did you mean `{'.'.join([*path, near[0]])}`?"
     elsewhere = [k for k, _ in _leaves(cls) if k.split(".")[-1] == last]
-    if elsewhere:
-        said = re.sub(r"\[.*?\]", "", elsewhere[0])  # which of several sections has it
-        return f"did you mean `{said}`?"
+    if elsewhere and not chosen:
+        where = re.sub(r"\[.*?\]", "", elsewhere[0])  # which of several sections has it
+        return f"did you mean `{where}`?"
     return f"the keys there are {', '.join(keys)}."
 
 
