@@ -83,6 +83,13 @@ MUTATIONS = (
         _MESSAGES,
     ),
     Mutation(
+        "a column that says something else is passed over",
+        "data/columns.py",
+        "if not any(text in other or other in text for other in said):",
+        "if not said:",
+        _MESSAGES,
+    ),
+    Mutation(
         "a prompt's earlier answers are trained",
         "data/formats.py",
         'before = [{**m, "train": False} if answers(m) else m for m in asked(row, "prompt")]',
