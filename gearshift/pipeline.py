@@ -313,9 +313,8 @@ class Run:
         row, why = next(iter(unusable.items()))
         told = f"{path}, line {row + 1}: {why}; {len(unusable)} of {count} rows cannot be used"
         if config.overlong_prompts == "error" or len(unusable) == count:
-            raise DataError(
-                f"{told}. Shorten them, lower rl.max_new_tokens, or set rl.overlong_prompts=drop."
-            )
+            drop = "" if len(unusable) == count else ", or set rl.overlong_prompts=drop"
+            raise DataError(f"{told}. Shorten them or lower rl.max_new_tokens{drop}.")
         self.say(f"rl: {told}, and are left out")
         return [i for i in range(count) if i not in unusable]
 

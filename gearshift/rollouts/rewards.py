@@ -34,6 +34,8 @@ LOST = math.nan
 None says that a function does not apply and leaves it out of the sum; this leaves the episode out,
 unless the function has weight 0.
 """
+ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+"""What every reward function gets besides the columns of the data."""
 LARGEST = 1e18
 """A greater reward counts as one that is not finite: its square overflows in fp32."""
 

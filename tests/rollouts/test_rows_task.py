@@ -195,6 +195,16 @@ def test_what_a_reward_reads_is_as_the_file_has_it(tmp_path: Path, rewards: str)
     assert answer == "  caf\u00e9 &amp; \ufb01"
 
 
+@pytest.mark.parametrize("column", ["completions", "prompts", "completion_ids"])
+def test_a_column_with_the_name_of_an_argument_of_rewards_is_refused(
+    column: str, tmp_path: Path, rewards: str
+) -> None:
+    rows = [{**row, **({column: "x"} if i == 11 else {})} for i, row in enumerate(sums(12))]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 12: .*`{column}`; rename the column"):
+        t.prepare(config(source, rewards), 0, tmp_path / "data")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud83d"])
 def test_what_json_cannot_hold_is_named_by_row(value: Any, tmp_path: Path, rewards: str) -> None:
     bad = 11

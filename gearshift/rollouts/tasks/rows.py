@@ -24,7 +24,7 @@ from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.intervals import merged
-from gearshift.rollouts.rewards import RewardFunction, load_reward
+from gearshift.rollouts.rewards import ARGUMENTS, RewardFunction, load_reward
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.files import write_text
@@ -245,6 +245,11 @@ def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
     raw = getattr(row, "raw", row)
     columns = {}
     for column, value in example.columns.items():
+        if column in ARGUMENTS:
+            raise DataError(
+                f"{getattr(row, 'where', 'A row')}: reward functions get something else as "
+                f"`{column}`; rename the column."
+            )
         # What a reward reads is as the file has it, to the letter.
         columns[column] = raw[column] if isinstance(value, str) else value
         try:
