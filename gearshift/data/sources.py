@@ -19,7 +19,7 @@ from gearshift.data.clean import CleanConfig
 from gearshift.data.formats import SourceRow
 from gearshift.data.given import COLUMNS
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.config import Config, Neutral, PathText
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _SUFFIXES = (*_LINES, ".json", ".csv", ".parquet")
@@ -47,7 +47,8 @@ class DataConfig(Config):
     """Mixed by weight."""
     clean: CleanConfig = CleanConfig()
     """Applied to each source."""
-    overlong: Literal["error", "drop"] = "error"
+    # What went on under `error` had no such row, so that `drop` changes nothing of it.
+    overlong: Neutral[Literal["error", "drop"]] = "error"
     """Rows of more tokens than the stage's `max_length` or the model takes: told by file and line
     before the first step, or left out and counted.
     """

@@ -58,7 +58,7 @@ from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.rollouts.collector import Collector, Rewarded, Start
 from gearshift.rollouts.judge import JudgeConfig
-from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
 from gearshift.trainers.critic import Critic
@@ -201,7 +201,8 @@ class RLConfig(StageConfig):
     """Prompts in one rollout."""
     group_size: int = Field(8, ge=1, le=1 << 16)
     """Completions of each prompt."""
-    overlong_prompts: Literal["error", "drop"] = "error"
+    # What went on under `error` had no such row, so that `drop` changes nothing of it.
+    overlong_prompts: Neutral[Literal["error", "drop"]] = "error"
     """Rows whose prompt leaves no place for `max_new_tokens`, or that the chat template refuses:
     told before the first step, or left out. Where the environment has no rows, an episode with such
     a prompt is left out when it comes."""
