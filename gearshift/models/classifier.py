@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.errors import CapacityError
+from gearshift.models.exact import context_length
 from gearshift.models.vocabulary import check_vocabulary
 
 _OWN_PAD = "<|pad|>"
@@ -91,7 +92,7 @@ def reads_last_token(model: PreTrainedModel) -> bool:
 
 def context(model: PreTrainedModel) -> int:
     """How many tokens the model takes at most."""
-    longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    longest = context_length(model.config) or 2**20
     for name, module in model.named_modules():
         first = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and first is not None:
