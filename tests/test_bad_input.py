@@ -106,6 +106,17 @@ def test_bad_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert error.startswith("gearshift: ") and named in error
 
 
+def last_words(run: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which supervised tuning on these rows ends in an error."""
+    with pytest.raises(SystemExit) as stopped:
+        main([
+            "sft", RECIPE, f"run.dir={run}", "task=null", f"sft.data.sources=[{{path: '{rows}'}}]",
+        ])  # fmt: skip
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "done.json", "recipe.yaml", "report.html"])
 def test_a_full_disk_is_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -125,14 +136,7 @@ def test_a_full_disk_is_one_line(
     rows = tmp_path / "rows.jsonl"
     with opened(rows, "w") as file:
         file.write(json.dumps(CHAT))
-    with pytest.raises(SystemExit) as stopped:
-        main([
-            "sft", RECIPE, f"run.dir={tmp_path / 'run'}", "task=null",
-            f"sft.data.sources=[{{path: '{rows}'}}]",
-        ])  # fmt: skip
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and "Traceback" not in error
-    last = error.strip().splitlines()[-1]
+    last = last_words(tmp_path / "run", rows, capsys)
     assert last.startswith("gearshift: ") and f"{name} cannot be written (No space left" in last
 
 
@@ -150,14 +154,7 @@ def test_what_stands_in_a_folders_place_is_named(
         place.write_text("")
     else:
         place.symlink_to(tmp_path / "nowhere" / "folder")
-    with pytest.raises(SystemExit) as stopped:
-        main([
-            "sft", RECIPE, f"run.dir={tmp_path / 'run'}", "task=null",
-            f"sft.data.sources=[{{path: '{rows}'}}]",
-        ])  # fmt: skip
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and "Traceback" not in error
-    assert str(place) in error.strip().splitlines()[-1]
+    assert str(place) in last_words(tmp_path / "run", rows, capsys)
 
 
 def test_a_stage_that_has_not_run_is_no_name_of_the_hub(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def text_of(
 
     Raises `DataError` if there is no template, or it refuses.
     """
-    given = [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
+    given = _as_read(tokenizer, messages)
     functions = [c["function"] for m in given for c in m.get("tool_calls") or ()]
     written = [str(f["arguments"]) for f in functions if isinstance(f.get("arguments"), dict)]
     written = [value for value in written if value != "{}"]
@@ -61,7 +61,7 @@ def marked(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
 ) -> tuple[list[int], list[int]]:
     """(token ids, mask) by these marks."""
-    given = [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
+    given = _as_read(tokenizer, messages)
     how = {"return_dict": True, "return_assistant_tokens_mask": True}
     out = _rendered(tokenizer, given, options, **how)
     return list(out["input_ids"]), list(out["assistant_masks"])
@@ -150,6 +150,7 @@ def squeezed(text: str) -> str:
 
 
 def left_out(what: str) -> str:
+    """The error's words for something that does not come out."""
     return (
         f"the chat template leaves out {what}; take it out of the row, or give the tokenizer a "
         "template that writes it."
@@ -204,6 +205,11 @@ def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Mess
 def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     source = template_source(tokenizer)
     return [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
+
+
+def _as_read(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """The messages with their calls and their reasoning in the form that the template reads."""
+    return [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
 
 
 def _with_calls(message: Message) -> Message:
