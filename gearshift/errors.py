@@ -30,7 +30,7 @@ class CheckpointError(GearshiftError):
 
 
 class StorageError(GearshiftError):
-    """A file of a run cannot be written: the disk is full, or the folder is not the user's."""
+    """A file of a run cannot be written, or is missing, damaged or not to be read."""
 
 
 class NumericalError(GearshiftError):

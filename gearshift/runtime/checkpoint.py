@@ -6,7 +6,6 @@ both. It knows nothing of what the state is: optimizers, schedules and generator
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gearshift.errors import CheckpointError
+from gearshift.runtime.files import digest, sync
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -43,14 +43,14 @@ def save(
         partial.mkdir(parents=True)
         save_file(_owned(tensors), partial / _TENSORS)
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        digests = {name: _digest(partial / name) for name in (_TENSORS, _STATE)}
+        digests = {name: digest(partial / name) for name in (_TENSORS, _STATE)}
         (partial / _MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            sync(path)
         if final.exists():  # Damaged, or of a run that was resumed from before it.
             final.rename(replaced)
         partial.rename(final)
-        _fsync(folder)
+        sync(folder)
         # Later steps stay: they may be of a longer run, begun anew in its folder by mistake.
         upto = [path for number, path in _steps(folder) if number <= step]
         _drop([*upto[keep:], *folder.glob("step-*.tmp-*")])
@@ -81,8 +81,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     digests = _manifest(path)
     if digests is None:
         raise CheckpointError(f"{path} is not a complete checkpoint; name another one.")
-    for name, digest in digests.items():
-        if not (path / name).exists() or _digest(path / name) != digest:
+    for name, known in digests.items():
+        if not (path / name).exists() or digest(path / name) != known:
             raise CheckpointError(
                 f"{path / name} is damaged (its digest is wrong); delete {path}, and the run goes"
                 " on from the checkpoint before it."
@@ -187,20 +187,6 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(alone.untyped_storage().data_ptr())
         owned[name] = alone
     return owned
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _manifest(path: Path) -> dict[str, str] | None:

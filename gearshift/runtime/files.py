@@ -1,16 +1,25 @@
-"""Writing the files of a run: what the disk refuses is one line that names the file."""
+"""Reading and writing the files of a run: what fails is one line that names the file; what is
+rewritten is never half written, also where the power goes.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from gearshift.errors import StorageError
+
+UNFINISHED = ".writing-*"
+"""The names of files that are being written; one that is left over is of a process that died."""
 
 
 @contextmanager
@@ -19,22 +28,82 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        what = getattr(error, "filename", None) or path
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        named = Path(str(getattr(error, "filename", None) or path))
+        what = path if named.match(UNFINISHED) else named
         raise StorageError(
-            f"{what} cannot be written ({reason}); free some space, or give another folder."
+            f"{what} cannot be written ({_reason(error)}); free some space, or give another folder."
         ) from error
 
 
+@contextmanager
+def reading(
+    path: Path, way_out: str = "put it back as it was, or choose another run.dir."
+) -> Iterator[None]:
+    """Raises `StorageError` for a file of a run that is missing, may not be read, or is broken."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be read ({_reason(error)}); {way_out}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write by way of a temporary file: a reader sees the old text or the new one, never half."""
-    partial = path.with_suffix(path.suffix + ".partial")
+    """A reader sees the old text or the new one, never half; what does not change stays."""
+    # JSON and YAML write what UTF-8 cannot hold, half a surrogate pair, as this escape too.
+    content = text.encode("utf-8", errors="backslashreplace")
+    partial = path.with_name(UNFINISHED.replace("*", uuid4().hex[:12]))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync(path.parent)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in the same way."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(
+    path: Path, way_out: str = "put it back as it was, or choose another run.dir."
+) -> dict[str, Any]:
+    """The object in a JSON file of a run. Raises `StorageError` if it holds anything else."""
+    with reading(path, way_out):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+        return value
+
+
+def digest(path: Path) -> str:
+    """The digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems cannot sync a folder; a file's bytes they can.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    """Why, in one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -1,0 +1,74 @@
+"""The files of a run: whole or not there, and one line for what fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gearshift.errors import StorageError
+from gearshift.runtime import files
+from gearshift.runtime.files import digest, read_json, reading, write_json, write_text, writing
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_write_that_fails_leaves_the_old_text_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_text(path, "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", refuse) if broken == "fsync" else monkeypatch.setattr(
+        Path, "replace", refuse
+    )
+    with pytest.raises(StorageError, match=r"recipe\.yaml cannot be written \(No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_text_that_does_not_change_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_text(path, "text")
+    before = path.stat()
+    write_text(path, "text")
+    assert path.stat().st_ino == before.st_ino
+    write_text(path, "tent")
+    assert path.read_text() == "tent"
+
+
+def test_half_a_surrogate_pair_comes_back_from_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"said": "\ud800 \\ud800"})
+    assert read_json(tmp_path / "a.json") == {"said": "\ud800 \\ud800"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\x00" * 9, "[" * 100_000, "null"])
+def test_json_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "done.json"
+    path.write_text(text)
+    with pytest.raises(
+        StorageError, match=r"done\.json cannot be read \(.+\); delete it\."
+    ) as told:
+        read_json(path, "delete it.")
+    assert "\n" not in str(told.value)
+
+
+def test_missing_file_and_folder_in_its_place_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No such file"):
+        read_json(tmp_path / "done.json")
+    with pytest.raises(StorageError, match="Is a directory"), reading(tmp_path):
+        tmp_path.read_bytes()
+    with pytest.raises(StorageError, match="Is a directory"), writing(tmp_path):
+        tmp_path.write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="folder cannot be written"):
+        write_text(tmp_path / "folder", "text")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_digest_is_of_every_byte(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"abd")
+    assert digest(tmp_path / "a") != digest(tmp_path / "b")
