@@ -82,7 +82,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000005"]
 
 
-@pytest.mark.parametrize("point", ["save_file", "_digest", "_fsync", "rename"])
+@pytest.mark.parametrize("point", ["save_file", "digest", "sync", "rename"])
 def test_a_kill_at_any_point_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_failing_disk_is_told_and_leaves_the_checkpoint_before(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(CheckpointError, match=r"step-000002 cannot be written.*No space left"):
         save(tmp_path, 2, {}, {})
     assert latest(tmp_path) == before
