@@ -20,6 +20,7 @@ import gymnasium
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.runtime.addresses import Address
 
 _PATIENCE = 5.0
 """Seconds in which a full server may end the sessions of environments that are gone."""
@@ -163,19 +164,25 @@ def _connect(url: str, timeout: float) -> Any:
         raise ConfigError(
             "A server of OpenEnv needs its package; run: pip install openenv"
         ) from error
+    address = Address.of(url)
     until = time.monotonic() + _PATIENCE
     while True:
         try:
-            client = GenericEnvClient(base_url=url, message_timeout_s=timeout).sync().connect()
+            client = (
+                GenericEnvClient(base_url=address.sent, message_timeout_s=timeout).sync().connect()
+            )
         except (ConnectionError, OSError, ValueError) as error:
-            raise ConfigError(f"There is no OpenEnv server at {url}: {error}.") from error
+            raise ConfigError(
+                f"There is no OpenEnv server at {address.shown}: {address.told(str(error))}."
+            ) from None
         if not _full(client):
             return client
         client.close()
         if time.monotonic() > until:
             raise ConfigError(
-                f"The server at {url} takes no further session: raise its max_concurrent_envs to "
-                "the episodes at a time, prompts x group_size and 64 held-out ones besides."
+                f"The server at {address.shown} takes no further session: raise its "
+                "max_concurrent_envs to the episodes at a time, prompts x group_size and 64 "
+                "held-out ones besides."
             )
         time.sleep(0.1)
 

@@ -19,6 +19,7 @@ from gearshift.errors import ConfigError
 from gearshift.rollouts.marks import parse_mark
 from gearshift.rollouts.rewards import LOST, NoAnswerError, Rewards, bearer, checked_address, post
 from gearshift.rollouts.workers import Workers
+from gearshift.runtime.addresses import Address
 from gearshift.runtime.config import Config
 from gearshift.types import Message
 
@@ -88,10 +89,13 @@ class JudgeReward:
             raise ConfigError(f"judge:{url} needs judge.model, the judge's name on the server.")
         if not config.low < config.high:
             raise ConfigError(f"judge.low={config.low:g} is not below judge.high={config.high:g}.")
+        place, mark, query = url.partition("?")
         end = "/chat/completions"
-        self.url = url.rstrip("/").removesuffix(end) + end
+        self.address = Address.of(
+            place.rstrip("/").removesuffix(end) + end + mark + query,
+            bearer(key_env, "GEARSHIFT_JUDGE_KEY"),
+        )
         self.config, self.timeout, self.pause = config, timeout or 60.0, pause
-        self.key = bearer(key_env, "GEARSHIFT_JUDGE_KEY")
         self.parallel = config.concurrency
         self._workers = Workers(config.concurrency)
 
@@ -137,7 +141,7 @@ class JudgeReward:
         if config.temperature is not None:
             body["temperature"] = config.temperature
         try:
-            mark = post(self.url, body, self.key, self._read, self.timeout, _TRIES, self.pause)
+            mark = post(self.address, body, self._read, self.timeout, _TRIES, self.pause)
         except NoAnswerError as error:
             self.last_failure = str(error)
             return LOST

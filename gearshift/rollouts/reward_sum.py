@@ -32,6 +32,7 @@ from gearshift.rollouts.rewards import (
     usable,
 )
 from gearshift.rollouts.workers import Workers
+from gearshift.runtime.addresses import shown
 from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
@@ -119,7 +120,7 @@ class RewardSum:
                 named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
                 self.models.append(("model", _models(config, named, s.ensemble), s.weight))
             else:
-                self.functions.append((s.source, _function(s), s.weight))
+                self.functions.append((shown(s.source), _function(s), s.weight))
         # Each function has its own threads: a slow one holds up no other.
         self._workers = [Workers(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
         ordered = [s for s in sources if s.source != ENVIRONMENT]

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.addresses import Address, checked_variable, shown
 from gearshift.runtime.named import in_words, named_function
 from gearshift.types import Message
 
@@ -86,17 +87,18 @@ class HttpReward:
     ) -> None:
         """Raises `ConfigError` for an address or a key that cannot be."""
         host = checked_address(url, url)
-        self.url, self.timeout, self.tries = url, timeout or 60.0, tries
-        self.key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
-        if self.key is None and is_loopback(host):  # this machine's own `gearshift serve`
-            self.key = bearer(None, "GEARSHIFT_KEY")
+        self.timeout, self.tries = timeout or 60.0, tries
+        key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
+        if key is None and is_loopback(host):  # this machine's own `gearshift serve`
+            key = bearer(None, "GEARSHIFT_KEY")
+        self.address = Address.of(url, key)
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
         try:
-            return post(self.url, body, self.key, _rewards, self.timeout, self.tries)
+            return post(self.address, body, _rewards, self.timeout, self.tries)
         except NoAnswerError as error:
             self.last_failure = str(error)
             return [LOST] * len(completions)
@@ -114,6 +116,10 @@ def bearer(named: str | None, default: str) -> str | None:
 
     Raises `ConfigError` for a missing variable or one that no header can carry.
     """
+    try:
+        checked_variable(named or default)
+    except ValueError as error:
+        raise ConfigError(f"`key_env`: {error}") from None
     key = os.environ.get(named or default, "").strip()
     if named and not key:
         raise ConfigError(
@@ -132,7 +138,7 @@ def checked_address(source: str, url: str) -> str:
     except ValueError:  # a port that is no number, brackets that do not close
         known = None
     if not known or not url.isascii() or re.search(r"\s", url):
-        raise ConfigError(f"{source} has no address; write http://HOST:PORT/PATH.")
+        raise ConfigError(f"{shown(source)} has no address; write http://HOST:PORT/PATH.")
     return str(parts.hostname)
 
 
@@ -149,9 +155,8 @@ class NoAnswerError(Exception):
 
 
 def post(
-    url: str,
+    address: Address,
     body: dict[str, Any],
-    key: str | None,
     read: Callable[[Any], T | None],
     timeout: float,
     tries: int,
@@ -165,18 +170,18 @@ def post(
     refused too: they would carry the key to somebody else.
     """
     headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
+    if address.key:
+        headers["Authorization"] = f"Bearer {address.key}"
     data = json.dumps(body, default=str).encode()
     why = ""
     for attempt in range(tries):
         wait, told = pause * 2**attempt, b""
         try:
-            with _OPENER.open(Request(url, data, headers), timeout=timeout) as answer:
+            with _OPENER.open(Request(address.sent, data, headers), timeout=timeout) as answer:
                 told = answer.read(_MOST)
                 if (found := read(json.loads(told))) is not None:
                     return found
-            why = f"what was asked for is not in its answer {_start(told)}"
+            why = f"what was asked for is not in its answer {_start(address, told)}"
         except HTTPError as error:
             told = error.read(_MOST)
             if error.code == _IN_PART:
@@ -184,22 +189,24 @@ def post(
                     if (found := read(json.loads(told))) is not None:
                         return found
             if error.code < 500 and error.code not in _BUSY:  # it won't be otherwise the next time
-                said = told[:300].decode("utf-8", "replace").strip().replace("\n", " ")
+                said = f"{error.reason} {told.decode('utf-8', 'replace')}"
                 if place := error.headers.get("Location"):
-                    said = f"It redirects to {place}; name that address. {said}".strip()
-                raise ConfigError(f"{url} refused: {error.code} {error.reason} {said}") from error
+                    said = f"It redirects to {place}; name that address. {said}"
+                raise ConfigError(
+                    f"{address.shown} refused: {error.code} {address.told(said)}"
+                ) from None
             why = f"it answers {error.code} {error.reason}"
             asked = error.headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
         except _UNREADABLE:
-            why = f"what was asked for is not in its answer {_start(told)}"
+            why = f"what was asked for is not in its answer {_start(address, told)}"
         except URLError as error:
             why = str(error.reason)
         except (OSError, HTTPException) as error:
             why = in_words(error)
         if attempt + 1 < tries:
             time.sleep(wait)
-    raise NoAnswerError(f"{url}: {why}, {tries} times")
+    raise NoAnswerError(f"{address.shown}: {address.told(why)}, {tries} times")
 
 
 _BUSY = frozenset({408, 409, 425, 429})
@@ -359,8 +366,8 @@ def _raised(name: str, error: BaseException) -> ConfigError:
     )
 
 
-def _start(answer: bytes) -> str:
-    return _short(answer[:80].decode("utf-8", "replace"))
+def _start(address: Address, answer: bytes) -> str:
+    return repr(address.told(answer.decode("utf-8", "replace"), 60))
 
 
 def _short(value: object) -> str:

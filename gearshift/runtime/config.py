@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined, to_jsonable_python
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.addresses import check_no_secret
 from gearshift.runtime.written import fit, read_tree, read_word, write_tree
 
 C = TypeVar("C", bound="Config")
@@ -44,7 +45,11 @@ class Config(BaseModel):
     """Base of all configs: unknown keys are errors, a config never changes, docstrings describe."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # it may be a secret
     )
 
     @model_validator(mode="before")
@@ -52,6 +57,7 @@ class Config(BaseModel):
     def _as_written(cls, tree: Any) -> Any:
         if not isinstance(tree, dict):
             return fit(tree, Any)
+        _check_no_secret(tree)
         types = {name: field.annotation for name, field in cls.model_fields.items()}
         return {key: fit(value, types.get(key, Any)) for key, value in tree.items()}
 
@@ -118,6 +124,18 @@ def describe(cls: type[BaseModel]) -> list[str]:
         text = f"  - {' '.join(field.description.split())}" if field.description else ""
         lines.append(f"{key}: {_type_name(field.annotation)}{shown}{text}")
     return lines
+
+
+def _check_no_secret(value: Any, key: str = "") -> None:
+    """Raises `ValueError` that names the key of an address with a secret."""
+    if isinstance(value, str):
+        try:
+            check_no_secret(value)
+        except ValueError as error:
+            raise ValueError(f"`{key}`: {error}") from None
+    elif isinstance(value, dict | list | tuple):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_no_secret(inner, f"{key}.{name}" if key else str(name))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.addresses import shown
+from gearshift.runtime.terminal import one_line
 
 
 def named_function(spec: str, what: str) -> Callable[..., Any]:
@@ -32,8 +34,8 @@ def named_function(spec: str, what: str) -> Callable[..., Any]:
 
 
 def in_words(error: BaseException) -> str:
-    """`ValueError: what it says`, without a full stop."""
-    return f"{type(error).__name__}: {error}".rstrip(".: ")
+    """`ValueError: what it says` in one line, without a full stop or the secrets of addresses."""
+    return one_line(shown(f"{type(error).__name__}: {error}")).rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:

@@ -58,6 +58,7 @@ from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.rollouts.collector import Collector, Rewarded, Start
 from gearshift.rollouts.judge import JudgeConfig
+from gearshift.runtime.addresses import checked_variable
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
@@ -155,7 +156,7 @@ class RewardSource(Config):
     """
     judge: JudgeConfig = JudgeConfig()
     """Of `judge:URL`: who judges, and by what."""
-    key_env: str | None = None
+    key_env: Annotated[str, AfterValidator(checked_variable)] | None = None
     """Of an address: the environment variable whose value is sent to it, and to no other, as a
     bearer token. null: GEARSHIFT_JUDGE_KEY of `judge:URL`, GEARSHIFT_REWARD_KEY of `http://...`, if
     they are set.

@@ -208,15 +208,18 @@ def test_where_nothing_can_listen_is_told(server: ScoreServer) -> None:
 
 
 def test_keys_go_to_the_host_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(url: str, key_env: str | None = None) -> str | None:
+        return HttpReward(url, key_env=key_env).address.key
+
     monkeypatch.setenv("GEARSHIFT_KEY", "the server's")
     monkeypatch.setenv("MINE", "mine")
     monkeypatch.delenv("GEARSHIFT_REWARD_KEY", raising=False)
     near, far = "http://localhost:8000/score", "https://example.org/score"
-    assert HttpReward(near).key == HttpReward("http://[::1]/score").key == "the server's"
-    assert HttpReward(far).key is None and HttpReward(far, key_env="MINE").key == "mine"
+    assert key(near) == key("http://[::1]/score") == "the server's"
+    assert key(far) is None and key(far, "MINE") == "mine"
     monkeypatch.setenv("GEARSHIFT_REWARD_KEY", "rewards'")
-    assert HttpReward(near).key == HttpReward(far).key == "rewards'"
+    assert key(near) == key(far) == "rewards'"
     with pytest.raises(ConfigError, match="key_env names NONE"):
-        HttpReward(far, key_env="NONE")
+        key(far, "NONE")
     with pytest.raises(ConfigError, match="no address"):
-        HttpReward("http://")
+        key("http://")

@@ -1,0 +1,115 @@
+"""Addresses in recipes, and the secrets that are sent to them.
+
+A recipe is kept, shown and tracked, so no secret stands in one: it names environment variables.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from gearshift.errors import ConfigError
+from gearshift.runtime.terminal import one_line
+
+_NAME = "[A-Z_][A-Z0-9_]*"
+_REFERENCE = re.compile(rf"\$\{{({_NAME})\}}")
+_ADDRESS = re.compile(r"\s*([a-z]+:)?[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+"""How an address begins; a kind may stand before it, as in `judge:http://`."""
+_IN_TEXT = re.compile(
+    r"""([a-z][a-z0-9+.-]*://)(?:[^\s/?#"'<>]*@)?([^\s?#"'<>]*)(?:[?#][^\s"'<>]*)?""", re.IGNORECASE
+)
+_QUERY = re.compile(rf"(?:[\w.-]+=)?\$\{{{_NAME}\}}(?:&(?:[\w.-]+=)?\$\{{{_NAME}\}})*")
+"""Parts of a query whose values are references."""
+
+
+def checked_variable(name: str) -> str:
+    """The name of an environment variable in capitals, and so hardly a secret itself.
+
+    Raises `ValueError`, without the name, for another.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(
+            "it is no key but the name, in capitals, of an environment variable that holds one; "
+            "export MY_KEY, and write MY_KEY."
+        )
+    return name
+
+
+def check_no_secret(text: str) -> None:
+    """Raises `ValueError`, without what it found, for an address that holds what may be a secret:
+    a user, a password, a fragment, or a query whose values are not written as `${NAME}`.
+    """
+    start = _ADDRESS.match(text)
+    if not start:
+        return
+    place, mark, query = text[start.end() :].partition("?")
+    host = place.partition("/")[0]
+    if "@" in host:
+        raise ValueError(
+            "an address holds no user and no password, for a recipe is kept; put the key into an "
+            "environment variable, and its name into key_env or, as ${NAME}, into the query."
+        )
+    if "#" in text or (mark and not _QUERY.fullmatch(query)):
+        raise ValueError(
+            "an address's query and fragment may hold secrets, and a recipe is kept; write "
+            "?name=${NAME} and export NAME, which is filled in when a request is sent."
+        )
+    if "$" in host or "$" in _REFERENCE.sub("", place):
+        raise ValueError(
+            "an environment variable may stand behind the host, in capitals, as in /${NAME}."
+        )
+
+
+def shown(text: str) -> str:
+    """The text with each address in it left without user, password, query and fragment."""
+    return _IN_TEXT.sub(r"\1\2", text)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a request goes, and what it carries that no text may show."""
+
+    shown: str
+    """Without its query."""
+    sent: str = field(repr=False)
+    """With the values of the environment variables that it names."""
+    key: str | None = field(repr=False)
+    """The bearer token."""
+    secrets: tuple[str, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, url: str, key: str | None = None) -> Address:
+        """Raises `ConfigError` where a variable that the address names is not set, or it holds what
+        may be a secret.
+        """
+        try:
+            check_no_secret(url)
+        except ValueError as error:
+            raise ConfigError(f"{shown(url)}: {error}") from None
+        names = dict.fromkeys(_REFERENCE.findall(url))
+        values = {name: os.environ.get(name, "").strip() for name in names}
+        if missing := [name for name, value in values.items() if not value]:
+            raise ConfigError(f"{shown(url)} names ${{{missing[0]}}}, which is not set; export it.")
+        sent = _REFERENCE.sub(lambda found: quote(values[found[1]], safe=""), url)
+        secrets = {form for secret in (*values.values(), key) if secret for form in _forms(secret)}
+        longest_first = sorted(secrets, key=lambda s: (-len(s), s))
+        return cls(shown(url), sent, key, tuple(longest_first))
+
+    def told(self, text: str, most: int = 300) -> str:
+        """What a server or a library said, in one line, short, and without the secrets that it was
+        sent.
+        """
+        text = text[: 1 << 20]
+        for secret in self.secrets:
+            text = text.replace(secret, "[secret]")
+        return one_line(shown(text), most)
+
+
+def _forms(secret: str) -> set[str]:
+    """How a server may write a secret that it was sent."""
+    plain = base64.b64encode(secret.encode()).decode()
+    return {secret, quote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1], plain}
