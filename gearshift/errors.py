@@ -33,6 +33,10 @@ class StorageError(GearshiftError):
     """A file of a run cannot be written, or is missing, damaged or not to be read."""
 
 
+class FolderInUseError(GearshiftError):
+    """Another process, or another thread, writes into the run's folder."""
+
+
 class NumericalError(GearshiftError):
     """A loss, a gradient or a reward is not finite."""
 

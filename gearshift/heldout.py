@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
+from gearshift.runtime.lock import locked
 from gearshift.runtime.progress import Progress
 from gearshift.types import Message
 
@@ -263,7 +265,7 @@ def evaluate_run(
 
     Records lie in the run's folder: in that of the split, or in `eval/<recipe>/<split>`; a model's
     lie in that of the recipe. Raises `ConfigError` if a model has no recipe, `DataError` if the run
-    trained on every row.
+    trained on every row, `FolderInUseError` if something is to be made while a run writes there.
     """
     folder = Path(run)
     whole = (folder / "recipe.yaml").exists()
@@ -283,20 +285,25 @@ def evaluate_run(
     else:
         own = load(Recipe, folder / "recipe.yaml")
         data, to = TaskData(own, folder / "data"), folder
-    data.prepare()
-    trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
-    left, rows = data.unseen(split, trained), data.rows(split)
-    if left is not None and rows is not None and len(left) < rows:
-        print(
-            f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained on "
-            "them",
-            flush=True,
-        )
-    to = to / split
     policies = _policies(folder) if whole else {folder.name: run}
-    for name, where in policies.items():
-        if not (to / f"{name}.json").exists():
-            data.evaluate(open_engine(data.recipe, where), name, to, split, trained)
+    to, made = to / split, to
+    writes = not (data.folder / "done.json").exists()
+    writes |= not all((to / f"{name}.json").exists() for name in policies)
+    with locked(folder if whole else Path(data.recipe.run.dir)) if writes else nullcontext():
+        if recipe:
+            claim(made, data.recipe)
+        data.prepare()
+        trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
+        left, rows = data.unseen(split, trained), data.rows(split)
+        if left is not None and rows is not None and len(left) < rows:
+            print(
+                f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained "
+                "on them",
+                flush=True,
+            )
+        for name, where in policies.items():
+            if not (to / f"{name}.json").exists():
+                data.evaluate(open_engine(data.recipe, where), name, to, split, trained)
     return str(to), records(to)
 
 
@@ -316,7 +323,6 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path, Trai
     at = Path(recipe.run.dir)
     to = (folder if whole else at) / "eval" / at.name
     recipe = dated(recipe, to)
-    claim(to, recipe)
     return TaskData(recipe, to / "data"), to, trained
 
 

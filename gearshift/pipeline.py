@@ -55,6 +55,7 @@ from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory
 from gearshift.runtime.files import write_json, writing
+from gearshift.runtime.lock import locked
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
@@ -103,13 +104,19 @@ class Run:
             torch.set_num_threads(recipe.model.threads)
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
-        """Run these stages (and what they need of data); returns and writes the summary."""
+        """Run these stages (and what they need of data); returns and writes the summary.
+
+        Raises `FolderInUseError` while another process or thread writes into the folder.
+        """
+        with locked(self.folder):
+            return self._execute(tuple(stages))
+
+    def _execute(self, wanted: tuple[StageName, ...]) -> dict[str, Any]:
         claim(self.folder, self.recipe)
         if self.recipe.task:
             self.task.prepare()
             self._trained = trained_on(self.folder, self.recipe, begun=False)
             self._heldout("base", lambda: self._engine(None))
-        wanted = tuple(stages)
         work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
             "sft": self._sft,
             "preference": self._preference,

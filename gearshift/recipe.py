@@ -16,7 +16,8 @@ from gearshift.models.load import ModelConfig
 from gearshift.presets import Algorithm, expand
 from gearshift.rollouts.tasks import TaskConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
-from gearshift.runtime.files import write_text
+from gearshift.runtime.files import UNFINISHED, write_text
+from gearshift.runtime.lock import HELD, LOCK
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process import ProcessRewardConfig
 from gearshift.trainers.reward import RewardModelConfig
@@ -100,17 +101,32 @@ def dated(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe into a folder that is to hold what comes of it.
+    """Write the recipe into a folder that is to hold what comes of it, and whose lock is held.
 
     Raises `ConfigError` if the folder holds what came of another. Keys that cannot change the
     result may differ; keys that the folder's recipe does not have count as their defaults.
     """
     path = folder / "recipe.yaml"
-    if path.exists():
+    if path.exists() and _has_begun(folder):
         changed = differences(identity(load(Recipe, path)), identity(recipe))
         if changed:
             raise ConfigError(
                 f"{folder} was made by another recipe: {'; '.join(changed)}; "
                 "choose another run.dir, or delete it."
             )
+    elif not path.exists() and any((folder / n / "done.json").exists() for n in ("data", *STAGES)):
+        raise ConfigError(
+            f"{folder} holds a run, but its recipe.yaml is gone; put it back, or choose another "
+            "run.dir."
+        )
+    for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
+        left.unlink(missing_ok=True)
     write_text(path, dump(recipe))
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
+    its data or its model, left none.
+    """
+    others = [p for p in folder.iterdir() if p.name not in ("recipe.yaml", LOCK, HELD)]
+    return any(p.is_file() or any(p.iterdir()) for p in others if not p.match(UNFINISHED))

@@ -9,6 +9,8 @@ import pytest
 from gearshift.errors import ConfigError, StorageError
 from gearshift.recipe import Recipe, claim, dated
 from gearshift.runtime.config import load
+from gearshift.runtime.files import write_json
+from gearshift.runtime.lock import locked
 
 BASE = ["model.name=tiny", "rl.steps=3", "sft.epochs=1", "rl.rewards=[{source: environment}]"]
 
@@ -43,6 +45,7 @@ def test_what_cannot_change_the_result_may_change(change: str, tmp_path: Path) -
 )
 def test_what_does_is_named(change: str, named: str, tmp_path: Path) -> None:
     claim(tmp_path, recipe())
+    write_json(tmp_path / "data" / "done.json", {})
     with pytest.raises(ConfigError) as caught:
         claim(tmp_path, recipe(change))
     assert f"another recipe: {named}" in str(caught.value)
@@ -53,9 +56,26 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """Keys that it does not have count as their defaults; layout and comments say nothing."""
     text = "# ours\nrl: {rewards: [{source: environment}], steps: 3}\n"
     (tmp_path / "recipe.yaml").write_text(text + "model: {name: tiny}\nsft: {epochs: 1}\n")
+    write_json(tmp_path / "data" / "done.json", {})
     claim(tmp_path, dated(recipe(), tmp_path))
     with pytest.raises(ConfigError, match=r"`rl\.prompts` was 8 and is 9"):
         claim(tmp_path, recipe("rl.prompts=9"))
+
+
+def test_a_folder_in_which_nothing_was_made_may_be_another_recipes(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        claim(tmp_path, recipe())
+        (tmp_path / ".writing-0123").touch()
+        (tmp_path / "data").mkdir()
+        claim(tmp_path, recipe("rl.steps=4"))
+    assert load(Recipe, tmp_path / "recipe.yaml") == recipe("rl.steps=4")
+    assert not (tmp_path / ".writing-0123").exists(), "what a killed process left is swept"
+
+
+def test_a_run_without_its_recipe_is_told(tmp_path: Path) -> None:
+    write_json(tmp_path / "sft" / "done.json", {})
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is gone; put it back"):
+        claim(tmp_path, recipe())
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

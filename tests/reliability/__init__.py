@@ -1,0 +1,1 @@
+"""Promises of the whole program, checked with processes, kills and full disks."""
