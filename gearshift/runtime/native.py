@@ -1,8 +1,9 @@
 """Functions compiled for this CPU, on bare memory: `kernels.cpp`, built at first use.
 
 It takes a C++ compiler (g++ or clang++) and some seconds, once for each machine and source; the
-library lies in the cache folder. Without a compiler tensor functions run instead, slower and
-equally right. A function here checks nothing: its callers give contiguous tensors of one type.
+library lies in the cache folder, and is loaded from there if it is whole and nobody else can have
+written it. Without a compiler tensor functions run instead, slower and equally right. A function
+here checks nothing: its callers give contiguous tensors of one type.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import struct
 import subprocess
 import tempfile
@@ -46,6 +48,8 @@ _ARGUMENTS = {
     "multiply": "PPPPqqq",
 }
 """Of each function, as `struct` spells them: pointers, integers, floats, eight bytes each."""
+
+_DIGEST_SIZE = 32
 
 log = logging.getLogger(__name__)
 
@@ -106,23 +110,83 @@ def library() -> ctypes.CDLL | None:
     built_for = f"{_FLAGS}{compiler}{_processor()}".encode() + _SOURCE.read_bytes()
     path = cache_folder() / f"kernels-{hashlib.blake2b(built_for, digest_size=8).hexdigest()}.so"
     try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _cached(compiler, path) or _for_this_process(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
         log.warning("kernels.cpp could not be compiled, tensor functions run instead: %s", told)
         return None
 
 
+def _cached(compiler: str, path: Path) -> ctypes.CDLL | None:
+    """The library in the cache folder, built there if it is missing or damaged; None where the
+    folder cannot be used.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not all(map(_only_ours, filter(Path.exists, (folder, path)))):
+            log.warning(
+                "Others may write to %s, so the kernels there are not loaded; they are built for "
+                "this process alone. Make it your own (chown, chmod go-w), or set GEARSHIFT_CACHE.",
+                folder,
+            )
+            return None
+        if not _whole(path):
+            if path.exists():
+                log.warning("%s is damaged and is built anew.", path)
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning(
+            "The kernels cannot be kept in %s (%s); they are built for this process alone.",
+            folder,
+            " ".join(str(error).split()),
+        )
+        return None
+
+
+def _for_this_process(compiler: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.so")
+        _compile(compiler, path)
+        return ctypes.CDLL(str(path))  # what is mapped stays when its file goes
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether nobody but this user and root can have written there."""
+    status = path.stat()
+    # A group that has the user's number is the user's own, on most systems.
+    shared = stat.S_IWOTH | (0 if status.st_gid == status.st_uid else stat.S_IWGRP)
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & shared
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is what was built: it ends with the digest of all before. To load a
+    damaged one ends the process.
+    """
+    if not path.is_file():
+        return False
+    built = path.read_bytes()
+    return _digest(built[:-_DIGEST_SIZE]) == built[-_DIGEST_SIZE:]
+
+
+def _digest(built: bytes) -> bytes:
+    return hashlib.blake2b(built, digest_size=_DIGEST_SIZE).digest()
+
+
 def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         subprocess.run(
             [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
+        with built.open("r+b") as file:
+            digest = _digest(file.read())
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        built.chmod(0o755)
         os.replace(built, path)
 
 
