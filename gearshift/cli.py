@@ -397,8 +397,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"There is no folder {folder}; name a reward model's.")
     reward = ModelReward(ModelConfig(), folder)
     server = score_server(reward, arguments.host, arguments.port, bearer(None, "GEARSHIFT_KEY"))
-    print(f"http://{arguments.host}:{server.server_address[1]}/score", flush=True)
-    server.serve_forever()
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"http://{host}:{server.server_address[1]}/score", flush=True)
+    number = server.run()
+    print("gearshift: stopped.", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def reward(prompts: Any, completions: list[str], **_: Any) -> list[float | None]
     if completions == ["too long"]:
         raise CapacityError("A sequence of 9 tokens is longer than the reward model's 8.")
     if completions == ["broken"]:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no memory for /home/weights\x1b")
     return [float(len(c)) for c in completions]
 
 
@@ -54,7 +54,9 @@ def send(server: ScoreServer, data: bytes, end: bool = False) -> tuple[int, byte
 def request(body: bytes, *headers: str, line: str = "POST /score HTTP/1.1") -> bytes:
     named = {h.split(":")[0].lower() for h in headers}
     own = [] if named & {"content-length", "none"} else [f"Content-Length: {len(body)}"]
-    lines = [line, "Host: x", *own, *(h for h in headers if h != "none:")]
+    own += [] if "host" in named else ["Host: localhost"]
+    own += [] if "content-type" in named else ["Content-Type: application/json"]
+    lines = [line, *own, *(h for h in headers if h not in ("none:", "host:", "content-type:"))]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
@@ -124,6 +126,22 @@ CASES: dict[str, tuple[bytes, int]] = {
     "an empty line": (b"\r\n\r\n", 400),
     "a long line": (b"POST /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
     "a long header": (request(BODY, "X: " + "a" * 70_000), 431),
+    "a header line that is none": (request(BODY, f"Content-Length : {len(BODY)}", "none:"), 400),
+    "no host": (request(BODY, "host:"), 400),
+    "two hosts": (request(BODY, "Host: localhost", "Host: example.org"), 400),
+    "another host": (request(BODY, "Host: example.org"), 403),
+    "another host with a port": (request(BODY, "Host: 127.0.0.1.example.org:80"), 403),
+    "another host in the line": (request(BODY, line="POST http://a.b/score HTTP/1.1"), 403),
+    "a page in a browser": (request(BODY, "Origin: http://localhost"), 403),
+    "a form": (request(BODY, "Content-Type: text/plain"), 415),
+    "no type": (request(BODY, "content-type:"), 415),
+    "another expectation": (request(BODY, "Expect: 200-ok"), 417),
+    "a key twice": (request(BODY[:-1] + b', "completions": ["b"]}'), 400),
+    "a key of a message twice": (request(BODY.replace(b'"role"', b'"role": "a", "role"')), 400),
+    "many rows": (of(prompts=GOOD["prompts"] * 1025, completions=["a"] * 1025), 413),
+    "many messages": (of(prompts=[GOOD["prompts"][0] * (score.MAX_MESSAGES + 1)]), 413),
+    "huge ended": (of(ended=[True] * 100_000), 400),
+    "null bytes": (b"POST /score\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     "many headers": (request(BODY, *(f"X-{i}: 1" for i in range(200))), 431),
 }  # fmt: skip
 
@@ -135,7 +153,8 @@ def test_a_malformed_request_is_told(
     data, wanted = CASES[name]
     status, head, body = send(server, data)
     assert status == wanted and 400 <= status < 500
-    assert b"application/json" in head and b"Traceback" not in body
+    assert b"application/json" in head and b"Traceback" not in body and len(body) < 400
+    assert b"Connection: close" in head and b"Python" not in head
     if not data.startswith(b"HEAD"):
         assert json.loads(body)["error"]
     if status == 405:
@@ -147,14 +166,24 @@ def test_a_malformed_request_is_told(
 def test_what_is_cut_off_is_answered(server: ScoreServer) -> None:
     assert send(server, request(BODY)[:-4], end=True)[0] == 400
     assert send(server, b"POST /sco", end=True)[0] == 400
-    assert send(server, b"POST /score HTTP/1.1\r\nHost: x", end=True)[0] == 411
+    assert (
+        send(
+            server,
+            b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json",
+            end=True,
+        )[0]
+        == 411
+    )
 
 
 def test_good_requests_of_other_shapes(server: ScoreServer) -> None:
     for data in (
         request(BODY), request(BODY, line="POST /score HTTP/1.0"),
         request(BODY, line="POST /score/?a=1 HTTP/1.1"),
-        request(BODY, line="POST http://x/score HTTP/1.1"), of(gold=[3]),
+        request(BODY, line="POST http://127.0.0.1:1/score HTTP/1.1"), of(gold=[3]),
+        request(BODY, "Host: LOCALHOST:8000"), request(BODY, "Host: [::1]:8000"),
+        request(BODY, "Content-Type: Application/JSON; charset=utf-8"),
+        request(BODY, "host:", line="POST /score HTTP/1.0"), request(BODY) + request(BODY),
         request(BODY, f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY)}"),
         of(prompts=[[{**MESSAGE, "name": "A"}]]), request(json.dumps(GOOD).encode("utf-16")),
     ):  # fmt: skip
@@ -162,10 +191,98 @@ def test_good_requests_of_other_shapes(server: ScoreServer) -> None:
         assert status == 200 and json.loads(body) == {"rewards": [3.0]}
 
 
-def test_a_reward_that_fails_may_be_asked_again(server: ScoreServer) -> None:
-    status, _, body = send(server, of(completions=["broken"]))
-    assert status == 503 and json.loads(body)["error"].endswith("RuntimeError: out of memory")
+def test_a_body_may_wait_until_it_is_wanted(server: ScoreServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as client:
+        client.sendall(request(BODY, "Expect: 100-continue").removesuffix(BODY))
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(BODY)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    refused = send(server, request(b"", f"Content-Length: {1 << 30}", "Expect: 100-continue"))
+    assert refused[0] == 413  # before the body is sent
+
+
+def test_a_reward_that_fails_may_be_asked_again(
+    server: ScoreServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, head, body = send(server, of(completions=["broken"]))
+    assert status == 503 and b"Retry-After" in head and b"RuntimeError" in body
+    assert b"memory" not in body and b"/home" not in body
+    assert capsys.readouterr().err == (
+        "gearshift: a request failed: RuntimeError: no memory for /home/weights\\x1b\n"
+    )
     assert send(server, of())[0] == 200
+
+
+def test_no_client_holds_up_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the model works, refusals are answered at once, and who waits too long comes again."""
+    monkeypatch.setattr(score._Handler, "timeout", 0.3)
+    go, begun = threading.Event(), threading.Event()
+
+    def slow(prompts: Any, completions: list[str], **_: Any) -> list[float]:
+        begun.set()
+        assert go.wait(30)
+        return [1.0]
+
+    server = score_server(slow, port=0, key="k")
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    key = "Authorization: Bearer k"
+    answers: list[int] = []
+    first = threading.Thread(target=lambda: answers.append(send(server, request(BODY, key))[0]))
+    first.start()
+    try:
+        assert begun.wait(30)
+        assert send(server, request(BODY))[0] == 401
+        assert send(server, request(b"", f"Content-Length: {1 << 40}"))[0] == 401
+        assert send(server, request(BODY, key, line="POST / HTTP/1.1"))[0] == 404
+        assert send(server, request(b"", line="GET /score HTTP/1.1"))[0] == 405
+        status, head, _ = send(server, request(BODY, key))
+        assert status == 503 and b"Retry-After: 2" in head
+        assert send(server, request(BODY, key, "Host: behind.a.proxy"))[0] == 503  # it has the key
+        go.set()
+        first.join(30)
+        assert answers == [200]
+    finally:
+        go.set()
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_byte_now_and_then_is_no_request(server: ScoreServer) -> None:
+    address = ("127.0.0.1", server.server_address[1])
+    for data in (request(BODY), request(b" " * 1000 + BODY)):
+        with socket.create_connection(address, timeout=5) as client:
+            client.setblocking(False)
+            for byte in data:  # within each pause that is allowed, and too slow in all
+                try:
+                    client.send(bytes([byte]))
+                    client.recv(1)
+                    break
+                except BlockingIOError:
+                    threading.Event().wait(0.02)
+                except OSError:
+                    break
+            else:
+                pytest.fail("the server waited for the whole of it")
+
+
+def test_one_client_too_many_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "CONNECTIONS", 2)
+    server = score_server(reward, port=0)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = ("127.0.0.1", server.server_address[1])
+    try:
+        with socket.create_connection(address), socket.create_connection(address):
+            status, head, body = send(server, b"")
+            assert status == 503 and b"Retry-After" in head and json.loads(body)["error"]
+        for _ in range(100):  # until the two are gone
+            threading.Event().wait(0.02)
+            status, _, _ = send(server, of())
+            if status == 200:
+                break
+        assert status == 200
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_who_is_silent_or_leaves_holds_up_nobody(
