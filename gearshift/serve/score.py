@@ -34,7 +34,7 @@ MAX_ROWS = 1 << 10
 """Completions in it."""
 MAX_MESSAGES = 1 << 14
 """Messages of all its prompts together."""
-CONNECTIONS = 128
+CONNECTIONS = 256
 """Clients at a time; the next one is told to come again."""
 PATIENCE = 30.0
 """Seconds in which a client must have sent its whole request, in which it must have taken its whole
