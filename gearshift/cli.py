@@ -7,6 +7,7 @@ they configure.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from gearshift import __version__
 from gearshift.errors import ConfigError, DataError, GearshiftError, NotBuiltError
+from gearshift.runtime.addresses import shown
+from gearshift.runtime.terminal import one_line, printable, say
 
 if TYPE_CHECKING:
     from gearshift.engine import HybridEngine
@@ -40,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 128 + n stopped by
     signal n.
     """
+    for stream, errors in (
+        (sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"),
+    ):  # fmt: skip
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no fault
+            stream.reconfigure(errors=errors)
     words = list(sys.argv[1:] if argv is None else argv)
     if words and (words[0] in STAGES or words[0] == "eval"):
         words[1:] = _options_first(words[1:])
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except GearshiftError as error:
         from gearshift.trainers.stage import InterruptedRunError
 
-        print(f"gearshift: {error}", file=sys.stderr)
+        say(f"gearshift: {shown(str(error))}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
     except BrokenPipeError:
         sys.stderr.close()
@@ -62,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder without rights, a file in a folder's place
         what = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        print(f"gearshift: {what}{reason}.", file=sys.stderr)
+        say(f"gearshift: {what}{reason}.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("gearshift: stopped.", file=sys.stderr)
+        say("gearshift: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -189,7 +197,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from gearshift.plan import plan
 
-        print(plan(recipe))
+        say(plan(recipe))
         return
     keep_freed_memory()
     stages = ALL if command == "run" else (command,)
@@ -203,22 +211,23 @@ def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
     found = records(folder / "validation")
     _print_table(f"{folder}: validation", found, comparisons(found))
     if (accuracy := summary["reward_model"]["accuracy"]) is not None:
-        print(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
+        say(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
-        print(
+        say(
             f"engine: the gears' log-probs differ by {gap:.1e} nat on average "
             f"({summary['engine']['dtype']})"
         )
     minutes = sum(summary["seconds"].values()) / 60
-    print(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
+    say(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
     if found:
-        print(f"talk to it: gearshift chat {folder}")
+        say(f"talk to it: gearshift chat {folder}")
 
 
 def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) -> None:
     """Each policy's figures in a column, then what changed from one to the next."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from gearshift.rollouts.evaluate import span
 
@@ -228,9 +237,9 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
     kept = ("metric", "value", "interval", "seconds", "samples", "n", "episodes", "split")
     metric = next(iter(found.values()))["metric"]
     others = dict.fromkeys(k for r in found.values() for k in r if k not in kept and k != metric)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for column in ("", *found):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(Text(printable(column)), justify="right" if column else "left")
 
     rows = found.values()
     lines = {
@@ -241,10 +250,10 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
         "episodes": [str(r["episodes"]) for r in rows],
     }
     for name, cells in lines.items():
-        table.add_row(name, *cells)
+        table.add_row(*(Text(printable(cell)) for cell in (name, *cells)))
     console.print(table)
     for comparison in compared:
-        console.print(str(comparison), markup=False)
+        say(str(comparison))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -252,7 +261,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
     if arguments.split == "test":
-        print("test: these rows are for the end; choose no setting by what they say", flush=True)
+        say("test: these rows are for the end; choose no setting by what they say")
     run = _place(arguments.run)
     title, found = evaluate_run(run, recipe, arguments.overrides, arguments.split)
     compared = comparisons(found)
@@ -263,13 +272,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     for word, rows in (("better", last.wins), ("worse", last.losses)):
         shown = changed(found[last.before], found[last.after], rows, arguments.show)
         for prompt, before, after in shown:
-            print(f"\n{word}: {_line(prompt)}")
-            print(f"  {last.before}: {_line(before)}\n  {last.after}: {_line(after)}")
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else f"{line[:157]}..."
+            say(f"\n{word}: {one_line(prompt, 160)}")
+            say(f"  {last.before}: {one_line(before, 160)}")
+            say(f"  {last.after}: {one_line(after, 160)}")
 
 
 def _place(name: str) -> str:
@@ -319,10 +324,15 @@ def _open(arguments: argparse.Namespace) -> tuple[HybridEngine, str | None]:
     name, recipe = _model_folder(arguments.run)
     config = recipe.model if recipe else ModelConfig()
     model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
-    system = arguments.system
+    system = None if arguments.system is None else _text(arguments.system)
     if system is None and recipe and recipe.task:
         system = get_task(recipe.task.name).system
     return HybridEngine(model, tokenizer, seed=arguments.seed), system
+
+
+def _text(word: str) -> str:
+    """A word of the command line as Unicode; what is none in it is replaced."""
+    return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _params(arguments: argparse.Namespace, engine: HybridEngine) -> Any:
@@ -353,9 +363,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     messages.append({"role": "user", "content": _heard(arguments)})
     pieces = []
     for piece in reply(engine, messages, _params(arguments, engine)):
-        print(piece, end="", flush=True)
+        say(piece, end="")
         pieces.append(piece)
-    print()
+    say("")
     if arguments.speak:
         from gearshift.rollouts.tasks.voice_answer import spoken_answer
         from gearshift.serve.speech import speak
@@ -365,7 +375,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         if recipe and recipe.task and recipe.task.name == "voice_assistant":
             answer = spoken_answer(answer, arguments.language)
         speak(answer, arguments.speak, arguments.language)
-        print(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
+        say(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
 
 
 def _heard(arguments: argparse.Namespace) -> str:
@@ -373,7 +383,7 @@ def _heard(arguments: argparse.Namespace) -> str:
     from gearshift.serve.speech import hear, run_phrases
 
     if not arguments.prompt.lower().endswith(".wav"):
-        return str(arguments.prompt)
+        return _text(arguments.prompt)
     phrases: Sequence[str] = ()
     recipe = _model_folder(arguments.run)[1]
     home = recipe and recipe.task and recipe.task.name == "voice_assistant"
@@ -382,7 +392,7 @@ def _heard(arguments: argparse.Namespace) -> str:
     words = hear(arguments.prompt, arguments.recogniser, phrases)
     if not words:
         raise DataError(f"No words were heard in {arguments.prompt}; record it again.")
-    print(f"heard: {words}", file=sys.stderr)
+    say(f"heard: {words}", file=sys.stderr)
     return words
 
 
@@ -398,9 +408,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     reward = ModelReward(ModelConfig(), folder)
     server = score_server(reward, arguments.host, arguments.port, bearer(None, "GEARSHIFT_KEY"))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"http://{host}:{server.server_address[1]}/score", flush=True)
+    say(f"http://{host}:{server.server_address[1]}/score")
     number = server.run()
-    print("gearshift: stopped.", file=sys.stderr)
+    say("gearshift: stopped.", file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -409,7 +419,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         for path in available:
             first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-            print(f"{path.stem:32} {first}")
+            say(f"{path.stem:32} {first}")
         return
     source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
     if not source.exists():
@@ -424,7 +434,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
     if not target.parent.is_dir():
         raise DataError(f"The folder {target.parent} does not exist; make it first.")
     shutil.copyfile(source, target)
-    print(target)
+    say(str(target))
 
 
 def _keys(arguments: argparse.Namespace) -> None:
@@ -436,7 +446,7 @@ def _keys(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all."
         )
-    print("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -448,13 +458,13 @@ def _doctor(_: argparse.Namespace) -> None:
     from gearshift.models.load import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
-    print(f"python       {platform.python_version()}, gearshift {__version__}")
+    say(f"python       {platform.python_version()}, gearshift {__version__}")
     name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{torch.get_num_threads()} threads"
     )
-    print(
+    say(
         f"device       {device} ({name}), weights in "
         f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
     )
@@ -467,9 +477,9 @@ def _doctor(_: argparse.Namespace) -> None:
     }  # fmt: skip
     for package, missing in wanted.items():
         try:
-            print(f"{package:12} {importlib.metadata.version(package)}")
+            say(f"{package:12} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            print(f"{package:12} missing ({missing})")
+            say(f"{package:12} missing ({missing})")
 
 
 def _not_built(arguments: argparse.Namespace) -> None:

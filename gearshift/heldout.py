@@ -42,6 +42,7 @@ from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
 from gearshift.runtime.lock import locked
 from gearshift.runtime.progress import Progress
+from gearshift.runtime.terminal import say
 from gearshift.types import Message
 
 Record = dict[str, Any]
@@ -65,7 +66,7 @@ class TaskData:
         if (self.folder / "done.json").exists():
             return
         began = time.perf_counter()
-        print(f"data: preparing {task.name}", flush=True)
+        say(f"data: preparing {task.name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
         seconds = time.perf_counter() - began
@@ -143,7 +144,7 @@ class TaskData:
         record = {**result.summary(), **extra, "samples": result.samples}
         to.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
-        print(f"{split} {name}: {told(record)}", flush=True)
+        say(f"{split} {name}: {told(record)}")
         return record
 
     @property
@@ -296,10 +297,9 @@ def evaluate_run(
         trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
         left, rows = data.unseen(split, trained), data.rows(split)
         if left is not None and rows is not None and len(left) < rows:
-            print(
+            say(
                 f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained "
-                "on them",
-                flush=True,
+                "on them"
             )
         for name, where in policies.items():
             if not (to / f"{name}.json").exists():

@@ -59,6 +59,7 @@ from gearshift.runtime.lock import locked
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
+from gearshift.runtime.terminal import say
 from gearshift.trainers.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.gap import logprob_gap
 from gearshift.trainers.memory import Shape, available, micro_batch, parts_of, resident
@@ -93,7 +94,7 @@ Row = dict[str, Any]
 class Run:
     """One run of a recipe in its folder."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print) -> None:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = say) -> None:
         """Raises `ConfigError` if the folder holds a run of another recipe."""
         self.folder = Path(recipe.run.dir)
         self.recipe, self.say = dated(recipe, self.folder), say

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from gearshift.runtime.terminal import one_line
+
 _PLAIN_SECONDS = 10.0
 _WINDOW = 20
 
@@ -34,7 +36,7 @@ class Progress:
         console: Console | None = None,
     ) -> None:
         """done: steps that an earlier run did, which say nothing about this one's speed."""
-        self.total, self.description, self.done = total_steps, description, done
+        self.total, self.description, self.done = total_steps, one_line(description), done
         self._console = console or Console(stderr=True)
         self._phase = ""
         self._figures: dict[str, float] = {}
@@ -96,7 +98,7 @@ class Progress:
         if done_then < self.done < self.total:
             left = (self.total - self.done) * elapsed / (self.done - done_then)
             parts.append(f"{timedelta(seconds=round(left))} left")
-        parts += [f"{name} {value:.3g}" for name, value in self._figures.items()]
+        parts += [f"{one_line(name)} {value:.3g}" for name, value in self._figures.items()]
         return "  ".join(filter(None, parts))
 
     def _show(self, last: bool = False) -> None:

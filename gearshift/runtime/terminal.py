@@ -6,6 +6,8 @@ Whoever prints or keeps such a text passes it through here; nothing else knows w
 from __future__ import annotations
 
 import re
+import sys
+from typing import IO
 
 # Control characters but newline and tab, line separators, marks that turn the direction of what
 # follows, and halves of surrogate pairs, which UTF-8 cannot write.
@@ -29,6 +31,11 @@ def printable(text: str, most: int | None = None) -> str:
 def one_line(text: str, most: int = 300) -> str:
     """The same in one line, for errors: white space becomes single spaces."""
     return printable(" ".join(text[: 4 * most + 100].split()), most)
+
+
+def say(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
+    """Print the text, printable, at once; to standard output if no file is given."""
+    print(printable(text), end=end, file=file or sys.stdout, flush=True)
 
 
 def _escaped(found: re.Match[str]) -> str:

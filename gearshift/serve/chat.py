@@ -10,6 +10,7 @@ from gearshift.data.chat import render_prompt
 from gearshift.data.text import pieces
 from gearshift.engine import HybridEngine
 from gearshift.errors import GearshiftError
+from gearshift.runtime.terminal import printable, say
 from gearshift.types import Message, SamplingParams
 
 
@@ -51,12 +52,12 @@ def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remem
         try:
             said = []
             for piece in reply(engine, messages, params, request_id=turn):
-                # As it is: rich would read brackets and `:smile:`, and replace tabs.
-                print(piece, end="", flush=True, file=console.file)
+                # Not by rich, which would read brackets and `:smile:`, and replace tabs.
+                say(piece, end="")
                 said.append(piece)
             console.print()
         except GearshiftError as error:
-            console.print(str(error), style="red", markup=False)
+            console.print(printable(str(error)), style="red", markup=False)
             messages = list(opening)
             continue
         messages.append({"role": "assistant", "content": "".join(said)})

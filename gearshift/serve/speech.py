@@ -22,6 +22,7 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.tasks.voice_homes import HOMES
 from gearshift.rollouts.tasks.voice_noise import spoken
 from gearshift.runtime.named import named_function
+from gearshift.runtime.terminal import one_line
 
 RATE = 16000
 """Samples a second that pocketsphinx's model hears."""
@@ -51,7 +52,7 @@ def speak(
     command = [program, "-v", name, "-s", str(speed), "-w", str(path), "--stdin"]
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
     if done.returncode or not Path(path).is_file():
-        told = " ".join(done.stderr.decode(errors="replace").split()) or "it says nothing"
+        told = one_line(done.stderr.decode(errors="replace")) or "it says nothing"
         raise ConfigError(f"espeak-ng does not write {path} in the voice {name}: {told}.")
 
 
