@@ -12,7 +12,8 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -62,32 +63,41 @@ def save(
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is complete, or None; `load` verifies its content.
+    """The newest checkpoint in `folder`, or None; `load` verifies its content.
 
-    Raises `CheckpointError` for a link that leads nowhere, and for what may not be read: a run that
-    took either for nothing would begin anew.
+    A checkpoint was whole when it got its name: raises `CheckpointError` for one that is not, for a
+    link that leads nowhere, and for what may not be read. A run that took any of them for nothing
+    would go on from an older step, or begin anew, in silence.
     """
-    for path in (folder, *(path for _, path in _steps(folder))):
+    steps = _steps(folder)
+    for path in (folder, *(path for _, path in steps)):
         if path.is_symlink() and not path.exists():
             raise CheckpointError(
                 f"{path} is a link to {os.readlink(path)}, which is not there; put it back, "
                 "or delete the link to begin anew."
             )
-    return next((path for _, path in _steps(folder) if _manifest(path) is not None), None)
+    if not steps:
+        return None
+    _manifest(steps[0][1])
+    return steps[0][1]
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, whole or not; -1 if there is none."""
+    return next((step for step, _ in _steps(folder)), -1)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and state. Raises `CheckpointError` if a file is not as was written."""
-    digests = _manifest(path)
-    if digests is None:
-        raise CheckpointError(f"{path} is not a complete checkpoint; name another one.")
-    for name, known in digests.items():
-        if not (path / name).exists() or digest(path / name) != known:
-            raise CheckpointError(
-                f"{path / name} is damaged (its digest is wrong); delete {path}, and the run goes"
-                " on from the checkpoint before it."
-            )
-    return load_file(path / _TENSORS), json.loads((path / _STATE).read_text(encoding="utf-8"))
+    for name, known in _manifest(path).items():
+        with _told(path):
+            there = (path / name).is_file()
+            if not there or digest(path / name) != known:
+                what = "its digest is wrong" if there else "it is gone"
+                raise _damaged(path, f"{name} is damaged ({what})")
+    with _told(path):
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        return load_file(path / _TENSORS), state
 
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
@@ -189,29 +199,63 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _manifest(path: Path) -> dict[str, str] | None:
-    """The digest of each file; None if the manifest is missing or broken."""
+def _manifest(path: Path) -> dict[str, str]:
+    """The digest of each file. Raises `CheckpointError` if it is missing or broken."""
     try:
-        digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+        with _told(path):
+            digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _damaged(path, f"{_MANIFEST} is gone ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        digests = None
+    if not isinstance(digests, dict) or set(digests) != {_TENSORS, _STATE}:
+        raise _damaged(path, f"{_MANIFEST} is damaged")
+    return digests
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    """Says what the way out is, and what comes of it."""
+    names = [other.name for _, other in _steps(path.parent)]
+    older = names[names.index(path.name) + 1 :] if path.name in names else []
+    then = f"goes on from {older[0]}" if older else "begins this stage anew"
+    return CheckpointError(
+        f"{path}: {what}; put it back as it was, or delete that folder: the run then {then}."
+    )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """One line for what may not be read."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); check its rights."
+            f"{error.filename or path} cannot be read ({error.strerror}); check its rights."
         ) from None
-    whole = isinstance(digests, dict) and set(digests) == {_TENSORS, _STATE}
-    return digests if whole else None
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of all checkpoints, complete or not, the newest first."""
-    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+    """(step, path) of all checkpoints, whole or not, the newest first."""
+    try:
+        with _told(folder):
+            names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise CheckpointError(
+            f"{folder} is a file; move it away, for checkpoints lie in a folder of that name."
+        ) from None
+    found = [(re.fullmatch(r"step-([0-9]+)", name), name) for name in names]
+    return sorted(((int(m[1]), folder / name) for m, name in found if m), reverse=True)
 
 
 def _drop(folders: Iterable[Path]) -> None:
     for folder in folders:
         if folder.is_symlink():  # what it leads to was put there by the user
             folder.unlink()
-        else:
+        elif folder.is_dir():
             shutil.rmtree(folder)
+        else:
+            folder.unlink()

@@ -6,13 +6,14 @@ tracker's library is imported only then.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,18 @@ from uuid import uuid4
 
 import torch
 
-from gearshift.errors import ConfigError, DataError
-from gearshift.runtime.files import write_json, writing
+from gearshift.errors import ConfigError, StorageError
+from gearshift.runtime.files import read_json, reading, sync, write_json, writing
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
 """How to log a step's metrics, and how to close."""
+_STEPS_KNOWN = 64
+"""So many steps back a checkpoint may go on from."""
+
+
+Extent = dict[str, Any]
+"""How far a file was written when something relied on it: its bytes, and their digest."""
 
 
 class MetricsLog:
@@ -33,36 +40,89 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._size, self._hash = 0, hashlib.blake2b()
+        self._before: dict[int, Extent] = {}
+        """Of the last steps that have lines: how far the file was written before the first."""
 
     def append(self, step: int, record: Mapping[str, Any]) -> None:
         """Add one line; a figure that is not finite becomes null, as JSON has no word for it."""
-        line = json.dumps(_finite({"step": step, **record}), ensure_ascii=False, allow_nan=False)
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        text = json.dumps(_finite({"step": step, **record}), ensure_ascii=False, allow_nan=False)
+        # JSON writes what UTF-8 cannot hold, half a surrogate pair, as this escape too.
+        line = f"{text}\n".encode("utf-8", errors="backslashreplace")
+        if step not in self._before:
+            self._before[step] = self._extent()
+            self._before.pop(step - _STEPS_KNOWN, None)
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                left = memoryview(line)
+                while left:  # a disk that is nearly full takes some of it
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(start)
+                raise
+        self._size += len(line)
+        self._hash.update(line)
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, and the torn last line of a run that was killed."""
-        if not self.path.exists():
-            return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        partial = self.path.with_name(self.path.name + ".partial")
+    def synced(self, step: int) -> Extent:
+        """How far the lines of the steps before this one go, once they are safe on the disk."""
+        if self.path.exists():
+            with writing(self.path):
+                sync(self.path)
+        return self._before.get(step) or self._extent()
+
+    def begin(self, extent: Extent | None) -> None:
+        """Go on where a run had come to, and drop what it wrote later; or begin anew (None).
+
+        Raises `StorageError` if what it had written by then is not there as it was.
+        """
+        self._size, self._hash, self._before = 0, hashlib.blake2b(), {}
+        wanted = extent or self._extent()
         with writing(self.path):
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            exists = self.path.exists()
+            size = self.path.stat().st_size if exists else 0
+        if size:
+            with reading(self.path), self.path.open("rb") as file:
+                left = wanted["bytes"]
+                while left and (block := file.read(min(left, 1 << 20))):
+                    self._hash.update(block)
+                    left -= len(block)
+        self._size = wanted["bytes"]
+        if size < self._size or self._hash.hexdigest() != wanted["digest"]:
+            what = (
+                f"has {size} of {self._size}" if size < self._size else f"changed in {self._size}"
+            )
+            raise StorageError(
+                f"{self.path} is not as the run wrote it (it {what} bytes); put it back as it was,"
+                f" or delete {self.path.parent} to do this stage again."
+            )
+        if size > self._size:
+            with writing(self.path):
+                os.truncate(self.path, self._size)
+                sync(self.path)
+
+    def _extent(self) -> Extent:
+        return Extent(bytes=self._size, digest=self._hash.hexdigest())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `MetricsLog`, oldest first. Raises `DataError` on a line of another kind."""
-    # What follows the last newline is empty, or a line that a crash cut short.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        line = 1 + next(i for i, text in enumerate(lines) if text == error.doc)
-        raise DataError(f"{path}, line {line} is not JSON; delete the line.") from None
+    """The records of a `MetricsLog`, oldest first. Raises `StorageError` on a line of another kind.
+
+    What follows the last newline is no line: a process that was killed wrote half of it.
+    """
+    records = []
+    with reading(path, f"put it back as it was, or delete {path}."):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"line {number} is no record")
+            records.append(record)
+    return records
 
 
 def _finite(value: Any) -> Any:
@@ -104,7 +164,8 @@ class Trackers:
     def open(self, step: int) -> None:
         """Begin, or go on before this step. Raises `ConfigError` where a tracker refuses."""
         path = self._folder / "trackers.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        anew = "put it back as it was, or delete it, and the trackers begin new runs."
+        known = read_json(path, anew) if path.exists() else {}
         for name, library in self._libraries.items():
             ids = known.setdefault(name, {})
             run = TrackedRun(self._folder, self._name, self._config, step, ids)

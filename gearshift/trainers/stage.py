@@ -24,9 +24,10 @@ from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
 from gearshift.runtime.files import writing
-from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers
+from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
+from gearshift.runtime.terminal import one_line
 
 Row = TypeVar("Row")
 
@@ -36,8 +37,8 @@ class StageConfig(Config):
 
     save_every: Neutral[int] = Field(50, ge=0)
     """Steps between checkpoints; 0 saves at an interrupt only."""
-    keep: Neutral[int] = Field(1, ge=1)
-    """Checkpoints that are kept."""
+    keep: Neutral[int] = Field(2, ge=1)
+    """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -124,9 +125,9 @@ class Stage:
 
         Raises `InterruptedRunError` after SIGTERM or Ctrl-C, with the last finished step saved.
         """
-        start = self._resume(on_resume)
-        self.metrics.truncate_after(start - 1)
-        self.rollouts.truncate_after(start - 1)
+        start, records = self._resume(on_resume)
+        for log in self._logs:
+            log.begin(records.get(log.path.name))
         self._trackers.open(start)
         with (
             checkpoint.Interrupt() as interrupt,
@@ -175,8 +176,7 @@ class Stage:
 
     def save(self, step: int) -> None:
         """Write a checkpoint to go on from at `step`, unless there is one of then or later."""
-        newest = checkpoint.latest(self.folder / "checkpoints")
-        if newest is not None and int(newest.name.removeprefix("step-")) >= step:
+        if checkpoint.newest_step(self.folder / "checkpoints") >= step:
             return
         tensors, skeleton = checkpoint.flatten(
             {name: thing.state_dict() for name, thing in self._tracked.items()}
@@ -185,29 +185,44 @@ class Stage:
             "step": step,
             "total": self.total,
             "recipe": identity(self._recipe),
+            "records": {log.path.name: log.synced(step) for log in self._logs},
             "tracked": skeleton,
         }
         checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.config.keep)
 
-    def _resume(self, on_resume: Callable[[], None]) -> int:
+    @property
+    def _logs(self) -> tuple[MetricsLog, MetricsLog]:
+        return self.metrics, self.rollouts
+
+    def _resume(self, on_resume: Callable[[], None]) -> tuple[int, dict[str, Extent]]:
+        """The step to go on from, and how far the records were written then."""
         newest = checkpoint.latest(self.folder / "checkpoints")
         if newest is None:
-            return 0
+            return 0, {}
         tensors, state = checkpoint.load(newest)
         if changed := self._changed(state):
             raise CheckpointError(
                 f"{newest} was made under another configuration: {changed}; choose another "
                 "run.dir, or delete that folder."
             )
-        saved = checkpoint.unflatten(tensors, state["tracked"])
-        for name, thing in self._tracked.items():
-            thing.load_state_dict(saved[name])
+        if newest.name != (name := f"step-{state['step']:06d}"):
+            raise CheckpointError(f"{newest} holds {name}; rename it, or delete it.")
+        try:
+            saved = checkpoint.unflatten(tensors, state["tracked"])
+            for name, thing in self._tracked.items():
+                thing.load_state_dict(saved[name])
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            raise CheckpointError(
+                f"{newest} cannot be taken up ({reason}), as another version of gearshift wrote "
+                f"it; go on with that one, or delete {self.folder} to do this stage again."
+            ) from error
         on_resume()
-        return int(state["step"])
+        return int(state["step"]), state["records"]
 
     def _changed(self, state: Mapping[str, Any]) -> str:
         """In words, what a checkpoint was made under and is not so now; empty if nothing."""
-        if "recipe" not in state:
+        if "recipe" not in state or "records" not in state:
             return "an earlier version wrote it"
         before = state["recipe"]
         if self._recipe is not None and before is not None:

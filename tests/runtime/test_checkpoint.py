@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 
 from gearshift.errors import CheckpointError
 from gearshift.runtime import checkpoint
-from gearshift.runtime.checkpoint import Interrupt, flatten, latest, load, save, unflatten
+from gearshift.runtime.checkpoint import (
+    Interrupt,
+    flatten,
+    latest,
+    load,
+    newest_step,
+    save,
+    unflatten,
+)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -136,24 +145,43 @@ def test_a_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
         load(path)
     (path / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+    with pytest.raises(CheckpointError, match=f"{name} is damaged .it is gone.*begins this stage"):
         load(path)
 
 
-@pytest.mark.parametrize("manifest", [None, "", "{", "[]", "{}"])
-def test_a_broken_manifest_is_passed_over(tmp_path: Path, manifest: str | None) -> None:
-    good, broken = save(tmp_path, 1, {}, {}), save(tmp_path, 2, {}, {})
-    (broken / "manifest.json").unlink()
-    if manifest is not None:
-        (broken / "manifest.json").write_text(manifest)
-    assert latest(tmp_path) == good
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        load(broken)
+@pytest.mark.parametrize("manifest", [None, "", "{", "[]", "{}", "[" * 100_000, "\0" * 40])
+def test_a_broken_manifest_is_told_and_never_passed_over(
+    tmp_path: Path, manifest: str | None
+) -> None:
+    save(tmp_path, 1, {}, {})
+    for step, then in ((2, "goes on from step-000001"), (1, "begins this stage anew")):
+        broken = save(tmp_path, step, {}, {})
+        (broken / "manifest.json").unlink()
+        if manifest is not None:
+            (broken / "manifest.json").write_text(manifest)
+        for use in (latest, lambda _, path=broken: load(path)):
+            with pytest.raises(CheckpointError) as told:
+                use(tmp_path)
+            said = str(told.value)
+            assert f"{broken}: manifest.json is " in said and said.endswith(f"the run then {then}.")
+        assert newest_step(tmp_path) == step
+        shutil.rmtree(broken)
+    assert latest(tmp_path) is None and newest_step(tmp_path) == -1
+
+
+def test_a_file_in_a_folders_place_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "all", 1, {}, {})
+    (tmp_path / "all" / "step-000002").write_text("")
+    with pytest.raises(CheckpointError, match=r"step-000002: manifest\.json is gone \(Not a dir"):
+        latest(tmp_path / "all")
+    with pytest.raises(CheckpointError, match="step-000002 is a file; move it away"):
+        latest(tmp_path / "all" / "step-000002")
 
 
 def test_latest_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "step-000003.tmp-77").mkdir()
-    (tmp_path / "step-old").mkdir()
+    for name in ("step-old", "step-000012.tmp", "step-000012.bak", "step-", "step-\u0663"):
+        (tmp_path / name).mkdir()
     assert latest(tmp_path) is None
     assert latest(tmp_path / "nowhere") is None
 
@@ -305,5 +333,7 @@ def test_what_may_not_be_read_is_no_new_beginning(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{path.name}/manifest.json cannot be read \(Permission"
+    ):
         latest(tmp_path)

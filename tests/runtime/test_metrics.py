@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gearshift.errors import ConfigError, DataError
-from gearshift.runtime.metrics import MetricsLog, PhaseTimer, TrackerName, Trackers, read_metrics
+from gearshift.errors import ConfigError, StorageError
+from gearshift.runtime.metrics import (
+    Extent,
+    MetricsLog,
+    PhaseTimer,
+    TrackerName,
+    Trackers,
+    read_metrics,
+)
 
 
 def test_one_line_a_step(tmp_path: Path) -> None:
@@ -35,33 +45,114 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
     assert strict == {"step": 0, "a": None, "b": None, "c": None, "deep": [{"x": [1.0, None]}]}
 
 
+def resumed(log: MetricsLog, extent: Extent | None) -> MetricsLog:
+    """The log as the next process takes it up."""
+    again = MetricsLog(log.path)
+    again.begin(extent)
+    return again
+
+
 def test_a_resumed_run_drops_later_lines_and_the_torn_one(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(None)
     for step in range(6):
-        log.append(step, {"loss": 1 / 3 + step})
+        log.append(step, {"loss": 1 / 3 + step, "text": "\ud800 ä"})
+    four = log.synced(4)
     with log.path.open("a") as file:
         file.write('{"step": 6, "lo')
     assert [record["step"] for record in read_metrics(log.path)] == list(range(6))
-    log.truncate_after(3)
-    log.append(4, {"loss": 9.0})
+    assert log.synced(4) == four and log.synced(6) == log.synced(7)
+    for _ in range(2):
+        log = resumed(log, four)
+        assert log.synced(4) == four
+        log.append(4, {"loss": 9.0})
     records = read_metrics(log.path)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert records[3]["loss"] == 1 / 3 + 3 and records[4]["loss"] == 9.0
+    assert records[0]["text"] == "\ud800 ä"
+    assert resumed(log, log.synced(5)).synced(5) == log.synced(5)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_truncating_before_the_first_line_is_no_error(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_its_records_anew(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.truncate_after(-1)
-    log.append(0, {})
-    log.truncate_after(-1)
-    assert read_metrics(log.path) == []
+    nothing = log.synced(0)
+    for extent in (None, nothing, None):
+        log = resumed(log, extent)
+        log.append(0, {})
+    assert len(read_metrics(log.path)) == 1
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["a line less", "a bit", "two lines the other way", "gone"])
+def test_records_that_changed_since_the_checkpoint_are_told(tmp_path: Path, change: str) -> None:
+    log = MetricsLog(tmp_path / "rollouts.jsonl")
+    for step in range(3):
+        log.append(step, {"said": str(step)})
+    extent = log.synced(3)
+    log.append(3, {"said": "later"})
+    before = log.path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    changed = {
+        "a line less": b"".join(lines[1:]),
+        "a bit": before.replace(b'"1"', b'"3"'),
+        "two lines the other way": b"".join([lines[1], lines[0], *lines[2:]]),
+        "gone": b"",
+    }[change]
+    log.path.unlink() if change == "gone" else log.path.write_bytes(changed)
+    with pytest.raises(StorageError) as told:
+        resumed(log, extent)
+    assert f"{log.path} is not as the run wrote it (it " in str(told.value)
+    assert f"or delete {tmp_path} to do this stage again." in str(told.value)
+    assert not log.path.exists() or log.path.read_bytes() == changed, "nothing is cut off it"
+    log.path.write_bytes(before)
+    assert len(read_metrics(resumed(log, extent).path)) == 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_prefix_is_what_it_was_or_is_told(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    log = MetricsLog(tmp_path_factory.mktemp("log") / "rollouts.jsonl")
+    for step in range(4):
+        log.append(step, {"said": data.draw(st.text(max_size=5))})
+    kept = data.draw(st.integers(0, 4))
+    extent, before = log.synced(kept), log.path.read_bytes()
+    at = data.draw(st.integers(0, len(before) - 1))
+    how = data.draw(st.sampled_from(["cut", "flipped"]))
+    flipped = bytes([before[at] ^ (1 << data.draw(st.integers(0, 7)))])
+    log.path.write_bytes(before[:at] + (b"" if how == "cut" else flipped + before[at + 1 :]))
+    if at >= extent["bytes"]:
+        assert resumed(log, extent).path.read_bytes() == before[: extent["bytes"]]
+    else:
+        with pytest.raises(StorageError, match=r"rollouts\.jsonl is not as the run wrote it"):
+            resumed(log, extent)
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_there(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(0, {"a": 1})
+    before, limits = log.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"metrics\.jsonl cannot be written \(File too large"
+        ):
+            log.append(1, {"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == before
+    log.append(1, {"a": 2})
+    assert resumed(log, log.synced(2)).synced(2) == log.synced(2)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", "3", '{"step": "0"}', "\0\0", "[" * 99_999])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 "):
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+    with pytest.raises(
+        StorageError, match=r"metrics\.jsonl cannot be read \(line 2 is no record\)"
+    ):
         read_metrics(path)
 
 

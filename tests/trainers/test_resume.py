@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.errors import CheckpointError
+from gearshift.errors import CheckpointError, StorageError
 from gearshift.models.tiny import tiny_model
-from gearshift.runtime import checkpoint
+from gearshift.runtime import checkpoint, metrics
 from gearshift.runtime.config import Config, Neutral
+from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.rl import RLTrainer
 from gearshift.trainers.stage import InterruptedRunError, Stage, StageConfig
 from tests.trainers.rl_runs import small, trainer
@@ -162,6 +164,66 @@ def test_what_cannot_change_the_result_may_change_before_a_resume(tmp_path: Path
             next(Stage("rl", tmp_path, 4, 0, StageConfig(), recipe).steps())
     with pytest.raises(CheckpointError, match="made 4 steps and make 5"):
         next(Stage("rl", tmp_path, 5, 0, StageConfig(), Another()).steps())
+
+
+def stage(folder: Path, **keys: Any) -> Stage:
+    return Stage("rl", folder, 9, 0, StageConfig(save_every=2, **keys), Another())
+
+
+def steps_to(last: int, folder: Path, **keys: Any) -> None:
+    """A stage that is killed in this step, with what it has logged of it."""
+    it = stage(folder, **keys)
+    for step in it.steps():
+        it.rollouts.append(step, {"said": step})
+        if step == last:
+            return
+        it.log(step, {"loss": 1.0}, 1)
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_its_way_out_works(tmp_path: Path) -> None:
+    """Two are kept, so that deleting the newer one costs its steps alone."""
+    steps_to(5, tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000004"]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    (folder / "step-000004" / "manifest.json").write_text("")
+    with pytest.raises(CheckpointError, match="delete that folder: the run then goes on from step"):
+        next(stage(tmp_path).steps())
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    shutil.rmtree(folder / "step-000004")
+    assert next(stage(tmp_path).steps()) == 2
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    (folder / "step-000002").rename(folder / "step-000008")
+    with pytest.raises(CheckpointError, match="step-000008 holds step-000002; rename it"):
+        next(stage(tmp_path).steps())
+
+
+def test_records_that_a_checkpoint_relies_on_are_safe_on_the_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    save, synced = checkpoint.save, metrics.sync
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (done.append("saved"), save(*a, **k)))
+    monkeypatch.setattr(metrics, "sync", lambda path: (done.append(path.name), synced(path)))
+    steps_to(2, tmp_path)
+    assert done == ["metrics.jsonl", "rollouts.jsonl", "saved"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
+def test_records_that_lost_a_line_stop_the_run(tmp_path: Path, name: str) -> None:
+    steps_to(3, tmp_path)
+    path = tmp_path / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(StorageError, match=rf"{name} is not as the run wrote it"):
+        next(stage(tmp_path).steps())
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
+    steps_to(3, tmp_path)
+    it = stage(tmp_path)
+    it.track(later=torch.nn.Linear(1, 1))
+    with pytest.raises(CheckpointError, match=r"step-000002 cannot be taken up \(KeyError"):
+        next(it.steps())
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
