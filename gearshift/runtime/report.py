@@ -6,8 +6,12 @@ metrics by their names and stages as titles; the page itself is `report.html.j2`
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gearshift.runtime.files import write_text
+from gearshift.runtime.terminal import one_line, printable
 
 _CURVES = (
     ("Reward", ("reward", "rewards/*/mean")),
@@ -37,6 +42,8 @@ _CURVES = (
     ("Learning rate", ("learning_rate",)),
 )
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#94a3b8")
+_POLICY = "POLICY"
+"""Stands for the content security policy, which names a digest of the page's style."""
 _INK = "#010203"
 """Stands for the colour of the page's text, which is not the same by day and by night."""
 _STYLE = {
@@ -94,8 +101,31 @@ def write_report(
         facts=list(_facts(summary)),
     )
     path = run_folder / "report.html"
-    write_text(path, page)
+    write_text(path, _sealed(printable(page)))
     return path
+
+
+_STYLED = re.compile(r'(<[a-zA-Z][^<>]*) style="([^"]*)"')
+"""A tag with a style of its own; what somebody wrote has neither `<` nor `"`, for it is escaped."""
+
+
+def _sealed(page: str) -> str:
+    """The page with all its styles in one element, the only thing that its policy lets a browser
+    obey: no script, no address, no style from what somebody wrote.
+    """
+    classes: dict[str, str] = {}
+
+    def named(found: re.Match[str]) -> str:
+        name = classes.setdefault(html.unescape(found[2]), f"s{len(classes)}")
+        return f'{found[1]} class="{name}"'
+
+    page = _STYLED.sub(named, page)
+    head, style, rest = page.partition("</style>")
+    head += "".join(f".{name} {{ {text} }}\n" for text, name in classes.items())
+    digest = hashlib.sha256(head.partition("<style>")[2].encode()).digest()
+    allowed = f"style-src 'sha256-{base64.b64encode(digest).decode()}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    return head.replace(_POLICY, policy, 1) + style + rest
 
 
 def _charts(records: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
@@ -129,7 +159,7 @@ def _curves(title: str, steps: _Floats, lines: Mapping[str, _Floats]) -> Markup:
         # Where a curve goes up and down more than anywhere, its moving mean is drawn over it.
         noisy = len(y) >= 40 and np.nansum(np.abs(np.diff(y))) > 3 * (np.nanmax(y) - np.nanmin(y))
         marker = "." if len(y) < 20 else None
-        label = name.removesuffix("/mean")
+        label = one_line(name.removesuffix("/mean"), 80)
         axes.plot(
             x,
             y,
@@ -199,7 +229,8 @@ def _svg(figure: Any, title: str) -> Markup:
     metadata = {"Date": None, "Creator": None, "Title": title}
     figure.savefig(text, format="svg", transparent=True, metadata=metadata)
     svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+    svg = re.sub(r"<style.*?</style>", "", svg[svg.index("<svg") :])  # the page has the same
+    return Markup(svg.replace(_INK, "currentColor"))
 
 
 def _facts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

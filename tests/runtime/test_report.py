@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -128,6 +130,38 @@ def test_what_models_write_stays_text(html: str) -> None:
     assert "<script>alert(1)</script>" in text and "<img src=x onerror=alert(2)>" in text
     assert "r&l" in text and '{"intent": "Turn<b>On"}' in text and "reward 0.9877" in text
     assert "voice <1>" in text
+
+
+def test_a_browser_obeys_the_page_alone(tmp_path: Path) -> None:
+    """Its policy allows its one style, by digest: no script, no address, no style of a tag."""
+    hostile = (
+        '</title></style><style>*{}</style><script>alert(1)</script> style="x" POLICY \x1b\ud800'
+    )
+    rows = [{"step": i, "reward": 0.1, f"rewards/{hostile}/mean": 0.5} for i in range(3)]
+    sample = {"prompt": hostile, "stages": {hostile: hostile}, "rewards": {hostile: 0.1}}
+    html = page(
+        tmp_path,
+        title=hostile,
+        metrics={hostile: rows},
+        samples_before_after=[sample],
+        heldout={hostile: HELDOUT["rl"]},
+        summary={hostile: hostile},
+    )
+    parsed = Tags(html)
+    assert [tag for tag, _ in parsed.tags].count("style") == 1
+    assert not any(k == "style" or k.startswith("on") for _, a in parsed.tags for k in a)
+    assert "script" not in {tag for tag, _ in parsed.tags}
+    assert "\x1b" not in html and parsed.text.count("<script>alert(1)</script>") > 8
+    metas = {attrs.get("http-equiv") or attrs.get("name"): attrs for _, attrs in parsed.tags}
+    style = html.split("<style>", 1)[1].split("</style>", 1)[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert metas["Content-Security-Policy"]["content"] == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    assert metas["referrer"]["content"] == "no-referrer"
+    used = {name for _, a in parsed.tags for name in re.findall(r"\bs\d+\b", a.get("class") or "")}
+    assert used and all(f".{name} {{" in style for name in used)
+    assert ".s0 { left:76.4%;right:10.5% }" in style
 
 
 def test_heldout_has_intervals(html: str) -> None:
