@@ -36,7 +36,8 @@ from gearshift.data.packing import pack_groups
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.engine.cache import BLOCK
 from gearshift.engine.roofline import measure
-from gearshift.models.load import ModelConfig, embedded_folder, load_policy, load_tokenizer
+from gearshift.models.embedded import embedded_folder
+from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.types import SamplingParams
 

@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.common import in_turn, machine, skewed_lengths, versions, write
 from gearshift.engine import HybridEngine
 from gearshift.engine.roofline import measure
-from gearshift.models.load import ModelConfig, embedded_folder, load_policy, load_tokenizer
+from gearshift.models.embedded import embedded_folder
+from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl import RLConfig, RLTrainer

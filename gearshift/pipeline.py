@@ -42,12 +42,12 @@ from gearshift.heldout import (
 )
 from gearshift.models.adapters import add_adapter
 from gearshift.models.classifier import context, use_own_pad
+from gearshift.models.embedded import source_of
 from gearshift.models.load import (
     load_classifier,
     load_policy,
     load_tokenizer,
     save_model,
-    source_of,
 )
 from gearshift.models.vocabulary import check_same_tokens
 from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, dated
@@ -178,7 +178,7 @@ class Run:
         config = self.recipe.process
         assert config is not None
         start = config.model or self._newest_policy(before="process")
-        model = load_classifier(self.recipe.model, start, of_tokens=True)
+        model = load_classifier(self.recipe.model, start, of_tokens=True, fresh_head=True)
         tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
         use_own_pad(model, tokenizer)
 
@@ -199,7 +199,7 @@ class Run:
         config = self.recipe.reward
         assert config is not None
         start = config.model or self._newest_policy(before="reward")
-        model = load_classifier(self.recipe.model, start)
+        model = load_classifier(self.recipe.model, start, fresh_head=True)
         tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
         use_own_pad(model, tokenizer)
 

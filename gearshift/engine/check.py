@@ -125,6 +125,11 @@ def _difference(
     lengths = [len(row) for row in tokens]
     ours = (head_of(model).logits(hidden_TC) if head else hidden_TC).split(lengths)
     theirs = [_alone(model, row, head) for row in tokens]
+    if not all(bool(row.isfinite().all()) for row in theirs):
+        raise ModelError(
+            "Hugging Face's own forward of it gives numbers that are not finite, so its config "
+            "(eps, rotary parameters) is not that of its weights"
+        )
     if not (gap := _gap(model, ours, theirs)) <= 1:
         hidden = [_alone(model, row, False) for row in tokens]
         if head and _gap(model, hidden_TC.split(lengths), hidden) <= 1:

@@ -7,7 +7,7 @@ is the reference policy, without a second copy.
 
 from __future__ import annotations
 
-import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,19 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import Field
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from gearshift.errors import ModelError
+from gearshift.models.saved import Saved, check_kinds, listed, settings_in, tensors_in
 from gearshift.runtime.config import Config
+from gearshift.runtime.terminal import one_line
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_MOST = 8
+"""Adapters that stand on each other."""
 
 
 class AdapterConfig(Config):
@@ -106,7 +109,7 @@ def adapter_folder(name: str | Path) -> Path | None:
     """The folder of the adapter that this name means, a local folder's or one of the hub; None
     where it means a model.
     """
-    found = [_file(name, file) for file in (_SETTINGS, _WEIGHTS)]
+    found = [file_of(name, file) for file in (_SETTINGS, _WEIGHTS)]
     if found[0] is None:
         return None
     if found[1] is None:
@@ -114,7 +117,8 @@ def adapter_folder(name: str | Path) -> Path | None:
     return found[0].parent
 
 
-def _file(name: str | Path, file: str) -> Path | None:
+def file_of(name: str | Path, file: str) -> Path | None:
+    """A file of a model, in a local folder or of the hub; None where there is none."""
     if Path(name).is_dir():
         return Path(name, file) if Path(name, file).is_file() else None
     try:
@@ -132,17 +136,36 @@ def _file(name: str | Path, file: str) -> Path | None:
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """What the adapter's own config says. Raises `ModelError`."""
-    try:
-        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / _SETTINGS} cannot be read ({error}).") from error
-    return settings if isinstance(settings, dict) else {}
+    return settings_in(folder / _SETTINGS)
+
+
+def tensors_of(folder: Path) -> dict[str, Saved]:
+    """What an adapter's file says of each tensor. Raises `ModelError`."""
+    return check_kinds(folder, tensors_in(folder / _WEIGHTS))
 
 
 def base_of(folder: Path) -> str:
     """The name of the model that an adapter was trained on: a folder's is meant from here or from
-    the adapter's folder. Raises `ModelError` if it is not told.
+    the adapter's folder. Raises `ModelError` if it is not told, or if adapters stand on each other
+    in a circle.
     """
+    found, seen = _named_base(folder), {folder.resolve()}
+    below = Path(found)
+    while (below / _SETTINGS).is_file():
+        if below.resolve() in seen or len(seen) > _MOST:
+            how = (
+                "names itself" if len(seen) == 1 else f"stands on {len(seen)} others, or on itself,"
+            )
+            raise ModelError(
+                f"The adapter in {folder} {how} as the model it was trained on; give its base "
+                f"model as base_model_name_or_path in {folder / _SETTINGS}."
+            )
+        seen.add(below.resolve())
+        below = Path(_named_base(below))
+    return found
+
+
+def _named_base(folder: Path) -> str:
     base = adapter_settings(folder).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(
@@ -150,12 +173,9 @@ def base_of(folder: Path) -> str:
             f"or folder as base_model_name_or_path into {folder / _SETTINGS}."
         )
     places = [Path(base).expanduser(), folder / base, *_beside(folder, base)]
-    found = next(
+    return next(
         (str(p) for p in places if any((p / f).is_file() for f in (_SETTINGS, "config.json"))), base
     )
-    if Path(found).resolve() == folder.resolve():
-        raise ModelError(f"The adapter in {folder} names itself as the model it was trained on.")
-    return found
 
 
 def _beside(folder: Path, base: str) -> list[Path]:
@@ -181,6 +201,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except ImportError as error:
         raise ModelError("LoRA needs peft; run: pip install 'gearshift[lora]'.") from error
     shared = model.get_input_embeddings().weight if is_tied(model) else None
+    _check_numbers(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
@@ -195,9 +216,10 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             adapted = PeftModel(model, config)
             weights = load_peft_weights(str(folder), device=str(model.device))
             found = set_peft_model_state_dict(adapted, weights)
-            left = _left(found.missing_keys, found.unexpected_keys, model)
+            own = f".{adapted.base_model.prefix}"
+            left = _left(found.missing_keys, found.unexpected_keys, model, own)
             if left:
-                raise ValueError(f"it leaves {left[0]}")
+                raise ValueError(f"it leaves {listed(left)}")
             for layer in adapted.modules():
                 if isinstance(layer, BaseTunerLayer):
                     _merge_layer(layer, shared)
@@ -209,9 +231,33 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"({reason[:200]}); give the model that it was trained on."
         ) from error
     if shared is not None and not is_tied(merged):  # one of the two was trained alone
-        merged.config.get_text_config().tie_word_embeddings = False
-        merged.config.tie_word_embeddings = False
+        untie(merged)
     return merged.requires_grad_(True)
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raises `ModelError` for an adapter whose settings would take all memory or give no number, or
+    run what they name.
+    """
+    settings, path = adapter_settings(folder), folder / _SETTINGS
+    longest = max(
+        (size for saved in tensors_of(folder).values() for size in saved.shape), default=0
+    )
+    for key, what in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        pattern = settings.get(what) or {}
+        given = [settings.get(key), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+        for value in given:
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or (key == "r" and not 0 < value <= longest):
+                raise ModelError(
+                    f"{path} has {key}: {one_line(str(value), 40)}, which is not what its weights "
+                    "were trained with; give the adapter's own config."
+                )
+    for key in ("megatron_config", "layer_replication"):
+        if settings.get(key):
+            raise ModelError(f"{path} has {key}, which is no change of weights; give another.")
 
 
 def _merge_layer(layer: Any, shared: nn.Parameter | None) -> None:
@@ -227,11 +273,12 @@ def _merge_layer(layer: Any, shared: nn.Parameter | None) -> None:
     base.to(dtype)
 
 
-def _left(missing: list[str], unexpected: list[str], model: PreTrainedModel) -> list[str]:
+def _left(missing: list[str], unexpected: list[str], model: PreTrainedModel, own: str) -> list[str]:
     """What a file and a model do not have of each other's adapter, but for a language model's head
-    where the model has another: a reward model starts from a policy.
+    where the model has another: a reward model starts from a policy. `own`: how names of what this
+    kind of adapter adds begin.
     """
-    lost = [key for key in missing if ".lora_" in key or ".modules_to_save." in key]
+    lost = [key for key in missing if own in key or ".modules_to_save." in key]
     if model.get_output_embeddings() is None:
         unexpected = [key for key in unexpected if "head" not in key and "embed_out" not in key]
     return [*lost, *unexpected]
@@ -243,9 +290,8 @@ def _grow(model: PreTrainedModel, folder: Path) -> None:
     """
     embedding = model.get_input_embeddings()
     [name] = [name for name, module in model.named_modules() if module is embedding]
-    with safe_open(str(folder / _WEIGHTS), "pt") as saved:
-        shapes = {key: saved.get_slice(key).get_shape() for key in saved.keys()}  # noqa: SIM118
-    rows = next((s[0] for key, s in shapes.items() if key.endswith(f"{name}.weight")), 0)
+    saved = tensors_of(folder)
+    rows = next((w.shape[0] for key, w in saved.items() if key.endswith(f"{name}.weight")), 0)
     if rows > embedding.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -258,6 +304,12 @@ def is_tied(model: PreTrainedModel) -> bool:
         and embedding is not None
         and head.weight.data_ptr() == embedding.weight.data_ptr()
     )
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Let the config say that the head is not the embedding, for those who will load it."""
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
 
 
 def save_adapter(folder: Path, model: PreTrainedModel, base: str) -> None:

