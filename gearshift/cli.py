@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except GearshiftError as error:
         from gearshift.trainers.stage import InterruptedRunError
 
-        say(f"gearshift: {shown(str(error))}", file=sys.stderr)
+        say(f"gearshift: {one_line(shown(str(error)), 2000)}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
     except BrokenPipeError:
         sys.stderr.close()
@@ -87,8 +87,13 @@ def _options_first(words: Sequence[str]) -> list[str]:
     return [*options, *others]
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message, end="", file=file or sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gearshift", description="Align language models with reinforcement learning."
     )
     parser.add_argument("--version", action="version", version=f"gearshift {__version__}")

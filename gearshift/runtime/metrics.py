@@ -22,7 +22,9 @@ from uuid import uuid4
 import torch
 
 from gearshift.errors import ConfigError, StorageError
+from gearshift.runtime.addresses import shown
 from gearshift.runtime.files import read_json, reading, sync, write_json, writing
+from gearshift.runtime.terminal import one_line
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
@@ -174,7 +176,7 @@ class Trackers:
             except Exception as error:  # each library has its own kinds
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ConfigError(
-                    f"The tracker {name} does not start ({reason}); mend that or leave it out."
+                    f"The tracker {name} does not start ({one_line(shown(reason))}); mend that or leave it out."
                 ) from error
         if known:
             write_json(path, known)

@@ -102,7 +102,12 @@ def test_nor_in_an_error(
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             main(words)
-        assert seen(capsys).startswith("gearshift: ")
+        said = seen(capsys)
+        assert said.startswith("gearshift: ") and said.count("\n") == 1
+    for words in ([HOSTILE], ["run", "demo", "--\x1b[2J"], ["keys", "a", HOSTILE]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "usage: " in seen(capsys)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
