@@ -130,7 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("run", help="a run's folder, a stage's folder, or any model")
     chat.add_argument("--system", help="system message; a run's task brings its own")
     chat.set_defaults(do=_chat)
-    generate = commands.add_parser("generate", help="answer one prompt")
+    generate = commands.add_parser(
+        "generate",
+        help="answer one prompt",
+        description="Answer one prompt. Control characters in the answer, but newline and tab, are "
+        "written as \\x1b, into a pipe too.",
+    )
     generate.add_argument("run", help="a run's folder, a stage's folder, or any model")
     generate.add_argument("prompt", help="what to answer: text, or a WAV file of it spoken")
     generate.add_argument("--system", help="system message; a run's task brings its own")

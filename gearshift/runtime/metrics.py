@@ -176,7 +176,8 @@ class Trackers:
             except Exception as error:  # each library has its own kinds
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ConfigError(
-                    f"The tracker {name} does not start ({one_line(shown(reason))}); mend that or leave it out."
+                    f"The tracker {name} does not start ({one_line(shown(reason))}); mend that or "
+                    "leave it out."
                 ) from error
         if known:
             write_json(path, known)

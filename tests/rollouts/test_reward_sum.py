@@ -282,8 +282,10 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
     far, near = "http://127.0.0.1:9/score", "gearshift.rollouts.tasks.voice:voice_reward"
     monkeypatch.setattr(reward_sum, "load_reward", lambda spec: lambda completions, **_: [None, 1])
-    total = RewardSum([source("environment"), source(far), source(near)], TINY, tmp_path)
-    episodes, parts = total(EPISODES[:2])
+    monkeypatch.setenv("TOKEN", "secret")
+    asked = source(f"{far}?token=${{TOKEN}}")
+    total = RewardSum([source("environment"), asked, source(near)], TINY, tmp_path)
+    episodes, parts = total(EPISODES[:2])  # whose names are metrics: without the query
     assert episodes == [None, None] and parts[far] == [None, None]
     assert total.missing == {"environment": 0.0, far: 1.0, near: 0.0}
     assert far in total.last_failure and "Connection refused, 3 times" in total.last_failure

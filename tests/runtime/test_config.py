@@ -301,3 +301,19 @@ def test_describe_has_a_line_for_each_key() -> None:
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Optimizer().__setattr__("lr", 1.0)
+
+
+def test_an_address_with_a_secret_is_refused_wherever_it_stands() -> None:
+    for override, key in (
+        ("model=https://me:S@h/", "model"),
+        ("rewards=[{name: 'http://h/?token=S'}]", "rewards.0.name"),
+        ("named={a: {name: 'judge:http://S@h/v1'}}", "named.a.name"),
+    ):
+        with pytest.raises(ConfigError, match=f"`{key}`: an address") as refused:
+            load(Recipe, None, ["model=tiny", override])
+        assert "S@" not in str(refused.value) and "=S" not in str(refused.value)
+    with pytest.raises(ValueError) as wrong:
+        Reward(name="http://h/?token=S")
+    assert "=S" not in str(wrong.value)  # which would show what it was given
+    kept = load(Recipe, None, ["model=http://h/${KEY}?a=${KEY}"])
+    assert kept.model == "http://h/${KEY}?a=${KEY}"
