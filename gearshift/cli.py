@@ -408,8 +408,8 @@ def _heard(arguments: argparse.Namespace) -> str:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from gearshift.models.load import ModelConfig
+    from gearshift.rollouts.posting import bearer
     from gearshift.rollouts.reward_model import ModelReward
-    from gearshift.rollouts.rewards import bearer
     from gearshift.serve.score import score_server
 
     folder = Path(arguments.folder).expanduser()

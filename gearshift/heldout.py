@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_policy, load_tokenizer
 from gearshift.recipe import POLICIES, STAGES, Recipe, claim, dated
-from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.collector import EPISODE_TIMEOUT, WORKERS, Collector
+from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.evaluate import (
     Comparison,
     Split,
@@ -36,6 +38,7 @@ from gearshift.rollouts.evaluate import (
     value_of,
 )
 from gearshift.rollouts.intervals import merged
+from gearshift.rollouts.separate import Separate
 from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
@@ -87,11 +90,14 @@ class TaskData:
         config, rl = self.recipe.task, self.recipe.rl
         assert config is not None
         task, path = get_task(config.name), self.path(split)
+        make: Callable[[], TextEnvironment] = partial(task.make, config, path)
+        processes = self.recipe.environment.processes
         return Collector(
-            lambda: task.make(config, path),
+            Separate(make) if processes else make,
             engine.tokenizer,
             engine,
-            timeout=rl.episode_timeout if rl else None,
+            workers=processes or WORKERS,
+            timeout=rl.episode_timeout if rl else EPISODE_TIMEOUT,
         )
 
     def unseen(self, split: Split, trained: Trained | None) -> list[int] | None:

@@ -39,6 +39,15 @@ class RunConfig(Config):
     """All randomness of the run flows from it."""
 
 
+class EnvironmentConfig(Config):
+    """Where the task's environments run, in training and in evaluation."""
+
+    processes: Neutral[int] = Field(0, ge=0)
+    """0: in threads of this process. Else each environment has a process of its own, so that a
+    crash, or a hang that is killed, costs its episode alone; so many of them work at a time. There
+    are as many processes as episodes of one rollout."""
+
+
 class EvalConfig(Config):
     """Held-out evaluation: on the validation rows before and after each stage."""
 
@@ -65,6 +74,8 @@ class Recipe(Config):
     """The hybrid engine."""
     task: TaskConfig | None = Field(None, discriminator="name")
     """What the environment is, and the data that it makes."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """Where environments run."""
     sft: SFTConfig | None = None
     """Step 1: supervised fine-tuning."""
     preference: PreferenceConfig | None = None

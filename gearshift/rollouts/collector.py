@@ -24,7 +24,9 @@ from gearshift.data.chat import render_prompt, render_turn
 from gearshift.data.text import decode
 from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
-from gearshift.rollouts.rewards import LOST, usable
+from gearshift.rollouts.posting import short
+from gearshift.rollouts.rewards import number, usable
+from gearshift.rollouts.separate import ProcessError, SeparateEnvironment
 from gearshift.rollouts.workers import Workers
 from gearshift.runtime.named import in_words
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
@@ -61,6 +63,10 @@ Rewarded = Literal["needed", "finite", "any"]
 that is not finite, but perhaps none; anything, where its reward does not count.
 """
 
+WORKERS = 4
+"""Environments that answer at a time, where those that only wait are not counted."""
+EPISODE_TIMEOUT = 300.0
+"""Seconds for an answer of an environment, where a recipe names no others."""
 _GLANCE = 0.02
 """Seconds between looks at environments that answer, while nothing is written."""
 
@@ -141,8 +147,8 @@ class Collector:
         make: Callable[[], TextEnvironment],
         tokenizer: PreTrainedTokenizerBase,
         writer: Writer,
-        workers: int = 4,
-        timeout: float | None = 300.0,
+        workers: int = WORKERS,
+        timeout: float | None = EPISODE_TIMEOUT,
     ) -> None:
         """`workers` environments answer at a time, more where those only wait; each is called from
         one thread at a time, but not always the same. One that takes more than `timeout` seconds
@@ -173,8 +179,16 @@ class Collector:
         extra: dict[tuple[str, ...], int] = {}
         found: dict[int, str] = {}
         for row in range(rows):
+            call = self._workers.submit(partial(environment.reset, seed=row, options={"row": row}))
+            wait([call], timeout=self._timeout)
+            if not call.done():
+                self._give_up(call, environment)
+                break  # the others may hang as long
+            if call.exception():
+                environment = self._make()
+                continue
             try:
-                observation, info = environment.reset(seed=row, options={"row": row})
+                observation, info = call.result()
                 messages = _said(observation, info)
             except Exception:
                 continue
@@ -221,6 +235,8 @@ class Collector:
 
         def ask(episode: _Episode, call: Callable[[], Any]) -> None:
             def timed() -> Any:
+                if isinstance(episode.environment, SeparateEnvironment):
+                    episode.environment.ready()  # its start does not count
                 episode.asked = time.monotonic()
                 return call()
 
@@ -285,7 +301,7 @@ class Collector:
         """
         fault: BaseException | None
         if not future.done():
-            self._workers.give_up(future)
+            self._give_up(future, episode.environment)
             fault = TimeoutError(f"it took longer than {self._timeout:g} s")
         else:
             fault = future.exception()  # a sys.exit is a fault too
@@ -295,8 +311,14 @@ class Collector:
             except Exception as error:
                 fault = error
         if fault is not None:
-            self._lose(episode, in_words(fault))
+            own = isinstance(fault, ProcessError)
+            self._lose(episode, str(fault) if own else in_words(fault))
         episode.ready = True
+
+    def _give_up(self, call: Future[Any], environment: TextEnvironment) -> None:
+        self._workers.give_up(call)
+        if isinstance(environment, SeparateEnvironment):
+            environment.kill()
 
     def _lose(self, episode: _Episode, why: str) -> None:
         self.failures += 1
@@ -369,13 +391,12 @@ class Collector:
         self, episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]]
     ) -> None:
         observation, reward, terminated, truncated, info = answer
-        if reward is not None and not usable(reward):
-            if self._rewarded != "any":
-                raise ValueError(f"the reward is {reward!r:.60}")
-            reward = LOST
+        earned = None if reward is None else number(reward)
+        if earned is not None and not usable(earned) and self._rewarded != "any":
+            raise ValueError(f"the reward is {short(reward)}")
         text = self._text(episode)
-        episode.rewards[-1] += float(reward or 0.0)
-        if reward is not None:
+        episode.rewards[-1] += earned or 0.0
+        if earned is not None:
             episode.rewarded += [len(episode.rewards) - 1]
         episode.messages += [{"role": "assistant", "content": text}]
         episode.said = len(episode.messages)

@@ -17,7 +17,8 @@ from pydantic import Field
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.marks import parse_mark
-from gearshift.rollouts.rewards import LOST, NoAnswerError, Rewards, bearer, checked_address, post
+from gearshift.rollouts.posting import NoAnswerError, bearer, checked_address, post
+from gearshift.rollouts.rewards import LOST, Rewards
 from gearshift.rollouts.workers import Workers
 from gearshift.runtime.addresses import Address
 from gearshift.runtime.config import Config

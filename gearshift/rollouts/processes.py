@@ -17,8 +17,11 @@ from pebble import ProcessExpired, ProcessPool
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.rewards import LOST, RewardFunction, Rewards, call, load_reward
+from gearshift.rollouts.separate import end_with_parent
 from gearshift.types import Message
 
+_START = 300.0
+"""Seconds that a worker may take to start, besides what its first call takes."""
 _functions: dict[str, RewardFunction] = {}
 """In a worker: what it has loaded."""
 
@@ -34,7 +37,7 @@ class ProcessReward:
     last_failure = ""
     """Why the last rewards were lost."""
 
-    def __init__(self, spec: str, processes: int, timeout: float | None) -> None:
+    def __init__(self, spec: str, processes: int, timeout: float) -> None:
         """Raises `ConfigError` like `load_reward`."""
         load_reward(spec)  # a fault is told here, not by each worker
         self.spec, self.timeout, self.parallel = spec, timeout, processes
@@ -50,8 +53,9 @@ class ProcessReward:
                 self._pool = self._new_pool()
             future = self._pool.schedule(_score, (self.spec, given), timeout=self.timeout)
         try:
-            rewards, fault = future.result()
+            rewards, fault = future.result(self.timeout + _START)
         except FutureTimeout:
+            future.cancel()  # its worker hangs in its start; else it has ended
             self.last_failure = f"the reward function {self.spec} took more than {self.timeout:g} s"
         except (ProcessExpired, BrokenProcessPool) as error:
             self.last_failure = f"the process of the reward function {self.spec} died ({error})"
@@ -73,6 +77,7 @@ class ProcessReward:
 
 
 def _load(spec: str) -> None:
+    end_with_parent()
     with contextlib.suppress(ConfigError):  # told by the call
         _functions[spec] = load_reward(spec)
 
@@ -86,3 +91,5 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
         return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
     except ConfigError as error:
         return [], str(error)
+    except KeyboardInterrupt:  # of its own: the keyboard's does not reach a worker
+        return [], f"The reward function {spec} raised KeyboardInterrupt; mend it or take it out."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -37,6 +38,15 @@ from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
 _NOT_COLUMNS = frozenset({"messages", "completion", "prompt"})
+LONGEST = 300.0
+"""Seconds for one call of a function, where its source names no others."""
+_SILENT = 3
+"""Calls in a row that took their whole time and said nothing, after which the rest of a rollout is
+not asked: each would take as long."""
+_RAISED = 8
+"""Groups in a row at which a function raised, from which the run ends if it never worked."""
+_GLANCE = 0.05
+"""Seconds between looks at a call that has not ended."""
 
 
 class Source(Protocol):
@@ -113,6 +123,8 @@ class RewardSum:
         """Functions that have scored a group in this run; one that raises has its own faults until
         then, and afterwards those of the group."""
         self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
+        self._limits: list[float] = []
+        """Seconds that a call of each function may take."""
         for s in sources:
             if s.source == ENVIRONMENT:
                 continue
@@ -121,8 +133,11 @@ class RewardSum:
                 self.models.append(("model", _models(config, named, s.ensemble), s.weight))
             else:
                 self.functions.append((shown(s.source), _function(s), s.weight))
+                self._limits.append(_limit(self.functions[-1][1]))
         # Each function has its own threads: a slow one holds up no other.
         self._workers = [Workers(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
+        self._silent, self._raised = [0] * len(self.functions), [0] * len(self.functions)
+        """Calls in a row that said nothing in their time; that raised."""
         ordered = [s for s in sources if s.source != ENVIRONMENT]
         ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
         self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
@@ -135,9 +150,19 @@ class RewardSum:
         """
         if group and self.functions:
             self._begun[group[0].group_id] = [
-                workers.submit(partial(_call, [self._told(named, group)], group))
-                for workers, named in zip(self._workers, self.functions, strict=True)
+                workers.submit(partial(self._ask, i, self._told(self.functions[i], group), group))
+                for i, workers in enumerate(self._workers)
             ]
+
+    def _ask(self, i: int, named: Named, group: list[Trajectory]) -> list[list[float | None]]:
+        """What function `i` says of a group; nothing, if it has been silent for too long."""
+        if self._silent[i] >= _SILENT:
+            return [[LOST] * len(group)]
+        began = time.monotonic()
+        [values] = _call([named], group)
+        silent = _all_lost(values) and time.monotonic() - began >= self._limits[i]
+        self._silent[i] = self._silent[i] + 1 if silent else 0
+        return [values]
 
     def _told(self, named: Named, group: list[Trajectory]) -> Named:
         """An address is told which answers were cut: it may be a reward model's."""
@@ -189,39 +214,60 @@ class RewardSum:
             if group[0].group_id not in self._begun:
                 self.begin(group)
         begun, self._begun = self._begun, {}
-        return [
-            self._result(named, [(begun[group[0].group_id][i], len(group)) for group in groups])
-            for i, named in enumerate(self.functions)
+        said = [
+            self._result(i, [(begun[group[0].group_id][i], len(group)) for group in groups])
+            for i in range(len(self.functions))
         ]
+        self._silent = [0] * len(self.functions)
+        return said
 
     def _result(
-        self, named: Named, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
+        self, i: int, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
     ) -> list[float | None]:
-        """What a function has said of groups of these sizes; a group at which it raised is lost.
+        """What function `i` has said of groups of these sizes; a group at which it raised, or has
+        not answered in time, is lost.
 
-        Raises its `ConfigError` if it raised at every one and has never worked.
+        Raises its `ConfigError` if it raised at each of the first `_RAISED`.
         """
-        name, function, weight = named
+        name, function, weight = self.functions[i]
         said: list[float | None] = []
-        fault: ConfigError | None = None
         for call_, size in calls:
+            values: list[float | None] = [LOST] * size
+            why = ""
             try:
-                [values] = call_.result()
+                if self._in_time(i, call_):
+                    [values] = call_.result()
+                    why = getattr(function, "last_failure", "")
+                else:
+                    why = f"the reward function {name} took more than {self._limits[i]:g} s"
             except ConfigError as error:
-                fault, self.last_failure = error, str(error)
-                values = [LOST] * size
-            else:
-                if any(v is None or usable(v) for v in values):
-                    self._worked.add(name)
-                if weight and not all(v is None or usable(v) for v in values):
-                    self.last_failure = (
-                        getattr(function, "last_failure", "")
-                        or f"the reward function {name} gave no finite number"
-                    )
+                why = str(error).rstrip(".")
+                self._raised[i] += 1
+                if self._raised[i] >= _RAISED and name not in self._worked:
+                    raise
+            if not _all_lost(values):
+                self._worked.add(name)
+                self._raised[i] = 0
+            if weight and not all(v is None or usable(v) for v in values):
+                known = self._silent[i] >= _SILENT and self.last_failure
+                self.last_failure = (
+                    why or known or f"the reward function {name} gave no finite number"
+                )
             said += values
-        if fault and name not in self._worked:
-            raise fault
         return said
+
+    def _in_time(self, i: int, call_: Future[Any]) -> bool:
+        """Wait for a call of function `i`; False if it was given up. What runs in processes or asks
+        an address ends by itself.
+        """
+        workers, limit = self._workers[i], self._limits[i]
+        ends = isinstance(self.functions[i][1], _ENDS)
+        while not wait([call_], timeout=_GLANCE).done:
+            if not ends and workers.seconds(call_) > limit:
+                self._silent[i] += 1  # before the next in line is taken
+                workers.give_up(call_)
+                return call_.done()
+        return True
 
     def _with(self, trajectory: Trajectory, values: Sequence[float | None]) -> Trajectory:
         """The trajectory with the sum of its parts, of which the environment's is the first."""
@@ -261,6 +307,10 @@ class RewardSum:
         ]
 
 
+def _all_lost(values: Sequence[float | None]) -> bool:
+    return not any(v is None or usable(v) for v in values)
+
+
 def _last_written(trajectory: Trajectory) -> int:
     """Where the last token that the policy wrote stands."""
     last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
@@ -275,9 +325,17 @@ def _function(source: Source) -> RewardFunction:
         return JudgeReward(url, source.judge, source.timeout, key_env=source.key_env)
     if name.startswith(("http://", "https://")):
         return HttpReward(name, source.timeout, key_env=source.key_env)
-    if source.timeout or source.processes:  # a thread that hangs cannot be ended
-        return ProcessReward(name, max(1, source.processes), source.timeout)
+    if source.timeout or source.processes:  # a thread that hangs cannot always be ended
+        return ProcessReward(name, max(1, source.processes), source.timeout or LONGEST)
     return load_reward(name)
+
+
+_ENDS = (ProcessReward, HttpReward, JudgeReward)
+"""Functions that end by themselves."""
+
+
+def _limit(function: RewardFunction) -> float:
+    return function.timeout if isinstance(function, _ENDS) else LONGEST
 
 
 def _models(

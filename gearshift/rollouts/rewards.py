@@ -7,28 +7,30 @@ here, by name. It knows texts and numbers, no model and no environment.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
-import ipaddress
-import json
 import math
-import os
-import re
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.client import HTTPException
-from typing import Any, Protocol, SupportsFloat, TypeVar, cast
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, SupportsFloat, cast
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.addresses import Address, checked_variable, shown
+from gearshift.rollouts.posting import (
+    NoAnswerError,
+    bearer,
+    checked_address,
+    is_loopback,
+    post,
+    short,
+)
+from gearshift.rollouts.workers import GivenUp, within
+from gearshift.runtime.addresses import Address
 from gearshift.runtime.named import in_words, named_function
 from gearshift.types import Message
 
-T = TypeVar("T")
 Rewards = Sequence[float | None]
 LOST = math.nan
 """A reward that should be there and is not: the function hung, its process died, nobody answered.
@@ -110,122 +112,6 @@ def _rewards(answer: Any) -> Rewards:
     return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
-def bearer(named: str | None, default: str) -> str | None:
-    """The key in the environment variable `named`, or if none is named in `default`, where it may
-    be missing. A key goes to the address for which it was named, and to no other.
-
-    Raises `ConfigError` for a missing variable or one that no header can carry.
-    """
-    try:
-        checked_variable(named or default)
-    except ValueError as error:
-        raise ConfigError(f"`key_env`: {error}") from None
-    key = os.environ.get(named or default, "").strip()
-    if named and not key:
-        raise ConfigError(
-            f"key_env names {named}, which is not set; export it, or set key_env=null."
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"The key in {named or default} holds more than plain characters.")
-    return key or None
-
-
-def checked_address(source: str, url: str) -> str:
-    """The host of an http address. Raises `ConfigError`, which names the source, for another."""
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:  # a port that is no number, brackets that do not close
-        known = None
-    if not known or not url.isascii() or re.search(r"\s", url):
-        raise ConfigError(f"{shown(source)} has no address; write http://HOST:PORT/PATH.")
-    return str(parts.hostname)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class NoAnswerError(Exception):
-    """An address has not answered, or not what it was asked for, however often it was asked."""
-
-
-def post(
-    address: Address,
-    body: dict[str, Any],
-    read: Callable[[Any], T | None],
-    timeout: float,
-    tries: int,
-    pause: float = 0.5,
-) -> T:
-    """What `read` finds in the JSON that a POST is answered with. Asked again, after a pause that
-    doubles (or as long as the answer says), where nobody answers, the server is ill or busy, or
-    `read` finds nothing.
-
-    Raises `NoAnswerError` after the last try; `ConfigError` where the server refuses. Redirects are
-    refused too: they would carry the key to somebody else.
-    """
-    headers = {"Content-Type": "application/json"}
-    if address.key:
-        headers["Authorization"] = f"Bearer {address.key}"
-    data = json.dumps(body, default=str).encode()
-    why = ""
-    for attempt in range(tries):
-        wait, told = pause * 2**attempt, b""
-        try:
-            with _OPENER.open(Request(address.sent, data, headers), timeout=timeout) as answer:
-                told = answer.read(_MOST)
-                if (found := read(json.loads(told))) is not None:
-                    return found
-            why = f"what was asked for is not in its answer {_start(address, told)}"
-        except HTTPError as error:
-            told = error.read(_MOST)
-            if error.code == _IN_PART:
-                with suppress(*_UNREADABLE):
-                    if (found := read(json.loads(told))) is not None:
-                        return found
-            if error.code < 500 and error.code not in _BUSY:  # it won't be otherwise the next time
-                said = f"{error.reason} {told.decode('utf-8', 'replace')}"
-                if place := error.headers.get("Location"):
-                    said = f"It redirects to {place}; name that address. {said}"
-                raise ConfigError(
-                    f"{address.shown} refused: {error.code} {address.told(said)}"
-                ) from None
-            why = f"it answers {error.code} {error.reason}"
-            asked = error.headers.get("Retry-After", "")
-            wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
-        except _UNREADABLE:
-            why = f"what was asked for is not in its answer {_start(address, told)}"
-        except URLError as error:
-            why = str(error.reason)
-        except (OSError, HTTPException) as error:
-            why = in_words(error)
-        if attempt + 1 < tries:
-            time.sleep(wait)
-    raise NoAnswerError(f"{address.shown}: {address.told(why)}, {tries} times")
-
-
-_BUSY = frozenset({408, 409, 425, 429})
-_IN_PART = 422
-"""Some of what was sent has no answer; `gearshift serve` says which."""
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What reading an answer that is not as agreed raises."""
-_MOST = 64 << 20
-"""Bytes of an answer that are read."""
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = build_opener(_NoRedirect)
-
-
 Named = tuple[str, RewardFunction, float]
 """Name, function, weight."""
 
@@ -252,29 +138,46 @@ def call(
     completion_ids: list[list[int]] | None,
     columns: dict[str, list[Any]],
 ) -> list[list[float | None]]:
-    """What each function says of each sample: a number, None, or `LOST`.
+    """What each function says of each sample: a number, None, or `LOST`. Each gets copies of the
+    arguments, which are its own to change.
 
     Raises `ConfigError` naming the function that raises, or that returns anything but one number or
     None a sample.
     """
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     results: list[Any] = []
     for name, function, _ in functions:
-        try:
-            results.append(
-                function(
-                    prompts=prompts,
-                    completions=completions,
-                    completion_ids=completion_ids,
-                    **columns,
-                )
-            )
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            raise _raised(name, error) from error
+        own = {key: _copied(value) for key, value in {**columns, **given}.items()}
+        with _faults_of(name):
+            results.append(function(**own))
     _await_all([name for name, _, _ in functions], results)
     return [
         _checked(name, result, len(completions))
         for (name, _, _), result in zip(functions, results, strict=True)
     ]
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # an environment's own object, which may have no copies
+        return [*value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Whatever is raised inside becomes the `ConfigError` that names the function; but an order to
+    this thread to stop.
+    """
+    try:
+        yield
+    except GivenUp:
+        raise
+    except BaseException as error:
+        main = threading.current_thread() is threading.main_thread()
+        if isinstance(error, KeyboardInterrupt) and main:  # it comes from the keyboard
+            raise
+        raise _raised(name, error) from error
 
 
 def add_up(
@@ -309,53 +212,76 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
     if not waiting:
         return
 
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*(results[i] for i in waiting), return_exceptions=True)
+    async def gather() -> list[asyncio.Future[Any]]:
+        tasks = [asyncio.ensure_future(results[i]) for i in waiting]
+        while (await asyncio.wait(tasks, timeout=_GLANCE))[1]:
+            pass  # it wakes now and then, for only then can it be told to stop
+        return tasks
 
-    # A thread of its own has no event loop yet; the caller's (a notebook's, say) may have one.
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            answers = pool.submit(asyncio.run, gather()).result()
-    except (Exception, SystemExit) as error:  # a sys.exit ends the loop for all of them
-        raise _raised(", ".join(names[i] for i in waiting), error) from error
+    run = partial(_run, gather)
+    with _faults_of(", ".join(names[i] for i in waiting)):  # a sys.exit ends the loop for all
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            answers = run()
+        else:  # the caller's own loop, a notebook's, say
+            answers = within(None, run)
     for i, answer in zip(waiting, answers, strict=True):
-        if isinstance(answer, BaseException):
-            raise _raised(names[i], answer) from answer
-        results[i] = answer
+        with _faults_of(names[i]):
+            results[i] = answer.result()
+
+
+def _run(main: Callable[[], Any]) -> Any:
+    return asyncio.run(main())
+
+
+_GLANCE = 0.5
+"""Seconds between looks at what has not ended."""
 
 
 def _checked(name: str, result: Any, samples: int) -> list[float | None]:
     """The function's answer as a list of floats and None."""
-    if not isinstance(result, Iterable) or isinstance(result, str):
+    # A text's letters, bytes' codes, a dict's keys and a set's members are no rewards in order.
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
         raise ConfigError(
-            f"The reward function {name} returned {_short(result)};"
+            f"The reward function {name} returned {short(result)};"
             " it must return a list of numbers."
         )
-    try:
-        values = list(result)
-    except Exception as error:  # a generator runs only now
-        raise _raised(name, error) from error
+    with _faults_of(name):  # a generator runs only now, and may have no end
+        values = list(islice(result, samples + 1))
     if len(values) != samples:
+        count = f"more than {samples}" if len(values) > samples else str(len(values))
         raise ConfigError(
-            f"The reward function {name} returned {len(values)} rewards for {samples} completions;"
+            f"The reward function {name} returned {count} rewards for {samples} completions;"
             " it must return one each."
         )
     return [None if value is None else _number(name, value) for value in values]
 
 
 def _number(name: str, value: Any) -> float:
+    with _faults_of(name):
+        try:
+            return number(value)
+        except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
+            raise ConfigError(
+                f"The reward function {name} returned {short(value)} as a reward;"
+                " it must be a number or None."
+            ) from None
+
+
+def number(value: Any) -> float:
+    """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float; `LOST` if it
+    is beyond what training computes with. Raises `TypeError`, `ValueError` or `RuntimeError` for
+    what is none, a text for example, which `float` would read.
+    """
+    plain = value.item() if hasattr(value, "item") else value  # a float() of complex ones drops i
+    if not isinstance(plain, SupportsFloat):
+        raise TypeError(f"{short(value)} is no number")
     try:
-        if isinstance(value, SupportsFloat):  # not a string, which float() would read
-            number = float(value)
-            return number if usable(number) else LOST
+        found = float(plain)
     except OverflowError:  # an integer beyond all floats
         return LOST
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
-        pass
-    raise ConfigError(
-        f"The reward function {name} returned {_short(value)} as a reward;"
-        " it must be a number or None."
-    )
+    return found if usable(found) else LOST
 
 
 def _raised(name: str, error: BaseException) -> ConfigError:
@@ -364,12 +290,3 @@ def _raised(name: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"The reward function {name} raised {in_words(error)}; mend it or take it out."
     )
-
-
-def _start(address: Address, answer: bytes) -> str:
-    return repr(address.told(answer.decode("utf-8", "replace"), 60))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

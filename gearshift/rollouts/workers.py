@@ -7,17 +7,21 @@ process's end.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from gearshift.errors import CapacityError
 
-MOST_HUNG = 256
-"""Calls that may hang at a time; a thread cannot be ended from outside."""
+T = TypeVar("T")
+MOST_HUNG = 2048
+"""Calls that may hang at a time: a thread cannot be ended from outside, and each keeps some
+memory."""
 _PATIENCE = 0.05
 
 
@@ -25,17 +29,52 @@ class GivenUp(BaseException):
     """Raised inside a call that was given up, wherever its Python code is by then."""
 
 
+def within(seconds: float | None, task: Callable[[], T]) -> T:
+    """What `task` returns or raises, in a thread of its own. Raises `TimeoutError` after so many
+    seconds (None: never), and then makes the task end at the next Python code that it runs.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        with suppress(GivenUp):
+            try:
+                result = task()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        return future.result(seconds)
+    except BaseException:  # the time is over; or who waits was told to stop
+        if not future.done() and thread.ident is not None:
+            _stop(thread.ident)
+        raise
+
+
+def _stop(thread: int) -> None:
+    """Raise `GivenUp` in a thread, as soon as it runs Python code."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(GivenUp))
+
+
 class Workers:
-    """`count` threads that run what is submitted, in order, and more while those wait."""
+    """`count` threads that run what is submitted, in order, and more while those wait.
+
+    What runs there is other people's code. A call that leaves the process in another folder does
+    not take the run along.
+    """
 
     def __init__(self, count: int) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._doing: dict[Future[Any], int] = {}
-        """The thread in which a call runs."""
+        self._doing: dict[Future[Any], tuple[int, float]] = {}
+        """The thread in which a call runs, and since when."""
         self._hung: set[Future[Any]] = set()
         self._count = self._threads = count
         self._taken = time.monotonic()
+        self._folder = _folder()
         for _ in range(count):
             self._start()
 
@@ -46,6 +85,11 @@ class Workers:
             self._taken = time.monotonic()
         self._tasks.put((future, task))
         return future
+
+    def seconds(self, future: Future[Any]) -> float:
+        """How long this call has been running; 0 before it begins and after it ended."""
+        _, since = self._doing.get(future, (0, time.monotonic()))
+        return time.monotonic() - since
 
     def hurry(self) -> None:
         """One more thread, if nothing that stands in line has been taken for a while: the calls
@@ -65,18 +109,18 @@ class Workers:
         Raises `CapacityError` if too many hang.
         """
         with self._lock:
-            thread = self._doing.pop(future, None)
+            thread, _ = self._doing.pop(future, (None, 0.0))
             if thread is None:  # it ended just now, or never began
                 return
             self._hung.add(future)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread), ctypes.py_object(GivenUp)
-            )
+            _stop(thread)
             if len(self._hung) > MOST_HUNG:
                 raise CapacityError(
-                    f"{len(self._hung)} calls of environments or rewards hang; give them "
-                    "timeouts of their own, so that they end."
+                    f"{len(self._hung)} calls of environments or rewards hang in threads, which "
+                    "cannot be ended; let them run in processes (environment.processes, or "
+                    "`processes` of the reward), and the same command goes on."
                 )
+        self._come_back()
         self._start()
 
     def _start(self) -> None:
@@ -108,12 +152,13 @@ class Workers:
         """Whether the call came to its end before it was given up, and so the thread goes on."""
         with self._lock:
             self._taken = time.monotonic()
-            self._doing[future] = threading.get_ident()
+            self._doing[future] = threading.get_ident(), self._taken
         error: BaseException | None = None
         try:
             result = task()
         except BaseException as raised:  # whatever it is belongs to who waits for the future
             error = raised
+        self._come_back()
         with self._lock:
             if self._doing.pop(future, None) is None:
                 return False
@@ -123,7 +168,21 @@ class Workers:
             future.set_exception(error)
         return True
 
+    def _come_back(self) -> None:
+        """To the folder in which the run was, for its paths may begin there."""
+        if self._folder and _folder() != self._folder:
+            with suppress(OSError):  # it was deleted
+                os.chdir(self._folder)
+
     def _needed(self) -> bool:
         """Whether the thread stays when nothing stands in line."""
         with self._lock:
             return self._threads <= self._count
+
+
+def _folder() -> str | None:
+    """The one in which this process is, if there still is one."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None

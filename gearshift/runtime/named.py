@@ -35,7 +35,11 @@ def named_function(spec: str, what: str) -> Callable[..., Any]:
 
 def in_words(error: BaseException) -> str:
     """`ValueError: what it says` in one line, without a full stop or the secrets of addresses."""
-    return one_line(shown(f"{type(error).__name__}: {error}")).rstrip(".: ")
+    try:
+        said = str(error)
+    except Exception:  # it is of a class of the user's
+        said = ""
+    return one_line(shown(f"{type(error).__name__}: {said[:2000]}")).rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:
@@ -45,7 +49,7 @@ def _import_file(path: Path, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"The {what} file {path} fails on import: {in_words(error)}.") from error
     return module
 
@@ -58,7 +62,7 @@ def _import_module(name: str, what: str) -> ModuleType:
             f"The {what} module `{name}` needs `{error.name}`, which is not there;"
             " install it or check the spelling."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"The {what} module {name} fails on import: {in_words(error)}."
         ) from error

@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.rollouts.rewards import RewardFunction, is_loopback
+from gearshift.rollouts.posting import is_loopback
+from gearshift.rollouts.rewards import RewardFunction
 from gearshift.runtime.checkpoint import Interrupt
 from gearshift.runtime.named import in_words
 from gearshift.runtime.terminal import one_line

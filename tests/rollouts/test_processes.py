@@ -93,7 +93,7 @@ def test_what_raises_is_told_as_in_a_thread(reward: ProcessReward, word: str, sa
 
 def test_a_wrong_name_is_told_before_any_worker_starts(file: str) -> None:
     with pytest.raises(ConfigError, match="no function `g`"):
-        ProcessReward(f"{file}:g", 1, None)
+        ProcessReward(f"{file}:g", 1, 300.0)
 
 
 def episode(group: int, text: str) -> Trajectory:
@@ -158,7 +158,7 @@ def test_a_worker_that_hangs_does_not_hold_up_the_end(file: str) -> None:
         "import sys, threading, time\n"
         "from gearshift.rollouts.processes import ProcessReward\n"
         "if __name__ == '__main__':\n"
-        f"    r = ProcessReward({file + ':f'!r}, 1, None)\n"
+        f"    r = ProcessReward({file + ':f'!r}, 1, 300.0)\n"
         "    r([[]], ['a'], gold=[0])\n"
         "    threading.Thread(target=r, args=([[]], ['hang']), kwargs={'gold': [0]},"
         " daemon=True).start()\n"

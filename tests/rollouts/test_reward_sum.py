@@ -5,8 +5,9 @@ asked while others still write; models may be many, and far away.
 import math
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rollouts import reward_sum, rewards
+from gearshift.rollouts import posting, reward_sum
 from gearshift.rollouts.reward_sum import Ensemble, RewardSum, Running
 from gearshift.rollouts.rewards import HttpReward, combine
 from gearshift.serve.score import score_server
@@ -44,6 +45,7 @@ def write(folder: Path, body: str) -> str:
 
 
 EPISODES = [episode(0, "a", 1.0), episode(0, "bb", 2.0), episode(4, "ccc", 3.0)]
+EIGHT = [episode(group, "a", 1.0) for group in range(8)]
 
 
 def test_the_sum_stands_at_the_last_token_that_the_policy_wrote(tmp_path: Path) -> None:
@@ -173,15 +175,77 @@ def test_a_function_that_raises_at_one_group_loses_that_group(tmp_path: Path) ->
     assert resumed(mixed[:2])[0] == [None, None]
     logged = RewardSum([source("environment"), source(f, 0.0)], TINY, tmp_path)
     assert [t and t.reward for t in logged(mixed)[0]] == [1.0, 1.0, 1.0]
+    never = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    assert never([replace(mixed[0], group_id=i) for i in range(7)])[0] == [None] * 7
     with pytest.raises(ConfigError, match="raised SystemExit"):  # it never worked: a bug
-        RewardSum([source("environment"), source(f)], TINY, tmp_path)(mixed[:2])
+        never(mixed[:2])
 
 
 def test_an_error_begun_early_is_told_in_the_end(tmp_path: Path) -> None:
     total = RewardSum([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
-    total.begin(EPISODES[:2])
+    total.begin(EIGHT[:1])
     with pytest.raises(ConfigError, match="f raised ZeroDivisionError"):
-        total(EPISODES)
+        total(EIGHT)
+
+
+HANGS = """
+import asyncio, os, threading, time
+calls = []
+def f(completions, **_):
+    calls.append(completions)
+    os.chdir("/")
+    if "hang" in completions:
+        while True: time.sleep(0.01)
+    return [1.0] * len(completions)
+async def later(completions, **_):
+    calls.append(completions)
+    if "hang" in completions:
+        await asyncio.Event().wait()
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("name", ["f", "later"])
+def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(reward_sum, "LONGEST", 0.5)
+    monkeypatch.chdir(tmp_path)
+    threads = threading.active_count()
+    f = write(tmp_path, HANGS)[:-1] + name
+    total = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    calls = total.functions[0][1].__globals__["calls"]  # type: ignore[attr-defined]
+    texts = ["a", "hang", "a", "hang", "hang", "hang", "a", "a"]
+    episodes = [episode(i, text, 1.0) for i, text in enumerate(texts)]
+    for group in episodes:
+        total.begin([group])
+    assert [t and t.reward for t in total(episodes)[0]] == [2, None, 2, *[None] * 5]
+    assert total.missing[f] == 6 / 8
+    assert total.last_failure == f"the reward function {f} took more than 0.5 s"
+    assert len(calls) == 6  # of the last two it was not asked
+    assert total(episodes[:1])[0] != [None]  # in the next rollout it is
+    assert Path.cwd() == tmp_path
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads + 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == threads + 1
+
+
+def test_an_address_that_takes_its_whole_time_is_not_asked_for_ever(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def wait_for_ever(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(1)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+        handler.wfile.flush()
+        handler.rfile.read(1)  # until the other end is gone
+
+    with serving(wait_for_ever) as url:
+        wanted = RewardSource(source=url, timeout=0.05)
+        total = RewardSum([wanted], TINY, tmp_path)
+        total.functions[0][1].tries = 2  # type: ignore[attr-defined]
+        assert total(EIGHT)[0] == [None] * 8 and len(asked) == 6
+        assert "it has not answered in full after 0.05 s, 2 times" in total.last_failure
 
 
 def test_normalised_rewards_have_mean_0_and_variance_1_over_the_run(tmp_path: Path) -> None:
@@ -279,7 +343,7 @@ def test_a_wrong_key_is_told_and_a_dead_address_is_lost(
 def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(posting.time, "sleep", lambda seconds: None)
     far, near = "http://127.0.0.1:9/score", "gearshift.rollouts.tasks.voice:voice_reward"
     monkeypatch.setattr(reward_sum, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
@@ -305,7 +369,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
 def test_why_an_address_gave_no_reward_is_told(
     code: int, answer: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(posting.time, "sleep", lambda seconds: None)
     with answering(code, answer) as url:
         total = RewardSum([source(url)], TINY, tmp_path)
         assert total(EPISODES[:1])[0] == [None] and not total.state_dict()["worked"]
@@ -319,21 +383,33 @@ def test_a_redirect_is_refused_and_its_place_is_told(tmp_path: Path) -> None:
         answering(308, b"", Location="/score/") as url,
         pytest.raises(ConfigError, match=r"308 .*redirects to /score/; name that address"),
     ):
-        RewardSum([source(url)], TINY, tmp_path)(EPISODES[:1])
+        RewardSum([source(url)], TINY, tmp_path)(EIGHT)
 
 
 @contextmanager
 def answering(code: int, answer: bytes, **headers: str) -> Iterator[str]:
     """The address of a server that says this to everybody."""
 
+    def say(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(answer)
+
+    with serving(say) as url:
+        yield url
+
+
+@contextmanager
+def serving(say: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of a server that answers so, once it has read what it was sent."""
+
     class Says(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(answer))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(answer)
+            with suppress(OSError):  # the other end is gone
+                say(self)
 
         def log_message(self, *_: Any) -> None:
             pass

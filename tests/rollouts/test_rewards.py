@@ -1,14 +1,22 @@
 """Rewards add up as their docstring says, and a faulty function is told by its name."""
 
 import asyncio
+import itertools
+import sys
+import threading
+import time
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts.rewards import combine, load_reward, usable
+from gearshift.rollouts.workers import within
 
 PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
 TEXTS = ["one", "three"]
@@ -78,6 +86,47 @@ def test_tensors_and_flags_are_numbers() -> None:
     assert run((tensors, 1.0), (flags, 1.0))[0] == [1.5, 2.0]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [Decimal("0.5"), Fraction(2, 1)],
+        np.array([0.5, 2], dtype=np.float16),
+        [np.array([0.5]), np.array(2)],
+        torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([[0.5], [2.0]]),
+        (x for x in (0.5, 2)),
+    ],
+)
+def test_numbers_may_be_of_any_type(values: Any) -> None:
+    def culprit(**_: Any) -> Any:
+        return values
+
+    assert run((culprit, 1.0))[0] == [0.5, 2.0]
+
+
+def test_a_function_may_change_its_arguments_and_no_other_sees_it() -> None:
+    def changes(prompts: Any, completions: Any, completion_ids: Any, rows: Any) -> Any:
+        prompts[0][0]["content"] = "changed"
+        completions.clear()
+        completion_ids[0].append(7)
+        rows[1]["gold"] = "changed"
+        rows.reverse()
+        return [0, 0]
+
+    def reads(prompts: Any, completions: Any, completion_ids: Any, rows: Any) -> Any:
+        assert (prompts, completions, completion_ids) == (PROMPTS, TEXTS, [[1], [2]])
+        assert rows == [{"gold": "a"}, lock]
+        return [1, 2]
+
+    lock = threading.Lock()  # has no copies
+    rows: list[Any] = [{"gold": "a"}, {"gold": "b"}]
+    with pytest.raises(ConfigError, match=r"reads raised AssertionError"):
+        run((changes, 1.0), (reads, 1.0), columns={"rows": rows})
+    assert rows == [{"gold": "a"}, {"gold": "b"}] and PROMPTS[0][0]["content"] == "a"
+    rows[1] = lock
+    assert run((reads, 1.0), columns={"rows": rows})[0] == [1, 2]
+
+
 def test_two_functions_of_one_name_are_both_reported() -> None:
     _, parts = run((length, 1.0), (length, 2.0))
     assert list(parts.values()) == [[3.0, 5.0], [3.0, 5.0]]
@@ -91,6 +140,14 @@ def test_two_functions_of_one_name_are_both_reported() -> None:
         (1.0, "returned 1.0"),
         (["1", "2"], "returned '1' as a reward"),
         (torch.zeros(2, 2), "as a reward"),
+        ([1j, 1], "returned 1j as a reward"),
+        (np.array([1 + 1j, 1]), "as a reward"),
+        ({0: 1.0, 1: 2.0}, "returned {0: 1.0, 1: 2.0}; it must return a list"),
+        ({1.0, 2.0}, "it must return a list"),
+        (b"ab", "it must return a list"),
+        (itertools.count(), "returned more than 2 rewards for 2"),
+        (torch.tensor(1.0), "raised TypeError: iteration over a 0-d tensor"),
+        ([{"a": 10**5000}, 1], "returned a dict as a reward"),
     ],
 )
 def test_wrong_answers_name_the_function(answer: Any, said: str) -> None:
@@ -121,6 +178,19 @@ def test_exceptions_name_the_function() -> None:
         yield 1.0
         raise ZeroDivisionError("by zero")
 
+    def closes(**_: Any) -> Any:
+        raise GeneratorExit
+
+    class Odd(float):
+        def item(self) -> Any:
+            sys.exit("no")
+
+    def odd(**_: Any) -> Any:
+        return [Odd(), 1.0]
+
+    for function, said in ((closes, "closes raised GeneratorExit"), (odd, "odd raised SystemExit")):
+        with pytest.raises(ConfigError, match=said):
+            run((function, 1.0))
     with pytest.raises(ConfigError, match="cancelled raised CancelledError;"):
         run((cancelled, 1.0))
     with pytest.raises(ConfigError, match="one_by_one raised ZeroDivisionError: by zero"):
@@ -136,6 +206,29 @@ def test_exceptions_name_the_function() -> None:
         run((later, 1.0))
 
 
+def test_what_looks_like_ctrl_c_is_so_only_in_the_main_thread() -> None:
+    def interrupts(**_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run((interrupts, 1.0))
+    with pytest.raises(ConfigError, match="interrupts raised KeyboardInterrupt"):
+        within(None, lambda: run((interrupts, 1.0)))
+
+
+def test_a_coroutine_that_never_ends_can_be_told_to() -> None:
+    async def never(**_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    threads = threading.active_count()
+    with pytest.raises(TimeoutError):
+        within(0.2, lambda: run((never, 1.0)))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == threads
+
+
 def test_load_reward(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def short(completions, **_):\n    return [-len(c) for c in completions]\n")
@@ -146,12 +239,15 @@ def test_load_reward(tmp_path: Path) -> None:
 def test_load_reward_says_what_is_missing(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0\n")
+    leaves = tmp_path / "leaves.py"
+    leaves.write_text("raise SystemExit\n")
     for spec, said in (
         ("nothing", "not of the form"),
         (f"{tmp_path}/none.py:f", "no reward file"),
         ("no_such_module.at_all:f", "no_such_module"),
         ("gearshift.rollouts.rewards:nothing", "no function `nothing`"),
         (f"{broken}:f", "ZeroDivisionError"),
+        (f"{leaves}:f", "SystemExit"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_reward(spec)
