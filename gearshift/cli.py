@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gearshift import __version__
-from gearshift.errors import ConfigError, DataError, GearshiftError, NotBuiltError
+from gearshift.errors import (
+    ConfigError,
+    DataError,
+    GearshiftError,
+    InterruptedRunError,
+    NotBuiltError,
+)
 from gearshift.runtime.addresses import shown
 from gearshift.runtime.terminal import one_line, printable, say
 
@@ -60,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         arguments.do(arguments)
     except GearshiftError as error:
-        from gearshift.trainers.stage import InterruptedRunError
-
         say(f"gearshift: {one_line(shown(str(error)), 2000)}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
     except BrokenPipeError:

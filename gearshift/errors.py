@@ -41,5 +41,14 @@ class NumericalError(GearshiftError):
     """A loss, a gradient or a reward is not finite."""
 
 
+class InterruptedRunError(GearshiftError):
+    """A signal asked the run to stop; what it had done is kept."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Number of the signal."""
+
+
 class NotBuiltError(GearshiftError):
     """Something the design names that this version does not do yet."""

@@ -43,6 +43,7 @@ from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
+from gearshift.runtime.interrupt import doing
 from gearshift.runtime.lock import locked
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.terminal import say
@@ -134,7 +135,11 @@ class TaskData:
         rows, left = self._load(split), self.unseen(split, trained)
         episodes = getattr(config, split, EPISODES) if left is None else len(left)
         starts = starts_of(split, episodes, left)[: limits.limit]
-        with Progress(len(starts), f"{split} {name}") as progress, engine.generating():
+        with (
+            doing(f"while evaluating {name} on {split}"),
+            Progress(len(starts), f"{split} {name}") as progress,
+            engine.generating(),
+        ):
             result = evaluate(
                 self.collector(engine, split),
                 starts,

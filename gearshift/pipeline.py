@@ -55,6 +55,7 @@ from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory
 from gearshift.runtime.files import write_json, writing
+from gearshift.runtime.interrupt import Interrupt, doing
 from gearshift.runtime.lock import locked
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.report import write_report
@@ -101,21 +102,25 @@ class Run:
         self.seed = recipe.run.seed
         self.task = TaskData(recipe, self.folder / "data")
         self._trained: Trained | None = None
+        self._newest: Stage | None = None
+        """The stage that runs."""
         if recipe.model.threads:
             torch.set_num_threads(recipe.model.threads)
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
         """Run these stages (and what they need of data); returns and writes the summary.
 
-        Raises `FolderInUseError` while another process or thread writes into the folder.
+        Raises `FolderInUseError` while another process or thread writes into the folder, and
+        `InterruptedRunError` after SIGTERM, SIGHUP or Ctrl-C: the same recipe goes on.
         """
-        with locked(self.folder):
+        with Interrupt(), locked(self.folder):
             return self._execute(tuple(stages))
 
-    def _execute(self, wanted: tuple[StageName, ...]) -> dict[str, Any]:
+    def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
         claim(self.folder, self.recipe)
         if self.recipe.task:
-            self.task.prepare()
+            with doing("while preparing the data"):
+                self.task.prepare()
             self._trained = trained_on(self.folder, self.recipe, begun=False)
             self._heldout("base", lambda: self._engine(None))
         work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
@@ -128,7 +133,8 @@ class Run:
         for name in STAGES:
             if name in wanted and getattr(self.recipe, name) is not None:
                 self._stage(name, work[name])
-        return self._summarise()
+        with doing("while writing the report"):
+            return self._summarise()
 
     # Stages
 
@@ -256,9 +262,10 @@ class Run:
         how = f"reinforcement learning ({config.advantage})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
         self._heldout("rl", lambda: engine)
-        gap = self._gap(engine, config.max_new_tokens)
-        if self.recipe.eval.perplexity:
-            self._add_perplexity(start)
+        with doing("while measuring what rl has made"):
+            gap = self._gap(engine, config.max_new_tokens)
+            if self.recipe.eval.perplexity:
+                self._add_perplexity(start)
         failures = sum(trainer.left_out.counts.values())
         return {"steps": config.steps, "failures": failures, "gap": gap}
 
@@ -268,12 +275,21 @@ class Run:
             self.say(f"{name}: done before, kept ({folder})")
             return
         began = time.perf_counter()
-        result = work(folder)
-        write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
+        with Interrupt() as interrupt, doing(f"while preparing {name}"):
+            try:
+                result = work(folder)
+            except BaseException:
+                if self._newest:
+                    interrupt.rest = self._newest.keep()
+                raise
+            finally:
+                self._newest = None
+            write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
         give_back_freed_memory()
 
     def _new_stage(self, name: str, total: int, config: StageConfig) -> Stage:
-        return Stage(name, self.folder / name, total, self.seed, config, self.recipe)
+        self._newest = Stage(name, self.folder / name, total, self.seed, config, self.recipe)
+        return self._newest
 
     # Parts
 
@@ -461,7 +477,7 @@ class Run:
         origin = str(source_of(start or base))
         if Path(origin).is_dir():
             origin = str(Path(origin).resolve())
-        with writing(folder):
+        with writing(folder), doing(f"while saving {folder.name}"):
             save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
 
     def _read(self, *parts: str) -> dict[str, Any]:

@@ -10,12 +10,9 @@ import json
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -122,46 +119,6 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     if kind == "tuple":
         return tuple(unflatten(tensors, item) for item in value)
     return {unflatten(tensors, k): unflatten(tensors, v) for k, v in value}
-
-
-class Interrupt:
-    """While it is open, SIGTERM and SIGINT only set `signal`; a second one acts as it used to.
-
-    A loop that looks at `requested` between steps can so save and leave. Signals belong to the main
-    thread: elsewhere it does nothing.
-    """
-
-    signal: int = 0
-    """Number of the signal that came; 0 for none."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether one came."""
-        return self.signal != 0
-
-    def __enter__(self) -> Interrupt:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def _skeleton(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -60,6 +60,8 @@ class MasterAdamW:
         self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
     ) -> None:
         """Raises `ConfigError` where 8-bit moments are asked for without torchao."""
+        self.begun = 0
+        """Updates that have begun to write, whether or not they came to their end."""
         self.parameters = [p for p in parameters if p.requires_grad]
         self.config = config
         device = "cpu" if config.offload == "always" else self.parameters[0].device
@@ -117,6 +119,7 @@ class MasterAdamW:
                 raise
         self._move(self.device)
         scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
+        self.begun += 1
         for flat in self.flats:
             flat.master.grad = flat.gather(scale)
             self.optimizer.step()  # of this one: the others have no gradient

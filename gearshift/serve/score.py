@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rollouts.posting import is_loopback
-from gearshift.rollouts.rewards import RewardFunction
-from gearshift.runtime.checkpoint import Interrupt
+from gearshift.rollouts.rewards import RewardFunction, is_loopback
+from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.named import in_words
 from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
@@ -68,7 +68,7 @@ class ScoreServer(ThreadingHTTPServer):
         """Answer until SIGTERM, SIGINT or another end comes; then finish the requests in work, for
         a while. Returns the signal.
         """
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, interrupt.patient():
             while not interrupt.requested:
                 self.handle_request()
             self.server_close()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gearshift.runtime.interrupt import held
+
 
 class MovingAverage:
     """a <- decay * a + (1 - decay) * weights after each update, in fp32 on the CPU."""
@@ -29,11 +31,12 @@ class MovingAverage:
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again after."""
         own = [p.detach().clone() for p in self.model.parameters()]
-        self._write(self.average)
-        try:
-            yield
-        finally:
-            self._write(own)
+        with held():  # a signal between the two would leave weights of both
+            self._write(self.average)
+            try:
+                yield
+            finally:
+                self._write(own)
 
     @torch.no_grad()
     def _write(self, weights: list[torch.Tensor]) -> None:

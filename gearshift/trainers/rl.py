@@ -447,8 +447,10 @@ class RLTrainer:
             if self.left_out.hopeless:
                 if self.left_out.learned:  # these rollouts changed nothing, and are run again
                     self.stage.save(step + 1 - self.left_out.barren)
+                self.stage.forget()
                 raise self.left_out.error()
         if not self.left_out.learned:
+            self.stage.forget()
             raise self.left_out.error()
 
     def learn(self, step: int, trajectories: list[Trajectory]) -> tuple[int, dict[str, float]]:

@@ -8,12 +8,13 @@ repeats the run that was cut.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -24,12 +25,16 @@ from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
 from gearshift.runtime.files import writing
+from gearshift.runtime.interrupt import Interrupt, held
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
+from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import one_line
+from gearshift.trainers.ema import MovingAverage
 
 Row = TypeVar("Row")
+_STOPPING = "\ngearshift: stopping after this step; a second signal stops at once.\n"
 
 
 class StageConfig(Config):
@@ -66,20 +71,22 @@ class EpochsConfig(StageConfig):
         return [rows.example_at(i) for i in range(first, end)]
 
 
-class InterruptedRunError(GearshiftError):
-    """The run was asked to stop, and has saved itself."""
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.signal = signal
-        """Number of the signal that asked."""
-
-
 class Stateful(Protocol):
     """Anything that a checkpoint holds."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> Any: ...
+
+
+class _Mark(NamedTuple):
+    """Where a stage was when its last finished step ended."""
+
+    step: int
+    """The step to go on from."""
+    updates: list[int]
+    """How many updates each optimizer had begun: as long as it is so, no weight has changed."""
+    small: dict[str, Any]
+    """The states that change before the weights do: averages, counts."""
 
 
 class Stage:
@@ -115,6 +122,7 @@ class Stage:
         run = folder.resolve().parent.name
         self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", told)
         self._progress: Progress | None = None
+        self._mark: _Mark | None = None
 
     def track(self, **objects: Stateful) -> None:
         """Put these objects' state into every checkpoint."""
@@ -130,26 +138,53 @@ class Stage:
             log.begin(records.get(log.path.name))
         self._trackers.open(start)
         with (
-            checkpoint.Interrupt() as interrupt,
+            Interrupt() as interrupt,
+            interrupt.patient(_STOPPING),
             Progress(self.total, self.name, done=start) as progress,
             closing(self._trackers),
         ):
             self._progress, heap = progress, HeapGuard()
+            self._mark = self._marked(start)
             for step in range(start, self.total):
+                interrupt.where = f"in step {step + 1} of {self.total} ({self.name})"
                 torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
                 self._began = time.perf_counter()
                 yield step
                 heap.look()
+                self._mark = self._marked(step + 1)
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
-                if interrupt.requested or (due and step + 1 < self.total):
-                    self.save(step + 1)
-                if interrupt.requested and step + 1 < self.total:
-                    raise InterruptedRunError(
+                asked = interrupt.requested
+                if asked or (due and step + 1 < self.total):
+                    with interrupt.held():
+                        self.save(step + 1)
+                if asked:
+                    interrupt.stop(
                         f"Stopped after step {step + 1} of {self.total} ({self.name}); "
-                        "everything is saved, "
-                        "and the same command goes on from here.",
-                        interrupt.signal,
+                        "everything is saved, and the same command goes on from here."
                     )
+            interrupt.where = f"after step {self.total} of {self.total} ({self.name})"
+        interrupt.check()
+
+    def keep(self) -> str:
+        """Save the steps that are finished, before an error or a signal ends the stage in the
+        middle of another one or after the last; what it comes to, in words.
+
+        There is nothing to save once an update of the unfinished step has begun. A disk that
+        refuses, or memory that does not suffice, leaves the checkpoint before.
+        """
+        mark = self._mark
+        with suppress(GearshiftError, MemoryError, RuntimeError):
+            if mark and mark.step and mark.updates == self._updates():
+                with held():
+                    self.save(mark.step, mark.small)
+            if newest := checkpoint.latest(self.folder / "checkpoints"):
+                step = int(newest.name.removeprefix("step-"))
+                return f"the same command goes on after step {step} of {self.total}"
+        return f"the same command begins {self.name} anew"
+
+    def forget(self) -> None:
+        """`keep` saves nothing: the steps since the last checkpoint are to be done again."""
+        self._mark = None
 
     def phase(self, name: str) -> Any:
         """Time a phase of the step and show it: `with stage.phase("generate"): ...`"""
@@ -174,13 +209,14 @@ class Stage:
             shown = {k: metrics[k] for k in ("loss", "reward", "kl", "accuracy") if k in metrics}
             self._progress.advance(1, tokens=tokens, **shown)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint to go on from at `step`, unless there is one of then or later."""
+    def save(self, step: int, small: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint to go on from at `step`, unless there is one of then or later.
+        `small`: states that stand in place of what the objects have now.
+        """
         if checkpoint.newest_step(self.folder / "checkpoints") >= step:
             return
-        tensors, skeleton = checkpoint.flatten(
-            {name: thing.state_dict() for name, thing in self._tracked.items()}
-        )
+        states = {name: thing.state_dict() for name, thing in self._tracked.items()}
+        tensors, skeleton = checkpoint.flatten({**states, **(small or {})})
         state = {
             "step": step,
             "total": self.total,
@@ -189,6 +225,19 @@ class Stage:
             "tracked": skeleton,
         }
         checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.config.keep)
+
+    def _marked(self, step: int) -> _Mark:
+        """That the state is now what this step begins with."""
+        large = torch.nn.Module | MasterAdamW | MovingAverage
+        small = {
+            name: copy.deepcopy(thing.state_dict())
+            for name, thing in self._tracked.items()
+            if not isinstance(thing, large)
+        }
+        return _Mark(step, self._updates(), small)
+
+    def _updates(self) -> list[int]:
+        return [t.begun for t in self._tracked.values() if isinstance(t, MasterAdamW)]
 
     @property
     def _logs(self) -> tuple[MetricsLog, MetricsLog]:

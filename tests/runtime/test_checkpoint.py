@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from gearshift.errors import CheckpointError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.checkpoint import (
-    Interrupt,
     flatten,
     latest,
     load,
@@ -254,46 +252,6 @@ def test_a_resumed_training_is_the_one_that_went_on(tmp_path: Path) -> None:
     train(*run)
     train(*resumed)
     assert same([t.state_dict() for t in run[:3]], [t.state_dict() for t in resumed[:3]])
-
-
-def test_the_first_signal_asks_and_the_second_acts() -> None:
-    caught: list[int] = []
-    before = {
-        n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        with Interrupt() as interrupt:
-            assert not interrupt.requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interrupt.requested and not caught
-            os.kill(os.getpid(), signal.SIGINT)
-            assert caught == [signal.SIGINT]
-        with Interrupt() as again:
-            assert not again.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == [signal.SIGINT, signal.SIGTERM] and not again.requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_interrupt_leaves_other_threads_alone() -> None:
-    failures: list[BaseException] = []
-    handlers: list[Any] = []
-
-    def work() -> None:
-        try:
-            with Interrupt() as interrupt:
-                handlers.append(signal.getsignal(signal.SIGTERM))
-                assert not interrupt.requested
-        except BaseException as error:
-            failures.append(error)
-
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not failures and handlers == [before]
 
 
 def test_a_checkpoint_moved_behind_a_link_is_found_and_kept(tmp_path: Path) -> None:

@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.errors import CheckpointError, StorageError
+from gearshift.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    NumericalError,
+    StorageError,
+)
 from gearshift.models.tiny import tiny_model
 from gearshift.runtime import checkpoint, metrics
 from gearshift.runtime.config import Config, Neutral
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.rl import RLTrainer
-from gearshift.trainers.stage import InterruptedRunError, Stage, StageConfig
+from gearshift.trainers.stage import Stage, StageConfig
 from tests.trainers.rl_runs import small, trainer
 
 
@@ -133,6 +138,81 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     other.stage.track(model=other.engine.model)
     with pytest.raises(CheckpointError, match="another configuration"):
         other.train()
+
+
+class CutError(Exception):
+    """Whatever ends a run in the middle of a step."""
+
+
+def cut_at(run: RLTrainer, step: int, place: str) -> None:
+    """End this step in the middle: before its rewards, before its first update, within one."""
+    if place == "rollout":
+        collect = run.collector.collect
+
+        def collected(starts: Any, *args: Any, **kwargs: Any) -> Any:
+            if starts[0].group_id == step * run.config.prompts:
+                raise CutError
+            return collect(starts, *args, **kwargs)
+
+        run.collector.collect = collected  # type: ignore[method-assign]
+        return
+    if place == "loss":
+        update = run.update
+
+        def updated(batch: Any, at: int) -> Any:
+            if at == step:
+                raise NumericalError("the loss is nan")
+            return update(batch, at)
+
+        run.update = updated  # type: ignore[method-assign]
+        return
+    scatter = run.optimizers[0].flats[-1].scatter
+
+    def scattered() -> None:
+        scatter()
+        if run.optimizers[0].begun == step * 2 + 1:  # two updates a step
+            raise CutError
+
+    run.optimizers[0].flats[-1].scatter = scattered  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"), [("rollout", 3), ("loss", 3), ("update", 2)], ids=lambda v: str(v)
+)
+def test_what_ends_a_step_in_the_middle_loses_no_finished_one(
+    tmp_path: Path, place: str, kept: int
+) -> None:
+    """Unless weights of the unfinished one are written: then the checkpoint before stands."""
+    config = small(
+        steps=5, save_every=2, advantage="moving_average", minibatches=2, kl={"beta": 0},
+    )  # fmt: skip
+    straight = trainer(config, tmp_path / "straight")
+    straight.train()
+    run = trainer(config, tmp_path / "cut")
+    cut_at(run, 3, place)
+    with pytest.raises((CutError, NumericalError)):
+        run.train()
+    assert run.stage.keep() == f"the same command goes on after step {kept} of 5"
+    resumed = trainer(config, tmp_path / "cut")
+    resumed.train()
+    assert fingerprint(resumed) == fingerprint(straight)
+
+
+def test_what_ends_a_stage_after_its_last_step_loses_none(tmp_path: Path) -> None:
+    run = trainer(small(steps=2), tmp_path)
+    run.train()
+    assert run.stage.keep() == "the same command goes on after step 2 of 2"
+    resumed = trainer(small(steps=2), tmp_path)
+    resumed.train()
+    assert fingerprint(resumed) == fingerprint(run)
+
+
+def test_a_signal_in_the_last_step_ends_the_stage(tmp_path: Path) -> None:
+    run = trainer(small(steps=2), tmp_path)
+    stop_after(run, 1)
+    with pytest.raises(InterruptedRunError, match=r"after step 2 of 2 .* everything is saved"):
+        run.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
 class Another(Config):

@@ -1,0 +1,171 @@
+"""Signals that ask a run to stop: the first at the next safe point, the second at once, the third
+kills. It knows nothing of what a run is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from gearshift.errors import InterruptedRunError
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread, wherever it is; `Interrupt` makes an `InterruptedRunError` of it.
+
+    It is no `Exception`, so that code which passes over errors does not pass over it.
+    """
+
+
+class Interrupt:
+    """While it is open, a signal ends what runs inside: at once, or after a step (`patient`).
+
+    One that is opened inside another is the other. Signals belong to the main thread: elsewhere it
+    does nothing. A signal that was ignored before, as SIGHUP is under nohup, stays ignored.
+    """
+
+    signal: int = 0
+    """Number of the first signal that came; 0 for none."""
+    where: str = "at once"
+    """What is done now, in words that follow `Stopped`."""
+    rest: str = "the same command goes on from there"
+    """What becomes of it."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._patient, self._says, self._held, self._raised = False, "", 0, False
+
+    @property
+    def requested(self) -> bool:
+        """Whether one came."""
+        return self.signal != 0
+
+    def __enter__(self) -> Interrupt:
+        global _open
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if _open is not None:
+            return _open
+        _open, self._process = self, os.getpid()
+        for number in SIGNALS:
+            # None is a handler that was not set from Python, and could not be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Raises `InterruptedRunError` for a signal that ended what ran inside."""
+        global _open
+        if _open is not self:
+            return
+        _open = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.requested and _comes_of_a_signal(error):
+            raise InterruptedRunError(f"Stopped {self.where}; {self.rest}.", self.signal) from None
+
+    @contextmanager
+    def patient(self, says: str = "") -> Iterator[None]:
+        """Inside, the first signal only sets `signal`, for a loop that looks at it between its
+        steps, and `says` so; the second raises.
+        """
+        self._patient, self._says = True, says
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no signal raises: what would be broken in the middle comes to its end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if not self._patient:
+            self.check()
+
+    def stop(self, message: str) -> NoReturn:
+        """End here, as a signal has asked."""
+        self._raised = True
+        raise InterruptedRunError(message, self.signal)
+
+    def check(self) -> None:
+        """End here, if a signal has asked and nothing has looked at it."""
+        if self.requested and not self._raised and not self._held and self is _open:
+            self._raised = True
+            raise Stopped
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child ends as if there were no handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        again = self.requested
+        if again and number == getattr(signal, "SIGHUP", 0):
+            return  # a terminal that closes sends two
+        self.signal = self.signal or number
+        if again:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
+        if self._held or self._raised:
+            return
+        if self._patient and not again:
+            with suppress(AttributeError, OSError, ValueError):  # `print` may be at work just now
+                os.write(sys.__stderr__.fileno(), self._says.encode())  # type: ignore[union-attr]
+            return
+        self._raised = True
+        raise Stopped
+
+
+_open: Interrupt | None = None
+"""The one that is open in this process."""
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """For the message of a signal that comes inside: `doing("while saving sft")`."""
+    if _open is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupt, before = _open, _open.where
+    interrupt.where = what
+    yield
+    interrupt.where = before  # not after an exception: its message tells where
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """`Interrupt.held` of the one that is open, if there is one."""
+    if _open is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _open.held():
+        yield
+
+
+def _comes_of_a_signal(error: BaseException | None) -> bool:
+    """Whether an error is `Stopped`, or was raised over it by code in between."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Stopped):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
