@@ -145,9 +145,12 @@ def test_a_forked_child_ends_as_if_there_were_no_handler() -> None:
         "import os, signal, sys, time\n"
         "from gearshift.runtime.interrupt import Interrupt\n"
         "with Interrupt():\n"
+        "    begun, tell = os.pipe()\n"
         "    child = os.fork()\n"
         "    if not child:\n"
+        "        os.write(tell, b'.')\n"
         "        time.sleep(60)\n"
+        "    os.read(begun, 1)\n"
         "    os.kill(child, signal.SIGTERM)\n"
         "    print(os.waitpid(child, 0)[1])\n"
     )
