@@ -21,6 +21,7 @@ from gearshift.data.template import (
     special_tokens,
     squeezed,
     text_of,
+    texts_ahead,
     with_reasoning,
 )
 from gearshift.errors import DataError
@@ -31,6 +32,25 @@ Span = tuple[int, int]
 
 class UntoldAnswerError(DataError):
     """The template does not let an answer be told from what stands before it."""
+
+
+def answer_ahead(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    options: Options | None,
+) -> None:
+    """Have what `written_answer` needs of these conversations made at once."""
+    probe = {"role": "assistant", "content": PROBE}
+    needed = [
+        pair
+        for messages in conversations
+        for pair in (
+            (messages[:-1], True),
+            (messages, False),
+            ([*messages[:-1], probe], False),
+        )
+    ]
+    texts_ahead(tokenizer, needed, options)
 
 
 def written_answer(
@@ -119,11 +139,25 @@ def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
         return len(whole) - len(tail) + (first.end() if first else len(tail))
     # After a tool call it may be another one: the same if it is among those at the end, or the
     # first of them.
-    run = re.search(rf"(?:\s|{special})*\Z", whole)
-    assert run
+    run = _trailing(whole, special)
     same = re.compile(re.escape(first.group()) if first else "(?!)")
-    found = same.search(whole, run.start()) or re.compile(special).search(whole, run.start())
+    found = same.search(whole, run) or re.compile(special).search(whole, run)
     return found.end() if found else len(whole)
+
+
+def _trailing(text: str, special: str) -> int:
+    """Where the white space and the special tokens begin that a text ends with.
+
+    One pass: a pattern for all of it would begin anew at each space inside a long run of them.
+    """
+    start = len(text)
+    for token in [*reversed(list(re.finditer(special, text))), None]:
+        while start and text[start - 1].isspace():
+            start -= 1
+        if token is None or token.end() < start:
+            break
+        start = min(start, token.start())
+    return start
 
 
 def answer_span(

@@ -8,6 +8,7 @@ write, its end token included.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gearshift.data.answers import (
     Span,
     UntoldAnswerError,
+    answer_ahead,
     answer_span,
     closing_of,
     written_answer,
@@ -29,8 +31,9 @@ from gearshift.data.template import (
     special_tokens,
     text_of,
 )
-from gearshift.data.text import decode
+from gearshift.data.text import decode, whole_characters
 from gearshift.errors import DataError
+from gearshift.runtime.chat_renderer import EndlessTemplateError
 from gearshift.types import Message
 
 Rendered = tuple[list[int], list[int]]
@@ -84,19 +87,19 @@ def render_conversation(
     Raises `DataError` if an answer cannot be told, or the template leaves out some of the words.
     """
     check_said(tokenizer, messages, options)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in untrained]
+    answer_ahead(tokenizer, [messages[: i + 1] for i in answers], options)
     whole = text_of(tokenizer, messages, options)
     spans: list[Span] = []
     alone: list[Rendered] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i in untrained:
-            continue
+    for i in answers:
         try:
             before, answer = written_answer(tokenizer, messages[: i + 1], options)
         except UntoldAnswerError:
             if not has_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
-        _check_end(tokenizer, answer, message)
+        _check_end(tokenizer, answer, messages[i])
         span = answer_span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
             prompt, written = _continued(tokenizer, before, answer)
@@ -110,7 +113,7 @@ def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
     """(token ids, mask) of a plain text and the end token; everything is trained but the first
     token, a BOS where the tokenizer puts one: nothing predicts it.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(whole_characters(text), add_special_tokens=False)
     bos = _bos(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [*(bos if ids[:1] != bos else []), *ids, *end]
@@ -141,6 +144,7 @@ def completion_texts(
     Raises `DataError`.
     """
     check_said(tokenizer, answered, options)
+    answer_ahead(tokenizer, [answered], options)
     return written_answer(tokenizer, answered, options)
 
 
@@ -188,6 +192,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     for answer in ({"role": "assistant", "content": PROBE}, _calling("tool")):
         try:
             _, text = written_answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
+        except EndlessTemplateError:
+            break
         except DataError:
             continue
         if end := re.search(f"{special_tokens(tokenizer)}$", text):
@@ -255,12 +261,27 @@ def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
         return ids, [int(any(a < end and start < b for start, end in spans)) for a, b in parts]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, mask = _once_bos(tokenizer, encoded["input_ids"]), []
+    firsts, lasts = _apart(spans)
     before = 0
     for start, end in encoded["offset_mapping"]:
         # Some tokenizers leave white space out of a token's offsets.
         start, before = min(start, before), end
-        mask.append(int(any(start < last and first < end for first, last in spans)))
+        span = bisect_right(lasts, start)  # the first that does not end before the token
+        mask.append(int(span < len(firsts) and firsts[span] < end))
     return ids, mask
+
+
+def _apart(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """Where the spans begin and end, in order; those that overlap are one."""
+    firsts: list[int] = []
+    lasts: list[int] = []
+    for first, last in sorted(spans):
+        if lasts and first < lasts[-1]:
+            lasts[-1] = max(last, lasts[-1])
+        else:
+            firsts.append(first)
+            lasts.append(last)
+    return firsts, lasts
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

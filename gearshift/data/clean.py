@@ -17,9 +17,9 @@ from pydantic import Field
 from gearshift.data.formats import SourceRow
 from gearshift.data.given import COLUMNS, lacks_words, with_lists
 from gearshift.data.messages import ROLES
+from gearshift.data.text import whole_characters
 from gearshift.runtime.config import Config
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
 # Only what is mojibake for certain is rewritten: an entity, an escape, a ligature, a curly or a
 # full-width character, a zero-width one and a decomposed letter are all right somewhere.
@@ -138,7 +138,7 @@ def _mend_text(text: str, config: CleanConfig) -> str:
         if text.count("\r\n") == text.count("\n"):
             text = text.replace("\r\n", "\n")
         text = _BLANK_LINES.sub("", text.rstrip())
-    return _HALF_PAIR.sub("\ufffd", text)  # no tokenizer takes half of a character
+    return whole_characters(text)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import completion_texts, render_completion, render_prompt
 from gearshift.data.template import Options, special_tokens, text_of
+from gearshift.data.text import whole_characters
 from gearshift.types import Message
 
 _MARK = "\ue000{}\ue001"
@@ -59,6 +60,7 @@ def spells(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def letters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that has no special tokens, whatever it spells."""
+    text = whole_characters(text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 

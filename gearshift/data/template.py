@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.messages import read_calls
+from gearshift.data.text import whole_characters
 from gearshift.errors import DataError
 from gearshift.runtime.chat_arguments import bound_arguments, reads, template_source
+from gearshift.runtime.chat_renderer import EndlessTemplateError, Rendering, renderer
+from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 
 Options = Mapping[str, Any]
@@ -25,6 +28,11 @@ MARK = "Qzmark"
 """The same, for another text beside it."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys under which templates read an answer's reasoning; rows are read into the first."""
+_TAKEN = {
+    "messages", "add_generation_prompt", "chat_template", "conversations",
+    "return_assistant_tokens_mask", "continue_final_message",
+}  # fmt: skip
+"""Arguments of a rendering that are no row's and no recipe's."""
 
 
 def text_of(
@@ -42,14 +50,14 @@ def text_of(
     written = [str(f["arguments"]) for f in functions if isinstance(f.get("arguments"), dict)]
     written = [value for value in written if value != "{}"]
     try:
-        text = _apply(tokenizer, given, options, asks)
+        text, _ = _rendered(tokenizer, given, options, asks)
         if not any(value in text for value in written):
             return text
     except DataError:
         if not written:
             raise
     # This template takes a call's arguments as JSON in a text, not as what JSON means.
-    return _apply(tokenizer, [_with_json(message) for message in given], options, asks)
+    return _rendered(tokenizer, [_with_json(message) for message in given], options, asks)[0]
 
 
 def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -61,10 +69,16 @@ def marked(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
 ) -> tuple[list[int], list[int]]:
     """(token ids, mask) by these marks."""
-    given = _as_read(tokenizer, messages)
-    how = {"return_dict": True, "return_assistant_tokens_mask": True}
-    out = _rendered(tokenizer, given, options, **how)
-    return list(out["input_ids"]), list(out["assistant_masks"])
+    text, spans = _rendered(tokenizer, _as_read(tokenizer, messages), options, marks=True)
+    encoded = tokenizer(text, add_special_tokens=False)
+    ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
+    for start, end in spans:
+        first, last = encoded.char_to_token(start), encoded.char_to_token(end - 1)
+        if first is None:
+            break
+        for i in range(first, last + 1 if last else len(ids)):
+            mask[i] = 1
+    return ids, mask
 
 
 def check_said(
@@ -128,6 +142,8 @@ def _unsaid(tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: st
             thought = message.get(REASONING[0]) if _reasoning_keys(tokenizer) else None
             if thought and thought not in _all_texts(tokenizer, messages[: i + 1], options):
                 return f"`{REASONING[0]}` {of}"
+    except EndlessTemplateError:
+        raise
     except DataError:  # it refuses marks; what it makes of the texts themselves will be seen
         return None
     return None
@@ -157,33 +173,59 @@ def left_out(what: str) -> str:
     )
 
 
-def _apply(
+def texts_ahead(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
+    conversations: Iterable[tuple[Sequence[Message], bool]],
     options: Options | None,
-    asks: bool,
-) -> str:
-    return str(_rendered(tokenizer, messages, options, add_generation_prompt=asks, tokenize=False))
+) -> None:
+    """Have the texts of what `text_of` will be asked for, (messages, asks) each, made at once."""
+    requests = [
+        _request(tokenizer, _as_read(tokenizer, messages), options, asks)
+        for messages, asks in conversations
+        if messages
+    ]
+    if requests:
+        renderer.ahead(requests[0][0], [request[1:] for request in requests])
 
 
 def _rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     options: Options | None,
-    **how: bool,
-) -> Any:
+    asks: bool = False,
+    marks: bool = False,
+) -> Rendering:
+    """The template's text, and where its marks stand, as `apply_chat_template` renders it."""
+    source, said, arguments = _request(tokenizer, messages, options, asks)
+    text, spans = renderer.render(tokenizer.name_or_path, source, said, arguments, marks)
+    return whole_characters(text), spans
+
+
+def _request(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Options | None,
+    asks: bool,
+) -> tuple[str, list[Message], dict[str, Any]]:
+    """(the template, the messages, its other arguments)."""
     if not tokenizer.chat_template:
         raise DataError(
             "The tokenizer has no chat template; set tokenizer.chat_template and save it, "
             "or use `text` rows."
         )
     options = options or {}
-    arguments = {**bound_arguments(tokenizer, options.get("tools")), **options}
+    bound = bound_arguments(tokenizer, options.get("tools"))
     try:
-        return tokenizer.apply_chat_template(list(messages), **how, **arguments)
-    except Exception as error:  # a template's own raise_exception, or one that wants other fields
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"The chat template refuses this conversation: {reason}.") from error
+        source = bound.pop("chat_template", None) or tokenizer.get_chat_template(
+            None, options.get("tools")
+        )
+    except ValueError as error:  # several templates, and none for this
+        raise DataError(one_line(str(error))) from None
+    given = {**bound, **options}
+    if taken := given.keys() & _TAKEN:
+        raise DataError(f"the template has its own `{min(taken)}`; take it out of the arguments.")
+    said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    return source, said, {**tokenizer.special_tokens_map, **given, "add_generation_prompt": asks}
 
 
 def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:

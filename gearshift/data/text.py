@@ -7,10 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Clean-up takes the space out of " .", " ' ", " n't" and the like. No other letters than these can
 # be the beginning of such a pattern.
 _OPEN = " 'nvr"
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
+    return _HALF_PAIR.sub("\ufffd", text)
 
 
 def decode(

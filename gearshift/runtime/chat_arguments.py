@@ -13,7 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, ModelError
+from gearshift.runtime.chat_renderer import renderer
+from gearshift.runtime.terminal import one_line
 
 _ATTRIBUTE = "chat_arguments"
 _DIRECTIVES = (*"aAbBcdDeFgGhHIjmMpRSTuUVwWxXyY", "-d", "-m", "-H", "-I", "-M", "-S", "-j")
@@ -25,6 +27,8 @@ def bind_arguments(
     """Let each rendering have these arguments, and take `today` (None: the day it is now) for the
     date. Raises `ConfigError` for an argument that the template does not read.
     """
+    if tokenizer.chat_template:
+        renderer.start()
     for name in arguments:
         if not reads(tokenizer, name):
             raise ConfigError(
@@ -70,5 +74,11 @@ def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template as it is written; all of them, where there are several by name."""
-    template = tokenizer.chat_template
-    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+    template = tokenizer.chat_template or ""
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(isinstance(each, str) for each in templates):
+        raise ModelError(
+            f"The chat template of {one_line(tokenizer.name_or_path, 100)} is no text; mend its "
+            "tokenizer_config.json, or take another model."
+        )
+    return "\n".join(templates)

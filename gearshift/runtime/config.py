@@ -22,7 +22,8 @@ from pydantic_core import ErrorDetails, PydanticUndefined, to_jsonable_python
 
 from gearshift.errors import ConfigError
 from gearshift.runtime.addresses import check_no_secret
-from gearshift.runtime.written import fit, read_tree, read_word, write_tree
+from gearshift.runtime.terminal import one_line
+from gearshift.runtime.written import DEEPEST, fit, read_tree, read_word, write_tree
 
 C = TypeVar("C", bound="Config")
 T = TypeVar("T")
@@ -34,6 +35,10 @@ Neutral = Annotated[T, _NEUTRAL]
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("a path has at least one character, and none of them is null.")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("a path has no half of a character.") from None
     return os.path.expanduser(text)
 
 
@@ -79,8 +84,6 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
         where = f"{path}: " if path else ""
         errors = error.errors(include_url=False)
         raise ConfigError(where + _explain(cls, tree, errors)) from None
-    except RecursionError:
-        raise ConfigError(f"{path} holds a section inside itself; write it out.") from None
 
 
 def dump(config: Config) -> str:
@@ -140,6 +143,8 @@ def _check_no_secret(value: Any, key: str = "") -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in the file; an empty file is an empty mapping."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file; name the YAML file itself.")
     if not path.is_file():
         names = [f.name for f in path.parent.glob("*") if f.is_file()]
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
@@ -155,23 +160,24 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Write one `key.sub=value` into the tree, making the sections on its way."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"The override `{override}` is not of the form key.sub=value.")
+    shown = one_line(override, 100)
+    if not equals or not all(parts) or len(parts) > DEEPEST:
+        raise ConfigError(f"The override `{shown}` is not of the form key.sub=value.")
     value = read_word(override, text)
     node: Any = tree
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
         slot: Any = part
         if isinstance(node, list):
-            slot = int(part) if part.isdecimal() else len(node)
+            slot = int(part) if part.isdecimal() and len(part) < 10 else len(node)
             if slot >= len(node):
                 raise ConfigError(
-                    f"The override `{override}`: the list `{here}` has {len(node)} entries,"
-                    f" counted from 0, and no `{part}`."
+                    f"The override `{shown}`: the list `{here}` has {len(node)} entries,"
+                    f" counted from 0, and no `{one_line(part, 40)}`."
                 )
         elif not isinstance(node, dict):
             raise ConfigError(
-                f"The override `{override}`: `{here}` is {_short(node)}, which has no keys inside."
+                f"The override `{shown}`: `{here}` is {_short(node)}, which has no keys inside."
             )
         if depth == len(parts) - 1:
             node[slot] = value
@@ -189,16 +195,17 @@ def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetai
     key, same = next(iter(by_key.items()))
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     kind = same[0]["type"]
+    shown = one_line(key, 100)
     if kind == "extra_forbidden":
-        return f"unknown key `{key}`; {_nearest(cls, tree, key)}{more}"
+        return f"unknown key `{shown}`; {_nearest(cls, tree, key)}{more}"
     if kind == "missing":
-        return f"`{key}` is missing; it has no default.{more}"
+        return f"`{shown}` is missing; it has no default.{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _tag_problem(cls, key, same[0])
     wanted = " or ".join(dict.fromkeys(_wanted(e) for e in same))
     if kind == "value_error":
-        return f"`{key}`: {wanted}{more}" if key else f"{wanted}{more}"
-    return f"`{key}` is {_short(same[0]['input'])}; it should be {wanted}.{more}"
+        return f"`{shown}`: {wanted}{more}" if key else f"{wanted}{more}"
+    return f"`{shown}` is {_short(same[0]['input'])}; it should be {wanted}.{more}"
 
 
 def _tag_problem(cls: type[BaseModel], key: str, error: ErrorDetails) -> str:

@@ -9,12 +9,16 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import yaml
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.terminal import one_line
 
+LARGEST = 1 << 20
+"""Bytes of a recipe; those that ship have a few thousand."""
+DEEPEST, MOST_VALUES, LONGEST_NUMBER = 50, 20_000, 400
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -66,14 +70,39 @@ def _kinds(annotation: Any) -> typing.Iterator[Any]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars, and those of 1.1 that mean nothing else in it (`yes`, `1_000`)."""
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._values = 0
+        self._sizes: dict[int, int] = {}
+        """Of the nodes that are complete: the values inside, each alias written out."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuses what has no end once its aliases are written out, or as good as none."""
+        event = self.peek_event()
+        before = self._values
+        self._depth += 1
+        if self._depth > DEEPEST:
+            _refuse(f"it is nested more than {DEEPEST} deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                _refuse(f"`{one_line(str(event.anchor), 40)}` stands inside itself", event)
+            self._values += self._sizes[id(node)]
+        else:
+            self._values += 1
+            self._sizes[id(node)] = self._values - before
+        if self._values > MOST_VALUES:
+            _refuse(f"it holds more than {MOST_VALUES:,} values", event)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Keys are text; one that is given twice is an error."""
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                problem = f"the key `{name}` is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                _refuse(f"the key `{one_line(name, 60)}` is given twice", key)
             seen.add(name)
         self.flatten_mapping(node)
         for key, _ in node.value:
@@ -82,9 +111,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _refuse(problem: str, at: Any) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
+
+
 def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
     text = node.value
     kind = node.tag.removeprefix(_TAG)
+    if len(text) > LONGEST_NUMBER:
+        _refuse(f"a number has {len(text):,} characters", node)
     try:
         if kind == "bool":
             return Written({"yes": True, "on": True, "true": True}.get(text.lower(), False), text)
@@ -93,8 +128,7 @@ def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
             return Written(int(plain, 0 if re.match("[-+]?0[xob]", plain) else 10), text)
         return Written(float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", "")), text)
     except ValueError:
-        problem = f"`{text[:40]}` is not of the kind {kind}"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        _refuse(f"`{one_line(text, 40)}` is not of the kind {kind}", node)
 
 
 _SCALARS = {
@@ -129,15 +163,25 @@ def write_tree(tree: Any) -> str:
     return text
 
 
+# PyYAML itself meets what a tag such as `!!timestamp` does not fit with the last two.
+_BROKEN = (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError)
+
+
 def read_tree(path: Path) -> Any:
     """What the YAML file holds. Raises `ConfigError` with the line where it cannot be read."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ConfigError(
+                f"{path} has more than {LARGEST:,} bytes; a recipe has a few thousand."
+            )
+        return yaml.load(content.decode("utf-8"), _Loader)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check its rights.") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except _BROKEN as error:
         raise ConfigError(f"{path} is not valid YAML: {_problem(error)}.") from None
 
 
@@ -153,18 +197,20 @@ def read_word(override: str, text: str) -> Any:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         known = tag.removeprefix(_TAG) in ("null", "bool", "int", "float")
         return loader.construct_object(yaml.ScalarNode(tag, text)) if known else text
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except _BROKEN as error:
         raise ConfigError(
-            f"The value of the override `{override}` is not valid YAML ({_problem(error)}); "
-            "quote it."
+            f"The value of the override `{one_line(override, 100)}` is not valid YAML "
+            f"({_problem(error)}); quote it."
         ) from None
 
 
 def _problem(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, AttributeError | TypeError):
+        return "a tag does not fit its value"
     if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
+        return one_line(str(error))
     mark = error.problem_mark or error.context_mark
     where = f"line {mark.line + 1}: " if mark else ""
-    return where + (error.problem or error.context or "it cannot be read")
+    return where + one_line(error.problem or error.context or "it cannot be read")

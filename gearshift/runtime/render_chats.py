@@ -1,0 +1,76 @@
+"""The program in which chat templates are rendered: requests come in, texts go out, until the input
+ends. A rendering that takes too long ends the program; one that takes too much memory is told.
+
+A template comes with a model from strangers. This file is a program of its own and imports nothing
+of gearshift; `chat_renderer` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def main(seconds: float, memory: int) -> None:
+    """Answer what comes: 8 bytes of length and JSON, both ways. `seconds` of processor time and
+    `memory` bytes are what each rendering may use.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):  # macOS has neither the file nor the limit
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    templates: dict[int, str] = {}
+    asks, answers = sys.stdin.buffer, sys.stdout.buffer
+    while head := asks.read(8):
+        requests = json.loads(asks.read(int.from_bytes(head)))
+        told = b"[" + b",".join(_timed(r, templates, seconds) for r in requests) + b"]"
+        answers.write(len(told).to_bytes(8) + told)
+        answers.flush()
+
+
+def _timed(request: list[Any], templates: dict[int, str], seconds: float) -> bytes:
+    """The timer's signal ends the program, also in the middle of a call into C."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    answer = _answer(request, templates)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return answer
+
+
+def _answer(request: list[Any], templates: dict[int, str]) -> bytes:
+    try:
+        number, source, most, messages, arguments, marks = request
+        if source is not None:
+            templates[number] = source
+        [text], spans = render_jinja_template(
+            [messages],
+            chat_template=templates[number],
+            return_assistant_tokens_mask=marks,
+            **arguments,
+        )
+        if len(text) > most:
+            return b'["long"]'
+        return json.dumps(["text", text, spans[0] if marks else []]).encode()
+    except MemoryError:
+        return b'["memory"]'
+    except Exception as error:
+        return json.dumps(["refused", _words(error)]).encode()
+
+
+def _words(error: Exception) -> Any:
+    """What the template says, which may be anything."""
+    try:
+        words = str(error)[:2000]
+    except Exception:
+        words = ""
+    return words or type(error).__name__
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
