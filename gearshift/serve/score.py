@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rollouts.posting import is_loopback
-from gearshift.rollouts.rewards import RewardFunction, is_loopback
+from gearshift.rollouts.rewards import RewardFunction
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.named import in_words
 from gearshift.runtime.terminal import one_line
