@@ -39,6 +39,8 @@ unless the function has weight 0.
 """
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 """What every reward function gets besides the columns of the data."""
+MOST_ROWS = 1024
+"""Completions of one request to an address; more are sent in parts."""
 LARGEST = 1e18
 """A greater reward counts as one that is not finite: its square overflows in fp32."""
 
@@ -99,14 +101,26 @@ class HttpReward:
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
+        if len(completions) <= MOST_ROWS:
+            return self._ask(body)
+        rewards: list[float | None] = []
+        for at in range(0, len(completions), MOST_ROWS):
+            part = {name: column and column[at : at + MOST_ROWS] for name, column in body.items()}
+            told = self._ask(part)
+            if len(told) != len(part["completions"]):
+                return told  # which is told by its number
+            rewards += told
+        return rewards
+
+    def _ask(self, body: dict[str, Any]) -> Rewards:
         try:
             return post(self.address, body, _rewards, self.timeout, self.tries)
         except NoAnswerError as error:
             self.last_failure = str(error)
-            return [LOST] * len(completions)
+            return [LOST] * len(body["completions"])
 
 
-def _rewards(answer: Any) -> Rewards:
+def _rewards(answer: Any) -> list[float | None]:
     """What a server says of each; where it names places that it could not score, these are lost."""
     lost = answer.get("lost") or ()
     return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]

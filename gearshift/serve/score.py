@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rollouts.posting import is_loopback
-from gearshift.rollouts.rewards import RewardFunction
+from gearshift.rollouts.rewards import MOST_ROWS, RewardFunction
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.named import in_words
 from gearshift.runtime.terminal import one_line
@@ -31,8 +31,6 @@ from gearshift.types import Message
 
 MAX_BYTES = 16 << 20
 """Longest body of a request."""
-MAX_ROWS = 1 << 10
-"""Completions in it."""
 MAX_MESSAGES = 1 << 14
 """Messages of all its prompts together."""
 CONNECTIONS = 256
@@ -370,8 +368,8 @@ def _samples(body: Any) -> dict[str, Any]:
         if not isinstance(value, list) or not value:
             raise _RefusedError(400, f"{name} must be a list, and not empty")
     assert isinstance(prompts, list) and isinstance(completions, list)
-    if len(completions) > MAX_ROWS:
-        raise _RefusedError(413, f"more than {MAX_ROWS} completions; send them in parts")
+    if len(completions) > MOST_ROWS:
+        raise _RefusedError(413, f"more than {MOST_ROWS} completions; send them in parts")
     if len(prompts) != len(completions):
         raise _RefusedError(400, f"{len(prompts)} prompts and {len(completions)} completions")
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

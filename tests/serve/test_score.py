@@ -247,6 +247,16 @@ def test_no_client_holds_up_another(monkeypatch: pytest.MonkeyPatch) -> None:
         server.server_close()
 
 
+def test_a_large_group_is_sent_in_parts(
+    server: ScoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GEARSHIFT_REWARD_KEY", raising=False)
+    far = HttpReward(f"http://127.0.0.1:{server.server_address[1]}/score")
+    texts = ["a" * (i % 7) for i in range(2 * 1024 + 3)]
+    prompts, ended = GOOD["prompts"] * len(texts), [True] * len(texts)
+    assert far(prompts, texts, None, ended=ended, gold=None) == [float(len(t)) for t in texts]
+
+
 def test_a_byte_now_and_then_is_no_request(server: ScoreServer) -> None:
     """Within each pause that is allowed, and too slow in all: in the head, and in the body."""
     head = request(BODY).removesuffix(BODY)
