@@ -45,6 +45,7 @@ from gearshift.models.adapters import (
 from gearshift.models.attention import ATTENTION, NO_INTERFACE
 from gearshift.models.embedded import EMBEDDED, EMBEDDED_FOLDER, source_of
 from gearshift.models.saved import (
+    check_experts,
     check_finite,
     check_layers,
     check_loaded,
@@ -355,12 +356,17 @@ def _model(
         with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
             skeleton = auto.from_config(settings, trust_remote_code=config.trust_remote_code)
         check_size(folder, weights, skeleton)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, told = _from_pretrained(
-            auto, name, config, config=settings, dtype=dtype, attn_implementation=attention,
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, told = _from_pretrained(
+                auto, name, config, config=settings, dtype=dtype, attn_implementation=attention,
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except ModelError:
+        if folder and weights:
+            check_experts(folder, weights, even=True)  # which says what is wrong in better words
+        raise
     if weights is None:  # the hub's files are here now
         weights = saved_weights(_files(name) or Path(name))
     return model, check_loaded(name, model, told, weights, fresh_head)

@@ -30,7 +30,7 @@ _TOKENIZERS = "tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken
 _LARGEST, _LARGEST_TOKENIZER = 2**26, 2**29
 """Bytes of a file of settings, and of a tokenizer."""
 _COUNTS = {
-    re.compile(r"(^|_)(layers?|heads?|experts|blocks)$"): 10_000,
+    re.compile(r"(^|_)(layers|heads|experts|blocks)$|^n_(layer|head)$"): 10_000,
     re.compile(r"^num_labels$"): 100_000,
     re.compile(r"^((vocab|hidden|intermediate)_size|n_embd|d_model|head_dim)$"): 2**31,
     re.compile(r"^(max_position_embeddings|n_positions)$"): 2**31,
@@ -184,7 +184,7 @@ def saved_weights(folder: Path) -> dict[str, Saved]:
         weights = _indexed(folder)
     else:
         _tell_what_is_there(folder)
-    _check_experts(folder, weights)
+    check_experts(folder, weights)
     return check_kinds(folder, weights)
 
 
@@ -257,23 +257,23 @@ def _tell_what_is_there(folder: Path) -> NoReturn:
     _refuse(folder, f"holds no weights ({WEIGHTS} is not there)", "copy them into it")
 
 
-def _check_experts(folder: Path, weights: dict[str, Saved]) -> None:
-    """Experts are loaded as one tensor, in the order of their numbers, whatever those are."""
-    groups: dict[str, dict[str, dict[int, tuple[int, ...]]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    for name, (shape, _) in weights.items():
+def check_experts(folder: Path, weights: dict[str, Saved], even: bool = False) -> None:
+    """Raises `ModelError` for experts that are missing, which a library loads as one tensor, in the
+    order of their numbers, whatever those are. `even`: each has the same parts.
+    """
+    groups: dict[str, dict[str, dict[int, Saved]]] = defaultdict(lambda: defaultdict(dict))
+    for name, saved in weights.items():
         if found := re.fullmatch(r"(.*experts\.)(\d{1,6})(\..*)", name):
-            groups[found[1]][found[3]][int(found[2])] = shape
+            groups[found[1]][found[3]][int(found[2])] = saved
     for prefix, parts in groups.items():
-        count = max(map(len, parts.values()))
-        for part, shapes in parts.items():
-            if lost := set(range(count)) - shapes.keys():
-                names = listed(f"{prefix}{i}{part}" for i in lost)
-                _refuse(folder, f"has no weights for {names}", "give a whole model")
-            if odd := [i for i, shape in shapes.items() if shape != shapes[0]]:
-                names = listed(f"{prefix}{i}{part}" for i in odd)
-                _refuse(folder, f"has another shape for {names} than for the first", "mend it")
+        most = max(map(len, parts.values()))
+        for part, held in parts.items():
+            lost = set(range(most if even else len(held))) - held.keys()
+            odd = {i for i, saved in held.items() if saved.shape != next(iter(held.values())).shape}
+            for which, what in ((lost, "has no weights for"), (odd, "has an odd shape of")):
+                if which:
+                    names = listed(f"{prefix}{i}{part}" for i in which)
+                    _refuse(folder, f"{what} {names}", "give a whole model")
 
 
 def check_size(folder: Path, weights: dict[str, Saved], model: PreTrainedModel) -> None:

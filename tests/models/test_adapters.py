@@ -120,7 +120,7 @@ def test_adapters_that_others_made(tmp_path: Path) -> None:
         (first / "adapter_config.json").read_text().replace('"base"', '"../base"')
     )
     policy = load_policy(CPU, str(first))
-    model = load_classifier(CPU, str(first))
+    model = load_classifier(CPU, str(first), fresh_head=True)
     model.resize_token_embeddings(262, mean_resizing=False)
     peft_model = get_peft_model(
         model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "up_proj"])
@@ -135,7 +135,7 @@ def test_adapters_that_others_made(tmp_path: Path) -> None:
     assert score_all(load_classifier(CPU, str(second)), ids) == pytest.approx(wanted, abs=1e-5)
     assert load_tokenizer(CPU, str(second)).chat_template == tiny_tokenizer().chat_template
     for of_tokens in (False, True):
-        trunk = load_classifier(CPU, str(first), of_tokens).base_model.state_dict()
+        trunk = load_classifier(CPU, str(first), of_tokens, fresh_head=True).base_model.state_dict()
         for name, tensor in policy.base_model.state_dict().items():
             assert torch.equal(tensor, trunk[name]), name
     with pytest.raises(ModelError, match="makes a reward model, which writes no text"):

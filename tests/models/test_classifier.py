@@ -72,7 +72,10 @@ def policy(kind: str, family: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "opt"])
 def test_one_value_everywhere(policy: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_classifier(CPU, str(policy)), load_tokenizer(CPU, str(policy))
+    model, tokenizer = (
+        load_classifier(CPU, str(policy), fresh_head=True),
+        load_tokenizer(CPU, str(policy)),
+    )
     rows = [render_scored(tokenizer, PROMPT, answer) for answer in ANSWERS]
     with torch.no_grad():
         states = [model.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
