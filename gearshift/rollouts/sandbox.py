@@ -29,9 +29,16 @@ from typing import IO, Literal
 
 from gearshift.errors import ConfigError
 from gearshift.rollouts import inside
+from gearshift.rollouts.inside import PASSED, PROGRAM, TESTS, UNUSABLE
 
 Status = Literal["ok", "error", "timeout", "output", "unusable"]
-_INSIDE = "/box/inside.py"
+_INSIDE = "/box/gearshift/rollouts/inside"
+_START = """
+import sys
+sys.path.insert(0, "/box")
+from gearshift.rollouts.inside.main import main
+main()
+"""
 _OUT_OF_TIME = (128 + signal.SIGKILL, 128 + signal.SIGXCPU)
 
 # (x86_64, aarch64) numbers of what a lone program that computes has no use for. None: not there.
@@ -86,6 +93,8 @@ class Outcome:
     printed too much); `unusable` (the tests cannot be put to any program).
     """
     stdout: str = ""
+    why: str = ""
+    """The tests are unusable."""
 
 
 class LostError(Exception):
@@ -101,22 +110,25 @@ def run_sandboxed(code: str, stdin: str = "", limits: Limits = Limits()) -> Outc
     return _run(code, stdin, limits)
 
 
-def check_sandboxed(code: str, tests: str, limits: Limits = Limits()) -> Outcome:
-    """Run tests (`assert f(2) == 4`; any statements) against the functions that a program defines.
+def check_sandboxed(
+    code: str, tests: str, limits: Limits = Limits(), entry_point: str = ""
+) -> Outcome:
+    """Run tests (`assert f(2) == 4`; any statements, unittest's and pytest's forms) on a program.
 
-    Tests and program are in two sandboxes: a name that the tests use and nobody defined is a call
-    across, by plain data (numbers, texts, lists, tuples, sets, dicts), so the program sees its
-    arguments and never what is expected, nor the hand that compares. Raises like `run_sandboxed`.
+    Tests and program are in two sandboxes: a name that the tests use and nobody defined is asked
+    for across, by plain data, so the program sees its arguments and never what is expected, nor
+    what compares. `entry_point`: what `check(candidate)` is called with, if the tests do not call
+    it. Raises like `run_sandboxed`.
     """
     _probe()
     with ExitStack() as stack:
         ask_read, ask_write = _pipe(stack)
         answer_read, answer_write = _pipe(stack)
         program = stack.enter_context(
-            _Box("serve", {inside.PROGRAM: code}, ask_read, answer_write, limits)
+            _Box("serve", {PROGRAM: code}, ask_read, answer_write, limits)
         )
         tester = stack.enter_context(
-            _Box("check", {inside.TESTS: tests}, answer_read, ask_write, limits)
+            _Box("check", {TESTS: tests}, answer_read, ask_write, limits, entry_point)
         )
         for end in (ask_read, ask_write, answer_read, answer_write):
             end.close()
@@ -124,23 +136,27 @@ def check_sandboxed(code: str, tests: str, limits: Limits = Limits()) -> Outcome
             return Outcome("timeout")
         if tester.exit_code is None:
             raise LostError(tester.said())
-        if tester.exit_code and program.wait(time.monotonic() + 0.5) and program.exit_code is None:
+        if tester.exit_code == UNUSABLE:
+            return Outcome("unusable", why=tester.said())
+        if tester.exit_code == PASSED:
+            return Outcome("ok")
+        if program.wait(time.monotonic() + 0.5) and program.exit_code is None:
             raise LostError(program.said())
-        return Outcome({0: "ok", inside.UNUSABLE: "unusable"}.get(tester.exit_code, "error"))  # type: ignore[arg-type]
+        return Outcome("error")
 
 
 def _run(code: str, stdin: str, limits: Limits) -> Outcome:
     with TemporaryFile() as given, TemporaryFile() as out:
         given.write(stdin.encode("utf-8", "replace"))
         given.seek(0)
-        with _Box("run", {inside.PROGRAM: code}, given, out, limits) as box:
+        with _Box("run", {PROGRAM: code}, given, out, limits) as box:
             in_time = box.wait(limits.end())
             if in_time and box.exit_code is None:
                 raise LostError(box.said())
         most = limits.output_kib * 1024
         size = out.seek(0, os.SEEK_END)
         out.seek(0)
-        stdout = out.read(most).decode("utf-8", "replace")
+        stdout = out.read(most).decode("utf-8", "surrogateescape")
     if not in_time or box.exit_code in _OUT_OF_TIME:
         return Outcome("timeout", stdout)
     if size >= most:
@@ -158,6 +174,7 @@ class _Box:
         stdin: IO[bytes],
         stdout: IO[bytes],
         limits: Limits,
+        *more: str,
     ) -> None:
         self._read, write = os.pipe()
         self._told = b""
@@ -171,7 +188,8 @@ class _Box:
             command = [
                 str(_bwrap()), *_walls(), *bound, "--remount-ro", "/",
                 "--seccomp", str(filter_fd), "--json-status-fd", str(write),
-                "--", _python(), "-I", "-S", "-B", "-X", "utf8", _INSIDE, role, *_numbers(limits),
+                "--", _python(), "-I", "-S", "-B", "-X", "utf8", "-c", _START,
+                role, *_numbers(limits), *more,
             ]  # fmt: skip
             try:
                 self._process = subprocess.Popen(
@@ -238,8 +256,8 @@ def _walls() -> Sequence[str]:
         elif os.path.isdir(place):
             walls += ["--ro-bind", place, place]
     own = _python() if prefix in ("/", "/usr") else prefix
-    own_library = Path(inside.__file__).resolve()
-    return [*walls, "--ro-bind", own, own, "--ro-bind", str(own_library), _INSIDE, "--chdir", "/"]
+    ours = str(Path(inside.__file__).resolve().parent)
+    return [*walls, "--ro-bind", own, own, "--ro-bind", ours, _INSIDE, "--chdir", "/"]
 
 
 def _numbers(limits: Limits) -> list[str]:

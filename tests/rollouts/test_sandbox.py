@@ -1,5 +1,6 @@
 """Hostile programs stay in, use up nothing, and pass no test that they do not pass honestly."""
 
+import math
 import os
 import secrets
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gearshift.errors import ConfigError, DataError
+from gearshift.errors import ConfigError
 from gearshift.rollouts import sandbox
 from gearshift.rollouts.code import code_reward, code_share
 from gearshift.rollouts.sandbox import Limits, Outcome, check_sandboxed, run_sandboxed
@@ -151,7 +152,9 @@ def left_over() -> list[str]:
     """Processes that come from a sandbox of these tests."""
     size = str(SHORT.memory_mib << 20)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    return [line for line in listed.splitlines() if "/box/inside.py" in line and size in line]
+    return [
+        line for line in listed.splitlines() if "gearshift.rollouts.inside" in line and size in line
+    ]
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -229,13 +232,51 @@ def test_assertions_of_the_usual_kinds(tests: str) -> None:
     assert check_sandboxed(wrong.replace("ValueError", "KeyError"), tests).status == "error"
 
 
-def test_tests_that_no_program_can_be_put_to_are_told() -> None:
-    for tests in ("assert f(", "assert f(lambda: 0) == 1"):
-        assert check_sandboxed(SQUARE, tests).status == "unusable"
-        with pytest.raises(DataError, match="cannot be run"):
-            code_reward(PROMPT, [SQUARE], assertions=[tests])
-    with pytest.raises(DataError, match="stdin"):
-        code_reward(PROMPT, [SQUARE], tests=[["3"]])
+def test_a_row_that_cannot_be_judged_is_lost_and_named() -> None:
+    """A 0 would say that the program is wrong, and one row never ends a run."""
+    for tests, why in (
+        ("assert f(", "no Python"),
+        ("import numpy as np\nassert np.all(f(3))", "numpy"),
+        ("def check(candidate):\n    assert candidate(2) == 4", "never ask"),
+        (7, "must be a list"),
+        ([["f"]], "must be texts"),
+    ):
+        rows: dict[str, Any] = {"assertions": [tests, ["assert f(3) == 9"]]}
+        lost, right = code_reward(PROMPT * 2, [SQUARE] * 2, **rows)
+        assert lost is not None and math.isnan(lost) and right == 1.0
+        assert why in code_reward.last_failure  # type: ignore[attr-defined]
+    for pair in (["3"], {"stdin": "3"}, {"stdin": {}, "stdout": "9"}, "3"):
+        [lost] = code_share(PROMPT, [SQUARE], tests=[[pair]])
+        assert lost is not None and math.isnan(lost)
+        assert "stdin" in code_share.last_failure  # type: ignore[attr-defined]
+
+
+def test_what_is_printed_is_compared_line_by_line() -> None:
+    for printed, wanted, same in (
+        (r"'a\r\nb  \r\n\r\n'", "a\nb", True),
+        (r"'a\tb '", "a\tb\n\n", True),
+        (r"'a\x0cb'", "a\nb", False),
+        (r"'a\u2028b'", "a\nb", False),
+        (r"'a\xa0'", "a", False),
+        (r"'\na'", "a", False),
+        ("'3'", 3, True),
+        (r"'1\n2'", ["1", 2], True),
+        ("''", None, True),
+    ):
+        program = f"print(end={printed})"
+        [reward] = code_reward(PROMPT, [program], tests=[[{"stdin": None, "stdout": wanted}]])
+        assert reward == float(same), (printed, wanted)
+    program = "import os\nos.write(1, b'\\xff')"
+    assert code_reward(PROMPT, [program], tests=[[{"stdin": "", "stdout": "\ufffd"}]]) == [0.0]
+    given = [[{"stdin": ["1", "2"], "stdout": "3"}]]
+    assert code_reward(PROMPT, ["print(int(input()) + int(input()))"], tests=given) == [1.0]
+
+
+def test_the_entry_point_is_what_check_is_called_with() -> None:
+    tests = "def check(candidate):\n    assert candidate(2) == 4"
+    rows = {"assertions": [tests], "entry_point": ["f"]}
+    assert code_reward(PROMPT, [SQUARE], **rows) == [1.0]
+    assert code_reward(PROMPT, [SQUARE.replace("x * x", "x")], **rows) == [0.0]
 
 
 def test_rewards_by_rows() -> None:

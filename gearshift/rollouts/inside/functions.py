@@ -1,0 +1,132 @@
+"""Tests in functions and classes, as unittest and pytest run them; and the part of pytest that such
+tests use (`raises`, `approx`, `mark.parametrize`), for the sandbox has the standard library alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+from gearshift.rollouts.inside.reading import Reading, UnusableError
+
+
+def prepare(space: dict[str, Any], read: Reading) -> None:
+    """Before the tests run: `pytest`, and `unittest.main` that runs their classes."""
+    if "pytest" in read.imports:
+        pytest: Any = ModuleType("pytest")
+        pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
+        sys.modules["pytest"] = pytest
+    if "unittest" in read.imports:
+        import unittest
+
+        unittest.main = lambda *_, **__: run_cases(space)  # type: ignore[assignment]
+
+
+def run(space: dict[str, Any], read: Reading) -> None:
+    """What the tests define and do not run themselves. Raises what they raise."""
+    for name in read.functions:
+        _run_function(space[name])
+    for name, value in list(space.items()):
+        if name.startswith("Test") and isinstance(value, type) and not hasattr(value, "run"):
+            for method in [m for m in dir(value) if m.startswith("test")]:
+                test = value()
+                getattr(test, "setup_method", lambda: None)()
+                _run_function(getattr(test, method))
+    if "unittest" in read.imports and not read.calls_main:
+        run_cases(space)
+
+
+def run_cases(space: dict[str, Any]) -> None:
+    """Raises `AssertionError` unless all of unittest's classes pass."""
+    import unittest
+
+    load = unittest.defaultTestLoader.loadTestsFromTestCase
+    cases = [
+        v for v in space.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)
+        and v.__module__ == "__main__"
+    ]  # fmt: skip
+    result = unittest.TextTestRunner(io.StringIO()).run(unittest.TestSuite(map(load, cases)))
+    if not result.wasSuccessful():
+        raise AssertionError
+
+
+def _run_function(test: Any) -> None:
+    rows = getattr(test, "rows", None) or [{}]
+    wanted = [p.name for p in inspect.signature(test).parameters.values() if p.default is p.empty]
+    for row in rows:
+        if missing := [name for name in wanted if name not in row]:
+            raise UnusableError(f"{test.__name__} wants {', '.join(missing)}")
+        test(**row)
+
+
+def _fail(reason: str = "") -> None:
+    raise AssertionError(reason)
+
+
+class _Mark:
+    def parametrize(self, names: Any, values: Any, **_: Any) -> Any:
+        listed = re.findall(r"\w+", names) if isinstance(names, str) else list(names)
+
+        def mark(test: Any) -> Any:
+            new = [dict(zip(listed, v if len(listed) > 1 else [v], strict=True)) for v in values]
+            test.rows = [{**a, **b} for a in getattr(test, "rows", [{}]) for b in new]
+            return test
+
+        return mark
+
+
+class raises:  # noqa: N801 - pytest's name
+    """Passes if the block raises one of these, with a text in which `match` is found."""
+
+    def __init__(self, expected: Any, function: Any = None, *args: Any, match: str = "", **kw: Any):
+        self.expected, self.match = expected, match
+        self.value: BaseException | None = None
+        if function is not None:
+            with self:
+                function(*args, **kw)
+
+    @property
+    def type(self) -> Any:
+        return type(self.value)
+
+    def __enter__(self) -> raises:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None:
+            raise AssertionError(f"it did not raise {self.expected}")
+        if not isinstance(error, self.expected):
+            return False
+        assert re.search(self.match or "", str(error)), str(error)
+        self.value = error
+        return True
+
+
+class Approx:
+    """Equal within 1e-6 of the expected, or 1e-12: numbers, and lists and dicts of them."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None) -> None:
+        self.expected = expected
+        self.rel = rel if rel is not None else 0.0 if abs is not None else 1e-6
+        self.abs = abs if abs is not None else 1e-12
+
+    def __eq__(self, other: object) -> bool:
+        return self._near(other, self.expected)
+
+    def _near(self, a: Any, b: Any) -> bool:
+        if isinstance(b, dict):
+            return isinstance(a, dict) and a.keys() == b.keys() and all(
+                self._near(a[k], b[k]) for k in b
+            )  # fmt: skip
+        if isinstance(b, (list, tuple)):
+            return type(a) is type(b) and len(a) == len(b) and all(map(self._near, a, b))
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            return math.isclose(a, b, rel_tol=self.rel, abs_tol=self.abs)
+        return bool(a == b)

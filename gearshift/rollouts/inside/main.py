@@ -1,0 +1,64 @@
+"""The start of a process in the sandbox, in one of three roles: `run` is the program; `serve`
+answers for the program's names; `check` holds the tests, in a sandbox of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import sys
+from types import ModuleType
+from typing import BinaryIO
+
+from gearshift.rollouts.inside import PROGRAM, TESTS
+
+
+def main() -> None:
+    sys.path.remove("/box")
+    role, *numbers = sys.argv[1:6]
+    _limit(*map(int, numbers))
+    entry_point = "".join(sys.argv[6:])
+    sys.argv = [PROGRAM]
+    if role == "check":
+        from gearshift.rollouts.inside.verdict import check
+
+        gets, sends = _take_pipes()
+        sys.stdout = io.StringIO()
+        with open(TESTS, encoding="utf-8") as file:
+            check(file.read(), entry_point, gets, sends)
+    module = ModuleType("__main__" if role == "run" else "program")
+    module.__file__ = PROGRAM
+    sys.modules[module.__name__] = module
+    with open(PROGRAM, "rb") as file:
+        code = compile(file.read(), PROGRAM, "exec")
+    if role == "run":
+        exec(code, module.__dict__)
+    else:
+        from gearshift.rollouts.inside.program import serve
+
+        gets, sends = _take_pipes()
+        exec(code, module.__dict__)
+        serve(module, gets, sends)
+
+
+def _limit(seconds: int, memory: int, output: int, files: int) -> None:
+    """Soft and hard limits alike: without capabilities nobody raises them again."""
+    for what, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, output),
+        (resource.RLIMIT_NOFILE, files),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_CPU, seconds),
+    ):
+        resource.setrlimit(what, (most, most))
+
+
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Standard input and output, which from here on carry the calls and not what is printed."""
+    pipes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 0)
+    os.dup2(2, 1)
+    sys.stdin = io.StringIO()
+    return pipes

@@ -1,0 +1,179 @@
+"""How the two sandboxes speak: lines of JSON that hold plain data. What is not plain data stays
+where it is and crosses as a number.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+LINE = 16 << 20
+"""The longest line that is read, in bytes."""
+DEEP = 10_000
+"""The recursion limit while data is written or read."""
+_EXACT = 1 << 53
+_SEQUENCES = ("list", "tuple", "set", "frozenset")
+_DICTS = ("dict", "Counter", "OrderedDict", "defaultdict")
+_VIEWS = ("dict_keys", "dict_values", "dict_items")
+_PLAIN = frozenset({*_SEQUENCES, *_DICTS, *_VIEWS, "int", "bytes", "bytearray", "complex", "range"})
+_TIMES = frozenset({"date", "datetime", "time", "timedelta"})
+
+
+class Wire:
+    """One end of the two pipes. While it waits for an answer, the other end may ask in turn."""
+
+    def __init__(
+        self,
+        gets: BinaryIO,
+        sends: BinaryIO,
+        serve: Callable[[Any], Any],
+        too_long: Callable[[], Any],
+        nan: bool = True,
+    ) -> None:
+        """`serve` answers a request; `too_long` is sent where its answer is too long."""
+        self._nan = nan
+        self._gets, self._sends, self._serve, self._too_long = gets, sends, serve, too_long
+
+    def send(self, message: Any) -> None:
+        """Raises `ValueError` or `RecursionError` for a line that is too long or too deep."""
+        with DeepRecursion():
+            line = json.dumps(message).encode() + b"\n"
+        if len(line) > LINE:
+            raise ValueError(f"a line of {len(line)} bytes is too long")
+        self._sends.write(line)
+        self._sends.flush()
+
+    def read(self) -> Any:
+        """Raises `EOFError` at the other's end; `ValueError` for what is no line of JSON or holds a
+        NaN that is not allowed.
+        """
+        line = self._gets.readline(LINE + 1)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        with DeepRecursion():
+            return json.loads(line, parse_constant=self._constant)
+
+    def wait(self) -> Any:
+        """The answer to what was sent; what the other end asks before it is answered."""
+        while True:
+            message = self.read()
+            if message[0] != "ask":
+                return message
+            self.answer(message[1])
+
+    def answer(self, request: Any) -> None:
+        answer = self._serve(request)
+        try:
+            self.send(answer)
+        except (ValueError, RecursionError):
+            self.send(self._too_long())
+
+    def _constant(self, name: str) -> float:
+        if name == "NaN" and not self._nan:
+            raise ValueError(name)
+        return float(name)
+
+
+def encode(value: Any, other: Callable[[Any], Any]) -> Any:
+    """Plain data as JSON: `[kind, content...]` but for None, truth, texts and small numbers.
+    `other` has what is not exactly of a plain type.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, str, float) or (kind is int and abs(value) < _EXACT):
+        return value
+    name = kind.__name__
+    if kind.__module__ == "builtins" and name in _PLAIN:
+        return [name, *_content(name, value, other)]
+    if kind.__module__ == "collections" and name in _DICTS:
+        return [name, *_content("dict", value, other)]
+    if kind.__module__ == "collections" and name == "deque":
+        return [name, [encode(v, other) for v in value], value.maxlen]
+    if (kind.__module__, name) in (("decimal", "Decimal"), ("fractions", "Fraction")):
+        return [name, str(value)]
+    if kind.__module__ == "datetime" and name in _TIMES:
+        parts = [value.days, value.seconds, value.microseconds] if name == "timedelta" else []
+        return [name, *(parts or [value.isoformat()])]
+    return other(value)
+
+
+def _content(name: str, value: Any, other: Callable[[Any], Any]) -> list[Any]:
+    if name == "int":
+        return [hex(value)]  # no limit of digits
+    if name in ("bytes", "bytearray"):
+        return [value.hex()]
+    if name == "complex":
+        return [value.real, value.imag]
+    if name == "range":
+        return [encode(n, other) for n in (value.start, value.stop, value.step)]
+    if name == "dict":
+        return [[[encode(k, other), encode(v, other)] for k, v in value.items()]]
+    return [[encode(v, other) for v in value]]
+
+
+def decode(value: Any, other: Callable[[str, list[Any]], Any]) -> Any:
+    """What `encode` was given; `other` has the kinds that it does not know. Raises anything where
+    `encode` did not write it.
+    """
+    if not isinstance(value, list):
+        if isinstance(value, dict):
+            raise ValueError(value)
+        return value
+    kind, *rest = value
+    content: Any = rest[0] if rest else None
+    if kind == "int":
+        return int(content, 16)
+    if kind in ("bytes", "bytearray"):
+        data = bytes.fromhex(content)
+        return data if kind == "bytes" else bytearray(data)
+    if kind in _SEQUENCES:
+        make = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+        return make([decode(v, other) for v in content])
+    if kind == "dict":
+        return {decode(k, other): decode(v, other) for k, v in content}
+    if kind == "complex":
+        return complex(*rest)
+    if kind == "range":
+        return range(*(decode(n, other) for n in rest))
+    if kind in _VIEWS:
+        return _view(kind, [decode(v, other) for v in content])
+    if kind in (*_DICTS, "deque"):
+        import collections
+
+        if kind == "deque":
+            return collections.deque((decode(v, other) for v in content), rest[1])
+        pairs = {decode(k, other): decode(v, other) for k, v in content}
+        if kind == "defaultdict":
+            return collections.defaultdict(None, pairs)
+        return getattr(collections, kind)(pairs)
+    return _library(kind, rest) if kind in (*_TIMES, "Decimal", "Fraction") else other(kind, rest)
+
+
+def _view(kind: str, items: list[Any]) -> Any:
+    if kind == "dict_keys":
+        return dict.fromkeys(items).keys()
+    return dict(items).items() if kind == "dict_items" else dict(enumerate(items)).values()
+
+
+def _library(kind: str, rest: list[Any]) -> Any:
+    if kind in _TIMES:
+        import datetime
+
+        make = getattr(datetime, kind)
+        return make(*rest) if kind == "timedelta" else make.fromisoformat(*rest)
+    import decimal
+    import fractions
+
+    return (decimal.Decimal if kind == "Decimal" else fractions.Fraction)(*rest)
+
+
+class DeepRecursion:
+    """The recursion limit that data needs, while the context is open."""
+
+    def __enter__(self) -> None:
+        self._before = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(DEEP, self._before))
+
+    def __exit__(self, *_: object) -> None:
+        sys.setrecursionlimit(self._before)
