@@ -15,8 +15,10 @@ except ConfigError as error:
 
 NAMED = (
     "all_map-wrong0", "zip_map-wrong0", "stop_wanted-right0", "not_over-wrong", "nan_wanted-wrong0",
-    "own_sum-right0", "own_sum-wrong", "own_max-wrong", "own_abs_near-wrong", "counter-right", "generator-right0", "closure-right",
-    "callback-right0", "in_place-right", "against_sorted-wrong0", "stack-right", "method_near-wrong",
+    "own_sum-right0", "own_sum-wrong", "own_max-wrong", "own_abs_near-wrong",
+    "counter-right", "generator-right0", "closure-right",
+    "callback-right0", "in_place-right", "against_sorted-wrong0", "stack-right",
+    "method_near-wrong",
     "forged-wrong", "opened_up-wrong0", "bare_except-wrong0", "except_exception-wrong0",
     "context_swallows-wrong0", "assert_in_callback-wrong", "unusable-numpy-0", "unusable-derived-1",
     "unusable-nothing_asked-0",

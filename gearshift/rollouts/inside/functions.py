@@ -4,7 +4,6 @@ tests use (`raises`, `approx`, `mark.parametrize`), for the sandbox has the stan
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import re
@@ -56,6 +55,8 @@ def run_cases(space: dict[str, Any]) -> None:
 
 
 def _run_function(test: Any) -> None:
+    import inspect  # slow, and most tests have no functions
+
     rows = getattr(test, "rows", None) or [{}]
     wanted = [p.name for p in inspect.signature(test).parameters.values() if p.default is p.empty]
     for row in rows:
