@@ -10,7 +10,6 @@ import argparse
 import io
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,8 @@ from gearshift import __version__
 from gearshift.errors import (
     ConfigError,
     DataError,
-    GearshiftError,
-    InterruptedRunError,
     NotBuiltError,
 )
-from gearshift.runtime.addresses import shown
 from gearshift.runtime.terminal import one_line, printable, say
 
 if TYPE_CHECKING:
@@ -46,7 +42,8 @@ LATER = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 128 + n stopped by
+    """Entry point. Exit codes: 0 done, 1 the user's to mend, 2 wrong usage, 70 an error that no
+    code foresaw (its traceback is in a file; GEARSHIFT_DEBUG=1 prints it), 128 + n stopped by
     signal n.
     """
     for stream, errors in (
@@ -57,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and (words[0] in STAGES or words[0] == "eval"):
         words[1:] = _options_first(words[1:])
+    arguments = argparse.Namespace()
     try:
         arguments = _parser().parse_args(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -65,20 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "without torchrun."
             )
         arguments.do(arguments)
-    except GearshiftError as error:
-        say(f"gearshift: {one_line(shown(str(error)), 2000)}", file=sys.stderr)
-        sys.exit(128 + error.signal if isinstance(error, InterruptedRunError) else 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # a full disk, a folder without rights, a file in a folder's place
-        what = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        say(f"gearshift: {what}{reason}.", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say("gearshift: stopped.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.stdout.flush()  # a full disk is told here, not by the interpreter
+    except (Exception, KeyboardInterrupt) as error:
+        from gearshift.runtime.ending import end
+
+        end(error, getattr(arguments, "folder_of_run", None), alone=argv is None)
 
 
 def _options_first(words: Sequence[str]) -> list[str]:
@@ -205,6 +194,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from gearshift.runtime.config import load
 
     recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
+    arguments.folder_of_run = Path(recipe.run.dir)
     command = {"dpo": "preference"}.get(arguments.command, arguments.command)
     if command in ALL and getattr(recipe, command) is None:
         raise ConfigError(f"The recipe has no section `{command}`; add one to run that stage.")

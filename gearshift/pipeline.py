@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from gearshift.data import (
 )
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
-from gearshift.errors import ConfigError, DataError, OverlongError
+from gearshift.errors import CapacityError, ConfigError, DataError, OverlongError
 from gearshift.heldout import (
     TaskData,
     Trained,
@@ -53,14 +54,15 @@ from gearshift.models.vocabulary import check_same_tokens
 from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, dated
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
-from gearshift.runtime.allocator import give_back_freed_memory
+from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
 from gearshift.runtime.files import write_json, writing
 from gearshift.runtime.interrupt import Interrupt, doing
 from gearshift.runtime.lock import locked
 from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.output import steady_output
 from gearshift.runtime.report import write_report
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import say
+from gearshift.runtime.terminal import one_line, say
 from gearshift.trainers.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.gap import logprob_gap
 from gearshift.trainers.memory import Shape, available, micro_batch, parts_of, resident
@@ -113,7 +115,7 @@ class Run:
         Raises `FolderInUseError` while another process or thread writes into the folder, and
         `InterruptedRunError` after SIGTERM, SIGHUP or Ctrl-C: the same recipe goes on.
         """
-        with Interrupt(), locked(self.folder):
+        with steady_output(), Interrupt(), locked(self.folder):
             return self._execute(tuple(stages))
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
@@ -278,9 +280,18 @@ class Run:
         with Interrupt() as interrupt, doing(f"while preparing {name}"):
             try:
                 result = work(folder)
-            except BaseException:
+            except BaseException as error:
+                reason = short_of_memory(error)
+                if reason:  # the step's tensors go, so that there is some to save with
+                    traceback.clear_frames(error.__traceback__)
                 if self._newest:
                     interrupt.rest = self._newest.keep()
+                if reason:
+                    raise CapacityError(
+                        f"{name}: the memory does not suffice ({one_line(reason)}); lower "
+                        f"{name}.max_tokens, end other programs, or take a smaller model; "
+                        f"{interrupt.rest}."
+                    ) from error
                 raise
             finally:
                 self._newest = None

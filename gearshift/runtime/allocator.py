@@ -8,9 +8,12 @@ was a third of the step.
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import platform
 from pathlib import Path
+
+from gearshift.errors import GearshiftError, ModelError
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -34,6 +37,21 @@ def give_back_freed_memory() -> None:
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def short_of_memory(error: BaseException) -> str:
+    """The reason in words, if an error says that there was no memory left; else nothing."""
+    text = " ".join(str(error).split())
+    said = any(words in text.lower() for words in _NO_MEMORY)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return text or "it was refused"
+    # Of torch, CUDA and safetensors; their classes are not one.
+    other = isinstance(error, GearshiftError) and not isinstance(error, ModelError)
+    return text[:200] if isinstance(error, Exception) and said and not other else ""
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "cannot allocate memory",
+              "bad_alloc", "bad allocation")  # fmt: skip
 
 
 class HeapGuard:

@@ -1,0 +1,102 @@
+"""How the program ends when something went wrong: one line on standard error, an exit code, and a
+file with the traceback of what nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from gearshift.errors import GearshiftError, InterruptedRunError
+from gearshift.runtime.addresses import shown
+from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.output import silence
+from gearshift.runtime.terminal import one_line, say
+
+UNFORESEEN = 70
+"""Exit code of an error that no code foresaw (EX_SOFTWARE of sysexits.h)."""
+_ADVICE = {
+    errno.EMFILE: "; raise the limit (ulimit -n)",
+    errno.ENFILE: "; end other programs",
+    errno.EAGAIN: "; end other programs, or raise the limit of processes (ulimit -u)",
+    errno.ENOSPC: "; free some space",
+    errno.EDQUOT: "; free some space",
+    errno.EFBIG: "; raise the limit of a file's size (ulimit -f)",
+}
+_PATIENCE = 1.0
+"""Seconds that threads and processes have to end after a signal."""
+
+
+def end(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
+    """Say what went wrong, and exit. `folder`: the run's, where the traceback of an error that no
+    code foresaw is kept. `alone`: the process is this program's own.
+    """
+    if os.environ.get("GEARSHIFT_DEBUG"):
+        traceback.print_exception(error)
+    if alone and isinstance(error, OSError) and error.filename is None:
+        silence(sys.stdout)  # it may be what refuses
+    if isinstance(error, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    line, code = _told(error, folder)
+    with suppress(OSError, ValueError):
+        say(f"gearshift: {line}", file=sys.stderr)
+    if alone and code > 128:
+        threading.Thread(target=_leave, args=(code,), daemon=True).start()
+    sys.exit(code)
+
+
+def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
+    """The line and the exit code."""
+    if isinstance(error, InterruptedRunError):
+        return one_line(str(error), 2000), 128 + error.signal
+    if isinstance(error, GearshiftError):
+        return one_line(shown(str(error)), 2000), 1
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped.", 128 + signal.SIGINT
+    if reason := short_of_memory(error):
+        return (
+            f"The memory does not suffice ({reason}); end other programs, lower max_tokens or "
+            "batch sizes, or take a smaller model.",
+            1,
+        )
+    if isinstance(error, OSError):
+        what = f"{one_line(str(error.filename))}: " if error.filename else ""
+        reason = error.strerror or one_line(str(error)) or type(error).__name__
+        return f"{what}{reason}{_ADVICE.get(error.errno or 0, '')}.", 1
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return f"No thread can be started{_ADVICE[errno.EAGAIN]}.", 1
+    where = _kept(error, folder)
+    kind = one_line(f"{type(error).__name__}: {shown(str(error))}")
+    return f"This was not foreseen: {kind} ({where}).", UNFORESEEN
+
+
+def _kept(error: BaseException, folder: Path | None) -> str:
+    """Where the traceback lies: in the run's folder, or in that for temporary files."""
+    text = shown("".join(traceback.format_exception(error)))
+    places = [folder] if folder and folder.is_dir() else []
+    with suppress(OSError):  # there is none to be written to
+        places.append(Path(tempfile.gettempdir()))
+    for place in places:
+        path = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        with suppress(OSError):
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f"the traceback is in {path}"
+    return "GEARSHIFT_DEBUG=1 prints the traceback"
+
+
+def _leave(code: int) -> None:
+    """What does not end by itself, such as a reward function that hangs, is left behind."""
+    time.sleep(_PATIENCE)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)

@@ -1,0 +1,94 @@
+"""Whatever ends the program is one line on standard error and an exit code, never a traceback."""
+
+import errno
+import io
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gearshift import cli
+from gearshift.errors import DataError, InterruptedRunError, ModelError
+from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.output import steady_output
+
+ENDS = {
+    "the user's": (DataError("rows.jsonl, line 3\nis broken"), 1, "rows.jsonl, line 3 is broken"),
+    "a signal": (InterruptedRunError("Stopped.", signal.SIGHUP), 128 + signal.SIGHUP, "Stopped."),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped."),
+    "a full disk": (OSError(errno.ENOSPC, "No space left", "a/b.txt"), 1, "a/b.txt: No space left"),
+    "no descriptor": (OSError(errno.EMFILE, "Too many open files"), 1, "ulimit -n"),
+    "no process": (BlockingIOError(errno.EAGAIN, "Resource unavailable"), 1, "ulimit -u"),
+    "no thread": (RuntimeError("can't start new thread"), 1, "No thread can be started"),
+    "no memory": (MemoryError(), 1, "lower max_tokens"),
+    "torch has none": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "max_tokens"),
+    "too deep": (RecursionError("maximum depth"), 70, "RecursionError: maximum depth"),
+    "anything": (KeyError("x\x1b[2J"), 70, r"x\x1b[2J' (the traceback is in"),
+    "a closed pipe": (BrokenPipeError(), 141, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_one_line_and_a_code(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error, code, named = ENDS[name]
+
+    def fail(arguments: object) -> None:
+        arguments.folder_of_run = tmp_path  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(cli, "_keys", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["keys"])
+    said = capsys.readouterr().err
+    assert ended.value.code == code and named in said
+    assert said.count("\n") == bool(named) and "Traceback" not in said
+    kept = list(tmp_path.glob("traceback-*.txt"))
+    assert len(kept) == (code == 70)
+    if kept:
+        assert "Traceback (most recent call last)" in kept[0].read_text()
+
+
+def test_reading_the_words_may_fail_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_parser", lambda: 1 / 0)
+    with pytest.raises(SystemExit, match="70"):
+        cli.main(["keys"])
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+def test_whose_memory_it_was() -> None:
+    assert short_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"))
+    assert short_of_memory(ModelError("The model cannot be loaded (can't allocate memory)"))
+    assert not short_of_memory(DataError("the environment said: CUDA out of memory"))
+    assert not short_of_memory(RuntimeError("shapes do not fit"))
+
+
+class Full(io.StringIO):
+    """As /dev/full is."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_output_that_cannot_be_written_is_told_once_and_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", errors)
+    with steady_output():
+        for _ in range(3):
+            print("on", flush=True)
+        print("told", file=sys.stderr)
+    assert sys.stderr is errors
+    assert errors.getvalue() == (
+        "gearshift: standard output is lost (No space left on device); the run goes on.\ntold\n"
+    )
