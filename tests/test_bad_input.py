@@ -1,7 +1,6 @@
 """A user's mistake gives one clear line that names the thing and a non-zero exit, no traceback."""
 
 import errno
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -122,20 +121,22 @@ def test_a_full_disk_is_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Writing fails without a name, as it does where the disk is full."""
-    opened = Path.open
-
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    opened, replaced = Path.open, Path.replace
 
     def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        full_one = name in self.name and set(mode) & set("wa")
-        return Full() if full_one else opened(self, mode, *args, **kwargs)
+        if self.name == name and set(mode) & set("wax"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *args, **kwargs)
+
+    def not_put(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replaced(self, target)
 
     monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(Path, "replace", not_put)
     rows = tmp_path / "rows.jsonl"
-    with opened(rows, "w") as file:
-        file.write(json.dumps(CHAT))
+    rows.write_text(json.dumps(CHAT))
     last = last_words(tmp_path / "run", rows, capsys)
     assert last.startswith("gearshift: ") and f"{name} cannot be written (No space left" in last
 
