@@ -11,6 +11,7 @@ import hmac
 import io
 import json
 import math
+import os
 import re
 import socket
 import sys
@@ -26,7 +27,7 @@ from gearshift.rollouts.posting import is_loopback
 from gearshift.rollouts.rewards import MOST_ROWS, RewardFunction
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.named import in_words
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import one_line, say
 from gearshift.types import Message
 
 MAX_BYTES = 16 << 20
@@ -71,7 +72,10 @@ class ScoreServer(ThreadingHTTPServer):
                 self.handle_request()
             self.server_close()
             with self._changed:
-                self._changed.wait_for(lambda: not self._working, STOPPING)
+                answered = self._changed.wait_for(lambda: not self._working, STOPPING)
+        if not answered:  # Python's own end would abort in a thread that computes
+            say("gearshift: stopped; a request had no answer yet.", file=sys.stderr)
+            os._exit(128 + interrupt.signal)
         return interrupt.signal
 
     def server_bind(self) -> None:
@@ -123,7 +127,7 @@ class ScoreServer(ThreadingHTTPServer):
         """One line; a client that has gone is worth none."""
         error = sys.exc_info()[1]
         if error and not isinstance(error, OSError):
-            print(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
+            say(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
 
 
 def score_server(
@@ -248,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         except GearshiftError as error:  # a conversation that the template refuses, say
             raise _RefusedError(400, one_line(str(error))) from error
         except Exception as error:  # a fault of ours, so that it may be asked again
-            print(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
+            say(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
             reason = f"the model failed ({type(error).__name__}); the server's log says more"
             raise _RefusedError(503, reason, _AGAIN) from error
         finally:

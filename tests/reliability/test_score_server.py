@@ -151,6 +151,24 @@ def test_a_signal_lets_what_is_in_work_end(number: int) -> None:
         connect(port)
 
 
+def test_a_model_that_does_not_end_is_left() -> None:
+    script = SLOW.replace("    time.sleep(2)", "    import torch\n    " + "; ".join([
+        "a = torch.ones(600, 600)",
+        "score.STOPPING = 1.0",
+        "[torch.matmul(a, a) for _ in range(10**6)]",
+    ])).replace("import sys, time", "import sys\nfrom gearshift.serve import score")  # fmt: skip
+    server = started([sys.executable, "-c", script])
+    assert server.stdout
+    with connect(int(server.stdout.readline())) as client:
+        client.sendall(request(BODY))
+        assert server.stdout.readline() == "working\n"
+        time.sleep(1)
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=60)
+    assert server.returncode == 128 + signal.SIGTERM
+    assert err == "gearshift: stopped; a request had no answer yet.\n"
+
+
 def test_the_command_ends_with_a_word(served: tuple[subprocess.Popen[str], int]) -> None:
     server, _ = served
     server.send_signal(signal.SIGTERM)
