@@ -27,10 +27,12 @@ def parse_mark(text: str, high: float | None = None) -> float | None:
 
     In this order, and the last where there are several: a reply that is a number alone; a JSON
     object `{"score": N}`, rather one on lines of its own than one within a sentence; `Score: N`.
-    Once JSON has a score, words are not looked at. N is a number, in quotes or not; `N/M` is N if M
+    Once JSON has a score, words are not looked at. An endless reply has no mark. N is a number, in quotes or not; `N/M` is N if M
     is the best mark, `high`, and else none.
     """
     text = without_thoughts(text).strip()
+    if len(text) > _MOST:
+        return None
     if alone := _ALONE.fullmatch(text):
         return _number(alone, high)
     objects, rest = _objects(text)
@@ -83,6 +85,8 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"JSON has no {word}.")
 
 
+_MOST = 1 << 15
+"""Characters of a reply that may hold a mark: of braces alone, more would take minutes to read."""
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 
 
