@@ -7,6 +7,7 @@ died. It knows nothing of environments or models.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -67,13 +68,19 @@ class ProcessReward:
 
     def close(self) -> None:
         """End the workers."""
-        self._pool.stop()
-        self._pool.join()
+        _end(self._pool)
 
     def _new_pool(self) -> ProcessPool:
-        return ProcessPool(
+        pool = ProcessPool(
             self.parallel, initializer=_load, initargs=(self.spec,), context=get_context("spawn")
         )
+        weakref.finalize(self, _end, pool)  # a worker that starts as the run ends is ended too
+        return pool
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
 
 
 def _load(spec: str) -> None:
