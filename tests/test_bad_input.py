@@ -78,6 +78,8 @@ BAD_ROWS = {
     "content is a number": ('{"messages": [{"role": "user", "content": 3}]}', "content"),
     "nothing to learn": ('{"messages": [{"role": "user", "content": "hi"}]}', "assistant"),
     "too long": (json.dumps({"text": "word " * 2000}), "over the 512 of the model"),
+    "megabytes": (json.dumps({"text": "a" * (2 << 20)}), "line 1: it has 2,097,152 characters"),
+    "nested deep": ('{"text": "a", "x": ' + "[" * 3000 + "]" * 3000 + "}", "more than 100 deep"),
     "empty file": ("", "no rows"),
     "all rows dropped": ('{"text": "  "}', "no rows left"),
     "second row broken": (json.dumps(CHAT) + "\n{oops}", "line 2"),

@@ -161,7 +161,7 @@ def number(value: Any, key: str) -> float:
     """A finite number, in a text too. Raises `DataError`."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise DataError(f"`{key}` is {show(value)}; it must be a number.")

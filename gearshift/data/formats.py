@@ -25,6 +25,7 @@ from gearshift.data.columns import (
 from gearshift.data.given import Row, given
 from gearshift.data.messages import string
 from gearshift.errors import DataError
+from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 
 
@@ -113,7 +114,7 @@ def at(where: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise type(error)(f"{where}: {error}") from error.__cause__
+        raise type(error)(f"{where}: {one_line(str(error), 1000)}") from error.__cause__
 
 
 Record = TypeVar(
@@ -277,7 +278,8 @@ def to_steps(row: Row) -> StepsExample:
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
-    raise DataError(f"the keys are {', '.join(map(str, row)) or 'none'}; accepted are: {accepted}.")
+    keys = one_line(", ".join(list(map(str, row))[:50]), 200) or "none"
+    raise DataError(f"the keys are {keys}; accepted are: {accepted}.")
 
 
 def _untold(message: Message) -> Message:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gearshift.errors import DataError
+
 Row = Mapping[str, Any]
 COLUMNS = frozenset((
     "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
@@ -19,6 +21,9 @@ LISTS = (
     "history", "chat_template_kwargs",
 )  # fmt: skip
 """Columns of lists and objects; in a file that has texts only, JSON."""
+DEEPEST = 100
+"""Lists and objects that may stand in each other; each is a step of recursion for what reads it."""
+_TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 _ANSWERED = (
     {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"},
     {"instruction", "output"}, {"chosen", "rejected"}, {"prompt", "completions", "labels"},
@@ -26,6 +31,35 @@ _ANSWERED = (
 _ASKED = ({"prompt"}, {"instruction"})
 _MESSAGE = frozenset(("content", "tool_calls", "function_call"))
 _OPTIONAL = frozenset(("system", "system_prompt", "input", "history"))
+
+
+def from_json(text: str, **how: Any) -> Any:
+    """What JSON means. Raises `ValueError` if it is none, or is nested deeper than any row is."""
+    try:
+        value = json.loads(text, **how)
+        if text.count("[") + text.count("{") > DEEPEST:
+            characters(value)
+    except (RecursionError, DataError):
+        raise ValueError(_TOO_DEEP) from None
+    return value
+
+
+def characters(value: Any) -> int:
+    """How many all texts in it have. Raises `DataError` if it is nested deeper than any row is."""
+    total, level = 0, [value]
+    for _ in range(DEEPEST + 1):
+        inside: list[Any] = []
+        for outer in level:
+            if isinstance(outer, str):
+                total += len(outer)
+            elif isinstance(outer, Mapping):
+                inside += outer.values()
+            elif isinstance(outer, list | tuple):
+                inside += outer
+        if not inside:
+            return total
+        level = inside
+    raise DataError(f"{_TOO_DEEP}.")
 
 
 def with_lists(row: Row) -> dict[str, Any]:
@@ -37,8 +71,8 @@ def with_lists(row: Row) -> dict[str, Any]:
         text = row[key]
         if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
             try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
+                value = from_json(text)
+            except ValueError:
                 continue
             # A prompt that looks like a list is one only if it holds messages.
             items = value if isinstance(value, list) else [value]

@@ -5,11 +5,12 @@ What a message says besides is refused by its name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from gearshift.data.given import from_json
 from gearshift.errors import DataError
+from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 
 ROLES = {
@@ -71,8 +72,8 @@ def read_message(item: Any, key: str) -> Message:
     said = [name for name, value in item.items() if value not in (None, "", [], {})]
     if unknown := [name for name in said if name not in (speaker, words, *_KEYS)]:
         raise DataError(
-            f"a message in `{key}` has `{unknown[0]}`, which is not used; take it out, or use "
-            f"one of {', '.join(_KEYS)}."
+            f"a message in `{key}` has `{one_line(unknown[0], 60)}`, which is not used; take it "
+            f"out, or use one of {', '.join(_KEYS)}."
         )
     message: Message = {"role": ROLES[who], "content": ""}
     if who == "function_call":
@@ -163,7 +164,8 @@ def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
         other = set(item) - {"type", "id", "index", "function", "name", "arguments", "parameters"}
         if other:
             raise DataError(
-                f"a call in `{key}` has `{min(other)}`, which is not used; take it out."
+                f"a call in `{key}` has `{one_line(min(other), 60)}`, which is not used; take it "
+                "out."
             )
         calls.append(call)
     return calls
@@ -208,12 +210,11 @@ def string(value: Any, key: str, empty: bool = False) -> str:
 def parsed(text: str, key: str) -> Any:
     """What JSON in a text means. Raises `DataError`."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return from_json(text)
+    except ValueError as error:
         raise DataError(f"`{key}` is {show(text)}, which is not JSON ({error}).") from None
 
 
 def show(value: Any) -> str:
     """A value in an error."""
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return one_line(repr(value[:100] if isinstance(value, str) else value), 40)

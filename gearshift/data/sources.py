@@ -8,7 +8,9 @@ import gzip
 import io
 import json
 import math
+import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,12 +19,22 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
 from gearshift.data.formats import SourceRow
-from gearshift.data.given import COLUMNS
+from gearshift.data.given import COLUMNS, characters, from_json
+from gearshift.data.messages import show
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
+from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _SUFFIXES = (*_LINES, ".json", ".csv", ".parquet")
+LARGEST_ROW = 1 << 24
+"""Characters: several times what the longest contexts hold."""
+MOST_COLUMNS = 10_000
+_UNPACKED, _UNPACKED_LEAST, _ROWS_LEAST, _BATCH = 200, 1 << 26, 1 << 20, 64
+_TOO_LARGE = (
+    f"becomes more than {_UNPACKED} times as large when it is read; if that is right, write it as "
+    "JSONL that is not compressed."
+)
 
 
 class SourceConfig(Config):
@@ -57,7 +69,10 @@ class DataConfig(Config):
 def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     """All rows of a file or a data set. Raises `DataError` that names the file and the line."""
     file = Path(path).expanduser()
-    kind = _kind(file)
+    try:
+        kind, _ = _kind(file), file.exists()
+    except (OSError, ValueError) as error:  # too long, or no name at all
+        raise DataError(f"{one_line(path, 100)} cannot be a file ({error.args[-1]}).") from None
     # Names on the hub may have dots (`owner/set-v1.5`); a file's folder is there.
     if not (file.exists() or kind or path.startswith((".", "/", "~"))) and (
         not file.suffix or not file.parent.is_dir()
@@ -67,6 +82,8 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
         raise DataError(f"{path} does not exist{_nearest(file)}")
     if file.is_dir():
         raise DataError(f"{path} is a folder; name a file in it.")
+    if not file.is_file():  # a pipe or a device: it may have no end, and cannot be read again
+        raise DataError(f"{path} is no regular file; write what it gives into one.")
     rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
@@ -75,7 +92,7 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
 
 def _kind(file: Path) -> str:
     """What the name says that the file is; where it says nothing, the name that a link leads to."""
-    for path in (file, file.resolve()):
+    for path in (file, Path(os.path.realpath(file))):
         suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
         if suffix.lower() in _SUFFIXES:
             return suffix.lower()
@@ -114,6 +131,7 @@ def _jsonl(file: Path, text: str) -> Iterator[SourceRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
+            _check_size(len(line), where)
             yield _object(_parse(line, where, "mend or delete the line."), where)
 
 
@@ -128,32 +146,33 @@ def _json(file: Path, text: str) -> list[SourceRow]:
             [rows] = lists
     if not isinstance(rows, list):
         raise DataError(f"{file} holds no list of rows; wrap them in [ ], or use JSONL.")
-    return [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
+    found = [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
+    for row in found if len(text) > LARGEST_ROW else ():
+        _check_size(characters(row), row.where)
+    return found
 
 
 def _parse(text: str, where: str, what_to_do: str) -> Any:
     try:
-        return json.loads(
+        return from_json(
             text, object_pairs_hook=_pairs, parse_float=_float, parse_constant=_constant
         )
-    # Broken, or a number or nesting too large.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); {what_to_do}") from None
+    except ValueError as error:  # broken, or a number or nesting too large
+        raise DataError(f"{where} is not JSON ({one_line(str(error))}); {what_to_do}") from None
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {show(twice)} is given twice")
     return found
 
 
 def _float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {text} is too large")
+        raise ValueError(f"the number {one_line(text, 40)} is too large")
     return number
 
 
@@ -178,6 +197,7 @@ def _csv(file: Path, text: str) -> Iterator[SourceRow]:
                     f"{where} has not as many fields as the header; mend or delete the line."
                 )
             else:
+                _check_size(sum(map(len, cells)), where)
                 yield SourceRow(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         raise DataError(
@@ -186,10 +206,11 @@ def _csv(file: Path, text: str) -> Iterator[SourceRow]:
 
 
 def _header(names: list[str], where: str) -> list[str]:
-    for name in names:
-        if not name.strip() or names.count(name) > 1:
+    _check_columns(len(names), where)
+    for name, count in Counter(names).items():
+        if not name.strip() or count > 1:
             what = (
-                f"names the column {name!r} twice"
+                f"names the column {show(name)} twice"
                 if name.strip()
                 else "has a column without a name"
             )
@@ -204,15 +225,28 @@ def _parquet(file: Path) -> list[SourceRow]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(f"{file} needs Parquet support; pip install 'gearshift[data]'.") from None
+    size = file.stat().st_size
+    most = _UNPACKED_LEAST + _UNPACKED * size
+    rows: list[SourceRow] = []
     try:
-        table = parquet.ParquetFile(file).read()
-        rows = table.to_pylist()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} is not Parquet ({str(error).splitlines()[0]}); write it anew."
-        ) from None
-    _header(table.column_names, str(file))
-    return [SourceRow(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
+        with parquet.ParquetFile(file) as opened:
+            _header(opened.schema_arrow.names, str(file))
+            # What repeats takes next to nothing in the file, and its own place in each row.
+            for batch in opened.iter_batches(_BATCH):
+                most -= batch.nbytes
+                if most < 0 or len(rows) > _ROWS_LEAST + size:
+                    raise DataError(f"{file} {_TOO_LARGE}")
+                for row in batch.to_pylist():
+                    where = f"{file}, row {len(rows) + 1}"
+                    most -= (held := characters(row))
+                    _check_size(held, where)
+                    rows.append(SourceRow(row, where))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises a great many kinds
+        reason = one_line(str(error)) or type(error).__name__
+        raise DataError(f"{file} is not Parquet ({reason}); write it anew.") from None
+    return rows
 
 
 def _from_hub(name: str, split: str) -> list[SourceRow]:
@@ -227,7 +261,7 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
         rows = datasets.load_dataset(name, split=split)
         return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     except Exception as error:  # the library raises a great many kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
         raise DataError(
             f"{name} is neither a file nor a data set that could be loaded ({reason}); "
             "check the name."
@@ -238,7 +272,11 @@ def _text(file: Path) -> str:
     try:
         content = file.read_bytes()
         if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+            most = _UNPACKED_LEAST + _UNPACKED * len(content)
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as packed:
+                content = packed.read(most + 1)
+            if len(content) > most:
+                raise DataError(f"{file} {_TOO_LARGE}")
         return content.decode("utf-8-sig")  # as it is: CSV's line ends are its own
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it.") from None
@@ -248,9 +286,26 @@ def _text(file: Path) -> str:
         raise DataError(f"{file} cannot be read ({error.strerror}); check its rights.") from None
 
 
+def _check_size(size: int, where: str) -> None:
+    if size > LARGEST_ROW:
+        raise DataError(
+            f"{where} has {size:,} characters, over the {LARGEST_ROW:,} that a row may have; cut "
+            "it into several, or delete it."
+        )
+
+
+def _check_columns(count: int, where: str) -> None:
+    if count > MOST_COLUMNS:
+        raise DataError(
+            f"{where} has {count:,} columns, over the {MOST_COLUMNS:,} that a row may have; keep "
+            "those that are read."
+        )
+
+
 def _object(row: Any, where: str) -> SourceRow:
     if not isinstance(row, dict) or not row:
         raise DataError(f"{where} is not an object with keys; mend or delete it.")
+    _check_columns(len(row), where)
     return SourceRow(row, where)
 
 

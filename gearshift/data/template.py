@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gearshift.data.given import characters
 from gearshift.data.messages import read_calls
 from gearshift.data.text import whole_characters
-from gearshift.errors import DataError
+from gearshift.errors import DataError, OverlongError
 from gearshift.runtime.chat_arguments import bound_arguments, reads, template_source
 from gearshift.runtime.chat_renderer import EndlessTemplateError, Rendering, renderer
 from gearshift.runtime.terminal import one_line
@@ -28,6 +29,8 @@ MARK = "Qzmark"
 """The same, for another text beside it."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys under which templates read an answer's reasoning; rows are read into the first."""
+LARGEST = 1 << 22
+"""Characters of a conversation: as much as a million tokens of text."""
 _TAKEN = {
     "messages", "add_generation_prompt", "chat_template", "conversations",
     "return_assistant_tokens_mask", "continue_final_message",
@@ -224,6 +227,8 @@ def _request(
     given = {**bound, **options}
     if taken := given.keys() & _TAKEN:
         raise DataError(f"the template has its own `{min(taken)}`; take it out of the arguments.")
+    if (size := characters([messages, options])) > LARGEST:
+        raise OverlongError(f"The conversation has {size:,} characters, over {LARGEST:,}; cut it.")
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     return source, said, {**tokenizer.special_tokens_map, **given, "add_generation_prompt": asks}
 

@@ -35,7 +35,7 @@ from gearshift.engine import HybridEngine, PackedModel
 from gearshift.models.adapters import adapters_off
 from gearshift.models.forward import token_scores
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -113,6 +113,7 @@ def render_judged(
         else:
             answers, good = [example.completion], [example.good]
         with at(example.where or f"Row {i + 1}"):
+            check_size(example, max_length, context)
             sides = [
                 render_completion(tokenizer, example.prompt, answer, example.options)
                 for answer in answers

@@ -20,7 +20,7 @@ from gearshift.data.scored import letters, render_asked, spells
 from gearshift.models.classifier import token_logits
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
 from gearshift.trainers.step import update
 
 
@@ -64,6 +64,7 @@ def render_steps(
     rows = []
     for i, example in enumerate(examples):
         with at(example.where or f"Row {i + 1}"):
+            check_size(example, max_length, context)
             ids = render_asked(tokenizer, example.prompt, example.options)
             ends: list[int] = []
             for step in example.steps:

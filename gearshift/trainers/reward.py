@@ -31,7 +31,7 @@ from gearshift.models.describe import describe
 from gearshift.models.forward import drops_out
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, chunks_by_tokens
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -82,6 +82,7 @@ def render_pairs(
     for i, example in enumerate(examples):
         sides = []
         with at(example.where or f"Pair {i + 1}"):
+            check_size(example, max_length, context)
             for answer in (example.chosen, example.rejected):
                 sides.append(
                     render_scored(tokenizer, example.prompt, answer, options=example.options)

@@ -27,7 +27,7 @@ from gearshift.data.chat import Rendered as Rendered
 from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
 from gearshift.trainers.step import update
 from gearshift.types import PackedBatch
 
@@ -58,6 +58,7 @@ def render_examples(
     rendered: list[Rendered] = []
     for i, example in enumerate(examples):
         with at(example.where or f"Example {i + 1}"):
+            check_size(example, max_length, engine.max_length)
             if isinstance(example, TextExample):
                 some = [render_text(engine.tokenizer, example.text)]
             else:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from gearshift.data import Mixture
+from gearshift.data.given import characters
 from gearshift.errors import CheckpointError, GearshiftError, OverlongError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
@@ -290,6 +292,22 @@ def check_length(tokens: int, max_length: int, context: int) -> None:
         if context < max_length:
             most = f"the {context} of the model; shorten or drop the row,"
         raise OverlongError(f"it has {tokens} tokens, over {most} or set the data's overlong=drop.")
+
+
+def check_size(example: Any, max_length: int, context: int) -> None:
+    """The same for one that has so many characters that it need not be tokenized, which would take
+    minutes and gigabytes. Text has about four characters a token.
+    """
+    size = characters([getattr(example, f.name) for f in fields(example) if f.name != "where"])
+    if size > max(_SMALL, _LONG_TOKEN * min(max_length, context)):
+        raise OverlongError(
+            f"it has {size:,} characters, far over what {min(max_length, context)} tokens hold; "
+            "shorten or drop the row, or set the data's overlong=drop."
+        )
+
+
+_SMALL, _LONG_TOKEN = 1 << 20, 32
+"""Characters that are always counted in tokens, and those of an uncommonly long token."""
 
 
 def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
