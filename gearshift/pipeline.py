@@ -31,7 +31,7 @@ from gearshift.data import (
 )
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
-from gearshift.errors import CapacityError, ConfigError, DataError, OverlongError
+from gearshift.errors import CapacityError, ConfigError, DataError, ModelError, OverlongError
 from gearshift.heldout import (
     TaskData,
     Trained,
@@ -49,6 +49,7 @@ from gearshift.models.load import (
     load_policy,
     load_tokenizer,
     save_model,
+    writes_text,
 )
 from gearshift.models.vocabulary import check_same_tokens
 from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, dated
@@ -356,11 +357,16 @@ class Run:
     def _critic(self, start: str | None, engine: HybridEngine) -> Critic:
         """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""
         assert self.recipe.rl is not None
-        folder = self.recipe.rl.critic
-        if folder == "reward":
+        named = folder = self.recipe.rl.critic
+        if named == "reward":
             folder = str(self.folder / "reward")
         if folder and not Path(folder).is_dir():
             raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
+        if folder and named == "reward" and writes_text(self.recipe.model, folder):
+            raise ModelError(
+                f"rl.critic: {folder} holds a language model, which has no trained score head; "
+                "train the reward stage, or set rl.critic=null to start from the policy."
+            )
         critic = load_critic(self.recipe.model, folder or start, partial(decode, engine.tokenizer))
         if folder and isinstance(critic, TokenCritic):
             tokenizer = load_tokenizer(self.recipe.model, folder, of_policy=False)
