@@ -6,7 +6,6 @@ the same records, `<policy>.json` in a folder.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,12 @@ from transformers import PreTrainedModel
 
 from gearshift.data import clean, load_rows, pack
 from gearshift.data.overlap import asked, prompt_keys, prompt_text
+from gearshift.data.sources import source_mark
 from gearshift.engine import HybridEngine
-from gearshift.errors import ConfigError, DataError
+from gearshift.errors import ConfigError, DataError, StorageError
 from gearshift.models.load import load_policy, load_tokenizer
-from gearshift.recipe import POLICIES, STAGES, Recipe, claim, dated
+from gearshift.models.made import DONE, made_of
+from gearshift.recipe import POLICIES, STAGES, Recipe, claim, claim_model, dated
 from gearshift.rollouts.collector import EPISODE_TIMEOUT, WORKERS, Collector
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.evaluate import (
@@ -42,7 +43,7 @@ from gearshift.rollouts.separate import Separate
 from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
-from gearshift.runtime.files import write_json
+from gearshift.runtime.digests import Digests, check, marks, read_sealed, write_sealed
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.lock import locked
 from gearshift.runtime.progress import Progress
@@ -51,6 +52,7 @@ from gearshift.types import Message
 
 Record = dict[str, Any]
 """An `Evaluation`'s summary, its samples, and the seconds that it took."""
+_RECORDED = ("metric", "value", "interval", "n", "episodes", "failures", "left_out", "samples")
 EPISODES = 64
 """Held-out episodes where neither the task nor `eval.limit` says how many."""
 
@@ -67,7 +69,7 @@ class TaskData:
         task = self.recipe.task
         if task is None:
             raise ConfigError("The recipe has no task to evaluate on; set task.name.")
-        if (self.folder / "done.json").exists():
+        if (self.folder / DONE).exists():
             return
         began = time.perf_counter()
         say(f"data: preparing {task.name}")
@@ -75,11 +77,15 @@ class TaskData:
         files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
         seconds = time.perf_counter() - began
         named = {k: str(v) for k, v in files.items()}
-        write_json(self.folder / "done.json", {"files": named, "seconds": seconds})
+        digests = marks(self.folder, [p.name for p in files.values() if p.parent == self.folder])
+        done = {"files": named, "digests": digests, "seconds": seconds}
+        write_sealed(self.folder / DONE, done)
 
     def path(self, split: str) -> Path:
-        """The file of a split, whether or not the task writes one."""
-        return self.folder / f"{split}.jsonl"
+        """The file of a split, whether or not the task writes one. Raises `StorageError` if it is
+        not as it was prepared.
+        """
+        return prepared(self.folder, split)
 
     def rows(self, split: str) -> int | None:
         """How many rows the split has; None where the task draws episodes by their seed."""
@@ -129,8 +135,7 @@ class TaskData:
         """
         path = to / f"{name}.json"
         if path.exists():
-            kept: Record = json.loads(path.read_text(encoding="utf-8"))
-            return kept
+            return read_record(path)
         config, limits, began = self.recipe.task, self.recipe.eval, time.perf_counter()
         rows, left = self._load(split), self.unseen(split, trained)
         episodes = getattr(config, split, EPISODES) if left is None else len(left)
@@ -153,8 +158,7 @@ class TaskData:
         skipped = 0 if rows is None or left is None else len(rows) - len(left)
         extra = {"split": split, "left_out": skipped, "seconds": seconds}
         record = {**result.summary(), **extra, "samples": result.samples}
-        to.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_sealed(path, record)
         say(f"{split} {name}: {told(record)}")
         return record
 
@@ -173,6 +177,16 @@ class TaskData:
                 "evaluate the run with --recipe, or run it in another folder."
             )
         return None
+
+
+def prepared(folder: Path, split: str) -> Path:
+    """A file that a task prepared in the folder. Raises `StorageError` if it changed since."""
+    path, done = folder / f"{split}.jsonl", folder / DONE
+    anew = f"delete {folder}, and it is prepared anew."
+    if done.exists():
+        known = read_sealed(done, anew).get("digests", {})
+        check(folder, {n: m for n, m in known.items() if n == path.name}, anew)
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +221,18 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
         if config is None or (begun and not (run / name).is_dir()):
             continue
         data = config.supervised.data if name == "rl" else config.data
+        known = made_from(run / name)
         for source in data.sources:
             path = source.path
             if path.startswith("task:"):
-                path = str(run / "data" / f"{path.removeprefix('task:')}.jsonl")
+                path = str(prepared(run / "data", path.removeprefix("task:")))
+            was = known.get(path)
             try:
+                if was and source_mark(path, source.split) != was:
+                    raise StorageError(
+                        f"{path} is not what {run / name} was made from; put it back as it was, or "
+                        "choose another run.dir."
+                    )
                 rows = load_rows(path, source.split)[: source.limit]
             except DataError as error:
                 if not begun:
@@ -221,7 +242,7 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
                     f"{error}"
                 ) from None
             found += clean(rows, data.clean)[0]
-        if name == "rl" and recipe.task and (path := run / "data" / "train.jsonl").exists():
+        if name == "rl" and recipe.task and (path := prepared(run / "data", "train")).exists():
             rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
             found += rows
             clusters |= {str(row[column]) for row in rows if row.get(column) is not None}
@@ -231,6 +252,15 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
         earlier = trained_on(before, load(Recipe, before / "recipe.yaml"))
         prompts, clusters = prompts + earlier.prompts, clusters | earlier.clusters
     return Trained(run, prompts, frozenset(clusters))
+
+
+def made_from(stage: Path) -> Digests:
+    """Digests of what a finished stage was made from; nothing of one that is not finished, or that
+    an earlier version made.
+    """
+    done = stage / DONE
+    anew = f"delete {stage} to do this stage again."
+    return read_sealed(done, anew).get("made_from", {}) if done.exists() else {}
 
 
 def run_of(folder: Path) -> Path | None:
@@ -299,9 +329,10 @@ def evaluate_run(
         data, to = TaskData(own, folder / "data"), folder
     policies = _policies(folder) if whole else {folder.name: run}
     to, made = to / split, to
-    writes = not (data.folder / "done.json").exists()
+    writes = not (data.folder / DONE).exists()
     writes |= not all((to / f"{name}.json").exists() for name in policies)
-    with locked(folder if whole else Path(data.recipe.run.dir)) if writes else nullcontext():
+    home = folder if whole else Path(data.recipe.run.dir)
+    with locked(home) if writes else nullcontext():
         if recipe:
             claim(made, data.recipe)
         data.prepare()
@@ -314,6 +345,8 @@ def evaluate_run(
             )
         for name, where in policies.items():
             if not (to / f"{name}.json").exists():
+                if where is None:
+                    claim_model(home, made_of(data.recipe.model.name))
                 data.evaluate(open_engine(data.recipe, where), name, to, split, trained)
     return str(to), records(to)
 
@@ -339,7 +372,7 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path, Trai
 
 def _policies(run: Path) -> dict[str, str | None]:
     """What a run's finished stages made, by name; the base model, None, is the first."""
-    stages = [name for name in POLICIES if (run / name / "done.json").exists()]
+    stages = [name for name in POLICIES if (run / name / DONE).exists()]
     return {"base": None, **{name: str(run / name) for name in stages}}
 
 
@@ -357,10 +390,19 @@ def told(record: Record) -> str:
 
 def records(folder: Path) -> dict[str, Record]:
     """The records in a folder, in the order of the stages, other policies after them."""
-    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")}
+    found = {path.stem: read_record(path) for path in folder.glob("*.json")}
     order = ["base", *POLICIES]
     names = sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
     return {name: found[name] for name in names}
+
+
+def read_record(path: Path) -> Record:
+    """A policy's held-out record. Raises `StorageError` if it is broken."""
+    anew = "delete it: `gearshift eval` makes it anew."
+    record = read_sealed(path, anew)
+    if missing := [key for key in _RECORDED if key not in record]:
+        raise StorageError(f"{path} is no held-out record (it has no `{missing[0]}`); {anew}")
+    return record
 
 
 def comparisons(found: Mapping[str, Record]) -> list[Comparison]:

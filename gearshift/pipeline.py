@@ -7,7 +7,6 @@ table.
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +28,17 @@ from gearshift.data import (
     to_steps,
     to_supervised,
 )
+from gearshift.data.sources import source_mark
 from gearshift.data.text import decode
 from gearshift.engine import HybridEngine
-from gearshift.errors import CapacityError, ConfigError, DataError, ModelError, OverlongError
+from gearshift.errors import (
+    CapacityError,
+    ConfigError,
+    DataError,
+    ModelError,
+    OverlongError,
+    StorageError,
+)
 from gearshift.heldout import (
     TaskData,
     Trained,
@@ -51,11 +58,13 @@ from gearshift.models.load import (
     save_model,
     writes_text,
 )
+from gearshift.models.made import DONE, check_kept, made_of, written_by
 from gearshift.models.vocabulary import check_same_tokens
-from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, dated
+from gearshift.recipe import POLICIES, STAGES, Recipe, StageName, claim, claim_model, dated
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.rollouts.reward_sum import RewardSum
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
+from gearshift.runtime.digests import Digests, mark, marks, read_sealed, write_sealed
 from gearshift.runtime.files import write_json, writing
 from gearshift.runtime.interrupt import Interrupt, doing
 from gearshift.runtime.lock import locked
@@ -107,6 +116,7 @@ class Run:
         self._trained: Trained | None = None
         self._newest: Stage | None = None
         """The stage that runs."""
+        self._made: dict[str, Digests] = {}
         if recipe.model.threads:
             torch.set_num_threads(recipe.model.threads)
 
@@ -121,10 +131,16 @@ class Run:
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
         claim(self.folder, self.recipe)
+        named = [n for n in wanted if getattr(self.recipe, n) is not None]
+        kept = [*(f"{n}/{DONE}" for n in named), *["validation/base.json"] * bool(self.recipe.task)]
+        left = not all((self.folder / file).exists() for file in kept)
+        if left:
+            self._claim_model()
         if self.recipe.task:
             with doing("while preparing the data"):
                 self.task.prepare()
-            self._trained = trained_on(self.folder, self.recipe, begun=False)
+            if left:
+                self._trained = trained_on(self.folder, self.recipe, begun=False)
             self._heldout("base", lambda: self._engine(None))
         work: dict[StageName, Callable[[Path], dict[str, Any]]] = {
             "sft": self._sft,
@@ -134,7 +150,7 @@ class Run:
             "rl": self._rl,
         }
         for name in STAGES:
-            if name in wanted and getattr(self.recipe, name) is not None:
+            if name in named:
                 self._stage(name, work[name])
         with doing("while writing the report"):
             return self._summarise()
@@ -175,7 +191,7 @@ class Run:
         if reference is None:
             trainer.precompute([row for source in sources for row in source])
         trainer.precompute(heldout)
-        stage = self._new_stage("preference", config.steps(len(rows)), config)
+        stage = self._new_stage("preference", config.steps(len(rows)), config, start)
         trainer.train(rows, stage)
         how = f"preference learning ({config.loss})"
         self._save(folder, engine.model, engine.tokenizer, how, start)
@@ -198,7 +214,7 @@ class Run:
 
         rows = self._mixture(config.data, render)
         heldout = [row for rows in self._rendered(config.heldout, render) for row in rows]
-        stage = self._new_stage("process", config.steps(len(rows)), config)
+        stage = self._new_stage("process", config.steps(len(rows)), config, start)
         train_process_model(config, model, rows, stage)
         self._save(folder, model, tokenizer, "process reward modelling", start)
         accuracy = step_accuracy(model, heldout) if heldout else None
@@ -218,7 +234,7 @@ class Run:
 
         pairs = self._mixture(config.data, render)
         heldout = [pair for rows in self._rendered(config.heldout, render) for pair in rows]
-        stage = self._new_stage("reward", config.steps(len(pairs)), config)
+        stage = self._new_stage("reward", config.steps(len(pairs)), config, start)
         train_reward_model(config, model, pairs, stage)
         self._save(folder, model, tokenizer, "reward modelling (Bradley-Terry)", start)
         accuracy = pair_accuracy(model, heldout) if heldout else None
@@ -250,7 +266,7 @@ class Run:
             collector,
             self._prompts(collector, engine, config),
             RewardSum(config.rewards, self.recipe.model, self.folder / "reward", engine.tokenizer),
-            self._new_stage("rl", config.steps, config),
+            self._new_stage("rl", config.steps, config, start),
             reference=reference,
             critic=self._critic(start, engine) if needs_critic else None,
             examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
@@ -274,8 +290,8 @@ class Run:
 
     def _stage(self, name: StageName, work: Callable[[Path], dict[str, Any]]) -> None:
         folder = self.folder / name
-        if (folder / "done.json").exists():
-            self.say(f"{name}: done before, kept ({folder})")
+        if (folder / DONE).exists():
+            self.say(f"{name}: done before, kept ({folder}){check_kept(folder)}")
             return
         began = time.perf_counter()
         with Interrupt() as interrupt, doing(f"while preparing {name}"):
@@ -296,12 +312,64 @@ class Run:
                 raise
             finally:
                 self._newest = None
-            write_json(folder / "done.json", {**result, "seconds": time.perf_counter() - began})
+            files = {**self._made, "digests": marks(folder, written_by(folder))}
+            seconds = time.perf_counter() - began
+            write_sealed(folder / DONE, {**result, "seconds": seconds, **files})
         give_back_freed_memory()
 
-    def _new_stage(self, name: str, total: int, config: StageConfig) -> Stage:
-        self._newest = Stage(name, self.folder / name, total, self.seed, config, self.recipe)
+    def _new_stage(
+        self, name: StageName, total: int, config: StageConfig, start: str | None = None
+    ) -> Stage:
+        self._claim_model()  # one of the hub is known once it was loaded
+        made_from = self._made_from(config, start)
+        self._made = {"made_from": made_from}
+        if self.recipe.model.lora:
+            self._made["base"] = made_of(start or self.recipe.model.name)
+        folder, functions = self.folder / name, self._functions(config)
+        self._newest = Stage(
+            name, folder, total, self.seed, config, self.recipe, made_from, functions
+        )
         return self._newest
+
+    # What it is made from
+
+    def _claim_model(self) -> None:
+        claim_model(self.folder, made_of(self.recipe.model.name))
+
+    def _made_from(self, config: StageConfig, start: str | None) -> Digests:
+        """Digests of the sources and models that a stage reads, by the names that the recipe has
+        for them.
+        """
+        found: Digests = {}
+        mix = getattr(config, "supervised", None)
+        for owner, key in ((config, "data"), (config, "heldout"), (mix, "data")):
+            data: DataConfig = getattr(owner, key, DataConfig())
+            for source in data.sources:
+                if source.path.startswith("task:"):
+                    path = self.task.path(source.path.removeprefix("task:"))
+                    found[f"data/{path.name}"] = mark(path)
+                else:
+                    found[source.path] = source_mark(source.path, source.split)
+        models = [start]
+        if isinstance(config, RLConfig):
+            path = self.task.path("train")
+            found |= {f"data/{path.name}": mark(path)} if path.exists() else {}
+            models += [config.critic, config.kl.reference if config.kl.beta else None]
+            for part in config.rewards:
+                kind, _, folders = part.source.partition(":")
+                models += (folders or "reward").split(",") if kind == "model" else []
+        for model in filter(None, models):
+            name = str(self.folder / model) if model == "reward" else model
+            label = name.removeprefix(f"{self.folder}/")
+            found |= {f"{label}/{file}": known for file, known in made_of(name).items()}
+        return found
+
+    def _functions(self, config: StageConfig) -> Digests:
+        """Digests of the files that rewards are functions in."""
+        named = [part.source for part in getattr(config, "rewards", ())]
+        named.append(str(getattr(self.recipe.task, "reward", "")))
+        files = {name.rpartition(":")[0] for name in named}
+        return {file: mark(Path(file)) for file in sorted(files) if Path(file).is_file()}
 
     # Parts
 
@@ -397,7 +465,7 @@ class Run:
             if getattr(self.recipe, name) is None:
                 continue
             folder = self.folder / name
-            if not (folder / "done.json").exists():
+            if not (folder / DONE).exists():
                 raise ConfigError(
                     f"{before} starts from the {name} stage, which has not run in {self.folder}; "
                     f"run it first, or set {name}=null."
@@ -425,7 +493,7 @@ class Run:
         for name, record in records(self.folder / "validation").items():
             episodes = [s for s in record["samples"] if not s["failed"]]
             record["perplexity"] = perplexity(engine, episodes)
-            write_json(self.folder / "validation" / f"{name}.json", record)
+            write_sealed(self.folder / "validation" / f"{name}.json", record)
 
     # Data
 
@@ -497,19 +565,26 @@ class Run:
         with writing(folder), doing(f"while saving {folder.name}"):
             save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
 
-    def _read(self, *parts: str) -> dict[str, Any]:
-        path = self.folder.joinpath(*parts)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def _done(self, name: str) -> dict[str, Any]:
+        """What is told of what was done; {} if it was not."""
+        path = self.folder / name / DONE
+        if not path.exists():
+            return {}
+        way_out = f"delete {path.parent} to do it again."
+        record = read_sealed(path, way_out)
+        if not isinstance(record.get("seconds"), int | float):
+            raise StorageError(f"{path} does not say how long it took; {way_out}")
+        return {k: v for k, v in record.items() if k not in ("digests", "made_from", "base")}
 
     def _summarise(self) -> dict[str, Any]:
-        done = {name: self._read(name, "done.json") for name in STAGES}
+        done = {name: self._done(name) for name in STAGES}
         heldout = records(self.folder / "validation")
         gap = done["rl"].get("gap", {})
         seconds: dict[str, float] = {
             name: record["seconds"] for name, record in done.items() if record
         }
         seconds |= {f"heldout_{name}": record["seconds"] for name, record in heldout.items()}
-        if prepared := self._read("data", "done.json"):
+        if prepared := self._done("data"):
             seconds["data"] = prepared["seconds"]
         table = {
             name: {k: v for k, v in record.items() if k not in ("samples", "seconds")}

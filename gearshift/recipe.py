@@ -8,15 +8,17 @@ import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from gearshift.engine import EngineConfig
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
 from gearshift.presets import Algorithm, expand
 from gearshift.rollouts.tasks import TaskConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
-from gearshift.runtime.files import UNFINISHED, write_text
+from gearshift.runtime.digests import Digests, read_sealed, write_sealed
+from gearshift.runtime.digests import changed as changed_files
+from gearshift.runtime.files import UNFINISHED, write_text, writing
 from gearshift.runtime.lock import HELD, LOCK
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process import ProcessRewardConfig
@@ -28,6 +30,8 @@ StageName = Literal["sft", "preference", "reward", "process", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
 POLICIES = ("sft", "preference", "rl")
 """Stages that train the policy."""
+RECORD = "run.json"
+"""What a run was begun with: its recipe, and digests of the model that it starts from."""
 
 
 class RunConfig(Config):
@@ -106,8 +110,8 @@ def dated(recipe: Recipe, folder: Path) -> Recipe:
     """
     if recipe.model.date is not None:
         return recipe
-    path = folder / "recipe.yaml"
-    date = load(Recipe, path).model.date if path.exists() else today()
+    known = recorded(folder)
+    date = known.model.date if known else today()
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
@@ -117,27 +121,66 @@ def claim(folder: Path, recipe: Recipe) -> None:
     Raises `ConfigError` if the folder holds what came of another. Keys that cannot change the
     result may differ; keys that the folder's recipe does not have count as their defaults.
     """
-    path = folder / "recipe.yaml"
-    if path.exists() and _has_begun(folder):
-        changed = differences(identity(load(Recipe, path)), identity(recipe))
-        if changed:
-            raise ConfigError(
-                f"{folder} was made by another recipe: {'; '.join(changed)}; "
-                "choose another run.dir, or delete it."
-            )
-    elif not path.exists() and any((folder / n / "done.json").exists() for n in ("data", *STAGES)):
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        known, begun = recorded(folder), _has_begun(folder)
+        for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
+            left.unlink(missing_ok=True)
+    if known and begun and (changed := differences(identity(known), identity(recipe))):
+        raise ConfigError(
+            f"{folder} was made by another recipe: {'; '.join(changed)}; "
+            "choose another run.dir, or delete it."
+        )
+    if not known and any((folder / name / "done.json").exists() for name in ("data", *STAGES)):
         raise ConfigError(
             f"{folder} holds a run, but its recipe.yaml is gone; put it back, or choose another "
             "run.dir."
         )
-    for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
-        left.unlink(missing_ok=True)
-    write_text(path, dump(recipe))
+    if not begun or not (folder / RECORD).exists():
+        write_sealed(folder / RECORD, {"recipe": identity(recipe)})
+    write_text(folder / "recipe.yaml", dump(recipe))
+
+
+def recorded(folder: Path) -> Recipe | None:
+    """The recipe that a folder was begun with, without the keys that cannot change the result; None
+    where there is none.
+    """
+    path, record = folder / "recipe.yaml", folder / RECORD
+    if not record.exists():
+        return load(Recipe, path) if path.exists() else None
+    known = read_sealed(record, f"delete it, and {path} counts.")
+    try:
+        return Recipe.model_validate(known.get("recipe"))
+    except ValidationError:
+        raise ConfigError(
+            f"{record} holds a recipe that this version does not know; go on with the version that "
+            "wrote it, or choose another run.dir."
+        ) from None
+
+
+def claim_model(folder: Path, made: Digests) -> None:
+    """Record what the model that the run starts from is made of, or compare it with that.
+
+    Raises `StorageError` if it is another by now.
+    """
+    path = folder / RECORD
+    if not path.exists():  # an earlier version began it
+        return
+    known = read_sealed(path, f"delete it, and {folder / 'recipe.yaml'} counts.")
+    before = known.get("model")
+    if not before:
+        write_sealed(path, {**known, "model": made})
+    elif made and (what := changed_files(before, made)):
+        raise StorageError(
+            f"The model that {folder} began with is another by now ({what}); put it back as it was,"
+            " or choose another run.dir."
+        )
 
 
 def _has_begun(folder: Path) -> bool:
     """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
     its data or its model, left none.
     """
-    others = [p for p in folder.iterdir() if p.name not in ("recipe.yaml", LOCK, HELD)]
-    return any(p.is_file() or any(p.iterdir()) for p in others if not p.match(UNFINISHED))
+    own = ("recipe.yaml", RECORD, LOCK, HELD)
+    others = [p for p in folder.iterdir() if p.name not in own and not p.match(UNFINISHED)]
+    return any(not p.is_dir() or any(p.iterdir()) for p in others)

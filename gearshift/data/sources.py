@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from gearshift.data.given import COLUMNS, characters, from_json
 from gearshift.data.messages import show
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
+from gearshift.runtime.digests import mark
 from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
@@ -35,6 +37,8 @@ _TOO_LARGE = (
     f"becomes more than {_UNPACKED} times as large when it is read; if that is right, write it as "
     "JSONL that is not compressed."
 )
+_hub_marks: dict[tuple[str, str], str] = {}
+"""Digests of what the hub gave, by name and split."""
 
 
 class SourceConfig(Config):
@@ -88,6 +92,18 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
     return rows
+
+
+def source_mark(path: str, split: str = "train") -> str:
+    """What tells one version of a source from another: the digest of the file, or of the rows that
+    the hub gave.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return mark(file)
+    if (path, split) not in _hub_marks:
+        load_rows(path, split)
+    return _hub_marks[path, split]
 
 
 def _kind(file: Path) -> str:
@@ -258,7 +274,11 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
             "'gearshift[data]'."
         ) from None
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = [*datasets.load_dataset(name, split=split)]
+        whole = hashlib.blake2b()
+        for row in rows:
+            whole.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+        _hub_marks[name, split] = whole.hexdigest()
         return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     except Exception as error:  # the library raises a great many kinds
         reason = one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))

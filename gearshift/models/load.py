@@ -44,6 +44,7 @@ from gearshift.models.adapters import (
 )
 from gearshift.models.attention import ATTENTION, NO_INTERFACE
 from gearshift.models.embedded import EMBEDDED, EMBEDDED_FOLDER, source_of
+from gearshift.models.made import check_made
 from gearshift.models.saved import (
     check_experts,
     check_finite,
@@ -127,6 +128,7 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     name = name or config.name
+    check_made(name)
     if name in SIZES:
         model: PreTrainedModel = tiny_model(**SIZES[name]).to(dtype)
         model.set_attn_implementation(ATTENTION)
@@ -158,6 +160,7 @@ def load_classifier(
     one, it gets one that is drawn from a fixed seed.
     """
     name = name or config.name
+    check_made(name)
     model, untrained = _classifier(config, name, of_tokens, fresh_head)
     if untrained and not fresh_head:
         raise ModelError(
@@ -243,6 +246,7 @@ def load_tokenizer(
     config's arguments. Raises `ConfigError` if its template does not read one.
     """
     name = name or config.name
+    check_made(name)
     tokenizer = tiny_tokenizer() if name in SIZES else _tokenizer(config, name)
     bind_arguments(tokenizer, config.chat_template_kwargs if of_policy else {}, config.date)
     return tokenizer

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gearshift.errors import CheckpointError
+from gearshift.runtime.digests import sealed, unsealed
 from gearshift.runtime.files import digest, sync
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -42,7 +43,7 @@ def save(
         save_file(_owned(tensors), partial / _TENSORS)
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
         digests = {name: digest(partial / name) for name in (_TENSORS, _STATE)}
-        (partial / _MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
+        (partial / _MANIFEST).write_text(json.dumps(sealed(digests)), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
         if final.exists():  # Damaged, or of a run that was resumed from before it.
@@ -160,12 +161,12 @@ def _manifest(path: Path) -> dict[str, str]:
     """The digest of each file. Raises `CheckpointError` if it is missing or broken."""
     try:
         with _told(path):
-            digests = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            digests = unsealed(json.loads((path / _MANIFEST).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _damaged(path, f"{_MANIFEST} is gone ({error.strerror})") from None
     except (ValueError, RecursionError):
         digests = None
-    if not isinstance(digests, dict) or set(digests) != {_TENSORS, _STATE}:
+    if digests is None or set(digests) != {_TENSORS, _STATE}:
         raise _damaged(path, f"{_MANIFEST} is damaged")
     return digests
 

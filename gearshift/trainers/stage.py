@@ -26,13 +26,15 @@ from gearshift.errors import CheckpointError, GearshiftError, OverlongError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
+from gearshift.runtime.digests import Digests
+from gearshift.runtime.digests import changed as changed_files
 from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import Interrupt, held
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import one_line, say
 from gearshift.trainers.ema import MovingAverage
 
 Row = TypeVar("Row")
@@ -102,9 +104,12 @@ class Stage:
         seed: int,
         config: StageConfig,
         recipe: Config | None = None,
+        made_from: Digests | None = None,
+        functions: Digests | None = None,
     ) -> None:
-        """`recipe` is what a checkpoint must have been made under to be taken up again; trackers
-        get it. Raises `StorageError` if the folder cannot be made.
+        """`recipe` and the files of `made_from` are what a checkpoint must have been made under to
+        be taken up again; that a file of `functions` changed is only told. Trackers get the recipe.
+        Raises `StorageError` if the folder cannot be made.
         """
         self.name, self.folder, self.total, self.seed, self.config = (
             name,
@@ -114,7 +119,7 @@ class Stage:
             config,
         )
         self.timer = PhaseTimer()
-        self._recipe = recipe
+        self._recipe, self._made_from, self._functions = recipe, made_from or {}, functions or {}
         self._tracked: dict[str, Stateful] = {}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -223,6 +228,8 @@ class Stage:
             "step": step,
             "total": self.total,
             "recipe": identity(self._recipe),
+            "made_from": self._made_from,
+            "functions": self._functions,
             "records": {log.path.name: log.synced(step) for log in self._logs},
             "tracked": skeleton,
         }
@@ -256,6 +263,14 @@ class Stage:
                 f"{newest} was made under another configuration: {changed}; choose another "
                 "run.dir, or delete that folder."
             )
+        if changed := changed_files(state.get("made_from", self._made_from), self._made_from):
+            raise CheckpointError(
+                f"{newest} was made from other files ({changed}); put that back as it was, or "
+                f"delete {self.folder} to do this stage again, or choose another run.dir."
+            )
+        if changed := changed_files(state.get("functions", self._functions), self._functions):
+            # A function that failed is mended in the middle of a run, with good reason.
+            say(f"{self.name}: {changed} since step {state['step']}; what comes is rewarded by it")
         if newest.name != (name := f"step-{state['step']:06d}"):
             raise CheckpointError(f"{newest} holds {name}; rename it, or delete it.")
         try:

@@ -1,0 +1,106 @@
+"""What files were when something relied on them, and whether they still are so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gearshift.errors import StorageError
+from gearshift.runtime.files import digest, read_json, reading, sync, write_json, writing
+
+Digests = dict[str, str]
+"""By a file's name: its size and the digest of its bytes."""
+_SEAL = "digest"
+_known: dict[tuple[int, ...], str] = {}
+"""Digests by what a file system says of a file, so that none is computed twice."""
+_GRAIN = 2_000_000_000
+"""Nanoseconds within which a file may change again, and its date stay the same."""
+
+
+def mark(path: Path) -> str:
+    """Size and digest of a file. Raises `StorageError` if it cannot be read."""
+    with reading(path):
+        now = path.stat()
+        key = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        if found := _known.get(key):
+            return found
+        found = f"{now.st_size}:{digest(path)}"
+        if time.time_ns() - max(now.st_mtime_ns, now.st_ctime_ns) > _GRAIN:
+            _known[key] = found
+        return found
+
+
+def marks(folder: Path, names: Iterable[str]) -> Digests:
+    """Of files that were just written: they are safe on the disk then."""
+    found = {}
+    for name in names:
+        with writing(folder / name):
+            sync(folder / name)
+        found[name] = mark(folder / name)
+    return found
+
+
+def difference(path: Path, known: str, whole: bool = True) -> str:
+    """How a file is not as it was, in words; empty if it is. `whole`: not its size alone."""
+    if not path.is_file():
+        return "it is gone"
+    was, now = known.partition(":")[0], str(path.stat().st_size)
+    if was != now:
+        return f"it has {now} of {was} bytes"
+    return "its digest is wrong" if whole and mark(path) != known else ""
+
+
+def check(folder: Path, known: Mapping[str, str], way_out: str) -> None:
+    """Raises `StorageError` for a file that is not as it was written."""
+    for name, was in known.items():
+        if how := difference(folder / name, was):
+            raise StorageError(
+                f"{folder / name} is not as the run wrote it ({how}); put it back as it was, or "
+                f"{way_out}"
+            )
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first file whose marks differ, in words; empty if there is none."""
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            how = "is gone" if name not in now else "is new" if name not in before else "changed"
+            return f"{name} {how}"
+    return ""
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a digest of itself in it."""
+    return {**value, _SEAL: _seal(value)}
+
+
+def unsealed(value: Any) -> dict[str, Any] | None:
+    """What was sealed; None if it is not as it was. What an earlier version wrote has no digest."""
+    if not isinstance(value, dict):
+        return None
+    known = value.pop(_SEAL, None)
+    return value if known in (None, _seal(value)) else None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a digest of itself, in the way of `write_json`."""
+    write_json(path, sealed(value))
+
+
+def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises `StorageError` for a file that is broken or changed."""
+    value = unsealed(read_json(path, f"put it back as it was, or {way_out}"))
+    if value is None:
+        raise StorageError(
+            f"{path} is not as the run wrote it (its digest is wrong); put it back as it was, or "
+            f"{way_out}"
+        )
+    return value
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
