@@ -134,6 +134,7 @@ class Run:
         named = [n for n in wanted if getattr(self.recipe, n) is not None]
         kept = [*(f"{n}/{DONE}" for n in named), *["validation/base.json"] * bool(self.recipe.task)]
         left = not all((self.folder / file).exists() for file in kept)
+        records(self.folder / "validation")  # a broken one is told before hours of work
         if left:
             self._claim_model()
         if self.recipe.task:

@@ -95,11 +95,13 @@ def test_it_goes_on_when_all_is_as_it_was(place: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "rewards.py changed since step 1; what comes is rewarded by it" in " ".join(out.split())
     assert (place / "run/rl/model.safetensors").read_bytes() == before
-    (place / "base/model.safetensors").rename(place / "base/elsewhere")
-    (place / "rows.jsonl").unlink()
-    (place / "run/data/train.jsonl").unlink()
+    unused = [place / name for name in ("base", "rows.jsonl", "run/data/train.jsonl")]
+    for path in unused:
+        path.rename(f"{path}.away")
     main(["run", *words(place), "rl.keep=5"])  # a finished run needs none of it for its table
     assert "rl: done before, kept" in capsys.readouterr().out
+    for path in unused:
+        Path(f"{path}.away").rename(path)
 
 
 @pytest.mark.parametrize("command", ["generate", "serve", "eval"])
