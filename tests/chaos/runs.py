@@ -104,7 +104,7 @@ class Command:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def told(self) -> str:
-        """The one line that it ended with. Raises `BrokenError` where there is none, or a traceback."""
+        """The one line that it ended with. Raises `BrokenError` for none, or for a traceback."""
         said = self.said()
         lines = [line for line in said.splitlines() if line.startswith("gearshift: ")]
         if "Traceback" in said or len(lines) != 1:

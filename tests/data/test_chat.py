@@ -58,7 +58,6 @@ def test_mask_is_the_oracles(messages: list[dict[str, str]]) -> None:
     assert mask == [int(of_text[start]) for start, _ in encoded["offset_mapping"]]
 
 
-@pytest.mark.slow
 def test_the_embedded_models_template() -> None:
     tokenizer = load_tokenizer(ModelConfig())
     messages = [

@@ -54,7 +54,6 @@ def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
     assert (scores.logprobs - sampled_logprobs(groups)).abs().max() <= 1e-5
 
 
-@pytest.mark.slow
 def test_bf16_gap_of_the_embedded_model_is_at_most_a_hundredth_nat() -> None:
     config = ModelConfig(dtype="bfloat16")
     tokenizer = load_tokenizer(config)

@@ -40,7 +40,6 @@ def test_every_family(family: str, path: str) -> None:
     assert ours == [hugging_face(theirs, prompt, 24, end=2) for prompt in PROMPTS]
 
 
-@pytest.mark.slow
 def test_the_embedded_model() -> None:
     config = ModelConfig(dtype="float32")
     tokenizer = load_tokenizer(config)
