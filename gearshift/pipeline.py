@@ -75,7 +75,15 @@ from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import one_line, say
 from gearshift.trainers.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.gap import logprob_gap
-from gearshift.trainers.memory import Shape, available, micro_batch, parts_of, resident
+from gearshift.trainers.memory import (
+    Shape,
+    available,
+    micro_batch,
+    parts_of,
+    resident,
+    shortage,
+    with_total,
+)
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
     Judged,
@@ -394,6 +402,9 @@ class Run:
         # What is loaded by now is among the parts.
         free = available(engine.device) + resident(engine.device)
         tokens, again = micro_batch(config, engine.config, shape, parts, free)
+        parts["activations"] = tokens * shape.token(again)
+        if short := shortage(with_total(parts)["total"], free):
+            self.say(f"memory: {short}")
         engine.config = engine.config.model_copy(update={"recompute": again})
         return config if config.max_tokens else config.model_copy(update={"max_tokens": tokens})
 

@@ -14,7 +14,15 @@ from gearshift.models.adapters import AdapterConfig
 from gearshift.models.load import load_config, resolve_device, resolve_dtype, said
 from gearshift.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
-from gearshift.trainers.memory import GIB, Shape, available, micro_batch, parts_of, with_total
+from gearshift.trainers.memory import (
+    GIB,
+    Shape,
+    available,
+    micro_batch,
+    parts_of,
+    shortage,
+    with_total,
+)
 
 
 def plan(recipe: Recipe) -> str:
@@ -103,7 +111,10 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
     largest = max(stages, key=lambda name: stages[name]["total"])
     lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
     lines += [f"of these, {largest}:"]
-    return lines + [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
+    lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
+    if short := shortage(stages[largest]["total"], available(device)):
+        lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")
+    return lines
 
 
 def _adapter_size(shape: Shape, lora: AdapterConfig) -> int:

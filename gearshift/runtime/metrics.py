@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ import torch
 from gearshift.errors import ConfigError, StorageError
 from gearshift.runtime.addresses import shown
 from gearshift.runtime.files import read_json, reading, sync, write_json, writing
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import one_line, say
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
@@ -152,7 +153,8 @@ class Trackers:
     """The trackers that a recipe names; `log` hands a step's metrics to each.
 
     A resumed run goes on in the trackers' run that it began: `trackers.json` in the folder keeps
-    how they call it.
+    how they call it. One that fails on the way is told, and left out until the stage is started
+    again: it is no part of the run's work.
     """
 
     def __init__(
@@ -161,22 +163,24 @@ class Trackers:
         """Raises `ConfigError`, with the pip install, where a tracker's library is missing."""
         self._libraries = {name: _library(name) for name in names}
         self._folder, self._name, self._config = folder, run_name, config
-        self._open: list[_Tracker] = []
+        self._open: dict[TrackerName, _Tracker] = {}
+        self.lost: dict[str, int] = {}
+        """Of each tracker that failed: steps that it was not sent."""
 
     def open(self, step: int) -> None:
         """Begin, or go on before this step. Raises `ConfigError` where a tracker refuses."""
         path = self._folder / "trackers.json"
         anew = "put it back as it was, or delete it, and the trackers begin new runs."
         known = read_json(path, anew) if path.exists() else {}
+        self.lost = {}
         for name, library in self._libraries.items():
             ids = known.setdefault(name, {})
             run = TrackedRun(self._folder, self._name, self._config, step, ids)
             try:
-                self._open.append(_OPEN[name](library, run))
+                self._open[name] = _OPEN[name](library, run)
             except Exception as error:  # each library has its own kinds
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ConfigError(
-                    f"The tracker {name} does not start ({one_line(shown(reason))}); mend that or "
+                    f"The tracker {name} does not start ({_first_line(error)}); mend that or "
                     "leave it out."
                 ) from error
         if known:
@@ -184,13 +188,38 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one step's figures."""
-        for log, _ in self._open:
-            log(step, metrics)
+        for name in self.lost:
+            self.lost[name] += 1
+        for name, (log, close) in [*self._open.items()]:
+            try:
+                log(step, metrics)
+            except Exception as error:
+                self.lost[name] = 1
+                del self._open[name]
+                self._tell(f"{name} failed at step {step} ({_first_line(error)}) and is left out")
+                with suppress(Exception):
+                    close()
 
     def close(self) -> None:
         """Flush, and mark the runs as finished."""
-        for _, close in self._open:
-            close()
+        for name, (_, close) in [*self._open.items()]:
+            try:
+                close()
+            except Exception as error:
+                self._tell(f"{name} did not close ({_first_line(error)})")
+        for lost, steps in self.lost.items():
+            self._tell(f"{lost} was not sent {steps} steps")
+        self._open = {}
+
+    def _tell(self, what: str) -> None:
+        text = f"{self._name}: the tracker {what}; metrics.jsonl has everything."
+        with suppress(OSError, ValueError):
+            say(text, file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return one_line(shown(reason))
 
 
 def _library(name: TrackerName) -> Any:

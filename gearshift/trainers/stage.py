@@ -38,7 +38,7 @@ from gearshift.runtime.terminal import one_line, say
 from gearshift.trainers.ema import MovingAverage
 
 Row = TypeVar("Row")
-_STOPPING = "\ngearshift: stopping after this step; a second signal stops at once.\n"
+_STOPPING = "\nStopping after this step; a second signal stops at once.\n"
 
 
 class StageConfig(Config):

@@ -303,3 +303,38 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = 1 / 0
     assert timer.pop() == {"generate": 3.5, "update": 4.0}
     assert timer.pop() == {}
+
+
+@pytest.mark.parametrize(("name", "module", "opened", "closed"), CASES)
+def test_a_tracker_that_fails_on_the_way_is_told_once_and_left_out(
+    name: TrackerName,
+    module: str,
+    opened: list[str],
+    closed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, module, calls)
+    trackers = Trackers([name], tmp_path, "run/rl", {})
+    trackers.open(0)
+    trackers.log(0, {"reward": 0.5})
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device\nat line 3")
+
+    logs = LOGGED[name][0][0]
+    setattr(calls, logs, fail)
+    setattr(calls, closed, fail)
+    for step in (1, 2, 3):
+        trackers.log(step, {"reward": 0.5})
+    said = capsys.readouterr().err
+    assert f"the tracker {name} failed at step 1 (No space left on device)" in said
+    assert said.count("\n") == 1
+    trackers.close()
+    assert f"{name} was not sent 3 steps" in capsys.readouterr().err
+    assert trackers.lost == {name: 3}
+    trackers.open(4)
+    trackers.close()
+    assert "did not close (No space left on device)" in capsys.readouterr().err

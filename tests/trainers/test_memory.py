@@ -9,7 +9,17 @@ from gearshift.cli import main
 from gearshift.engine import EngineConfig
 from gearshift.models.tiny import tiny_model
 from gearshift.runtime.optimizer import OptimizerConfig
-from gearshift.trainers.memory import GIB, Shape, micro_batch, parts_of, tokens_of, with_total
+from gearshift.trainers.memory import (
+    GIB,
+    Shape,
+    available,
+    micro_batch,
+    of_control_groups,
+    parts_of,
+    shortage,
+    tokens_of,
+    with_total,
+)
 from gearshift.trainers.rl import RLConfig
 from gearshift.trainers.sft import SFTConfig
 
@@ -92,3 +102,53 @@ def test_a_recipe_that_leaves_it_open_runs(
     assert "sft: " in out and "GiB  total" in out and "activations of" in out
     main(["run", recipe, f"run.dir={tmp_path / 'run'}", *overrides])
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def group(folder: Path, second: bool, most: str, used: int, cache: int) -> None:
+    """A control group as the kernel shows it, in the second version or in the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current", "") if second else ("limit_in_bytes", "usage_in_bytes", "total_")
+    (folder / f"memory.{names[0]}").write_text(f"{most}\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]}inactive_file {cache}\n")
+
+
+def test_a_control_group_leaves_its_limit_less_what_is_held(tmp_path: Path) -> None:
+    listed = tmp_path / "cgroup"
+    listed.write_text("0::/jobs/one\n")
+    assert of_control_groups(listed, tmp_path / "two") == float("inf")
+    group(tmp_path / "two" / "jobs" / "one", True, "max", 900, 0)
+    assert of_control_groups(listed, tmp_path / "two") == float("inf")
+    group(tmp_path / "two" / "jobs", True, "1000", 900, 300)
+    assert of_control_groups(listed, tmp_path / "two") == 400, "the group above counts"
+    group(tmp_path / "two" / "jobs" / "one", True, "500", 450, 30)
+    assert of_control_groups(listed, tmp_path / "two") == 80
+    group(tmp_path / "inside", True, "200", 50, 0)
+    assert of_control_groups(listed, tmp_path / "inside") == 150, "a container's own is the top"
+    listed.write_text("3:cpu,cpuacct:/x\n7:memory:/docker/abc\n")
+    group(tmp_path / "one" / "memory" / "docker" / "abc", False, "700", 800, 200)
+    assert of_control_groups(listed, tmp_path / "one") == 100
+    assert of_control_groups(tmp_path / "none") == float("inf")
+
+
+def test_the_limits_of_the_process_count() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 36, before[1]))
+    try:
+        assert available(CPU) < 1 << 36
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_what_is_not_there_is_told_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not shortage(2 * GIB, 2 * GIB)
+    assert "may take 3.00 GiB and 2.00 GiB are free" in shortage(3 * GIB, 2 * GIB)
+    recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
+    main(["run", recipe, "--dry-run"])
+    assert "NOT ENOUGH" not in capsys.readouterr().out
+    monkeypatch.setattr("gearshift.plan.available", lambda device: 1e6)
+    main(["run", recipe, "--dry-run"])
+    assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out
