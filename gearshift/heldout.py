@@ -46,6 +46,7 @@ from gearshift.runtime.config import load
 from gearshift.runtime.digests import Digests, check, marks, read_sealed, write_sealed
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.lock import locked
+from gearshift.runtime.named import in_words
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.terminal import say
 from gearshift.types import Message
@@ -74,7 +75,12 @@ class TaskData:
         began = time.perf_counter()
         say(f"data: preparing {task.name}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
+        try:
+            files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
+        except SystemExit as error:  # of an environment, which would end the run without a word
+            raise ConfigError(
+                f"The task {task.name} cannot be prepared: {in_words(error)}."
+            ) from None
         seconds = time.perf_counter() - began
         named = {k: str(v) for k, v in files.items()}
         digests = marks(self.folder, [p.name for p in files.values() if p.parent == self.folder])

@@ -139,6 +139,22 @@ class _Episode:
         self.running, self.finish_reason = False, "length"
 
 
+class _Unmade(TextEnvironment):
+    """In the place of an environment that could not be made."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        raise self._error
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        raise self._error
+
+
 class Collector:
     """Runs episodes of one environment, as many at a time as are asked for."""
 
@@ -167,6 +183,7 @@ class Collector:
         """Of these, the ones that were lost to their prompt."""
         self.last_failure = ""
         self._rewarded: Rewarded = "needed"
+        self._made = False
 
     def unusable_rows(self, rows: int, most: int) -> dict[int, str]:
         """The rows whose prompt has more than `most` tokens or none, or is refused by the chat
@@ -224,7 +241,7 @@ class Collector:
         self._rewarded = rewarded
         groups = [
             [
-                _Episode(self._idle.pop() if self._idle else self._make(), start, sample)
+                _Episode(self._idle.pop() if self._idle else self._new(), start, sample)
                 for sample in range(params.n)
             ]
             for start in starts
@@ -279,6 +296,19 @@ class Collector:
             e.environment for group in groups for e in group if e.finish_reason != "abort"
         ]
         return [t for group in groups for t in self._trajectories(group)]
+
+    def _new(self) -> TextEnvironment:
+        """Another environment. Raises what the first one raises that cannot be made; a later one
+        costs its episode.
+        """
+        try:
+            made = self._make()
+        except (Exception, SystemExit) as error:
+            if not self._made:
+                raise
+            return _Unmade(error)
+        self._made = True
+        return made
 
     def _done(self, answering: dict[Future[Any], _Episode], patient: bool) -> list[Future[Any]]:
         """Environments that have answered, or have hung; a patient caller waits for the first."""

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import gymnasium
 
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.runtime.named import in_words
 
 
 class GuessNumber(TextEnvironment):
@@ -84,6 +85,10 @@ def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         raise ConfigError(f"There is no environment {id}; {hint}") from error
     except TypeError as error:
         raise ConfigError(f"The environment {id} cannot be made with {kwargs}: {error}.") from error
+    except GearshiftError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"The environment {id} cannot be made: {in_words(error)}.") from error
 
 
 def make_environment(id: str, **kwargs: Any) -> TextEnvironment:

@@ -27,8 +27,8 @@ def parse_mark(text: str, high: float | None = None) -> float | None:
 
     In this order, and the last where there are several: a reply that is a number alone; a JSON
     object `{"score": N}`, rather one on lines of its own than one within a sentence; `Score: N`.
-    Once JSON has a score, words are not looked at. An endless reply has no mark. N is a number, in quotes or not; `N/M` is N if M
-    is the best mark, `high`, and else none.
+    Once JSON has a score, words are not looked at. N is a number, in quotes or not; `N/M` is N if M
+    is the best mark, `high`, and else none. An endless reply has none.
     """
     text = without_thoughts(text).strip()
     if len(text) > _MOST:

@@ -127,17 +127,23 @@ class Workers:
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            future, task = taken
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                if not self._run(future, task):
-                    return
-            except GivenUp:
-                return
-            finally:
-                self._hung.discard(future)
+        while self._do_next():  # a thread that waits keeps nothing of what it did
+            pass
+
+    def _do_next(self) -> bool:
+        """Run what is next in line; whether the thread goes on."""
+        taken = self._take()
+        if taken is None:
+            return False
+        future, task = taken
+        if not future.set_running_or_notify_cancel():
+            return True
+        try:
+            return self._run(future, task)
+        except GivenUp:
+            return False
+        finally:
+            self._hung.discard(future)
 
     def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """What is next in line; None where the thread is one too many and nothing is."""

@@ -1,7 +1,9 @@
 """Episodes run beside each other: one that waits or hangs holds up nobody."""
 
+import sys
 import threading
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -341,6 +343,51 @@ def test_a_thread_that_was_given_up_ends() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() == before
+
+
+def test_an_environment_that_cannot_be_made_costs_its_episode(engine: HybridEngine) -> None:
+    """But the first: then it is a mistake."""
+    made: list[int] = []
+    wrong = {2, 3}
+
+    def make() -> TwoTurns:
+        made.append(1)
+        if len(made) in wrong:
+            sys.exit("no more")
+        return TwoTurns()
+
+    collector = Collector(make, engine.tokenizer, engine)
+    for n, left in ((4, 2), (6, 6)):
+        params = SamplingParams(n=n, max_new_tokens=4)
+        with engine.generating():
+            assert len(collector.collect([Start(0, 0)], params)) == left
+    assert collector.failures == 2 and collector.last_failure == "SystemExit: no more"
+    wrong.add(len(made) + 1)
+    with pytest.raises(SystemExit):
+        Collector(make, engine.tokenizer, engine).collect([Start(0, 0)], params)
+
+
+def test_a_thread_that_waits_keeps_nothing_of_what_it_did() -> None:
+    workers, thing = Workers(1), threading.Event()
+    workers.submit(thing.set).result(timeout=10)
+    kept, deadline = weakref.ref(thing), time.monotonic() + 10
+    del thing
+    while kept() is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kept() is None
+
+
+def test_rows_that_hang_are_left_to_the_rollout(engine: HybridEngine) -> None:
+    class Hangs(TwoTurns):
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            if options["row"] == 1:
+                sys.exit("no")
+            if options["row"] == 3:
+                threading.Event().wait()
+            return super().reset(seed=seed, options=options)
+
+    collector = Collector(Hangs, engine.tokenizer, engine, timeout=0.3)
+    assert list(collector.unusable_rows(5, most=1)) == [0, 2]
 
 
 def test_threads_that_were_added_end_with_the_line() -> None:

@@ -231,6 +231,12 @@ def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
     assert threading.active_count() == threads + 1
 
 
+def test_the_projects_own_functions_end_by_themselves(tmp_path: Path) -> None:
+    names = ["gearshift.rollouts.code:code_share", "http://127.0.0.1:9/score"]
+    names.append(write(tmp_path, "def f(**_): ..."))
+    assert RewardSum([source(n) for n in names], TINY, tmp_path)._limits == [math.inf, 60, 300]
+
+
 def test_an_address_that_takes_its_whole_time_is_not_asked_for_ever(tmp_path: Path) -> None:
     asked: list[int] = []
 
