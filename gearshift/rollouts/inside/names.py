@@ -18,6 +18,8 @@ PLAIN_NAMES = frozenset(name for kind in _PLAIN for name in dir(kind)) | frozens
 """Attributes of plain data."""
 _CLASS = r"_*[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*"
 """How classes are named."""
+_ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
+"""Builtins that can reach any name."""
 
 
 @dataclass
@@ -28,8 +30,6 @@ class Names:
     imported: set[str] = field(default_factory=set)
     caught: set[str] = field(default_factory=set)
     defined: set[str] = field(default_factory=set)
-    parts: set[str] = field(default_factory=set)
-    """Attributes that objects of the tests' own classes have."""
     clean: set[str] = field(default_factory=set)
     """Names whose value comes from the tests alone."""
     own: set[str] = field(default_factory=set)
@@ -54,7 +54,8 @@ class Names:
         return all(map(self._from_tests, names_in(node)))
 
     def _from_tests(self, name: str) -> bool:
-        return self.builtin(name) or name in self.imported or name in self.clean
+        own = name in self.imported or name in self.clean or self.builtin(name)
+        return own and name not in _ANYTHING
 
     def is_own(self, node: ast.expr) -> bool:
         """Whether what it is a part or an answer of is the tests' or the standard library's."""
@@ -122,9 +123,6 @@ def collect(tree: ast.Module) -> Names:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.defined.add(node.name)
             names.bound.setdefault(node.name, []).append(None)
-            if isinstance(node, ast.ClassDef):
-                stored = (n for s in node.body for n in ast.walk(s) if isinstance(n, ast.Name))
-                names.parts |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
         elif isinstance(node, ast.arg):
             names.bound.setdefault(node.arg, []).append(None)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -133,13 +131,6 @@ def collect(tree: ast.Module) -> Names:
             names.caught.add(node.name)
         elif isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name:
             names.bound.setdefault(node.name, []).append(None)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if names.is_own(node.value):
-                names.parts.add(node.attr)
-        elif isinstance(node, ast.Call) and name_of(node.func) in ("namedtuple", "NamedTuple"):
-            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
-            names.parts |= {w for t in texts for w in re.findall(r"\w+", str(t))}
-    names.parts |= names.defined
     _settle(names)
     return names
 

@@ -70,7 +70,7 @@ class Theirs:
     def __init__(self, server: Server, number: int, name: str) -> None:
         self.__dict__.update(_server=server, _number=number, __name__=name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._server.ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -109,7 +109,7 @@ class Server:
         self.numbers: dict[int, int] = {}
         self.theirs: dict[int, Theirs] = {}
 
-    def ask(self, what: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
         """Of the tests, in the midst of an answer."""
         self.wire.send(["ask", self._request(what, args, kwargs)])
         kind, *rest = self.wire.wait()
@@ -225,6 +225,14 @@ class Server:
             for name in rest[1].split("."):
                 found = getattr(found, name)
             return found
+        if kind == "made":
+            call, args, state = (decode(part, self._received) for part in rest)
+            made = call(*args)
+            if state is not None and hasattr(made, "__setstate__"):
+                made.__setstate__(state)
+            elif state is not None:
+                vars(made).update(state)
+            return made
         if kind == "error":
             return self.module.__dict__[rest[0]]
         return self.theirs.setdefault(rest[0], Theirs(self, *rest))

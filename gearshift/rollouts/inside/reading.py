@@ -19,7 +19,7 @@ HARD, SOFT = "program ", "program or "
 """Before a builtin's name where the tests mean the program's (if it has one, where `SOFT`)."""
 TESTS = "tests"
 """The file that the tests' code names."""
-COMPARE, TYPE, STOP, NEXT = " compare", " type", " stop", " next"
+COMPARE, TYPE, STOP, NEXT, SEEN = " compare", " type", " stop", " next", " seen"
 """Names that the rewritten tests use, which no program can have."""
 
 _CONVERT = frozenset({
@@ -81,7 +81,6 @@ def read(source: str, entry_point: str = "") -> Reading:
             and n.name not in names_in(tree)
         )  # fmt: skip
         found = Reading(
-            code=compile(ast.fix_missing_locations(_Rewrite(targets).visit(tree)), TESTS, "exec"),
             raises=frozenset(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Raise)),
             objects=_speaks_of_objects(tree, names),
             operators=any(_uses_as_plain(n, names) for n in ast.walk(tree)),
@@ -96,10 +95,17 @@ def read(source: str, entry_point: str = "") -> Reading:
                 for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
                 for name in names_in(node) if names.of_program(name)
             ),
+            code=_compiled(tree, targets),
         )  # fmt: skip
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UnusableError(f"they are no Python: {error}") from error
     return found
+
+
+def _compiled(tree: ast.Module, targets: dict[int, str]) -> CodeType:
+    """The tests, rewritten in place."""
+    rewritten = ast.fix_missing_locations(_Rewrite(targets).visit(tree))
+    return compile(rewritten, TESTS, "exec", dont_inherit=True)
 
 
 def _call_check(tree: ast.Module, entry_point: str) -> None:
@@ -214,8 +220,11 @@ def _calls(node: ast.AST, names: Names) -> Iterator[ast.Call]:
 def _speaks_of_objects(tree: ast.Module, names: Names) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            known = node.attr in PLAIN_NAMES or node.attr in names.parts
-            if not known and not node.attr.startswith("__") and not names.is_own(node.value):
+            if (
+                node.attr not in PLAIN_NAMES
+                and not node.attr.startswith("__")
+                and not names.is_own(node.value)
+            ):
                 return True
         elif names.is_class(name_of(node)):
             return True
@@ -303,7 +312,22 @@ class _Rewrite(ast.NodeTransformer):
                 node.type.elts.append(ast.Name(STOP, ast.Load()))
         elif node.type:
             node.type = _or_stop(node.type)
+        node.body.insert(0, _seen())
         return node
+
+    def visit_With(self, node: ast.With) -> list[ast.stmt]:
+        self.generic_visit(node)
+        return [node, _seen()]
+
+    def visit_Expr(self, node: ast.Expr) -> list[ast.stmt]:
+        self.generic_visit(node)
+        named = getattr(getattr(node.value, "func", None), "attr", "")
+        return [node, _seen()] if named.startswith(("assertRaises", "raises")) else [node]
+
+
+def _seen() -> ast.Expr:
+    """The statement that tells that an exception was caught."""
+    return ast.Expr(ast.Call(ast.Name(SEEN, ast.Load()), [], []))
 
 
 def _or_stop(node: ast.expr) -> ast.expr:

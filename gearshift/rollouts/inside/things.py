@@ -97,7 +97,7 @@ class Called:
     __slots__ = ()
     _tester: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._tester.ask("call", self, *args, **kwargs)
 
 

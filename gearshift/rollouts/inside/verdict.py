@@ -13,18 +13,17 @@ import importlib
 import operator
 import os
 import sys
-import types
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO, NoReturn
 
 from gearshift.rollouts.inside import FAILED, PASSED, UNUSABLE, functions, reading
+from gearshift.rollouts.inside.given import allowed, of_library, rebuilt
+from gearshift.rollouts.inside.program import plain
 from gearshift.rollouts.inside.reading import Reading, UnusableError
 from gearshift.rollouts.inside.things import FACES, Thing, is_thing, kind
 from gearshift.rollouts.inside.wire import DEEP, Wire, decode, encode
 
-_OPEN = ("__main__", "io", "_io", "types", "unittest.mock")
-"""Modules of classes whose objects the program may ask for public attributes."""
 _MUTABLE = (list, dict, set, bytearray)
 
 
@@ -70,6 +69,8 @@ class Tester:
         """An assertion in a function that the program called did not hold."""
         self.raised: list[BaseException] = []
         """By the program."""
+        self._unseen = False
+        """The last of these has come to no `except`, or the like, of the tests."""
         self._thrown: list[BaseException] = []
         """By functions of the tests that the program called."""
         self._things: dict[int, Thing] = {}
@@ -86,6 +87,8 @@ class Tester:
         tests' own code does not get to see it.
         """
         self.asked = True
+        if what != "name":  # which an `except` asks for
+            self.seen(must=True)
         watched = self._watched(args) if what == "call" else []
         try:
             given = [encode(a, self._other) for a in args]
@@ -112,8 +115,17 @@ class Tester:
         except BaseException:
             self._wrong()
         if error is not None:
+            self._unseen = what == "call"
             raise error
         return value
+
+    def seen(self, must: bool = False) -> None:
+        """The tests have caught what the program raised. (`must`: else Python has swallowed it, as
+        `hasattr` does, and they go on as if it had answered.)
+        """
+        if must and self._unseen:
+            self._wrong()
+        self._unseen = False
 
     def _wrong(self) -> NoReturn:
         os._exit(FAILED)
@@ -143,8 +155,12 @@ class Tester:
             return ["yours", value._thing]
         if isinstance(value, type) and value in self._errors.values():
             return ["error", value.__name__]
-        if found := _of_library(value):
+        if isinstance(value, (int, float, str, bytes)):
+            return encode(plain(value), self._other)
+        if found := of_library(value):
             return ["global", *found]
+        if parts := rebuilt(value):
+            return ["made", *(encode(part, self._other) for part in parts)]
         number = next((i for i, known in enumerate(self._given) if known is value), None)
         if number is None:
             number = len(self._given)
@@ -210,7 +226,7 @@ class Tester:
             target, *given = (decode(a, self._received) for a in args)
             named = {k: decode(v, self._received) for k, v in kwargs.items()}
             assert any(target is known for known in self._given)
-            do = _allowed(target, what, given)
+            do = allowed(target, what, given)
         except BaseException:
             self._wrong()
         try:
@@ -218,40 +234,12 @@ class Tester:
         except StopIteration:
             return ["stop"]
         except BaseException as error:
+            self.seen()
             self.failed = self.failed or isinstance(error, AssertionError)
             self._thrown.append(error)
             names = [k.__name__ for k in type(error).__mro__ if k.__module__ == "builtins"]
             texts = [str(a) if not isinstance(a, (int, float)) else a for a in error.args]
             return ["raised", names[0], texts, len(self._thrown) - 1]
-
-
-def _allowed(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
-    """Public parts of plain objects, and calls: nothing leads on to the tests' own variables."""
-    if what == "call":
-        return lambda f, *args, **kwargs: f(*args, **kwargs)
-    if what in ("get", "set"):
-        assert type(target).__module__ in _OPEN and not isinstance(target, types.FunctionType)
-        assert isinstance(given[0], str) and not given[0].startswith("_")
-        return getattr if what == "get" else setattr
-    return {"iter": iter, "next": next, "len": len, "getitem": operator.getitem}[what]  # type: ignore[return-value]
-
-
-def _of_library(value: Any) -> tuple[str, str] | None:
-    """The module and name of a function or class that the program's Python has too."""
-    name = getattr(value, "__qualname__", None)
-    owner = getattr(value, "__objclass__", value)
-    module = getattr(owner, "__module__", None)
-    if isinstance(value, types.ModuleType):
-        return None
-    if not isinstance(name, str) or not isinstance(module, str) or module == "__main__":
-        return None
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        return None
-    return (module, name) if found is value and module in sys.stdlib_module_names else None
 
 
 def _renew(old: Any, new: Any) -> Any:
@@ -325,7 +313,7 @@ def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoR
     own = {reading.COMPARE: _compare, reading.STOP: StopError}
     space = Space(tester, **own, __name__="__main__", math=importlib.import_module("math"))
     space[reading.TYPE] = lambda x: tester.ask("get", x, "__class__") if is_thing(x) else type(x)
-    space[reading.NEXT] = _next
+    space[reading.NEXT], space[reading.SEEN] = _next, tester.seen
     tester.settle()
     try:
         functions.prepare(space, read)
@@ -341,6 +329,7 @@ def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoR
             os._exit(FAILED)
     except BaseException:  # the tests have not come to their end
         os._exit(FAILED)
+    tester.seen(must=True)
     if tester.failed:
         os._exit(FAILED)
     if not tester.asked:

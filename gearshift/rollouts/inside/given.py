@@ -1,0 +1,58 @@
+"""What the program may have of the tests' objects that it is given."""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import operator
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+_OPEN = ("__main__", "io", "_io", "types", "unittest.mock")
+"""Modules of classes whose objects the program may ask for public attributes."""
+
+
+def allowed(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
+    """Public parts of plain objects, and calls: nothing leads on to the tests' own variables."""
+    if what == "call":
+        return lambda f, *args, **kwargs: f(*args, **kwargs)
+    if what in ("get", "set"):
+        assert type(target).__module__ in _OPEN and not isinstance(target, types.FunctionType)
+        assert isinstance(given[0], str) and not given[0].startswith("_")
+        return getattr if what == "get" else setattr
+    return {"iter": iter, "next": next, "len": len, "getitem": operator.getitem}[what]  # type: ignore[return-value]
+
+
+def of_library(value: Any) -> tuple[str, str] | None:
+    """The module and name of a function or class that the program's Python has too."""
+    name = getattr(value, "__qualname__", None)
+    owner = getattr(value, "__objclass__", value)
+    module = getattr(owner, "__module__", None)
+    if isinstance(value, types.ModuleType):
+        return None
+    if not isinstance(name, str) or not isinstance(module, str) or module == "__main__":
+        return None
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return (module, name) if found is value and module in sys.stdlib_module_names else None
+
+
+def rebuilt(value: Any) -> list[Any] | None:
+    """How the program can make an object of the standard library's itself: what to call, with what,
+    and its state. None for what is not made so: the tests' own objects, iterators, open files.
+    """
+    kind = type(value)
+    if kind.__module__ in _OPEN or hasattr(kind, "__next__") or not of_library(kind):
+        return None
+    try:
+        reduce = copyreg.dispatch_table.get(kind, lambda value: value.__reduce_ex__(2))
+        call, args, *more = reduce(value)
+    except TypeError:
+        return None
+    return [call, list(args), more[0] if more else None] if of_library(call) else None
