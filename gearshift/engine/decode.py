@@ -9,6 +9,8 @@ Legend: T tokens, C hidden, H query heads, K key heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +48,22 @@ class Decoder:
 
     def __call__(self, input_ids: Tensor, places: Places) -> Tensor:
         """[T] token ids at `places` -> [B, V] logits of the wanted ones."""
-        if self.plan is None or self.weights is None:
-            return self._logits(generic(self.model, self.kernels, self.cache, input_ids, places))
-        x, angles = embed(self.plan, input_ids, places.positions)
-        return self._described(self.plan, self.weights, x, angles, places)
+        with self._alone():
+            if self.plan is None or self.weights is None:
+                return self._logits(
+                    generic(self.model, self.kernels, self.cache, input_ids, places)
+                )
+            x, angles = embed(self.plan, input_ids, places.positions)
+            return self._described(self.plan, self.weights, x, angles, places)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Where tensor operations do more than is exact, they are held to one order."""
+        fine, plan = self.model.dtype == torch.float32, self.plan
+        if self.head.softcap is not None:
+            return self.kernels.alone()
+        if fine and (plan is None or not all(isinstance(y.act, str) for y in plan.layers)):
+            return self.kernels.alone()
+        return nullcontext()
 
     def steps(
         self,
@@ -107,13 +121,16 @@ class Decoder:
             query = self.kernels.rotate_and_write(qkv, rotary, store, places)
             return self.kernels.attend(query, store, places, options)
 
-        return self._logits(
-            layers(plan, weights, self.kernels, x, angles, attention, places.wanted)
+        multiply, wanted = self.kernels.multiply, places.wanted
+        hidden = layers(
+            plan, weights, self.kernels, x, angles, attention, wanted, multiply=multiply
         )
+        return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        linear = self.weights.head if self.weights else self.head.linear
-        return self.head.shaped(linear(hidden))
+        if self.weights is None:
+            return self.head.shaped(self.head.linear(hidden))
+        return self.head.shaped(self.weights.head(hidden, self.kernels.multiply))
 
 
 class Step:

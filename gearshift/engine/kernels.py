@@ -10,8 +10,9 @@ heads, K key heads, D head size, P positions in a block, C hidden size, F MLP si
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,18 @@ class Kernels:
         """[T, 2F] gate and up -> [T, F] act(gate) * up."""
         left, up = both.chunk(2, -1)
         return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] weight^T + bias [T, out]. Where it is compiled, a row's result does not depend
+        on the rows beside it.
+        """
+        return F.linear(x, weight, bias)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Inside, what a model's own modules compute of a row does not depend on the rows beside
+        it, where `multiply` sees to that.
+        """
+        return nullcontext()
 
     def product(self, weight: Tensor, rows: int) -> Product | None:
         """Products by a copy of this weight [out, in] in a layout for about `rows` rows; None where

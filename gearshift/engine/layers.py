@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gearshift.engine.kernels import Kernels
-from gearshift.engine.weights import AliasedWeights
+from gearshift.engine.weights import AliasedWeights, Multiply
 from gearshift.models.attention import AttentionOptions, PackedLayout
 from gearshift.models.describe import Plan
 from gearshift.types import PackedBatch
@@ -77,10 +78,11 @@ def layers(
     attention: Attention,
     wanted: Tensor | None = None,
     recompute: bool = False,
+    multiply: Multiply = F.linear,
 ) -> Tensor:
     """[T, C] -> [T, C] last states, or those of the tokens `wanted` [B]. Without a graph, `x` may
     be overwritten. `recompute` keeps a layer's input only, and computes the layer again in the
-    backward pass.
+    backward pass. For `multiply` see `FusedLinear`.
     """
     x, h = kernels.add_norm(x, None, plan.layers[0].input_norm)
     following = [*(layer.input_norm for layer in plan.layers[1:]), plan.final_norm]
@@ -89,7 +91,7 @@ def layers(
         """The residual stream and its norm, before layer i -> the same after it."""
         layer, T, D, K = plan.layers[i], len(x), plan.head_size, plan.kv_heads
         heads = plan.heads + 2 * K
-        qkv = weights.qkv[i](h)
+        qkv = weights.qkv[i](h, multiply)
         if layer.interleaved:
             qkv = qkv.view(T, heads // 3, 3, D).transpose(1, 2).contiguous()
         qkv = qkv.view(T, heads, D)
@@ -100,17 +102,16 @@ def layers(
         seen = attention(i, qkv, rotary, layer.attention)
         if layer is plan.layers[-1] and wanted is not None:
             seen, x, h = seen[wanted], x[wanted], h[wanted]
-        a = weights.out[i](seen.flatten(1))
+        a = weights.out[i](seen.flatten(1), multiply)
         if layer.out_norm is not None:
             a = layer.out_norm.module(a)
         if layer.parallel:
             _, h = kernels.add_norm(x, None, layer.mlp_norm)
         else:
             x, h = kernels.add_norm(x, a, layer.mlp_norm)
-        up = weights.up[i](h)
-        m = weights.down[i](
-            kernels.gate(up, layer.act) if isinstance(layer.act, str) else layer.act(up)
-        )
+        up = weights.up[i](h, multiply)
+        acted = kernels.gate(up, layer.act) if isinstance(layer.act, str) else layer.act(up)
+        m = weights.down[i](acted, multiply)
         if layer.down_norm is not None:
             m = layer.down_norm.module(m)
         return kernels.add_norm(x, m + a if layer.parallel else m, following[i])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from ctypes import c_int64, c_void_p
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from gearshift.engine.alone import EachAlone
 from gearshift.engine.kernels import Kernels, Places, Product
 from gearshift.models.attention import AttentionOptions
 from gearshift.models.describe import Gate, Norm
@@ -77,6 +79,7 @@ class NativeKernels(Kernels):
         self._calls: list[tuple[int, bytes]] | None = None
         """Those of the recording that is being made."""
         self._multiplies = native.has("multiply", dtype)
+        self._in_rows = native.has("multiply_rows", torch.float32)
 
     def held(self) -> int:
         return self._memory.bytes()
@@ -185,6 +188,20 @@ class NativeKernels(Kernels):
         self._call("gate", both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
         return out
 
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._in_rows or not x.dtype == weight.dtype == torch.float32:
+            return super().multiply(x, weight, bias)
+        x, N = x.contiguous(), len(weight)
+        out = self._empty((len(x), N), torch.float32)
+        self._call(
+            "multiply_rows", x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(),
+            len(x), N, x.shape[1], *weight.stride(), dtype=torch.float32,
+        )  # fmt: skip
+        return out
+
+    def alone(self) -> AbstractContextManager[Any]:
+        return EachAlone(self.multiply) if self._in_rows else super().alone()
+
     def product(self, weight: Tensor, rows: int) -> Product | None:
         fits = self._multiplies and weight.shape[1] % 2 == 0
         return _Product(self, weight) if fits else super().product(weight, rows)
@@ -208,10 +225,10 @@ class NativeKernels(Kernels):
             self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
         function(slots)
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         if self._calls is not None:
-            return self._memory.empty(shape, self._dtype)
-        return torch.empty(shape, dtype=self._dtype)
+            return self._memory.empty(shape, dtype or self._dtype)
+        return torch.empty(shape, dtype=dtype or self._dtype)
 
 
 class _Product:

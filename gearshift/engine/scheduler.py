@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +171,8 @@ class Scheduler:
         self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor
     ) -> tuple[list[int], list[float], list[float]]:
         draw, params = self.decoder.kernels.draw, [s.params for s in sequences]
-        columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
+        with self.decoder.kernels.alone() if any(map(adjusts, params)) else nullcontext():
+            columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
         tokens, logprobs, drawn_logprobs = (column.tolist() for column in columns)
         return tokens, logprobs, drawn_logprobs
 

@@ -8,7 +8,7 @@ layout of its own, a packed copy is a cache of one weights version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gearshift.engine.kernels import Kernels, Product
 from gearshift.models.describe import Plan, own
+
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x [T, in], weight [out, in], bias -> x weight^T + bias [T, out]."""
 
 
 class FusedLinear:
@@ -42,8 +45,8 @@ class FusedLinear:
             (module, part) for module, part in each if own(module) is not module
         ]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, sum of outs]."""
+    def __call__(self, x: Tensor, multiply: Multiply = F.linear) -> Tensor:
+        """[T, in] -> [T, sum of outs]; without a graph by the packed copy, else by `multiply`."""
         if torch.is_grad_enabled():
             weights = [linear.weight for linear in self.linears]
             biases = [] if self.bias is None else [linear.bias for linear in self.linears]
@@ -51,10 +54,13 @@ class FusedLinear:
         elif self.product is not None:
             y = self.product(x, self.bias)
         else:
-            y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+            y = multiply(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if torch.is_grad_enabled():
+            multiply = F.linear
         for module, part in self.adapted:
             for down, up, scaling in adapters(module):
-                y[:, part] += (up(down(x.to(down.weight.dtype))) * scaling).to(y.dtype)
+                low = multiply(x.to(down.weight.dtype), down.weight, down.bias)
+                y[:, part] += (multiply(low, up.weight, up.bias) * scaling).to(y.dtype)
         return y
 
     def pack(self, kernels: Kernels, version: int, rows: int) -> None:

@@ -445,6 +445,80 @@ void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* 
   }
 }
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+// out [M, N] = x [M, K] weight^T + bias, in float. A weight's number [n, k] lies at n * down + k * right.
+//
+// Lanes are rows of x, so that a row's sums have one order whatever stands beside it; a matrix library
+// orders them by how many rows there are.
+#ifdef __AVX512F__
+constexpr int64_t OUTPUTS = 8, LANES = 3;  // of 16 rows: what the registers hold beside their operands
+#else
+constexpr int64_t OUTPUTS = 4, LANES = 1;
+#endif
+constexpr int64_t PART = 256;  // terms that are added up before they are added to the sum
+
+template <int64_t NB, int64_t MB>
+inline void rows_tile(const float* x, int64_t K, const float* weight, int64_t down, int64_t right,
+                      const float* bias, float* out, int64_t N, int64_t rows) {
+  Lanes total[NB][MB] = {};
+  for (int64_t k0 = 0; k0 < K; k0 += PART) {
+    Lanes sum[NB][MB] = {};
+    for (int64_t k = k0; k < std::min(K, k0 + PART); ++k) {
+      Lanes of[MB];
+#pragma GCC unroll 3
+      for (int64_t m = 0; m < MB; ++m) of[m] = get16(x + (m * K + k) * 16);
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < NB; ++n) {
+        const Lanes w = every(weight[n * down + k * right]);
+#pragma GCC unroll 3
+        for (int64_t m = 0; m < MB; ++m) sum[n][m] = fma16(w, of[m], sum[n][m]);
+      }
+    }
+    for (int64_t n = 0; n < NB; ++n)
+      for (int64_t m = 0; m < MB; ++m) total[n][m] += sum[n][m];
+  }
+  alignas(64) float some[NB][16 * MB];
+  for (int64_t n = 0; n < NB; ++n)
+    for (int64_t m = 0; m < MB; ++m) put16(some[n] + 16 * m, total[n][m]);
+  for (int64_t r = 0; r < std::min(rows, 16 * MB); ++r)
+    for (int64_t n = 0; n < NB; ++n) out[r * N + n] = some[n][r] + (bias ? bias[n] : 0.0f);
+}
+
+void multiply_rows(const float* x, const float* weight, const float* bias, float* out, int64_t M,
+                   int64_t N, int64_t K, int64_t down, int64_t right) {
+  static thread_local std::vector<float> turned;  // [rows / 16, K, 16], filled up with zeros
+  const int64_t some = std::max<int64_t>(1, (1 << 17) / K / (16 * LANES)) * 16 * LANES;
+  for (int64_t m0 = 0; m0 < M; m0 += some) {
+    const int64_t rows = std::min(some, M - m0), sixteens = (rows + 15) / 16;
+    turned.assign(size_t(sixteens * 16 * K), 0.0f);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < K; ++k) turned[size_t((r / 16 * K + k) * 16 + r % 16)] = x[(m0 + r) * K + k];
+#pragma omp for schedule(static) nowait
+    for (int64_t strip = 0; strip < (N + OUTPUTS - 1) / OUTPUTS; ++strip) {
+      const int64_t end = std::min(N, (strip + 1) * OUTPUTS);
+      for (int64_t m = 0; m < sixteens; m += LANES) {
+        const auto outputs = [&]<int64_t NB>(int64_t n) {
+          const auto go = [&]<int64_t MB>() {
+            rows_tile<NB, MB>(turned.data() + m * 16 * K, K, weight + n * down, down, right,
+                              bias ? bias + n : nullptr, out + (m0 + m * 16) * N + n, N, rows - m * 16);
+          };
+          const int64_t left = std::min(LANES, sixteens - m);
+          if (left == 1) go.template operator()<1>();
+          if constexpr (LANES > 1) {
+            if (left == 2) go.template operator()<2>();
+            if (left == 3) go.template operator()<3>();
+          }
+        };
+        int64_t n = strip * OUTPUTS;
+        for (; n + OUTPUTS <= end; n += OUTPUTS) outputs.template operator()<OUTPUTS>(n);
+        for (; n < end; ++n) outputs.template operator()<1>(n);
+      }
+    }
+  }
+#pragma omp barrier
+}
+#endif
+
 #ifdef __AVX512BF16__
 constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold beside their operands
 
@@ -1129,6 +1203,9 @@ EXPORT_BOTH(rotate)
 EXPORT_BOTH(score)
 EXPORT_BOTH(score_backward)
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+extern "C" void multiply_rows_float(const int64_t* slots) { call(multiply_rows, slots); }
+#endif
 #ifdef __AVX512BF16__
 extern "C" void pack_bf16(const int64_t* slots) { call(pack, slots); }
 extern "C" void multiply_bf16(const int64_t* slots) { call(multiply, slots); }

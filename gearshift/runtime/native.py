@@ -46,6 +46,7 @@ _ARGUMENTS = {
     "packed_attend_backward": "PPPPPPPPPPPPqqqqqqqdq",
     "pack": "PPqq",
     "multiply": "PPPPqqq",
+    "multiply_rows": "PPPPqqqqq",
 }
 """Of each function, as `struct` spells them: pointers, integers, floats, eight bytes each."""
 

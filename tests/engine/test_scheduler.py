@@ -168,8 +168,9 @@ def test_an_error_in_the_middle_loses_nothing_but_its_requests(
 
         assert e._scheduler is not None
         decoder = e._scheduler.decoder
-        forward = decoder._logits
-        monkeypatch.setattr(decoder, "_logits", lambda *a: (interrupted(), forward(*a))[1])
+        name = "_logits" if when == "prefill" else "steps"
+        forward = getattr(decoder, name)
+        monkeypatch.setattr(decoder, name, lambda *a: (interrupted(), forward(*a))[1])
         with pytest.raises(KeyboardInterrupt):
             e.generate(PROMPTS, params)
         with pytest.raises(GearshiftError, match="send it again"):

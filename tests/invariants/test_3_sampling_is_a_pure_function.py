@@ -1,44 +1,135 @@
-"""Invariant 3: completions do not depend on batch composition, cache size or prefix sharing."""
+"""Invariant 3: completions and their log-probs do not depend on batch composition, cache size or
+prefix sharing. They are equal to the bit.
+"""
+
+from collections.abc import Iterable
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.types import SamplingParams
+from gearshift.runtime import native
+from gearshift.types import Completion, SamplingParams
+from tests.models import families
 from tests.zoo import PROMPTS, random_model
 
 PARAMS = SamplingParams(n=3, max_new_tokens=20)
+LENGTHS = (1, 2, 3, 15, 16, 17, 40)
+MANY = [*PROMPTS, *([(7 * i * n) % 200 + 20 for i in range(n)] for n in LENGTHS)]
 
 
-@pytest.fixture(scope="module")
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_rows=64), seed=5)
+def written(groups: Iterable[Iterable[Completion]]) -> list[list[tuple[list[int], list[float]]]]:
+    """Tokens and log-probs: they are compared to the bit."""
+    return [[(c.token_ids, c.logprobs + c.drawn_logprobs) for c in group] for group in groups]
 
 
-def test_rows_and_prefill_size_do_not_matter(engine: HybridEngine) -> None:
-    small = EngineConfig(max_rows=2, prefill_tokens=1)
-    other = HybridEngine(random_model("llama"), tiny_tokenizer(), small, seed=5)
-    with engine.generating(), other.generating():
-        a, b = engine.generate(PROMPTS, PARAMS), other.generate(PROMPTS, PARAMS)
-    assert [[c.token_ids for c in g] for g in a] == [[c.token_ids for c in g] for g in b]
+def with_adapter(family: str) -> PreTrainedModel:
+    model = random_model(family)
+    add_adapter(model, AdapterConfig(rank=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
-def test_a_request_alone_writes_what_it_writes_among_others(engine: HybridEngine) -> None:
+def by_its_own_modules(kind: str) -> PreTrainedModel:
+    return families.random_model(families.small_config(kind))
+
+
+MODELS = {
+    "llama": lambda: random_model("llama"),
+    "llama, bf16": lambda: random_model("llama").bfloat16(),
+    "llama, an adapter": lambda: with_adapter("llama"),
+    "llama, bf16, an adapter": lambda: with_adapter("llama").bfloat16(),
+    "gemma2": lambda: random_model("gemma2"),
+    "gpt2": lambda: random_model("gpt2"),
+    "gpt_neox": lambda: random_model("gpt_neox"),
+    "cohere, by its own modules": lambda: by_its_own_modules("cohere"),
+    "mixtral, by its own modules": lambda: by_its_own_modules("mixtral"),
+    "gemma4_text, by its own modules": lambda: by_its_own_modules("gemma4_text"),
+}
+
+
+SLOW = [pytest.param(n, marks=pytest.mark.slow if "modules" in n else ()) for n in MODELS]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_computed_together_does_not_matter(name: str) -> None:
+    """All at once; each alone; few rows, a small cache and preemption."""
+    model = MODELS[name]()
+    if not native.has("multiply_rows", torch.float32) or (
+        "bf16" in name and not native.has("multiply", torch.bfloat16)
+    ):
+        pytest.skip("the promise is of compiled kernels, which this machine lacks")
+    params = SamplingParams(n=2, max_new_tokens=24)
+    engine = HybridEngine(model, tiny_tokenizer(), EngineConfig(max_rows=64), seed=5)
+    ids = range(len(MANY))
     with engine.generating():
-        together = engine.generate(PROMPTS, PARAMS, request_ids=[40, 41, 42, 43])
-        alone = [
-            engine.generate([p], PARAMS, request_ids=[40 + i])[0] for i, p in enumerate(PROMPTS)
-        ]
-    assert [[c.token_ids for c in g] for g in together] == [[c.token_ids for c in g] for g in alone]
+        together = written(engine.generate(MANY, params, ids))
+        engine.weights_changed()  # the caches are empty again
+        alone = [written(engine.generate([MANY[i]], params, [i]))[0] for i in ids]
+    small = EngineConfig(max_rows=12, prefill_tokens=16, cache_tokens=80)
+    other = HybridEngine(model, tiny_tokenizer(), small, seed=5)
+    with other.generating():
+        cramped = written(other.generate(MANY, params, ids))
+    assert other.timing().preemptions
+    assert together == alone
+    assert together == cramped
 
 
-def test_streaming_writes_the_same(engine: HybridEngine) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama, bf16"])
+def test_threads_do_not_matter(name: str) -> None:
+    groups = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        engine = HybridEngine(MODELS[name](), tiny_tokenizer(), seed=5)
+        with engine.generating():
+            groups.append(written(engine.generate(MANY, SamplingParams(n=2, max_new_tokens=6))))
+    assert groups[0] == groups[1]
+
+
+def test_its_own_modules_too() -> None:
+    engine = HybridEngine(by_its_own_modules("mixtral"), tiny_tokenizer(), seed=5)
+    params = SamplingParams(n=2, max_new_tokens=4)
+    with engine.generating():
+        together = written(engine.generate(MANY[:6], params))
+        alone = [written(engine.generate([p], params, [i]))[0] for i, p in enumerate(MANY[:6])]
+    assert together == alone
+
+
+def test_truncated_and_penalised_sampling_too() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
+    params = SamplingParams(n=2, max_new_tokens=12, top_p=0.9, top_k=40, repetition_penalty=1.2)
+    with engine.generating():
+        together = written(engine.generate(MANY, params))
+        alone = [written(engine.generate([p], params, [i]))[0] for i, p in enumerate(MANY)]
+    assert together == alone
+
+
+def test_greedy_too() -> None:
+    engine = HybridEngine(random_model("qwen2"), tiny_tokenizer())
+    params = SamplingParams(temperature=0.0, max_new_tokens=12)
+    with engine.generating():
+        together = written(engine.generate(MANY, params))
+        alone = [written(engine.generate([p], params))[0] for p in MANY]
+    assert together == alone
+
+
+def test_streaming_writes_the_same() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
     with engine.generating():
         [[whole, *_]] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[9])
         assert list(engine.stream(PROMPTS[0], PARAMS, request_id=9)) == whole.token_ids
 
 
-def test_seed_request_and_sample_all_matter(engine: HybridEngine) -> None:
+def test_seed_request_and_sample_all_matter() -> None:
+    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
     with engine.generating():
         [group] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[1])
         [other] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[2])

@@ -29,9 +29,8 @@ from tests.trainers.rl_runs import small, trainer
 
 
 def fingerprint(run: RLTrainer) -> dict[str, str]:
-    """Hashes of everything a run ends with; times are left out of the metrics, and so is what is
-    measured of the sampler's log-probs: their last bits depend on the rows that happened to decode
-    together, which the environments' threads decide.
+    """Hashes of everything a run ends with; times, and what the scheduler met, are left out of the
+    metrics.
     """
     state: dict[str, Any] = {k: v.state_dict() for k, v in run.stage._tracked.items()}
     tensors, skeleton = checkpoint.flatten(state)
@@ -46,7 +45,7 @@ def fingerprint(run: RLTrainer) -> dict[str, str]:
         {
             k: v
             for k, v in json.loads(line).items()
-            if not k.startswith(("seconds/", "step_time", "engine/", "sampling/"))
+            if not k.startswith(("seconds/", "step_time", "engine/"))
         }
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
