@@ -229,10 +229,11 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
         data = config.supervised.data if name == "rl" else config.data
         known = made_from(run / name)
         for source in data.sources:
-            path = source.path
+            label = path = source.path
             if path.startswith("task:"):
                 path = str(prepared(run / "data", path.removeprefix("task:")))
-            was = known.get(path)
+                label = f"data/{Path(path).name}"
+            was = known.get(label)
             try:
                 if was and source_mark(path, source.split) != was:
                     raise StorageError(

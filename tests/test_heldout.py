@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from gearshift.cli import main
-from gearshift.errors import DataError
+from gearshift.data.sources import source_mark
+from gearshift.errors import DataError, StorageError
 from gearshift.heldout import Trained, problems_of, run_of, trained_on
 from gearshift.recipe import Recipe
 from gearshift.runtime.config import load
+from gearshift.runtime.digests import write_sealed
 
 REWARD = "def right(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n"
 
@@ -187,3 +189,18 @@ def test_problems_are_named_by_the_task_or_by_equal_prompts() -> None:
     ]
     assert problems_of(rows, "template") == {0: 0, 1: 0, 2: 0, 3: 3, 4: 3, 5: 5, 6: 6}
     assert Trained(Path("r"), [], frozenset()).unseen(rows, "template") == list(range(7))
+
+
+def test_a_source_that_is_not_what_a_stage_learned_from_is_told(place: Path) -> None:
+    """Else rows that were learned from would count as unseen."""
+    folder, source = place / "own", place / "some_sums.jsonl"
+    (folder / "sft").mkdir(parents=True)
+    write(source, sums(0, 5))
+    made = {"made_from": {str(source): source_mark(str(source))}}
+    write_sealed(folder / "sft" / "done.json", made)
+    changes = [f"run.dir={folder}", f"sft.data.sources=[{{path: '{source}'}}]"]
+    own = load(Recipe, None, changes)
+    assert len(trained_on(folder, own).prompts) == 5
+    write(source, sums(4, 9))
+    with pytest.raises(StorageError, match=r"some_sums\.jsonl is not what .*sft was made from"):
+        trained_on(folder, own)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import ConfigError, StorageError
-from gearshift.recipe import Recipe, claim, dated
+from gearshift.recipe import Recipe, claim, claim_model, dated
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
 from gearshift.runtime.lock import locked
@@ -76,6 +76,39 @@ def test_a_run_without_its_recipe_is_told(tmp_path: Path) -> None:
     write_json(tmp_path / "sft" / "done.json", {})
     with pytest.raises(ConfigError, match=r"recipe\.yaml is gone; put it back"):
         claim(tmp_path, recipe())
+
+
+def test_the_recipe_of_a_run_that_has_begun_comes_back_from_its_record(tmp_path: Path) -> None:
+    """A recipe.yaml that is torn, changed or gone: the record beside it says what was begun."""
+    claim(tmp_path, dated(recipe(), tmp_path))
+    write_json(tmp_path / "data" / "done.json", {})
+    whole = (tmp_path / "recipe.yaml").read_text()
+    other_date = whole.replace("date: '20", "date: '21")
+    assert other_date != whole
+    for text in ("", whole[:40], other_date, None):
+        (tmp_path / "recipe.yaml").unlink()
+        if text is not None:
+            (tmp_path / "recipe.yaml").write_text(text)
+        claim(tmp_path, dated(recipe(), tmp_path))
+        assert (tmp_path / "recipe.yaml").read_text() == whole
+        with pytest.raises(ConfigError, match=r"`rl\.steps` was 3 and is 4"):
+            claim(tmp_path, dated(recipe("rl.steps=4"), tmp_path))
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace("tiny", "tinx"))
+    with pytest.raises(StorageError, match=r"run\.json is not as the run wrote it"):
+        dated(recipe(), tmp_path)
+
+
+def test_the_model_that_a_run_begins_with_is_the_one_it_goes_on_with(tmp_path: Path) -> None:
+    claim_model(tmp_path, {"model.safetensors": "1:a"})  # an earlier version's run: not known
+    claim(tmp_path, recipe())
+    claim_model(tmp_path, {})  # one of the hub, not loaded yet
+    for _ in range(2):
+        claim_model(tmp_path, {"model.safetensors": "1:a"})
+    claim_model(tmp_path, {})
+    with pytest.raises(StorageError, match=r"another by now \(model\.safetensors changed\)"):
+        claim_model(tmp_path, {"model.safetensors": "1:b"})
+    claim(tmp_path, recipe("rl.steps=4"))  # nothing came of it: it begins anew
+    claim_model(tmp_path, {"model.safetensors": "1:b"})
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

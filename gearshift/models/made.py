@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gearshift.errors import StorageError
 from gearshift.models.adapters import adapter_folder, base_of
-from gearshift.models.embedded import source_of
+from gearshift.models.embedded import EMBEDDED, source_of
 from gearshift.models.tiny import SIZES
 from gearshift.runtime.digests import Digests, check, difference, mark, read_sealed
 
@@ -52,7 +52,9 @@ def made_of(name: str) -> Digests:
             config = try_to_load_from_cache(name, "config.json")
             return {"commit": Path(config).parent.name} if isinstance(config, str) else {}
         return {}
-    found = {file: mark(source / file) for file in files_of(source)}
+    # The embedded model is converted anew by each machine, whose library writes its settings.
+    files = [f for f in files_of(source) if name != EMBEDDED or f.endswith(".safetensors")]
+    found = {file: mark(source / file) for file in files}
     if adapter_folder(source):
         found |= {f"base/{file}": known for file, known in made_of(base_of(source)).items()}
     return found

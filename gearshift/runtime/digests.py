@@ -36,12 +36,11 @@ def mark(path: Path) -> str:
 
 def marks(folder: Path, names: Iterable[str]) -> Digests:
     """Of files that were just written: they are safe on the disk then."""
-    found = {}
-    for name in names:
-        with writing(folder / name):
-            sync(folder / name)
-        found[name] = mark(folder / name)
-    return found
+    paths = {name: folder / name for name in names}
+    with writing(folder):
+        for path in (*paths.values(), *{path.parent for path in paths.values()}):
+            sync(path)
+    return {name: mark(path) for name, path in paths.items()}
 
 
 def difference(path: Path, known: str, whole: bool = True) -> str:

@@ -72,3 +72,31 @@ def test_digest_is_of_every_byte(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "b").write_bytes(b"abd")
     assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "point", ["mkdir", "open", "fileno", "fsync", "replace", "sync", "unlink", "none"]
+)
+def test_a_kill_at_any_point_leaves_the_old_text_or_the_new(tmp_path: Path, point: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_text(path, "old")
+    child = os.fork()
+    if child == 0:
+        owner = {"fsync": os, "sync": files}.get(point, Path)
+
+        def die(*_: object, **__: object) -> None:
+            os._exit(9)
+
+        if point == "fileno":  # half of the text is in the file
+            os.fsync = lambda handle: (os.ftruncate(handle, 1), os._exit(9))  # type: ignore
+        elif point != "none":
+            setattr(owner, point, die)
+        write_text(path, "new")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if point == "none" else 9)
+    assert path.read_text() == ("new" if point in ("sync", "unlink", "none") else "old")
+    left = [other for other in tmp_path.iterdir() if other != path]
+    assert all(other.match(files.UNFINISHED) for other in left) and len(left) <= 1
+    write_text(path, "newer")
+    assert path.read_text() == "newer"

@@ -297,6 +297,24 @@ def test_records_that_lost_a_line_stop_the_run(tmp_path: Path, name: str) -> Non
         next(stage(tmp_path).steps())
 
 
+def test_a_source_that_changed_since_the_checkpoint_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it has as many rows as before; of a reward's function it is only told."""
+
+    def made_from(rows: str, function: str) -> Stage:
+        files = {"rows.jsonl": rows}, {"rewards.py": function}
+        return Stage("rl", tmp_path, 9, 0, StageConfig(save_every=1), Another(), *files)
+
+    for step in made_from("1:a", "1:a").steps():
+        if step == 1:
+            break
+    with pytest.raises(CheckpointError, match=r"step-000001 .* \(rows\.jsonl changed\); put that"):
+        next(made_from("1:b", "1:a").steps())
+    assert next(made_from("1:a", "1:b").steps()) == 1
+    assert "rewards.py changed since step 1" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
     steps_to(3, tmp_path)
     it = stage(tmp_path)
