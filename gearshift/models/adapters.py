@@ -7,7 +7,11 @@ is the reference policy, without a second copy.
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +25,15 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from gearshift.errors import ModelError
-from gearshift.models.saved import Saved, check_kinds, listed, settings_in, tensors_in
+from gearshift.models.saved import (
+    FLOATS,
+    Saved,
+    check_kinds,
+    is_folder,
+    listed,
+    settings_in,
+    tensors_in,
+)
 from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import one_line
 
@@ -29,6 +41,16 @@ _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MOST = 8
 """Adapters that stand on each other."""
+_PATTERNS = "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"
+_SECONDS = 10
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        for part in (name, name.removeprefix("base_model.model.")):
+            re.fullmatch(pattern, part), re.match(rf"(.*\\.)?({pattern})$", part)
+"""
 
 
 class AdapterConfig(Config):
@@ -119,7 +141,7 @@ def adapter_folder(name: str | Path) -> Path | None:
 
 def file_of(name: str | Path, file: str) -> Path | None:
     """A file of a model, in a local folder or of the hub; None where there is none."""
-    if Path(name).is_dir():
+    if is_folder(name):
         return Path(name, file) if Path(name, file).is_file() else None
     try:
         found = cached_file(
@@ -141,7 +163,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 def tensors_of(folder: Path) -> dict[str, Saved]:
     """What an adapter's file says of each tensor. Raises `ModelError`."""
-    return check_kinds(folder, tensors_in(folder / _WEIGHTS))
+    return check_kinds(folder, tensors_in(folder / _WEIGHTS), FLOATS)
 
 
 def base_of(folder: Path) -> str:
@@ -151,7 +173,7 @@ def base_of(folder: Path) -> str:
     """
     found, seen = _named_base(folder), {folder.resolve()}
     below = Path(found)
-    while (below / _SETTINGS).is_file():
+    while is_folder(below) and (below / _SETTINGS).is_file():
         if below.resolve() in seen or len(seen) > _MOST:
             how = (
                 "names itself" if len(seen) == 1 else f"stands on {len(seen)} others, or on itself,"
@@ -172,7 +194,7 @@ def _named_base(folder: Path) -> str:
             f"The adapter in {folder} does not say which model it was trained on; write its name "
             f"or folder as base_model_name_or_path into {folder / _SETTINGS}."
         )
-    places = [Path(base).expanduser(), folder / base, *_beside(folder, base)]
+    places = filter(is_folder, (Path(base).expanduser(), folder / base, *_beside(folder, base)))
     return next(
         (str(p) for p in places if any((p / f).is_file() for f in (_SETTINGS, "config.json"))), base
     )
@@ -201,7 +223,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except ImportError as error:
         raise ModelError("LoRA needs peft; run: pip install 'gearshift[lora]'.") from error
     shared = model.get_input_embeddings().weight if is_tied(model) else None
-    _check_numbers(folder)
+    _check_settings(folder, model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
@@ -224,7 +246,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 if isinstance(layer, BaseTunerLayer):
                     _merge_layer(layer, shared)
             merged: PreTrainedModel = adapted.merge_and_unload()
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, re.error) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"The adapter in {folder} does not fit {model.config.name_or_path or 'its model'} "
@@ -235,14 +257,13 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return merged.requires_grad_(True)
 
 
-def _check_numbers(folder: Path) -> None:
-    """Raises `ModelError` for an adapter whose settings would take all memory or give no number, or
-    run what they name.
+def _check_settings(folder: Path, model: PreTrainedModel) -> None:
+    """Raises `ModelError` for an adapter whose settings would take all memory or time, give no
+    number, or run what they name.
     """
     settings, path = adapter_settings(folder), folder / _SETTINGS
-    longest = max(
-        (size for saved in tensors_of(folder).values() for size in saved.shape), default=0
-    )
+    saved = tensors_of(folder)
+    longest = max((size for tensor in saved.values() for size in tensor.shape), default=0)
     for key, what in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         pattern = settings.get(what) or {}
         given = [settings.get(key), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
@@ -258,6 +279,29 @@ def _check_numbers(folder: Path) -> None:
     for key in ("megatron_config", "layer_replication"):
         if settings.get(key):
             raise ModelError(f"{path} has {key}, which is no change of weights; give another.")
+    for key in _PATTERNS:
+        found = settings.get(key)
+        patterns = [found] if isinstance(found, str) else list(found or ())
+        if not _end([p for p in patterns if isinstance(p, str)], model):
+            raise ModelError(
+                f"{path} has {key}: {one_line(str(found), 60)}, a pattern that takes too long; "
+                "give names of modules."
+            )
+
+
+def _end(patterns: list[str], model: PreTrainedModel) -> bool:
+    """Whether matching them with the model's modules ends, tried in a process of its own."""
+    if not any(re.search(r"[*+{|]", pattern) for pattern in patterns):
+        return True
+    names = [f"base_model.model.{name}" for name, _ in model.named_modules()]
+    try:
+        subprocess.run(
+            [sys.executable, "-ISc", _MATCH], input=json.dumps([patterns, names]).encode(),
+            timeout=_SECONDS, capture_output=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _merge_layer(layer: Any, shared: nn.Parameter | None) -> None:

@@ -54,6 +54,7 @@ from gearshift.models.saved import (
     check_size,
     check_tokenizer_files,
     check_tokenizer_size,
+    is_folder,
     listed,
     saved_weights,
 )
@@ -312,7 +313,7 @@ def save_model(
 def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
     """What is loaded of the model that an adapter was trained on."""
     base = base_of(adapter)
-    if Path(base).name == EMBEDDED_FOLDER and not Path(base).is_dir():  # another machine's cache
+    if Path(base).name == EMBEDDED_FOLDER and not is_folder(base):  # another machine's cache
         base = EMBEDDED
     try:
         return load(base)
@@ -325,7 +326,7 @@ def _files(name: str) -> Path | None:
     been loaded from the hub.
     """
     source = source_of(name)
-    if Path(source).is_dir():
+    if is_folder(source):
         return Path(source)
     found = file_of(source, "config.json")
     return found.parent if found else None
@@ -354,7 +355,7 @@ def _model(
     """A model whose every weight is the files', and which weights of its head are fresh."""
     settings = _config(config, name, **kwargs)
     folder, weights = _files(name), None
-    if folder and Path(source_of(name)).is_dir():
+    if folder and is_folder(source_of(name)):
         weights = saved_weights(folder)
         check_layers(folder, weights)
         with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
@@ -378,7 +379,7 @@ def _model(
 
 def _from_pretrained(auto: Any, name: str, ours: ModelConfig, **kwargs: Any) -> Any:
     source = source_of(name)
-    local = Path(source).is_dir()
+    local = is_folder(source)
     with loading(name, "The tokenizer of" if auto is AutoTokenizer else "Model"):
         return auto.from_pretrained(
             source, trust_remote_code=ours.trust_remote_code, local_files_only=local, **kwargs

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -41,11 +41,11 @@ _POSITIVE = {
     "n_positions", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
     "num_key_value_heads",
 }  # fmt: skip
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _HEAD = re.compile(
     r"head|cls|classif|score|predict|pred_layer|vocab_|embed_out|lm_loss|generator|pooler|summary"
-    r"|qa_outputs|^decoder\.(weight|bias)$"
+    r"|qa_outputs|output_projection|final_logits_bias|^decoder\.(weight|bias)$"
 )
 """Names of what a model has above its states, which another task does without."""
 
@@ -55,6 +55,14 @@ class Saved(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether a model's name is a folder's; a name may be one of the hub, or of nothing."""
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long, for example
+        return False
 
 
 def listed(names: Iterable[str]) -> str:
@@ -188,9 +196,11 @@ def saved_weights(folder: Path) -> dict[str, Saved]:
     return check_kinds(folder, weights)
 
 
-def check_kinds(folder: Path, weights: dict[str, Saved]) -> dict[str, Saved]:
+def check_kinds(
+    folder: Path, weights: dict[str, Saved], good: Set[str] = FLOATS | _WHOLE
+) -> dict[str, Saved]:
     """The weights. Raises `ModelError` for types that only say something with a scale."""
-    if kinds := {w.kind for w in weights.values()} - _FLOATS - _WHOLE:
+    if kinds := {w.kind for w in weights.values()} - good:
         names = listed(name for name, w in weights.items() if w.kind in kinds)
         _refuse(
             folder, f"holds quantised weights ({', '.join(sorted(kinds))}: {names})",
@@ -314,16 +324,17 @@ def check_loaded(
     returns what of it is.
     """
     missing, unexpected = set(told["missing_keys"]), set(told["unexpected_keys"])
-    own = {n.split(".")[0] for n, _ in model.base_model.named_children()}
-    own.add(model.base_model_prefix)
-
-    def above(key: str) -> bool:
-        return bool(_HEAD.search(key)) and (key.split(".")[0] not in own or "pooler" in key)
-
-    fresh = {key for key in missing if fresh_head and above(key)}
-    missing -= fresh
+    fresh = set()
     if fresh_head:
-        unexpected = {key for key in unexpected if not above(key)}
+        trunk = model.base_model_prefix
+        inside = {trunk, *(name for name, _ in model.base_model.named_children())}
+        under = inside if model.base_model is model else {trunk}
+        fresh = {k for k in missing if k.split(".")[0] not in under or "pooler" in k}
+        unexpected = {
+            k for k in unexpected
+            if not (_HEAD.search(k) and (k.split(".")[0] not in inside or "pooler" in k))
+        }  # fmt: skip
+        missing -= fresh
     elif model.get_output_embeddings() is None:
         unexpected = {key for key in unexpected if "pooler" not in key}  # the head reads none
     if missing:

@@ -1,21 +1,26 @@
 """LoRA in both gears: one policy, a reference without a copy, saved so that others load it."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gearshift.engine import HybridEngine
 from gearshift.errors import ModelError
+from gearshift.models import adapters
 from gearshift.models.adapters import AdapterConfig, adapters_off, add_adapter
 from gearshift.models.classifier import score_all
 from gearshift.models.load import (
     ModelConfig,
     load_classifier,
+    load_config,
     load_policy,
     load_tokenizer,
     save_model,
@@ -181,14 +186,29 @@ def test_what_an_adapter_changes_besides(what: dict[str, Any], tmp_path: Path) -
         ({"base_model_name_or_path": "../saved"}, "names itself"),
         ({"target_modules": ["query"]}, "does not fit"),
         ({"r": 3}, "does not fit"),
+        ({"r": 0}, "has r: 0"),
+        ({"r": 10**12}, "has r: 1000000000000"),
+        ({"rank_pattern": {"q_proj": 10**12}}, "has r: 1000000000000"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha: nan"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "has lora_alpha: inf"),
+        ({"base_model_name_or_path": "a" * 9999}, "was trained on aaa"),
+        ({"target_modules": "("}, "does not fit"),
+        ({"target_modules": "(([a-z._0-9])+)+!"}, "a pattern that takes too long"),
+        ({"rank_pattern": {"(([a-z._0-9])+)+!": 2}}, "a pattern that takes too long"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "has megatron_config"),
+        ({"layer_replication": [[0, 10**9]]}, "has layer_replication"),
+        ({"use_dora": True}, "does not fit .*lora_magnitude_vector"),
+        ({"peft_type": "IA3"}, "does not fit .*ia3_l"),
+        ({"peft_type": "NOWHERE"}, "does not fit"),
         ({"target_modules": ["0.mlp.up_proj"]}, "does not fit"),
         ({"modules_to_save": ["lm_head"]}, "does not fit"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, "changes no weights"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    settings: dict[str, Any], told: str, tmp_path: Path
+    settings: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(adapters, "_SECONDS", 2)
     base, saved = tmp_path / "base", tmp_path / "saved"
     save_model(base, random_model("llama"), tiny_tokenizer(), "card")
     engine = adapted("llama")
@@ -199,6 +219,48 @@ def test_what_cannot_be_is_refused_in_one_line(
     with pytest.raises(ModelError, match=told) as caught:
         load_policy(CPU, str(saved))
     assert "\n" not in str(caught.value)
+
+
+def test_every_weight_of_an_adapter_is_its_files(tmp_path: Path) -> None:
+    base, whole = tmp_path / "base", tmp_path / "whole"
+    save_model(base, random_model("llama"), tiny_tokenizer(), "card")
+    engine = adapted("llama")
+    save_model(
+        whole, engine.model, engine.tokenizer, "card", AdapterConfig(save="adapter"), str(base)
+    )
+    state = load_file(whole / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    deeper = name.replace("layers.0", "layers.7")
+    changes: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({k: v for k, v in state.items() if k != name}, r"layers.0.self_attn.q_proj.lora_A"),
+        ({**state, deeper: state[name].clone()}, "layers.7.self_attn.q_proj.lora_A"),
+        ({**state, "extra": torch.ones(2)}, "it leaves extra"),
+        ({**state, name: state[name].T.contiguous()}, "size mismatch for .*q_proj.lora_A"),
+        ({**state, name: state[name] * torch.nan}, "not finite.*q_proj.weight"),
+        ({**state, name: state[name].to(torch.int8)}, "quantised weights .I8"),
+        ({}, "has r: "),
+    ]
+    for i, (changed, told) in enumerate(changes):
+        folder = Path(shutil.copytree(whole, tmp_path / str(i)))
+        save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=told):
+            load_policy(CPU, str(folder))
+    os.truncate(folder / "adapter_model.safetensors", 20)
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is no whole safetensors file"):
+        load_policy(CPU, str(folder))
+    with pytest.raises(ModelError, match=r"score.weight would be random"):
+        load_classifier(CPU, str(whole))
+
+
+def test_adapters_that_stand_on_each_other_in_a_circle(tmp_path: Path) -> None:
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / "adapter_model.safetensors").touch()
+        settings = {"base_model_name_or_path": str(tmp_path / other)}
+        (tmp_path / one / "adapter_config.json").write_text(json.dumps(settings))
+    for load in (load_policy, load_classifier, load_tokenizer, load_config):
+        with pytest.raises(ModelError, match="stands on 2 others, or on itself"):
+            load(CPU, str(tmp_path / "a"))
 
 
 def test_a_run_that_was_moved_finds_its_own_stages_alone(
