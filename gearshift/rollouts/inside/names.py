@@ -26,6 +26,7 @@ _ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
 class Names:
     """Names that the tests bind, to which expressions (None: to anything), and from where."""
 
+    read: set[str]
     bound: dict[str, list[ast.expr | None]] = field(default_factory=dict)
     imported: set[str] = field(default_factory=set)
     caught: set[str] = field(default_factory=set)
@@ -100,9 +101,9 @@ def name_of(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def collect(tree: ast.Module) -> Names:
+def collect(nodes: list[ast.AST]) -> Names:
     """The names of a text."""
-    names = Names()
+    names = Names(read=set(map(name_of, nodes)))
 
     def bind(target: ast.AST, value: ast.expr | None) -> None:
         for node in ast.walk(target):
@@ -110,7 +111,7 @@ def collect(tree: ast.Module) -> Names:
             if name and isinstance(node.ctx, ast.Store):  # type: ignore[attr-defined]
                 names.bound.setdefault(name, []).append(value)
 
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 bind(target, node.value)

@@ -71,28 +71,29 @@ def read(source: str, entry_point: str = "") -> Reading:
     try:
         tree = ast.parse(source)
         _call_check(tree, entry_point)
-        names = collect(tree)
-        _refuse(tree, names)
-        targets = dict(_targets(tree, names, entry_point))
+        nodes = list(ast.walk(tree))
+        names = collect(nodes)
+        _refuse(nodes, names)
+        targets = dict(_targets(nodes, names, entry_point))
         functions = tuple(
             n.name
             for n in tree.body
             if isinstance(n, ast.FunctionDef) and n.name.startswith("test")
-            and n.name not in names_in(tree)
+            and n.name not in names.read
         )  # fmt: skip
         found = Reading(
-            raises=frozenset(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Raise)),
-            objects=_speaks_of_objects(tree, names),
-            operators=any(_uses_as_plain(n, names) for n in ast.walk(tree)),
+            raises=frozenset(n.lineno for n in nodes if isinstance(n, ast.Raise)),
+            objects=_speaks_of_objects(nodes, names),
+            operators=any(_uses_as_plain(n, names) for n in nodes),
             prints=re.search(r"stdout|capsys|print", source) is not None,
-            nan=_speaks_of_nan(tree, source),
-            watched=frozenset(_watched(tree, names)),
+            nan=_speaks_of_nan(nodes, source),
+            watched=frozenset(_watched(nodes, names)),
             functions=functions,
-            imports=frozenset(m for n in ast.walk(tree) for m in _imported(n)),
-            calls_main=any(getattr(n, "attr", "") == "main" for n in ast.walk(tree)),
+            imports=frozenset(m for n in nodes for m in _imported(n)),
+            calls_main=any(getattr(n, "attr", "") == "main" for n in nodes),
             in_classes=frozenset(
                 name
-                for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+                for node in nodes if isinstance(node, ast.ClassDef)
                 for name in names_in(node) if names.of_program(name)
             ),
             code=_compiled(tree, targets),
@@ -115,16 +116,16 @@ def _call_check(tree: ast.Module, entry_point: str) -> None:
         tree.body += ast.parse(f"check({entry_point})").body
 
 
-def _refuse(tree: ast.Module, names: Names) -> None:
+def _refuse(nodes: list[ast.AST], names: Names) -> None:
     """Raises `UnusableError` for what cannot be had in the sandbox, or asked across two of them."""
     guarded = {
         id(n)
-        for t in ast.walk(tree) if isinstance(t, ast.Try) and t.handlers
+        for t in nodes if isinstance(t, ast.Try) and t.handlers
         for s in t.body for n in ast.walk(s)
     }  # fmt: skip
-    if not any(map(_asserts, ast.walk(tree))):
+    if not any(map(_asserts, nodes)):
         raise UnusableError("they assert nothing")
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in _HIDDEN:
             raise UnusableError(f"they ask for {node.attr}")
         elif isinstance(node, ast.ClassDef) and any(
@@ -159,14 +160,14 @@ def _imported(node: ast.AST) -> list[str]:
     return [(node.module or "").split(".")[0]] if isinstance(node, ast.ImportFrom) else []
 
 
-def _targets(tree: ast.Module, names: Names, entry_point: str) -> Iterator[tuple[int, str]]:
+def _targets(nodes: list[ast.AST], names: Names, entry_point: str) -> Iterator[tuple[int, str]]:
     """Where a builtin's name means the program's: in an assertion that would test nothing else, and
     where a function of the tests is given it.
     """
-    hard = not any(names.of_program(n) for n in names_in(tree))
+    hard = not any(names.of_program(n) for n in names.read)
     mark = HARD if hard else SOFT
     wanted = entry_point if hasattr(builtins, entry_point) else ""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Assert) and names.is_clean(node.test):
             found = list(_tested(node.test, names))
         elif (asserted := _asserted(node)) and all(map(names.is_clean, asserted)):
@@ -217,8 +218,8 @@ def _calls(node: ast.AST, names: Names) -> Iterator[ast.Call]:
             yield n
 
 
-def _speaks_of_objects(tree: ast.Module, names: Names) -> bool:
-    for node in ast.walk(tree):
+def _speaks_of_objects(nodes: list[ast.AST], names: Names) -> bool:
+    for node in nodes:
         if isinstance(node, ast.Attribute):
             if (
                 node.attr not in PLAIN_NAMES
@@ -244,20 +245,20 @@ def _uses_as_plain(node: ast.AST, names: Names) -> bool:
     return False
 
 
-def _speaks_of_nan(tree: ast.Module, source: str) -> bool:
+def _speaks_of_nan(nodes: list[ast.AST], source: str) -> bool:
     if re.search(r"(?i)(?<![a-z])(is_?)?nan(?![a-z])", source):
         return True
     return any(
         isinstance(n, ast.Compare)
         and isinstance(n.ops[0], ast.NotEq)
         and ast.dump(n.left) == ast.dump(n.comparators[0])
-        for n in ast.walk(tree)
+        for n in nodes
     )
 
 
-def _watched(tree: ast.Module, names: Names) -> Iterator[str]:
+def _watched(nodes: list[ast.AST], names: Names) -> Iterator[str]:
     """Variables in assertions that hold nothing of the program but through them."""
-    for node in ast.walk(tree):
+    for node in nodes:
         parts = [node.test] if isinstance(node, ast.Assert) else _asserted(node)
         read = set().union(*map(_read_but_places, parts))
         if all(names.builtin(n) or n in names.imported or n in names.clean for n in read):

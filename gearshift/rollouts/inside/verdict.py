@@ -76,6 +76,7 @@ class Tester:
         self._things: dict[int, Thing] = {}
         self._given: list[Any] = []
         """Objects of the tests that the program knows, by number."""
+        self._numbers: dict[int, int] = {}
         self._errors: dict[str, type[BaseException]] = {}
 
     def settle(self) -> None:
@@ -161,9 +162,8 @@ class Tester:
             return ["global", *found]
         if parts := rebuilt(value):
             return ["made", *(encode(part, self._other) for part in parts)]
-        number = next((i for i, known in enumerate(self._given) if known is value), None)
-        if number is None:
-            number = len(self._given)
+        number = self._numbers.setdefault(id(value), len(self._given))
+        if number == len(self._given):
             self._given.append(value)
         return ["mine", number, str(getattr(value, "__name__", ""))]
 
@@ -225,7 +225,7 @@ class Tester:
             what, args, kwargs = request
             target, *given = (decode(a, self._received) for a in args)
             named = {k: decode(v, self._received) for k, v in kwargs.items()}
-            assert any(target is known for known in self._given)
+            assert id(target) in self._numbers
             do = allowed(target, what, given)
         except BaseException:
             self._wrong()
