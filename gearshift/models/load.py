@@ -268,6 +268,13 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
         if here:
             check_tokenizer_files(here)  # which says what is wrong in better words
         raise
+    named = tokenizer.vocab_files_names
+    words = [named[key] for key in ("vocab_file", "merges_file") if key in named]
+    lost = [f for f in words or named.values() if not held(name, f)]
+    if lost and not (held(name, "tokenizer.json") or held(name, "tokenizer.model")):
+        raise ModelError(  # it would know no words, or other ones
+            f"{name} has neither tokenizer.json nor {lost[0]}; copy its model's tokenizer into it."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
@@ -319,6 +326,11 @@ def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
         return load(base)
     except ModelError as error:
         raise ModelError(f"The adapter in {adapter} was trained on {base}. {error}") from error
+
+
+def held(name: str, file: str) -> bool:
+    """Whether a model has this file."""
+    return file_of(source_of(name), file) is not None
 
 
 def _files(name: str) -> Path | None:

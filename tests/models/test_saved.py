@@ -170,7 +170,23 @@ CONFIGS: list[tuple[Change, str]] = [
         for how in ("bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "of tomorrow")
     ],
 ]  # fmt: skip
+
+
+def without_words(kind: str) -> Change:
+    """What a class of tokenizers makes of a folder without its vocabulary knows no words."""
+
+    def apply(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        setting("tokenizer_config.json", tokenizer_class=kind)(folder)
+
+    return apply
+
+
 TOKENIZERS: list[tuple[Change, str]] = [
+    *[
+        (without_words(kind), "has neither tokenizer.json nor (tokenizer.[mj]|vocab)")
+        for kind in ("LlamaTokenizer", "GPT2Tokenizer", "GemmaTokenizer", "BertTokenizer")
+    ],
     (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "holds no tokenizer"),
     (lambda f: os.truncate(f / "tokenizer.json", 500), "tokenizer.json cannot be read"),
     (written("tokenizer.json", DEEP), "tokenizer.json cannot be read"),
