@@ -20,6 +20,8 @@ from gearshift.data.messages import ROLES
 from gearshift.data.text import whole_characters
 from gearshift.runtime.config import Config
 
+_LONGEST = 1 << 20
+"""Characters of a text in which mojibake is looked for, which takes a while for each line."""
 _BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
 # Only what is mojibake for certain is rewritten: an entity, an escape, a ligature, a curly or a
 # full-width character, a zero-width one and a decomposed letter are all right somewhere.
@@ -129,7 +131,7 @@ def _mend(value: Any, config: CleanConfig) -> Any:
 
 
 def _mend_text(text: str, config: CleanConfig) -> str:
-    if config.fix_text:
+    if config.fix_text and not text.isascii() and len(text) <= _LONGEST:
         fixed = ftfy.fix_text(text, _FIXER)
         # ftfy takes NEL, a line end, for the ellipsis of another encoding.
         text = text if fixed == text.replace("\x85", "\u2026") else fixed

@@ -24,6 +24,8 @@ Codes = NDArray[np.uint64]
 NEAR = 0.7
 """Share of common pieces from which two prompts count as nearly equal."""
 _PIECE, _KEYS, _MOST = 5, 8, 10
+_MARKS = 100
+"""Marks on one letter that no language has."""
 _LONGEST = 2000
 """Characters of a prompt that are looked at for what is nearly equal."""
 
@@ -88,7 +90,11 @@ def _said(message: Message) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    # Marks on one letter are put in order in a time that grows with the square of their number.
+    marks = b"" if text.isascii() else bytes(unicodedata.combining(c) > 0 for c in text)
+    if bytes([True]) * _MARKS not in marks:
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
 
 
 def _pieces(text: str) -> Codes:

@@ -10,6 +10,7 @@ import pytest
 
 from gearshift.data import clean, load_rows, to_preference, to_supervised
 from gearshift.data.clean import CleanConfig
+from gearshift.data.overlap import prompt_text
 from gearshift.data.sources import LARGEST_ROW
 from gearshift.data.template import LARGEST, text_of
 from gearshift.errors import DataError, OverlongError
@@ -120,3 +121,12 @@ def test_a_conversation_that_no_model_reads_is_not_tokenized() -> None:
     said = [{"role": "user", "content": "a" * LARGEST}]
     with pytest.raises(OverlongError, match="characters, over 4,194,304"):
         text_of(FAMILIES["phi"].tokenizer, said, {"x": "b"})
+
+
+def test_text_that_is_slow_to_clean_or_to_compare_is_left_as_it_is() -> None:
+    """A million lines, and marks without end on one letter: each took minutes."""
+    lines, marks = "é\n" * 1_000_000 + "Ã©", "a" + "\u0301\u0316" * 100_000
+    [row], _ = clean([{"text": lines}], CleanConfig())
+    assert row["text"] == lines
+    assert prompt_text([{"role": "user", "content": marks}]) == f"user: {marks}"
+    assert prompt_text([{"role": "user", "content": "E\u0301 \uff21"}]) == "user: é a"
