@@ -87,19 +87,23 @@ def render_conversation(
     Raises `DataError` if an answer cannot be told, or the template leaves out some of the words.
     """
     check_said(tokenizer, messages, options)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in untrained]
-    answer_ahead(tokenizer, [messages[: i + 1] for i in answers], options)
+    answers = [
+        (i, message)
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and i not in untrained
+    ]
+    answer_ahead(tokenizer, [messages[: i + 1] for i, _ in answers], options)
     whole = text_of(tokenizer, messages, options)
     spans: list[Span] = []
     alone: list[Rendered] = []
-    for i in answers:
+    for i, message in answers:
         try:
             before, answer = written_answer(tokenizer, messages[: i + 1], options)
         except UntoldAnswerError:
             if not has_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
-        _check_end(tokenizer, answer, messages[i])
+        _check_end(tokenizer, answer, message)
         span = answer_span(tokenizer, messages, i, options, whole, before, answer)
         if span is None:
             prompt, written = _continued(tokenizer, before, answer)

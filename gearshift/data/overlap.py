@@ -92,9 +92,9 @@ def _said(message: Message) -> str:
 def _plain(text: str) -> str:
     # Marks on one letter are put in order in a time that grows with the square of their number.
     marks = b"" if text.isascii() else bytes(unicodedata.combining(c) > 0 for c in text)
-    if bytes([True]) * _MARKS not in marks:
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+    if bytes([True]) * _MARKS in marks:
+        return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _pieces(text: str) -> Codes:
