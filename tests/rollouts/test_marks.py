@@ -71,3 +71,7 @@ def test_json_alone_is_read_to_the_bit(mark: float, after: str) -> None:
 @given(st.text(alphabet="{}[]\"'score:= 1e9.-+/\n", max_size=60))
 def test_nothing_that_a_judge_says_is_an_error(text: str) -> None:
     parse_mark(text, 10)
+
+
+def test_an_endless_reply_has_no_mark() -> None:
+    assert parse_mark('{"score": 5}' + "{}" * (1 << 14)) is None
