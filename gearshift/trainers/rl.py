@@ -147,9 +147,9 @@ class RewardSource(Config):
     """Less the mean, over the standard deviation of all that it has said in this run so far."""
     timeout: float | None = Field(None, gt=0)
     """Seconds for one call, which scores a group; after them the function's process is killed
-    (there is at least one then) and the group's episodes are left out. null: 300 in a thread or a
-    process; the project's own functions bound each thing that they do. Of an address: seconds for a request, from its first byte to the last of
-    its answer, of 3 tries (4 of a judge); null is 60.
+    (there is at least one then) and the group's episodes are left out. null: 300 (the project's own
+    functions bound each thing that they do). Of an address: seconds for a request, to the last byte
+    of its answer, of at most 3 (4 of a judge); null is 60.
     """
     processes: int = Field(0, ge=0)
     """Processes in which a function runs, a group in each; one that dies costs its group's
