@@ -150,9 +150,10 @@ class TaskData:
             doing(f"while evaluating {name} on {split}"),
             Progress(len(starts), f"{split} {name}") as progress,
             engine.generating(),
+            self.collector(engine, split) as collector,
         ):
             result = evaluate(
-                self.collector(engine, split),
+                collector,
                 starts,
                 limits.max_new_tokens,
                 problems=None if rows is None else problems_of(rows, self._task.cluster),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -125,8 +126,6 @@ class Run:
         self._newest: Stage | None = None
         """The stage that runs."""
         self._made: dict[str, Digests] = {}
-        if recipe.model.threads:
-            torch.set_num_threads(recipe.model.threads)
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
         """Run these stages (and what they need of data); returns and writes the summary.
@@ -134,7 +133,7 @@ class Run:
         Raises `FolderInUseError` while another process or thread writes into the folder, and
         `InterruptedRunError` after SIGTERM, SIGHUP or Ctrl-C: the same recipe goes on.
         """
-        with steady_output(), Interrupt(), locked(self.folder):
+        with steady_output(), Interrupt(), locked(self.folder), _own_torch(self.recipe):
             return self._execute(tuple(stages))
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
@@ -268,19 +267,24 @@ class Run:
         if config.kl.beta > 0:
             reference = self._reference(engine, start, config.kl.reference)
         mix, needs_critic = config.supervised, config.value == "critic"
-        collector = self.task.collector(engine, "train")
-        trainer = RLTrainer(
-            config,
-            engine,
-            collector,
-            self._prompts(collector, engine, config),
-            RewardSum(config.rewards, self.recipe.model, self.folder / "reward", engine.tokenizer),
-            self._new_stage("rl", config.steps, config, start),
-            reference=reference,
-            critic=self._critic(start, engine) if needs_critic else None,
-            examples=self._examples(mix.data, engine, mix.max_length) if mix.data.sources else None,
-        )
-        trainer.train()
+        with ExitStack() as opened:
+            collector = opened.enter_context(self.task.collector(engine, "train"))
+            reward = self.folder / "reward"
+            score = RewardSum(config.rewards, self.recipe.model, reward, engine.tokenizer)
+            opened.enter_context(closing(score))
+            mixed = mix.data.sources
+            trainer = RLTrainer(
+                config,
+                engine,
+                collector,
+                self._prompts(collector, engine, config),
+                score,
+                self._new_stage("rl", config.steps, config, start),
+                reference=reference,
+                critic=self._critic(start, engine) if needs_critic else None,
+                examples=self._examples(mix.data, engine, mix.max_length) if mixed else None,
+            )
+            trainer.train()
         if trainer.average:
             with trainer.average.applied():
                 self._save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
@@ -487,10 +491,11 @@ class Run:
 
     def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
         """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
-        collector, rows = self.task.collector(engine, "validation"), self.task.rows("validation")
+        rows = self.task.rows("validation")
         params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
         starts = [Start(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
-        gap = logprob_gap(engine, collector, starts, params)
+        with self.task.collector(engine, "validation") as collector:
+            gap = logprob_gap(engine, collector, starts, params)
         return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
 
     def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> None:
@@ -634,6 +639,18 @@ class Run:
             compared=compared,
         )
         return summary
+
+
+@contextmanager
+def _own_torch(recipe: Recipe) -> Iterator[None]:
+    """The recipe's threads; they, and the random numbers of whoever runs it, come back after."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(recipe.model.threads or threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _check_context(key: str, model: PreTrainedModel, engine: HybridEngine) -> None:

@@ -14,9 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +27,8 @@ from gearshift.errors import CapacityError, DataError
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.posting import short
 from gearshift.rollouts.rewards import number, usable
-from gearshift.rollouts.separate import ProcessError, SeparateEnvironment
-from gearshift.rollouts.workers import Workers
+from gearshift.rollouts.separate import ProcessError, Separate, SeparateEnvironment
+from gearshift.rollouts.workers import Workers, within
 from gearshift.runtime.named import in_words
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
@@ -67,6 +68,8 @@ WORKERS = 4
 """Environments that answer at a time, where those that only wait are not counted."""
 EPISODE_TIMEOUT = 300.0
 """Seconds for an answer of an environment, where a recipe names no others."""
+_CLOSING = 10.0
+"""Seconds in which environments can close; those that have not are left."""
 _GLANCE = 0.02
 """Seconds between looks at environments that answer, while nothing is written."""
 
@@ -174,6 +177,8 @@ class Collector:
         # Rendering is slow beside a game's move, and what games say repeats.
         self._render_turn = lru_cache(4096)(partial(_rendered, tokenizer))
         self._idle: list[TextEnvironment] = []
+        self._open: list[TextEnvironment] = []
+        """All that were made."""
         self._workers, self._timeout = Workers(workers), timeout
         self.failures = 0
         """Episodes lost to an environment that raised, hung, gave no reward that is finite or
@@ -192,7 +197,7 @@ class Collector:
         A prompt that has no more bytes than that is not rendered, if one of its roles has been: a
         token is a byte at least. One that cannot be begun is left to the rollout, which counts it.
         """
-        environment = self._make()
+        environment = self._made_anew()
         extra: dict[tuple[str, ...], int] = {}
         found: dict[int, str] = {}
         for row in range(rows):
@@ -297,12 +302,33 @@ class Collector:
         ]
         return [t for group in groups for t in self._trajectories(group)]
 
+    def close(self) -> None:
+        """Close the environments, and end the threads and processes in which they answered."""
+        self._idle.clear()
+        opened, self._open = self._open, []
+        with suppress(Exception):
+            within(_CLOSING, partial(_close_all, opened))
+        self._workers.close()
+        if isinstance(self._make, Separate):
+            self._make.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _made_anew(self) -> TextEnvironment:
+        made = self._make()
+        self._open.append(made)
+        return made
+
     def _new(self) -> TextEnvironment:
         """Another environment. Raises what the first one raises that cannot be made; a later one
         costs its episode.
         """
         try:
-            made = self._make()
+            made = self._made_anew()
         except (Exception, SystemExit) as error:
             if not self._made:
                 raise
@@ -456,6 +482,12 @@ class Collector:
             {"row": episode.row, **options, **episode.info, "messages": episode.messages},
             tuple(episode.rewarded),
         )
+
+
+def _close_all(environments: Sequence[TextEnvironment]) -> None:
+    for environment in environments:
+        with suppress(Exception):
+            environment.close()
 
 
 def request_id(group: int, turn: int = 0, sample: int = 0) -> int:

@@ -113,6 +113,10 @@ class JudgeReward:
             ])  # fmt: skip
         return [fmean(future.result() for future in futures) for futures in asked]
 
+    def close(self) -> None:
+        """End the threads in which it asks."""
+        self._workers.close()
+
     def messages(
         self, prompt: list[Message], completion: str, row: dict[str, Any]
     ) -> list[Message]:

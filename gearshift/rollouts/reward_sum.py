@@ -196,6 +196,14 @@ class RewardSum:
         added = zip(trajectories, totals, zip(*results, strict=True), strict=True)
         return [None if sum_ is None else self._with(t, of) for t, sum_, of in added], parts
 
+    def close(self) -> None:
+        """End the threads and processes in which functions run."""
+        for workers in self._workers:
+            workers.close()
+        for _, function, _ in self.functions:
+            if close := getattr(function, "close", None):
+                close()
+
     def state_dict(self) -> dict[str, Any]:
         """What normalisation has seen, and which functions have worked."""
         running = {str(i): asdict(running) for i, running in self._running.items()}

@@ -67,7 +67,8 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        """None ends the thread that takes it."""
         self._lock = threading.Lock()
         self._doing: dict[Future[Any], tuple[int, float]] = {}
         """The thread in which a call runs, and since when."""
@@ -86,6 +87,19 @@ class Workers:
         self._tasks.put((future, task))
         return future
 
+    def close(self) -> None:
+        """End the threads; what stands in line is cancelled. One whose call hangs ends when the
+        call does.
+        """
+        while not self._tasks.empty():
+            with suppress(Empty):
+                if taken := self._tasks.get_nowait():
+                    taken[0].cancel()
+        for future in list(self._doing):
+            self.give_up(future, replace=False)
+        for _ in range(self._threads):
+            self._tasks.put(None)
+
     def seconds(self, future: Future[Any]) -> float:
         """How long this call has been running; 0 before it begins and after it ended."""
         _, since = self._doing.get(future, (0, time.monotonic()))
@@ -102,9 +116,10 @@ class Workers:
             self._threads += 1
         self._start()
 
-    def give_up(self, future: Future[Any]) -> None:
-        """Another thread takes the place of the one in which this call hangs. That one ends when
-        the call does; a call that runs Python code is made to, one that waits is not.
+    def give_up(self, future: Future[Any], replace: bool = True) -> None:
+        """Another thread takes the place of the one in which this call hangs (unless `replace` is
+        false). That one ends when the call does; a call that runs Python code is made to, one that
+        waits is not.
 
         Raises `CapacityError` if too many hang.
         """
@@ -121,7 +136,8 @@ class Workers:
                     "`processes` of the reward), and the same command goes on."
                 )
         self._come_back()
-        self._start()
+        if replace:
+            self._start()
 
     def _start(self) -> None:
         threading.Thread(target=self._work, daemon=True).start()
