@@ -293,8 +293,7 @@ def _place(name: str) -> str:
 def _model_folder(name: str) -> tuple[str, Recipe | None]:
     """The newest policy of a run's folder with the run's recipe; any other name as it is."""
     from gearshift.models.load import holds_model
-    from gearshift.recipe import Recipe
-    from gearshift.runtime.config import load
+    from gearshift.recipe import recipe_of
 
     name = _place(name)
     folder = Path(name)
@@ -304,14 +303,14 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
             raise ConfigError(
                 f"{folder} has no finished sft or rl stage to talk to yet; run it to its end first."
             )
-        return str(done[0]), load(Recipe, folder / "recipe.yaml", ())
+        return str(done[0]), recipe_of(folder)
     stage = (folder.parent / "recipe.yaml").exists()
     if stage and not holds_model(folder):
         raise ConfigError(
             f"{folder} holds no finished stage; run {folder.parent} to its end first."
         )
     if stage:
-        return name, load(Recipe, folder.parent / "recipe.yaml", ())
+        return name, recipe_of(folder.parent)
     if folder.is_dir() and not holds_model(folder):
         raise ConfigError(
             f"{folder} holds neither a run nor a model; give a run's folder, such as runs/demo."

@@ -26,7 +26,7 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import ConfigError, DataError, StorageError
 from gearshift.models.load import load_policy, load_tokenizer
 from gearshift.models.made import DONE, made_of
-from gearshift.recipe import POLICIES, STAGES, Recipe, claim, claim_model, dated
+from gearshift.recipe import POLICIES, STAGES, Recipe, claim, claim_model, dated, recipe_of
 from gearshift.rollouts.collector import EPISODE_TIMEOUT, WORKERS, Collector
 from gearshift.rollouts.environment import TextEnvironment
 from gearshift.rollouts.evaluate import (
@@ -71,6 +71,8 @@ class TaskData:
         if task is None:
             raise ConfigError("The recipe has no task to evaluate on; set task.name.")
         if (self.folder / DONE).exists():
+            for split in (path.stem for path in self.folder.glob("*.jsonl")):
+                self.path(split)  # one that changed is told, whether or not it is used again
             return
         began = time.perf_counter()
         say(f"data: preparing {task.name}")
@@ -257,7 +259,7 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
     prompts = [prompt for row in found for prompt in asked(row)]
     before = run_of(Path(recipe.model.name).expanduser())
     if before and before.resolve() != run.resolve():
-        earlier = trained_on(before, load(Recipe, before / "recipe.yaml"))
+        earlier = trained_on(before, recipe_of(before))
         prompts, clusters = prompts + earlier.prompts, clusters | earlier.clusters
     return Trained(run, prompts, frozenset(clusters))
 
@@ -333,7 +335,7 @@ def evaluate_run(
             f"--recipe {folder / 'recipe.yaml'}."
         )
     else:
-        own = load(Recipe, folder / "recipe.yaml")
+        own = recipe_of(folder)
         data, to = TaskData(own, folder / "data"), folder
     policies = _policies(folder) if whole else {folder.name: run}
     to, made = to / split, to
@@ -365,7 +367,7 @@ def _on(recipe: Recipe, folder: Path, whole: bool) -> tuple[TaskData, Path, Trai
     """
     home, trained = run_of(folder), None
     if home:
-        made = load(Recipe, home / "recipe.yaml")
+        made = recipe_of(home)
         trained = trained_on(home, made)
         changes: dict[str, Any] = {"model": made.model}
         if made.task and recipe.task and made.task.name == recipe.task.name:

@@ -158,6 +158,20 @@ def recorded(folder: Path) -> Recipe | None:
         ) from None
 
 
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run, which whoever uses its parts needs. Raises `StorageError` for one that
+    is not the recipe that the run was begun with, such as half of it.
+    """
+    path = folder / "recipe.yaml"
+    recipe, known = load(Recipe, path), recorded(folder)
+    if known and (changed := differences(identity(known), identity(recipe))):
+        raise StorageError(
+            f"{path} is not as the run wrote it ({changed[0]}); put it back as it was, or start the"
+            " run again, which writes it anew."
+        )
+    return recipe
+
+
 def claim_model(folder: Path, made: Digests) -> None:
     """Record what the model that the run starts from is made of, or compare it with that.
 

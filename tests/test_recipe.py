@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import ConfigError, StorageError
-from gearshift.recipe import Recipe, claim, claim_model, dated
+from gearshift.recipe import Recipe, claim, claim_model, dated, recipe_of
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
 from gearshift.runtime.lock import locked
@@ -85,10 +85,13 @@ def test_the_recipe_of_a_run_that_has_begun_comes_back_from_its_record(tmp_path:
     whole = (tmp_path / "recipe.yaml").read_text()
     other_date = whole.replace("date: '20", "date: '21")
     assert other_date != whole
-    for text in ("", whole[:40], other_date, None):
+    assert recipe_of(tmp_path) == dated(recipe(), tmp_path)
+    for text in ("", whole[:60], other_date, None):
         (tmp_path / "recipe.yaml").unlink()
         if text is not None:
             (tmp_path / "recipe.yaml").write_text(text)
+            with pytest.raises((StorageError, ConfigError), match=r"recipe\.yaml"):
+                recipe_of(tmp_path)
         claim(tmp_path, dated(recipe(), tmp_path))
         assert (tmp_path / "recipe.yaml").read_text() == whole
         with pytest.raises(ConfigError, match=r"`rl\.steps` was 3 and is 4"):
