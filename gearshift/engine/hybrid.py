@@ -34,6 +34,7 @@ from gearshift.engine.decode import Decoder
 from gearshift.engine.kernels import Kernels
 from gearshift.engine.layers import packed_states
 from gearshift.engine.native import kernels_of
+from gearshift.engine.owner import owner_of
 from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
 from gearshift.engine.weights import AliasedWeights
@@ -132,6 +133,8 @@ class HybridEngine:
         if not -(2**63) <= seed < 2**63:
             raise ConfigError(f"The seed {seed} has more than 64 bits; take a smaller one.")
         self.model, self.tokenizer = model, tokenizer
+        self._owner, self._stepping = owner_of(model), False
+        self._owner.check(self)
         self.config, self.seed = config or EngineConfig(), seed
         if model.config._attn_implementation != ATTENTION:
             model.set_attn_implementation(ATTENTION)
@@ -187,6 +190,7 @@ class HybridEngine:
         """Say that the parameters were written: a new version begins, and what the cache holds of
         the old one is forgotten. Raises `GearshiftError` while requests are on their way.
         """
+        self._owner.check(self)
         if self._scheduler is not None:
             if not self._scheduler.idle:
                 raise GearshiftError(
@@ -255,6 +259,9 @@ class HybridEngine:
         self._require("generation", "Sampling")
         if self._scheduler is None or self._scheduler.idle:
             raise GearshiftError("No request is running; an earlier error ended it: send it again.")
+        if self._stepping:
+            raise GearshiftError("A step called itself, by way of the tokenizer or a hook.")
+        self._stepping = True
         try:
             if self._signs() != self._seen:
                 self.weights_changed()
@@ -262,10 +269,13 @@ class HybridEngine:
         except BaseException:
             self._scheduler = None
             raise
+        finally:
+            self._stepping = False
 
     def abort(self, sequence: requests.Sequence) -> None:
         """End a request where it stands, if it has not ended."""
         if self._scheduler is not None and sequence.finish_reason is None:
+            self._owner.check(self)
             self._scheduler.abort(sequence)
 
     # Training
@@ -348,6 +358,13 @@ class HybridEngine:
 
     @contextmanager
     def _shifted(self, gear: Gear) -> Iterator[None]:
+        self._owner.take(self)
+        try:
+            yield from self._in_gear(gear)
+        finally:
+            self._owner.leave()
+
+    def _in_gear(self, gear: Gear) -> Iterator[None]:
         before = self.gear
         if gear != before:
             began = time.perf_counter()
@@ -410,6 +427,7 @@ class HybridEngine:
         return [p.data_ptr() for p in self._parameters]
 
     def _require(self, gear: Gear, what: str) -> None:
+        self._owner.check(self)
         if self.gear != gear:
             manager = "generating" if gear == "generation" else "training"
             raise GearshiftError(

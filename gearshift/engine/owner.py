@@ -1,0 +1,69 @@
+"""Who uses a model's weights and cache now: one engine, in one thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from gearshift.errors import GearshiftError
+
+_lock = threading.Lock()
+
+
+class Owner:
+    """Held while an engine is in a gear or changes; whoever holds it may take it again."""
+
+    def __init__(self) -> None:
+        self._holder: tuple[int, int] | None = None
+        self._depth, self._process = 0, os.getpid()
+
+    def take(self, engine: object) -> None:
+        """Raises `GearshiftError` where another thread, or another engine of this model, is inside,
+        and in a process that was forked from the model's.
+        """
+        if os.getpid() != self._process:
+            raise GearshiftError(
+                "This engine was made in the process that this one was forked from; make one here."
+            )
+        holder = threading.get_ident(), id(engine)
+        with _lock:
+            if self._holder not in (None, holder):
+                self._refuse(holder)
+            self._holder = holder
+            self._depth += 1
+
+    def check(self, engine: object) -> None:
+        """The same for who takes nothing."""
+        holder = threading.get_ident(), id(engine)
+        if self._holder != holder or os.getpid() != self._process:
+            self.take(engine)
+            self.leave()
+
+    def leave(self) -> None:
+        """Once for each `take`."""
+        with _lock:
+            self._depth -= 1
+            if not self._depth:
+                self._holder = None
+
+    def _refuse(self, holder: tuple[int, int]) -> None:
+        if self._holder and self._holder[0] != holder[0]:
+            raise GearshiftError(
+                "Another thread uses this engine; let it leave its gear first, or do both in one "
+                "thread: `submit` and `stream` run many requests beside each other."
+            )
+        raise GearshiftError(
+            "Another engine of this model is in a gear; leave that first, or give each a model."
+        )
+
+
+_owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
+
+
+def owner_of(model: nn.Module) -> Owner:
+    """The one of this model, whatever engines it has."""
+    with _lock:
+        return _owners.setdefault(model, Owner())

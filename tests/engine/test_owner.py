@@ -1,0 +1,100 @@
+"""One engine, one owner: what two threads, two engines or a fork would compute wrongly is refused."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from gearshift.engine import HybridEngine
+from gearshift.errors import GearshiftError
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.types import SamplingParams
+from tests.zoo import PROMPTS, pack_completions
+
+PARAMS = SamplingParams(n=2, max_new_tokens=8)
+
+
+def write(engine: HybridEngine) -> list[list[int]]:
+    with engine.generating():
+        return [c.token_ids for g in engine.generate(PROMPTS, PARAMS) for c in g]
+
+
+def score(engine: HybridEngine) -> Any:
+    with engine.generating():
+        groups = engine.generate(PROMPTS, PARAMS)
+    with engine.training():
+        return engine.logprobs(pack_completions(PROMPTS, groups)).logprobs
+
+
+def step(engine: HybridEngine) -> None:
+    engine.step()
+
+
+USES: list[Callable[[HybridEngine], Any]] = [write, score, step, HybridEngine.weights_changed]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_second_thread_is_refused_while_one_is_inside(use: Callable[[HybridEngine], Any]) -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    expected = write(engine)
+    with ThreadPoolExecutor(1) as pool:
+        with engine.generating():
+            stream = engine.stream(PROMPTS[0], PARAMS)
+            next(stream)
+            with pytest.raises(GearshiftError, match="Another thread uses this engine"):
+                pool.submit(use, engine).result()
+            assert [stream.completion.token_ids[0], *stream] == expected[0]
+        assert pool.submit(write, engine).result() == expected  # one after the other may
+
+
+def test_of_two_threads_at_once_one_is_right_and_one_is_refused() -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    expected = write(engine)
+    ready = threading.Barrier(4)
+
+    def both(_: int) -> Any:
+        ready.wait()
+        try:
+            return write(engine)
+        except GearshiftError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(both, range(4)))
+    assert expected in ends
+    assert all(end == expected or "Another thread" in end for end in ends)
+
+
+def test_another_engine_of_the_model_is_refused_meanwhile() -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    expected = write(engine)
+    other = HybridEngine(engine.model, tiny_tokenizer())
+    with engine.generating():
+        with pytest.raises(GearshiftError, match="Another engine of this model"):
+            write(other)
+        with pytest.raises(GearshiftError, match="Another engine of this model"):
+            HybridEngine(engine.model, tiny_tokenizer())
+    assert write(other) == write(engine) == expected
+
+
+def test_a_step_inside_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    with engine.generating():
+        stream = engine.stream(PROMPTS[0], PARAMS)
+        assert engine._scheduler is not None
+        scheduler = engine._scheduler
+        monkeypatch.setattr(scheduler, "step", engine.step)
+        with pytest.raises(GearshiftError, match="called itself"):
+            next(stream)
+    assert write(engine)
+
+
+def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    parent = os.getpid()
+    monkeypatch.setattr("gearshift.engine.owner.os.getpid", lambda: parent + 1)
+    with pytest.raises(GearshiftError, match="forked"):
+        write(engine)
