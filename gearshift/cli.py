@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -418,6 +417,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
+    from gearshift.runtime.files import write_text
+
     available = sorted(recipe_folder().glob("*.yaml"))
     if arguments.name is None:
         for path in available:
@@ -436,7 +437,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
         raise DataError(f"{target} exists already; name another file.")
     if not target.parent.is_dir():
         raise DataError(f"The folder {target.parent} does not exist; make it first.")
-    shutil.copyfile(source, target)
+    write_text(target, source.read_text(encoding="utf-8"))
     say(str(target))
 
 

@@ -44,6 +44,7 @@ from gearshift.rollouts.tasks import get_task
 from gearshift.rollouts.tasks.task import Task
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import Digests, check, marks, read_sealed, write_sealed
+from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.lock import locked
 from gearshift.runtime.named import in_words
@@ -76,7 +77,8 @@ class TaskData:
             return
         began = time.perf_counter()
         say(f"data: preparing {task.name}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         try:
             files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
         except SystemExit as error:  # of an environment, which would end the run without a word
