@@ -22,7 +22,7 @@ NAMED = (
     "forged-wrong", "opened_up-wrong0", "bare_except-wrong0", "except_exception-wrong0",
     "context_swallows-wrong0", "assert_in_callback-wrong", "unusable-numpy-0", "unusable-derived-1",
     "unusable-nothing_asked-0", "swallowed_in_with-wrong0", "swallowed_index-wrong0",
-    "object_is_not_plain-wrong0", "annotations-right0", "exit_name-right",
+    "equal_to_all-wrong0", "annotations-right0", "exit_name-right",
     "stdlib_given-right",
 )  # fmt: skip
 

@@ -276,6 +276,7 @@ WRITTEN: dict[str, tuple[str, list[str], list[str]]] = {
     "contains": ("assert 4 in f(2) and 'a' not in f(2)", ["def f(x): return [2, 4]"], ["def f(x): return []", LIAR + "def f(x): return Y()", LIAR + "f = Y"]),
     "subset": ("assert f(2).issubset({1, 2}) and len(f(2)) == 2", ["def f(x): return {1, 2}"], ["def f(x): return {3}", LIAR + "def f(x): return Y()"]),
     "truth": ("assert f(2)\nassert not f(3)", ["def f(x): return x == 2"], ["def f(x): return x != 2", LIAR + "def f(x): return Y()"]),
+    "equal_to_all": ("assert f(3) == 9", ["def f(x): return x * x"], [LIAR + "def f(x): return Y()", LIAR + "f = Y"]),
     "object_is_not_plain": ("assert f(2) != 5\nassert f(2) == 4", ["def f(x): return 4"], [LIAR + "def f(x): return Y()", "def f(x): return object()", "def f(x): return lambda: 4", "def f(x): return f"]),
     # Classes.
     "stack": ("s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2 and len(s) == 1 and s.items == [1]\ns.pop()\ntry:\n    s.pop()\n    assert False\nexcept IndexError as e:\n    assert 'empty' in str(e)\nassert not s", [STACK], [STACK.replace("pop()\n    def", "pop(0)\n    def"), STACK.replace("IndexError", "KeyError"), "class Stack: pass"]),
