@@ -245,3 +245,22 @@ def test_the_norms_gradient(added: bool, offset: bool, dtype: torch.dtype) -> No
         assert not added or torch.equal(a.grad, d.grad)
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 0.01) * theirs.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "out", "size"), [(1, 5, 7), (17, 96, 33), (70, 40, 600)])
+def test_fp32_products_do_not_depend_on_the_rows_beside(
+    rows: int, out: int, size: int, bias: bool
+) -> None:
+    """Of a weight as it lies, and of one that lies turned (GPT-2's)."""
+    kernels = kernels_for(torch.empty(0))
+    x, weight = torch.randn(rows, size), torch.randn(out, size)
+    added = torch.randn(out) if bias else None
+    together = kernels.multiply(x, weight, added)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None)
+    assert (together - (exact if added is None else exact + added)).abs().max() < 1e-3
+    if not native.has("multiply_rows", torch.float32):
+        pytest.skip("the promise is of compiled kernels, which this machine lacks")
+    assert torch.equal(together, kernels.multiply(x, weight.t().contiguous().t(), added))
+    for i in range(rows):
+        assert torch.equal(together[i : i + 1], kernels.multiply(x[i : i + 1], weight, added))

@@ -1,4 +1,4 @@
-"""One engine, one owner: what two threads, two engines or a fork would compute wrongly is refused."""
+"""One engine, one owner: what threads, engines or a fork would compute wrongly is refused."""
 
 import os
 import threading
