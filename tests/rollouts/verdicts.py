@@ -336,6 +336,7 @@ WRITTEN: dict[str, tuple[str, list[str], list[str]]] = {
     "kinds_of_plain_given": ("from enum import IntEnum\nfrom collections import namedtuple\nclass C(IntEnum):\n    A = 1\nclass L(list): pass\nP = namedtuple('P', 'x y')\nassert f(C.A) + 1 == 2 and f(P(1, 2)) == (1, 2) and sum(f(L([1, 2]))) == 3", ["def f(x): return x", "def f(x): return x if isinstance(x, int) else type(x) and x"], ["def f(x): return [x]"]),
     "any_keyword": ("assert f(self=1, what=2, f=3) == 6", ["def f(**k): return sum(k.values())"], ["def f(**k): return 5"]),
     "mocks": ("from unittest.mock import Mock\nm = Mock(return_value=9)\nassert f(m, 3) == 9\nm.assert_called_once_with(3)", ["def f(g, x): return g(x)"], ["def f(g, x): return 9", "def f(g, x): return g(g(x))"]),
+    "copied": ("import copy\ns = Stack()\ns.push(1)\nt = copy.deepcopy(s)\nt.push(2)\nassert s.items == [1] and t.items == [1, 2]", [STACK], ["class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def __deepcopy__(self, memo): return self"]),
     # The pipes.
     "forged": ("xs = [2, 1]\nassert all(map(f, [3, 4]))\nassert f(xs) == sorted(xs)", ["def f(x): return sorted(x) if isinstance(x, list) else True"], [
         "import os\ndef f(x):\n    for fd in range(3, 9):\n        try: os.write(fd, b'[\"stop\", null, \"\", {}, []]\\n')\n        except OSError: pass\n    os._exit(0)",
@@ -371,6 +372,8 @@ UNUSABLE = {
     "patched": "from unittest.mock import patch\nwith patch('builtins.input', return_value='3'):\n    assert f() == 3",
     "source": "import inspect\nassert 'for' not in inspect.getsource(f)",
     "capsys": "def test_f(capsys):\n    f(3)\n    assert capsys.readouterr().out == '4'",
+    "pytest_fixture": "import pytest\n@pytest.fixture\ndef v(): return 3\ndef test_f(v): assert f(v) == 4",
+    "pytest_mark": "import pytest\n@pytest.mark.skip\ndef test_f(): assert f(3) == 4",
     "indented": "    assert f(3) == 4",
     "signature": "import inspect\nassert len(inspect.signature(f).parameters) == 1",
     "fixture": "def test_f(tmp_path):\n    assert f(tmp_path) == 1",

@@ -19,6 +19,7 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
     if "pytest" in read.imports:
         pytest: Any = ModuleType("pytest")
         pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
+        pytest.__getattr__ = _not_here
         sys.modules["pytest"] = pytest
     if "unittest" in read.imports:
         import unittest
@@ -69,7 +70,14 @@ def _fail(reason: str = "") -> None:
     raise AssertionError(reason)
 
 
+def _not_here(name: str) -> None:
+    raise UnusableError(f"there is no pytest.{name} in the sandbox")
+
+
 class _Mark:
+    def __getattr__(self, name: str) -> None:
+        _not_here(f"mark.{name}")
+
     def parametrize(self, names: Any, values: Any, **_: Any) -> Any:
         listed = re.findall(r"\w+", names) if isinstance(names, str) else list(names)
 

@@ -5,6 +5,7 @@ in the same process and can change all of this; then only its own answers are ot
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib
 import io
 import operator
@@ -59,7 +60,7 @@ DONE: dict[str, Any] = {
     **{name: getattr(operator, name) for name in
        ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "lshift", "rshift", "xor",
         "iadd", "isub", "imul", "ior", "iand")},
-    "and": operator.and_, "or": operator.or_,
+    "and": operator.and_, "or": operator.or_, "copy": copy.copy, "deepcopy": copy.deepcopy,
     "enter": lambda x: type(x).__enter__(x), "exit": lambda x, *a: type(x).__exit__(x, *a),
 }  # fmt: skip
 

@@ -62,6 +62,12 @@ class Thing:
     def _plain(self) -> Any:
         return self._tester.ask("plain", self)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._tester.ask("deepcopy", self)
+
+    def __copy__(self) -> Any:
+        return self._tester.ask("copy", self)
+
     def __hash__(self) -> int:
         return int(self._tester.ask("hash", self))
 
