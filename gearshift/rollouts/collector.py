@@ -380,6 +380,10 @@ class Collector:
         self.failures += 1
         self.last_failure = why
         episode.running, episode.finish_reason = False, "abort"
+        lost = episode.environment
+        if isinstance(lost, SeparateEnvironment):  # nor is its process used again
+            lost.close()
+            self._open = [environment for environment in self._open if environment is not lost]
 
     def _judge(self, episode: _Episode) -> None:
         """An episode has ended: it is lost if it needed a reward and got none."""

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +101,23 @@ def test_one_that_cannot_be_made_says_so(separate: Separate, refuses: Path) -> N
 @pytest.fixture(scope="module")
 def engine() -> HybridEngine:
     return HybridEngine(random_model("llama"), tiny_tokenizer())
+
+
+def test_the_process_of_an_episode_that_was_lost_ends(
+    engine: HybridEngine, separate: Separate
+) -> None:
+    pids: list[int] = []
+
+    class Noted(SeparateEnvironment):
+        def step(self, action: str) -> Any:
+            pids.append(self._pid)
+            return super().step(action)
+
+    collector = Collector(partial(Noted, separate.connect), engine.tokenizer, engine)
+    with engine.generating():
+        assert collector.collect([Start(0, 0, 3)], SamplingParams(max_new_tokens=4)) == []
+    assert gone(pids[0])
+    collector.close()
 
 
 def test_deaths_and_hangs_cost_their_own_episodes_and_the_rest_are_those_of_threads(
