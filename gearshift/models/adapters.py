@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +35,7 @@ from gearshift.models.saved import (
 )
 from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import one_line
+from gearshift.runtime.written import read_tree
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -207,8 +207,9 @@ def _beside(folder: Path, base: str) -> list[Path]:
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return []
-    run = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("run") or {}
-    own = Path(str(run.get("dir", ""))).name == Path(base).parent.name
+    tree = read_tree(recipe)
+    run = tree.get("run") if isinstance(tree, dict) else None
+    own = isinstance(run, dict) and Path(str(run.get("dir"))).name == Path(base).parent.name
     return [folder.parent / Path(base).name] if own else []
 
 

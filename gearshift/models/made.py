@@ -4,6 +4,7 @@ it, and compared before it is used.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,7 +48,7 @@ def made_of(name: str) -> Digests:
     if name in SIZES:
         return {}
     source = Path(source_of(name))
-    if not source.is_dir():
+    if not os.path.isdir(source):  # also where the name is too long to be one
         with suppress(ValueError):  # no name of the hub: who loads it says so
             config = try_to_load_from_cache(name, "config.json")
             return {"commit": Path(config).parent.name} if isinstance(config, str) else {}
@@ -65,7 +66,7 @@ def check_made(name: str) -> None:
     those of the model that it is an adapter of, are not as they were.
     """
     folder = Path(name)
-    homes = (folder, *folder.parents)[:3] if folder.is_dir() else ()
+    homes = (folder, *folder.parents)[:3] if os.path.isdir(name) else ()
     home = next((place for place in homes if (place / DONE).is_file()), None)
     if home is None:
         return

@@ -6,7 +6,6 @@ hears, espeak-ng speaks. It knows sounds and sentences, and nothing of what they
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gearshift.data import load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.rollouts.tasks.voice_homes import HOMES
 from gearshift.rollouts.tasks.voice_noise import spoken
@@ -96,7 +96,7 @@ def run_phrases(run: str | Path) -> tuple[str, ...]:
     path = Path(run) / "data" / "train.jsonl"
     if not path.is_file():
         raise DataError(f"There is no {path}; name the folder of a run of the voice assistant.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = load_rows(str(path))
     if not all("utterance" in row for row in rows):
         raise DataError(f"{path} holds no requests; name a run of the voice assistant.")
     english = [row["utterance"] for row in rows if row.get("language", "en") == "en"]

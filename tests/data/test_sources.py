@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gearshift.data import SourceConfig, load_rows
+from gearshift.data.sources import source_mark
 from gearshift.errors import DataError
 
 
@@ -77,6 +78,24 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, named
     with pytest.raises(DataError, match=named) as error:
         load_rows(str(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_source_that_changed_is_known_by_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}')
+    before = source_mark(str(path))
+    path.write_text('{"text": "b"}')
+    assert source_mark(str(path)) != before
+    marks = []
+    for text in ("a", "b", "b"):
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, t=text: [{"text": t}])
+        assert load_rows("owner/changed") == [{"text": text}]
+        marks.append(source_mark("owner/changed"))
+    assert marks[0] != marks[1] == marks[2]
+    assert source_mark("owner/other") == marks[2], "what was not loaded is"
 
 
 def test_a_name_is_of_the_hub_only_if_it_cannot_be_a_file(

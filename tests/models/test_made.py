@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import StorageError
+from gearshift.models import made
 from gearshift.models.load import ModelConfig, load_classifier, load_policy, load_tokenizer
 from gearshift.models.made import check_kept, check_made, made_of, written_by
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -84,7 +85,17 @@ def test_an_adapters_model_is_what_it_was_trained_on(tmp_path: Path) -> None:
         check_made(str(stage))
 
 
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "models--a--b" / "snapshots" / "0123abc" / "config.json"
+    monkeypatch.setattr(made, "try_to_load_from_cache", lambda name, file: str(config))
+    assert made_of("a/b") == {"commit": "0123abc"}
+
+
 def test_other_models_are_not_asked(tmp_path: Path) -> None:
     assert made_of("tiny") == {} and made_of("./no/such/folder") == {} and made_of("a/b") == {}
+    assert made_of("a" * 999) == {}
+    check_made("a" * 999)
     check_made("tiny")
     check_made(str(tmp_path / "nowhere"))
