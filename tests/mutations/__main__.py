@@ -16,10 +16,31 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutations import Mutation, chat, figures, files, loop, models, requests, rewards, rl
+from tests.mutations import (
+    Mutation,
+    chat,
+    determinism,
+    doors,
+    endings,
+    failing,
+    figures,
+    files,
+    hostile,
+    loop,
+    models,
+    requests,
+    rewards,
+    rl,
+    run_folder,
+    verdicts,
+    weights,
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent.parent
-SUBJECTS = (loop, models, requests, rewards, rl, chat, files, figures)
+SUBJECTS = (
+    loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
+    hostile, failing, verdicts, doors, determinism,
+)  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 
 

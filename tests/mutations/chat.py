@@ -118,13 +118,6 @@ MUTATIONS = (
         _FILES,
     ),
     Mutation(
-        "a run resumed on another day reads another date",
-        "recipe.py",
-        "load(Recipe, path).model.date if path.exists() else today()",
-        "today()",
-        _GIVEN,
-    ),
-    Mutation(
         "a template's date is the clock's",
         "runtime/chat_arguments.py",
         'return {"chat_template": template, **arguments}',

@@ -46,13 +46,6 @@ MUTATIONS = (
         "tests/rollouts/test_reward_model.py",
     ),
     Mutation(
-        "a reward model starts from the policy's base and not from its adapter",
-        "models/load.py",
-        "            model = merge_adapter(base, folder)",
-        "            model = base",
-        "tests/models/test_adapters.py::test_adapters_that_others_made",
-    ),
-    Mutation(
         "weights of an adapter that the model has no place for are dropped in silence",
         "models/adapters.py",
         "return [*lost, *unexpected]",

@@ -32,13 +32,6 @@ MUTATIONS = (
         "tests/rollouts/test_reward_sum.py -k poisoned",
     ),
     Mutation(
-        "a reward function that raises at one group ends the run",
-        "rollouts/reward_sum.py",
-        "if fault and name not in self._worked:",
-        "if fault:",
-        "tests/rollouts/test_reward_sum.py -k raises_at_one_group",
-    ),
-    Mutation(
         "the length of all turns is held against the limit of one",
         "trainers/rollout.py",
         "return torch.tensor(rows), torch.tensor(ends), "
