@@ -4,6 +4,13 @@ from tests.mutations import Mutation
 
 MUTATIONS = (
     Mutation(
+        "a reward model starts from the policy's base and not from its adapter",
+        "models/load.py",
+        "        model = merge_adapter(base, folder)\n        brought",
+        "        model = base\n        brought",
+        "tests/models/test_adapters.py::test_adapters_that_others_made",
+    ),
+    Mutation(
         "a reward model's pad is the end token: Hugging Face reads its score one token early",
         "models/classifier.py",
         'token not in (tokenizer.eos_token, "")',
