@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts import sandbox
+from gearshift.rollouts import inside, sandbox
 from gearshift.rollouts.code import code_reward, code_share
 from gearshift.rollouts.sandbox import Limits, Outcome, check_sandboxed, run_sandboxed
 from tests.rollouts.hostile import CHEATS, HARMFUL, HARMLESS
@@ -291,6 +293,16 @@ def test_rewards_by_rows() -> None:
     assert code_share(PROMPT * 4, completions, **rows) == [1.0, 0.5, 0.5, None]
     shell = f"{good}\n```bash\npython square.py\n```\nThat is all."
     assert code_reward(PROMPT, [shell], tests=[pairs]) == [1.0]
+
+
+def test_what_runs_inside_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sandbox would spend most of its time on that."""
+    folder = Path(inside.__file__).parent
+    ours = shutil.copytree(folder, tmp_path / "inside", ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(inside, "__file__", str(ours / "__init__.py"))
+    sandbox._probe.cache_clear()
+    check_sandboxed("def f(x): return x", "assert f(1) == 1")
+    assert all(Path(cache_from_source(str(path))).exists() for path in ours.glob("*.py"))
 
 
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

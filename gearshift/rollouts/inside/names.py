@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from dataclasses import dataclass, field
 
 _PLAIN = (int, float, complex, str, bytearray, list, tuple, dict, set, range, Exception)
 PLAIN_NAMES = frozenset(name for kind in _PLAIN for name in dir(kind)) | frozenset({
@@ -22,21 +21,21 @@ _ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
 """Builtins that can reach any name."""
 
 
-@dataclass
 class Names:
     """Names that the tests bind, to which expressions (None: to anything), and from where."""
 
-    read: set[str]
-    bound: dict[str, list[ast.expr | None]] = field(default_factory=dict)
-    imported: set[str] = field(default_factory=set)
-    caught: set[str] = field(default_factory=set)
-    defined: set[str] = field(default_factory=set)
-    clean: set[str] = field(default_factory=set)
-    """Names whose value comes from the tests alone."""
-    own: set[str] = field(default_factory=set)
-    """Names of objects that the tests or the standard library made."""
-    instances: set[str] = field(default_factory=set)
-    """Names of objects that the tests make of the program's classes."""
+    def __init__(self, read: set[str]) -> None:
+        self.read = read
+        self.bound: dict[str, list[ast.expr | None]] = {}
+        self.imported: set[str] = set()
+        self.caught: set[str] = set()
+        self.defined: set[str] = set()
+        self.clean: set[str] = set()
+        """Names whose value comes from the tests alone."""
+        self.own: set[str] = set()
+        """Names of objects that the tests or the standard library made."""
+        self.instances: set[str] = set()
+        """Names of objects that the tests make of the program's classes."""
 
     def free(self, name: str) -> bool:
         """Whether the tests do not bind it."""

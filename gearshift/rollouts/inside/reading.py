@@ -10,8 +10,8 @@ import builtins
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import CodeType
+from typing import NamedTuple
 
 from gearshift.rollouts.inside.names import PLAIN_NAMES, Names, collect, name_of, names_in
 
@@ -39,8 +39,7 @@ class UnusableError(Exception):
     """No program can be put to these tests."""
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """The tests, ready to run, and what they say."""
 
     code: CodeType
