@@ -42,6 +42,8 @@ SUBJECTS = (
     hostile, failing, verdicts, doors, determinism,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
+PATIENCE = 900.0
+"""Seconds after which tests that hang have seen the mutation."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,8 +75,11 @@ def is_caught(mutation: Mutation, copy: Path) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
-            [*command, *mutation.tests.split()], cwd=copy, capture_output=True, text=True
-        )
+            [*command, *mutation.tests.split()],
+            cwd=copy, capture_output=True, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return True
     finally:
         path.write_text(source, encoding="utf-8")
     if done.returncode not in (0, 1):  # 1: tests ran, and some failed
