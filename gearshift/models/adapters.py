@@ -233,11 +233,11 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 "no weights; only adapters that do (LoRA and its kin) can be used."
             )
         config.task_type = None  # which class the model has is known already
-        _grow(model, folder)
+        _resize(model, folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted = PeftModel(model, config)
-            weights = load_peft_weights(str(folder), device=str(model.device))
+            weights = _once(load_peft_weights(str(folder), device=str(model.device)))
             found = set_peft_model_state_dict(adapted, weights)
             own = f".{adapted.base_model.prefix}"
             left = _left(found.missing_keys, found.unexpected_keys, model, own)
@@ -258,6 +258,15 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return merged.requires_grad_(True)
 
 
+def _once(weights: dict[str, Any]) -> dict[str, Any]:
+    """Each trained layer under one name: peft writes an embedding that was resized thrice."""
+    copies = re.compile(r"\.(modules_to_save|original_module)\.")
+    return {
+        name: weight for name, weight in weights.items()
+        if not copies.search(name) or copies.sub(".", name) not in weights
+    }  # fmt: skip
+
+
 def _check_settings(folder: Path, model: PreTrainedModel) -> None:
     """Raises `ModelError` for an adapter whose settings would take all memory or time, give no
     number, or run what they name.
@@ -272,7 +281,7 @@ def _check_settings(folder: Path, model: PreTrainedModel) -> None:
             if value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or (key == "r" and not 0 < value <= longest):
+            if not number or not math.isfinite(value) or (key == "r" and not 0 <= value <= longest):
                 raise ModelError(
                     f"{path} has {key}: {one_line(str(value), 40)}, which is not what its weights "
                     "were trained with; give the adapter's own config."
@@ -329,15 +338,15 @@ def _left(missing: list[str], unexpected: list[str], model: PreTrainedModel, own
     return [*lost, *unexpected]
 
 
-def _grow(model: PreTrainedModel, folder: Path) -> None:
+def _resize(model: PreTrainedModel, folder: Path) -> None:
     """Give the embedding as many rows as the adapter brings, where it brings them: its tokenizer
-    had tokens added.
+    had tokens added, or rows of no token were taken away.
     """
     embedding = model.get_input_embeddings()
     [name] = [name for name, module in model.named_modules() if module is embedding]
     saved = tensors_of(folder)
     rows = next((w.shape[0] for key, w in saved.items() if key.endswith(f"{name}.weight")), 0)
-    if rows > embedding.weight.shape[0]:
+    if rows not in (0, embedding.weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 

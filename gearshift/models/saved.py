@@ -48,6 +48,10 @@ _HEAD = re.compile(
     r"|qa_outputs|output_projection|final_logits_bias|^decoder\.(weight|bias)$"
 )
 """Names of what a model has above its states, which another task does without."""
+_CONSTANTS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.position_ids$"
+)
+"""What older libraries saved beside the weights: a model makes these numbers itself."""
 
 
 class Saved(NamedTuple):
@@ -233,7 +237,7 @@ def _indexed(folder: Path) -> dict[str, Saved]:
     weights: dict[str, Saved] = {}
     for file in sorted(set(places.values())):
         path = folder / file
-        if not _inside(folder, path):
+        if Path(file).is_absolute() or ".." in Path(file).parts:  # a link is the user's own
             _refuse(
                 index, f"names {one_line(file, 100)}, which lies outside of its folder",
                 "put the file beside the index",
@@ -248,13 +252,6 @@ def _indexed(folder: Path) -> dict[str, Saved]:
             _refuse(path, f"lacks {listed(lost)}, which its index names", "copy it anew")
         weights |= held
     return weights
-
-
-def _inside(folder: Path, path: Path) -> bool:
-    """Whether a file lies in its model's folder; the hub's cache has links to files beside it."""
-    home, real = folder.resolve(), path.resolve()
-    cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    return ".." not in path.parts and (real.is_relative_to(home) or cached)
 
 
 def _tell_what_is_there(folder: Path) -> NoReturn:
@@ -323,7 +320,8 @@ def check_loaded(
     `told`: what `from_pretrained` says. `fresh_head`: what lies above the states may be missing;
     returns what of it is.
     """
-    missing, unexpected = set(told["missing_keys"]), set(told["unexpected_keys"])
+    missing = set(told["missing_keys"])
+    unexpected = {key for key in told["unexpected_keys"] if not _CONSTANTS.search(key)}
     fresh = set()
     if fresh_head:
         trunk = model.base_model_prefix
@@ -344,6 +342,11 @@ def check_loaded(
         )
     if wrong := told["mismatched_keys"]:
         key, has, needs = min(wrong)
+        if model.get_output_embeddings() is None and needs[0] == 1 and has[1:] == needs[1:]:
+            raise ModelError(
+                f"Model {name!r} gives {has[0]} scores ({key} of shape {list(has)}), and a reward "
+                "model gives one; give one trained with num_labels=1, or a language model."
+            )
         more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
         raise ModelError(
             f"Model {name!r} has {key} of shape {list(has)}{more}, and its config.json asks for "

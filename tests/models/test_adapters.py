@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,7 @@ from gearshift.models.load import (
     load_tokenizer,
     save_model,
 )
-from gearshift.models.tiny import tiny_tokenizer
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.types import SamplingParams
 from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
@@ -178,6 +178,34 @@ def test_what_an_adapter_changes_besides(what: dict[str, Any], tmp_path: Path) -
         assert torch.allclose(again(ids).logits, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [310, 290])
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"], None], ids=str)
+def test_an_adapter_of_a_vocabulary_that_was_resized(
+    rows: int, saved: list[str] | None, tmp_path: Path
+) -> None:
+    tiny_model(vocab_size=300).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(rows)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=saved)
+    trained = get_peft_model(model, config)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    trained.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = load_policy(CPU, str(tmp_path / "adapter"))
+    loaded.set_attn_implementation("eager")
+    assert torch.allclose(loaded(ids).logits, trained.eval()(ids).logits, atol=1e-4)
+
+
+def test_an_adapter_of_a_kind_without_a_rank(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    load_policy(CPU, str(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -186,7 +214,8 @@ def test_what_an_adapter_changes_besides(what: dict[str, Any], tmp_path: Path) -
         ({"base_model_name_or_path": "../saved"}, "names itself"),
         ({"target_modules": ["query"]}, "does not fit"),
         ({"r": 3}, "does not fit"),
-        ({"r": 0}, "has r: 0"),
+        ({"r": 0}, "does not fit .*positive"),
+        ({"r": -1}, "has r: -1"),
         ({"r": 10**12}, "has r: 1000000000000"),
         ({"rank_pattern": {"q_proj": 10**12}}, "has r: 1000000000000"),
         ({"lora_alpha": float("nan")}, "has lora_alpha: nan"),

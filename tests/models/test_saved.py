@@ -338,6 +338,9 @@ def test_shards(tmp_path: Path) -> None:
         (folder / first).unlink()
         (folder / first).symlink_to(tmp_path / "outside.safetensors")
 
+    own = Path(shutil.copytree(whole, tmp_path / "own"))
+    linked(own)
+    load_policy(CPU, str(own))  # a link is the user's, as that of a single file
     changes: list[tuple[Change, str]] = [
         (lambda f: (f / last).unlink(), f"names {last}, which is not there"),
         (lambda f: os.truncate(f / last, 3000), f"{last} is no whole safetensors file"),
@@ -345,7 +348,6 @@ def test_shards(tmp_path: Path) -> None:
         (weights(lambda s: {**s, inside[first][0]: torch.ones(2)}, last), "as another file does"),
         (moved("../outside.safetensors"), "outside of its folder"),
         (moved(str(tmp_path / "outside.safetensors")), "outside of its folder"),
-        (linked, "outside of its folder"),
         (setting("model.safetensors.index.json", weight_map=5), "has no weight_map"),
         (written("model.safetensors.index.json", DEEP), "nested too deep"),
     ]
@@ -368,6 +370,30 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
         shutil.copy(path, blobs / str(i))
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     load_policy(CPU, str(snapshot))
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffers"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_bigcode", ["transformer.h.0.attn.bias"]),
+        ("opt", ["model.decoder.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ],
+)
+def test_buffers_of_older_versions_may_be_there(
+    kind: str, buffers: list[str], tmp_path: Path
+) -> None:
+    model = random_model(small_config(kind))
+    model.save_pretrained(tmp_path)
+    weights(lambda state: {**state, **{name: torch.ones(2) for name in buffers}})(tmp_path)
+    loaded = load_policy(CPU, str(tmp_path)).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_two_scores_are_not_one(tmp_path: Path) -> None:
+    config = small_config("bert", num_labels=2, pad_token_id=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    refused(load_classifier, tmp_path, "gives 2 scores")
 
 
 def test_attention_is_ours_whatever_a_config_names(saved: Path, tmp_path: Path) -> None:

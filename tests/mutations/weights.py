@@ -6,8 +6,8 @@ MUTATIONS = (
     Mutation(
         "weights that a folder lacks are drawn at random",
         "models/saved.py",
-        '    missing, unexpected = set(told["missing_keys"]), set(told["unexpected_keys"])',
-        '    missing, unexpected = set(), set(told["unexpected_keys"])',
+        '    missing = set(told["missing_keys"])',
+        "    missing = set()",
         "tests/models/test_saved.py::test_one_task_is_not_another",
     ),
     Mutation(
@@ -48,7 +48,7 @@ MUTATIONS = (
     Mutation(
         "an index may lead anywhere",
         "models/saved.py",
-        "        if not _inside(folder, path):",
+        '        if Path(file).is_absolute() or ".." in Path(file).parts:',
         "        if False:",
         "tests/models/test_saved.py::test_shards",
     ),
