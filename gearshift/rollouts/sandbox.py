@@ -69,7 +69,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. It is one process without threads, and writes no files."""
+    """What one program may use. It is one process, whose threads run one after the other where they
+    are started, and writes no files.
+    """
 
     seconds: float = 5.0
     """Of the processor, rounded up; by the clock three times as long, since training shares it."""

@@ -208,6 +208,27 @@ if __name__ == "__main__":
 PLAIN = "[(1, 'a'), {2}, {'k': None}, b'x', 1.5]"
 
 
+DEEPER = """
+import sys, threading
+from functools import lru_cache
+sys.setrecursionlimit(10**6)
+threading.stack_size(2**27)
+@lru_cache(None)
+def f(n): return 1 + f(n - 1) if n else 0
+def main():
+    print(f(int(input())))
+    exit()
+t = threading.Thread(target=main)
+t.start()
+t.join()
+"""
+
+
+def test_deep_recursion_in_a_thread() -> None:
+    """The usual ways of programs written for contests."""
+    assert run_sandboxed(DEEPER, "50000") == Outcome("ok", "50000\n")
+
+
 def test_honest_programs_run() -> None:
     assert run_sandboxed(SQUARE, "3\n") == Outcome("ok", "9\n")
     assert run_sandboxed("import sys\nsys.exit(1)").status == "error"

@@ -337,6 +337,13 @@ WRITTEN: dict[str, tuple[str, list[str], list[str]]] = {
     "any_keyword": ("assert f(self=1, what=2, f=3) == 6", ["def f(**k): return sum(k.values())"], ["def f(**k): return 5"]),
     "mocks": ("from unittest.mock import Mock\nm = Mock(return_value=9)\nassert f(m, 3) == 9\nm.assert_called_once_with(3)", ["def f(g, x): return g(x)"], ["def f(g, x): return 9", "def f(g, x): return g(g(x))"]),
     "copied": ("import copy\ns = Stack()\ns.push(1)\nt = copy.deepcopy(s)\nt.push(2)\nassert s.items == [1] and t.items == [1, 2]", [STACK], ["class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def __deepcopy__(self, memo): return self"]),
+    # The program as a module.
+    "from_solution": ("from solution import f\ndef test_f():\n    assert f(2) == 4", ["def f(x): return x * x"], ["def f(x): return 5", "def g(x): return 4"]),
+    "import_solution": ("import math, solution as s\nassert math.floor(s.f(2.5)) == 6 and isinstance(s.Vector(1), s.Vector)", ["def f(x): return x * x\nclass Vector:\n    def __init__(self, x): pass"], ["def f(x): return x * x\nVector = f", "class Vector:\n    def __init__(self, x): pass"]),
+    "solution_of_builtin": ("from solution import sum, max as most\nassert most(sum([1, 2]), 1) == 3", ["def sum(x): return 3\nmax = max"], ["max = max", "def sum(x): return 3", "def sum(x): return 4\nmax = max"]),
+    # pytest's fixtures.
+    "fixtures": ("import pytest\n@pytest.fixture(scope='module')\ndef two():\n    return 2\n@pytest.fixture\ndef four(two):\n    yield f(two)\nclass TestF:\n    @pytest.fixture()\n    def nine(self):\n        return 9\n    def setup_method(self, method):\n        self.x = 3\n    @pytest.mark.parametrize('a,b', [pytest.param(1, 1, id='one'), (2, 4)])\n    def test_f(self, a, b, four, nine):\n        assert f(a) == b and four == 4 and f(self.x) == nine", ["def f(x): return x * x"], ["def f(x): return x + x", "def f(x): return 4"]),
+    "capsys": ("def test_f(capsys):\n    f(3)\n    out, err = capsys.readouterr()\n    assert out == '3\\n'\n    f(4)\n    assert capsys.readouterr().out.strip() == '4'", ["def f(x): print(x)"], ["def f(x): print(3)", "def f(x): return x"]),
     # The pipes.
     "forged": ("xs = [2, 1]\nassert all(map(f, [3, 4]))\nassert f(xs) == sorted(xs)", ["def f(x): return sorted(x) if isinstance(x, list) else True"], [
         "import os\ndef f(x):\n    for fd in range(3, 9):\n        try: os.write(fd, b'[\"stop\", null, \"\", {}, []]\\n')\n        except OSError: pass\n    os._exit(0)",
@@ -371,8 +378,8 @@ UNUSABLE = {
     "threads": "import threading\nthreading.Thread(target=f).start()",
     "patched": "from unittest.mock import patch\nwith patch('builtins.input', return_value='3'):\n    assert f() == 3",
     "source": "import inspect\nassert 'for' not in inspect.getsource(f)",
-    "capsys": "def test_f(capsys):\n    f(3)\n    assert capsys.readouterr().out == '4'",
-    "pytest_fixture": "import pytest\n@pytest.fixture\ndef v(): return 3\ndef test_f(v): assert f(v) == 4",
+    "capsys_err": "def test_f(capsys):\n    f(3)\n    assert capsys.readouterr().err == '4'",
+    "pytest_fixture_params": "import pytest\n@pytest.fixture(params=[1, 2])\ndef v(request): return 3\ndef test_f(v): assert f(v) == 4",
     "pytest_mark": "import pytest\n@pytest.mark.skip\ndef test_f(): assert f(3) == 4",
     "indented": "    assert f(3) == 4",
     "signature": "import inspect\nassert len(inspect.signature(f).parameters) == 1",

@@ -1,5 +1,6 @@
 """Tests in functions and classes, as unittest and pytest run them; and the part of pytest that such
-tests use (`raises`, `approx`, `mark.parametrize`), for the sandbox has the standard library alone.
+tests use (`raises`, `approx`, `mark.parametrize`, fixtures, `capsys`), for the sandbox has the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ import io
 import math
 import re
 import sys
+from contextlib import ExitStack
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from gearshift.rollouts.inside.reading import Reading, UnusableError
 
@@ -19,6 +21,7 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
     if "pytest" in read.imports:
         pytest: Any = ModuleType("pytest")
         pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
+        pytest.fixture, pytest.param = _fixture, _Param
         pytest.__getattr__ = _not_here
         sys.modules["pytest"] = pytest
     if "unittest" in read.imports:
@@ -30,13 +33,15 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
 def run(space: dict[str, Any], read: Reading) -> None:
     """What the tests define and do not run themselves. Raises what they raise."""
     for name in read.functions:
-        _run_function(space[name])
+        _run_function(space[name], space)
     for name, value in list(space.items()):
         if name.startswith("Test") and isinstance(value, type) and not hasattr(value, "run"):
             for method in [m for m in dir(value) if m.startswith("test")]:
                 test = value()
-                getattr(test, "setup_method", lambda: None)()
-                _run_function(getattr(test, method))
+                for before in ("setup_class", "setup_method"):
+                    if ready := getattr(test, before, None):
+                        ready(**_arguments(ready, {"method": None}, space, ExitStack()))
+                _run_function(getattr(test, method), space)
     if "unittest" in read.imports and not read.calls_main:
         run_cases(space)
 
@@ -55,22 +60,74 @@ def run_cases(space: dict[str, Any]) -> None:
         raise AssertionError
 
 
-def _run_function(test: Any) -> None:
+def _run_function(test: Any, space: dict[str, Any]) -> None:
+    for row in getattr(test, "rows", None) or [{}]:
+        with ExitStack() as after:
+            test(**_arguments(test, dict(row), space, after))
+
+
+def _arguments(test: Any, known: dict[str, Any], space: Any, after: ExitStack) -> dict[str, Any]:
+    """What a test or a fixture wants: from `known`, or of fixtures, which are added to it."""
     import inspect  # slow, and most tests have no functions
 
-    rows = getattr(test, "rows", None) or [{}]
     wanted = [p.name for p in inspect.signature(test).parameters.values() if p.default is p.empty]
-    for row in rows:
-        if missing := [name for name in wanted if name not in row]:
-            raise UnusableError(f"{test.__name__} wants {', '.join(missing)}")
-        test(**row)
+    for name in wanted:
+        if name in known:
+            continue
+        own = getattr(test, "__self__", None)
+        fixture: Any = getattr(own, name, None) or dict.get(space, name)
+        if name == "capsys":
+            known[name] = _Capsys()
+        elif hasattr(fixture, "is_fixture"):
+            known[name] = made = fixture(**_arguments(fixture, known, space, after))
+            if inspect.isgenerator(made):
+                known[name] = next(made)
+                after.callback(next, made, None)
+        else:
+            raise UnusableError(f"{test.__name__} wants {name}")
+    return {name: known[name] for name in wanted}
+
+
+def _fixture(function: Any = None, **more: Any) -> Any:
+    if more.keys() - {"scope"}:
+        _not_here(f"fixture({', '.join(more)})")
+    if function is None:
+        return _fixture
+    function.is_fixture = True
+    return function
+
+
+class _Printed(NamedTuple):
+    out: str
+    err: str = ""
+
+
+class _Capsys:
+    """What was printed since the last look. (Tests that look at standard error are refused.)"""
+
+    def __init__(self) -> None:
+        self.readouterr()
+
+    def readouterr(self) -> _Printed:
+        printed: Any = sys.stdout
+        text = printed.getvalue()
+        printed.seek(0)
+        printed.truncate()
+        return _Printed(text)
+
+
+class _Param(list[Any]):
+    """`pytest.param`: one row of a test's values."""
+
+    def __init__(self, *values: Any, id: str = "") -> None:
+        super().__init__(values)
 
 
 def _fail(reason: str = "") -> None:
     raise AssertionError(reason)
 
 
-def _not_here(name: str) -> None:
+def _not_here(name: str) -> NoReturn:
     raise UnusableError(f"there is no pytest.{name} in the sandbox")
 
 
@@ -78,11 +135,13 @@ class _Mark:
     def __getattr__(self, name: str) -> None:
         _not_here(f"mark.{name}")
 
-    def parametrize(self, names: Any, values: Any, **_: Any) -> Any:
+    def parametrize(self, names: Any, values: Any, ids: Any = None) -> Any:
         listed = re.findall(r"\w+", names) if isinstance(names, str) else list(names)
 
         def mark(test: Any) -> Any:
-            new = [dict(zip(listed, v if len(listed) > 1 else [v], strict=True)) for v in values]
+            several = len(listed) > 1
+            rows = [v if several or isinstance(v, _Param) else [v] for v in values]
+            new = [dict(zip(listed, row, strict=True)) for row in rows]
             test.rows = [{**a, **b} for a in getattr(test, "rows", [{}]) for b in new]
             return test
 

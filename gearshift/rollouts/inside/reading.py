@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import NamedTuple
 
+from gearshift.rollouts.inside.imports import OpenImports
 from gearshift.rollouts.inside.names import PLAIN_NAMES, Names, collect, name_of, names_in
 
 HARD, SOFT = "program ", "program or "
@@ -69,6 +70,7 @@ def read(source: str, entry_point: str = "") -> Reading:
     """Raises `UnusableError` for tests that no program can be put to."""
     try:
         tree = ast.parse(source)
+        tree = ast.fix_missing_locations(OpenImports(tree, _of_program).visit(tree))
         _call_check(tree, entry_point)
         nodes = list(ast.walk(tree))
         names = collect(nodes)
@@ -102,6 +104,11 @@ def read(source: str, entry_point: str = "") -> Reading:
     return found
 
 
+def _of_program(name: str) -> str:
+    """How the tests write a name that is the program's in any case."""
+    return HARD + name if hasattr(builtins, name) else name
+
+
 def _compiled(tree: ast.Module, targets: dict[int, str]) -> CodeType:
     """The tests, rewritten in place."""
     rewritten = ast.fix_missing_locations(_Rewrite(targets).visit(tree))
@@ -127,6 +134,9 @@ def _refuse(nodes: list[ast.AST], names: Names) -> None:
     for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in _HIDDEN:
             raise UnusableError(f"they ask for {node.attr}")
+        elif "capsys" in names.bound and "err" in (name_of(node), getattr(node, "attr", "")):
+            if isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
+                raise UnusableError("they look at standard error")
         elif isinstance(node, ast.ClassDef) and any(
             map(names.of_program, map(name_of, node.bases))
         ):
