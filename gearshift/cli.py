@@ -20,6 +20,7 @@ from gearshift.errors import (
     DataError,
     NotBuiltError,
 )
+from gearshift.runtime.ending import end, leave_when_asked, without_handlers
 from gearshift.runtime.terminal import one_line, printable, say
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):  # fmt: skip
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no fault
             stream.reconfigure(errors=errors)
+    if argv is None:
+        leave_when_asked()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and (words[0] in STAGES or words[0] == "eval"):
         words[1:] = _options_first(words[1:])
@@ -63,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         arguments.do(arguments)
         sys.stdout.flush()  # a full disk is told here, not by the interpreter
+        if argv is None:
+            without_handlers()
     except (Exception, KeyboardInterrupt) as error:
-        from gearshift.runtime.ending import end
-
         end(error, getattr(arguments, "folder_of_run", None), alone=argv is None)
 
 

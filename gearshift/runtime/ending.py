@@ -14,12 +14,15 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from gearshift.errors import GearshiftError, InterruptedRunError
 from gearshift.runtime.addresses import shown
 from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.interrupt import SIGNALS, Stopped
 from gearshift.runtime.output import silence
 from gearshift.runtime.terminal import one_line, say
 
@@ -35,12 +38,42 @@ _ADVICE = {
 }
 _PATIENCE = 1.0
 """Seconds that threads and processes have to end after a signal."""
+_said = threading.Event()
+"""Set once the program has said why it ends."""
+
+
+def leave_when_asked() -> None:
+    """For a program that has nothing to save: a signal ends it with one line, also where a library
+    that is being loaded passes over it; the second one at once. A run's `Interrupt` stands above.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as SIGHUP is under nohup
+            signal.signal(number, partial(_asked, os.getpid()))
+
+
+def _asked(process: int, number: int, frame: FrameType | None) -> None:
+    without_handlers()
+    if os.getpid() != process:  # a forked child ends as if there were no handler
+        os.kill(os.getpid(), number)
+        return
+    _said.clear()
+    threading.Thread(target=_leave, args=(128 + number,), daemon=True).start()
+    raise Stopped(number)
+
+
+def without_handlers(instead: signal.Handlers = signal.SIG_DFL) -> None:
+    """For a program that leaves: no signal raises anything any more."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, instead)
 
 
 def end(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
     """Say what went wrong, and exit. `folder`: the run's, where the traceback of an error that no
     code foresaw is kept. `alone`: the process is this program's own.
     """
+    if alone:
+        without_handlers(signal.SIG_IGN)  # it ends already; one more would be a traceback
     if os.environ.get("GEARSHIFT_DEBUG"):
         traceback.print_exception(error)
     if alone and isinstance(error, OSError) and error.filename is None:
@@ -50,8 +83,14 @@ def end(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
     line, code = _told(error, folder)
     with suppress(OSError, ValueError):
         say(f"gearshift: {line}", file=sys.stderr)
+    _said.set()
+    if alone and short_of_memory(error):
+        _leave(code, patience=0)  # what libraries do at the end needs some
     if alone and code > 128:
         threading.Thread(target=_leave, args=(code,), daemon=True).start()
+    elif alone:  # a thread that hangs keeps it
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
 
 
@@ -62,7 +101,7 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
     if isinstance(error, GearshiftError):
         return one_line(shown(str(error)), 2000), 1
     if isinstance(error, KeyboardInterrupt):
-        return "stopped.", 128 + signal.SIGINT
+        return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):
         return (
             f"The memory does not suffice ({reason}); end other programs, lower max_tokens or "
@@ -94,9 +133,12 @@ def _kept(error: BaseException, folder: Path | None) -> str:
     return "GEARSHIFT_DEBUG=1 prints the traceback"
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, patience: float = _PATIENCE) -> None:
     """What does not end by itself, such as a reward function that hangs, is left behind."""
-    time.sleep(_PATIENCE)
+    time.sleep(patience)
     for child in multiprocessing.active_children():
         child.kill()
+    if not _said.is_set():
+        with suppress(AttributeError, OSError, ValueError):  # `print` may be at work just now
+            os.write(sys.__stderr__.fileno(), b"gearshift: stopped.\n")  # type: ignore[union-attr]
     os._exit(code)

@@ -26,6 +26,11 @@ class Stopped(KeyboardInterrupt):
     It is no `Exception`, so that code which passes over errors does not pass over it.
     """
 
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signal = number
+        """Number of the signal."""
+
 
 class Interrupt:
     """While it is open, a signal ends what runs inside: at once, or after a step (`patient`).
@@ -110,7 +115,7 @@ class Interrupt:
         """End here, if a signal has asked and nothing has looked at it."""
         if self.requested and not self._raised and not self._held and self is _open:
             self._raised = True
-            raise Stopped
+            raise Stopped(self.signal)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child ends as if there were no handler
@@ -131,7 +136,7 @@ class Interrupt:
                 os.write(sys.__stderr__.fileno(), self._says.encode())  # type: ignore[union-attr]
             return
         self._raised = True
-        raise Stopped
+        raise Stopped(self.signal)
 
 
 _open: Interrupt | None = None

@@ -31,6 +31,14 @@ def uncertain(found: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in found.items() if not k.endswith("metrics.jsonl")}
 
 
+@pytest.fixture(autouse=True)
+def without_nohup() -> Iterator[None]:
+    """These tests may be run under nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("uncut")

@@ -3,6 +3,7 @@
 import errno
 import io
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +93,49 @@ def test_output_that_cannot_be_written_is_told_once_and_raises_nothing(
     assert errors.getvalue() == (
         "gearshift: standard output is lost (No space left on device); the run goes on.\ntold\n"
     )
+
+
+PROGRAM = """
+import atexit, multiprocessing, os, signal, sys, time
+from gearshift import cli
+def passes_over(_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+def twice(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+        raise
+def forks(_):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    sys.exit(f"gearshift: {child.exitcode}")
+def no_memory(_):
+    atexit.register(lambda: 1 / 0)
+    raise MemoryError
+cli._keys = globals()[sys.argv.pop()]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("passes_over", 128 + signal.SIGTERM, "gearshift: stopped.\n"),
+        ("twice", 128 + signal.SIGINT, "gearshift: stopped.\n"),
+        ("forks", 1, f"gearshift: {-signal.SIGTERM}"),
+        ("no_memory", 1, "gearshift: The memory does not suffice"),
+    ],
+)
+def test_a_program_leaves_with_one_line(how: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "keys", how], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == code and done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
