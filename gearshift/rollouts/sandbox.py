@@ -261,6 +261,7 @@ def _walls() -> Sequence[str]:
             walls += ["--ro-bind", place, place]
     own = _python() if prefix in ("/", "/usr") else prefix
     ours = str(Path(inside.__file__).resolve().parent)
+    walls += ["--dev-bind", "/dev/null", "/dev/null"]  # where programs send what they print
     return [*walls, "--ro-bind", own, own, "--ro-bind", ours, _INSIDE, "--chdir", "/"]
 
 

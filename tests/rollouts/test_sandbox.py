@@ -233,6 +233,10 @@ def test_honest_programs_run() -> None:
     assert run_sandboxed(SQUARE, "3\n") == Outcome("ok", "9\n")
     assert run_sandboxed("import sys\nsys.exit(1)").status == "error"
     assert run_sandboxed("1 / 0").status == "error"
+    hushed = (
+        "import os, sys\nsys.stdout = open(os.devnull, 'w')\nprint(1)\nsys.stdout = sys.__stdout__"
+    )
+    assert run_sandboxed(f"{hushed}\nprint(2)") == Outcome("ok", "2\n")
     useful = "import collections, dataclasses, datetime, decimal, functools, hashlib, heapq, random"
     assert run_sandboxed(f"{useful}, re, itertools, json\nprint('é')") == Outcome("ok", "é\n")
 

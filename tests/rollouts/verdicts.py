@@ -341,6 +341,7 @@ WRITTEN: dict[str, tuple[str, list[str], list[str]]] = {
     "from_solution": ("from solution import f\ndef test_f():\n    assert f(2) == 4", ["def f(x): return x * x"], ["def f(x): return 5", "def g(x): return 4"]),
     "import_solution": ("import math, solution as s\nassert math.floor(s.f(2.5)) == 6 and isinstance(s.Vector(1), s.Vector)", ["def f(x): return x * x\nclass Vector:\n    def __init__(self, x): pass"], ["def f(x): return x * x\nVector = f", "class Vector:\n    def __init__(self, x): pass"]),
     "solution_of_builtin": ("from solution import sum, max as most\nassert most(sum([1, 2]), 1) == 3", ["def sum(x): return 3\nmax = max"], ["max = max", "def sum(x): return 3", "def sum(x): return 4\nmax = max"]),
+    "ellipsis": ("assert f(...) is ... and f([...]) == [...]", ["def f(x): return x"], ["def f(x): return None"]),
     # pytest's fixtures.
     "fixtures": ("import pytest\n@pytest.fixture(scope='module')\ndef two():\n    return 2\n@pytest.fixture\ndef four(two):\n    yield f(two)\nclass TestF:\n    @pytest.fixture()\n    def nine(self):\n        return 9\n    def setup_method(self, method):\n        self.x = 3\n    @pytest.mark.parametrize('a,b', [pytest.param(1, 1, id='one'), (2, 4)])\n    def test_f(self, a, b, four, nine):\n        assert f(a) == b and four == 4 and f(self.x) == nine", ["def f(x): return x * x"], ["def f(x): return x + x", "def f(x): return 4"]),
     "capsys": ("def test_f(capsys):\n    f(3)\n    out, err = capsys.readouterr()\n    assert out == '3\\n'\n    f(4)\n    assert capsys.readouterr().out.strip() == '4'", ["def f(x): print(x)"], ["def f(x): print(3)", "def f(x): return x"]),
@@ -377,6 +378,8 @@ UNUSABLE = {
     "async": "import asyncio\nassert asyncio.run(f(2)) == 4",
     "threads": "import threading\nthreading.Thread(target=f).start()",
     "patched": "from unittest.mock import patch\nwith patch('builtins.input', return_value='3'):\n    assert f() == 3",
+    "input_replaced": "import builtins\nbuiltins.input = lambda *_: '3'\nassert f() == 3",
+    "stdin_replaced": "import io, sys\nsys.stdin = io.StringIO('3')\nassert f() == 3",
     "source": "import inspect\nassert 'for' not in inspect.getsource(f)",
     "capsys_err": "def test_f(capsys):\n    f(3)\n    assert capsys.readouterr().err == '4'",
     "pytest_fixture_params": "import pytest\n@pytest.fixture(params=[1, 2])\ndef v(request): return 3\ndef test_f(v): assert f(v) == 4",

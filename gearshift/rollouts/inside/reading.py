@@ -137,21 +137,32 @@ def _refuse(nodes: list[ast.AST], names: Names) -> None:
         elif "capsys" in names.bound and "err" in (name_of(node), getattr(node, "attr", "")):
             if isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
                 raise UnusableError("they look at standard error")
+        elif _patches(node, names):
+            raise UnusableError("they patch what a program uses")
         elif isinstance(node, ast.ClassDef) and any(
             map(names.of_program, map(name_of, node.bases))
         ):
             raise UnusableError("they derive a class from the program's")
-        elif isinstance(node, ast.Call) and "patch" in (
-            name_of(node.func), getattr(node.func, "attr", "")
-        ):  # fmt: skip
-            where = node.args and getattr(node.args[0], "value", None)
-            if where != "sys.stdout":
-                raise UnusableError("they patch what a program uses")
         for top in _imported(node) if id(node) not in guarded else []:
             if top in _CLOSED:
                 raise UnusableError(f"they use {top}, which a sandbox does not have")
             if top != "pytest" and (not top or importlib.util.find_spec(top) is None):
                 raise UnusableError(f"there is no module {top!r} in the sandbox")
+
+
+def _patches(node: ast.AST, names: Names) -> bool:
+    """Whether it changes a module of Python's, which the program has in another process."""
+    if isinstance(node, ast.Call) and "patch" in (
+        name_of(node.func),
+        getattr(node.func, "attr", ""),
+    ):
+        return getattr(node.args[0] if node.args else None, "value", None) != "sys.stdout"
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and name_of(node.value) in names.imported
+        and node.attr not in ("stdout", "stderr")
+    )
 
 
 def _asserts(node: ast.AST) -> bool:

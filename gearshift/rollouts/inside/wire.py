@@ -83,6 +83,8 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str, float) or (kind is int and abs(value) < _EXACT):
         return value
+    if value is ...:
+        return ["ellipsis"]
     name = kind.__name__
     if kind.__module__ == "builtins" and name in _PLAIN:
         return [name, *_content(name, value, other)]
@@ -121,6 +123,8 @@ def decode(value: Any, other: Callable[[str, list[Any]], Any]) -> Any:
             raise ValueError(value)
         return value
     kind, *rest = value
+    if kind == "ellipsis":
+        return ...
     content: Any = rest[0] if rest else None
     if kind == "int":
         return int(content, 16)
