@@ -79,10 +79,21 @@ class ChatRenderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                cwd="/",  # this process's own may be gone
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is this process's to answer
             )
             self._owner, self._numbers = os.getpid(), {}
+
+    def forked(self) -> None:
+        """In a process that was forked: the lock may be held by a thread that is not here, and the
+        pipes are the other's alone.
+        """
+        self._lock = threading.RLock()
+        for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
+            if pipe is not None and not pipe.closed:
+                with open(os.devnull, "r+b") as nothing:
+                    os.dup2(nothing.fileno(), pipe.fileno(), inheritable=False)
 
     def close(self) -> None:
         """End the process; the next conversation starts another."""
@@ -192,6 +203,7 @@ class ChatRenderer:
 
 
 renderer = ChatRenderer()
+os.register_at_fork(after_in_child=renderer.forked)
 """The one of this process."""
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,37 @@ def test_threads_get_their_own_texts() -> None:
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(40)] == expected
+
+
+def test_a_forked_process_renders_while_a_thread_of_the_other_does() -> None:
+    tokenizer = FAMILIES["qwen"].tokenizer
+    said: list[Message] = [{"role": "user", "content": "in the other process"}]
+    taken, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with renderer._lock:
+            taken.set()
+            go_on.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    if (child := os.fork()) == 0:
+        signal.alarm(60)
+        os._exit(0 if render_prompt(tokenizer, said) else 1)
+    go_on.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    said[0]["content"] = "and in this one"
+    assert "and in this one" in tokenizer.decode(render_prompt(tokenizer, said))
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    renderer.close()
+    assert render_prompt(FAMILIES["qwen"].tokenizer, [{"role": "user", "content": "from nowhere"}])
 
 
 def test_half_a_character_reaches_no_tokenizer() -> None:
