@@ -46,6 +46,27 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} holds no plain data")
 
 
+def renew(old: Any, new: Any) -> Any:
+    """`old`, made equal to `new` in place where it can be."""
+    if type(old) is not type(new):
+        return new
+    if isinstance(old, list):
+        same = len(old) == len(new)
+        old[:] = [renew(a, b) for a, b in zip(old, new, strict=True)] if same else new
+    elif isinstance(old, dict):
+        kept = {k: renew(old[k], v) if k in old else v for k, v in new.items()}
+        old.clear()
+        old.update(kept)
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, bytearray):
+        old[:] = new
+    else:
+        return new
+    return old
+
+
 DONE: dict[str, Any] = {
     "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
     "get": getattr, "set": setattr, "delete": delattr, "plain": plain, "format": format,
@@ -58,8 +79,9 @@ DONE: dict[str, Any] = {
     "contains": operator.contains, "eq": operator.eq, "lt": operator.lt, "le": operator.le,
     "gt": operator.gt, "ge": operator.ge,
     **{name: getattr(operator, name) for name in
-       ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "lshift", "rshift", "xor",
-        "iadd", "isub", "imul", "ior", "iand")},
+       ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "lshift", "rshift", "xor")},
+    **{"i" + name: getattr(operator, "i" + name) for name in OPERATORS if name != "divmod"},
+    "renew": lambda x, name, new: renew(getattr(x, name), new),
     "and": operator.and_, "or": operator.or_, "copy": copy.copy, "deepcopy": copy.deepcopy,
     "enter": lambda x: type(x).__enter__(x), "exit": lambda x, *a: type(x).__exit__(x, *a),
 }  # fmt: skip

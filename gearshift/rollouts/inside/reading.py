@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     raises: frozenset[int]
     """The lines of their own `raise`."""
     objects: bool
-    """They use attributes that no plain data has, or classes of the program by name."""
+    """They use attributes that no plain data has, or the program's classes or contexts."""
     operators: bool
     """They use what plain data can do (`+`, `in`, `.pop()`) on objects that they make of them."""
     prints: bool
@@ -84,7 +84,7 @@ def read(source: str, entry_point: str = "") -> Reading:
         )  # fmt: skip
         found = Reading(
             raises=frozenset(n.lineno for n in nodes if isinstance(n, ast.Raise)),
-            objects=_speaks_of_objects(nodes, names),
+            objects=any(_speaks_of_objects(n, names) for n in nodes),
             operators=any(_uses_as_plain(n, names) for n in nodes),
             prints=re.search(r"stdout|capsys|print", source) is not None,
             nan=_speaks_of_nan(nodes, source),
@@ -238,23 +238,20 @@ def _calls(node: ast.AST, names: Names) -> Iterator[ast.Call]:
             yield n
 
 
-def _speaks_of_objects(nodes: list[ast.AST], names: Names) -> bool:
-    for node in nodes:
-        if isinstance(node, ast.Attribute):
-            if (
-                node.attr not in PLAIN_NAMES
-                and not node.attr.startswith("__")
-                and not names.is_own(node.value)
-            ):
-                return True
-        elif names.is_class(name_of(node)):
-            return True
-    return False
+def _speaks_of_objects(node: ast.AST, names: Names) -> bool:
+    if isinstance(node, ast.Attribute):
+        of_objects = node.attr not in PLAIN_NAMES and not node.attr.startswith("__")
+        return of_objects and not names.is_own(node.value)
+    if isinstance(node, ast.withitem):
+        return not names.is_own(node.context_expr)
+    return names.is_class(name_of(node))
 
 
 def _uses_as_plain(node: ast.AST, names: Names) -> bool:
     if isinstance(node, ast.BinOp):
         return names.is_instance(node.left) != names.is_instance(node.right)
+    if isinstance(node, ast.AugAssign):
+        return names.is_instance(node.target)
     if isinstance(node, ast.Compare):
         return isinstance(node.ops[0], (ast.In, ast.NotIn)) and names.is_instance(
             node.comparators[0]

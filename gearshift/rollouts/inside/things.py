@@ -199,6 +199,8 @@ for _name in (
 for _name in OPERATORS:
     setattr(Object, f"__{_name}__", _binary(_name, False))
     setattr(Object, f"__r{_name}__", _binary(_name, True))
+    if _name != "divmod":
+        setattr(Object, f"__i{_name}__", _binary("i" + _name, False))
 
 
 @cache

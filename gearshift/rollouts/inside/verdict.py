@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from gearshift.rollouts.inside import FAILED, PASSED, UNUSABLE, functions, reading
 from gearshift.rollouts.inside.given import allowed, of_library, rebuilt
-from gearshift.rollouts.inside.program import plain
+from gearshift.rollouts.inside.program import plain, renew
 from gearshift.rollouts.inside.reading import Reading, UnusableError
 from gearshift.rollouts.inside.things import FACES, Thing, is_thing, kind
 from gearshift.rollouts.inside.wire import DEEP, Wire, decode, encode
@@ -78,6 +78,8 @@ class Tester:
         """Objects of the tests that the program knows, by number."""
         self._numbers: dict[int, int] = {}
         self._errors: dict[str, type[BaseException]] = {}
+        self._parts: list[tuple[Any, str, Any, Any]] = []
+        """Data that the tests got as an attribute: of what, its name, itself, what it was."""
 
     def settle(self) -> None:
         self.ask("settle", self.read.objects, self.read.prints)
@@ -88,6 +90,7 @@ class Tester:
         tests' own code does not get to see it.
         """
         self.asked = True
+        self._give_back()
         if what != "name":  # which an `except` asks for
             self.seen(must=True)
         watched = self._watched(args) if what == "call" else []
@@ -103,7 +106,7 @@ class Tester:
         try:
             answer, content, printed, changed, same = self._wire.wait()
             for place in watched:
-                _renew(args[place], decode(changed[str(place)], self._received))
+                renew(args[place], decode(changed[str(place)], self._received))
             if printed:
                 sys.stdout.write(str(printed))
             if answer == "raised":
@@ -118,7 +121,21 @@ class Tester:
         if error is not None:
             self._unseen = what == "call"
             raise error
+        if what == "get" and type(value) in _MUTABLE:
+            self._parts.append((args[0], args[1], value, encode(value, self._other)))
         return value
+
+    def _give_back(self) -> None:
+        """What the tests have changed in an attribute's data (`board.cells[0] = 1`), the program's
+        object is to have.
+        """
+        parts, self._parts = self._parts, []
+        for owner, name, value, before in parts:
+            now = encode(value, self._other)
+            if now != before:
+                self.ask("renew", owner, name, value)
+            if sys.getrefcount(value) > 3:  # a variable of the tests holds it
+                self._parts.append((owner, name, value, now))
 
     def seen(self, must: bool = False) -> None:
         """The tests have caught what the program raised. (`must`: else Python has swallowed it, as
@@ -240,27 +257,6 @@ class Tester:
             names = [k.__name__ for k in type(error).__mro__ if k.__module__ == "builtins"]
             texts = [str(a) if not isinstance(a, (int, float)) else a for a in error.args]
             return ["raised", names[0], texts, len(self._thrown) - 1]
-
-
-def _renew(old: Any, new: Any) -> Any:
-    """`old`, made equal to `new` in place where it can be."""
-    if type(old) is not type(new):
-        return new
-    if isinstance(old, list):
-        same = len(old) == len(new)
-        old[:] = [_renew(a, b) for a, b in zip(old, new, strict=True)] if same else new
-    elif isinstance(old, dict):
-        kept = {k: _renew(old[k], v) if k in old else v for k, v in new.items()}
-        old.clear()
-        old.update(kept)
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
-    elif isinstance(old, bytearray):
-        old[:] = new
-    else:
-        return new
-    return old
 
 
 def _next(iterator: Any) -> Any:
