@@ -2,8 +2,8 @@
 network, no process of the host, no file but Python's own, nothing writable), a system-call filter
 (no second process, no socket), and limits. It knows programs and what they print, no reward.
 
-A room of its own so that what keeps a program in can be read in one place, and is never optional:
-where no sandbox can be had, nothing runs.
+What keeps a program in stands in this one file and is never optional: where no sandbox can be had,
+nothing runs.
 """
 
 from __future__ import annotations
