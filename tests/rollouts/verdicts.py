@@ -348,6 +348,8 @@ WRITTEN: dict[str, tuple[str, list[str], list[str]]] = {
     "in_place_operator": ("a = b = Count(1)\na += 5\nassert b.n == 6 and a is b", ["class Count:\n    def __init__(self, n): self.n = n\n    def __iadd__(self, n):\n        self.n += n\n        return self"], ["class Count:\n    def __init__(self, n): self.n = n\n    def __add__(self, n): return Count(self.n + n)", LIAR + "class Count(Y): n = 6"]),
     "own_context": ("with f('a') as x:\n    assert x == 'A'\nassert log == ['in', 'out']", ["import contextlib\nlog = []\n@contextlib.contextmanager\ndef f(x):\n    log.append('in')\n    yield x.upper()\n    log.append('out')"], ["import contextlib\nlog = ['in', 'out']\n@contextlib.contextmanager\ndef f(x):\n    yield x", "def f(x): return x"]),
     "ellipsis": ("assert f(...) is ... and f([...]) == [...]", ["def f(x): return x"], ["def f(x): return None"]),
+    "pytest_main": ("import pytest, sys\n@pytest.mark.timeout(5)\n@pytest.mark.slow\ndef test_f():\n    assert f(2) == 1\nif __name__ == '__main__':\n    sys.exit(pytest.main([__file__]))", ["n = 0\ndef f(x):\n    global n\n    n += 1\n    return n"], ["def f(x): return 2"]),
+    "other_main": ("import solution, unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(2), 4)\nsolution.main()", ["def f(x): return x * x\ndef main(): pass"], ["def f(x): return x\ndef main(): pass"]),
     # pytest's fixtures.
     "fixtures": ("import pytest\n@pytest.fixture(scope='module')\ndef two():\n    return 2\n@pytest.fixture\ndef four(two):\n    yield f(two)\nclass TestF:\n    @pytest.fixture()\n    def nine(self):\n        return 9\n    def setup_method(self, method):\n        self.x = 3\n    @pytest.mark.parametrize('a,b', [pytest.param(1, 1, id='one'), (2, 4)])\n    def test_f(self, a, b, four, nine):\n        assert f(a) == b and four == 4 and f(self.x) == nine", ["def f(x): return x * x"], ["def f(x): return x + x", "def f(x): return 4"]),
     "capsys": ("def test_f(capsys):\n    f(3)\n    out, err = capsys.readouterr()\n    assert out == '3\\n'\n    f(4)\n    assert capsys.readouterr().out.strip() == '4'", ["def f(x): print(x)"], ["def f(x): print(3)", "def f(x): return x"]),
@@ -386,6 +388,7 @@ UNUSABLE = {
     "patched": "from unittest.mock import patch\nwith patch('builtins.input', return_value='3'):\n    assert f() == 3",
     "input_replaced": "import builtins\nbuiltins.input = lambda *_: '3'\nassert f() == 3",
     "stdin_replaced": "import io, sys\nsys.stdin = io.StringIO('3')\nassert f() == 3",
+    "variable_set": "import solution\nsolution.limit = 3\nassert solution.f() == 3",
     "source": "import inspect\nassert 'for' not in inspect.getsource(f)",
     "capsys_err": "def test_f(capsys):\n    f(3)\n    assert capsys.readouterr().err == '4'",
     "pytest_fixture_params": "import pytest\n@pytest.fixture(params=[1, 2])\ndef v(request): return 3\ndef test_f(v): assert f(v) == 4",

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from gearshift.rollouts.inside.reading import Reading, UnusableError
 
+_RAN, _RAN_CASES = " ran", " ran cases"
+"""Names that no tests have: these have begun."""
+
 
 def prepare(space: dict[str, Any], read: Reading) -> None:
     """Before the tests run: `pytest`, and `unittest.main` that runs their classes."""
@@ -22,6 +25,7 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
         pytest: Any = ModuleType("pytest")
         pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
         pytest.fixture, pytest.param = _fixture, _Param
+        pytest.main = lambda *_, **__: run(space, read)
         pytest.__getattr__ = _not_here
         sys.modules["pytest"] = pytest
     if "unittest" in read.imports:
@@ -30,8 +34,11 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
         unittest.main = lambda *_, **__: run_cases(space)  # type: ignore[assignment]
 
 
-def run(space: dict[str, Any], read: Reading) -> None:
-    """What the tests define and do not run themselves. Raises what they raise."""
+def run(space: dict[str, Any], read: Reading) -> int:
+    """What the tests define and do not run themselves. Raises what they raise; 0 else."""
+    if space.get(_RAN):
+        return 0
+    space[_RAN] = True
     for name in read.functions:
         _run_function(space[name], space)
     for name, value in list(space.items()):
@@ -42,13 +49,18 @@ def run(space: dict[str, Any], read: Reading) -> None:
                     if ready := getattr(test, before, None):
                         ready(**_arguments(ready, {"method": None}, space, ExitStack()))
                 _run_function(getattr(test, method), space)
-    if "unittest" in read.imports and not read.calls_main:
+    if "unittest" in read.imports:
         run_cases(space)
+    return 0
 
 
 def run_cases(space: dict[str, Any]) -> None:
     """Raises `AssertionError` unless all of unittest's classes pass."""
     import unittest
+
+    if space.get(_RAN_CASES):
+        return
+    space[_RAN_CASES] = True
 
     load = unittest.defaultTestLoader.loadTestsFromTestCase
     cases = [
@@ -131,9 +143,16 @@ def _not_here(name: str) -> NoReturn:
     raise UnusableError(f"there is no pytest.{name} in the sandbox")
 
 
+def _label(*args: Any, **_: Any) -> Any:
+    """A mark that changes nothing here, with arguments or without."""
+    return args[0] if args and callable(args[0]) else lambda test: test
+
+
 class _Mark:
-    def __getattr__(self, name: str) -> None:
-        _not_here(f"mark.{name}")
+    def __getattr__(self, name: str) -> Any:
+        if name in ("skip", "skipif", "xfail", "usefixtures", "asyncio"):
+            _not_here(f"mark.{name}")
+        return _label
 
     def parametrize(self, names: Any, values: Any, ids: Any = None) -> Any:
         listed = re.findall(r"\w+", names) if isinstance(names, str) else list(names)

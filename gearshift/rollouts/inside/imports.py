@@ -14,8 +14,8 @@ MODULES = frozenset({
 class OpenImports(ast.NodeTransformer):
     """Takes such imports out of the tests, and has the program's own names in their place."""
 
-    def __init__(self, tree: ast.Module, of_program: Callable[[str], str]) -> None:
-        """`of_program`: how the tests write a name that the program has."""
+    def __init__(self, tree: ast.Module, of_program: Callable[[ast.expr, str], ast.expr]) -> None:
+        """`of_program`: what stands in place of an expression that is a name of the program."""
         self._of_program = of_program
         self._modules: set[str] = set()
         self._names: dict[str, str] = {}
@@ -34,11 +34,11 @@ class OpenImports(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self._modules:
-            return ast.Name(self._of_program(node.attr), node.ctx)
+            return self._of_program(node, node.attr)
         self.generic_visit(node)
         return node
 
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        if node.id not in self._names:
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id not in self._names or not isinstance(node.ctx, ast.Load):
             return node
-        return ast.Name(self._of_program(self._names[node.id]), node.ctx)
+        return self._of_program(node, self._names[node.id])

@@ -60,8 +60,6 @@ class Reading(NamedTuple):
     """Functions `test...` that the tests do not call themselves."""
     imports: frozenset[str]
     """Modules."""
-    calls_main: bool
-    """They call `unittest.main`."""
     in_classes: frozenset[str]
     """The program's names in the body of a class, where Python asks no `__missing__`."""
 
@@ -91,7 +89,6 @@ def read(source: str, entry_point: str = "") -> Reading:
             watched=frozenset(_watched(nodes, names)),
             functions=functions,
             imports=frozenset(m for n in nodes for m in _imported(n)),
-            calls_main=any(getattr(n, "attr", "") == "main" for n in nodes),
             in_classes=frozenset(
                 name
                 for node in nodes if isinstance(node, ast.ClassDef)
@@ -104,9 +101,11 @@ def read(source: str, entry_point: str = "") -> Reading:
     return found
 
 
-def _of_program(name: str) -> str:
-    """How the tests write a name that is the program's in any case."""
-    return HARD + name if hasattr(builtins, name) else name
+def _of_program(node: ast.expr, name: str) -> ast.expr:
+    """A name that is the program's in any case."""
+    if not isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
+        raise UnusableError("they set the program's variables")
+    return ast.Name(HARD + name if hasattr(builtins, name) else name, ast.Load())
 
 
 def _compiled(tree: ast.Module, targets: dict[int, str]) -> CodeType:

@@ -307,7 +307,8 @@ def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoR
         unusable(str(error))
     tester = Tester(read, gets, sends)
     own = {reading.COMPARE: _compare, reading.STOP: StopError}
-    space = Space(tester, **own, __name__="__main__", math=importlib.import_module("math"))
+    file = {"__name__": "__main__", "__file__": reading.TESTS}
+    space = Space(tester, **own, **file, math=importlib.import_module("math"))
     space[reading.TYPE] = lambda x: tester.ask("get", x, "__class__") if is_thing(x) else type(x)
     space[reading.NEXT], space[reading.SEEN] = _next, tester.seen
     tester.settle()
