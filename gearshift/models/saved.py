@@ -49,7 +49,7 @@ _HEAD = re.compile(
 )
 """Names of what a model has above its states, which another task does without."""
 _CONSTANTS = re.compile(
-    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.position_ids$"
+    r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.position_ids$"
 )
 """What older libraries saved beside the weights: a model makes these numbers itself."""
 
