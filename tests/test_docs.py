@@ -40,14 +40,18 @@ def test_commands_are_there(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_are_there(page: Path) -> None:
     known = keys()
-    text = re.sub(r"\S+\.(py|yaml|md|json|jsonl|so|cpp|lock)\b", "", page.read_text(encoding="utf-8"))
+    text = re.sub(
+        r"\S+\.(py|yaml|md|json|jsonl|so|cpp|lock)\b", "", page.read_text(encoding="utf-8")
+    )
     said = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+)[`=:]", text))
     assert said <= known
 
 
 def test_every_promise_names_a_test_that_is_there() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ") and "| tested in" not in line]
+    rows = [
+        line for line in page.splitlines() if line.startswith("| ") and "| tested in" not in line
+    ]
     for row in rows:
         tests = re.findall(r"`(tests/[^`]+)`", row)
         assert tests and all((ROOT / test).exists() for test in tests), row
