@@ -19,6 +19,7 @@ from pebble import ProcessExpired, ProcessPool
 from gearshift.errors import ConfigError
 from gearshift.rollouts.rewards import LOST, RewardFunction, Rewards, call, load_reward
 from gearshift.rollouts.separate import end_with_parent
+from gearshift.rollouts.workers import one_process
 from gearshift.types import Message
 
 _START = 300.0
@@ -95,7 +96,8 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
         function = _functions.get(spec) or load_reward(spec)
         prompts, completions = given.pop("prompts"), given.pop("completions")
         ids = given.pop("completion_ids", None)
-        return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
+        with one_process():
+            return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
     except ConfigError as error:
         return [], str(error)
     except KeyboardInterrupt:  # of its own: the keyboard's does not reach a worker

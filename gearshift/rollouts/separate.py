@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from gearshift.rollouts.environment import TextEnvironment
+from gearshift.rollouts.workers import one_process
 from gearshift.runtime.named import in_words
 
 _MOST = 1 << 28
@@ -209,7 +210,8 @@ def _serve(connection: Connection, make: Callable[[], TextEnvironment]) -> None:
     with suppress(EOFError, OSError):  # the other end is gone
         while True:
             try:
-                answer = ForkingPickler.dumps((True, called(name, **given)))
+                with one_process():
+                    answer = ForkingPickler.dumps((True, called(name, **given)))
             except BaseException as error:  # a sys.exit is a fault too
                 answer = ForkingPickler.dumps((False, in_words(error)))
             connection.send_bytes(answer)

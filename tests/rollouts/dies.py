@@ -37,4 +37,7 @@ class Dies(TwoTurns):
                 return "", 1.0, True, False, {"why": lambda: 0}
             case 6:
                 raise KeyboardInterrupt
+            case 7:
+                if child := os.fork():
+                    os.waitpid(child, 0)
         return super().step(action)

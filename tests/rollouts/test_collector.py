@@ -1,5 +1,6 @@
 """Episodes run beside each other: one that waits or hangs holds up nobody."""
 
+import os
 import sys
 import threading
 import time
@@ -323,6 +324,19 @@ def test_environments_that_say_nothing_of_messages_are_heard(engine: HybridEngin
 
 
 # Threads
+
+
+def test_a_process_that_a_call_forks_does_not_go_on_as_the_run() -> None:
+    workers, here = Workers(1), os.getpid()
+
+    def forks() -> int:
+        if child := os.fork():
+            return os.waitpid(child, 0)[1]
+        sys.exit()
+
+    calls = [workers.submit(forks), workers.submit(os.getpid)]
+    assert [call.result(timeout=10) for call in calls] == [0, here]
+    workers.close()
 
 
 def test_a_thread_that_was_given_up_ends() -> None:

@@ -36,6 +36,8 @@ def f(prompts, completions, gold, **_):
         os._exit(0)
     if word == "raise":
         raise KeyError("no such thing")
+    if word == "fork" and (child := os.fork()):
+        os.waitpid(child, 0)
     if word == "odd":
         return [object()]
     if word == "main":
@@ -79,6 +81,10 @@ def test_a_call_that_hangs_or_dies_loses_its_own_samples(
     assert time.monotonic() - begun < 20
     assert reward.spec in reward.last_failure and said in reward.last_failure
     assert score(reward, "abc", "a") == [3.5, 1.5]  # another worker has taken its place
+
+
+def test_a_process_that_a_function_forks_does_not_answer_for_it(reward: ProcessReward) -> None:
+    assert score(reward, "fork") == [4.5] and score(reward, "a", "abc") == [1.5, 3.5]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ def gone(pid: int) -> bool:
     return False
 
 
+def test_a_process_that_an_environment_forks_does_not_answer_for_it(separate: Separate) -> None:
+    one = separate()
+    one.reset(options={"row": 7})
+    assert one.step("a")[1] == 0.25 and one.step("b")[1] == 1.0
+
+
 def test_each_keeps_its_state_and_its_process_between_calls(separate: Separate) -> None:
     one, other = separate(), separate()
     first = pid_of(one), pid_of(other)
