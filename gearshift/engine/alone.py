@@ -16,7 +16,8 @@ from gearshift.engine.weights import Multiply
 _aten = torch.ops.aten
 _CURVED = {
     _aten.gelu.default, _aten.silu.default, _aten.tanh.default, _aten.sigmoid.default,
-    _aten.exp.default, _aten.erf.default, _aten.softplus.default, _aten.mish.default,
+    _aten.exp.default, _aten.exp2.default, _aten.erf.default, _aten.log1p.default,
+    _aten.softplus.default, _aten.mish.default, _aten.elu.default,
 }  # fmt: skip
 """Of each element; PyTorch computes the last ones of a thread's share by another formula than
 those that fill a register."""
@@ -39,7 +40,7 @@ class EachAlone(TorchDispatchMode):
             return self._multiply(args[0], args[1].t(), None)
         if func is _aten.addmm.default and not kwargs and args[0].ndim == 1:
             return self._multiply(args[1], args[2].t(), args[0])
-        if func is _aten.bmm.default:
+        if func is _aten.bmm.default and len(args[0]):
             pairs = zip(*args, strict=True)
             return torch.stack([self._multiply(x, y.t(), None) for x, y in pairs])
         if func is _aten._grouped_mm.default and args[0].ndim == 2 and len(args) == 3:

@@ -189,13 +189,16 @@ class NativeKernels(Kernels):
         return out
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._in_rows or not x.dtype == weight.dtype == torch.float32:
-            return super().multiply(x, weight, bias)
-        x, N = x.contiguous(), len(weight)
+        N, K = weight.shape
+        fits = x.shape[1:] == (K,) and (bias is None or bias.shape == (N,))
+        given = {t.dtype for t in (x, weight, bias) if t is not None}
+        if not self._in_rows or not fits or given != {torch.float32} or not K:
+            return super().multiply(x, weight, bias)  # which also says what does not fit
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         out = self._empty((len(x), N), torch.float32)
         self._call(
             "multiply_rows", x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(),
-            len(x), N, x.shape[1], *weight.stride(), dtype=torch.float32,
+            len(x), N, K, *weight.stride(), dtype=torch.float32,
         )  # fmt: skip
         return out
 

@@ -1,7 +1,8 @@
-"""Who uses a model's weights and cache now: one engine, in one thread."""
+"""Who uses a model's weights and cache now: one engine, in one thread, its gears in one task."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from weakref import WeakKeyDictionary
@@ -18,20 +19,28 @@ class Owner:
 
     def __init__(self) -> None:
         self._holder: tuple[int, int] | None = None
+        self._task: asyncio.Task[object] | None = None
         self._depth, self._process = 0, os.getpid()
 
     def take(self, engine: object) -> None:
-        """Raises `GearshiftError` where another thread, or another engine of this model, is inside,
-        and in a process that was forked from the model's.
+        """Raises `GearshiftError` where another thread or task, or another engine of this model, is
+        inside, and in a process that was forked from the model's.
         """
         if os.getpid() != self._process:
             raise GearshiftError(
                 "This engine was made in the process that this one was forked from; make one here."
             )
-        holder = threading.get_ident(), id(engine)
+        holder, task = (threading.get_ident(), id(engine)), _task()
         with _lock:
             if self._holder not in (None, holder):
                 self._refuse(holder)
+            if self._holder is None:
+                self._task = task
+            elif self._task not in (None, task) and not self._task.done():
+                raise GearshiftError(
+                    "Another task of this thread is in a gear of this engine, and tasks leave "
+                    "theirs in any order; let it leave first, or enter once around both."
+                )
             self._holder = holder
             self._depth += 1
 
@@ -47,7 +56,7 @@ class Owner:
         with _lock:
             self._depth -= 1
             if not self._depth:
-                self._holder = None
+                self._holder = self._task = None
 
     def _refuse(self, holder: tuple[int, int]) -> None:
         if self._holder and self._holder[0] != holder[0]:
@@ -58,6 +67,14 @@ class Owner:
         raise GearshiftError(
             "Another engine of this model is in a gear; leave that first, or give each a model."
         )
+
+
+def _task() -> asyncio.Task[object] | None:
+    """The one that runs in this thread's loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop
+        return None
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()

@@ -264,3 +264,24 @@ def test_fp32_products_do_not_depend_on_the_rows_beside(
     assert torch.equal(together, kernels.multiply(x, weight.t().contiguous().t(), added))
     for i in range(rows):
         assert torch.equal(together[i : i + 1], kernels.multiply(x[i : i + 1], weight, added))
+
+
+def test_fp32_products_of_what_does_not_fit_are_refused_and_a_broadcast_bias_is_right() -> None:
+    kernels, x, weight = fast(torch.float32), torch.randn(3, 6), torch.randn(5, 6)
+    for size, bias in ((7, torch.ones(5)), (6, torch.ones(4)), (6, torch.ones(5).bfloat16())):
+        with pytest.raises(RuntimeError):
+            kernels.multiply(torch.randn(3, size), weight, bias)
+    added = kernels.multiply(x, weight, torch.ones(1).expand(5))
+    assert torch.allclose(added, x @ weight.t() + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "mish", "elu", "selu"])
+def test_alone_an_activation_does_not_depend_on_the_rows_beside(name: str) -> None:
+    kernels = fast(torch.float32)
+    if not native.has("multiply_rows", torch.float32):
+        pytest.skip("the promise is of compiled kernels, which this machine lacks")
+    x, act = 3 * torch.randn(64, 7), getattr(torch.nn.functional, name)
+    with kernels.alone():
+        together, each = act(x), torch.cat([act(row) for row in x.split(1)])
+        assert torch.bmm(x[:0, None], x[:0, :, None]).numel() == 0
+    assert torch.equal(together, each)

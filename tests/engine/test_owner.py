@@ -1,5 +1,6 @@
 """One engine, one owner: what threads, engines or a fork would compute wrongly is refused."""
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from gearshift.engine import HybridEngine
 from gearshift.errors import GearshiftError
@@ -98,3 +100,32 @@ def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gearshift.engine.owner.os.getpid", lambda: parent + 1)
     with pytest.raises(GearshiftError, match="forked"):
         write(engine)
+
+
+def test_tasks_do_not_leave_their_gears_in_another_order() -> None:
+    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+
+    async def trains() -> None:
+        with engine.training():
+            await asyncio.sleep(0)
+
+    async def writes() -> None:
+        with engine.generating():
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    async def reads() -> list[int]:
+        return list(engine.stream(PROMPTS[0], PARAMS))
+
+    async def both() -> None:
+        ends = await asyncio.gather(writes(), trains(), return_exceptions=True)
+        assert ends[0] is None
+        assert "Another task of this thread" in str(ends[1])
+        await trains()
+        with engine.generating():  # around both
+            assert len(await asyncio.gather(reads(), reads())) == 2
+
+    asyncio.run(both())
+    assert engine.gear is None
+    assert torch.is_grad_enabled()
+    assert write(engine)
