@@ -26,7 +26,7 @@ from gearshift.errors import CheckpointError, GearshiftError, OverlongError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
-from gearshift.runtime.digests import Digests
+from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import changed as changed_files
 from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import Interrupt, held
@@ -256,6 +256,7 @@ class Stage:
         """The step to go on from, and how far the records were written then."""
         newest = checkpoint.latest(self.folder / "checkpoints")
         if newest is None:
+            self._begin()
             return 0, {}
         tensors, state = checkpoint.load(newest)
         if changed := self._changed(state):
@@ -263,11 +264,7 @@ class Stage:
                 f"{newest} was made under another configuration: {changed}; choose another "
                 "run.dir, or delete that folder."
             )
-        if changed := changed_files(state.get("made_from", self._made_from), self._made_from):
-            raise CheckpointError(
-                f"{newest} was made from other files ({changed}); put that back as it was, or "
-                f"delete {self.folder} to do this stage again, or choose another run.dir."
-            )
+        self._same_files(newest, state.get("made_from", self._made_from))
         if changed := changed_files(state.get("functions", self._functions), self._functions):
             # A function that failed is mended in the middle of a run, with good reason.
             say(f"{self.name}: {changed} since step {state['step']}; what comes is rewarded by it")
@@ -285,6 +282,25 @@ class Stage:
             ) from error
         on_resume()
         return int(state["step"]), state["records"]
+
+    def _begin(self) -> None:
+        """Record what the stage is made from, for a start that finds no checkpoint yet; or compare
+        it with that.
+        """
+        path = self.folder / "begun.json"
+        if path.exists():
+            known = read_sealed(path, f"delete {self.folder} to do this stage again.")
+            self._same_files(self.folder, known.get("made_from", {}))
+        elif self._made_from:
+            write_sealed(path, {"made_from": self._made_from})
+
+    def _same_files(self, what: Path, before: Digests) -> None:
+        """Raises `CheckpointError` where the files that something was made from are others now."""
+        if changed := changed_files(before, self._made_from):
+            raise CheckpointError(
+                f"{what} was made from other files ({changed}); put that back as it was, or "
+                f"delete {self.folder} to do this stage again, or choose another run.dir."
+            )
 
     def _changed(self, state: Mapping[str, Any]) -> str:
         """In words, what a checkpoint was made under and is not so now; empty if nothing."""

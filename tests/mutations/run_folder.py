@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "a source may change between two starts",
         "trainers/stage.py",
-        'if changed := changed_files(state.get("made_from", self._made_from), self._made_from):',
-        'if changed := "":',
+        'self._same_files(newest, state.get("made_from", self._made_from))',
+        "self._same_files(newest, self._made_from)",
         "tests/trainers/test_resume.py::test_a_source_that_changed_since_the_checkpoint_stops_the_run",
     ),
     Mutation(
@@ -128,5 +128,12 @@ MUTATIONS = (
         "date = known.model.date if known else today()",
         "date = today()",
         "tests/runtime/test_chat_arguments.py",
+    ),
+    Mutation(
+        "a source that changed before the first checkpoint is learned from",
+        "trainers/stage.py",
+        "            self._same_files(self.folder, known.get",
+        "            self._same_files(self.folder, self._made_from) or (known.get",
+        "tests/trainers/test_resume.py::test_a_source_that_changed_before_the_first_checkpoint_is_told",
     ),
 )

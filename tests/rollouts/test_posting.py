@@ -52,7 +52,7 @@ def test_an_answer_that_drips_ends_with_its_time(pieces: Any) -> None:
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_an_answer_that_does_not_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,8 +111,13 @@ def twice(_):
         atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
         raise
 def forks(_):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    here, there = multiprocessing.Pipe()
+    def sleeps():
+        there.send(None)
+        time.sleep(60)
+    child = multiprocessing.get_context("fork").Process(target=sleeps)
     child.start()
+    here.recv()  # a signal that comes while it is forked is lost
     child.terminate()
     child.join()
     sys.exit(f"gearshift: {child.exitcode}")

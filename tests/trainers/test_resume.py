@@ -323,6 +323,16 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
         next(it.steps())
 
 
+def test_a_source_that_changed_before_the_first_checkpoint_is_told(tmp_path: Path) -> None:
+    def stage(digest: str) -> Stage:
+        return Stage("sft", tmp_path, 4, 0, StageConfig(), Another(), {"rows.jsonl": digest})
+
+    assert next(stage("1:a").steps()) == 0
+    assert next(stage("1:a").steps()) == 0
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl changed.*delete"):
+        next(stage("1:b").steps())
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, which: signal.Signals) -> None:
     command = [
