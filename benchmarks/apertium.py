@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from gearshift.rollouts.evaluate import finite
 from gearshift.rollouts.intervals import interval_of_change
-from gearshift.rollouts.tasks.translation_score import (
+from gearshift.tasks.translation.score import (
     PLACEHOLDER,
     chrf,
     corpus_scores,

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from benchmarks.common import in_turn, machine, ratio, skewed_lengths, versions, write
-from gearshift.data.packing import pack_groups
+from gearshift.batch import pack_groups
 from gearshift.engine import EngineConfig, HybridEngine
-from gearshift.engine.cache import BLOCK
-from gearshift.engine.roofline import measure
+from gearshift.engine.stats import measure
+from gearshift.kernels.specs import BLOCK
 from gearshift.models.embedded import embedded_folder
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory

@@ -31,16 +31,16 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import in_turn, machine, skewed_lengths, versions, write
 from gearshift.engine import HybridEngine
-from gearshift.engine.roofline import measure
+from gearshift.engine.stats import measure
 from gearshift.models.embedded import embedded_folder
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.rl import RLConfig, RLTrainer
-from gearshift.trainers.rollout import pack_trajectories
+from gearshift.trainers.rl.batching import pack_trajectories
+from gearshift.trainers.rl.loop import RLConfig, RLTrainer
 from gearshift.trainers.sft import supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.step import update
+from gearshift.trainers.update import update
 from gearshift.types import SamplingParams, Trajectory
 
 TRL = "trl==1.16.0"

@@ -26,10 +26,10 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import GearshiftError
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.rollouts.intervals import interval
-from gearshift.rollouts.tasks.rows import read_rows
-from gearshift.rollouts.tasks.voice import SYSTEM, is_exact
-from gearshift.rollouts.tasks.voice_noise import spoken, word_error_rate
-from gearshift.serve.speech import hear, run_phrases, speak
+from gearshift.tasks.rows import read_rows
+from gearshift.tasks.voice.noise import spoken, word_error_rate
+from gearshift.tasks.voice.speech import hear, run_phrases, speak
+from gearshift.tasks.voice.task import SYSTEM, is_exact
 from gearshift.types import SamplingParams
 
 VOICES = (("en-us", 150), ("en-us+f3", 140), ("en-us+m3", 160), ("en-gb", 140))

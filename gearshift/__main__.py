@@ -1,6 +1,6 @@
 """`python -m gearshift` (and so `torchrun -m gearshift`)."""
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 
 if __name__ == "__main__":
     main()

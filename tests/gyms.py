@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gearshift.rollouts.environment import TextEnvironment
+from gearshift.environments.base import TextEnvironment
 from gearshift.types import Message
 
 

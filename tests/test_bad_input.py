@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gearshift.cli import _model_folder, main
+from gearshift.cli.main import _model_folder, main
 from gearshift.errors import ConfigError
-from gearshift.recipe import Recipe, claim
+from gearshift.pipeline.recipe import Recipe, claim
 from gearshift.runtime.config import load
 
 RECIPE = str(Path(__file__).parent / "smoke" / "tiny.yaml")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.cli import _parser
-from gearshift.recipe import Recipe
+from gearshift.cli.main import _parser
+from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import describe
 
 ROOT = Path(__file__).parent.parent

@@ -20,11 +20,11 @@ from transformers import (
     SmolLM3Config,
 )
 
-from gearshift.data.packing import pack_groups
+from gearshift.batch import PackedBatch, pack_groups
 from gearshift.engine import HybridEngine
-from gearshift.engine.kernels import Kernels
+from gearshift.kernels.reference import Kernels
 from gearshift.models.attention import ATTENTION
-from gearshift.types import Completion, PackedBatch
+from gearshift.types import Completion
 
 VOCABULARY = 259
 _COMMON = {

@@ -1,4 +1,4 @@
-"""Raw rows to batches: sources, cleaning, formats, chat templates, mixtures, packing."""
+"""Raw rows to batches: sources, cleaning, formats, chat templates and mixtures."""
 
 from gearshift.data.chat import (
     render_completion,
@@ -24,7 +24,6 @@ from gearshift.data.formats import (
     to_supervised,
 )
 from gearshift.data.mixture import Mixture
-from gearshift.data.packing import pack, pack_groups
 from gearshift.data.sources import DataConfig, SourceConfig, load_rows
 
 __all__ = [
@@ -42,8 +41,6 @@ __all__ = [
     "at",
     "clean",
     "load_rows",
-    "pack",
-    "pack_groups",
     "render_completion",
     "render_conversation",
     "render_prompt",

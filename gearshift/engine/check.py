@@ -12,20 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gearshift.engine.cache import BLOCK
-from gearshift.engine.decode import Decoder
-from gearshift.engine.kernels import Places
+from gearshift.batch import PackedBatch
+from gearshift.engine.decoder import Decoder
 from gearshift.errors import ModelError
-from gearshift.models.attention import (
-    AttentionOptions,
-    LostLayoutError,
-    PackedLayout,
-    eager_attention,
-)
+from gearshift.kernels.reference import Places
+from gearshift.kernels.specs import BLOCK, AttentionOptions
+from gearshift.models.attention import LostLayoutError, PackedLayout, eager_attention
 from gearshift.models.describe import Plan, head_of, trunk_of
 from gearshift.models.exact import Limit, context_length, keeps_state, limits, named, shortest
-from gearshift.models.forward import hidden_states
-from gearshift.types import PackedBatch
+from gearshift.models.hf_forward import hidden_states
 
 _LENGTHS = 8, 17
 """Tokens of the two sequences; the longer one needs a second block of the cache."""

@@ -25,30 +25,32 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gearshift.batch import PackedBatch
 from gearshift.data.chat import end_token_ids
 from gearshift.data.text import decode
-from gearshift.engine import requests
-from gearshift.engine.cache import BLOCK, BlockCache
+from gearshift.engine import sequence as requests
+from gearshift.engine.block_cache import BlockCache
 from gearshift.engine.check import check
-from gearshift.engine.decode import Decoder
-from gearshift.engine.kernels import Kernels
-from gearshift.engine.layers import packed_states
-from gearshift.engine.native import kernels_of
+from gearshift.engine.decoder import Decoder
 from gearshift.engine.owner import owner_of
-from gearshift.engine.roofline import measure
 from gearshift.engine.scheduler import Scheduler, Timing
-from gearshift.engine.weights import AliasedWeights
+from gearshift.engine.stats import measure
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
+from gearshift.kernels.cpu import kernels_of
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import BLOCK
 from gearshift.models.adapters import adapted_layers, switched
 from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import describe, head_of
 from gearshift.models.exact import Limit, context_length, named
-from gearshift.models.forward import drops_out, hidden_states, token_scores
+from gearshift.models.fused import AliasedWeights
+from gearshift.models.hf_forward import drops_out, hidden_states, token_scores
+from gearshift.models.layers import packed_states
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
 from gearshift.models.vocabulary import check_vocabulary
 from gearshift.runtime.config import Config
-from gearshift.types import Completion, PackedBatch, SamplingParams
+from gearshift.types import Completion, SamplingParams
 
 Gear = Literal["training", "generation"]
 

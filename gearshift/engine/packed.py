@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gearshift.batch import PackedBatch
 from gearshift.engine.check import check
-from gearshift.engine.layers import packed_states
-from gearshift.engine.native import kernels_of
-from gearshift.engine.weights import AliasedWeights
+from gearshift.kernels.cpu import kernels_of
 from gearshift.models.describe import describe, head_of
-from gearshift.models.forward import drops_out, hidden_states
-from gearshift.types import PackedBatch
+from gearshift.models.fused import AliasedWeights
+from gearshift.models.hf_forward import drops_out, hidden_states
+from gearshift.models.layers import packed_states
 
 
 class PackedModel:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gearshift.kernels.reference import inverse_cdf
 from gearshift.types import SamplingParams
 
 Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """`Kernels.draw`."""
-
-_BLOCK = 256
 
 
 def sample(
@@ -64,28 +63,6 @@ def sample(
     logprobs_B[rows] = torch.log_softmax(policy_BV / scale_B1, -1).gather(1, at_B1)[:, 0]
     drawn_B[rows] = drawn_BV.gather(1, at_B1)[:, 0]
     return tokens_B, logprobs_B, drawn_B
-
-
-def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """[B] int64: the token at which the running sum of weights first exceeds uniform * total.
-
-    Two levels, so that no running sum goes over all of V: first the block, then the token inside
-    it. Weights need not be normalised; a token of weight 0 is never drawn.
-    """
-    B, V = weights_BV.shape
-    blocks = -(-V // _BLOCK)
-    padded = torch.nn.functional.pad(weights_BV, (0, blocks * _BLOCK - V)).view(B, blocks, _BLOCK)
-    block_ends_BG = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    target_B1 = (uniforms_B * block_ends_BG[:, -1])[:, None]
-    block_B1 = torch.searchsorted(block_ends_BG, target_B1, right=True).clamp(max=blocks - 1)
-    before_B1 = torch.where(block_B1 > 0, block_ends_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, _BLOCK)).squeeze(1)
-    ends = inside.double().cumsum(-1)
-    token_B1 = torch.searchsorted(ends, target_B1 - before_B1, right=True)
-    # Rounding may push the target past the block's own sum: take its last token that can be drawn.
-    slots = torch.arange(_BLOCK, device=weights_BV.device)
-    last_B1 = torch.where(inside > 0, slots, 0).amax(-1, keepdim=True)
-    return (block_B1 * _BLOCK + torch.minimum(token_B1, last_B1)).squeeze(1)
 
 
 def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.engine.cache import BLOCK, BlockCache
-from gearshift.engine.decode import Decoder
-from gearshift.engine.kernels import Places
-from gearshift.engine.requests import Decode, Sequence
+from gearshift.engine.block_cache import BlockCache
+from gearshift.engine.decoder import Decoder
 from gearshift.engine.sampler import adjusts, sample
+from gearshift.engine.sequence import Decode, Sequence
 from gearshift.errors import NumericalError
+from gearshift.kernels.reference import Places
+from gearshift.kernels.specs import BLOCK
 from gearshift.runtime.seeding import philox_uniform
 
 _AHEAD = 64

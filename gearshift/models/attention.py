@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -21,16 +20,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from gearshift.batch import PackedBatch
 from gearshift.errors import ModelError
-from gearshift.runtime import native
-from gearshift.types import PackedBatch
+from gearshift.kernels import build as native
+from gearshift.kernels.reference import attend
+from gearshift.kernels.specs import AttentionOptions
 
 ATTENTION = "gearshift"
 """The name under which Hugging Face models find `hf_attention`."""
 NO_INTERFACE = "its attention does not go through Hugging Face's attention interface"
-
-_PLAIN_SCORES = 2**25
-"""Above this many scores a CPU is better off with the blocked kernel, which never stores them."""
 
 
 class Layout(Protocol):
@@ -41,43 +39,6 @@ class Layout(Protocol):
     ) -> Tensor:
         """[B, H, S, D] queries, [B, K, S, D] keys and values -> [B, H, S, D]."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What an architecture asks of its attention beyond the product."""
-
-    scaling: float
-    dropout: float = 0.0
-    window: int | None = None
-    """A query sees the last `window` positions only."""
-    softcap: float | None = None
-    """Scores become softcap * tanh(scores / softcap) (Gemma 2)."""
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: AttentionOptions) -> Tensor:
-    """Grouped-query attention that never repeats keys.
-
-    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
-    look.
-    Returns [B, H, S, D].
-    """
-    B, H, S, D = query.shape
-    K, L = key.shape[1], key.shape[2]
-    plain = o.softcap is not None or (not query.is_cuda and B * H * S * L <= _PLAIN_SCORES)
-    if not plain:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask[:, None], o.dropout, scale=o.scaling, enable_gqa=H != K
-        )
-    grouped = (query * o.scaling).reshape(B, K, H // K * S, D)
-    scores = (grouped @ key.transpose(2, 3)).view(B, K, H // K, S, L)
-    if o.softcap is not None:
-        scores = torch.tanh(scores / o.softcap) * o.softcap
-    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    if o.dropout:
-        weights = F.dropout(weights, o.dropout)
-    return (weights.view(B, K, -1, L) @ value).view(B, H, S, D)
 
 
 class LostLayoutError(ModelError):

@@ -7,29 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gearshift.errors import ModelError
-from gearshift.models.attention import AttentionOptions
+from gearshift.kernels.specs import AttentionOptions, Gate, Norm
 from gearshift.models.logprobs import Head
 
-Gate = Literal["silu", "gelu_tanh"]
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation over the last dimension."""
-
-    module: nn.Module
-    eps: float
-    center: bool = False
-    """LayerNorm: takes away the mean, may have a bias; else RMSNorm."""
-    offset: bool = False
-    """The weight is stored less one, and multiplied before rounding (Gemma)."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from gearshift.batch import PackedBatch
 from gearshift.errors import CapacityError
-from gearshift.types import PackedBatch
 
 _STATE = re.compile(
     "Mamba|SSM|Ssm|Rwkv|LSTM|Recurrent|Delta|ShortConv|Lightning|LinearAttention|RgLru|RGLRU"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gearshift.runtime import native
+from gearshift.kernels import build as native
 
 _CHUNK_BYTES = 2**27
 """Of the logits that live at once."""

@@ -1,5 +1,1 @@
-"""Environments, rewards and the collector of episodes. Importing this registers the environments
-with Gymnasium.
-"""
-
-from gearshift.rollouts import gym_text as gym_text
+"""Episodes, their collector, and their evaluation."""

@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import render_prompt, render_turn
 from gearshift.data.text import decode
+from gearshift.environments.base import TextEnvironment
+from gearshift.environments.processes import ProcessError, Separate, SeparateEnvironment
 from gearshift.errors import CapacityError, DataError
-from gearshift.rollouts.environment import TextEnvironment
-from gearshift.rollouts.posting import short
-from gearshift.rollouts.rewards import number, usable
-from gearshift.rollouts.separate import ProcessError, Separate, SeparateEnvironment
-from gearshift.rollouts.workers import Workers, within
+from gearshift.rewards.functions import number, usable
+from gearshift.rewards.http import short
 from gearshift.runtime.named import in_words
+from gearshift.runtime.worker_threads import Workers, within
 from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.rollouts.posting import is_loopback
-from gearshift.rollouts.rewards import MOST_ROWS, RewardFunction
+from gearshift.rewards.functions import MOST_ROWS, RewardFunction
+from gearshift.rewards.http import is_loopback
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.named import in_words
 from gearshift.runtime.terminal import one_line, say

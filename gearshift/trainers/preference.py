@@ -22,22 +22,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.normalize import row_sums
 from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
+from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import (
     DataConfig,
     JudgedExample,
     Mixture,
     PreferenceExample,
     at,
-    pack_groups,
     render_completion,
 )
 from gearshift.engine import HybridEngine, PackedModel
 from gearshift.models.adapters import adapters_off
-from gearshift.models.forward import token_scores
+from gearshift.models.hf_forward import token_scores
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
-from gearshift.trainers.step import update
-from gearshift.types import PackedBatch
+from gearshift.trainers.update import update
 
 NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 

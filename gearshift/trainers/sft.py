@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from gearshift.algorithms.normalize import loss_weights
+from gearshift.batch import PackedBatch, pack
 from gearshift.data import (
     ChatExample,
     DataConfig,
     Mixture,
     TextExample,
     at,
-    pack,
     render_conversation,
     render_text,
 )
@@ -28,8 +28,7 @@ from gearshift.engine import HybridEngine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
-from gearshift.trainers.step import update
-from gearshift.types import PackedBatch
+from gearshift.trainers.update import update
 
 
 class SFTConfig(EpochsConfig):

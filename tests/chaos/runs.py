@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gearshift.pipeline
-from gearshift.cli import main as gearshift
+import gearshift.pipeline.run
+from gearshift.cli.main import main as gearshift
 
 HERE = Path(__file__).parent
 PATIENCE = 300.0

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from gearshift.batch import pack
 from gearshift.data.chat import (
     end_token_ids,
     render_completion,
@@ -15,7 +16,6 @@ from gearshift.data.chat import (
     render_text,
     render_turn,
 )
-from gearshift.data.packing import pack
 from gearshift.errors import DataError
 from gearshift.models.load import ModelConfig, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer

@@ -18,7 +18,7 @@ from gearshift.data import (
     to_steps,
     to_supervised,
 )
-from gearshift.rollouts.tasks import rows as task
+from gearshift.tasks import rows as task
 
 KINDS = ("jsonl", "json", "csv", "parquet")
 Rows = Sequence[dict[str, Any]]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gearshift.data.packing import pack_groups
+from gearshift.batch import pack_groups
 from gearshift.engine import EngineConfig, HybridEngine, PackedModel
 from gearshift.errors import CapacityError, ModelError
+from gearshift.kernels.specs import AttentionOptions
 from gearshift.models import describe
 from gearshift.models.adapters import AdapterConfig, add_adapter
-from gearshift.models.attention import ATTENTION, AttentionOptions
+from gearshift.models.attention import ATTENTION
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.models.families import alone, far, random_model, small_config

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from gearshift.engine.kernels import Kernels
-from gearshift.engine.native import kernels_for
-from gearshift.engine.sampler import inverse_cdf, truncate
 from gearshift.engine.sampler import sample as sample_rows
+from gearshift.engine.sampler import truncate
+from gearshift.kernels.cpu import kernels_for
+from gearshift.kernels.reference import Kernels, inverse_cdf
 from gearshift.types import SamplingParams
 from tests.oracles import sampler as oracle
 

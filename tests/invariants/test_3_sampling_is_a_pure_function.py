@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.kernels import build as native
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.runtime import native
 from gearshift.types import Completion, SamplingParams
 from tests.models import families
 from tests.zoo import PROMPTS, random_model

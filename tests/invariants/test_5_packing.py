@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gearshift.batch import PackedBatch
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.types import PackedBatch, SamplingParams
+from gearshift.types import SamplingParams
 from tests.oracles.scores import lone_logprobs
 from tests.zoo import FAMILIES, PROMPTS, pack_completions, random_model
 

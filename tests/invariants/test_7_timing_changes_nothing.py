@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from gearshift.kernels import build as native
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.tiny import tiny_model
-from gearshift.runtime import native
 from tests.gyms import TwoTurns
 from tests.trainers.rl_runs import small, trainer
 from tests.trainers.test_resume import fingerprint

@@ -22,12 +22,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from gearshift.data.packing import pack_groups
+from gearshift.batch import pack_groups
 from gearshift.engine import HybridEngine
 from gearshift.errors import ModelError
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.trainers.memory import Shape
+from gearshift.pipeline.memory import Shape
 from gearshift.types import SamplingParams
 
 VOCABULARY = 300

@@ -14,15 +14,15 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from gearshift.data import pack
+from gearshift.batch import pack
 from gearshift.data.scored import render_scored
 from gearshift.errors import CapacityError
 from gearshift.models.classifier import context, score_all, sequence_scores, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.reward_model import ModelReward
-from gearshift.trainers.critic import TokenCritic, load_critic
-from gearshift.trainers.reward import Pair, PairScorer
+from gearshift.rewards.models import ModelReward
+from gearshift.trainers.reward_model import Pair, PairScorer
+from gearshift.trainers.rl.critic import TokenCritic, load_critic
 from tests.zoo import random_model
 
 CPU = ModelConfig(dtype="float32", device="cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.errors import ModelError
 from gearshift.models.load import ModelConfig, load_policy
 from tests.models.families import random_model, small_config

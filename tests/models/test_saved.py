@@ -29,8 +29,8 @@ from gearshift.models.load import (
     save_model,
 )
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
-from gearshift.rollouts.reward_model import ModelReward
-from gearshift.trainers.critic import load_critic
+from gearshift.rewards.models import ModelReward
+from gearshift.trainers.rl.critic import load_critic
 from tests.models.families import random_model, small_config
 
 CPU = ModelConfig(dtype="float32", device="cpu")

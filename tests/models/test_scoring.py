@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gearshift.batch import PackedBatch
+from gearshift.kernels.specs import AttentionOptions
 from gearshift.models import logprobs
-from gearshift.models.attention import AttentionOptions, PackedLayout
+from gearshift.models.attention import PackedLayout
 from gearshift.models.logprobs import Head, token_logprobs
-from gearshift.types import PackedBatch
 
 
 def scored(

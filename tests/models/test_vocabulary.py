@@ -19,14 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gearshift.batch import PackedBatch
 from gearshift.engine import EngineConfig, HybridEngine
 from gearshift.errors import ConfigError, DataError, ModelError
 from gearshift.models.classifier import use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.models.vocabulary import check_vocabulary, vocabulary_size
-from gearshift.pipeline import Run
-from gearshift.types import PackedBatch, SamplingParams
+from gearshift.pipeline.run import Run
+from gearshift.types import SamplingParams
 
 
 def no_change(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,14 +5,14 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "fp32 products by the library, whose sums depend on how many rows there are",
-        "engine/native.py",
+        "kernels/cpu.py",
         "if not self._in_rows or not fits or given != {torch.float32} or not K:",
         "if self._in_rows or not fits or given != {torch.float32} or not K:",
         "tests/invariants/test_3_sampling_is_a_pure_function.py::test_greedy_too",
     ),
     Mutation(
         "an adapter's products by the library",
-        "engine/weights.py",
+        "models/fused.py",
         "low = multiply(x.to(down.weight.dtype), down.weight, down.bias)",
         "low = F.linear(x.to(down.weight.dtype), down.weight, down.bias)",
         "tests/invariants/test_3_sampling_is_a_pure_function.py::test_what_is_computed_together_does_not_matter",
@@ -33,7 +33,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a run keeps its number of threads in the host program",
-        "pipeline.py",
+        "pipeline/run.py",
         "        finally:\n            torch.set_num_threads(threads)",
         "        finally:\n            pass",
         "tests/reliability/test_many_runs.py::test_a_run_leaves_torch_as_it_was",

@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "the server's key goes to every address",  # in place of the entry of this name
-        "rollouts/rewards.py",
+        "rewards/functions.py",
         "if key is None and is_loopback(host):",
         "if key is None:",
         "tests/serve/test_score.py::test_keys_go_to_the_host_they_are_for",
@@ -54,10 +54,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a metric's name holds an address with its query",
-        "rollouts/reward_sum.py",
+        "rewards/composite.py",
         "self.functions.append((shown(s.source), ",
         "self.functions.append((s.source, ",
-        "tests/rollouts/test_reward_sum.py"
+        "tests/rewards/test_composite.py"
         "::test_a_dead_address_leaves_the_episode_out_and_is_counted",
     ),
     Mutation(
@@ -76,9 +76,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the report carries no policy, and styles in every tag",
-        "runtime/report.py",
+        "pipeline/report.py",
         "_sealed(printable(page))",
         "printable(page)",
-        "tests/runtime/test_report.py",
+        "tests/pipeline/test_report.py",
     ),
 )

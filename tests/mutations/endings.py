@@ -75,16 +75,16 @@ MUTATIONS = (
     ),
     Mutation(
         "a control group's cache counts as held",
-        "trainers/memory.py",
+        "pipeline/memory.py",
         "float(most) - used + int(held.get(cache, 0))",
         "float(most) - used",
-        "tests/trainers/test_memory.py",
+        "tests/pipeline/test_memory.py",
     ),
     Mutation(
         "the control groups above do not count",
-        "trainers/memory.py",
+        "pipeline/memory.py",
         "for group in (here, *here.parents, top):",
         "for group in (here,):",
-        "tests/trainers/test_memory.py",
+        "tests/pipeline/test_memory.py",
     ),
 )

@@ -26,10 +26,10 @@ MUTATIONS = (
     ),
     Mutation(
         "equal prompts count as several problems",
-        "heldout.py",
+        "pipeline/heldout.py",
         "texts = [prompt_text(_prompt_of(row)) or i for i, row in enumerate(rows)]",
         "texts = list(range(len(rows)))",
-        "tests/test_heldout.py::test_problems_are_named_by_the_task_or_by_equal_prompts",
+        "tests/pipeline/test_heldout.py::test_problems_are_named_by_the_task_or_by_equal_prompts",
     ),
     Mutation(
         "failed held-out episodes leave the success rate",
@@ -40,31 +40,31 @@ MUTATIONS = (
     ),
     Mutation(
         "a run is evaluated on rows that it trained on",
-        "heldout.py",
+        "pipeline/heldout.py",
         "if not (key and key in known) and",
         "if",
-        "tests/test_heldout.py",
+        "tests/pipeline/test_heldout.py",
     ),
     Mutation(
         "the same prompt in other letters stands in two splits",
         "data/overlap.py",
         'unicodedata.normalize("NFKC", text).casefold().split()',
         "text.split()",
-        "tests/rollouts/test_rows_task.py",
+        "tests/tasks/test_rows.py",
     ),
     Mutation(
         "a test request is one that a validation template reads",
-        "rollouts/tasks/voice.py",
+        "tasks/voice/task.py",
         "others = {t.text for t in (*training, *heldout)} - mine",
         "others = {t.text for t in training}",
-        "tests/rollouts/test_voice.py::test_heldout_is_unseen",
+        "tests/tasks/test_voice.py::test_heldout_is_unseen",
     ),
     Mutation(
         "games of held-out starts are learned from in supervised tuning",
-        "rollouts/tasks/gym.py",
+        "tasks/gym.py",
         'if known and start_of(said, info.get("row")) not in known:',
         "if False:",
-        "tests/rollouts/test_gym_words.py::test_no_start_is_in_two_splits",
+        "tests/environments/test_gym_games.py::test_no_start_is_in_two_splits",
     ),
     Mutation(
         "validation and test draw the same seeds",
@@ -82,9 +82,9 @@ MUTATIONS = (
     ),
     Mutation(
         "one's own rows of one cluster stand in two splits",
-        "rollouts/tasks/rows.py",
+        "tasks/rows.py",
         "clusters = [i if name is None else str(name) for i, name in enumerate(named)]",
         "clusters = list(range(len(named)))",
-        "tests/rollouts/test_rows_task.py::test_no_cluster_stands_in_two_splits",
+        "tests/tasks/test_rows.py::test_no_cluster_stands_in_two_splits",
     ),
 )

@@ -68,7 +68,7 @@ MUTATIONS = (
     ),
     Mutation(
         "epochs: a reward model's last batch weighs as a whole one",
-        "trainers/reward.py",
+        "trainers/reward_model.py",
         "share = len(some) / total",
         "share = len(some) / config.batch_size",
         "tests/trainers/test_epochs.py",
@@ -78,7 +78,7 @@ MUTATIONS = (
         "trainers/stage.py",
         "    save_every: Neutral[int] =",
         "    save_every: int =",
-        "tests/test_recipe.py",
+        "tests/pipeline/test_recipe.py",
     ),
     Mutation(
         "resume: a key of a later version forbids it",
@@ -110,9 +110,9 @@ MUTATIONS = (
     ),
     Mutation(
         "perplexity counts the prompt",
-        "heldout.py",
+        "pipeline/heldout.py",
         'pack([(e["token_ids"], e["loss_mask"]) for e in episodes])',
         'pack([(e["token_ids"], [0, *[1] * (len(e["token_ids"]) - 1)]) for e in episodes])',
-        "tests/test_perplexity.py",
+        "tests/pipeline/test_perplexity.py",
     ),
 )

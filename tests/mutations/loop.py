@@ -5,10 +5,10 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "reward after the end: at the episode's last token, whoever wrote it",
-        "rollouts/reward_sum.py",
+        "rewards/composite.py",
         "last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)",
         "last = len(trajectory.loss_mask) - 1",
-        "tests/rollouts/test_reward_sum.py",
+        "tests/rewards/test_composite.py",
     ),
     Mutation(
         "mask off by one: a token is scored by the state at itself",
@@ -33,14 +33,14 @@ MUTATIONS = (
     ),
     Mutation(
         "truncated completions are learned from though they are masked",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         'if config.truncated == "mask":',
         "if False:",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
         "truncated completions pay no penalty",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         "rewards_NA[last_N] -= config.missing_end_penalty * cut_N",
         "pass",
         "tests/trainers/test_guards.py",
@@ -54,14 +54,14 @@ MUTATIONS = (
     ),
     Mutation(
         "groups of equal rewards are kept under dynamic sampling",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         "if not tells_nothing(members)}",
         "if True}",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
         "the gradient is normalised per micro-batch",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         'weights_M = batch.scored("loss_weights")\n        counts_N',
         'weights_M = batch.scored("loss_weights")\n'
         "        weights_M = weights_M / weights_M.sum()\n        counts_N",
@@ -105,11 +105,11 @@ MUTATIONS = (
         "self.weights_version += 1",
         "pass",
         "tests/invariants/test_6_gears_and_updates.py tests/engine/test_hybrid.py"
-        " tests/engine/test_kernels.py",
+        " tests/kernels/test_kernels.py",
     ),
     Mutation(
         "the adapter is not applied in rollouts",
-        "engine/weights.py",
+        "models/fused.py",
         "for down, up, scaling in adapters(module):",
         "for down, up, scaling in ():",
         "tests/models/test_adapters.py tests/invariants/test_6_gears_and_updates.py",
@@ -137,7 +137,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the KL in the loss is subtracted",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         "loss_M = loss_M + self.memory.beta * kl_M",
         "loss_M = loss_M - self.memory.beta * kl_M",
         "tests/trainers/test_guards.py",
@@ -165,7 +165,7 @@ MUTATIONS = (
     ),
     Mutation(
         "training scores at temperature 1 what was sampled at another",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         "scores = self.engine.logprobs(batch, config.temperature, self.head)",
         "scores = self.engine.logprobs(batch, 1.0, self.head)",
         "tests/trainers/test_guards.py",
@@ -215,7 +215,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the old policy is the one being updated",
-        "trainers/rl.py",
+        "trainers/rl/loop.py",
         "scores.logprobs.detach() if batch.old_logprobs is None else",
         "scores.logprobs.detach() if True else",
         "tests/invariants/test_4_first_update.py",

@@ -33,7 +33,7 @@ MUTATIONS = (
     ),
     Mutation(
         "two attentions of a layer write one store",
-        "engine/decode.py",
+        "engine/decoder.py",
         "        if layer in self._written:",
         "        if False:",
         "tests/engine/test_check.py::test_a_refusal_names_family_and_reason",
@@ -47,7 +47,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a table of positions is read beyond its end",
-        "engine/decode.py",
+        "engine/decoder.py",
         "self.positions.add_(1).clamp_(max=decoder.max_length - 1)",
         "self.positions.add_(1)",
         "tests/engine/test_steps.py",

@@ -82,17 +82,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a damaged kernel is loaded",
-        "runtime/native.py",
+        "kernels/build.py",
         "        if not _whole(path):",
         "        if not path.is_file():",
-        "tests/runtime/test_native.py::test_a_damaged_library_is_told_and_built_anew",
+        "tests/kernels/test_build.py::test_a_damaged_library_is_told_and_built_anew",
     ),
     Mutation(
         "a kernel that others may write is loaded",
-        "runtime/native.py",
+        "kernels/build.py",
         "        if not all(map(_only_ours, filter(Path.exists, (folder, path)))):",
         "        if False:",
-        "tests/runtime/test_native.py::test_a_library_that_others_may_write_is_not_loaded",
+        "tests/kernels/test_build.py::test_a_library_that_others_may_write_is_not_loaded",
     ),
     Mutation(
         "a converted model that changed is taken",

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from gearshift.rollouts.environment import TextEnvironment
+from gearshift.environments.base import TextEnvironment
 
 
 def fate_of(text: str) -> int:

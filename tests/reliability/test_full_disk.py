@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from tests.chaos.runs import fingerprint
 
 RECIPE = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")

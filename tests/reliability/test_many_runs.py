@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gearshift.errors import GearshiftError
-from gearshift.pipeline import Run
-from gearshift.recipe import Recipe
+from gearshift.pipeline.recipe import Recipe
+from gearshift.pipeline.run import Run
 from gearshift.runtime.config import load
 
 TINY = Path("tests/smoke/tiny.yaml")

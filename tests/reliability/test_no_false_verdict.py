@@ -3,9 +3,9 @@
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rollouts.sandbox import run_sandboxed
-from tests.rollouts.test_verdicts import false_verdicts
-from tests.rollouts.verdicts import all_cases
+from gearshift.rewards.sandbox import run_sandboxed
+from tests.rewards.test_verdicts import false_verdicts
+from tests.rewards.verdicts import all_cases
 
 try:
     run_sandboxed("")

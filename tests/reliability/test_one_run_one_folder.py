@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.runtime.lock import locked
 
 TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 
 pytestmark = pytest.mark.slow
 TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")

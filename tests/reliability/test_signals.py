@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import gearshift.heldout
-import gearshift.pipeline
-import gearshift.trainers.reward
-from gearshift.cli import main
+import gearshift.pipeline.heldout
+import gearshift.pipeline.run
+import gearshift.trainers.reward_model
+from gearshift.cli.main import main
 from gearshift.runtime import checkpoint
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.stage import Stage
@@ -48,17 +48,17 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 PLACES: dict[str, tuple[Any, str, int, str]] = {
     # What is about to be called, and the how many-th time: what the line says.
-    "data": (gearshift.pipeline.TaskData, "prepare", 1, "while preparing the data"),
-    "evaluation": (gearshift.heldout, "evaluate", 2, "while evaluating sft on validation"),
+    "data": (gearshift.pipeline.run.TaskData, "prepare", 1, "while preparing the data"),
+    "evaluation": (gearshift.pipeline.heldout, "evaluate", 2, "while evaluating sft on validation"),
     "last step": (MasterAdamW, "step", 2, "after step 2 of 2 (sft)"),
-    "export": (gearshift.pipeline, "save_model", 1, "while saving sft"),
-    "reward": (gearshift.trainers.reward, "bradley_terry", 1, "after step 1 of 1 (reward)"),
-    "rows": (gearshift.pipeline, "load_rows", 2, "while preparing reward"),
+    "export": (gearshift.pipeline.run, "save_model", 1, "while saving sft"),
+    "reward": (gearshift.trainers.reward_model, "bradley_terry", 1, "after step 1 of 1 (reward)"),
+    "rows": (gearshift.pipeline.run, "load_rows", 2, "while preparing reward"),
     "step": (MasterAdamW, "step", 5, "after step 1 of 3 (rl)"),
     "checkpoint": (checkpoint, "save", 1, "after step 3 of 3 (rl)"),
-    "gap": (gearshift.pipeline, "logprob_gap", 1, "while measuring what rl has made"),
-    "perplexity": (gearshift.pipeline, "perplexity", 2, "while measuring what rl has made"),
-    "report": (gearshift.pipeline, "write_report", 1, "while writing the report"),
+    "gap": (gearshift.pipeline.run, "logprob_gap", 1, "while measuring what rl has made"),
+    "perplexity": (gearshift.pipeline.run, "perplexity", 2, "while measuring what rl has made"),
+    "report": (gearshift.pipeline.run, "write_report", 1, "while writing the report"),
 }
 FAST = {"export"}
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.errors import DataError
-from gearshift.heldout import told
+from gearshift.pipeline.heldout import told
 from gearshift.runtime.progress import Progress
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e[red]x[/red] [link=http://a]b[/link]\r\x9b31m\ud800"
@@ -74,8 +74,8 @@ def test_nor_in_the_heldout_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"base": record(""), HOSTILE: record(HOSTILE)}
-    monkeypatch.setattr("gearshift.heldout.evaluate_run", lambda *_: (HOSTILE, found))
-    monkeypatch.setattr("gearshift.heldout.value_of", lambda sample, _: sample["reward"])
+    monkeypatch.setattr("gearshift.pipeline.heldout.evaluate_run", lambda *_: (HOSTILE, found))
+    monkeypatch.setattr("gearshift.pipeline.heldout.value_of", lambda sample, _: sample["reward"])
     monkeypatch.setattr("gearshift.rollouts.evaluate.value_of", lambda sample, _: sample["reward"])
     monkeypatch.setenv("COLUMNS", "400")
     main(["eval", "tiny"])

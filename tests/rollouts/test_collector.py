@@ -17,7 +17,7 @@ from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start, request_id
 from gearshift.rollouts.evaluate import evaluate, starts_of
-from gearshift.rollouts.workers import Workers
+from gearshift.runtime.worker_threads import Workers
 from gearshift.types import SamplingParams, Trajectory
 from tests.gyms import Misbehaves, SayLetters, TwoTurns
 from tests.zoo import random_model
@@ -418,7 +418,7 @@ def test_threads_that_were_added_end_with_the_line() -> None:
 
 
 def test_too_many_hanging_calls_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gearshift.rollouts.workers.MOST_HUNG", 2)
+    monkeypatch.setattr("gearshift.runtime.worker_threads.MOST_HUNG", 2)
     workers, never = Workers(3), threading.Event()
     calls = [workers.submit(never.wait) for _ in range(3)]
     time.sleep(0.2)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gearshift.engine import HybridEngine
+from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector
-from gearshift.rollouts.environment import RowEnvironment
 from gearshift.rollouts.evaluate import compare, evaluate, sample, span, starts_of, value_of
 from gearshift.types import Trajectory
 from tests.zoo import random_model

@@ -7,7 +7,7 @@ import pytest
 from gearshift.engine import HybridEngine
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
-from gearshift.rollouts.tasks.rows import RowsEnvironment, write_rows
+from gearshift.tasks.rows import RowsEnvironment, write_rows
 from gearshift.types import SamplingParams
 from tests.gyms import TwoTurns
 from tests.zoo import random_model

@@ -8,8 +8,8 @@ import pytest
 from gearshift.data.chat import end_token_ids, render_prompt, render_supervised, render_turn
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig, load_tokenizer
-from gearshift.pipeline import Run
-from gearshift.recipe import Recipe, claim, dated
+from gearshift.pipeline.recipe import Recipe, claim, dated
+from gearshift.pipeline.run import Run
 from gearshift.runtime.chat_arguments import bind_arguments
 from gearshift.runtime.config import load
 from tests.data.shapes import DATED, THINKING, shaped
@@ -65,11 +65,11 @@ def test_a_run_keeps_the_day_on_which_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load(Recipe, None, [f"run.dir={tmp_path}", "model.name=tiny"])
-    monkeypatch.setattr("gearshift.recipe.today", lambda: DAY)
+    monkeypatch.setattr("gearshift.pipeline.recipe.today", lambda: DAY)
     run = Run(recipe)
     assert run.recipe.model.date == DAY
     claim(tmp_path, run.recipe)
-    monkeypatch.setattr("gearshift.recipe.today", lambda: date(2024, 7, 7))
+    monkeypatch.setattr("gearshift.pipeline.recipe.today", lambda: date(2024, 7, 7))
     assert Run(recipe).recipe == run.recipe == load(Recipe, tmp_path / "recipe.yaml")
     assert dated(recipe, tmp_path / "other").model.date == date(2024, 7, 7)
     own = load(Recipe, None, ["model.date=2020-01-01"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.recipe import Recipe
+from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import load
 from gearshift.runtime.written import LARGEST
 

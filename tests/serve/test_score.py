@@ -12,8 +12,8 @@ import pytest
 from gearshift.errors import CapacityError, ConfigError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.reward_model import ModelReward
-from gearshift.rollouts.rewards import HttpReward
+from gearshift.rewards.functions import HttpReward
+from gearshift.rewards.models import ModelReward
 from gearshift.serve import score
 from gearshift.serve.score import ScoreServer, score_server
 

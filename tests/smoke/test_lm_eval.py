@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.models.load import ModelConfig, load_policy
 
 RECIPE = str(Path(__file__).parent / "tiny.yaml")

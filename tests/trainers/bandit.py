@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gearshift import presets
+from gearshift.batch import PackedBatch
 from gearshift.data.chat import render_prompt
 from gearshift.engine import HybridEngine
-from gearshift.models.forward import hidden_states
+from gearshift.models.hf_forward import hidden_states
 from gearshift.models.load import load_policy
-from gearshift.trainers.rl import RLConfig
-from gearshift.types import PackedBatch
+from gearshift.trainers.rl import presets
+from gearshift.trainers.rl.loop import RLConfig
 from tests.gyms import Bandit, arm
 from tests.trainers.rl_runs import TINY, trainer
 

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from gearshift.data import Mixture
 from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.environments.base import TextEnvironment
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
-from gearshift.rollouts.environment import TextEnvironment
-from gearshift.trainers.critic import Critic, load_critic
-from gearshift.trainers.rl import RLConfig, RLTrainer
+from gearshift.trainers.rl.critic import Critic, load_critic
+from gearshift.trainers.rl.loop import RLConfig, RLTrainer
 from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
 from gearshift.types import Trajectory

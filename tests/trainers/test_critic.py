@@ -8,20 +8,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.data import Mixture
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.load import load_classifier, load_tokenizer, save_model
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.critic import PromptCritic, TokenCritic, load_critic
-from gearshift.trainers.reward import (
+from gearshift.trainers.reward_model import (
     Pair,
     RewardModelConfig,
     pair_accuracy,
     train_reward_model,
 )
-from gearshift.trainers.rollout import pack_trajectories
+from gearshift.trainers.rl.batching import pack_trajectories
+from gearshift.trainers.rl.critic import PromptCritic, TokenCritic, load_critic
 from gearshift.trainers.stage import Stage
 from tests.trainers.rl_runs import TINY, small, trainer
 from tests.trainers.test_guards import episodes

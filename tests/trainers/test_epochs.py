@@ -19,8 +19,8 @@ from gearshift.models.load import ModelConfig, load_classifier, load_policy
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.preference import Judged, PreferenceConfig, PreferenceTrainer
-from gearshift.trainers.process import ProcessRewardConfig, Steps, train_process_model
-from gearshift.trainers.reward import Pair, RewardModelConfig, train_reward_model
+from gearshift.trainers.process_reward_model import ProcessRewardConfig, Steps, train_process_model
+from gearshift.trainers.reward_model import Pair, RewardModelConfig, train_reward_model
 from gearshift.trainers.sft import SFTConfig, train_sft
 from gearshift.trainers.stage import EpochsConfig, Stage
 

@@ -14,10 +14,10 @@ from gearshift.models.load import load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.rl import RLTrainer
-from gearshift.trainers.rollout import pack_trajectories
+from gearshift.trainers.rl.batching import pack_trajectories
+from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.sft import supervised_batch, supervised_loss
-from gearshift.trainers.step import update
+from gearshift.trainers.update import update
 from gearshift.types import Trajectory
 from tests.gyms import Bandit, SayLetters
 from tests.trainers.rl_runs import TINY, small, trainer

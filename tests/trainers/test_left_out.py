@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.errors import DataError, InterruptedRunError
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rollout import minibatches, pack_trajectories
+from gearshift.trainers.rl.batching import minibatches, pack_trajectories
 from gearshift.types import Trajectory
 from tests.gyms import SayLetters
 from tests.trainers.rl_runs import OwnReward, small, trainer

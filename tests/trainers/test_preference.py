@@ -23,7 +23,7 @@ from gearshift.trainers.preference import (
     PreferenceTrainer,
     render_judged,
 )
-from gearshift.trainers.process import (
+from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     render_steps,
     step_accuracy,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from gearshift import presets
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.errors import ConfigError
-from gearshift.recipe import Recipe
+from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import dump, load
+from gearshift.trainers.rl import presets
 from tests.gyms import Bandit
 from tests.trainers import bandit
 from tests.trainers.rl_runs import trainer

@@ -23,7 +23,7 @@ from gearshift.models.tiny import tiny_model
 from gearshift.runtime import checkpoint, metrics
 from gearshift.runtime.config import Config, Neutral
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rl import RLTrainer
+from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.stage import Stage, StageConfig
 from tests.trainers.rl_runs import small, trainer
 

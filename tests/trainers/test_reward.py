@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gearshift.cli import main
+from gearshift.cli.main import main
 from gearshift.models.classifier import sequence_scores
 from gearshift.models.load import load_classifier
-from gearshift.trainers.reward import Pair, PairScorer
+from gearshift.trainers.reward_model import Pair, PairScorer
 from tests.trainers.rl_runs import TINY
 
 PAIRS = [

@@ -14,8 +14,8 @@ from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector, Start
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rl import RLTrainer
-from gearshift.trainers.rollout import pack_trajectories, place_rewards
+from gearshift.trainers.rl.batching import pack_trajectories, place_rewards
+from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.types import SamplingParams
 from tests.gyms import Faulty, SayLetters, TwoTurns
 from tests.trainers.rl_runs import small, trainer

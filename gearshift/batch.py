@@ -1,0 +1,303 @@
+"""The one batch type of training, and token sequences to it.
+
+Legend: T packed tokens, N sequences, M scored tokens (where the loss mask is 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Piece = tuple[Sequence[int], Sequence[int]]
+"""Token ids and their mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Many sequences end to end, with no padding. The only batch type of training.
+
+    A sequence may continue another one, its *parent*: it then attends to the parent's tokens too,
+    and its positions go on from them. So the prompt of a group is stored, computed and
+    differentiated once:
+
+        input_ids     p p p | a a | b b b | c c        prompt, then its three completions
+        position_ids  0 1 2 | 3 4 | 3 4 5 | 3 4
+        cu_seqlens    0 3 5 8 10
+        parents       -1 0 0 0
+        loss_mask     0 0 0 | 1 1 | 1 1 1 | 1 1
+
+    A token with mask 1 is predicted from the hidden state before it: the token to its left, or, at
+    the start of a sequence with a parent, the parent's last token.
+    """
+
+    input_ids: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64."""
+    cu_seqlens: Tensor
+    """[N+1] int64, on the CPU: where each sequence starts, then T."""
+    parents: Tensor
+    """[N] int64, on the CPU: the index of the sequence that this one continues, or -1."""
+    loss_mask: Tensor
+    """[T] bool: the scored tokens, M of them."""
+    loss_weights: Tensor | None = None
+    """[T] float32: what each scored token counts for in the loss; made over the whole batch, so
+    that the gradient does not depend on how the batch is split.
+    """
+    advantages: Tensor | None = None
+    """[T] float32."""
+    returns: Tensor | None = None
+    """[T] float32: the target of the value model."""
+    old_values: Tensor | None = None
+    """[T] float32: what the value model said before the first update on this batch."""
+    old_logprobs: Tensor | None = None
+    """[T] float32: under the policy before the first update on this batch."""
+    ref_logprobs: Tensor | None = None
+    """[T] float32: under the reference policy."""
+    sampler_logprobs: Tensor | None = None
+    """[T] float32: as the generation gear reported them when it sampled."""
+
+    def __len__(self) -> int:
+        """T, the number of tokens to compute."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def predictors(self) -> Tensor:
+        """[M] int64: for each scored token the index of the hidden state that predicts it.
+
+        Raises ValueError where a scored token opens a sequence without a parent: nothing predicts
+        it.
+        """
+        previous = torch.arange(-1, len(self) - 1)
+        starts = self.cu_seqlens[:-1]
+        parents_end = torch.where(
+            self.parents >= 0, self.cu_seqlens[self.parents.clamp(min=0) + 1] - 1, -1
+        )
+        previous[starts] = parents_end
+        rows = previous.to(self.loss_mask.device)[self.loss_mask]
+        if bool((rows < 0).any()):
+            raise ValueError("A scored token opens a sequence that has no parent.")
+        return rows
+
+    @property
+    def targets(self) -> Tensor:
+        """[M] int64: the scored tokens themselves."""
+        return self.input_ids[self.loss_mask]
+
+    @property
+    def counts(self) -> Tensor:
+        """[N] int64, on the CPU: scored tokens in each sequence (0 for a shared prompt)."""
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.loss_mask.cpu().cumsum(0)])
+        return ends[self.cu_seqlens[1:]] - ends[self.cu_seqlens[:-1]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, those that it continues included."""
+        ends: list[int] = []
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
+        for length, parent in zip(lengths, self.parents.tolist(), strict=True):
+            ends.append(length + (ends[parent] if parent >= 0 else 0))
+        return max(ends, default=0)
+
+    def scored(self, name: str) -> Tensor:
+        """[M]: the per-token field `name` at the scored tokens. Raises ValueError if not set."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"This batch has no {name}.")
+        return value[self.loss_mask]
+
+    def with_scored(self, **values_M: Tensor) -> PackedBatch:
+        """A copy whose per-token fields hold these [M] values at the scored tokens, 0 elsewhere."""
+        spread = {}
+        for name, value in values_M.items():
+            spread[name] = torch.zeros(len(self), dtype=torch.float32, device=self.input_ids.device)
+            spread[name][self.loss_mask] = value.detach().float()
+        return replace(self, **spread)
+
+    def unscored(self, left_out_M: Tensor) -> PackedBatch:
+        """A copy in which these of the scored tokens ([M] bool) are not scored."""
+        mask = self.loss_mask.clone()
+        mask[self.loss_mask] = ~left_out_M
+        return replace(self, loss_mask=mask)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its token tensors on `device`; the layout stays on the CPU."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        return replace(self, **moved)
+
+    @staticmethod
+    def join(batches: Sequence[PackedBatch]) -> PackedBatch:
+        """The batches end to end as one; all must have the same fields set."""
+        tokens = torch.tensor([0, *(len(b) for b in batches)]).cumsum(0)
+        sequences = torch.tensor([0, *(len(b.parents) for b in batches)]).cumsum(0)
+        joined = {
+            f.name: torch.cat([getattr(b, f.name) for b in batches])
+            for f in fields(PackedBatch)
+            if f.name not in ("cu_seqlens", "parents") and getattr(batches[0], f.name) is not None
+        }
+        starts = [b.cu_seqlens[:-1] + t for b, t in zip(batches, tokens, strict=False)]
+        parents = [
+            torch.where(b.parents >= 0, b.parents + n, -1)
+            for b, n in zip(batches, sequences, strict=False)
+        ]
+        return PackedBatch(
+            **joined, cu_seqlens=torch.cat([*starts, tokens[-1:]]), parents=torch.cat(parents)
+        )
+
+    def trees(self) -> list[tuple[int, int]]:
+        """Runs of sequences [first, last) that attend to none outside: a lone one, or a group."""
+        roots = [i for i, parent in enumerate(self.parents.tolist()) if parent < 0]
+        return list(zip(roots, [*roots[1:], len(self.parents)], strict=True))
+
+    def slice(self, first: int, last: int) -> PackedBatch:
+        """Sequences [first, last) as a batch of their own; they must be whole trees."""
+        start, end = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
+        cut = {
+            f.name: getattr(self, f.name)[start:end]
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        parents = self.parents[first:last]
+        return replace(
+            self,
+            **cut,
+            cu_seqlens=self.cu_seqlens[first : last + 1] - start,
+            parents=torch.where(parents >= 0, parents - first, parents),
+        )
+
+    def keep(self, wanted_T: Tensor) -> PackedBatch:
+        """The sequences that hold a wanted token (`wanted_T` [T] bool), and those that they
+        continue; the first tree if no token is wanted.
+        """
+        lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        parents = self.parents.tolist()
+        kept = [bool(part.any()) for part in wanted_T.split(lengths.tolist())]
+        for i in reversed(range(len(kept))):  # a parent comes before its children
+            if kept[i] and parents[i] >= 0:
+                kept[parents[i]] = True
+        if not any(kept):
+            return self.slice(*self.trees()[0])
+        kept_N = torch.tensor(kept)
+        kept_T = torch.repeat_interleave(kept_N, lengths).to(wanted_T.device)
+        moved_N = kept_N.cumsum(0) - 1
+        cut = {
+            f.name: getattr(self, f.name)[kept_T]
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
+        old = self.parents[kept_N]
+        return replace(
+            self,
+            **cut,
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths[kept_N].cumsum(0)]),
+            parents=torch.where(old >= 0, moved_N[old.clamp(min=0)], -1),
+        )
+
+    def split(self, max_tokens: int) -> Iterator[PackedBatch]:
+        """Cut into micro-batches of whole trees, in order: as few as `max_tokens` allows, and of
+        about one size. A tree that is longer is a micro-batch alone.
+        """
+        trees = self.trees()
+        if not trees:
+            return
+        sizes = [int(self.cu_seqlens[end] - self.cu_seqlens[first]) for first, end in trees]
+
+        def cuts(limit: int) -> list[int]:
+            """Where each next micro-batch begins."""
+            found, tokens = [], 0
+            for i, size in enumerate(sizes):
+                if tokens + size > limit and tokens:
+                    found.append(i)
+                    tokens = 0
+                tokens += size
+            return found
+
+        # The smallest limit that needs no more of them.
+        low, high, fewest = 0, max_tokens, len(cuts(max_tokens))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(cuts(middle)) == fewest else (middle, high)
+        starts = [0, *cuts(high), len(trees)]
+        for first, end in pairwise(starts):
+            yield self.slice(trees[first][0], trees[end - 1][1])
+
+
+def pack(sequences: Sequence[Piece]) -> PackedBatch:
+    """(ids, mask) pairs end to end, each a sequence of its own. Raises ValueError for an empty one,
+    or where ids and mask differ in length.
+    """
+    return _pack((ids, mask, 0, -1) for ids, mask in sequences)
+
+
+def pack_groups(
+    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]],
+    max_tokens: int | None = None,
+    share: bool = True,
+) -> PackedBatch:
+    """Prompts with their continuations (ids, mask), in the continuations' order.
+
+    share=True stores a prompt once, as the parent of its continuations; a group of more than
+    `max_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves its
+    continuations as sequences of their own. share=False repeats the prompt,
+    unscored, before each continuation.
+    """
+    if not share:
+        return pack(
+            [
+                ([*prompt, *ids], [0] * len(prompt) + list(mask))
+                for prompt, continuations in groups
+                for ids, mask in continuations
+            ]
+        )
+    return _pack(_trees(groups, max_tokens))
+
+
+def _trees(
+    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]], max_tokens: int | None
+) -> Iterable[tuple[Sequence[int], Sequence[int], int, int]]:
+    count = 0
+    for prompt, continuations in groups:
+        root, size = -1, 0
+        for ids, mask in continuations:
+            if not prompt:
+                yield ids, mask, 0, -1
+                count += 1
+                continue
+            if root < 0 or (max_tokens is not None and size + len(ids) > max_tokens):
+                root, size = count, len(prompt)
+                yield prompt, [0] * len(prompt), 0, -1
+                count += 1
+            yield ids, mask, len(prompt), root
+            count += 1
+            size += len(ids)
+
+
+def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> PackedBatch:
+    """Rows of (ids, mask, first position, parent)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    masks: list[int] = []
+    starts, parents = [0], []
+    for row_ids, mask, first, parent in rows:
+        if not len(row_ids) == len(mask) > 0:
+            raise ValueError(f"{len(row_ids)} token ids came with a mask of {len(mask)}.")
+        ids += row_ids
+        positions += range(first, first + len(row_ids))
+        masks += mask
+        starts.append(len(ids))
+        parents.append(parent)
+    return PackedBatch(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(starts),
+        parents=torch.tensor(parents, dtype=torch.int64),
+        loss_mask=torch.tensor(masks, dtype=torch.bool),
+    )

@@ -1,0 +1,205 @@
+"""Environments of the `openenv` package as text environments: a server at a URL, or a class in this
+process.
+
+A room of its own because nothing else knows that package, which is imported when one is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+
+from gearshift.environments.base import TextEnvironment
+from gearshift.errors import ConfigError, NumericalError
+from gearshift.runtime.addresses import Address
+
+_PATIENCE = 5.0
+"""Seconds in which a full server may end the sessions of environments that are gone."""
+
+
+class OpenEnvEnvironment(TextEnvironment):
+    """An OpenEnv environment whose action has one field for the policy's text.
+
+    The user says one field of the observation, or all of them as JSON. A reward that the
+    environment does not give is 0.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        environment: str | None = None,
+        action: str = "message",
+        observation: str | None = None,
+        also: Mapping[str, Any] | None = None,
+        turns: int = 20,
+        timeout: float = 60.0,
+    ) -> None:
+        """Either `url` of a server (`http://localhost:8000`) or `environment`, a class in a module
+        (`my_env.server:MyEnvironment`) with its action class named (`my_env.models:MyAction`) in
+        its annotations. `action` is the field that takes the answer and `also` the other fields;
+        `timeout` seconds for a message of the server.
+
+        Raises `ConfigError` if it cannot be reached or imported.
+        """
+        super().__init__()
+        if (url is None) == (environment is None) or turns < 1:
+            raise ConfigError("OpenEnv takes `url` or `environment`, one of the two, and turns.")
+        self.action, self.observation, self.also = action, observation, dict(also or {})
+        self.turns = turns
+        self._left = 0
+        fields = {*self.also, action}
+        self._inner: Any = (
+            _Here(environment, fields) if environment else _connect(str(url), timeout)
+        )
+        # The client's thread keeps the client: one that nobody closed would keep its session.
+        self._gone = weakref.finalize(self, _leave, self._inner)
+        self._gone.atexit = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """`options` are further arguments of the environment's own reset."""
+        super().reset(seed=seed)
+        given = {} if seed is None else {"seed": seed}
+        result = self._inner.reset(**given, **(options or {}))
+        self._left = self.turns
+        text = self._text(result.observation)
+        return text, {"messages": [{"role": "user", "content": text}]}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Raises `ResetNeeded` when no episode runs, `NumericalError` on a reward that is no
+        number, and what the environment raises.
+        """
+        if not self._left:
+            raise gymnasium.error.ResetNeeded("Call reset before step: no episode is running.")
+        try:
+            result = self._inner.step({**self.also, self.action: action})
+        except RuntimeError as error:
+            if "VALIDATION_ERROR" not in str(error):
+                raise
+            named = ", ".join([*self.also, self.action])
+            raise ConfigError(f"The server takes no action of {named} with this text.") from error
+        reward = 0.0 if result.reward is None else float(result.reward)
+        if not math.isfinite(reward):
+            raise NumericalError(
+                f"The environment gave the reward {reward}; leave the episode out."
+            )
+        done = bool(result.done)
+        self._left = 0 if done else self._left - 1
+        cut = not done and not self._left
+        return self._text(result.observation), reward, done, cut, {}
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._gone.detach():
+            self._inner.close()
+
+    def _text(self, seen: Mapping[str, Any]) -> str:
+        if self.observation is None:
+            told = {k: v for k, v in seen.items() if k not in ("done", "reward", "metadata")}
+            return json.dumps(told, ensure_ascii=False)
+        if self.observation not in seen:
+            raise ConfigError(
+                f"The observation has no `{self.observation}`; it has {', '.join(seen)}."
+            )
+        value = seen[self.observation]
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+class _Result:
+    """What a step came to, as the package's client says it."""
+
+    def __init__(self, seen: Any) -> None:
+        self.observation: dict[str, Any] = seen.model_dump()
+        self.reward, self.done = seen.reward, seen.done
+
+
+class _Here:
+    """An environment of this process, with the client's methods."""
+
+    def __init__(self, path: str, fields: set[str]) -> None:
+        module, _, name = path.partition(":")
+        try:
+            self._env = getattr(importlib.import_module(module), name)()
+            hints = inspect.get_annotations(type(self._env).step, eval_str=True)
+            self._takes = inspect.signature(self._env.reset).parameters
+        except (ImportError, AttributeError, NameError, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigError(f"The environment {path} cannot be made: {told}") from error
+        kind: Any = hints.get("action")
+        if not hasattr(kind, "model_validate"):
+            raise ConfigError(f"{path}.step must say the class of its action, and does not.")
+        self._action, has = kind, kind.model_fields
+        unknown = sorted(fields - set(has))
+        if unknown and kind.model_config.get("extra") != "allow":
+            raise ConfigError(
+                f"{path}'s action has no {', '.join(unknown)}; it has {', '.join(has)}."
+            )
+
+    def reset(self, **given: Any) -> _Result:
+        kinds = {one.kind for one in self._takes.values()}
+        known = given if inspect.Parameter.VAR_KEYWORD in kinds else given.keys() & set(self._takes)
+        return _Result(self._env.reset(**{k: given[k] for k in known}))
+
+    def step(self, action: Mapping[str, Any]) -> _Result:
+        return _Result(self._env.step(self._action.model_validate(action)))
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _connect(url: str, timeout: float) -> Any:
+    try:
+        from openenv.core.generic_client import GenericEnvClient
+    except ImportError as error:
+        raise ConfigError(
+            "A server of OpenEnv needs its package; run: pip install openenv"
+        ) from error
+    address = Address.of(url)
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            client = (
+                GenericEnvClient(base_url=address.sent, message_timeout_s=timeout).sync().connect()
+            )
+        except (ConnectionError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"There is no OpenEnv server at {address.shown}: {address.told(str(error))}."
+            ) from None
+        if not _full(client):
+            return client
+        client.close()
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"The server at {address.shown} takes no further session: raise its "
+                "max_concurrent_envs to the episodes at a time, prompts x group_size and 64 "
+                "held-out ones besides."
+            )
+        time.sleep(0.1)
+
+
+def _full(client: Any) -> bool:
+    """Whether the server took the connection only to close it."""
+    from websockets.exceptions import ConnectionClosed
+
+    try:
+        client.state()
+    except ConnectionClosed:
+        return True
+    except RuntimeError as error:  # not every environment has a state
+        return "CAPACITY_REACHED" in str(error)
+    return False
+
+
+def _leave(client: Any) -> None:
+    # Not here: this may be the client's own thread, which would wait for itself.
+    threading.Thread(target=client.close, daemon=True).start()

@@ -1,0 +1,354 @@
+"""The operations of `kernels.py` compiled for this CPU (`runtime/kernels.cpp`), without a graph or
+with their gradients, and recordings of their calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from ctypes import c_int64, c_void_p
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from gearshift.kernels import build as native
+from gearshift.kernels.alone import EachAlone
+from gearshift.kernels.build import pointer
+from gearshift.kernels.reference import Kernels, Places, Product
+from gearshift.kernels.specs import AttentionOptions, Gate, Norm
+
+
+class _Memory:
+    """What recorded calls write to. It is never given back while a recording may write there; what
+    no tensor uses any more serves the next call, of this recording or of another.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Tensor, torch.UntypedStorage]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        numel = math.prod(shape)
+        free = [
+            whole
+            for whole, storage in self._all
+            if whole.dtype == dtype
+            and whole.numel() >= numel
+            and torch._C._storage_Use_Count(storage._cdata) == 2  # ours
+        ]
+        if not free:
+            free.append(torch.empty(numel, dtype=dtype))
+            self._all.append((free[0], free[0].untyped_storage()))
+        return min(free, key=Tensor.numel)[:numel].view(shape)
+
+    def at(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Gives that tensor of ours again, without holding its memory till then."""
+        shape, pointer = tensor.shape, tensor.data_ptr()
+        [whole] = [whole for whole, _ in self._all if whole.data_ptr() == pointer]
+        return lambda: whole[: shape.numel()].view(shape)
+
+    def bytes(self) -> int:
+        return sum(whole.nbytes for whole, _ in self._all)
+
+
+class _OnlyKernels(TorchDispatchMode):
+    """Notices tensor operations that compute something: a recording would miss them."""
+
+    missed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.missed |= not (func.is_view or func in _ALLOCATES)
+        return func(*args, **(kwargs or {}))
+
+
+_ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+
+
+class NativeKernels(Kernels):
+    """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._memory = _Memory()
+        self._calls: list[tuple[int, bytes]] | None = None
+        """Those of the recording that is being made."""
+        self._multiplies = native.has("multiply", dtype)
+        self._in_rows = native.has("multiply_rows", torch.float32)
+
+    def held(self) -> int:
+        return self._memory.bytes()
+
+    def record(
+        self, prepare: Callable[[], None], run: Callable[[], Tensor]
+    ) -> Callable[[], Tensor] | None:
+        prepare()
+        calls = self._calls = []
+        watch = _OnlyKernels()
+        try:
+            with watch:
+                out = run()
+        finally:
+            self._calls = None
+        if watch.missed:
+            self._memory = _Memory()
+            return None
+        result = self._memory.at(out)
+        del out
+        table = (c_void_p * (2 * len(calls)))()
+        for i, (function, slots) in enumerate(calls):
+            table[2 * i] = function
+            table[2 * i + 1] = ctypes.cast(ctypes.c_char_p(slots), c_void_p).value
+
+        def again() -> Tensor:
+            prepare()
+            native.replay()(table, c_int64(len(calls)))  # the table points into `calls`
+            return result()
+
+        return again
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        own = norm.module._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if torch.is_grad_enabled():
+            if weight is None or norm.center:
+                return super().add_norm(x, delta, norm)
+            both: tuple[Tensor, Tensor] = _AddNorm.apply(self, x, delta, weight, norm)
+            return both
+        if weight is None:
+            return super().add_norm(x, delta, norm)
+        out = self._empty(x.shape)
+        self.write_norm(x, delta, weight, bias, x, out, norm)
+        return x, out
+
+    def write_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        out: Tensor,
+        norm: Norm,
+    ) -> None:
+        """x + delta into `total` (which may be x), and its norm into `out`."""
+        self._call(
+            "add_norm", x.data_ptr(), pointer(delta), weight.data_ptr(), pointer(bias),
+            total.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center,
+            norm.offset,
+        )  # fmt: skip
+
+    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+        if rotary is None or not torch.is_grad_enabled():
+            return super().rotate(qkv, rotary, kv_heads)
+        turned: Tensor = _Rotate.apply(self, qkv, *rotary, kv_heads)
+        return turned
+
+    def rotate_and_write(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+    ) -> Tensor:
+        T, heads, D = qkv.shape
+        K = store.shape[2]
+        cos, sin = rotary or (None, None)
+        self._call(
+            "rotate_and_write", qkv.data_ptr(), pointer(cos), pointer(sin), store.data_ptr(),
+            places.slots.data_ptr(), T, heads - 2 * K, K, D, 0 if cos is None else cos.shape[-1],
+        )  # fmt: skip
+        return qkv[:, : heads - 2 * K]
+
+    def attend(
+        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+    ) -> Tensor:
+        T, H, D = query.shape
+        table = places.table
+        out = self._empty((T, H, D))
+        self._call(
+            "attend", query.data_ptr(), query.stride(0), store.data_ptr(), table.data_ptr(),
+            places.rows.data_ptr(), places.positions.data_ptr(), out.data_ptr(), T, H,
+            store.shape[2], D, table.shape[1], options.scaling,
+            options.window or 0, options.softcap or 0.0,
+        )  # fmt: skip
+        return out
+
+    def gate(self, both: Tensor, gate: Gate) -> Tensor:
+        if torch.is_grad_enabled():
+            gated: Tensor = _Gate.apply(self, both, gate)
+            return gated
+        return self.gated(both, gate)
+
+    def gated(self, both: Tensor, gate: Gate) -> Tensor:
+        """`gate` without a graph."""
+        T, F = both.shape[0], both.shape[1] // 2
+        out = self._empty((T, F))
+        self._call("gate", both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
+        return out
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        N, K = weight.shape
+        fits = x.shape[1:] == (K,) and (bias is None or bias.shape == (N,))
+        given = {t.dtype for t in (x, weight, bias) if t is not None}
+        if not self._in_rows or not fits or given != {torch.float32} or not K:
+            return super().multiply(x, weight, bias)  # which also says what does not fit
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+        out = self._empty((len(x), N), torch.float32)
+        self._call(
+            "multiply_rows", x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(),
+            len(x), N, K, *weight.stride(), dtype=torch.float32,
+        )  # fmt: skip
+        return out
+
+    def alone(self) -> AbstractContextManager[Any]:
+        return EachAlone(self.multiply) if self._in_rows else super().alone()
+
+    def product(self, weight: Tensor, rows: int) -> Product | None:
+        fits = self._multiplies and weight.shape[1] % 2 == 0
+        return _Product(self, weight) if fits else super().product(weight, rows)
+
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> None:
+        self._call(
+            "draw", logits.data_ptr(), temperature.data_ptr(), uniforms.data_ptr(),
+            tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, dtype=logits.dtype,
+        )  # fmt: skip
+
+    def _call(self, name: str, *arguments: float, dtype: torch.dtype | None = None) -> None:
+        function, slots = native.prepared(name, dtype or self._dtype, *arguments)
+        if self._calls is not None:
+            self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
+        function(slots)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        if self._calls is not None:
+            return self._memory.empty(shape, dtype or self._dtype)
+        return torch.empty(shape, dtype=dtype or self._dtype)
+
+
+class _Product:
+    """By a weight packed for `multiply`; packing again keeps its place."""
+
+    def __init__(self, kernels: NativeKernels, weight: Tensor) -> None:
+        self._kernels, (self._out, self._in) = kernels, weight.shape
+        self._packed = torch.empty(-(-self._out // 16) * 16 * self._in, dtype=weight.dtype)
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        weight = weight.contiguous()
+        self._kernels._call("pack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        out = self._kernels._empty((x.shape[0], self._out))
+        self._kernels._call(
+            "multiply", x.data_ptr(), self._packed.data_ptr(), pointer(bias), out.data_ptr(),
+            x.shape[0], self._out, self._in,
+        )  # fmt: skip
+        return out
+
+
+class _AddNorm(torch.autograd.Function):
+    """`Kernels.add_norm` of an RMSNorm, and its gradient in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: NativeKernels,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        norm: Norm,
+    ) -> tuple[Tensor, Tensor]:
+        total = x if delta is None else torch.empty_like(x)
+        out = torch.empty_like(x)
+        kernels.write_norm(x, delta, weight, None, total, out, norm)
+        ctx.kernels, ctx.norm, ctx.added = kernels, norm, delta is not None
+        ctx.save_for_backward(total, weight)
+        return (total.view_as(total) if delta is None else total), out
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor | None, out_grad: Tensor) -> tuple[Any, ...]:
+        total, weight = ctx.saved_tensors
+        T, C = total.shape
+        grad = torch.zeros_like(total) if total_grad is None else total_grad.clone()
+        weight_grad = torch.zeros(torch.get_num_threads(), C)
+        ctx.kernels._call(
+            "norm_backward", total.data_ptr(), weight.data_ptr(), out_grad.contiguous().data_ptr(),
+            grad.data_ptr(), weight_grad.data_ptr(), T, C, ctx.norm.eps, ctx.norm.offset,
+        )  # fmt: skip
+        return None, grad, grad if ctx.added else None, weight_grad.sum(0).to(weight.dtype), None
+
+
+class _Rotate(torch.autograd.Function):
+    """`Kernels.rotate`; its gradient turns back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+    ) -> Tensor:
+        ctx.kernels, ctx.kv_heads = kernels, kv_heads
+        ctx.save_for_backward(cos, sin)
+        return _turned(kernels, qkv, cos, sin, kv_heads, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return None, _turned(ctx.kernels, grad, cos, sin, ctx.kv_heads, -1.0), None, None, None
+
+
+def _turned(
+    kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float
+) -> Tensor:
+    T, heads, D = qkv.shape
+    out = qkv.clone(memory_format=torch.contiguous_format)
+    kernels._call(
+        "rotate", out.data_ptr(), cos.data_ptr(), sin.data_ptr(), T, heads - kv_heads, heads, D,
+        cos.shape[-1], sign,
+    )  # fmt: skip
+    return out
+
+
+class _Gate(torch.autograd.Function):
+    """`Kernels.gate`, and its gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: NativeKernels, both: Tensor, gate: Gate) -> Tensor:
+        ctx.kernels, ctx.gate = kernels, gate
+        ctx.save_for_backward(both)
+        return kernels.gated(both, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        [both] = ctx.saved_tensors
+        out, grad = torch.empty_like(both), grad.contiguous()
+        ctx.kernels._call(
+            "gate_backward", both.data_ptr(), grad.data_ptr(), out.data_ptr(), *grad.shape,
+            ctx.gate == "gelu_tanh",
+        )  # fmt: skip
+        return None, out, None
+
+
+def kernels_for(weight: Tensor) -> Kernels:
+    """The fastest kernels for a model with weights like this one."""
+    if native.usable(weight):
+        return NativeKernels(weight.dtype)
+    if weight.device.type == "cuda" and find_spec("triton"):
+        from gearshift.kernels.triton_ops import TritonKernels
+
+        return TritonKernels()
+    return Kernels()
+
+
+def kernels_of(model: PreTrainedModel) -> Kernels:
+    """The fastest for this model as it is: compiled ones want all weights in one type."""
+    parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    uniform = len({p.dtype for p in parameters}) == 1
+    return kernels_for(parameters[0]) if uniform else Kernels()

@@ -1,0 +1,299 @@
+"""The generation gear's operations between matrix products, as plain tensor functions.
+
+They run on any device, and they are what the compiled kernels of a CPU (`native.py`) are held to:
+the same functions with the same rounding.
+
+Legend: T tokens of one forward, B sequences, S tokens a sequence, L positions looked at, H query
+heads, K key heads, D head size, P positions in a block, C hidden size, F MLP size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gearshift.kernels.specs import BLOCK, AttentionOptions, Gate, Norm
+
+_PLAIN_SCORES = 2**25
+"""Above this many scores a CPU is better off with the blocked kernel, which never stores them."""
+
+_BLOCK = 256
+TILE = 8
+"""Sequences next to each other whose common blocks a GPU reads once for all of them."""
+
+
+class Places:
+    """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
+    blocks are `table[rows[t]]`.
+
+    A sequence's tokens come together and in order, and sequences come in the table's order.
+    """
+
+    def __init__(
+        self, rows: Tensor, positions: Tensor, table: Tensor, wanted: Tensor | None = None
+    ) -> None:
+        """`wanted` [B]: the tokens whose last states are asked for; None for all."""
+        self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
+        self.slots = self._slots()
+        """[T]: block * P + place in the block, where each token's key is written."""
+
+    def moved(self) -> None:
+        """The positions (or the table) were written: find anew what follows from them, the slots in
+        their place.
+        """
+        self.slots.copy_(self._slots())
+        for name in ("padded", "flat", "blocks", "distance", "common"):
+            self.__dict__.pop(name, None)
+
+    def _slots(self) -> Tensor:
+        last = self.table.shape[1] - 1
+        block = self.table[self.rows, (self.positions // BLOCK).clamp(max=last)]
+        return block * BLOCK + self.positions % BLOCK
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """[B, S]: each sequence's tokens, filled up with its last."""
+        counts = torch.bincount(self.rows, minlength=len(self.table))
+        ends = counts.cumsum(0)
+        inside = torch.arange(int(counts.max()), device=counts.device)
+        return torch.minimum((ends - counts)[:, None] + inside, ends[:, None] - 1)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[T]: where each token lies in `padded`, row after row."""
+        starts = torch.searchsorted(self.rows, self.rows)
+        inside = torch.arange(len(self.rows), device=self.rows.device) - starts
+        return self.rows * self.padded.shape[1] + inside
+
+    @cached_property
+    def common(self) -> Tensor:
+        """[B / TILE], of one token a sequence: how many blocks the sequences of a tile begin with
+        in common, and see to the end.
+        """
+        B, W = self.table.shape
+        # The last tile is filled up with its first row, which changes nothing.
+        row = torch.arange(-(-B // TILE) * TILE, device=self.table.device)
+        row = torch.where(row < B, row, row // TILE * TILE).view(-1, TILE)
+        same = (self.table[row] == self.table[row[:, :1]]).all(1)  # [tiles, W]
+        whole = (self.positions + 1)[row].amin(1, keepdim=True) // BLOCK
+        same &= torch.arange(W, device=self.table.device) < whole
+        return same.long().cumprod(1).sum(1)
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """[B, W]: the blocks that some token of this forward may look at."""
+        return self.table[:, : int(self.positions.max()) // BLOCK + 1]
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
+        L = self.blocks.shape[1] * BLOCK
+        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
+
+
+class Product(Protocol):
+    """x [T, in] -> x weight^T + bias [T, out], by a copy of the weight in another layout."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def pack(self, weight: Tensor) -> None:
+        """Copy the weight anew."""
+
+
+class Kernels:
+    """Every operation as tensor functions; `native.NativeKernels` replaces them where it can."""
+
+    def rows_of_step(self, rows: int) -> int:
+        """How many rows a recorded step for `rows` of them has."""
+        return rows
+
+    def record(
+        self, prepare: Callable[[], None], run: Callable[[], Tensor]
+    ) -> Callable[[], Tensor] | None:
+        """`prepare(); run()` as one function to be called again and again, where such calls can be
+        recorded and then cost less; else None. It is called once for that.
+
+        What they read and write must stay where it is; what `run` gives is good until anything
+        else that was recorded is called.
+        """
+        return None
+
+    def held(self) -> int:
+        """Bytes that recordings write to."""
+        return 0
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """[T, C] each: the residual stream x + delta, and its norm. `x` may be overwritten."""
+        x = x if delta is None else x + delta
+        return x, norm.module(x)
+
+    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+        """qkv [T, H + 2K, D] with queries and keys turned by (cos, sin) [T, rotary size]."""
+        if rotary is None:
+            return qkv
+        turned, value = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
+        return torch.cat((_rotate(turned, *rotary), value), dim=1)
+
+    def rotate_and_write(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+    ) -> Tensor:
+        """qkv [T, H + 2K, D]: rotate queries and keys by (cos, sin) [T, rotary size], store keys
+        and values, return the queries [T, H, D].
+        """
+        K, D = store.shape[2], qkv.shape[2]
+        qkv = self.rotate(qkv, rotary, K)
+        query, key, value = qkv.split((qkv.shape[1] - 2 * K, K, K), dim=1)
+        blocks, inside = places.slots // BLOCK, places.slots % BLOCK
+        keys, values = _cached(store, D)
+        keys[blocks, :, :, inside] = key.unflatten(-1, (D // 2, 2))
+        values[blocks, :, inside // 2, :, inside % 2] = value
+        return query
+
+    def attend(
+        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+    ) -> Tensor:
+        """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
+        D = query.shape[2]
+        keys, values = _cached(store, D)
+        # [B, W, K, D / 2, P, 2] and [B, W, K, P / 2, D, 2] -> [B, K, W * P, D]
+        key = keys[places.blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
+        value = values[places.blocks].permute(0, 2, 1, 3, 5, 4).flatten(2, 4)
+        mask = places.distance >= 0
+        if options.window is not None:
+            mask = mask & (places.distance < options.window)
+        padded = query[places.padded].transpose(1, 2)  # [B, H, S, D]
+        out = attend(padded, key, value, mask, options)
+        return out.transpose(1, 2).flatten(0, 1)[places.flat]
+
+    def gate(self, both: Tensor, gate: Gate) -> Tensor:
+        """[T, 2F] gate and up -> [T, F] act(gate) * up."""
+        left, up = both.chunk(2, -1)
+        return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] weight^T + bias [T, out]. Where it is compiled, a row's result does not depend
+        on the rows beside it.
+        """
+        return F.linear(x, weight, bias)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Inside, what a model's own modules compute of a row does not depend on the rows beside
+        it, where `multiply` sees to that.
+        """
+        return nullcontext()
+
+    def product(self, weight: Tensor, rows: int) -> Product | None:
+        """Products by a copy of this weight [out, in] in a layout for about `rows` rows; None where
+        none is faster than the weight itself: it is for bf16 on a CPU that multiplies bf16.
+        """
+        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+            return None
+        if not torch.backends.mkldnn.is_available():
+            return None
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        return _MkldnnProduct(weight, rows)
+
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> None:
+        """[B, V] logits, [B] float32 temperatures (0: the most likely token), [B] float64 uniforms
+        in (0, 1). Writes [B] `tokens` by inverse CDF, and `logprobs` [B] float32, theirs under
+        softmax(logits / temperature) (temperature 1 where it is 0).
+        """
+        greedy = temperature == 0
+        scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+        norm = torch.logsumexp(scaled, -1)
+        drawn = inverse_cdf(torch.exp(scaled - norm[:, None]), uniforms)
+        tokens.copy_(torch.where(greedy, scaled.argmax(-1), drawn))
+        logprobs.copy_(scaled.gather(1, tokens[:, None]).squeeze(1) - norm)
+
+
+class _MkldnnProduct:
+    """oneDNN's packed product."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._rows = rows
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return y
+
+
+def _cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a layer's store: keys [blocks, K, D / 2, P, 2], values [blocks, K, P / 2, D, 2]."""
+    keys = store[:, 0].unflatten(-1, (D // 2, BLOCK, 2))
+    return keys, store[:, 1].unflatten(-1, (BLOCK // 2, D, 2))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first dimensions of [T, heads, D], two halves of them as real and
+    imaginary part.
+    """
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    left, right = turned.chunk(2, -1)
+    turned = turned * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: AttentionOptions) -> Tensor:
+    """Grouped-query attention that never repeats keys.
+
+    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
+    look.
+    Returns [B, H, S, D].
+    """
+    B, H, S, D = query.shape
+    K, L = key.shape[1], key.shape[2]
+    plain = o.softcap is not None or (not query.is_cuda and B * H * S * L <= _PLAIN_SCORES)
+    if not plain:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask[:, None], o.dropout, scale=o.scaling, enable_gqa=H != K
+        )
+    grouped = (query * o.scaling).reshape(B, K, H // K * S, D)
+    scores = (grouped @ key.transpose(2, 3)).view(B, K, H // K, S, L)
+    if o.softcap is not None:
+        scores = torch.tanh(scores / o.softcap) * o.softcap
+    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    if o.dropout:
+        weights = F.dropout(weights, o.dropout)
+    return (weights.view(B, K, -1, L) @ value).view(B, H, S, D)
+
+
+def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """[B] int64: the token at which the running sum of weights first exceeds uniform * total.
+
+    Two levels, so that no running sum goes over all of V: first the block, then the token inside
+    it. Weights need not be normalised; a token of weight 0 is never drawn.
+    """
+    B, V = weights_BV.shape
+    blocks = -(-V // _BLOCK)
+    padded = torch.nn.functional.pad(weights_BV, (0, blocks * _BLOCK - V)).view(B, blocks, _BLOCK)
+    block_ends_BG = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_B1 = (uniforms_B * block_ends_BG[:, -1])[:, None]
+    block_B1 = torch.searchsorted(block_ends_BG, target_B1, right=True).clamp(max=blocks - 1)
+    before_B1 = torch.where(block_B1 > 0, block_ends_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, _BLOCK)).squeeze(1)
+    ends = inside.double().cumsum(-1)
+    token_B1 = torch.searchsorted(ends, target_B1 - before_B1, right=True)
+    # Rounding may push the target past the block's own sum: take its last token that can be drawn.
+    slots = torch.arange(_BLOCK, device=weights_BV.device)
+    last_B1 = torch.where(inside > 0, slots, 0).amax(-1, keepdim=True)
+    return (block_B1 * _BLOCK + torch.minimum(token_B1, last_B1)).squeeze(1)

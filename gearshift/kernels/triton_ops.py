@@ -1,0 +1,205 @@
+"""The generation gear on a GPU: decode attention in Triton, and decode steps as CUDA graphs.
+
+The Triton kernels run in Triton's interpreter too (TRITON_INTERPRET=1), where tests hold them to
+the tensor functions on a CPU.
+Legend: B rows, H query heads, K key heads, R = H / K, D head size, P positions in a block, W
+columns of the block table, M rows of a tile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gearshift.kernels.reference import TILE, Kernels, Places
+from gearshift.kernels.specs import BLOCK, AttentionOptions
+
+log = logging.getLogger(__name__)
+
+_TOGETHER = 4
+"""Blocks that one turn of the loop reads."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _continued(  # type: ignore[no-untyped-def]
+    q, top, total, summed, store, blocks_at, from_block, end, begin,
+    scaling, softcap, stride, keys_at, values_at,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax (Milakov and Gimelshein 2018) of queries [M, DP] over the positions
+    begin..end from block `from_block` on, going on from (top [M], total [M], summed [M, DP]).
+    `end` and `begin` are [M]; positions outside are not looked at.
+    """
+    d = tl.arange(0, DP)
+    n = tl.arange(0, N * P)
+    inside = n % P
+    key_at = keys_at + (d // 2)[:, None] * (2 * P) + inside[None, :] * 2 + (d % 2)[:, None]
+    value_at = values_at + (inside // 2)[:, None] * (2 * D) + d[None, :] * 2 + (inside % 2)[:, None]
+    last = tl.max(end)
+    for block in range(from_block, (last + P - 1) // P, N):
+        position = block * P + n
+        seen = position < last
+        at = tl.load(blocks_at + position // P, mask=seen, other=0) * stride
+        in_head = seen[None, :] & (d < D)[:, None]
+        key = tl.load(store + at[None, :] + key_at, mask=in_head, other=0.0)
+        score = tl.dot(q, key, input_precision="ieee") * scaling
+        if softcap > 0:
+            score = softcap * (2.0 / (1.0 + tl.exp(-2.0 * score / softcap)) - 1.0)
+        mine = (position[None, :] < end[:, None]) & (position[None, :] >= begin[:, None])
+        score = tl.where(mine, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp(score - shift[:, None])
+        shrink = tl.exp(top - shift)
+        in_head = seen[:, None] & (d < D)[None, :]
+        value = tl.load(store + at[:, None] + value_at, mask=in_head, other=0.0)
+        total = total * shrink + tl.sum(weight, 1)
+        summed = summed * shrink[:, None]
+        summed += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        top = new_top
+    return top, total, summed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shared_part(  # type: ignore[no-untyped-def]
+    query, store, table, common, tops, totals, sums,
+    B, W, query_stride, scaling, softcap, stride,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows and one key head: attention over the blocks that all rows begin with."""
+    tile, k = tl.program_id(0), tl.program_id(1)
+    blocks = tl.load(common + tile)
+    if blocks > 0:
+        m = tl.arange(0, M)
+        d = tl.arange(0, DP)
+        row = tile * TILE + m // R
+        head = k * R + m % R
+        here = (m < TILE * R) & (row < B)
+        at = row[:, None] * query_stride + head[:, None] * D + d[None, :]
+        q = tl.load(query + at, mask=here[:, None] & (d < D)[None, :], other=0.0)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        summed = tl.zeros([M, DP], tl.float32)
+        end = tl.zeros([M], tl.int64) + blocks * P
+        begin = tl.zeros([M], tl.int64)
+        top, total, summed = _continued(
+            q, top, total, summed, store, table + tile * TILE * W, 0, end, begin,
+            scaling, softcap, stride, k * P * D, (K + k) * P * D, D, DP, P, N,
+        )  # fmt: skip
+        place = row * (K * R) + head
+        tl.store(tops + place, top, mask=here)
+        tl.store(totals + place, total, mask=here)
+        whole = here[:, None] & (d < D)[None, :]
+        tl.store(sums + place[:, None] * D + d[None, :], summed, mask=whole)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _own_part(  # type: ignore[no-untyped-def]
+    query, store, table, positions, common, tops, totals, sums, out,
+    W, query_stride, scaling, softcap, window, stride,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One row and one key head: goes on from the shared part to the row's own position."""
+    row, k = tl.program_id(0), tl.program_id(1)
+    m = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    here = m < R
+    head = k * R + m
+    whole = here[:, None] & (d < D)[None, :]
+    q = tl.load(query + row * query_stride + head[:, None] * D + d[None, :], mask=whole, other=0.0)
+    position = tl.load(positions + row)
+    end = tl.zeros([M], tl.int64) + position + 1
+    begin = tl.zeros([M], tl.int64)
+    blocks = tl.load(common + row // TILE)
+    first = blocks
+    if window > 0:
+        begin = tl.maximum(end - window, 0)
+        first = tl.maximum(position + 1 - window, 0) // P
+    place = row * (K * R) + head
+    known = here & (tl.zeros([M], tl.int64) + blocks > 0)
+    top = tl.load(tops + place, mask=known, other=float("-inf"))
+    total = tl.load(totals + place, mask=known, other=0.0)
+    whole_known = known[:, None] & (d < D)[None, :]
+    summed = tl.load(sums + place[:, None] * D + d[None, :], mask=whole_known, other=0.0)
+    top, total, summed = _continued(
+        q, top, total, summed, store, table + row * W, first, end, begin,
+        scaling, softcap, stride, k * P * D, (K + k) * P * D, D, DP, P, N,
+    )  # fmt: skip
+    summed = summed / total[:, None]
+    at = place[:, None] * D + d[None, :]
+    tl.store(out + at, summed.to(out.dtype.element_ty), mask=whole)
+
+
+class TritonKernels(Kernels):
+    """Tensor functions, with attention of decode steps in Triton and steps as CUDA graphs."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def rows_of_step(self, rows: int) -> int:
+        """The next power of two, or multiple of 64: few graphs serve all sizes."""
+        return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+    def record(
+        self, prepare: Callable[[], None], run: Callable[[], Tensor]
+    ) -> Callable[[], Tensor] | None:
+        """As a CUDA graph, or None where the model does something that a graph cannot hold. All
+        graphs share one pool of memory, for they never run side by side.
+        """
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # kernels are compiled and chosen before, not in, the graph
+            prepare()
+            run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                prepare()
+                out = run()
+        except RuntimeError as error:
+            log.warning("Decode steps run without a CUDA graph, slower: %s", error)
+            return None
+
+        def again() -> Tensor:
+            graph.replay()
+            return out
+
+        return again
+
+    def attend(
+        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+    ) -> Tensor:
+        B, H, D = query.shape
+        if len(places.table) != B:  # a prefill
+            return super().attend(query, store, places, options)
+        K = store.shape[2]
+        R, W = H // K, places.table.shape[1]
+        window, softcap = options.window or 0, options.softcap or 0.0
+        common = torch.zeros_like(places.common) if window else places.common
+        state = query.new_empty((B * H, D + 2), dtype=torch.float32)
+        tops, totals, sums = (part.contiguous() for part in state.split((1, 1, D), 1))
+        out = torch.empty((B, H, D), dtype=query.dtype, device=query.device)
+        numbers = (query.stride(0), options.scaling, softcap)
+        shape: dict[str, Any] = {
+            "R": R, "K": K, "D": D, "DP": max(16, triton.next_power_of_2(D)), "P": BLOCK,
+            "TILE": TILE, "N": _TOGETHER,
+        }  # fmt: skip
+        _shared_part[len(common), K](
+            query, store, places.table, common, tops, totals, sums, B, W, *numbers,
+            store.stride(0), **shape, M=max(16, triton.next_power_of_2(TILE * R)),
+        )  # fmt: skip
+        _own_part[B, K](
+            query, store, places.table, places.positions, common, tops, totals, sums, out, W,
+            *numbers, window, store.stride(0), **shape, M=max(16, triton.next_power_of_2(R)),
+        )  # fmt: skip
+        return out

@@ -1,0 +1,280 @@
+"""How much memory a stage will take, before it takes it; and the largest micro-batch that fits.
+
+Sums of what is known: weights, masters, moments, gradients, cache, and activations by a count of
+the tensors that a layer keeps for its backward pass. `docs/performance.md` has them beside measured
+peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from gearshift.algorithms.advantages import NEEDS_VALUES
+from gearshift.engine import EngineConfig
+from gearshift.runtime.allocator import resident_bytes
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.preference import NEEDS_REFERENCE, PreferenceConfig
+from gearshift.trainers.process_reward_model import ProcessRewardConfig
+from gearshift.trainers.reward_model import RewardModelConfig
+from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.sft import SFTConfig
+
+GIB = 2**30
+_PROGRAM = 0.47 * GIB
+"""Python and its libraries in the host's memory."""
+_SLACK = 0.1
+"""What allocators hold between their blocks."""
+_PROMPT = 128
+"""Tokens that a prompt is taken to have."""
+_STEP = 4 << 25
+"""The gradient of one of the optimizer's buffers in fp32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model its memory depends on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    inner: int
+    """Of the feed-forward part."""
+    heads: int
+    """Of queries, keys and values together."""
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    item: int
+    """Bytes of a weight."""
+
+    @staticmethod
+    def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
+        """Of a model, which may be on the meta device."""
+        config = model.config.get_text_config()
+        layers = getattr(config, "per_layer_config", None) or [config]
+
+        def most(name: str, otherwise: int) -> int:
+            """Of the layers, where they differ."""
+            given = [getattr(layer, name, None) or otherwise for layer in layers]
+            return max(max(x) if isinstance(x, list) else x for x in given)
+
+        hidden, heads = config.hidden_size, most("num_attention_heads", 1)
+        key_heads = most("num_key_value_heads", heads)
+        return Shape(
+            sum(p.numel() for p in model.parameters()),
+            config.num_hidden_layers,
+            hidden,
+            most("intermediate_size", 4 * hidden),
+            heads + 2 * key_heads,
+            key_heads,
+            most("head_dim", hidden // heads),
+            config.vocab_size,
+            dtype.itemsize,
+        )
+
+    @property
+    def weights(self) -> int:
+        """Bytes."""
+        return self.parameters * self.item
+
+    def token(self, recompute: bool = False, padded: bool = False) -> float:
+        """Bytes that one token keeps for the backward pass: of described layers; of each layer's
+        input only (`recompute`); of Hugging Face's modules (`padded`).
+        """
+        if padded:
+            return float(self.item * self.layers * (12 * self.hidden + 5 * self.inner))
+        attention = self.heads * self.head_size
+        layer = 5 * self.hidden + 2 * attention + 3 * self.inner
+        kept = 2 * self.hidden * self.layers + layer if recompute else 1.09 * layer * self.layers
+        return float(self.item * kept)
+
+    def cache(self, rows: int, length: int) -> float:
+        """Bytes of the keys and values of so many rows."""
+        return 2.0 * self.layers * self.key_heads * self.head_size * rows * length * self.item
+
+
+StageWithOptimizer = (
+    SFTConfig | PreferenceConfig | RewardModelConfig | ProcessRewardConfig | RLConfig
+)
+
+
+def parts_of(
+    config: StageWithOptimizer,
+    engine: EngineConfig,
+    shape: Shape,
+    trained: int,
+    device: torch.device,
+    adapters: bool = False,
+) -> dict[str, float]:
+    """Bytes by purpose of a stage, but for activations. `trained`: parameters that learn."""
+    on_cpu = device.type == "cpu"
+    cut = not 0 < tokens_of(config) <= config.max_tokens  # into several micro-batches
+    parts = _learning(shape, config.optimizer, trained, device, cut)
+    if on_cpu:
+        parts["Python and its libraries"] = _PROGRAM
+    if isinstance(config, RLConfig):
+        rows = min(engine.max_rows, config.prompts * config.group_size)
+        length = config.max_new_tokens + _PROMPT
+        parts[f"KV cache of {rows} rows x {length} tokens"] = shape.cache(rows, length)
+        parts["logits of a decode step"] = 6.0 * rows * shape.vocabulary
+        if on_cpu and engine.packed_weights and shape.item == 2:
+            parts["packed weights"] = float(shape.weights)
+        if config.kl.beta > 0 and not adapters:
+            parts["reference"] = 1.3 * shape.weights
+        if config.value == "critic" and config.advantage in NEEDS_VALUES:
+            critic = _learning(shape, config.value_optimizer, shape.parameters, device, cut)
+            parts["critic, its gradients and its optimizer"] = sum(critic.values())
+    elif isinstance(config, PreferenceConfig):
+        copied = config.reference == "each_step" and config.loss in NEEDS_REFERENCE
+        if copied and not adapters:
+            parts["reference"] = 1.3 * shape.weights
+    return parts
+
+
+def tokens_of(config: StageWithOptimizer) -> int:
+    """Tokens of one update at most: no micro-batch is larger."""
+    if isinstance(config, RLConfig):
+        rollout = config.prompts * (_PROMPT + config.group_size * config.max_new_tokens)
+        return -(-rollout // config.minibatches)
+    sides = 2 if isinstance(config, PreferenceConfig | RewardModelConfig) else 1
+    return sides * config.batch_size * config.max_length
+
+
+def _learning(
+    shape: Shape, optimizer: OptimizerConfig, trained: int, device: torch.device, cut: bool
+) -> dict[str, float]:
+    moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
+    on_host = optimizer.offload == "always" and device.type != "cpu"
+    return {
+        "weights": 1.6 * shape.weights if device.type == "cpu" else float(shape.weights),
+        "gradients": float(trained * (shape.item + (4 if cut and shape.item < 4 else 0))),
+        "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments),
+        "the optimizer's step": float(min(_STEP, 4 * trained)),
+    }
+
+
+def with_total(parts: dict[str, float]) -> dict[str, float]:
+    """The parts, what allocators add to them, and their sum."""
+    parts = {**parts, "held by allocators": _SLACK * sum(parts.values())}
+    return {**parts, "total": sum(parts.values())}
+
+
+def available(device: torch.device) -> float:
+    """Bytes that are free: of the device; or of the machine, of the control groups that this
+    process is in (containers, batch jobs), and of its own limits, whichever is least.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return min(_of_machine(), of_control_groups(Path("/proc/self/cgroup")), _of_limits())
+
+
+def _of_machine() -> float:
+    return _kilobytes(Path("/proc/meminfo")).get("MemAvailable", math.inf)
+
+
+def of_control_groups(listed: Path, root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the least of the process's control groups leaves, each of which is within those
+    above it: its limit, less what it holds that cannot be given back. `listed` names them.
+    """
+    least = math.inf
+    with suppress(OSError, ValueError):
+        for line in listed.read_text(encoding="utf-8").splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number == "0":  # the second version
+                top, limit, usage, cache = root, "max", "current", "inactive_file"
+            elif "memory" in kinds.split(","):
+                top, limit, usage = root / "memory", "limit_in_bytes", "usage_in_bytes"
+                cache = "total_inactive_file"
+            else:
+                continue
+            here = top / path.strip("/")
+            # A container sees its own group as the top one, under whatever path it has outside.
+            for group in (here, *here.parents, top):
+                if group.is_relative_to(top):
+                    least = min(least, _left(group, limit, usage, cache))
+    return least
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> float:
+    try:
+        most = (group / f"memory.{limit}").read_text(encoding="ascii").strip()
+        used = int((group / f"memory.{usage}").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").split()
+    except OSError:
+        return math.inf
+    held = dict(zip(stat[::2], stat[1::2], strict=False))
+    return math.inf if most == "max" else max(0.0, float(most) - used + int(held.get(cache, 0)))
+
+
+def _of_limits() -> float:
+    """What `ulimit -v` and `ulimit -d` leave."""
+    try:
+        import resource
+    except ImportError:
+        return math.inf
+    used, least = _kilobytes(Path("/proc/self/status")), math.inf
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            least = min(least, max(0.0, soft - used.get(name, 0.0)))
+    return least
+
+
+def _kilobytes(path: Path) -> dict[str, float]:
+    """Bytes by name, of a file of the kernel with lines `Name: 12 kB`; {} if there is none."""
+    try:
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return {}
+    return {x[0].rstrip(":"): float(x[1]) * 1024 for x in lines if len(x) == 3 and x[2] == "kB"}
+
+
+def resident(device: torch.device) -> float:
+    """Bytes that this process holds there already."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    return resident_bytes()
+
+
+def micro_batch(
+    config: StageWithOptimizer,
+    engine: EngineConfig,
+    shape: Shape,
+    parts: dict[str, float],
+    free: float,
+) -> tuple[int, bool]:
+    """Tokens of a micro-batch, and whether layers are computed again in the backward pass.
+
+    What the configs leave open (`max_tokens: 0`, `recompute: null`) is chosen: as many tokens as
+    fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for (or 4,096)
+    do not fit else.
+    """
+    padded = isinstance(config, ProcessRewardConfig)
+    room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
+    most = tokens_of(config)
+    again = engine.recompute
+    if again is None:
+        wanted = min(config.max_tokens or 4096, most)
+        again = not padded and room < wanted * shape.token()
+    if config.max_tokens:
+        return min(config.max_tokens, most), again
+    return max(1, min(most, 65_536, int(room / shape.token(again, padded)))), again
+
+
+def shortage(total: float, free: float) -> str:
+    """In words, that what a stage is to take at its peak is not there; empty if it is.
+
+    It is told and does not stop the run: the peak is an estimate, and other programs may end.
+    """
+    if total <= free:
+        return ""
+    return (
+        f"it may take {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; lower max_tokens or "
+        "what is sampled at a time, take adapters (model.lora) or a smaller model"
+    )

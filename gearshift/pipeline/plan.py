@@ -1,0 +1,126 @@
+"""What a recipe would do and hold, told before it does it: `--dry-run`. Loads configs and shapes,
+no weights.
+
+How the memory is predicted is in `trainers/memory.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gearshift.errors import ModelError
+from gearshift.models.adapters import AdapterConfig
+from gearshift.models.load import load_config, resolve_device, resolve_dtype, said
+from gearshift.pipeline.memory import (
+    GIB,
+    Shape,
+    available,
+    micro_batch,
+    parts_of,
+    shortage,
+    with_total,
+)
+from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe
+from gearshift.runtime.config import dump
+
+
+def plan(recipe: Recipe) -> str:
+    """The resolved config, the stages in order, and the memory of the largest, as text."""
+    model = _shapes(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    device = resolve_device(recipe.model.device)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    lines = [
+        dump(recipe).rstrip(),
+        "",
+        f"# {recipe.model.name}: {parameters / 1e6:.0f} M parameters "
+        f"in {str(dtype).removeprefix('torch.')} on {device}",
+        "# Plan:",
+        *(f"#   {line}" for line in _stages(recipe)),
+        "# Memory at the peak:",
+        *(f"#   {line}" for line in _memory(recipe, model, dtype)),
+    ]
+    return "\n".join(lines)
+
+
+def _shapes(recipe: Recipe) -> PreTrainedModel:
+    config = load_config(recipe.model)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config that is not ours may fail in any way
+        raise ModelError(
+            f"Model {recipe.model.name!r} cannot be built ({said(error)}); name a language model."
+        ) from error
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    lines = []
+    if recipe.task:
+        lines.append(f"data: {recipe.task.name}; held-out evaluation of the base model")
+    if recipe.sft:
+        lines.append(f"sft: {recipe.sft.epochs:g} epochs in batches of {recipe.sft.batch_size}")
+    if recipe.preference:
+        how = recipe.preference
+        lines.append(
+            f"preference: {how.loss}, {how.epochs:g} epochs in batches of {how.batch_size}"
+        )
+    if recipe.process:
+        how_steps = recipe.process
+        lines.append(
+            f"process: {how_steps.epochs:g} epochs in batches of {how_steps.batch_size} answers"
+        )
+    if recipe.reward:
+        lines.append(
+            f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} "
+            "pairs"
+        )
+    if recipe.rl:
+        rl = recipe.rl
+        lines.append(
+            f"rl: {rl.steps} steps of {rl.prompts} prompts x {rl.group_size} completions, "
+            f"advantage {rl.advantage}, loss {rl.loss}, "
+            f"{rl.epochs * rl.minibatches} updates a step, "
+            f"KL {rl.kl.estimator} x {rl.kl.beta:g} in the {rl.kl.where}"
+        )
+    return lines or ["nothing: the recipe has no stage"]
+
+
+def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """What each stage takes, and by purpose what the largest does."""
+    shape, device = Shape.of(model, dtype), resolve_device(recipe.model.device)
+    lora = recipe.model.lora
+    stages: dict[str, dict[str, float]] = {}
+    for name in STAGES:
+        config = getattr(recipe, name)
+        if config is None:
+            continue
+        policy = name in POLICIES
+        trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
+        parts = parts_of(config, recipe.engine, shape, trained, device, lora is not None)
+        free = available(device)
+        tokens, again = micro_batch(config, recipe.engine, shape, parts, free)
+        again_told = ", computed again" if again else ""
+        parts[f"activations of {tokens} tokens{again_told}"] = tokens * shape.token(
+            again, padded=name == "process"
+        )
+        stages[name] = with_total(parts)
+    if not stages:
+        return []
+    largest = max(stages, key=lambda name: stages[name]["total"])
+    lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
+    lines += [f"of these, {largest}:"]
+    lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
+    if short := shortage(stages[largest]["total"], available(device)):
+        lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")
+    return lines
+
+
+def _adapter_size(shape: Shape, lora: AdapterConfig) -> int:
+    """Parameters of an adapter on every linear layer; fewer where `targets` names some."""
+    widths = [
+        (shape.hidden, shape.heads * shape.head_size), (shape.hidden, shape.hidden),
+        (shape.hidden, 2 * shape.inner), (shape.inner, shape.hidden),
+    ]  # fmt: skip
+    return shape.layers * lora.rank * sum(a + b for a, b in widths)

@@ -1,0 +1,200 @@
+"""A recipe: the sections of a whole run, each configured by the class beside its component; and the
+folder that belongs to it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from gearshift.engine import EngineConfig
+from gearshift.errors import ConfigError, StorageError
+from gearshift.models.load import ModelConfig
+from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
+from gearshift.runtime.digests import Digests, read_sealed, write_sealed
+from gearshift.runtime.digests import changed as changed_files
+from gearshift.runtime.files import UNFINISHED, write_text, writing
+from gearshift.runtime.lock import HELD, LOCK
+from gearshift.tasks import TaskConfig
+from gearshift.trainers.preference import PreferenceConfig
+from gearshift.trainers.process_reward_model import ProcessRewardConfig
+from gearshift.trainers.reward_model import RewardModelConfig
+from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.presets import Algorithm, expand
+from gearshift.trainers.sft import SFTConfig
+
+StageName = Literal["sft", "preference", "reward", "process", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
+POLICIES = ("sft", "preference", "rl")
+"""Stages that train the policy."""
+RECORD = "run.json"
+"""What a run was begun with: its recipe, and digests of the model that it starts from."""
+
+
+class RunConfig(Config):
+    """Where a run lives, and what it is made from."""
+
+    dir: Neutral[PathText] = "runs/run"
+    """The run's folder."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """All randomness of the run flows from it."""
+
+
+class EnvironmentConfig(Config):
+    """Where the task's environments run, in training and in evaluation."""
+
+    processes: Neutral[int] = Field(0, ge=0)
+    """0: in threads of this process. Else each environment has a process of its own, so that a
+    crash, or a hang that is killed, costs its episode alone; so many of them work at a time. There
+    are as many processes as episodes of one rollout."""
+
+
+class EvalConfig(Config):
+    """Held-out evaluation: on the validation rows before and after each stage."""
+
+    limit: int | None = Field(None, ge=1)
+    """Rows of a split to use, the first ones; null takes all."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer of one turn."""
+    perplexity: bool = False
+    """Whether RL ends with the perplexity of each policy's held-out answers under the policy that
+    RL began from: whether they are still fluent."""
+
+
+class Recipe(Config):
+    """A whole run. A stage that is left out (or null) is not run."""
+
+    run: RunConfig = RunConfig()
+    """Folder and seed."""
+    model: ModelConfig = ModelConfig()
+    """What to start from."""
+    algorithm: Algorithm | None = None
+    """A published method by name: fills in the keys of `rl` (or of `preference`, in place of `rl`)
+    that it stands for; what the recipe sets itself stays."""
+    engine: EngineConfig = EngineConfig()
+    """The hybrid engine."""
+    task: TaskConfig | None = Field(None, discriminator="name")
+    """What the environment is, and the data that it makes."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """Where environments run."""
+    sft: SFTConfig | None = None
+    """Step 1: supervised fine-tuning."""
+    preference: PreferenceConfig | None = None
+    """Learning from judged completions: DPO and its kin, in place of a reward model and RL."""
+    reward: RewardModelConfig | None = None
+    """Step 2: the reward model."""
+    process: ProcessRewardConfig | None = None
+    """A reward model of the steps of an answer."""
+    rl: RLConfig | None = None
+    """Step 3: reinforcement learning."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_algorithm(cls, tree: Any) -> Any:
+        return expand(tree) if isinstance(tree, dict) else tree
+
+
+def today() -> datetime.date:
+    """The day it is."""
+    return datetime.date.today()
+
+
+def dated(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the date that chat templates take for today: its own, the one that the
+    recipe in the folder has (none, if an earlier version wrote it), or today.
+    """
+    if recipe.model.date is not None:
+        return recipe
+    known = recorded(folder)
+    date = known.model.date if known else today()
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into a folder that is to hold what comes of it, and whose lock is held.
+
+    Raises `ConfigError` if the folder holds what came of another. Keys that cannot change the
+    result may differ; keys that the folder's recipe does not have count as their defaults.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        known, begun = recorded(folder), _has_begun(folder)
+        for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
+            left.unlink(missing_ok=True)
+    if known and begun and (changed := differences(identity(known), identity(recipe))):
+        raise ConfigError(
+            f"{folder} was made by another recipe: {'; '.join(changed)}; "
+            "choose another run.dir, or delete it."
+        )
+    if not known and any((folder / name / "done.json").exists() for name in ("data", *STAGES)):
+        raise ConfigError(
+            f"{folder} holds a run, but its recipe.yaml is gone; put it back, or choose another "
+            "run.dir."
+        )
+    if not begun or not (folder / RECORD).exists():
+        write_sealed(folder / RECORD, {"recipe": identity(recipe)})
+    write_text(folder / "recipe.yaml", dump(recipe))
+
+
+def recorded(folder: Path) -> Recipe | None:
+    """The recipe that a folder was begun with, without the keys that cannot change the result; None
+    where there is none.
+    """
+    path, record = folder / "recipe.yaml", folder / RECORD
+    if not record.exists():
+        return load(Recipe, path) if path.exists() else None
+    known = read_sealed(record, f"delete it, and {path} counts.")
+    try:
+        return Recipe.model_validate(known.get("recipe"))
+    except ValidationError:
+        raise ConfigError(
+            f"{record} holds a recipe that this version does not know; go on with the version that "
+            "wrote it, or choose another run.dir."
+        ) from None
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run, which whoever uses its parts needs. Raises `StorageError` for one that
+    is not the recipe that the run was begun with, such as half of it.
+    """
+    path = folder / "recipe.yaml"
+    recipe, known = load(Recipe, path), recorded(folder)
+    if known and (changed := differences(identity(known), identity(recipe))):
+        raise StorageError(
+            f"{path} is not as the run wrote it ({changed[0]}); put it back as it was, or start the"
+            " run again, which writes it anew."
+        )
+    return recipe
+
+
+def claim_model(folder: Path, made: Digests) -> None:
+    """Record what the model that the run starts from is made of, or compare it with that.
+
+    Raises `StorageError` if it is another by now.
+    """
+    path = folder / RECORD
+    if not path.exists():  # an earlier version began it
+        return
+    known = read_sealed(path, f"delete it, and {folder / 'recipe.yaml'} counts.")
+    before = known.get("model")
+    if not before:
+        write_sealed(path, {**known, "model": made})
+    elif made and (what := changed_files(before, made)):
+        raise StorageError(
+            f"The model that {folder} began with is another by now ({what}); put it back as it was,"
+            " or choose another run.dir."
+        )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
+    its data or its model, left none.
+    """
+    own = ("recipe.yaml", RECORD, LOCK, HELD)
+    others = [p for p in folder.iterdir() if p.name not in own and not p.match(UNFINISHED)]
+    return any(not p.is_dir() or any(p.iterdir()) for p in others)

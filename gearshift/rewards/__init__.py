@@ -1,0 +1,1 @@
+"""Where rewards come from: functions, models, judges, addresses, and code that is run."""

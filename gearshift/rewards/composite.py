@@ -1,0 +1,377 @@
+"""An episode's reward: a weighted sum of the environment's own, reward models, and functions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.data.chat import end_token_ids
+from gearshift.errors import ConfigError
+from gearshift.models.load import ModelConfig
+from gearshift.rewards.functions import (
+    LOST,
+    HttpReward,
+    Named,
+    RewardFunction,
+    add_up,
+    call,
+    load_reward,
+    total,
+    usable,
+)
+from gearshift.rewards.judge import JudgeConfig, JudgeReward
+from gearshift.rewards.models import Ensemble, ModelReward
+from gearshift.rewards.worker_pool import ProcessReward
+from gearshift.runtime.addresses import shown
+from gearshift.runtime.worker_threads import Workers
+from gearshift.types import Trajectory
+
+ENVIRONMENT = "environment"
+_NOT_COLUMNS = frozenset({"messages", "completion", "prompt"})
+LONGEST = 300.0
+"""Seconds for one call of a function, where its source names no others."""
+_SILENT = 3
+"""Calls in a row that took their whole time and said nothing, after which the rest of a rollout is
+not asked: each would take as long."""
+_RAISED = 8
+"""Groups in a row at which a function raised, from which the run ends if it never worked."""
+_GLANCE = 0.05
+"""Seconds between looks at a call that has not ended."""
+
+
+class Source(Protocol):
+    """A reward's source, weight and treatment, as the config names them."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def ensemble(self) -> Literal["mean", "min", "mean_less_std"]: ...
+    @property
+    def normalize(self) -> bool: ...
+    @property
+    def timeout(self) -> float | None: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def judge(self) -> JudgeConfig: ...
+    @property
+    def key_env(self) -> str | None: ...
+
+
+@dataclass
+class Running:
+    """Mean and variance of all values so far (Welford 1962)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def __call__(self, values: list[float | None]) -> list[float | None]:
+        """Take the values in; then each less the mean, over the standard deviation. What is None or
+        lost stays so, and counts for neither.
+        """
+        for x in values:
+            if x is not None and usable(x):
+                self.count += 1
+                before, self.mean = self.mean, self.mean + (x - self.mean) / self.count
+                self.squares += (x - before) * (x - self.mean)
+        std = math.sqrt(self.squares / max(1, self.count)) or 1.0
+        return [x if x is None or not usable(x) else (x - self.mean) / std for x in values]
+
+
+class RewardSum:
+    """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
+    is not named.
+
+    `missing`: of the last call, by a part's name, the share of the episodes whose reward was lost
+    (the function raised, hung or died, no judge answered, it was not finite); these have no total,
+    if the part has a weight. A part that does not apply to an episode (None) is not missing.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        config: ModelConfig,
+        reward_model: Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """`reward_model`: the folder that the source `model` means. `tokenizer`: the policy's, so
+        that reward models with the same one score what was sampled. Raises `ConfigError` for an
+        unknown source.
+        """
+        self._tokenizer = tokenizer
+        self._ends = end_token_ids(tokenizer) if tokenizer else frozenset()
+        self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
+        self.functions: list[Named] = []
+        self.models: list[Named] = []
+        self.missing: dict[str, float] = {}
+        self.last_failure = ""
+        """Why a reward was last lost."""
+        self._worked: set[str] = set()
+        """Functions that have scored a group in this run; one that raises has its own faults until
+        then, and afterwards those of the group."""
+        self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
+        self._limits: list[float] = []
+        """Seconds that a call of each function may take."""
+        for s in sources:
+            if s.source == ENVIRONMENT:
+                continue
+            if s.source == "model" or s.source.startswith("model:"):
+                named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
+                self.models.append(("model", _models(config, named, s.ensemble), s.weight))
+            else:
+                self.functions.append((shown(s.source), _function(s), s.weight))
+                self._limits.append(_limit(self.functions[-1][1]))
+        # Each function has its own threads: a slow one holds up no other.
+        self._workers = [Workers(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
+        self._silent, self._raised = [0] * len(self.functions), [0] * len(self.functions)
+        """Calls in a row that said nothing in their time; that raised."""
+        ordered = [s for s in sources if s.source != ENVIRONMENT]
+        ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
+        self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
+        others = [(name, weight) for name, _, weight in (*self.functions, *self.models)]
+        self._weights = [(ENVIRONMENT, self.environment_weight), *others]
+
+    def begin(self, group: list[Trajectory]) -> None:
+        """Let the functions score a finished group while other episodes still run. Models wait for
+        the whole rollout: they would take the cores from it.
+        """
+        if group and self.functions:
+            self._begun[group[0].group_id] = [
+                workers.submit(partial(self._ask, i, self._told(self.functions[i], group), group))
+                for i, workers in enumerate(self._workers)
+            ]
+
+    def _ask(self, i: int, named: Named, group: list[Trajectory]) -> list[list[float | None]]:
+        """What function `i` says of a group; nothing, if it has been silent for too long."""
+        if self._silent[i] >= _SILENT:
+            return [[LOST] * len(group)]
+        began = time.monotonic()
+        [values] = _call([named], group)
+        silent = _all_lost(values) and time.monotonic() - began >= self._limits[i]
+        self._silent[i] = self._silent[i] + 1 if silent else 0
+        return [values]
+
+    def _told(self, named: Named, group: list[Trajectory]) -> Named:
+        """An address is told which answers were cut: it may be a reward model's."""
+        name, function, weight = named
+        if isinstance(function, HttpReward):
+            function = partial(function, ended=self._ended(group))
+        return name, function, weight
+
+    def __call__(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
+        """Each trajectory with its rewards as they count (None where a part is missing), and every
+        part by name.
+
+        The environment's rewards stay at their turns, times their weight; what is added stands at
+        the last token that the policy wrote.
+        """
+        self.missing, self.last_failure = {}, ""
+        if not trajectories:
+            return [], {}
+        results = self._of_functions(trajectories)
+        results += self._of_models(trajectories) if self.models else []
+        for i, running in self._running.items():
+            results[i] = running(results[i])
+        results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])
+        totals, parts = add_up(self._weights, results)
+        self.missing = {
+            name: fmean(v is not None and not usable(v) for v in values)
+            for name, values in zip(parts, results, strict=True)
+        }
+        added = zip(trajectories, totals, zip(*results, strict=True), strict=True)
+        return [None if sum_ is None else self._with(t, of) for t, sum_, of in added], parts
+
+    def close(self) -> None:
+        """End the threads and processes in which functions run."""
+        for workers in self._workers:
+            workers.close()
+        for _, function, _ in self.functions:
+            if close := getattr(function, "close", None):
+                close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What normalisation has seen, and which functions have worked."""
+        running = {str(i): asdict(running) for i, running in self._running.items()}
+        return {"running": running, "worked": sorted(self._worked)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        self._running = {int(i): Running(**kept) for i, kept in state["running"].items()}
+        self._worked = set(state["worked"])
+
+    def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        if not self.functions:
+            return []
+        groups = [list(group) for _, group in groupby(trajectories, key=lambda t: t.group_id)]
+        for group in groups:
+            if group[0].group_id not in self._begun:
+                self.begin(group)
+        begun, self._begun = self._begun, {}
+        said = [
+            self._result(i, [(begun[group[0].group_id][i], len(group)) for group in groups])
+            for i in range(len(self.functions))
+        ]
+        self._silent = [0] * len(self.functions)
+        return said
+
+    def _result(
+        self, i: int, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
+    ) -> list[float | None]:
+        """What function `i` has said of groups of these sizes; a group at which it raised, or has
+        not answered in time, is lost.
+
+        Raises its `ConfigError` if it raised at each of the first `_RAISED`.
+        """
+        name, function, weight = self.functions[i]
+        said: list[float | None] = []
+        for call_, size in calls:
+            values: list[float | None] = [LOST] * size
+            why = ""
+            try:
+                if self._in_time(i, call_):
+                    [values] = call_.result()
+                    why = getattr(function, "last_failure", "")
+                else:
+                    why = f"the reward function {name} took more than {self._limits[i]:g} s"
+            except ConfigError as error:
+                why = str(error).rstrip(".")
+                self._raised[i] += 1
+                if self._raised[i] >= _RAISED and name not in self._worked:
+                    raise
+            if not _all_lost(values):
+                self._worked.add(name)
+                self._raised[i] = 0
+            if weight and not all(v is None or usable(v) for v in values):
+                known = self._silent[i] >= _SILENT and self.last_failure
+                self.last_failure = (
+                    why or known or f"the reward function {name} gave no finite number"
+                )
+            said += values
+        return said
+
+    def _in_time(self, i: int, call_: Future[Any]) -> bool:
+        """Wait for a call of function `i`; False if it was given up. What runs in processes or asks
+        an address ends by itself.
+        """
+        workers, limit = self._workers[i], self._limits[i]
+        ends = isinstance(self.functions[i][1], _ENDS)
+        while not wait([call_], timeout=_GLANCE).done:
+            if not ends and workers.seconds(call_) > limit:
+                self._silent[i] += 1  # before the next in line is taken
+                workers.give_up(call_)
+                return call_.done()
+        return True
+
+    def _with(self, trajectory: Trajectory, values: Sequence[float | None]) -> Trajectory:
+        """The trajectory with the sum of its parts, of which the environment's is the first."""
+        own, weights = self.environment_weight, [weight for _, weight in self._weights]
+        rewards = [r * own if own else 0.0 for r in trajectory.rewards]
+        last = _last_written(trajectory)
+        extra = total(weights[1:], values[1:])
+        given = trajectory.rewarded if own else ()
+        if extra is not None and any(weights[1:]):
+            rewards[last] += extra
+            given = None if given is None else (*(i for i in given if i != last), last)
+        return replace(trajectory, rewards=rewards, rewarded=given)
+
+    def _of_models(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        """What the reward models say of these episodes, from the tokens that were written."""
+        read = [t.token_ids[: _last_written(t) + 1] for t in trajectories]
+        models = self.models
+        if self._tokenizer is not None:
+            given: dict[str, Any] = {"token_ids": read, "policy": self._tokenizer}
+            given["ended"] = self._ended(trajectories)
+            models = [(name, partial(model, **given), weight) for name, model, weight in models]
+        results = _call(models, trajectories)
+        for values in results:
+            lost = [len(ids) for ids, v in zip(read, values, strict=True) if v and not usable(v)]
+            if lost:
+                self.last_failure = (
+                    f"a reward model gave no score to an episode of {max(lost)} tokens: it takes "
+                    "fewer, or the score is not finite"
+                )
+        return results
+
+    def _ended(self, trajectories: Sequence[Trajectory]) -> list[bool]:
+        """Whether the last answer of each came to its end; else it was cut."""
+        return [
+            t.finish_reason == "stop" or t.token_ids[_last_written(t)] in self._ends
+            for t in trajectories
+        ]
+
+
+def _all_lost(values: Sequence[float | None]) -> bool:
+    return not any(v is None or usable(v) for v in values)
+
+
+def _last_written(trajectory: Trajectory) -> int:
+    """Where the last token that the policy wrote stands."""
+    last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
+    return last
+
+
+def _function(source: Source) -> RewardFunction:
+    """What a source other than the environment and models names, called as the source says."""
+    name = source.source
+    if name.startswith("judge:"):
+        url = name.removeprefix("judge:")
+        return JudgeReward(url, source.judge, source.timeout, key_env=source.key_env)
+    if name.startswith(("http://", "https://")):
+        return HttpReward(name, source.timeout, key_env=source.key_env)
+    if source.timeout or source.processes:  # a thread that hangs cannot always be ended
+        return ProcessReward(name, max(1, source.processes), source.timeout or LONGEST)
+    return load_reward(name)
+
+
+_ENDS = (ProcessReward, HttpReward, JudgeReward)
+"""Functions that end by themselves."""
+
+
+def _limit(function: RewardFunction) -> float:
+    """Seconds for a call. The project's own functions bound each thing that they do."""
+    if isinstance(function, _ENDS):
+        return function.timeout
+    own = getattr(function, "__module__", "").startswith("gearshift.")
+    return math.inf if own else LONGEST
+
+
+def _models(
+    config: ModelConfig, folders: str, how: Literal["mean", "min", "mean_less_std"]
+) -> RewardFunction:
+    members = []
+    for folder in map(Path, folders.split(",")):
+        if not folder.is_dir():
+            raise ConfigError(
+                f"rl.rewards: there is no reward model in {folder}; run the reward stage first."
+            )
+        members.append(ModelReward(config, folder))
+    return members[0] if len(members) == 1 else Ensemble(members, how)
+
+
+def _call(
+    functions: Sequence[Named], trajectories: Sequence[Trajectory]
+) -> list[list[float | None]]:
+    """What each function says of these episodes."""
+    names = {k for t in trajectories for k in t.info} - _NOT_COLUMNS
+    return call(
+        functions,
+        [t.info["messages"][:-1] for t in trajectories],
+        [t.info["completion"] for t in trajectories],
+        [t.token_ids[t.prompt_length :] for t in trajectories],
+        {name: [t.info.get(name) for t in trajectories] for name in sorted(names)},
+    )

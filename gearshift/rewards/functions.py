@@ -1,0 +1,306 @@
+"""Reward functions: how they are named, loaded, called and added up.
+
+A room of its own because their signature is TRL's and their authors are users: every fault is told
+here, by name. It knows texts and numbers, no model and no environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, SupportsFloat, cast
+
+from gearshift.errors import ConfigError
+from gearshift.rewards.http import (
+    NoAnswerError,
+    bearer,
+    checked_address,
+    is_loopback,
+    post,
+    short,
+)
+from gearshift.runtime.addresses import Address
+from gearshift.runtime.named import in_words, named_function
+from gearshift.runtime.worker_threads import GivenUp, within
+from gearshift.types import Message
+
+Rewards = Sequence[float | None]
+LOST = math.nan
+"""A reward that should be there and is not: the function hung, its process died, nobody answered.
+None says that a function does not apply and leaves it out of the sum; this leaves the episode out,
+unless the function has weight 0.
+"""
+ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+"""What every reward function gets besides the columns of the data."""
+MOST_ROWS = 1024
+"""Completions of one request to an address; more are sent in parts."""
+LARGEST = 1e18
+"""A greater reward counts as one that is not finite: its square overflows in fp32."""
+
+
+def usable(reward: float) -> bool:
+    """Whether a reward is a number that training can compute with."""
+    try:
+        return math.isfinite(reward) and abs(reward) <= LARGEST
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+class RewardFunction(Protocol):
+    """TRL's signature: `f(prompts, completions, completion_ids=..., **columns)`, sync or async.
+
+    Every argument is a list with one entry a sample (the columns are those of the data); so is what
+    returns, with None where the function does not apply.
+    """
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **kwargs: Any
+    ) -> Rewards | Awaitable[Rewards]: ...
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The function that `module:function`, `path/to/file.py:function` or `http://...` names.
+
+    Raises `ConfigError` when there is no such file, module or function, or its import fails.
+    """
+    if spec.startswith(("http://", "https://")):
+        return HttpReward(spec)
+    return cast(RewardFunction, named_function(spec, "reward"))
+
+
+class HttpReward:
+    """A reward behind an address: it is sent `{"prompts", "completions", ...columns}` as JSON and
+    answers `{"rewards": [number or null, ...]}`; what `gearshift serve` does for a reward model.
+
+    The environment variable `key_env` is sent as a bearer token. An address that does not answer
+    loses these rewards rather than end the run.
+    """
+
+    last_failure = ""
+    """Why it last did not answer."""
+
+    def __init__(
+        self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
+    ) -> None:
+        """Raises `ConfigError` for an address or a key that cannot be."""
+        host = checked_address(url, url)
+        self.timeout, self.tries = timeout or 60.0, tries
+        key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
+        if key is None and is_loopback(host):  # this machine's own `gearshift serve`
+            key = bearer(None, "GEARSHIFT_KEY")
+        self.address = Address.of(url, key)
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
+    ) -> Rewards:
+        body = {**columns, "prompts": prompts, "completions": completions}
+        if len(completions) <= MOST_ROWS:
+            return self._ask(body)
+        rewards: list[float | None] = []
+        for at in range(0, len(completions), MOST_ROWS):
+            part = {name: column and column[at : at + MOST_ROWS] for name, column in body.items()}
+            told = self._ask(part)
+            if len(told) != len(part["completions"]):
+                return told  # which is told by its number
+            rewards += told
+        return rewards
+
+    def _ask(self, body: dict[str, Any]) -> Rewards:
+        try:
+            return post(self.address, body, _rewards, self.timeout, self.tries)
+        except NoAnswerError as error:
+            self.last_failure = str(error)
+            return [LOST] * len(body["completions"])
+
+
+def _rewards(answer: Any) -> list[float | None]:
+    """What a server says of each; where it names places that it could not score, these are lost."""
+    lost = answer.get("lost") or ()
+    return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]
+
+
+Named = tuple[str, RewardFunction, float]
+"""Name, function, weight."""
+
+
+def combine(
+    functions: Sequence[Named],
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None,
+    columns: dict[str, list[Any]],
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Each sample's weighted sum, and each function's own rewards by its name.
+
+    `functions` are (name, function, weight); see `add_up`. Raises what `call` raises.
+    """
+    results = call(functions, prompts, completions, completion_ids, columns)
+    return add_up([(name, weight) for name, _, weight in functions], results)
+
+
+def call(
+    functions: Sequence[Named],
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None,
+    columns: dict[str, list[Any]],
+) -> list[list[float | None]]:
+    """What each function says of each sample: a number, None, or `LOST`. Each gets copies of the
+    arguments, which are its own to change.
+
+    Raises `ConfigError` naming the function that raises, or that returns anything but one number or
+    None a sample.
+    """
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    results: list[Any] = []
+    for name, function, _ in functions:
+        own = {key: _copied(value) for key, value in {**columns, **given}.items()}
+        with _faults_of(name):
+            results.append(function(**own))
+    _await_all([name for name, _, _ in functions], results)
+    return [
+        _checked(name, result, len(completions))
+        for (name, _, _), result in zip(functions, results, strict=True)
+    ]
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # an environment's own object, which may have no copies
+        return [*value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Whatever is raised inside becomes the `ConfigError` that names the function; but an order to
+    this thread to stop.
+    """
+    try:
+        yield
+    except GivenUp:
+        raise
+    except BaseException as error:
+        main = threading.current_thread() is threading.main_thread()
+        if isinstance(error, KeyboardInterrupt) and main:  # it comes from the keyboard
+            raise
+        raise _raised(name, error) from error
+
+
+def add_up(
+    parts: Sequence[tuple[str, float]], results: Sequence[list[float | None]]
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Each sample's `total` of the parts, which are (name, weight); and the parts by name, None
+    where a reward does not apply or is lost.
+    """
+    weights = [weight for _, weight in parts]
+    by_name: dict[str, list[float | None]] = {}
+    for (name, _), values in zip(parts, results, strict=True):
+        label = name if name not in by_name else f"{name}#{len(by_name)}"
+        by_name[label] = [v if v is not None and usable(v) else None for v in values]
+    return [total(weights, values) for values in zip(*results, strict=True)], by_name
+
+
+def total(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """The sum of weight * value over the parts that have a weight and apply.
+
+    None if one of these is lost, since a sum without it would count it as 0; or if none of those
+    with a weight applies. Where no part has a weight, the total is 0.
+    """
+    if not any(weights):
+        return 0.0
+    terms = [w * v for w, v in zip(weights, values, strict=True) if w and v is not None]
+    return sum(terms) if terms and usable(sum(terms)) else None
+
+
+def _await_all(names: Sequence[str], results: list[Any]) -> None:
+    """Replace the awaitables among the results by what they return; they run side by side."""
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if not waiting:
+        return
+
+    async def gather() -> list[asyncio.Future[Any]]:
+        tasks = [asyncio.ensure_future(results[i]) for i in waiting]
+        while (await asyncio.wait(tasks, timeout=_GLANCE))[1]:
+            pass  # it wakes now and then, for only then can it be told to stop
+        return tasks
+
+    run = partial(_run, gather)
+    with _faults_of(", ".join(names[i] for i in waiting)):  # a sys.exit ends the loop for all
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            answers = run()
+        else:  # the caller's own loop, a notebook's, say
+            answers = within(None, run)
+    for i, answer in zip(waiting, answers, strict=True):
+        with _faults_of(names[i]):
+            results[i] = answer.result()
+
+
+def _run(main: Callable[[], Any]) -> Any:
+    return asyncio.run(main())
+
+
+_GLANCE = 0.5
+"""Seconds between looks at what has not ended."""
+
+
+def _checked(name: str, result: Any, samples: int) -> list[float | None]:
+    """The function's answer as a list of floats and None."""
+    # A text's letters, bytes' codes, a dict's keys and a set's members are no rewards in order.
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
+        raise ConfigError(
+            f"The reward function {name} returned {short(result)};"
+            " it must return a list of numbers."
+        )
+    with _faults_of(name):  # a generator runs only now, and may have no end
+        values = list(islice(result, samples + 1))
+    if len(values) != samples:
+        count = f"more than {samples}" if len(values) > samples else str(len(values))
+        raise ConfigError(
+            f"The reward function {name} returned {count} rewards for {samples} completions;"
+            " it must return one each."
+        )
+    return [None if value is None else _number(name, value) for value in values]
+
+
+def _number(name: str, value: Any) -> float:
+    with _faults_of(name):
+        try:
+            return number(value)
+        except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
+            raise ConfigError(
+                f"The reward function {name} returned {short(value)} as a reward;"
+                " it must be a number or None."
+            ) from None
+
+
+def number(value: Any) -> float:
+    """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float; `LOST` if it
+    is beyond what training computes with. Raises `TypeError`, `ValueError` or `RuntimeError` for
+    what is none, a text for example, which `float` would read.
+    """
+    plain = value.item() if hasattr(value, "item") else value  # a float() of complex ones drops i
+    if not isinstance(plain, SupportsFloat):
+        raise TypeError(f"{short(value)} is no number")
+    try:
+        found = float(plain)
+    except OverflowError:  # an integer beyond all floats
+        return LOST
+    return found if usable(found) else LOST
+
+
+def _raised(name: str, error: BaseException) -> ConfigError:
+    if isinstance(error, ConfigError):  # it says itself what to do
+        return error
+    return ConfigError(
+        f"The reward function {name} raised {in_words(error)}; mend it or take it out."
+    )

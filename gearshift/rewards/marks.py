@@ -1,0 +1,105 @@
+"""The mark in a judge's reply. What is not clearly one is none: a wrong mark is trained on, and a
+missing one is asked for again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from gearshift.rewards.answers import without_thoughts
+
+_NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:\.\d+)?))?"
+# No range, percentage, number with a comma, or second fraction follows.
+_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+(?:to|or)\s+\d)"
+_ALONE = re.compile(rf"\s*{_NUMBER}\s*\.?\s*", re.IGNORECASE)
+_IN_WORDS = re.compile(rf"""(?<!["'\w])score[*\s]*[:=][*\s]*{_NUMBER}{_ENDS}""", re.IGNORECASE)
+# `{'score': 8}`, or JSON that is broken behind its mark; what stops within the number is neither.
+_NEARLY = re.compile(rf"""\{{\s*["']score["']\s*:\s*["']?{_NUMBER}["']?\s*[,}}]""", re.IGNORECASE)
+# About an object that stands on lines of its own: a fence, or what makes it bold.
+_BESIDE = " \t`*."
+
+
+def parse_mark(text: str, high: float | None = None) -> float | None:
+    """The number that a reply gives; thoughts before it do not count.
+
+    In this order, and the last where there are several: a reply that is a number alone; a JSON
+    object `{"score": N}`, rather one on lines of its own than one within a sentence; `Score: N`.
+    Once JSON has a score, words are not looked at. N is a number, in quotes or not; `N/M` is N if M
+    is the best mark, `high`, and else none. An endless reply has none.
+    """
+    text = without_thoughts(text).strip()
+    if len(text) > _MOST:
+        return None
+    if alone := _ALONE.fullmatch(text):
+        return _number(alone, high)
+    objects, rest = _objects(text)
+    if objects:
+        _, value = max(objects, key=lambda one: one[0])
+        return _value(value, high)
+    if nearly := {_number(m, high) for m in _NEARLY.finditer(rest)}:
+        return nearly.pop() if len(nearly) == 1 else None
+    words = [_number(m, high) for m in _IN_WORDS.finditer(rest)]
+    return words[-1] if words else None
+
+
+def _objects(text: str) -> tuple[list[tuple[tuple[bool, int], Any]], str]:
+    """The scores of the JSON objects in a text, each with (whether it stands on lines of its own,
+    place); and the text without any object. One inside another has no say.
+    """
+    found, rest, place = [], "", 0
+    while (start := text.find("{", place)) >= 0:
+        rest += text[place:start]
+        try:
+            value, place = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            place = _closes(text, start)
+            rest += text[start:place]
+            continue
+        before, after = text[:start].rpartition("\n")[2], text[place:].partition("\n")[0]
+        own_lines = before.strip(_BESIDE) in ("", "json") and not after.strip(_BESIDE)
+        if "score" in value:
+            found.append(((own_lines, start), value["score"]))
+    return found, rest + text[place:]
+
+
+def _closes(text: str, start: int) -> int:
+    """Where the brace at `start` is closed, or the end of the text."""
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.end()
+    return len(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of an object its score alone; one that it names twice is none."""
+    scores = [value for key, value in pairs if key.strip().lower() == "score"]
+    return {"score": scores[0] if len(scores) == 1 else None} if scores else {}
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"JSON has no {word}.")
+
+
+_MOST = 1 << 15
+"""Characters of a reply that may hold a mark: of braces alone, more would take minutes to read."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+
+
+def _value(value: Any, high: float | None) -> float | None:
+    if isinstance(value, str):
+        alone = _ALONE.fullmatch(value)
+        return _number(alone, high) if alone else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 else None
+
+
+def _number(found: re.Match[str], high: float | None) -> float | None:
+    mark, best = float(found[1]), found[2]
+    of_another_scale = best is not None and high is not None and float(best) != high
+    return None if of_another_scale or not math.isfinite(mark) else mark

@@ -1,0 +1,214 @@
+"""Objects of the program as the tests hold them: a number, and what can be asked of it.
+
+An object never equals plain data, whatever its `__eq__` would say: what is expected never reaches
+the program. (One whose class derives from a plain type is compared here, by the data in it.)
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from functools import cache
+from typing import Any
+
+from gearshift.rewards.sandbox_child.names import PLAIN_NAMES
+from gearshift.rewards.sandbox_child.program import BASES, OPERATORS
+
+_OF_ANY = frozenset(
+    [
+        "__name__",
+        "__qualname__",
+        "__doc__",
+        "__module__",
+        "__dict__",
+        "__annotations__",
+        "__defaults__",
+        "__wrapped__",
+        "__members__",
+        "__slots__",
+    ]
+)
+_LIKE = {"": object, "generator": types.GeneratorType, "function": types.FunctionType}
+_PLAIN = {base.__name__: base for base in BASES}
+FACES: dict[str, type] = {**_LIKE, **_PLAIN}
+"""What `isinstance` sees an object as: a generator, a function, plain data that it derives from."""
+
+
+class Thing:
+    """What any object can be asked."""
+
+    __slots__ = ("_face", "_tester", "_thing")
+
+    def __init__(self, number: int, tester: Any, face: str) -> None:
+        for name, value in (("_thing", number), ("_tester", tester), ("_face", face)):
+            object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return FACES[self._face]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OF_ANY:  # this object has it too
+            return self._tester.ask("get", self, name)
+        return object.__getattribute__(self, name)
+
+    def __eq__(self, other: object) -> Any:
+        if self is other:
+            return True
+        if is_thing(other):
+            return self._tester.ask("eq", self, other) is True
+        return self._plain() == other if self._face in _PLAIN else NotImplemented
+
+    def _plain(self) -> Any:
+        return self._tester.ask("plain", self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._tester.ask("deepcopy", self)
+
+    def __copy__(self) -> Any:
+        return self._tester.ask("copy", self)
+
+    def __hash__(self) -> int:
+        return int(self._tester.ask("hash", self))
+
+    def __bool__(self) -> bool:
+        return self._tester.ask("bool", self) is True
+
+    def __repr__(self) -> str:
+        return str(self._tester.ask("repr", self))
+
+    def __str__(self) -> str:
+        return str(self._tester.ask("str", self))
+
+    def __format__(self, spec: str) -> str:
+        return str(self._tester.ask("format", self, spec))
+
+
+class Iterated:
+    """An iterator."""
+
+    __slots__ = ()
+    _tester: Any
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return self._tester.ask("next", self)
+
+
+class Called:
+    """A function, a class, or what else can be called."""
+
+    __slots__ = ()
+    _tester: Any
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._tester.ask("call", self, *args, **kwargs)
+
+
+class Class:
+    """A class of the program."""
+
+    __slots__ = ()
+    _tester: Any
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return is_thing(instance) and self._tester.ask("isinstance", instance, self) is True
+
+    def __subclasscheck__(self, other: Any) -> bool:
+        return is_thing(other) and self._tester.ask("issubclass", other, self) is True
+
+
+class Object:
+    """An object of which the tests speak as an object: operators, places, attributes, contexts."""
+
+    __slots__ = ()
+    _tester: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        found = self._tester.ask("get", self, name)
+        if is_thing(found) and name in PLAIN_NAMES and not self._tester.read.operators:
+            raise AttributeError(name)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._tester.ask("set", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._tester.ask("delete", self, name)
+
+    def __dir__(self) -> Any:
+        return self._tester.ask("dir", self)
+
+    def __contains__(self, item: Any) -> bool:
+        if not is_thing(item) and not self._tester.read.operators:
+            raise TypeError("what is no plain data holds none")
+        return self._tester.ask("contains", self, item) is True
+
+    def __enter__(self) -> Any:
+        return self._tester.ask("enter", self)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        """Only what the tests raise by a statement of their own is for the program to swallow."""
+        swallowed = bool(self._tester.ask("exit", self, kind, error, None))
+        return swallowed and error is not None and self._tester.raised_by_tests(error)
+
+
+def is_thing(value: Any) -> bool:
+    return issubclass(type(value), Thing)
+
+
+def _unary(what: str) -> Any:
+    return lambda self, *args: self._tester.ask(what, self, *args)
+
+
+def _binary(what: str, swapped: bool) -> Any:
+    """An operator, between an object and plain data where the tests mean one of the program's
+    classes: else it could answer `f(2) - 4` with what the tests wait for.
+    """
+
+    def operate(self: Any, other: Any) -> Any:
+        if not is_thing(other) and not self._tester.read.operators:
+            return NotImplemented
+        return self._tester.ask(what, *((other, self) if swapped else (self, other)))
+
+    return operate
+
+
+def _ordered(what: str) -> Any:
+    def compare(self: Any, other: Any) -> Any:
+        if is_thing(other):
+            return self._tester.ask(what, self, other) is True
+        if self._face in _PLAIN:
+            return getattr(operator, what)(self._plain(), other)
+        return NotImplemented
+
+    return compare
+
+
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Thing, f"__{_name}__", _ordered(_name))
+for _name in (
+    "len", "iter", "reversed", "getitem", "setitem", "delitem", "int", "float", "index",
+    "complex", "abs", "round", "neg", "pos", "invert",
+):  # fmt: skip
+    setattr(Object, f"__{_name}__", _unary(_name))
+for _name in OPERATORS:
+    setattr(Object, f"__{_name}__", _binary(_name, False))
+    setattr(Object, f"__r{_name}__", _binary(_name, True))
+    if _name != "divmod":
+        setattr(Object, f"__i{_name}__", _binary("i" + _name, False))
+
+
+@cache
+def kind(abilities: tuple[str, ...], objects: bool) -> type[Thing]:
+    """The class of things with these abilities."""
+    bases: list[type] = []
+    bases += [Class] if "class" in abilities else []
+    bases += [Iterated] if "next" in abilities else []
+    bases += [Called] if "call" in abilities else []
+    bases += [Object] if objects else []
+    return type("Thing", (*bases, Thing), {"__slots__": ()})

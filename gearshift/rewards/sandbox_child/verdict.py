@@ -1,0 +1,334 @@
+"""The tests' side, which gives the verdict. A name that the tests use and nobody else has is the
+program's: it is asked for across the pipes, with plain data.
+
+A program is wrong unless the tests come to their end; an answer that is no plain data is an object
+(see `things`), which never equals any. The tests are unusable, which the text alone decides, if no
+program can be put to them: they do not parse, need what a sandbox lacks, or never ask the program.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import operator
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO, NoReturn
+
+from gearshift.rewards.sandbox_child import FAILED, PASSED, UNUSABLE, functions, reading
+from gearshift.rewards.sandbox_child.given import allowed, of_library, rebuilt
+from gearshift.rewards.sandbox_child.program import plain, renew
+from gearshift.rewards.sandbox_child.reading import Reading, UnusableError
+from gearshift.rewards.sandbox_child.things import FACES, Thing, is_thing, kind
+from gearshift.rewards.sandbox_child.wire import DEEP, Wire, decode, encode
+
+_MUTABLE = (list, dict, set, bytearray)
+
+
+class StopError(Exception):
+    """A `StopIteration` of the program: it ends no loop of the tests."""
+
+    value: Any = None
+
+
+StopError.__name__ = StopError.__qualname__ = "StopIteration"
+_STOPS = (StopIteration, StopAsyncIteration, GeneratorExit)
+
+
+class Space(dict[str, Any]):
+    """The tests' names; what they do not have is the program's."""
+
+    def __init__(self, tester: Tester, **names: Any) -> None:
+        super().__init__(names)
+        self._tester = tester
+
+    def __missing__(self, name: str) -> Any:
+        for mark in (reading.SOFT, reading.HARD):
+            if name.startswith(mark):
+                try:
+                    return self._tester.ask("name", name.removeprefix(mark))
+                except NameError:
+                    if mark == reading.HARD:
+                        raise
+                    return getattr(builtins, name.removeprefix(mark))
+        if hasattr(builtins, name) or name.startswith("__"):
+            raise KeyError(name)
+        return self._tester.ask("name", name)
+
+
+class Tester:
+    """One end of the pipes, and all that the tests and the program know of each other."""
+
+    def __init__(self, read: Reading, gets: BinaryIO, sends: BinaryIO) -> None:
+        self.read = read
+        self._wire = Wire(gets, sends, self._serve, self._wrong, read.nan)
+        self.asked = False
+        self.failed = False
+        """An assertion in a function that the program called did not hold."""
+        self.raised: list[BaseException] = []
+        """By the program."""
+        self._unseen = False
+        """The last of these has come to no `except`, or the like, of the tests."""
+        self._thrown: list[BaseException] = []
+        """By functions of the tests that the program called."""
+        self._things: dict[int, Thing] = {}
+        self._given: list[Any] = []
+        """Objects of the tests that the program knows, by number."""
+        self._numbers: dict[int, int] = {}
+        self._errors: dict[str, type[BaseException]] = {}
+        self._parts: list[tuple[Any, str, Any, Any]] = []
+        """Data that the tests got as an attribute: of what, its name, itself, what it was."""
+
+    def settle(self) -> None:
+        self.ask("settle", self.read.objects, self.read.prints)
+        self.asked = False
+
+    def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
+        """What the program answers, or raises. One that does not answer is wrong, here and now: the
+        tests' own code does not get to see it.
+        """
+        self.asked = True
+        self._give_back()
+        if what != "name":  # which an `except` asks for
+            self.seen(must=True)
+        watched = self._watched(args) if what == "call" else []
+        try:
+            given = [encode(a, self._other) for a in args]
+            named = {k: encode(v, self._other) for k, v in kwargs.items()}
+            self._wire.send(["ask", [what, given, named, watched]])
+        except (RecursionError, ValueError):
+            unusable("they pass what is nested too deep, or too long")
+        except OSError:
+            self._wrong()
+        error: BaseException | None
+        try:
+            answer, content, printed, changed, same = self._wire.wait()
+            for place in watched:
+                renew(args[place], decode(changed[str(place)], self._received))
+            if printed:
+                sys.stdout.write(str(printed))
+            if answer == "raised":
+                error = self._error(*content)
+            else:
+                value = decode(content, self._received)
+                value = next((args[i] for i in same if args[i] == value), value)
+                error = StopIteration(value) if answer == "stop" else None
+                assert what == "next" or answer == "value"
+        except BaseException:
+            self._wrong()
+        if error is not None:
+            self._unseen = what == "call"
+            raise error
+        if what == "get" and type(value) in _MUTABLE:
+            self._parts.append((args[0], args[1], value, encode(value, self._other)))
+        return value
+
+    def _give_back(self) -> None:
+        """What the tests have changed in an attribute's data (`board.cells[0] = 1`), the program's
+        object is to have.
+        """
+        parts, self._parts = self._parts, []
+        for owner, name, value, before in parts:
+            now = encode(value, self._other)
+            if now != before:
+                self.ask("renew", owner, name, value)
+            if sys.getrefcount(value) > 3:  # a variable of the tests holds it
+                self._parts.append((owner, name, value, now))
+
+    def seen(self, must: bool = False) -> None:
+        """The tests have caught what the program raised. (`must`: else Python has swallowed it, as
+        `hasattr` does, and they go on as if it had answered.)
+        """
+        if must and self._unseen:
+            self._wrong()
+        self._unseen = False
+
+    def _wrong(self) -> NoReturn:
+        os._exit(FAILED)
+
+    def raised_by_tests(self, error: BaseException) -> bool:
+        """By a statement of their own."""
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        own = trace and trace.tb_frame.f_code.co_filename == reading.TESTS
+        return bool(own and trace and trace.tb_lineno in self.read.raises)
+
+    def _watched(self, args: Any) -> list[int]:
+        """Which arguments are variables that the tests look at afterwards."""
+        held: set[int] = set()
+        frame = sys._getframe(2) if self.read.watched else None
+        while frame:
+            if frame.f_code.co_filename == reading.TESTS:
+                names = frame.f_locals
+                held |= {id(names[n]) for n in self.read.watched if n in names}
+            frame = frame.f_back
+        return [i for i, a in enumerate(args) if id(a) in held and type(a) in _MUTABLE]
+
+    def _other(self, value: Any) -> Any:
+        """What is not plain data, as the program gets it."""
+        if is_thing(value):
+            return ["yours", value._thing]
+        if isinstance(value, type) and value in self._errors.values():
+            return ["error", value.__name__]
+        if isinstance(value, (int, float, str, bytes)):
+            return encode(plain(value), self._other)
+        if found := of_library(value):
+            return ["global", *found]
+        if parts := rebuilt(value):
+            return ["made", *(encode(part, self._other) for part in parts)]
+        number = self._numbers.setdefault(id(value), len(self._given))
+        if number == len(self._given):
+            self._given.append(value)
+        return ["mine", number, str(getattr(value, "__name__", ""))]
+
+    def _received(self, form: str, rest: list[Any]) -> Any:
+        if form == "yours":
+            return self._given[rest[0]]
+        if form == "builtin":
+            found = getattr(builtins, rest[0])
+            assert isinstance(found, type)
+            return found
+        if form == "error":
+            return self._error_class(rest[0])
+        assert form == "mine"
+        number, abilities, face = rest
+        assert face in FACES
+        if number not in self._things:
+            made = kind(tuple(abilities), self.read.objects)
+            self._things[number] = made(number, self, face)
+        return self._things[number]
+
+    def _error_class(self, names: list[list[Any]]) -> type[BaseException]:
+        """A class of exceptions: Python's own, or one that stands for the program's."""
+        (name, known), *bases = names
+        if known:
+            found = getattr(builtins, name)
+            assert isinstance(found, type) and issubclass(found, BaseException)
+            ends = issubclass(found, _STOPS)
+            return StopError if ends else found
+        if name not in self._errors:
+            base = self._error_class(bases)
+            self._errors[name] = type(name, (base,), {"__str__": lambda self: self._text})
+        return self._errors[name]
+
+    def _error(
+        self, names: list[list[Any]], args: list[Any], more: dict[str, Any], text: str, token: Any
+    ) -> BaseException:
+        if token is not None:
+            return self._thrown[token]
+        found = self._error_class(names)
+        given = [decode(a, self._received) for a in args]
+        try:
+            error = found(*given)
+        except Exception:  # it wants other arguments
+            error = found.__new__(found)
+            error.args = (str(text),)
+        if not names[0][1]:
+            error._text = str(text)  # type: ignore[attr-defined]
+        for name, value in more.items():
+            if not name.startswith("_"):
+                setattr(error, name, decode(value, self._received))
+        if isinstance(error, StopError) and given:
+            error.value = given[0]
+        self.raised.append(error)
+        return error
+
+    def _serve(self, request: Any) -> Any:
+        """What the program asks of an object of the tests that it was given."""
+        try:
+            what, args, kwargs = request
+            target, *given = (decode(a, self._received) for a in args)
+            named = {k: decode(v, self._received) for k, v in kwargs.items()}
+            assert id(target) in self._numbers
+            do = allowed(target, what, given)
+        except BaseException:
+            self._wrong()
+        try:
+            return ["value", encode(do(target, *given, **named), self._other)]
+        except StopIteration:
+            return ["stop"]
+        except BaseException as error:
+            self.seen()
+            self.failed = self.failed or isinstance(error, AssertionError)
+            self._thrown.append(error)
+            names = [k.__name__ for k in type(error).__mro__ if k.__module__ == "builtins"]
+            texts = [str(a) if not isinstance(a, (int, float)) else a for a in error.args]
+            return ["raised", names[0], texts, len(self._thrown) - 1]
+
+
+def _next(iterator: Any) -> Any:
+    """`next(iterator)`, which for one of the program ends no loop of the tests."""
+    try:
+        return next(iterator)
+    except StopIteration as stop:
+        if not is_thing(iterator):
+            raise
+        error = StopError(*stop.args)
+        error.value = stop.value
+        raise error from None
+
+
+def _compare(left: Any, names: tuple[str, ...], *others: Any) -> Any:
+    """A comparison of order, in which what is not a number makes the program wrong: a test that it
+    passes by negation has not seen it.
+    """
+    result: Any = True
+    for name, right in zip(names, others, strict=True):
+        if any(type(x).__name__ in ("float", "Decimal") and x != x for x in (left, right)):
+            os._exit(FAILED)
+        result = _OPERATORS[name](left, right)
+        if not result:
+            return result
+        left = right
+    return result
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
+    "Eq": operator.eq, "NotEq": operator.ne, "Is": operator.is_, "IsNot": operator.is_not,
+    "In": lambda a, b: a in b, "NotIn": lambda a, b: a not in b,
+}  # fmt: skip
+
+
+def unusable(why: str) -> NoReturn:
+    print(why, file=sys.stderr, flush=True)
+    os._exit(UNUSABLE)
+
+
+def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoReturn:
+    """End the process with the verdict."""
+    sys.setrecursionlimit(DEEP)
+    try:
+        read = reading.read(source, entry_point)
+    except UnusableError as error:
+        unusable(str(error))
+    tester = Tester(read, gets, sends)
+    own = {reading.COMPARE: _compare, reading.STOP: StopError}
+    file = {"__name__": "__main__", "__file__": reading.TESTS}
+    space = Space(tester, **own, **file, math=importlib.import_module("math"))
+    space[reading.TYPE] = lambda x: tester.ask("get", x, "__class__") if is_thing(x) else type(x)
+    space[reading.NEXT], space[reading.SEEN] = _next, tester.seen
+    tester.settle()
+    try:
+        functions.prepare(space, read)
+        for name in read.in_classes:
+            with suppress(NameError):
+                space.setdefault(name, space[name])
+        exec(read.code, space)
+        functions.run(space, read)
+    except UnusableError as error:
+        unusable(str(error))
+    except SystemExit as error:
+        if error.code or error in tester.raised:
+            os._exit(FAILED)
+    except BaseException:  # the tests have not come to their end
+        os._exit(FAILED)
+    tester.seen(must=True)
+    if tester.failed:
+        os._exit(FAILED)
+    if not tester.asked:
+        unusable("they never ask the program")
+    os._exit(PASSED)

@@ -1,0 +1,103 @@
+"""Reward functions in processes of their own, which can be killed: a thread that hangs cannot.
+
+Pebble keeps the pool: it ends the worker of a call that takes too long, and replaces workers that
+died. It knows nothing of environments or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from threading import Lock
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from gearshift.errors import ConfigError
+from gearshift.rewards.functions import LOST, RewardFunction, Rewards, call, load_reward
+from gearshift.runtime.worker_threads import end_with_parent, one_process
+from gearshift.types import Message
+
+_START = 300.0
+"""Seconds that a worker may take to start, besides what its first call takes."""
+_functions: dict[str, RewardFunction] = {}
+"""In a worker: what it has loaded."""
+
+
+class ProcessReward:
+    """The function that `spec` names, called in `processes` workers.
+
+    A call that takes longer than `timeout` seconds (a worker's start does not count), or whose
+    worker dies, gives `LOST` for its samples, and another worker takes its place. Arguments and
+    rewards cross as plain data.
+    """
+
+    last_failure = ""
+    """Why the last rewards were lost."""
+
+    def __init__(self, spec: str, processes: int, timeout: float) -> None:
+        """Raises `ConfigError` like `load_reward`."""
+        load_reward(spec)  # a fault is told here, not by each worker
+        self.spec, self.timeout, self.parallel = spec, timeout, processes
+        self._lock = Lock()
+        self._pool = self._new_pool()
+
+    def __call__(
+        self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
+    ) -> Rewards:
+        given = {**columns, "prompts": prompts, "completions": completions}
+        with self._lock:
+            if not self._pool.active:  # it broke: idle workers died
+                self._pool = self._new_pool()
+            future = self._pool.schedule(_score, (self.spec, given), timeout=self.timeout)
+        try:
+            rewards, fault = future.result(self.timeout + _START)
+        except FutureTimeout:
+            future.cancel()  # its worker hangs in its start; else it has ended
+            self.last_failure = f"the reward function {self.spec} took more than {self.timeout:g} s"
+        except (ProcessExpired, BrokenProcessPool) as error:
+            self.last_failure = f"the process of the reward function {self.spec} died ({error})"
+        else:
+            if fault:
+                raise ConfigError(fault)
+            return rewards
+        return [LOST] * len(completions)
+
+    def close(self) -> None:
+        """End the workers."""
+        _end(self._pool)
+
+    def _new_pool(self) -> ProcessPool:
+        pool = ProcessPool(
+            self.parallel, initializer=_load, initargs=(self.spec,), context=get_context("spawn")
+        )
+        weakref.finalize(self, _end, pool)  # a worker that starts as the run ends is ended too
+        return pool
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _load(spec: str) -> None:
+    end_with_parent()
+    with contextlib.suppress(ConfigError):  # told by the call
+        _functions[spec] = load_reward(spec)
+
+
+def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
+    """The rewards; and the fault in words, if there is one, since not every exception can cross."""
+    try:
+        function = _functions.get(spec) or load_reward(spec)
+        prompts, completions = given.pop("prompts"), given.pop("completions")
+        ids = given.pop("completion_ids", None)
+        with one_process():
+            return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
+    except ConfigError as error:
+        return [], str(error)
+    except KeyboardInterrupt:  # of its own: the keyboard's does not reach a worker
+        return [], f"The reward function {spec} raised KeyboardInterrupt; mend it or take it out."

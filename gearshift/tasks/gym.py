@@ -1,0 +1,205 @@
+"""Any registered text environment as a task: its rows are seeds; or its episodes are drawn by seed.
+
+A room of its own so that a recipe can name an environment, the user's too, without code here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import gymnasium
+from pydantic import Field
+
+from gearshift.data.overlap import prompt_text
+from gearshift.environments.base import TextEnvironment
+from gearshift.environments.registry import make_environment
+from gearshift.errors import ConfigError, DataError
+from gearshift.runtime.config import Config
+from gearshift.runtime.seeding import named_seed
+from gearshift.runtime.terminal import say
+from gearshift.tasks.rows import read_rows, write_rows
+from gearshift.tasks.task import Task
+from gearshift.types import Message
+
+_TRIES = 200
+"""Episodes of random play for each that is to be won."""
+
+
+class GymConfig(Config):
+    """A text environment that Gymnasium knows."""
+
+    name: Literal["gym"] = "gym"
+    """Which task this is."""
+    id: str = "gearshift/GymInWords-v0"
+    """The environment's id, or `my_module:MyEnvironment-v0`, whose module registers it."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What it is made with."""
+    system: str | None = None
+    """A system message before each episode."""
+    validation: int = Field(64, ge=1)
+    """Episodes of validation, at most."""
+    test: int = Field(64, ge=1)
+    """Episodes of the test, at most."""
+    starts: int | None = Field(None, ge=0)
+    """Seeds that are drawn to find how episodes start, so that no start is in two of training,
+    validation and test. 0: episodes are drawn by seeds, each split's its own, and may start alike.
+    null: 1000 for `gearshift/GymInWords-v0`, 0 for others."""
+    heldout_fraction: float = Field(0.3, gt=0, lt=1)
+    """Share of the different starts that training never sees: half of them are for validation, half
+    for the test."""
+    labelled: int = Field(0, ge=0)
+    """Episodes of random play (answers drawn from the environment's action space), for supervised
+    fine-tuning: they teach what an answer looks like, not which one is good."""
+    labelled_won: bool = False
+    """Keep only those of them that the environment calls a success."""
+    metric: str = "success"
+    """The figure that policies are compared by: `success` where the environment tells it, else
+    `reward`, or the name of one of its metrics."""
+
+
+class WithSystem(gymnasium.Wrapper[str, str, str, str]):
+    """The environment, with a system message before what the user says first."""
+
+    def __init__(self, env: TextEnvironment, system: str) -> None:
+        super().__init__(env)
+        self.system = system
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        first: Message = {"role": "system", "content": self.system}
+        said = info.get("messages") or [{"role": "user", "content": observation}]
+        return observation, {**info, "messages": [first, *said]}
+
+
+class OfRows(gymnasium.Wrapper[str, str, str, str]):
+    """The environment, each of whose episodes starts by the seed of one of these rows."""
+
+    def __init__(self, env: TextEnvironment, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(env)
+        self.rows = rows
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        row = (options or {}).get("row", (seed or 0) % len(self.rows))
+        return self.env.reset(seed=self.rows[row]["seed"])
+
+
+def make(config: GymConfig, path: Path) -> TextEnvironment:
+    """The environment over the rows of `path`; without such a file the seeds tell the splits."""
+    environment = make_environment(config.id, **config.kwargs)
+    if config.system is not None:
+        environment = cast(TextEnvironment, WithSystem(environment, config.system))
+    if path.stem in ("train", "validation", "test") and path.exists():
+        return cast(TextEnvironment, OfRows(environment, read_rows(path, "seed")))
+    return environment
+
+
+def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write the task's files into `folder`, the same for the same seed; returns them by name.
+
+    train.jsonl        prompt, cluster, seed; where episodes are told apart by their starts
+    validation.jsonl   the same; and test.jsonl: no start is in two files
+    labelled.jsonl     messages: random play from starts of training; if any is asked for
+
+    Raises `ConfigError` if the environment cannot be made or has fewer than three starts.
+    """
+    environment = make(config, folder / "labelled.jsonl")
+    files: dict[str, list[dict[str, Any]]] = dict(_split_starts(config, environment, seed))
+    if config.labelled:
+        known = {row["cluster"] for row in files.get("train", ())}
+        files["labelled"] = _labelled(config, environment, seed, known)
+    environment.close()
+    return write_rows(folder, files) if files else {}
+
+
+def start_of(messages: Sequence[Message], row: Any) -> str:
+    """What tells starts apart: the row that the environment names, else what is said."""
+    return prompt_text(messages) if row is None else f"row {row}"
+
+
+def _split_starts(
+    config: GymConfig, environment: TextEnvironment, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split; none where episodes are drawn by their seeds."""
+    draws = config.starts
+    if draws is None:
+        draws = 1000 if config.id == GymConfig().id else 0
+    by_start: dict[str, list[dict[str, Any]]] = {}
+    for i in range(draws):
+        start = named_seed(seed, f"gym/start/{i}") % 2**31
+        observation, info = environment.reset(seed=start)
+        said = info.get("messages") or [{"role": "user", "content": observation}]
+        key = start_of(said, info.get("row"))
+        # Where the environment names its row, equal words may begin different problems.
+        prompt = said if info.get("row") is None else []
+        by_start.setdefault(key, []).append({"prompt": prompt, "cluster": key, "seed": start})
+    if draws and len(by_start) < 3:
+        told = f"{config.id} starts in {len(by_start)} way(s) only"
+        if config.starts:
+            raise ConfigError(f"{told}, too few to hold some out; set task.starts=0.")
+        say(f"data: {told}: held-out episodes start as those of training do")
+    if len(by_start) < 3:
+        return {}
+    order = sorted(by_start)
+    random.Random(named_seed(seed, "gym/starts")).shuffle(order)
+    cut = min(len(order) - 1, max(2, round(config.heldout_fraction * len(order))))
+    splits = {
+        "validation": order[: cut // 2],
+        "test": order[cut // 2 : cut],
+        "train": order[cut:],
+    }
+    files = {}
+    for split, starts in splits.items():
+        # Each start once, then each again, so that any first part holds all alike.
+        turns = zip_longest(*(by_start[start] for start in starts))
+        rows = [row for turn in turns for row in turn if row is not None]
+        files[split] = rows if split == "train" else rows[: getattr(config, split)]
+    return files
+
+
+def _labelled(
+    config: GymConfig, environment: TextEnvironment, seed: int, known: set[str]
+) -> list[dict[str, Any]]:
+    """Conversations of random play, from the starts that are `known` (if any are)."""
+    environment.action_space.seed(named_seed(seed, "gym/play") % 2**31)
+    rows: list[dict[str, Any]] = []
+    for i in range(_TRIES * config.labelled):
+        messages, won = _play(environment, named_seed(seed, f"gym/labelled/{i}") % 2**31, known)
+        if messages and (won or not config.labelled_won):
+            rows.append({"messages": messages})
+        if len(rows) == config.labelled:
+            break
+    else:
+        raise DataError(
+            f"Random play was won {len(rows)} times in {_TRIES * config.labelled} episodes of "
+            f"{config.id}; lower labelled, or set labelled_won=false."
+        )
+    return rows
+
+
+def _play(environment: TextEnvironment, seed: int, known: set[str]) -> tuple[list[Message], bool]:
+    """The conversation of one episode of random play, up to its last answer; whether it was won.
+    No messages if its start is not `known`, where any are.
+    """
+    observation, info = environment.reset(seed=seed)
+    messages: list[Message] = []
+    said = info.get("messages") or [{"role": "user", "content": observation}]
+    if known and start_of(said, info.get("row")) not in known:
+        return [], False
+    while True:
+        messages += info.get("messages") or [{"role": "user", "content": observation}]
+        answer = environment.action_space.sample()
+        messages.append({"role": "assistant", "content": answer})
+        observation, _, ended, cut, info = environment.step(answer)
+        if ended or cut:
+            return messages, bool(info.get("success", False))
+
+
+TASK = Task("gym", GymConfig, prepare, make)

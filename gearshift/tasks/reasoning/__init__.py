@@ -1,0 +1,1 @@
+"""The task `reasoning`: see `task`."""

@@ -1,0 +1,339 @@
+"""Your own rows and your own reward function as a one-turn task; and how tasks keep their rows.
+
+A room of its own because here everything comes from the user: each fault is told by file and row.
+It knows texts, files and a reward's name, no model and no trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gearshift.data.clean import CleanConfig, clean
+from gearshift.data.formats import ChatExample, SourceRow, to_prompt, to_supervised
+from gearshift.data.given import given
+from gearshift.data.messages import ROLES, show
+from gearshift.data.overlap import near, prompt_keys
+from gearshift.data.sources import SourceConfig, load_rows
+from gearshift.environments.base import RowEnvironment
+from gearshift.errors import ConfigError, DataError
+from gearshift.rewards.functions import ARGUMENTS, RewardFunction, load_reward
+from gearshift.rollouts.intervals import merged
+from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.files import write_text
+from gearshift.runtime.seeding import named_seed
+from gearshift.runtime.terminal import say
+from gearshift.tasks.task import Task
+from gearshift.types import Message
+
+Row = dict[str, Any]
+
+
+class RowsConfig(Config):
+    """Your own data: prompts, whatever else the reward function reads, and the function."""
+
+    name: Literal["data"] = "data"
+    """Which task this is."""
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Files or data sets with `prompt` (text or messages) and the reward's columns. Rows that have
+    an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Of several
+    sources each gives all its rows; one of twice the least weight gives them twice."""
+    validation: PathText | float = 0.1
+    """A file of rows to choose settings by; or the share of the prompts of `train`."""
+    test: PathText | float = 0.1
+    """A file of rows to be looked at in the end; or the share of the prompts of `train`. A column
+    `cluster` names rows that are one problem, as rows with equal prompts are; no problem stands in
+    two splits."""
+    reward: PathText
+    """The environment's own reward, with TRL's signature: `file.py:function`,
+    `package.module:function` or `http://...`."""
+    success_threshold: float | None = 1.0
+    """The reward from which an answer counts as a success; null: success is not told."""
+    system: str | None = None
+    """A system message put before every prompt that has none."""
+    clean: CleanConfig = CleanConfig()
+    """Applied to each source."""
+
+
+def write_rows(folder: Path, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, Path]:
+    """Write each split's rows to `<split>.jsonl` in the folder; returns the paths by split."""
+    paths = {split: folder / f"{split}.jsonl" for split in files}
+    for split, rows in files.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_text(paths[split], "".join(lines))
+    return paths
+
+
+def read_rows(path: str | Path, *needed: str) -> Sequence[Row]:
+    """A prepared file's rows, `prompt` and the columns that are needed in each.
+
+    Raises `DataError` if the file is missing, or not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no file {path}; prepare the task's data first.")
+    return _read(path, path.stat().st_mtime_ns, ("prompt", *needed))
+
+
+@lru_cache(16)
+def _read(path: Path, changed: int, needed: tuple[str, ...]) -> Sequence[Row]:
+    """Once for all environments side by side; `changed` tells a file's versions apart."""
+    rows = load_rows(str(path))
+    for row in rows:
+        if missing := [column for column in needed if column not in row]:
+            raise DataError(
+                f"{path} has a row without `{missing[0]}`; prepare the task's data anew."
+            )
+    return rows
+
+
+# The data
+
+
+def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write the task's files into `folder`, the same for the same seed; returns them by name.
+
+    labelled.jsonl        messages, of the rows of `train` that have an answer; if there are any
+    train.jsonl           prompt, and every column for the reward
+    validation.jsonl      the same
+    test.jsonl            the same; no prompt and no `cluster` stands in two of the three
+
+    Which rows of one file were left out because another file has their problem, and which prompts
+    are nearly equal, is printed with an example. Raises `DataError` naming the file and the row
+    that cannot be used, `ConfigError` if the reward cannot be loaded.
+    """
+    load_reward(config.reward)  # before any work is done
+    least = min(source.weight for source in config.train)
+    rows: list[Mapping[str, Any]] = []
+    times: list[int] = []
+    for source in config.train:
+        found = _cleaned(source, config.clean)
+        rows += found
+        times += [max(1, round(source.weight / least))] * len(found)
+    of_split: dict[str, list[Mapping[str, Any]]] = {"train": rows}
+    for split in _HELDOUT:
+        if isinstance(named := getattr(config, split), str):
+            of_split[split] = [*_cleaned(SourceConfig(path=named), config.clean)]
+    # Without the recipe's own system message, so that it is no part of what is asked.
+    keys = _keys({split: [to_prompt(row).prompt for row in of_split[split]] for split in of_split})
+    problems = _problems(of_split, keys)
+    kept = _cut(config, problems, seed)
+    _tell_overlap(of_split, keys, problems, kept)
+    files: dict[str, list[Row]] = {
+        split: [_prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
+        for split in _HELDOUT
+    }
+    trained = [(rows[i], _prompt_row(rows[i], config.system), times[i]) for _, i in kept["train"]]
+    files["train"] = [prompt for _, prompt, count in trained for _ in range(count)]
+    labelled = [
+        _labelled(row, config.system)
+        for row, _, count in trained
+        if _has_answer(row)
+        for _ in range(count)
+    ]
+    if labelled:
+        files["labelled"] = labelled
+    return write_rows(folder, files)
+
+
+_HELDOUT = ("validation", "test")
+_Place = tuple[str, int]
+"""A file, by the split that it is given for, and a row of it."""
+
+
+def _cleaned(source: SourceConfig, config: CleanConfig) -> list[Row]:
+    found, _ = clean(load_rows(source.path, source.split)[: source.limit], config)
+    if not found:
+        raise DataError(f"{source.path} has no rows left once cleaned; see task.clean.")
+    return found
+
+
+def _keys(prompts: Mapping[str, Sequence[Sequence[Message]]]) -> dict[str, list[str]]:
+    """What each row of each file asks."""
+    together = iter(prompt_keys([p for of_file in prompts.values() for p in of_file]))
+    return {split: [next(together) for _ in of_file] for split, of_file in prompts.items()}
+
+
+def _problems(
+    of_split: Mapping[str, Sequence[Mapping[str, Any]]], keys: Mapping[str, Sequence[str]]
+) -> dict[str, list[int]]:
+    """Each row's problem: one for rows that ask the same, or name the same `cluster`."""
+    named = [given(row).get("cluster") for of_file in of_split.values() for row in of_file]
+    clusters = [i if name is None else str(name) for i, name in enumerate(named)]
+    together = iter(merged(clusters, [key for of_file in keys.values() for key in of_file]))
+    return {split: [next(together) for _ in of_file] for split, of_file in keys.items()}
+
+
+def _cut(
+    config: RowsConfig, problems: Mapping[str, Sequence[int]], seed: int
+) -> dict[str, list[_Place]]:
+    """The rows of each split. A problem that stands in several files stays in the test's, else in
+    validation's. Raises `DataError` if nothing is left for one of the splits.
+    """
+    kept: dict[str, list[_Place]] = {}
+    held: set[int] = set()
+    for split in reversed(_HELDOUT):
+        if split in problems:
+            kept[split] = [(split, i) for i, p in enumerate(problems[split]) if p not in held]
+            held |= set(problems[split])
+    free = [p for p in dict.fromkeys(problems["train"]) if p not in held]
+    # Validation first: a file for the test leaves the share for validation as it is.
+    shares = {s: getattr(config, s) for s in _HELDOUT if s not in kept}
+    drawn = random.Random(named_seed(seed, "data/heldout")).sample(free, len(free))
+    for split, share in shares.items():
+        if not 0 < share < 1 or sum(shares.values()) >= 1:
+            raise ConfigError(
+                f"task.{split} is {share}; give a share between 0 and 1, or a file; the shares "
+                "must leave something to train on."
+            )
+        count = max(1, round(share * len(free)))
+        mine, drawn = set(drawn[:count]), drawn[count:]
+        kept[split] = [("train", i) for i, p in enumerate(problems["train"]) if p in mine]
+        held |= mine
+    kept["train"] = [("train", i) for i, p in enumerate(problems["train"]) if p not in held]
+    for split, places in kept.items():
+        if not places:
+            raise DataError(
+                f"No row is left for {split}: every prompt or cluster of it is held out for "
+                "another split."
+            )
+    return kept
+
+
+def _tell_overlap(
+    of_split: Mapping[str, Sequence[Mapping[str, Any]]],
+    keys: Mapping[str, Sequence[str]],
+    problems: Mapping[str, Sequence[int]],
+    kept: Mapping[str, Sequence[_Place]],
+) -> None:
+    """Print what was left out of a file because another has it, and what is nearly equal."""
+
+    def where(place: _Place) -> str:
+        return getattr(of_split[place[0]][place[1]], "where", "a row")
+
+    def first(split: str, of: Mapping[str, Sequence[Any]]) -> dict[Any, _Place]:
+        """The first place in the split of each prompt, or of each problem."""
+        return {of[file][i]: (file, i) for file, i in reversed(kept[split])}
+
+    for split, other in (("validation", "test"), ("train", "test"), ("train", "validation")):
+        if other in keys:  # a file of its own, whose rows were not taken out of this one
+            theirs, mine = first(other, problems), problems.get(split, ())
+            if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
+                one, place = (split, equal[0]), theirs[mine[equal[0]]]
+                say(
+                    f"data: {len(equal)} rows left out of {split}, for {other} has their prompts "
+                    f"or clusters: {where(one)} is as {where(place)}"
+                )
+        texts, others = first(split, keys), first(other, keys)
+        if pairs := list(near([*texts], [*others])):
+            i, j = pairs[0]
+            say(
+                f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
+                f"{where([*texts.values()][i])} and {where([*others.values()][j])}"
+            )
+
+
+def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
+    example = to_prompt(row)
+    raw = getattr(row, "raw", row)
+    columns = {}
+    for column, value in example.columns.items():
+        if column in ARGUMENTS:
+            raise DataError(
+                f"{getattr(row, 'where', 'A row')}: reward functions get something else as "
+                f"`{column}`; rename the column."
+            )
+        # What a reward reads is as the file has it, to the letter.
+        columns[column] = raw[column] if isinstance(value, str) else value
+        try:
+            json.dumps(columns[column], ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{getattr(row, 'where', 'A row')}: `{column}` is {show(value)}, which JSON cannot "
+                "hold; make it a text or a finite number."
+            ) from None
+    return {
+        **columns,
+        "prompt": _with_system(example.prompt, system),
+        **_options(example.options),
+    }
+
+
+def _has_answer(row: Mapping[str, Any]) -> bool:
+    """Whether the row says what to answer."""
+    row = given(row)
+    if "prompt" in row:
+        return "completion" in row
+    turns = row.get("messages") or row.get("conversations") or [{}]
+    who = turns[-1].get("role", turns[-1].get("from"))
+    return "output" in row or ROLES.get(who) == "assistant"
+
+
+def _labelled(row: Mapping[str, Any], system: str | None) -> Row:
+    own = to_prompt(row).columns.keys() - {"completion", "output"}
+    kept = {key: value for key, value in row.items() if key not in own}
+    example = to_supervised(SourceRow(kept, getattr(row, "where", "A row")))
+    assert isinstance(example, ChatExample)  # the row has a prompt
+    messages = [
+        {**message, "train": False} if i in example.untrained else message
+        for i, message in enumerate(example.messages)
+    ]
+    return {"messages": _with_system(messages, system), **_options(example.options)}
+
+
+def _options(options: Mapping[str, Any]) -> Row:
+    """As the columns that they came from."""
+    rest = {name: value for name, value in options.items() if name != "tools"}
+    columns = {"tools": options.get("tools"), "chat_template_kwargs": rest}
+    return {name: value for name, value in columns.items() if value}
+
+
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+# The environment
+
+
+class RowsEnvironment(RowEnvironment):
+    """One prompt, one answer, scored by the user's function. `info` holds the row's columns."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        reward: str | RewardFunction,
+        success_threshold: float | None = 1.0,
+    ) -> None:
+        """Over the rows of a prepared JSONL file. Raises `DataError`, `ConfigError`."""
+        score = _loaded(reward) if isinstance(reward, str) else reward
+        super().__init__(read_rows(path), score)
+        self.threshold = success_threshold
+
+    def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
+        """`success`, where a threshold says what it is, and `gold`, where the row has it."""
+        said: dict[str, Any] = {}
+        if self.threshold is not None:
+            said["success"] = reward >= self.threshold
+        gold = row.get("completion", row.get("answer"))
+        if isinstance(gold, str | int | float):
+            said["gold"] = str(gold)
+        return said
+
+
+# A file is run once for all environments side by side, so that what it keeps is kept.
+_loaded = lru_cache(16)(load_reward)
+
+
+def _make(config: RowsConfig, path: Path) -> RowsEnvironment:
+    return RowsEnvironment(path, config.reward, config.success_threshold)
+
+
+TASK = Task("data", RowsConfig, prepare, _make, metric="reward")

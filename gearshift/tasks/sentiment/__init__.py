@@ -1,0 +1,1 @@
+"""The task `sentiment`: see `task`."""

@@ -1,0 +1,355 @@
+"""Customer service in one answer: an order, a question, and a reply that must be right and polite.
+
+Besides the shop's own questions there are real dialogues (chatterbot-corpus), for supervised tuning
+and for the reward model's pairs. The judge of the shop's replies is `service_shop`, not a model,
+so that a reward model's mistakes show. A room of its own beside the conversations of `service`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from gearshift.environments.base import RowEnvironment
+from gearshift.errors import DataError
+from gearshift.runtime.config import Config
+from gearshift.runtime.seeding import named_seed
+from gearshift.tasks.rows import read_rows, write_rows
+from gearshift.tasks.service.shop import (
+    OUTCOMES,
+    REFUND_LIMIT,
+    RETURN_DAYS,
+    STATUSES,
+    Case,
+    numbers,
+    outcome_text,
+    tells,
+    to_order,
+    to_row,
+)
+from gearshift.tasks.service.task import draw_case, with_phrasing
+from gearshift.tasks.service.words import Words, split_words
+from gearshift.tasks.task import Task
+from gearshift.types import Message
+
+SYSTEM = (
+    "Answer the shop's customer politely, with what the order says. "
+    "Orders are cancelled or change address only while packing. "
+    f"Refunds: within {RETURN_DAYS} days after delivery; over {REFUND_LIMIT} euros a colleague "
+    "decides."
+)
+TOPICS = (
+    "ai", "botprofile", "computers", "conversations", "emotion", "food", "greetings", "health",
+    "history", "humor",
+    "literature", "money", "movies", "science", "sports", "tech_support", "trivia",
+)  # fmt: skip
+"""The corpus's files with which a shop can be seen in public."""
+LONGEST_WORDS = 40
+"""Words of a reply that a customer still reads."""
+
+Row = dict[str, Any]
+Talk = tuple[str, str]
+"""A remark and its reply."""
+_COLUMNS = ("order", "wish", "address")
+
+
+class RepliesConfig(Config):
+    """The one-answer customer service: how much of what, and what is held out."""
+
+    name: Literal["customer_replies"] = "customer_replies"
+    """Which task this is."""
+    labelled: int = Field(32, ge=1)
+    """Right replies to customers, for supervised fine-tuning."""
+    dialogues: int = Field(96, ge=0)
+    """Real remarks and replies, for supervised fine-tuning."""
+    train: int = Field(6000, ge=1)
+    """Customers without replies, for reinforcement learning."""
+    validation: int = Field(256, ge=1)
+    """Customers with words, items, streets and order numbers of their own."""
+    test: int = Field(256, ge=1)
+    """The same, with others again."""
+    pairs: int = Field(6000, ge=1)
+    """Right against wrong replies to training customers, for the reward model."""
+    talk_pairs: int = Field(250, ge=0)
+    """Real replies against wrong ones."""
+    pairs_heldout: int = Field(200, ge=1)
+    """Both kinds of pairs (a fifth of them real dialogues), of other customers, who speak as those
+    of validation do, and of other dialogues."""
+    heldout_fraction: float = Field(0.35, gt=0, lt=1)
+    """Share of phrasings, items, streets and order numbers, and of dialogues, that training never
+    sees: half of the former are for validation, half for the test."""
+
+
+# The judge
+
+_RUDE = re.compile(
+    r"\b(stupid|idiot|shut up|not my problem|whatever|nonsense|leave me alone|go away|annoying)\b",
+    re.I,
+)
+
+
+def has_manners(text: str) -> bool:
+    """Whether it is civil, whole and short: no rude word, a sentence's end, at most
+    `LONGEST_WORDS` words, and no sentence twice.
+    """
+    words, sentences = text.split(), re.findall(r"[^.!?]+[.!?]", text.lower())
+    whole = text.rstrip().endswith((".", "!", "?")) and 0 < len(words) <= LONGEST_WORDS
+    return whole and not _RUDE.search(text) and len(sentences) == len(set(sentences))
+
+
+def judge(text: str, case: Case) -> float:
+    """1 for a reply that tells the outcome with the right facts, and has manners; 0.2 for manners
+    alone, 0.6 for the facts alone.
+    """
+    right, civil = tells(text, case), has_manners(text)
+    return 1.0 if right and civil else 0.6 * right + 0.2 * civil
+
+
+def reply_reward(
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None = None,
+    *,
+    order: list[Row],
+    wish: list[Any],
+    address: list[str],
+    **_: Any,
+) -> list[float | None]:
+    """`judge` with TRL's signature."""
+    cases = map(Case, map(to_order, order), wish, address)
+    return [judge(text, case) for text, case in zip(completions, cases, strict=True)]
+
+
+class CustomerRepliesEnvironment(RowEnvironment):
+    """One customer, one reply. Solved: the judge gives 1."""
+
+    def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
+        """Over the customers of a JSONL file, or over `rows` customers that `seed` draws.
+
+        Raises `DataError` if the file is missing or holds no customers.
+        """
+        super().__init__(
+            _drawn(seed, rows) if path is None else read_rows(path, *_COLUMNS), reply_reward
+        )
+
+    def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
+        case = Case(to_order(row["order"]), row["wish"], row["address"])
+        return {
+            "success": reward == 1.0,
+            "gold": outcome_text(case),
+            "metrics": {"facts": float(tells(action, case)), "manners": float(has_manners(action))},
+        }
+
+
+# The data
+
+
+def dialogues() -> list[Talk]:
+    """The corpus's remarks with the first reply to each, in its order. Raises `DataError` if the
+    package is missing.
+    """
+    try:
+        package = importlib.metadata.distribution("chatterbot-corpus")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(
+            "The real dialogues need a package; run: pip install 'gearshift[service]'"
+        ) from error
+    found: dict[str, str] = {}
+    for topic in TOPICS:
+        path = Path(str(package.locate_file(f"chatterbot_corpus/data/english/{topic}.yml")))
+        for said in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            remark, reply = (" ".join(str(s).split()) for s in said[:2])
+            if len(remark) <= 120 and 8 <= len(reply) <= 160:
+                found.setdefault(remark, reply)
+    return list(found.items())
+
+
+def prompt_of(case: Case, question: str) -> list[Message]:
+    """The order as the shop sees it, and what the customer says."""
+    said = f"Order {case.order.number}: {case.order}.\n{question}"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": said}]
+
+
+def draw_customers(words: Words, rng: random.Random, taken: set[str]) -> Iterator[Row]:
+    """Customers without end, every outcome equally often."""
+    while True:
+        for outcome in OUTCOMES:
+            case = draw_case(words, rng, outcome, taken)
+            question = rng.choice(words.problems[case.wish])
+            question = question.format(item=case.order.item, address=case.address)
+            yield {
+                "prompt": prompt_of(case, question),
+                "order": to_row(case.order),
+                "wish": case.wish,
+                "address": case.address,
+                "outcome": outcome,
+                "reply": outcome_text(case),
+            }
+
+
+def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write the task's files into `folder`, the same for the same seed; returns them by name.
+
+    labelled.jsonl        messages: right replies to customers, and real dialogues
+    train.jsonl           prompt, order, wish, address, outcome, reply
+    validation.jsonl      the same, and phrasing; words, items, streets and order numbers are its
+                          own
+    test.jsonl            the same, with others again
+    pairs.jsonl           prompt, chosen, rejected: customers of train, and real dialogues
+    pairs_heldout.jsonl   the same, of validation's words and held-out dialogues
+
+    No order stands in two files, except that pairs are of train's customers. Raises `DataError` if
+    there is less than is asked for.
+    """
+
+    def rng(name: str) -> random.Random:
+        return random.Random(named_seed(seed, f"replies/{name}"))
+
+    known, validation, test = split_words(rng("words"), config.heldout_fraction)
+    taken: set[str] = set()
+    talk = dialogues()
+    rng("dialogues").shuffle(talk)
+    cut = round(config.heldout_fraction * len(talk))
+    heard, unheard = talk[cut:], talk[:cut]
+    wanted = max(config.dialogues, config.talk_pairs)
+    if len(heard) < wanted:
+        raise DataError(f"There are {len(heard)} dialogues for {wanted}; ask for fewer.")
+
+    def take(name: str, words: Words, count: int) -> list[Row]:
+        return list(islice(draw_customers(words, rng(name), taken), count))
+
+    labelled, train = take("labelled", known, config.labelled), take("train", known, config.train)
+    if config.pairs > len(train):
+        raise DataError(f"pairs={config.pairs} need as many customers as that; raise train.")
+    fifth = config.pairs_heldout // 5
+    strangers = take("pairs_heldout", validation, config.pairs_heldout - fifth)
+    answered = [(row["prompt"], row["reply"]) for row in labelled]
+    answered += [(_remark(said), reply) for said, reply in heard[: config.dialogues]]
+    files: dict[str, list[Row]] = {
+        "labelled": [
+            {"messages": [*prompt, {"role": "assistant", "content": reply}]}
+            for prompt, reply in answered
+        ],
+        "train": train,
+        "validation": with_phrasing(take("validation", validation, config.validation)),
+        "test": with_phrasing(take("test", test, config.test)),
+        "pairs": _pairs(train[: config.pairs], heard[: config.talk_pairs], rng("pairs/wrong")),
+        "pairs_heldout": _pairs(strangers, unheard[:fifth], rng("pairs_heldout/wrong")),
+    }
+    return write_rows(folder, files)
+
+
+@lru_cache(4)
+def _drawn(seed: int, rows: int) -> Sequence[Row]:
+    rng = random.Random(named_seed(seed, "replies/rows"))
+    return list(islice(draw_customers(split_words(rng, 0.35)[0], rng, set()), rows))
+
+
+def _remark(said: str) -> list[Message]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": said}]
+
+
+# Wrong replies
+
+
+def _pairs(rows: Sequence[Row], talk: Sequence[Talk], rng: random.Random) -> list[Row]:
+    """A right reply against a wrong one: to each customer, and to each remark."""
+    pairs: list[Row] = []
+    replies = [row["reply"] for row in rows] + [reply for _, reply in talk]
+    for row in rows:
+        case = Case(to_order(row["order"]), row["wish"], row["address"])
+        wrong = row["reply"]
+        while judge(wrong, case) == 1.0:
+            wrong = rng.choice(_MISTAKES)(case, replies, rng)
+        pairs.append({"prompt": row["prompt"], "chosen": row["reply"], "rejected": wrong})
+    for said, reply in talk:
+        wrong = reply
+        while wrong == reply:
+            wrong = rng.choice((_other, _cut, _twice, _rude))(reply, replies, rng)
+        pairs.append({"prompt": _remark(said), "chosen": reply, "rejected": wrong})
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _other(reply: str, replies: Sequence[str], rng: random.Random) -> str:
+    return rng.choice(replies)
+
+
+def _cut(reply: str, replies: Sequence[str], rng: random.Random) -> str:
+    words = reply.rstrip(".!?").split()
+    return " ".join(words[: rng.randint(1, max(1, len(words) - 1))])
+
+
+def _twice(reply: str, replies: Sequence[str], rng: random.Random) -> str:
+    return f"{reply} {reply}"
+
+
+def _rude(reply: str, replies: Sequence[str], rng: random.Random) -> str:
+    jibes = ("Not my problem.", "Whatever.", "Go away.", "What a stupid question.")
+    return rng.choice((rng.choice(jibes), f"{rng.choice(jibes)} {reply}"))
+
+
+# A mistake may find nothing to spoil; then it returns the right reply.
+
+
+def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> str:
+    """What another outcome is told with, or this one of an order in another state, with the order's
+    facts. Each outcome is wrong as often as it is right: only who reads the order can tell.
+    """
+    outcome = rng.choice(OUTCOMES)
+    status = rng.choice(STATUSES) if outcome == case.outcome else case.order.status
+    seen = replace(
+        case,
+        order=replace(case.order, status=status),
+        address=case.address or case.order.address,
+    )
+    return outcome_text(seen, outcome)
+
+
+def _blended(case: Case, replies: Sequence[str], rng: random.Random) -> str:
+    """One outcome's beginning and another's end, as half-trained policies write."""
+    first, last = (_other_outcome(case, replies, rng).split() for _ in range(2))
+    return " ".join([*first[: rng.randint(3, len(first))], *last[rng.randint(3, len(last)) - 1 :]])
+
+
+def _made_up(case: Case, replies: Sequence[str], rng: random.Random) -> str:
+    """A fact that the order does not have."""
+    text = outcome_text(case)
+    known = sorted(numbers(text) - {RETURN_DAYS})
+    if not known:
+        return f"{text} It has cost you {case.order.price + rng.randint(1, 40)} euros."
+    wrong = max(1, known[0] + rng.choice((-9, -5, -3, -1, 1, 2, 4, 10)))
+    return re.sub(rf"\b{known[0]}\b", str(wrong), text)
+
+
+def _of_text(
+    spoil: Callable[[str, Sequence[str], random.Random], str],
+) -> Callable[[Case, Sequence[str], random.Random], str]:
+    return lambda case, replies, rng: spoil(outcome_text(case), replies, rng)
+
+
+_MISTAKES: tuple[Callable[[Case, Sequence[str], random.Random], str], ...] = (
+    _other_outcome, _other_outcome, _other_outcome, _other_outcome, _other_outcome,
+    _blended, _blended, _made_up,
+    _of_text(_other), _of_text(_cut), _of_text(_twice), _of_text(_rude),
+)  # fmt: skip
+
+
+TASK = Task(
+    "customer_replies",
+    RepliesConfig,
+    prepare,
+    lambda config, path: CustomerRepliesEnvironment(path),
+    SYSTEM,
+    cluster="phrasing",
+)

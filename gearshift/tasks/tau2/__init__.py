@@ -1,0 +1,1 @@
+"""The task `tau2`: see `task`."""

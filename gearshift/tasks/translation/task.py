@@ -1,0 +1,280 @@
+"""Machine translation: a product's messages from English, judged on a product never trained on.
+
+The text is what translators wrote into the catalogues of installed packages. A room of its own
+because all that this task asks of a model stands here; it knows no model and no trainer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gearshift.environments.base import RowEnvironment
+from gearshift.errors import DataError
+from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.seeding import named_seed
+from gearshift.tasks.rows import Row, read_rows, write_rows
+from gearshift.tasks.task import Task
+from gearshift.tasks.translation.catalogues import catalogue
+from gearshift.tasks.translation.score import (
+    LANGUAGES,
+    chrf,
+    corpus_scores,
+    in_language,
+    keeps_placeholders,
+    placeholders,
+)
+from gearshift.types import Message
+
+SYSTEM = "Translate the message of a program."
+
+Sources = Mapping[str, Mapping[str, str]]
+"""English message -> language -> translation."""
+
+
+class TranslationConfig(Config):
+    """The translator's data: which products' messages, which languages, and how many."""
+
+    name: Literal["translation"] = "translation"
+    """Which task this is."""
+    languages: list[Literal["es", "de", "fr"]] = Field(["es", "de", "fr"], min_length=1)
+    """Languages to translate into, from English."""
+    products: list[PathText] = Field(["wagtail", "Django"], min_length=1)
+    """Whose catalogues are trained on: installed packages, or folders with
+    LANGUAGE/LC_MESSAGES/*.po."""
+    validation_product: PathText = "django-oscar"
+    """Whose catalogues are for validation; a message that another product has too is left out."""
+    test_product: PathText = "django-helpdesk"
+    """Whose catalogues are for the test; a message that another product has too is left out."""
+    labelled: int = Field(1500, ge=1)
+    """Messages with translations, for supervised fine-tuning."""
+    train: int = Field(1500, ge=1)
+    """Further messages, for reinforcement learning."""
+    validation: int = Field(480, ge=1)
+    """Messages of the validation product, each once and in one language."""
+    test: int = Field(400, ge=1)
+    """Messages of the test product, each once and in one language."""
+    max_words: int = Field(12, ge=1)
+    """Longer messages are left out."""
+
+    @field_validator("languages")
+    @classmethod
+    def _no_language_twice(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a language twice; name each once")
+        return value
+
+    @model_validator(mode="after")
+    def _held_out(self) -> TranslationConfig:
+        for split in ("validation_product", "test_product"):
+            if (name := getattr(self, split)) in self.products:
+                raise ValueError(f"{split} {name} is among the products trained on; name another")
+        if self.validation_product == self.test_product:
+            raise ValueError(f"test_product {name} is the validation product too; name another")
+        return self
+
+
+# The reward
+
+
+def score_translation(completion: str, source: str, reference: str, language: str) -> float:
+    """chrF against the reference, 0 to 1; half of it where a placeholder is lost or invented, and
+    half again where the language is another. 1 for the reference itself.
+    """
+    kept = keeps_placeholders(source, completion)
+    right = in_language(completion, language)
+    return chrf(completion, reference) * (1.0 if kept else 0.5) * (1.0 if right else 0.5)
+
+
+def translation_reward(
+    prompts: list[list[Message]],
+    completions: list[str],
+    completion_ids: list[list[int]] | None = None,
+    *,
+    source: list[str],
+    reference: list[str],
+    language: list[str],
+    **_: Any,
+) -> list[float | None]:
+    """`score_translation` with TRL's signature."""
+    columns = zip(completions, source, reference, language, strict=True)
+    return [score_translation(*column) for column in columns]
+
+
+class TranslationEnvironment(RowEnvironment):
+    """One message, one translation. `info` says `success` (the reference's very words), `gold`,
+    and the metrics `chrf`, `placeholders` and `language`.
+    """
+
+    def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
+        """Over the rows of a JSONL file, or over `rows` messages of the default products.
+
+        Raises `DataError` if the file is missing or holds no such rows.
+        """
+        columns = ("source", "reference", "language")
+        chosen = _sampled(seed, rows) if path is None else read_rows(path, *columns)
+        super().__init__(chosen, translation_reward)
+
+    def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
+        metrics = {
+            "chrf": chrf(action.strip(), row["reference"]),
+            "placeholders": float(keeps_placeholders(row["source"], action)),
+            "language": float(in_language(action, row["language"])),
+        }
+        success = action.strip() == row["reference"]
+        return {"success": success, "gold": row["reference"], "metrics": metrics}
+
+
+def corpus(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Corpus chrF and BLEU, of all and by language, and the share of messages with placeholders
+    that keep them.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {"": list(samples)}
+    for sample in samples:
+        groups.setdefault(f"_{language_of(sample['prompt'])}", []).append(sample)
+    figures: dict[str, float] = {}
+    for group, members in groups.items():
+        scores = corpus_scores(
+            [s["completion"].strip() for s in members], [s["gold"] for s in members]
+        )
+        figures |= {f"corpus_{name}{group}": score for name, score in scores.items()}
+    filled = [s["metrics"]["placeholders"] for s in samples if placeholders(s["gold"])]
+    return figures | ({"placeholders_kept": fmean(filled)} if filled else {})
+
+
+# The prompt
+
+
+def ask(source: str, language: str) -> list[Message]:
+    """The conversation that asks for a translation."""
+    user = f"Translate to {LANGUAGES[language]}: {source}"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+
+
+def language_of(prompt: str) -> str:
+    """The language that the user's message of `ask` asks for."""
+    return next(k for k, name in LANGUAGES.items() if prompt.startswith(f"Translate to {name}: "))
+
+
+# The data
+
+
+def prepare(config: TranslationConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write the task's files into `folder`, the same for the same seed; returns them by name.
+
+    labelled.jsonl   messages (system, user, assistant)
+    train.jsonl      prompt, source, reference, language, product
+    validation.jsonl the same, of the validation product
+    test.jsonl       the same, of the test product
+
+    No source stands in two files, whatever the language. Raises `DataError` if the catalogues hold
+    fewer messages than are asked for.
+    """
+    rng = random.Random(named_seed(seed, "translation/split"))
+    known = _training(config)
+    validation = _heldout(config, config.validation_product, config.test_product)
+    test = _heldout(config, config.test_product, config.validation_product)
+    sources = rng.sample(list(known), len(known))
+    cut = round(len(sources) * config.labelled / (config.labelled + config.train))
+    labelled = _rows(known, sources[:cut], config, "labelled")
+    train = _rows(known, sources[cut:], config, "train")
+    files: dict[str, list[Row]] = {
+        "labelled": [
+            {"messages": [*row["prompt"], {"role": "assistant", "content": row["reference"]}]}
+            for row in labelled
+        ],
+        "train": train,
+    }
+    for split, unseen in (("validation", validation), ("test", test)):
+        order = rng.sample(list(unseen), len(unseen))
+        files[split] = _rows(unseen, order, config, split, once=True)
+    return write_rows(folder, files)
+
+
+def _training(config: TranslationConfig) -> Sources:
+    sources: dict[str, dict[str, str]] = {}
+    for product in config.products:
+        for source, translations in _usable(config, product).items():
+            for language, translation in translations.items():
+                sources.setdefault(source, {}).setdefault(language, translation)
+    return sources
+
+
+def _heldout(config: TranslationConfig, product: str, other: str) -> Sources:
+    """The held-out product's messages less all that stands in the catalogues of a training product
+    or of the other held-out one, used or not, but for case and punctuation at the end.
+    """
+    seen = {
+        _plain(source)
+        for known in (*config.products, other)
+        for language in config.languages
+        for source in catalogue(known, language)
+    }
+    usable = _usable(config, product)
+    return {source: texts for source, texts in usable.items() if _plain(source) not in seen}
+
+
+def _usable(config: TranslationConfig, product: str) -> Sources:
+    """The product's messages that are short enough and not mostly markup, with the translations
+    that differ from them and pass the checks that a policy's must pass.
+    """
+    sources: dict[str, dict[str, str]] = {}
+    for language in config.languages:
+        for source, text in catalogue(product, language).items():
+            markup = sum(map(len, placeholders(source).elements()))
+            words = len(source.split()) <= config.max_words and 2 * markup <= len(source)
+            fits = words and source != text
+            if fits and keeps_placeholders(source, text) and in_language(text, language):
+                sources.setdefault(source, {})[language] = text
+    return sources
+
+
+def _rows(
+    known: Sources, order: Sequence[str], config: TranslationConfig, name: str, once: bool = False
+) -> list[Row]:
+    """As many rows as the config says: first each source in one language, the languages in turn,
+    then (unless `once`) each in its next.
+    """
+    count: int = getattr(config, name)
+    rows: list[Row] = []
+    for turn in range(1 if once else len(config.languages)):
+        for i, source in enumerate(order):
+            languages = [k for k in config.languages if k in known[source]]
+            if turn < len(languages):
+                language = languages[(i + turn) % len(languages)]
+                prompt, reference = ask(source, language), known[source][language]
+                texts = {"source": source, "reference": reference, "language": language}
+                rows.append({"prompt": prompt, **texts})
+    if len(rows) < count:
+        raise DataError(
+            f"The catalogues have {len(rows)} messages for {name}={count}; ask for fewer, or raise "
+            "max_words."
+        )
+    return rows[:count]
+
+
+def _plain(source: str) -> str:
+    return source.casefold().rstrip(".:!? ")
+
+
+def _sampled(seed: int, rows: int) -> Sequence[Row]:
+    config = TranslationConfig(train=rows)
+    known = _training(config)
+    rng = random.Random(named_seed(seed, "translation/rows"))
+    return _rows(known, rng.sample(list(known), len(known)), config, "train")
+
+
+TASK = Task(
+    "translation",
+    TranslationConfig,
+    prepare,
+    lambda config, path: TranslationEnvironment(path),
+    SYSTEM,
+    metric="chrf",
+    corpus=corpus,
+)

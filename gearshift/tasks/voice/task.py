@@ -1,0 +1,354 @@
+"""The voice assistant: requests for a home in plain words, to be written as one JSON command.
+
+The sentences are Home Assistant's own templates, and its parser's reading of a request is the right
+answer (see `voice_grammar`). A room of its own because all that this task asks of a model stands
+here; it knows no model and no trainer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gearshift.environments.base import RowEnvironment
+from gearshift.environments.registry import make_environment
+from gearshift.errors import DataError
+from gearshift.runtime.config import Config
+from gearshift.runtime.seeding import named_seed
+from gearshift.tasks.rows import read_rows, write_rows
+from gearshift.tasks.task import Task
+from gearshift.tasks.voice.commands import (
+    command_text,
+    is_exact,
+    score_command,
+    voice_reward,
+    wrong_commands,
+)
+from gearshift.tasks.voice.grammar import Grammar, Template, grammar, read
+from gearshift.tasks.voice.noise import hear
+from gearshift.types import Message
+
+__all__ = ["command_text", "is_exact", "score_command", "voice_reward"]
+
+SYSTEM = "Write the request as one JSON command for the home."
+
+Row = dict[str, Any]
+Draw = tuple[str, Template]
+"""A request, and the template that wrote it."""
+
+HELDOUT = ("validation", "test")
+
+# How often an intent may fail to say something new before it counts as exhausted.
+_TRIES = 60
+
+
+class VoiceConfig(Config):
+    """The voice assistant's data: what is written, and how much of it."""
+
+    name: Literal["voice_assistant"] = "voice_assistant"
+    """Which task this is."""
+    labelled: int = Field(64, ge=1)
+    """Requests with their commands, for supervised fine-tuning."""
+    train: int = Field(2000, ge=1)
+    """Requests without commands, for reinforcement learning."""
+    pairs: int = Field(384, ge=1)
+    """Right against wrong commands, for the reward model."""
+    pairs_heldout: int = Field(128, ge=1)
+    """The same, from validation templates."""
+    validation: int = Field(256, ge=1)
+    """Requests from validation templates, which no other template reads."""
+    test: int = Field(256, ge=1)
+    """Requests from test templates, which no other template reads."""
+    heldout_fraction: float = Field(0.3, gt=0, lt=1)
+    """Share of each intent's sentence templates that training never sees: half of them are for
+    validation, half for the test."""
+    languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(("en",), min_length=1)
+    """Languages of the requests, in equal parts. The prompt does not say which one it is."""
+    noise: float = Field(0.0, ge=0, le=0.5)
+    """Word error rate of the recogniser through which every other request is heard; the right
+    command stays that of what was said. 0: all are read as they are written."""
+
+
+# The environment
+
+
+class VoiceAssistantEnvironment(RowEnvironment):
+    """One request, one command. `info` says `exact` (and `success`), `gold` and `utterance`."""
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        seed: int = 0,
+        rows: int = 256,
+        noise: float = 0.0,
+    ) -> None:
+        """Over the rows of a JSONL file, or over `rows` English requests that `seed` draws. With
+        `noise` every other episode hears its request with that word error rate; which ones, and
+        how, is the episode's seed's.
+
+        Raises `DataError` if the file is missing or holds no requests.
+        """
+        found = _sampled(seed, rows) if path is None else read_rows(path, "utterance")
+        super().__init__(found, voice_reward)
+        self.noise = noise
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        text, info = super().reset(seed=seed, options=options)
+        if self.noise and self.np_random.random() < 0.5:
+            row = self.rows[info["row"]]
+            rng = random.Random(int(self.np_random.integers(1 << 62)))
+            text = hear(row["utterance"], row.get("language", "en"), self.noise, rng)
+            info["messages"] = _prompt(text)
+        return text, info
+
+    def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
+        gold = read(row["utterance"], row.get("language", "en"))
+        assert gold is not None  # or the reward would have been None
+        exact = reward == 1.0
+        kinds = [row["language"]] if "language" in row else []
+        kinds += ["noisy" if row["noisy"] else "clean"] if "noisy" in row else []
+        metrics = {f"success_{kind}": float(exact) for kind in kinds}
+        return {"exact": exact, "success": exact, "gold": command_text(gold), "metrics": metrics}
+
+
+def figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The success of each kind of request: each language's, of those heard clean and noisy."""
+    kinds = sorted({name for sample in samples for name in sample["metrics"]})
+    return {
+        kind: fmean(s["metrics"][kind] for s in samples if kind in s["metrics"]) for kind in kinds
+    }
+
+
+@lru_cache(4)
+def _sampled(seed: int, rows: int) -> Sequence[Row]:
+    draws = _requests(grammar().templates, random.Random(named_seed(seed, "voice/rows")), set())
+    return [
+        {"prompt": _prompt(u), "utterance": u, "template": t.text}
+        for u, t in itertools.islice(draws, rows)
+    ]
+
+
+# The data
+
+
+def split_templates(
+    heldout_fraction: float, seed: int, language: str = "en"
+) -> tuple[list[Template], list[Template]]:
+    """(training, held-out) templates: about this share of each intent's sentences is held out.
+
+    A combination of slots is never held out whole: held-out requests are new in their words, not in
+    what they mean. Templates of one text stay together, in training where several intents have it.
+    """
+    rng = _rng(seed, "templates", language)
+    everything = grammar(language).templates
+    by_intent: dict[str, dict[str, list[Template]]] = {}
+    for template in everything:
+        by_intent.setdefault(template.intent, {}).setdefault(template.text, []).append(template)
+    shared = Counter(text for texts in by_intent.values() for text in texts)
+    heldout: set[str] = set()
+    for texts in by_intent.values():
+        wanted = round(heldout_fraction * len(texts))
+        left = [t.combination for same in texts.values() for t in same]
+        for text in rng.sample(list(texts), len(texts)):
+            mine = [t.combination for t in texts[text]]
+            if (
+                wanted > 0
+                and shared[text] == 1
+                and all(left.count(c) > mine.count(c) for c in mine)
+            ):
+                heldout.add(text)
+                wanted -= 1
+                for combination in mine:
+                    left.remove(combination)
+    return (
+        [t for t in everything if t.text not in heldout],
+        [t for t in everything if t.text in heldout],
+    )
+
+
+def halve_templates(
+    heldout: Sequence[Template], seed: int, language: str = "en"
+) -> tuple[list[Template], list[Template]]:
+    """(validation, test): of each intent's held-out sentences every other one, in turn through the
+    intents, so that both have about as many.
+    """
+    rng = _rng(seed, "validation", language)
+    texts: dict[str, list[str]] = {}
+    for template in heldout:
+        of_intent = texts.setdefault(template.intent, [])
+        if template.text not in of_intent:
+            of_intent.append(template.text)
+    mixed = [text for same in texts.values() for text in rng.sample(same, len(same))]
+    validation = set(mixed[::2])
+    return (
+        [t for t in heldout if t.text in validation],
+        [t for t in heldout if t.text not in validation],
+    )
+
+
+def _rng(seed: int, name: str, language: str = "en") -> random.Random:
+    """English keeps the seeds that it has alone, whatever stands beside it."""
+    place = "" if language == "en" else f"{language}/"
+    return random.Random(named_seed(seed, f"voice/{place}{name}"))
+
+
+def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write the task's files into `folder`, the same for the same seed; returns them by name.
+
+    labelled.jsonl        messages (system, user, assistant)
+    train.jsonl           prompt, utterance, template
+    validation.jsonl      prompt, utterance, template, command
+    test.jsonl            the same
+    pairs.jsonl           prompt, chosen, rejected; from training templates
+    pairs_heldout.jsonl   the same, from validation templates
+
+    Training, validation and test have templates of their own, and a held-out request is none that
+    a template of another split reads.
+
+    Where there is more than English, rows have their `language`; where there is noise, they say
+    whether they are `noisy`: the prompt is what was heard, the utterance what was said. `train` is
+    clean: its environment makes its noise anew in each episode.
+
+    No request stands in two files, except that pairs use requests of train. Raises `DataError` if
+    the templates have fewer requests than are asked for.
+    """
+    languages = tuple(dict.fromkeys(config.languages))
+    used: set[str] = set()
+    splits: dict[str, dict[str, list[Template]]] = {}
+    foreign: dict[tuple[str, str], Grammar] = {}
+    for language in languages:
+        training, heldout = split_templates(config.heldout_fraction, seed, language)
+        halves = dict(zip(HELDOUT, halve_templates(heldout, seed, language), strict=True))
+        splits[language] = {"train": training, **halves}
+        for split, templates in halves.items():
+            mine = {t.text for t in templates}
+            others = {t.text for t in (*training, *heldout)} - mine
+            foreign[language, split] = Grammar(others.__contains__, language)
+
+    def take(name: str, split: str = "train") -> list[Draw]:
+        """The languages' requests in turn."""
+        count: int = getattr(config, name)
+        each: list[list[Draw]] = []
+        for i, language in enumerate(languages):
+            draws = _requests(
+                splits[language][split], _rng(seed, name, language), used,
+                foreign.get((language, split)),
+            )  # fmt: skip
+            each.append(list(itertools.islice(draws, len(range(i, count, len(languages))))))
+        taken = [draw for turn in itertools.zip_longest(*each) for draw in turn if draw]
+        if len(taken) < count:
+            raise DataError(
+                f"The templates gave {len(taken)} requests for {name}={count}; ask for fewer."
+            )
+        return taken
+
+    def rows(name: str, draws: Sequence[Draw], noise: float = config.noise) -> list[Row]:
+        return _rows(draws, languages, noise, _rng(seed, f"{name}/noise"))
+
+    labelled, train = take("labelled"), take("train")
+    unseen = {split: take(split, split) for split in HELDOUT}
+    if config.pairs > len(train):
+        raise DataError(f"pairs={config.pairs} need as many requests as that; raise train.")
+    pairs = {"pairs": train[: config.pairs], "pairs_heldout": take("pairs_heldout", "validation")}
+    files: dict[str, Iterable[Row]] = {
+        "labelled": (
+            {"messages": [*row["prompt"], {"role": "assistant", "content": _gold(draw)}]}
+            for row, draw in zip(rows("labelled", labelled), labelled, strict=True)
+        ),
+        "train": rows("train", train, noise=0.0),
+    }
+    for split, draws in unseen.items():
+        files[split] = [
+            {**row, "command": _gold(draw)}
+            for row, draw in zip(rows(split, draws), draws, strict=True)
+        ]
+    for name, draws in pairs.items():
+        commands = wrong_commands(((u, t.language) for u, t in draws), _rng(seed, f"{name}/wrong"))
+        files[name] = [
+            {"prompt": row["prompt"], "chosen": right, "rejected": wrong}
+            for row, (right, wrong) in zip(rows(name, draws), commands, strict=True)
+        ]
+    return write_rows(folder, files)
+
+
+def _requests(
+    templates: Sequence[Template],
+    rng: random.Random,
+    used: set[str],
+    known: Grammar | None = None,
+) -> Iterator[Draw]:
+    """New requests, intent after intent, so that any first part holds all intents alike.
+
+    Left out: what nobody says, what is in `used` (to which is added what comes), what the parser
+    reads as another intent or not at all, and what `known` reads. An intent that has nothing new to
+    say drops out; the end is when all have.
+    """
+    by_intent: dict[str, list[Template]] = {}
+    for template in templates:
+        by_intent.setdefault(template.intent, []).append(template)
+    while by_intent:
+        for intent in rng.sample(list(by_intent), len(by_intent)):
+            for _ in range(_TRIES):
+                template = rng.choice(by_intent[intent])
+                judge = grammar(template.language)
+                utterance = judge.write(template, rng)
+                if utterance in used or judge.home.clumsy.search(utterance):
+                    continue
+                gold = read(utterance, template.language)
+                if gold and gold.intent == intent and not (known and known.reads(utterance)):
+                    used.add(utterance)
+                    yield utterance, template
+                    break
+            else:
+                del by_intent[intent]
+
+
+def _rows(
+    draws: Sequence[Draw], languages: Sequence[str], noise: float, rng: random.Random
+) -> list[Row]:
+    """The requests as rows; with noise, every other one of each language is heard through it."""
+    rows = []
+    for i, (utterance, template) in enumerate(draws):
+        noisy = noise > 0 and i // len(languages) % 2 == 1
+        heard = hear(utterance, template.language, noise if noisy else 0.0, rng)
+        row: Row = {"prompt": _prompt(heard), "utterance": utterance, "template": template.text}
+        if tuple(languages) != ("en",):
+            row["language"] = template.language
+        if noise:
+            row["noisy"] = noisy
+        rows.append(row)
+    return rows
+
+
+def _prompt(heard: str) -> list[Message]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": heard}]
+
+
+def _gold(draw: Draw) -> str:
+    utterance, template = draw
+    gold = read(utterance, template.language)
+    assert gold is not None  # `_requests` yields what the parser reads
+    return command_text(gold)
+
+
+def _make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
+    """Training hears its noise anew in each episode; other files were noised when written."""
+    noise = config.noise if path.stem == "train" else 0.0
+    environment = make_environment("gearshift/VoiceAssistant-v0", path=path, noise=noise)
+    assert isinstance(environment, VoiceAssistantEnvironment)
+    return environment
+
+
+TASK = Task(
+    "voice_assistant", VoiceConfig, prepare, _make, SYSTEM, corpus=figures, cluster="template"
+)

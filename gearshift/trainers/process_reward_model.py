@@ -1,0 +1,125 @@
+"""A process reward model: one logit at the end of each step of an answer, whether it is right.
+
+loss = mean over steps of the binary cross-entropy (Lightman et al. 2023). Any backbone that
+`AutoModelForTokenClassification` loads; in an encoder a step's logit sees what comes after it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.algorithms.preference_losses import step_loss
+from gearshift.data import DataConfig, Mixture, StepsExample, at
+from gearshift.data.scored import letters, render_asked, spells
+from gearshift.models.classifier import token_logits
+from gearshift.runtime.config import PathText
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
+from gearshift.trainers.update import update
+
+
+class ProcessRewardConfig(EpochsConfig):
+    """A reward model of steps."""
+
+    data: DataConfig = DataConfig()
+    """`prompt`/`completions`/`labels` rows: the steps of an answer, and whether each is right."""
+    heldout: DataConfig = DataConfig()
+    """Rows that only measure accuracy."""
+    model: PathText | None = None
+    """Backbone: a folder or name, decoder or encoder; None starts from the policy so far."""
+    separator: str = "\n"
+    """Stands after each step; its last token carries the step's logit."""
+    max_length: int = Field(1024, ge=2)
+    """Longer rows are refused, or left out (`data.overlong`)."""
+    max_tokens: int = Field(4096, ge=1)
+    """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
+    """AdamW and its schedule."""
+
+
+class Steps(NamedTuple):
+    """Prompt and answer, where each step ends, and whether it is right."""
+
+    ids: list[int]
+    ends: list[int]
+    labels: list[bool]
+
+
+def render_steps(
+    examples: Sequence[StepsExample],
+    tokenizer: PreTrainedTokenizerBase,
+    separator: str,
+    max_length: int,
+    context: int = 2**20,
+) -> list[Steps]:
+    """Token ids of each row, a step at a time; raises `OverlongError` for one that is longer than
+    `max_length`, or than the model's `context`.
+    """
+    rows = []
+    for i, example in enumerate(examples):
+        with at(example.where or f"Row {i + 1}"):
+            check_size(example, max_length, context)
+            ids = render_asked(tokenizer, example.prompt, example.options)
+            ends: list[int] = []
+            for step in example.steps:
+                ids = [*ids, *_step(tokenizer, step, separator)]
+                ends.append(len(ids) - 1)
+            check_length(len(ids), max_length, context)
+        rows.append(Steps(ids, ends, example.labels))
+    return rows
+
+
+def _step(tokenizer: PreTrainedTokenizerBase, step: str, separator: str) -> list[int]:
+    """The separator may be a special token; what a step spells stays letters."""
+    if spells(tokenizer, step):
+        end = tokenizer.encode(separator, add_special_tokens=False)
+        return [*letters(tokenizer, step), *end]
+    ids: list[int] = tokenizer.encode(step + separator, add_special_tokens=False)
+    return ids
+
+
+def train_process_model(
+    config: ProcessRewardConfig, model: PreTrainedModel, rows: Mixture[Steps], stage: Stage
+) -> None:
+    """Train the token classifier in place."""
+    optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
+    stage.track(model=model, optimizer=optimizer)
+    model.train()
+    for step in stage.steps():
+        batch = sorted(config.batch(rows, step), key=lambda row: len(row.ids))
+        total = sum(len(row.ends) for row in batch)
+
+        def loss_of(some: list[Steps], total: int = total) -> tuple[Tensor, dict[str, Tensor]]:
+            logits_S, labels_S = step_logits(model, some)
+            loss = step_loss(logits_S, labels_S).sum() / total
+            return loss, {"accuracy": ((logits_S > 0) == labels_S).sum() / total}
+
+        chunks = chunks_by_tokens([len(row.ids) for row in batch], config.max_tokens)
+        with stage.phase("train"):
+            metrics = update([batch[where] for where in chunks], loss_of, optimizer)
+        stage.log(step, metrics, tokens=sum(len(row.ids) for row in batch))
+    model.eval()
+
+
+def step_logits(model: PreTrainedModel, rows: Sequence[Steps]) -> tuple[Tensor, Tensor]:
+    """[S] logits and labels of all steps of the rows, in order."""
+    logits = token_logits(model, [row.ids for row in rows])
+    picked = torch.cat([row_L[row.ends] for row_L, row in zip(logits, rows, strict=True)])
+    labels = torch.tensor([label for row in rows for label in row.labels], device=picked.device)
+    return picked, labels
+
+
+@torch.no_grad()
+def step_accuracy(model: PreTrainedModel, rows: Sequence[Steps], at_once: int = 8) -> float:
+    """Fraction of steps that are judged rightly."""
+    right = []
+    for first in range(0, len(rows), at_once):
+        logits_S, labels_S = step_logits(model, rows[first : first + at_once])
+        right += ((logits_S > 0) == labels_S).tolist()
+    return sum(right) / len(right)

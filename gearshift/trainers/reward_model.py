@@ -1,0 +1,176 @@
+"""The reward model: a score for a whole answer, learned from pairs of a better and a worse one.
+
+loss = -log sigmoid(score(chosen) - score(rejected)), Bradley and Terry 1952, as in Ouyang et al.
+2022; the mean is over the pairs of the whole batch. The backbone is any sequence classifier with
+one label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.algorithms.preference_losses import bradley_terry
+from gearshift.batch import PackedBatch, pack_groups
+from gearshift.data import DataConfig, Mixture, PreferenceExample, at
+from gearshift.data.scored import render_scored
+from gearshift.engine import PackedModel
+from gearshift.models.classifier import reads_last_token, score_all, sequence_scores
+from gearshift.models.describe import describe
+from gearshift.models.hf_forward import drops_out
+from gearshift.runtime.config import PathText
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
+from gearshift.trainers.update import update
+
+
+class Pair(NamedTuple):
+    """Token ids of prompt + chosen and of prompt + rejected, and by how much the one should win."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+    @property
+    def sides(self) -> tuple[list[int], list[int]]:
+        """Chosen, rejected."""
+        return self.chosen, self.rejected
+
+
+class RewardModelConfig(EpochsConfig):
+    """Step 2: the reward model."""
+
+    data: DataConfig = DataConfig()
+    """`prompt`/`chosen`/`rejected` rows; a `margin` (Touvron et al. 2023) where there is one."""
+    heldout: DataConfig = DataConfig()
+    """Pairs that only measure accuracy."""
+    model: PathText | None = None
+    """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
+    max_length: int = Field(1024, ge=2)
+    """Longer pairs are refused, or left out (`data.overlong`)."""
+    max_tokens: int = Field(4096, ge=1)
+    """Tokens in one micro-batch (padded ones, where the backbone is not described); bounds memory,
+    does not change the gradient."""
+    center: float = Field(0.0, ge=0)
+    """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
+    """AdamW and its schedule."""
+
+
+def render_pairs(
+    examples: Sequence[PreferenceExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    context: int = 2**20,
+) -> list[Pair]:
+    """Token ids of both sides of each pair; raises `OverlongError` for one that is longer than
+    `max_length`, or than the model's `context`.
+    """
+    pairs = []
+    for i, example in enumerate(examples):
+        sides = []
+        with at(example.where or f"Pair {i + 1}"):
+            check_size(example, max_length, context)
+            for answer in (example.chosen, example.rejected):
+                sides.append(
+                    render_scored(tokenizer, example.prompt, answer, options=example.options)
+                )
+            check_length(max(map(len, sides)), max_length, context)
+        pairs.append(Pair(sides[0], sides[1], example.margin))
+    return pairs
+
+
+class PairScorer:
+    """Scores of pairs, chosen then rejected, with gradients.
+
+    A decoder that the engine describes runs packed, what both sides begin with computed once; any
+    other model on padded rows, through its own modules. Both read the state of the last token.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        packs = describe(model) is not None and reads_last_token(model) and not drops_out(model)
+        self._states = PackedModel(model, model.score) if packs else None
+
+    def micros(self, pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
+        """The pairs in micro-batches of at most so many (padded) tokens, one pair at least."""
+        ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
+        if self._states is None:
+            lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
+            return [ordered[where] for where in chunks_by_tokens(lengths, max_tokens)]
+        micros: list[list[Pair]] = []
+        held = 0
+        for pair in ordered:
+            size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
+            if not micros or held + size > max_tokens:
+                micros.append([])
+                held = 0
+            micros[-1].append(pair)
+            held += size
+        return micros
+
+    def __call__(self, pairs: Sequence[Pair]) -> Tensor:
+        """[2P] float32."""
+        if not self._states:
+            return sequence_scores(self.model, [side for pair in pairs for side in pair.sides])
+        batch = _packed(pairs).to(next(self.model.parameters()).device)
+        parents = set(batch.parents.tolist())
+        leaves = [i for i in range(len(batch.parents)) if i not in parents]
+        last = self._states(batch)[batch.cu_seqlens[1:][leaves] - 1]
+        scores: Tensor = self.model.score(last)[:, 0].float()
+        return scores
+
+
+def _shared(pair: Pair) -> int:
+    """Tokens that both sides begin with, one less than the shorter at most."""
+    both = zip(pair.chosen, pair.rejected, strict=False)
+    same = next((i for i, (a, b) in enumerate(both) if a != b), min(map(len, pair.sides)))
+    return min(same, *(len(side) - 1 for side in pair.sides))
+
+
+def _packed(pairs: Sequence[Pair]) -> PackedBatch:
+    groups = []
+    for pair in pairs:
+        same = _shared(pair)
+        ends = [(side[same:], [0] * (len(side) - same)) for side in pair.sides]
+        groups.append((pair.chosen[:same], ends))
+    return pack_groups(groups)
+
+
+def train_reward_model(
+    config: RewardModelConfig, model: PreTrainedModel, pairs: Mixture[Pair], stage: Stage
+) -> None:
+    """Train the classifier in place."""
+    model.train()
+    scores_of = PairScorer(model)
+    optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
+    stage.track(model=model, optimizer=optimizer)
+
+    for step in stage.steps():
+        batch = config.batch(pairs, step)
+
+        def loss_of(some: list[Pair], total: int = len(batch)) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = scores_of(some)
+            chosen_P, rejected_P = scores[0::2], scores[1::2]
+            share = len(some) / total
+            margin_P = torch.tensor([pair.margin for pair in some], device=scores.device)
+            loss = bradley_terry(chosen_P, rejected_P, margin_P, config.center).mean() * share
+            right = (chosen_P > rejected_P).float().mean() * share
+            return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
+
+        with stage.phase("train"):
+            metrics = update(scores_of.micros(batch, config.max_tokens), loss_of, optimizer)
+        stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
+    model.eval()
+
+
+def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> float:
+    """Fraction of pairs whose chosen side scores higher."""
+    scores = score_all(model, [side for pair in pairs for side in pair.sides])
+    return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

@@ -1,0 +1,106 @@
+"""Value nets with weights and an optimizer of their own: a decoder that values every token, from
+the policy's weights or a reward model's (as DeepSpeed-Chat starts it); or an encoder that values
+the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.batch import PackedBatch
+from gearshift.engine import PackedModel
+from gearshift.models.attention import ATTENTION
+from gearshift.models.classifier import context, reads_last_token, sequence_scores, use_own_pad
+from gearshift.models.describe import head_of
+from gearshift.models.heads import ValueHead
+from gearshift.models.load import (
+    ModelConfig,
+    load_classifier,
+    load_policy,
+    load_tokenizer,
+    writes_text,
+)
+
+Decode = Callable[[list[int]], str]
+
+
+class Critic(Protocol):
+    """What the loop asks of a critic."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds of it."""
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """[M] values of the scored tokens, each from what was known before it."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What its optimizer trains."""
+
+
+class TokenCritic:
+    """A decoder with a value head: V of the state before each token."""
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+        self.modules: dict[str, nn.Module] = {"critic": trunk, "value_head": head}
+        self.trunk, self.head = trunk, head
+        self._states = PackedModel(trunk, getattr(trunk, "score", None))
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        values: Tensor = self.head(self._states(batch)[batch.predictors])
+        return values
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of head and trunk; the head that the model came with has no part in values."""
+        return [*self.head.parameters(), *self.trunk.base_model.parameters()]
+
+
+class PromptCritic:
+    """An encoder with a score: V of the prompt, the same for every token that answers it.
+
+    An encoder reads both ways, so it is shown nothing that the policy has written: a baseline that
+    knew the answer would bias the gradient. It reads the prompt's text in its own tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decode: Decode
+    ) -> None:
+        self.modules: dict[str, nn.Module] = {"critic": model}
+        self.model, self._tokenizer, self._decode = model, tokenizer, decode
+        use_own_pad(model, tokenizer)
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        parents, starts = batch.parents.tolist(), batch.cu_seqlens.tolist()
+        roots = [i for i, parent in enumerate(parents) if parent < 0]
+        texts = [self._decode(batch.input_ids[starts[r] : starts[r + 1]].tolist()) for r in roots]
+        encoded = self._tokenizer(texts, truncation=True, max_length=context(self.model))
+        of_root = sequence_scores(self.model, encoded["input_ids"])
+        index: list[int] = []
+        for i, parent in enumerate(parents):
+            index.append(roots.index(i) if parent < 0 else index[parent])
+        return torch.repeat_interleave(of_root[index], batch.counts.to(of_root.device))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+
+def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Critic:
+    """A critic from a policy's folder, its head zero; from a reward model's, with its score head;
+    or, where that is an encoder, of the prompt. `decode`: the policy's tokens to text.
+    """
+    if folder is None or writes_text(config, folder):
+        trunk = load_policy(config, folder)
+        return TokenCritic(trunk, ValueHead(head_of(trunk).linear.in_features).to(trunk.device))
+    model = load_classifier(config, folder)
+    if not reads_last_token(model):
+        return PromptCritic(model, load_tokenizer(config, folder, of_policy=False), decode)
+    head = ValueHead(model.score.in_features).to(model.device)
+    with torch.no_grad():
+        head.linear.weight.copy_(model.score.weight)
+    model.set_attn_implementation(ATTENTION)
+    return TokenCritic(model, head)

@@ -1,0 +1,81 @@
+"""The block cache gives every block back, and finds only what it holds."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gearshift.engine.block_cache import BlockCache
+from gearshift.kernels.specs import BLOCK
+
+A, B = [1] * BLOCK, [2] * BLOCK
+
+
+def filled(blocks: int) -> BlockCache:
+    cache = BlockCache()
+    cache.grow(blocks)
+    return cache
+
+
+def test_a_known_beginning_is_found_but_never_the_whole_prompt() -> None:
+    cache = filled(8)
+    blocks = [cache.allocate() for _ in range(3)]
+    cache.learn(blocks, [*A, *B, 7])
+    assert cache.known([*A, *B, 9, 9]) == blocks[:2]
+    assert cache.known(A + B) == blocks[:1]  # one token must be left to predict from
+    assert cache.known([*B, *A, 1]) == []
+    cache.release(blocks)
+    assert cache.known([*A, 1]) == blocks[:1] and cache.available == 8
+    cache.forget()
+    assert cache.known([*A, 1]) == [] and cache.available == 8
+
+
+def test_a_run_whose_beginning_was_given_up_is_not_mistaken() -> None:
+    cache = filled(2)
+    blocks = [cache.allocate(), cache.allocate()]
+    cache.learn(blocks, A + B)
+    cache.release(blocks)
+    taken = cache.allocate()  # the end goes first
+    assert cache.known([*A, *B, 1]) == blocks[:1] and taken == blocks[1]
+    other = cache.allocate()
+    cache.learn([other, taken], B + A)
+    assert cache.known([*A, *B, 1]) == []
+    assert cache.known([*B, *A, 1]) == [other, taken]
+
+
+def test_growing_keeps_what_is_held() -> None:
+    cache = filled(2)
+    block = cache.allocate()
+    store = cache.layer(0, torch.zeros(1, 2, 4))
+    store[block] = 5
+    cache.grow(6)
+    assert (cache.layer(0, torch.zeros(1, 2, 4))[block] == 5).all() and cache.available == 5
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99)), max_size=120))
+@settings(max_examples=100, deadline=None)
+def test_references_are_counted(moves: list[tuple[int, int]]) -> None:
+    """Random use: a block is never in two hands, and all come back."""
+    cache = filled(10)
+    held: list[list[int]] = []
+    for move, n in moves:
+        if move == 0 and cache.available >= 3:
+            tokens = [n % 3] * BLOCK + [n % 2] * BLOCK + [n] * BLOCK
+            known = cache.known(tokens)
+            for block in known:
+                cache.share(block)
+            if cache.available < 3 - len(known):
+                cache.release(known)
+                continue
+            fresh = [cache.allocate() for _ in range(3 - len(known))]
+            assert not set(fresh) & {b for blocks in held for b in blocks}
+            held.append(known + fresh)
+            cache.learn(held[-1], tokens)
+        elif move == 1 and held:
+            cache.release(held.pop(n % len(held)))
+        elif move == 2:
+            cache.forget()
+    in_use = {b for blocks in held for b in blocks}
+    assert cache.available == 10 - len(in_use)
+    for blocks in held:
+        cache.release(blocks)
+    assert cache.available == 10

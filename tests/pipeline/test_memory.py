@@ -1,0 +1,154 @@
+"""The memory that is told before a run adds up, and what is left open is chosen to fit in it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gearshift.cli.main import main
+from gearshift.engine import EngineConfig
+from gearshift.models.tiny import tiny_model
+from gearshift.pipeline.memory import (
+    GIB,
+    Shape,
+    available,
+    micro_batch,
+    of_control_groups,
+    parts_of,
+    shortage,
+    tokens_of,
+    with_total,
+)
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.sft import SFTConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LLAMA_1B = Shape(1_200_000_000, 16, 2048, 8192, 48, 8, 64, 128_256, 2)
+
+
+def total(config: SFTConfig | RLConfig, engine: EngineConfig, free: float) -> float:
+    parts = parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
+    tokens, again = micro_batch(config, engine, LLAMA_1B, parts, free)
+    parts["activations"] = tokens * LLAMA_1B.token(again)
+    return with_total(parts)["total"]
+
+
+def test_the_shape_of_a_model() -> None:
+    model = tiny_model()
+    shape = Shape.of(model, torch.float32)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert (shape.layers, shape.hidden, shape.heads, shape.item) == (2, 32, 8, 4)
+    assert shape.cache(rows=3, length=10) == 2 * 2 * 2 * 8 * 3 * 10 * 4  # k and v, layers, heads, D
+
+
+def test_as_many_tokens_as_fit_and_no_more() -> None:
+    config = SFTConfig(max_tokens=0, batch_size=512, max_length=4096)
+    engine = EngineConfig()
+    used = [total(config, engine, free) for free in (40 * GIB, 80 * GIB)]
+    assert used[0] == pytest.approx(0.9 * 40 * GIB, rel=0.01)
+    assert 40 * GIB < used[1] <= 72 * GIB * 1.01
+
+
+def test_a_micro_batch_is_no_larger_than_the_update() -> None:
+    config = RLConfig(max_tokens=0, prompts=2, group_size=2, max_new_tokens=16)
+    parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, CPU)
+    tokens, again = micro_batch(config, EngineConfig(), LLAMA_1B, parts, 1e15)
+    assert tokens == tokens_of(config) == 2 * (128 + 2 * 16) and not again
+
+
+def test_layers_are_computed_again_only_where_they_would_not_fit() -> None:
+    config = SFTConfig(max_tokens=32_768, batch_size=64)
+    for engine, free, wanted in (
+        (EngineConfig(), 200 * GIB, False),
+        (EngineConfig(), 30 * GIB, True),
+        (EngineConfig(recompute=False), 30 * GIB, False),
+        (EngineConfig(recompute=True), 200 * GIB, True),
+    ):
+        parts = parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
+        assert micro_batch(config, engine, LLAMA_1B, parts, free) == (32_768, wanted)
+    assert LLAMA_1B.token(recompute=True) < 0.3 * LLAMA_1B.token()
+
+
+def test_what_adapters_offload_and_8_bits_save() -> None:
+    plain, engine = RLConfig(), EngineConfig()
+    everything = sum(parts_of(plain, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
+    adapters = sum(parts_of(plain, engine, LLAMA_1B, 10_000_000, GPU, adapters=True).values())
+    for change in ({"moments": "8bit"}, {"offload": "always"}):
+        config = RLConfig(optimizer=OptimizerConfig.model_validate(change))
+        less = sum(parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
+        assert adapters < less < everything
+
+
+def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() -> None:
+    def gradients(**changes: int) -> float:
+        config = SFTConfig(batch_size=4, max_length=1024, **changes)
+        parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
+        return parts["gradients"] / LLAMA_1B.parameters
+
+    assert [gradients(max_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
+    wide = Shape(*(6, 2, 8, 8, 3, 1, 8, 259), item=4)
+    parts = parts_of(SFTConfig(max_tokens=8), EngineConfig(), wide, 6, GPU)
+    assert parts["gradients"] == 4 * 6
+
+
+def test_a_recipe_that_leaves_it_open_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
+    overrides = ["sft.max_tokens=0", "rl.max_tokens=0", "reward=null", "rl.steps=1"]
+    main(["run", recipe, "--dry-run", *overrides])
+    out = capsys.readouterr().out
+    assert "sft: " in out and "GiB  total" in out and "activations of" in out
+    main(["run", recipe, f"run.dir={tmp_path / 'run'}", *overrides])
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def group(folder: Path, second: bool, most: str, used: int, cache: int) -> None:
+    """A control group as the kernel shows it, in the second version or in the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current", "") if second else ("limit_in_bytes", "usage_in_bytes", "total_")
+    (folder / f"memory.{names[0]}").write_text(f"{most}\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]}inactive_file {cache}\n")
+
+
+def test_a_control_group_leaves_its_limit_less_what_is_held(tmp_path: Path) -> None:
+    listed = tmp_path / "cgroup"
+    listed.write_text("0::/jobs/one\n")
+    assert of_control_groups(listed, tmp_path / "two") == float("inf")
+    group(tmp_path / "two" / "jobs" / "one", True, "max", 900, 0)
+    assert of_control_groups(listed, tmp_path / "two") == float("inf")
+    group(tmp_path / "two" / "jobs", True, "1000", 900, 300)
+    assert of_control_groups(listed, tmp_path / "two") == 400, "the group above counts"
+    group(tmp_path / "two" / "jobs" / "one", True, "500", 450, 30)
+    assert of_control_groups(listed, tmp_path / "two") == 80
+    group(tmp_path / "inside", True, "200", 50, 0)
+    assert of_control_groups(listed, tmp_path / "inside") == 150, "a container's own is the top"
+    listed.write_text("3:cpu,cpuacct:/x\n7:memory:/docker/abc\n")
+    group(tmp_path / "one" / "memory" / "docker" / "abc", False, "700", 800, 200)
+    assert of_control_groups(listed, tmp_path / "one") == 100
+    assert of_control_groups(tmp_path / "none") == float("inf")
+
+
+def test_the_limits_of_the_process_count() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 36, before[1]))
+    try:
+        assert available(CPU) < 1 << 36
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_what_is_not_there_is_told_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not shortage(2 * GIB, 2 * GIB)
+    assert "may take 3.00 GiB and 2.00 GiB are free" in shortage(3 * GIB, 2 * GIB)
+    recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
+    main(["run", recipe, "--dry-run"])
+    assert "NOT ENOUGH" not in capsys.readouterr().out
+    monkeypatch.setattr("gearshift.pipeline.plan.available", lambda device: 1e6)
+    main(["run", recipe, "--dry-run"])
+    assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out
