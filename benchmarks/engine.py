@@ -33,7 +33,7 @@ from transformers import (
 
 from benchmarks.common import in_turn, machine, ratio, skewed_lengths, versions, write
 from gearshift.batch import pack_groups
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.engine.stats import measure
 from gearshift.kernels.specs import BLOCK
 from gearshift.models.embedded import embedded_folder
@@ -55,7 +55,7 @@ def main() -> None:
 
     model_config = ModelConfig()
     tokenizer = load_tokenizer(model_config)
-    engine = HybridEngine(load_policy(model_config), tokenizer, EngineConfig(max_rows=64))
+    engine = Engine(load_policy(model_config), tokenizer, EngineConfig(max_num_seqs=64))
     engine.end_tokens = frozenset()  # each request has its own length
     peer = load_policy(model_config)
     peer.set_attn_implementation("sdpa")
@@ -121,7 +121,7 @@ def workloads() -> dict[str, tuple[list[list[int]], list[int]]]:
     }
 
 
-def ours(engine: HybridEngine, prompts: list[list[int]], lengths: Sequence[int]) -> None:
+def ours(engine: Engine, prompts: list[list[int]], lengths: Sequence[int]) -> None:
     """Generate; the prompts' keys are forgotten first, as after an update."""
     with engine.generating():
         engine.weights_changed()
@@ -175,7 +175,7 @@ def continuous(peer: PreTrainedModel, prompts: list[list[int]], lengths: Sequenc
 
 def gaps(config: ModelConfig, tokenizer: Any) -> tuple[float, float]:
     """Largest and mean difference of log-probs between the gears, sampled at temperature 1."""
-    engine = HybridEngine(load_policy(config), tokenizer)
+    engine = Engine(load_policy(config), tokenizer)
     texts = ["The capital of France is", "def add(a, b):", "Turn on the", "Once upon a time"]
     prompts = [tokenizer.encode(text) for text in texts]
     with engine.generating():

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import in_turn, machine, skewed_lengths, versions, write
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.engine.stats import measure
 from gearshift.models.embedded import embedded_folder
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
@@ -167,11 +167,12 @@ class Ours:
     ) -> None:
         self.prompts, self.max_new = prompts, max_new
         model = ModelConfig(dtype=dtype)
-        self.engine = HybridEngine(load_policy(model), load_tokenizer(model), seed=seed)
+        self.engine = Engine(load_policy(model), load_tokenizer(model), seed=seed)
         self.engine.end_tokens = frozenset()  # each completion has its own length
         config = RLConfig.model_validate({
             "prompts": len(prompts), "group_size": GROUP, "max_new_tokens": max_new, "steps": 10**6,
-            "advantage": "grpo", "loss": "ppo_clip", "max_tokens": MAX_TOKENS, "save_every": 0,
+            "advantage": "grpo", "loss": "ppo_clip", "save_every": 0,
+            "micro_batch_tokens": MAX_TOKENS,
             "kl": {"beta": beta, "estimator": "k3", "where": "loss"},
             "optimizer": {"lr": lr, "warmup": 0, "betas": (0.9, 0.999)},
         })  # fmt: skip
@@ -345,7 +346,7 @@ def supervised(rounds: int) -> dict[str, Any]:
     peer = Trl({"task": "sft", "rows": rows, "max_length": 256, "config": {
         **BEST, "learning_rate": LR}})  # fmt: skip
     model = ModelConfig()
-    engine = HybridEngine(load_policy(model), load_tokenizer(model))
+    engine = Engine(load_policy(model), load_tokenizer(model))
     optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(lr=LR), 10**6)
 
     def ours() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import machine, versions, write
 from gearshift.data.chat import render_prompt
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.rollouts.intervals import interval
@@ -107,12 +107,12 @@ def _through_the_air(
         return hear(path, recogniser, phrases)
 
 
-def _engine(folder: Path) -> HybridEngine:
+def _engine(folder: Path) -> Engine:
     config = ModelConfig()
-    return HybridEngine(load_policy(config, str(folder)), load_tokenizer(config, str(folder)))
+    return Engine(load_policy(config, str(folder)), load_tokenizer(config, str(folder)))
 
 
-def _commands(engine: HybridEngine, requests: Sequence[str]) -> list[str]:
+def _commands(engine: Engine, requests: Sequence[str]) -> list[str]:
     prompts = [
         render_prompt(
             engine.tokenizer,

@@ -66,7 +66,7 @@ class PackedBatch:
         return int(self.input_ids.shape[0])
 
     @property
-    def predictors(self) -> Tensor:
+    def logit_indices(self) -> Tensor:
         """[M] int64: for each scored token the index of the hidden state that predicts it.
 
         Raises ValueError where a scored token opens a sequence without a parent: nothing predicts
@@ -118,7 +118,7 @@ class PackedBatch:
             spread[name][self.loss_mask] = value.detach().float()
         return replace(self, **spread)
 
-    def unscored(self, left_out_M: Tensor) -> PackedBatch:
+    def with_unscored(self, left_out_M: Tensor) -> PackedBatch:
         """A copy in which these of the scored tokens ([M] bool) are not scored."""
         mask = self.loss_mask.clone()
         mask[self.loss_mask] = ~left_out_M
@@ -201,9 +201,9 @@ class PackedBatch:
             parents=torch.where(old >= 0, moved_N[old.clamp(min=0)], -1),
         )
 
-    def split(self, max_tokens: int) -> Iterator[PackedBatch]:
-        """Cut into micro-batches of whole trees, in order: as few as `max_tokens` allows, and of
-        about one size. A tree that is longer is a micro-batch alone.
+    def split(self, micro_batch_tokens: int) -> Iterator[PackedBatch]:
+        """Cut into micro-batches of whole trees, in order: as few as `micro_batch_tokens` allows,
+        and of about one size. A tree that is longer is a micro-batch alone.
         """
         trees = self.trees()
         if not trees:
@@ -221,7 +221,7 @@ class PackedBatch:
             return found
 
         # The smallest limit that needs no more of them.
-        low, high, fewest = 0, max_tokens, len(cuts(max_tokens))
+        low, high, fewest = 0, micro_batch_tokens, len(cuts(micro_batch_tokens))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if len(cuts(middle)) == fewest else (middle, high)
@@ -239,15 +239,15 @@ def pack(sequences: Sequence[Piece]) -> PackedBatch:
 
 def pack_groups(
     groups: Sequence[tuple[Sequence[int], Sequence[Piece]]],
-    max_tokens: int | None = None,
+    micro_batch_tokens: int | None = None,
     share: bool = True,
 ) -> PackedBatch:
     """Prompts with their continuations (ids, mask), in the continuations' order.
 
     share=True stores a prompt once, as the parent of its continuations; a group of more than
-    `max_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves its
-    continuations as sequences of their own. share=False repeats the prompt,
-    unscored, before each continuation.
+    `micro_batch_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves
+    its continuations as sequences of their own. share=False repeats the prompt, unscored, before
+    each continuation.
     """
     if not share:
         return pack(
@@ -257,11 +257,11 @@ def pack_groups(
                 for ids, mask in continuations
             ]
         )
-    return _pack(_trees(groups, max_tokens))
+    return _pack(_trees(groups, micro_batch_tokens))
 
 
 def _trees(
-    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]], max_tokens: int | None
+    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]], micro_batch_tokens: int | None
 ) -> Iterable[tuple[Sequence[int], Sequence[int], int, int]]:
     count = 0
     for prompt, continuations in groups:
@@ -271,7 +271,9 @@ def _trees(
                 yield ids, mask, 0, -1
                 count += 1
                 continue
-            if root < 0 or (max_tokens is not None and size + len(ids) > max_tokens):
+            if root < 0 or (
+                micro_batch_tokens is not None and size + len(ids) > micro_batch_tokens
+            ):
                 root, size = count, len(prompt)
                 yield prompt, [0] * len(prompt), 0, -1
                 count += 1

@@ -154,7 +154,7 @@ class Completion:
     is asked for."""
     finish_reason: FinishReason
     weights_version: int
-    """Which weights wrote it; see `HybridEngine.weights_changed`."""
+    """Which weights wrote it; see `Engine.weights_changed`."""
 
 
 @dataclass(frozen=True, slots=True)

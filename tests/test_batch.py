@@ -31,11 +31,11 @@ def context(batch: PackedBatch, index: int) -> list[int]:
 
 @given(GROUPS, st.sampled_from([None, 7, 12]))
 @settings(max_examples=80, deadline=None)
-def test_shared_scores_what_repeated_scores(groups: list, max_tokens: int | None) -> None:
-    shared = pack_groups(groups, max_tokens=max_tokens)
+def test_shared_scores_what_repeated_scores(groups: list, micro_batch_tokens: int | None) -> None:
+    shared = pack_groups(groups, micro_batch_tokens=micro_batch_tokens)
     repeated = pack_groups(groups, share=False)
     assert shared.targets.tolist() == repeated.targets.tolist()
-    seen = [[context(batch, int(i)) for i in batch.predictors] for batch in (shared, repeated)]
+    seen = [[context(batch, int(i)) for i in batch.logit_indices] for batch in (shared, repeated)]
     assert seen[0] == seen[1]
     assert shared.position_ids.tolist() == [len(context(shared, i)) - 1 for i in range(len(shared))]
     assert [c for c in shared.counts.tolist() if c] == [c for c in repeated.counts.tolist() if c]
@@ -43,12 +43,12 @@ def test_shared_scores_what_repeated_scores(groups: list, max_tokens: int | None
 
 @given(GROUPS, st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_splitting_and_joining(groups: list, max_tokens: int) -> None:
+def test_splitting_and_joining(groups: list, micro_batch_tokens: int) -> None:
     batch = pack_groups(groups)
     values = torch.rand(int(batch.loss_mask.sum()))
     batch = batch.with_scored(advantages=values)
-    parts = list(batch.split(max_tokens))
-    assert all(len(p) <= max_tokens or len(p.trees()) == 1 for p in parts)
+    parts = list(batch.split(micro_batch_tokens))
+    assert all(len(p) <= micro_batch_tokens or len(p.trees()) == 1 for p in parts)
     whole = PackedBatch.join(parts)
     for name in ("input_ids", "position_ids", "cu_seqlens", "parents", "loss_mask", "advantages"):
         assert torch.equal(getattr(whole, name), getattr(batch, name)), name
@@ -70,6 +70,6 @@ def test_sequences_without_a_wanted_token_are_dropped_and_their_prompt_kept() ->
 
 def test_a_scored_token_needs_a_predictor() -> None:
     with pytest.raises(ValueError, match="no parent"):
-        _ = pack([([1, 2], [1, 1])]).predictors
+        _ = pack([([1, 2], [1, 1])]).logit_indices
     with pytest.raises(ValueError, match="advantages"):
         pack([([1, 2], [0, 1])]).scored("advantages")

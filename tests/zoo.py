@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gearshift.batch import PackedBatch, pack_groups
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.kernels.reference import Kernels
 from gearshift.models.attention import ATTENTION
 from gearshift.types import Completion
@@ -81,7 +81,7 @@ PATHS = ["compiled", "tensor functions", "hugging face"]
 """The ways in which the generation gear can run a model."""
 
 
-def take_path(engine: HybridEngine, path: str) -> HybridEngine:
+def take_path(engine: Engine, path: str) -> Engine:
     """Make a fresh engine run in this way."""
     assert engine.plan is not None, "every family of the zoo is described"
     if path != "compiled":

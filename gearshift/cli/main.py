@@ -24,7 +24,7 @@ from gearshift.runtime.ending import end, leave_when_asked, without_handlers
 from gearshift.runtime.terminal import one_line, printable, say
 
 if TYPE_CHECKING:
-    from gearshift.engine import HybridEngine
+    from gearshift.engine import Engine
     from gearshift.pipeline.recipe import Recipe
     from gearshift.rollouts.evaluate import Comparison
 
@@ -320,9 +320,9 @@ def _model_folder(name: str) -> tuple[str, Recipe | None]:
     return name, None
 
 
-def _open(arguments: argparse.Namespace) -> tuple[HybridEngine, str | None]:
+def _open(arguments: argparse.Namespace) -> tuple[Engine, str | None]:
     """Engine and system message of what the user named."""
-    from gearshift.engine import HybridEngine
+    from gearshift.engine import Engine
     from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
     from gearshift.tasks import get_task
 
@@ -332,7 +332,7 @@ def _open(arguments: argparse.Namespace) -> tuple[HybridEngine, str | None]:
     system = None if arguments.system is None else _text(arguments.system)
     if system is None and recipe and recipe.task:
         system = get_task(recipe.task.name).system
-    return HybridEngine(model, tokenizer, seed=arguments.seed), system
+    return Engine(model, tokenizer, seed=arguments.seed), system
 
 
 def _text(word: str) -> str:
@@ -340,7 +340,7 @@ def _text(word: str) -> str:
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _params(arguments: argparse.Namespace, engine: HybridEngine) -> Any:
+def _params(arguments: argparse.Namespace, engine: Engine) -> Any:
     from gearshift.types import SamplingParams
 
     longest = min(arguments.max_new_tokens, max(1, engine.max_length // 2))

@@ -1,6 +1,6 @@
 """The hybrid engine: one copy of the weights, a training gear and a generation gear."""
 
-from gearshift.engine.hybrid import EngineConfig, HybridEngine
+from gearshift.engine.hybrid import Engine, EngineConfig
 from gearshift.engine.packed import PackedModel
 
-__all__ = ["EngineConfig", "HybridEngine", "PackedModel"]
+__all__ = ["Engine", "EngineConfig", "PackedModel"]

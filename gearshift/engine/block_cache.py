@@ -19,7 +19,7 @@ from torch import Tensor
 from gearshift.kernels.specs import BLOCK
 
 
-class BlockCache:
+class KVCache:
     """`[1 + blocks, 2, K, P * D]` for each layer (keys and values of a block lie together),
     allocated when a layer first writes. Keys lie as [D / 2, P, 2] and values as [P / 2, D, 2], as
     attention reads them. Block 0 is nobody's: it takes writes that nobody reads.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gearshift.batch import PackedBatch
 from gearshift.engine.decoder import Decoder
 from gearshift.errors import ModelError
-from gearshift.kernels.reference import Places
+from gearshift.kernels.reference import AttentionMetadata
 from gearshift.kernels.specs import BLOCK, AttentionOptions
 from gearshift.models.attention import LostLayoutError, PackedLayout, eager_attention
 from gearshift.models.describe import Plan, head_of, trunk_of
@@ -183,11 +183,13 @@ def _written(tokens: list[list[int]], decoder: Decoder, device: torch.device) ->
     each = torch.arange(rows, device=device)
     ids = torch.tensor([t for row in tokens for t in row[:-new]], device=device)
     positions = torch.cat([torch.arange(n, device=device) for n in known.tolist()])
-    prompts = Places(each.repeat_interleave(known), positions, table, known.cumsum(0) - 1)
+    prompts = AttentionMetadata(
+        each.repeat_interleave(known), positions, table, known.cumsum(0) - 1
+    )
     steps = [decoder(ids, prompts).float().clone()]
     for step in range(new - 1):
         newest = torch.tensor([row[step - new] for row in tokens], device=device)
-        steps.append(decoder(newest, Places(each, known + step, table)).float().clone())
+        steps.append(decoder(newest, AttentionMetadata(each, known + step, table)).float().clone())
     return list(torch.stack(steps, 1))
 
 

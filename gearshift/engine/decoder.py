@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gearshift.engine.block_cache import BlockCache
+from gearshift.engine.block_cache import KVCache
 from gearshift.errors import ModelError
-from gearshift.kernels.reference import Kernels, Places
+from gearshift.kernels.reference import AttentionMetadata, Kernels
 from gearshift.kernels.specs import AttentionOptions
 from gearshift.models.describe import Plan, trunk_of
 from gearshift.models.fused import AliasedWeights
@@ -36,7 +36,7 @@ class Decoder:
         weights: AliasedWeights | None,
         head: Head,
         kernels: Kernels,
-        cache: BlockCache,
+        cache: KVCache,
         max_length: int,
     ) -> None:
         """`max_length`: no token stands at this position or beyond."""
@@ -46,7 +46,7 @@ class Decoder:
         self._steps: dict[tuple[int, int], Step] = {}
         self._recorded_at = cache.moves
 
-    def __call__(self, input_ids: Tensor, places: Places) -> Tensor:
+    def __call__(self, input_ids: Tensor, places: AttentionMetadata) -> Tensor:
         """[T] token ids at `places` -> [B, V] logits of the wanted ones."""
         with self._alone():
             if self.plan is None or self.weights is None:
@@ -109,7 +109,7 @@ class Decoder:
         weights: AliasedWeights,
         x: Tensor,
         angles: Angles,
-        places: Places,
+        places: AttentionMetadata,
     ) -> Tensor:
         def attention(
             layer: int,
@@ -147,7 +147,9 @@ class Step:
         self.temperature = torch.ones(rows, device=device)
         self.uniforms = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
         self.logprobs = torch.zeros(rows, device=device)
-        self._places = Places(torch.arange(rows, device=device), self.positions, self.table)
+        self._places = AttentionMetadata(
+            torch.arange(rows, device=device), self.positions, self.table
+        )
         self._decoder = decoder
         self._run: Callable[[], Tensor] | None = None
 
@@ -183,7 +185,9 @@ class Step:
 
         def plain() -> Tensor:
             advance()
-            return draw(decoder(self.ids, Places(places.rows, self.positions, self.table)))
+            return draw(
+                decoder(self.ids, AttentionMetadata(places.rows, self.positions, self.table))
+            )
 
         if plan is None or weights is None:
             return plain
@@ -211,9 +215,9 @@ class Step:
 def generic(
     model: PreTrainedModel,
     kernels: Kernels,
-    cache: BlockCache,
+    cache: KVCache,
     input_ids: Tensor,
-    places: Places,
+    places: AttentionMetadata,
 ) -> Tensor:
     """[T] token ids at `places` -> [B, C] states of the wanted ones, through Hugging Face's own
     modules.
@@ -231,7 +235,7 @@ def generic(
 class CachedLayout:
     """The attention of a Hugging Face model in the generation gear: write, then look."""
 
-    def __init__(self, kernels: Kernels, cache: BlockCache, places: Places) -> None:
+    def __init__(self, kernels: Kernels, cache: KVCache, places: AttentionMetadata) -> None:
         self.kernels, self.cache, self.places = kernels, cache, places
         self._written: set[int] = set()
 

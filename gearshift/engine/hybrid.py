@@ -1,6 +1,6 @@
 """The hybrid engine: one copy of the weights, and two gears to run it in.
 
-    engine = HybridEngine(model, tokenizer, EngineConfig())
+    engine = Engine(model, tokenizer, EngineConfig())
     with engine.generating():
         groups = engine.generate(prompts, SamplingParams(n=8, max_new_tokens=128))
     with engine.training():
@@ -29,11 +29,11 @@ from gearshift.batch import PackedBatch
 from gearshift.data.chat import end_token_ids
 from gearshift.data.text import decode
 from gearshift.engine import sequence as requests
-from gearshift.engine.block_cache import BlockCache
+from gearshift.engine.block_cache import KVCache
 from gearshift.engine.check import check
 from gearshift.engine.decoder import Decoder
 from gearshift.engine.owner import owner_of
-from gearshift.engine.scheduler import Scheduler, Timing
+from gearshift.engine.scheduler import GenerationStats, Scheduler
 from gearshift.engine.stats import measure
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
 from gearshift.kernels.cpu import kernels_of
@@ -44,7 +44,7 @@ from gearshift.models.attention import ATTENTION, require_attention
 from gearshift.models.describe import describe, head_of
 from gearshift.models.exact import Limit, context_length, named
 from gearshift.models.fused import AliasedWeights
-from gearshift.models.hf_forward import drops_out, hidden_states, token_scores
+from gearshift.models.hf_forward import has_active_dropout, hidden_states, token_scores
 from gearshift.models.layers import packed_states
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
@@ -58,30 +58,29 @@ Gear = Literal["training", "generation"]
 class EngineConfig(Config):
     """Bounds of the generation gear."""
 
-    max_rows: int = Field(64, ge=1)
+    max_num_seqs: int = Field(64, ge=1)
     """Completions that decode together."""
     max_length: int | None = Field(None, ge=2)
     """Longest prompt plus completion; None takes the model's."""
-    prefill_tokens: int = Field(4096, ge=1)
+    max_num_batched_tokens: int = Field(4096, ge=1)
     """Prompt tokens that one prefill computes together."""
-    cache_tokens: int | None = Field(None, ge=1)
-    """Tokens whose keys and values the cache holds at most; None makes room for `max_rows` of the
-    longest requests at hand. With less room, sequences wait or are computed again.
+    kv_cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values the cache holds at most; None makes room for `max_num_seqs` of
+    the longest requests at hand. With less room, sequences wait or are computed again.
     """
-    keep_cache: bool = True
-    """Keep the cache's memory (and packed weights) while training; false gives it back at each
-    shift."""
+    free_cache_while_training: bool = False
+    """Give the memory of the cache and of the prepacked weights back at each shift to training."""
     recompute: bool | None = None
     """Keep only each layer's input of a training forward, and compute the layer again in the
     backward pass (activation checkpointing): a third more work, several times less memory. For
     described architectures; refused for others. None: a recipe does where one micro-batch would not
     fit else; off otherwise.
     """
-    steps_ahead: int | None = Field(None, ge=1, le=BLOCK)
+    decode_steps_per_sync: int | None = Field(None, ge=1, le=BLOCK)
     """Tokens that each row samples before the scheduler looks at them: what a row samples beyond
     its end is thrown away, but a GPU need not wait for the scheduler. None: 8 on a GPU, 1 on a CPU.
     """
-    packed_weights: bool = True
+    prepack_weights: bool = True
     """Multiply by a copy of the weights in the CPU's own layout, made anew for each version, where
     that is faster (bf16 on a CPU that multiplies bf16).
     """
@@ -90,7 +89,7 @@ class EngineConfig(Config):
 class Stream:
     """The tokens of one completion as they are sampled; other requests run on meanwhile."""
 
-    def __init__(self, engine: HybridEngine, sequence: requests.Sequence) -> None:
+    def __init__(self, engine: Engine, sequence: requests.Sequence) -> None:
         self._engine, self._sequence, self._told = engine, sequence, 0
 
     def __iter__(self) -> Stream:
@@ -119,7 +118,7 @@ class Stream:
         return self._sequence.completion(self._engine.weights_version)
 
 
-class HybridEngine:
+class Engine:
     """One causal language model, trained and sampled in place. See the module's docstring."""
 
     def __init__(
@@ -153,7 +152,7 @@ class HybridEngine:
         self._addresses = self._found_at()
         self._seen = self._signs()
         self._scheduler: Scheduler | None = None
-        self._timing = Timing()
+        self._timing = GenerationStats()
         self.limit = self._check()
 
     @property
@@ -170,13 +169,13 @@ class HybridEngine:
     # Gears
 
     @contextmanager
-    def generating(self) -> Iterator[HybridEngine]:
+    def generating(self) -> Iterator[Engine]:
         """Generation gear: no gradients, dropout off. Nests; the gear before comes back after."""
         with self._shifted("generation"), torch.no_grad():
             yield self
 
     @contextmanager
-    def training(self, dropout: bool = False) -> Iterator[HybridEngine]:
+    def training(self, dropout: bool = False) -> Iterator[Engine]:
         """Training gear. Dropout is off unless asked for, as reinforcement learning needs: the
         policy that is scored must be the policy that sampled.
         """
@@ -302,11 +301,11 @@ class HybridEngine:
             )
         if self.limit:
             self.limit.check(batch)
-        if self.plan is None or self.weights is None or drops_out(self.model):
+        if self.plan is None or self.weights is None or has_active_dropout(self.model):
             if self.config.recompute:
                 raise GearshiftError(
                     "engine.recompute is built for described architectures without dropout; switch "
-                    "it off, or lower max_tokens to save memory."
+                    "it off, or lower micro_batch_tokens to save memory."
                 )
             return hidden_states(self.model, batch)
         return self._planned(batch)
@@ -329,14 +328,14 @@ class HybridEngine:
             "steps": self.kernels.held(),
         }
 
-    def timing(self) -> Timing:
+    def timing(self) -> GenerationStats:
         """What generation did since this was last asked, and begin anew."""
-        done, self._timing = self._timing, Timing()
+        done, self._timing = self._timing, GenerationStats()
         if self._scheduler is not None:
             self._scheduler.timing = self._timing
         return done
 
-    def roofline_fraction(self, done: Timing) -> float:
+    def roofline_fraction(self, done: GenerationStats) -> float:
         """The time that decoding must take on this machine over the time it took: weights and
         cached positions read once a step, or their products, whichever takes longer.
         """
@@ -381,7 +380,7 @@ class HybridEngine:
     def _shift(self, gear: Gear) -> None:
         require_attention(self.model)
         self._follow()
-        if gear == "training" and not self.config.keep_cache:
+        if gear == "training" and self.config.free_cache_while_training:
             self._give_back()
         if gear == "generation":
             self._pack()
@@ -400,8 +399,8 @@ class HybridEngine:
             self.weights_changed()
 
     def _pack(self) -> None:
-        if self.weights and self.config.packed_weights:
-            self.weights.pack(self.kernels, self.weights_version, self.config.max_rows)
+        if self.weights and self.config.prepack_weights:
+            self.weights.pack(self.kernels, self.weights_version, self.config.max_num_seqs)
 
     def _give_back(self) -> None:
         """Everything that the generation gear holds beside the weights."""
@@ -482,22 +481,25 @@ class HybridEngine:
             decoder.cache,
             decoder,
             partial(decode, self.tokenizer),
-            self.config.max_rows,
-            self.config.prefill_tokens,
-            self.config.steps_ahead or (1 if self.device.type == "cpu" else 8),
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8),
             self.device,
             self._timing,
         )
 
     def _decoder(self, kernels: Kernels) -> Decoder:
         return Decoder(
-            self.model, self.plan, self.weights, self.head, kernels, BlockCache(), self.max_length
+            self.model, self.plan, self.weights, self.head, kernels, KVCache(), self.max_length
         )
 
     def _check_room(self, index: int, length: int, new: int) -> None:
         if length == 0:
             raise CapacityError(f"Prompt {index} is empty; give at least one token.")
-        limits = {"the limit": self.max_length, "the cache, engine.cache_tokens": self._cache_limit}
+        limits = {
+            "the limit": self.max_length,
+            "the cache, engine.kv_cache_tokens": self._cache_limit,
+        }
         for name, limit in limits.items():
             if limit is not None and length + new > limit:
                 raise CapacityError(
@@ -508,7 +510,7 @@ class HybridEngine:
     @property
     def _cache_limit(self) -> int | None:
         """Tokens in the blocks that the configured cache has."""
-        tokens = self.config.cache_tokens
+        tokens = self.config.kv_cache_tokens
         return None if tokens is None else tokens // BLOCK * BLOCK
 
     def _make_room(self, scheduler: Scheduler, groups: list[list[requests.Sequence]]) -> None:
@@ -517,7 +519,7 @@ class HybridEngine:
             return
         live = len(scheduler.live) + sum(len(group) for group in (*scheduler.waiting, *groups))
         longest = max((len(g[0].prompt) + g[0].params.max_new_tokens for g in groups), default=0)
-        scheduler.cache.grow(min(live, self.config.max_rows) * -(-longest // BLOCK))
+        scheduler.cache.grow(min(live, self.config.max_num_seqs) * -(-longest // BLOCK))
 
     def _check(self) -> Limit | None:
         """See `engine.check`."""

@@ -10,7 +10,7 @@ from gearshift.engine.check import check
 from gearshift.kernels.cpu import kernels_of
 from gearshift.models.describe import describe, head_of
 from gearshift.models.fused import AliasedWeights
-from gearshift.models.hf_forward import drops_out, hidden_states
+from gearshift.models.hf_forward import has_active_dropout, hidden_states
 from gearshift.models.layers import packed_states
 
 
@@ -33,7 +33,7 @@ class PackedModel:
         """[T, C]."""
         if self.limit:
             self.limit.check(batch)
-        if self.plan is None or drops_out(self.model):
+        if self.plan is None or has_active_dropout(self.model):
             return hidden_states(self.model, batch)
         return self._planned(batch)
 

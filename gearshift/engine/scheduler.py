@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.engine.block_cache import BlockCache
+from gearshift.engine.block_cache import KVCache
 from gearshift.engine.decoder import Decoder
 from gearshift.engine.sampler import adjusts, sample
 from gearshift.engine.sequence import Decode, Sequence
 from gearshift.errors import NumericalError
-from gearshift.kernels.reference import Places
+from gearshift.kernels.reference import AttentionMetadata
 from gearshift.kernels.specs import BLOCK
 from gearshift.runtime.seeding import philox_uniform
 
@@ -32,7 +32,7 @@ _AHEAD = 64
 
 
 @dataclass(slots=True)
-class Timing:
+class GenerationStats:
     """What the scheduler has done, since it was last set to zero."""
 
     prefill_seconds: float = 0.0
@@ -49,24 +49,30 @@ class Timing:
 
 
 class Scheduler:
-    """Runs sequences to their ends, at most `max_rows` at a time."""
+    """Runs sequences to their ends, at most `max_num_seqs` at a time."""
 
     def __init__(
         self,
-        cache: BlockCache,
+        cache: KVCache,
         decoder: Decoder,
         decode: Decode,
-        max_rows: int,
-        prefill_tokens: int,
-        steps_ahead: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        decode_steps_per_sync: int,
         device: torch.device,
-        timing: Timing,
+        timing: GenerationStats,
     ) -> None:
-        """`decode` turns tokens into text; `steps_ahead` tokens are drawn between two looks."""
+        """`decode` turns tokens into text; `decode_steps_per_sync` tokens are drawn between two
+        looks.
+        """
         self.waiting: deque[deque[Sequence]] = deque()
         self.live: list[Sequence] = []
         self.cache, self.decoder, self.decode, self.device = cache, decoder, decode, device
-        self.max_rows, self.prefill_tokens, self.steps_ahead = max_rows, prefill_tokens, steps_ahead
+        self.max_num_seqs, self.max_num_batched_tokens, self.decode_steps_per_sync = (
+            max_num_seqs,
+            max_num_batched_tokens,
+            decode_steps_per_sync,
+        )
         self.timing = timing
 
     def add(self, group: list[Sequence]) -> None:
@@ -135,13 +141,13 @@ class Scheduler:
         self.timing.decode_tokens += sum(len(s.token_ids) for s in live) - written
 
     def _steps(self) -> int:
-        """How many tokens can be drawn before anybody looks: `steps_ahead`, if none needs more than
-        a temperature and there are blocks for all of them.
+        """How many tokens can be drawn before anybody looks: `decode_steps_per_sync`, if none needs
+        more than a temperature and there are blocks for all of them.
         """
-        if self.steps_ahead == 1 or any(adjusts(s.params) for s in self.live):
+        if self.decode_steps_per_sync == 1 or any(adjusts(s.params) for s in self.live):
             return 1
         left = [s.params.max_new_tokens - len(s.token_ids) for s in self.live]
-        steps = min(self.steps_ahead, max(left))
+        steps = min(self.decode_steps_per_sync, max(left))
         needed = [
             -(-(s.length + min(steps, own) - 1) // BLOCK) - len(s.blocks)
             for s, own in zip(self.live, left, strict=True)
@@ -235,20 +241,20 @@ class Scheduler:
         """
         tokens = 0
         batch: list[tuple[list[Sequence], int]] = []
-        rows = self.max_rows - len(self.live)
+        rows = self.max_num_seqs - len(self.live)
         while self.waiting and rows:
             group = self.waiting[0]
             first = group[0].tokens
             known = self.cache.known(first)
             new = len(first) - len(known) * BLOCK
-            if batch and tokens + new > self.prefill_tokens:
+            if batch and tokens + new > self.max_num_batched_tokens:
                 break
             # Known blocks that nobody uses count as available until they are shared.
             for block in known:
                 self.cache.share(block)
             blocks, tail = -(-len(first) // BLOCK), int(len(first) % BLOCK > 0)
             spare = len(self.live) + sum(len(members) for members, _ in batch)
-            free = self.cache.available - (blocks - len(known)) - min(spare, self.max_rows // 4)
+            free = self.cache.available - (blocks - len(known)) - min(spare, self.max_num_seqs // 4)
             if free < 0 and spare:
                 self.cache.release(known)
                 break
@@ -292,7 +298,9 @@ class Scheduler:
         )
         device = self.device
         wanted = (counts.cumsum(0) - 1).to(device)
-        places = Places(rows.to(device), positions.to(device), self._table(leaders), wanted)
+        places = AttentionMetadata(
+            rows.to(device), positions.to(device), self._table(leaders), wanted
+        )
         logits = self.decoder(torch.cat(ids).to(device), places)
         copies = [
             (members[0].blocks[-1], follower.blocks[-1])

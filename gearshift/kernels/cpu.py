@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from gearshift.kernels import build as native
 from gearshift.kernels.alone import EachAlone
 from gearshift.kernels.build import pointer
-from gearshift.kernels.reference import Kernels, Places, Product
+from gearshift.kernels.reference import AttentionMetadata, Kernels, Product
 from gearshift.kernels.specs import AttentionOptions, Gate, Norm
 
 
@@ -149,7 +149,11 @@ class NativeKernels(Kernels):
         return turned
 
     def rotate_and_write(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        store: Tensor,
+        places: AttentionMetadata,
     ) -> Tensor:
         T, heads, D = qkv.shape
         K = store.shape[2]
@@ -161,7 +165,7 @@ class NativeKernels(Kernels):
         return qkv[:, : heads - 2 * K]
 
     def attend(
-        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         T, H, D = query.shape
         table = places.table

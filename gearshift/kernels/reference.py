@@ -28,7 +28,7 @@ TILE = 8
 """Sequences next to each other whose common blocks a GPU reads once for all of them."""
 
 
-class Places:
+class AttentionMetadata:
     """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
     blocks are `table[rows[t]]`.
 
@@ -141,7 +141,11 @@ class Kernels:
         return torch.cat((_rotate(turned, *rotary), value), dim=1)
 
     def rotate_and_write(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, store: Tensor, places: Places
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        store: Tensor,
+        places: AttentionMetadata,
     ) -> Tensor:
         """qkv [T, H + 2K, D]: rotate queries and keys by (cos, sin) [T, rotary size], store keys
         and values, return the queries [T, H, D].
@@ -156,7 +160,7 @@ class Kernels:
         return query
 
     def attend(
-        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
         D = query.shape[2]

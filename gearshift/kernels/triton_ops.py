@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gearshift.kernels.reference import TILE, Kernels, Places
+from gearshift.kernels.reference import TILE, AttentionMetadata, Kernels
 from gearshift.kernels.specs import BLOCK, AttentionOptions
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class TritonKernels(Kernels):
         return again
 
     def attend(
-        self, query: Tensor, store: Tensor, places: Places, options: AttentionOptions
+        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         B, H, D = query.shape
         if len(places.table) != B:  # a prefill

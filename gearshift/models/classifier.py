@@ -120,7 +120,7 @@ def _padded(model: PreTrainedModel, part: nn.Module, sequences: Sequence[Sequenc
 
 @torch.no_grad()
 def score_all(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_tokens: int = 8192
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], micro_batch_tokens: int = 8192
 ) -> list[float]:
     """Scores of many sequences, in batches of similar length, without gradients."""
     scores = [0.0] * len(sequences)
@@ -128,7 +128,7 @@ def score_all(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for i, after in zip_longest(order, order[1:]):
         batch.append(i)
-        if after is None or len(sequences[after]) * (len(batch) + 1) > max_tokens:
+        if after is None or len(sequences[after]) * (len(batch) + 1) > micro_batch_tokens:
             values = sequence_scores(model, [sequences[j] for j in batch]).tolist()
             for j, value in zip(batch, values, strict=True):
                 scores[j] = value

@@ -47,12 +47,12 @@ def token_scores(
     computes the model's last hidden states, where something faster than its own modules does.
     """
     hidden_TH = hidden_states(model, batch) if states is None else states(batch)
-    rows_MH = hidden_TH[batch.predictors]
+    rows_MH = hidden_TH[batch.logit_indices]
     scores = token_logprobs(head_of(model), rows_MH, batch.targets, temperature)
     return scores if value_head is None else scores._replace(values=value_head(rows_MH))
 
 
-def drops_out(model: PreTrainedModel) -> bool:
+def has_active_dropout(model: PreTrainedModel) -> bool:
     """Whether some dropout of this model is switched on now."""
     attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     dropped = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))

@@ -23,7 +23,7 @@ from gearshift.batch import pack
 from gearshift.data import clean, load_rows
 from gearshift.data.overlap import asked, prompt_keys, prompt_text
 from gearshift.data.sources import source_mark
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.environments.base import TextEnvironment
 from gearshift.environments.processes import Separate
 from gearshift.errors import ConfigError, DataError, StorageError
@@ -103,7 +103,7 @@ class TaskData:
         rows = self._load(split)
         return None if rows is None else len(rows)
 
-    def collector(self, engine: HybridEngine, split: str) -> Collector:
+    def collector(self, engine: Engine, split: str) -> Collector:
         """Episodes over the split's rows."""
         config, rl = self.recipe.task, self.recipe.rl
         assert config is not None
@@ -135,7 +135,7 @@ class TaskData:
 
     def evaluate(
         self,
-        engine: HybridEngine,
+        engine: Engine,
         name: str,
         to: Path,
         split: Split = "validation",
@@ -296,11 +296,9 @@ def _prompt_of(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def open_engine(
-    recipe: Recipe, name: str | None, model: PreTrainedModel | None = None
-) -> HybridEngine:
+def open_engine(recipe: Recipe, name: str | None, model: PreTrainedModel | None = None) -> Engine:
     """The engine of a recipe around a policy: a folder, a name, or (None) the recipe's model."""
-    return HybridEngine(
+    return Engine(
         model or load_policy(recipe.model, name),
         load_tokenizer(recipe.model, name),
         recipe.engine,
@@ -455,7 +453,7 @@ def changed(
 
 
 @torch.no_grad()
-def perplexity(engine: HybridEngine, episodes: Sequence[Mapping[str, Any]]) -> float:
+def perplexity(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> float:
     """exp of the mean negative log-probability, under the engine's model, of the tokens that the
     policy sampled in these episodes: an answer that was cut has no end token.
 

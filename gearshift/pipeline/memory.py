@@ -114,16 +114,16 @@ def parts_of(
 ) -> dict[str, float]:
     """Bytes by purpose of a stage, but for activations. `trained`: parameters that learn."""
     on_cpu = device.type == "cpu"
-    cut = not 0 < tokens_of(config) <= config.max_tokens  # into several micro-batches
+    cut = not 0 < tokens_of(config) <= config.micro_batch_tokens  # into several micro-batches
     parts = _learning(shape, config.optimizer, trained, device, cut)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
     if isinstance(config, RLConfig):
-        rows = min(engine.max_rows, config.prompts * config.group_size)
+        rows = min(engine.max_num_seqs, config.prompts * config.group_size)
         length = config.max_new_tokens + _PROMPT
         parts[f"KV cache of {rows} rows x {length} tokens"] = shape.cache(rows, length)
         parts["logits of a decode step"] = 6.0 * rows * shape.vocabulary
-        if on_cpu and engine.packed_weights and shape.item == 2:
+        if on_cpu and engine.prepack_weights and shape.item == 2:
             parts["packed weights"] = float(shape.weights)
         if config.kl.beta > 0 and not adapters:
             parts["reference"] = 1.3 * shape.weights
@@ -251,19 +251,19 @@ def micro_batch(
 ) -> tuple[int, bool]:
     """Tokens of a micro-batch, and whether layers are computed again in the backward pass.
 
-    What the configs leave open (`max_tokens: 0`, `recompute: null`) is chosen: as many tokens as
-    fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for (or 4,096)
-    do not fit else.
+    What the configs leave open (`micro_batch_tokens: 0`, `recompute: null`) is chosen: as many
+    tokens as fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for
+    (or 4,096) do not fit else.
     """
     padded = isinstance(config, ProcessRewardConfig)
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
     most = tokens_of(config)
     again = engine.recompute
     if again is None:
-        wanted = min(config.max_tokens or 4096, most)
+        wanted = min(config.micro_batch_tokens or 4096, most)
         again = not padded and room < wanted * shape.token()
-    if config.max_tokens:
-        return min(config.max_tokens, most), again
+    if config.micro_batch_tokens:
+        return min(config.micro_batch_tokens, most), again
     return max(1, min(most, 65_536, int(room / shape.token(again, padded)))), again
 
 
@@ -275,6 +275,7 @@ def shortage(total: float, free: float) -> str:
     if total <= free:
         return ""
     return (
-        f"it may take {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; lower max_tokens or "
-        "what is sampled at a time, take adapters (model.lora) or a smaller model"
+        f"it may take {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; "
+        "lower micro_batch_tokens or what is sampled at a time, take adapters (model.lora) or a "
+        "smaller model"
     )

@@ -31,7 +31,7 @@ from gearshift.data import (
 )
 from gearshift.data.sources import source_mark
 from gearshift.data.text import decode
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import (
     CapacityError,
     ConfigError,
@@ -72,8 +72,8 @@ from gearshift.pipeline.memory import (
 )
 from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe, StageName, claim, claim_model, dated
 from gearshift.pipeline.report import write_report
-from gearshift.rewards.composite import RewardSum
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rewards.composite import CompositeReward
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
 from gearshift.runtime.digests import Digests, mark, marks, read_sealed, write_sealed
 from gearshift.runtime.files import write_json, writing
@@ -270,7 +270,7 @@ class Run:
         with ExitStack() as opened:
             collector = opened.enter_context(self.task.collector(engine, "train"))
             reward = self.folder / "reward"
-            score = RewardSum(config.rewards, self.recipe.model, reward, engine.tokenizer)
+            score = CompositeReward(config.rewards, self.recipe.model, reward, engine.tokenizer)
             opened.enter_context(closing(score))
             mixed = mix.data.sources
             trainer = RLTrainer(
@@ -319,7 +319,7 @@ class Run:
                 if reason:
                     raise CapacityError(
                         f"{name}: the memory does not suffice ({one_line(reason)}); lower "
-                        f"{name}.max_tokens, end other programs, or take a smaller model; "
+                        f"{name}.micro_batch_tokens, end other programs, or take a smaller model; "
                         f"{interrupt.rest}."
                     ) from error
                 raise
@@ -386,7 +386,7 @@ class Run:
 
     # Parts
 
-    def _engine(self, name: str | None, trained: bool = False) -> HybridEngine:
+    def _engine(self, name: str | None, trained: bool = False) -> Engine:
         if not (trained and self.recipe.model.lora):
             return open_engine(self.recipe, name)
         model = load_policy(self.recipe.model, name)
@@ -395,7 +395,7 @@ class Run:
             add_adapter(model, self.recipe.model.lora)
         return open_engine(self.recipe, name, model)
 
-    def _fitted(self, config: Fitted, engine: HybridEngine) -> Fitted:
+    def _fitted(self, config: Fitted, engine: Engine) -> Fitted:
         """The config with what it leaves to the memory decided: tokens of a micro-batch, and
         whether the engine computes layers again in the backward pass.
         """
@@ -410,10 +410,14 @@ class Run:
         if short := shortage(with_total(parts)["total"], free):
             self.say(f"memory: {short}")
         engine.config = engine.config.model_copy(update={"recompute": again})
-        return config if config.max_tokens else config.model_copy(update={"max_tokens": tokens})
+        return (
+            config
+            if config.micro_batch_tokens
+            else config.model_copy(update={"micro_batch_tokens": tokens})
+        )
 
     def _prompts(
-        self, collector: Collector, engine: HybridEngine, config: RLConfig
+        self, collector: Collector, engine: Engine, config: RLConfig
     ) -> Sequence[int] | None:
         """The rows to draw prompts from, None where there are none; those whose prompt is too long
         or refused are told by file and line, or left out.
@@ -421,7 +425,7 @@ class Run:
         count, path = self.task.rows("train"), self.task.path("train")
         if count is None:
             return None
-        longest = min(engine.max_length, engine.config.cache_tokens or engine.max_length)
+        longest = min(engine.max_length, engine.config.kv_cache_tokens or engine.max_length)
         if config.max_new_tokens >= longest:
             raise ConfigError(
                 f"rl.max_new_tokens={config.max_new_tokens} leaves no place for a prompt in "
@@ -438,7 +442,7 @@ class Run:
         self.say(f"rl: {told}, and are left out")
         return [i for i in range(count) if i not in unusable]
 
-    def _critic(self, start: str | None, engine: HybridEngine) -> Critic:
+    def _critic(self, start: str | None, engine: Engine) -> Critic:
         """From what `rl.critic` names: a folder, this run's reward model, or (null) the policy."""
         assert self.recipe.rl is not None
         named = folder = self.recipe.rl.critic
@@ -459,7 +463,7 @@ class Run:
         return critic
 
     def _reference(
-        self, engine: HybridEngine, start: str | None, named: str | None = None
+        self, engine: Engine, start: str | None, named: str | None = None
     ) -> PreTrainedModel:
         """The policy as it starts: a second copy; or, with adapters, the same model, which is
         scored with them switched off. Or the model that is `named`.
@@ -489,16 +493,18 @@ class Run:
             return str(folder)
         return None
 
-    def _gap(self, engine: HybridEngine, max_new_tokens: int) -> dict[str, Any]:
+    def _gap(self, engine: Engine, max_new_tokens: int) -> dict[str, Any]:
         """Invariant 1 on held-out prompts, sampled afresh from the trained policy."""
         rows = self.task.rows("validation")
         params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
-        starts = [Start(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
+        starts = [
+            EpisodeSpec(i, i, None if rows is None else i) for i in range(min(16, rows or 16))
+        ]
         with self.task.collector(engine, "validation") as collector:
             gap = logprob_gap(engine, collector, starts, params)
         return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
 
-    def _heldout(self, name: str, engine_of: Callable[[], HybridEngine]) -> None:
+    def _heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
         to = self.folder / "validation"
         if self.recipe.task and not (to / f"{name}.json").exists():
@@ -528,9 +534,7 @@ class Run:
             sources.append(rows)
         return sources
 
-    def _examples(
-        self, config: DataConfig, engine: HybridEngine, max_length: int
-    ) -> Mixture[Rendered]:
+    def _examples(self, config: DataConfig, engine: Engine, max_length: int) -> Mixture[Rendered]:
         return self._mixture(
             config,
             lambda rows: render_examples([to_supervised(r) for r in rows], engine, max_length),
@@ -653,7 +657,7 @@ def _own_torch(recipe: Recipe) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _check_context(key: str, model: PreTrainedModel, engine: HybridEngine) -> None:
+def _check_context(key: str, model: PreTrainedModel, engine: Engine) -> None:
     """Raises `ConfigError` for a model that cannot read the longest episode."""
     if (most := context(model)) < engine.max_length:
         raise ConfigError(

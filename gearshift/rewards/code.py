@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gearshift.rewards.answers import code_blocks, is_python, without_thoughts
-from gearshift.rewards.functions import LOST, Rewards
+from gearshift.rewards.functions import REWARD_MISSING, Rewards
 from gearshift.rewards.sandbox import LostError, check_sandboxed, run_sandboxed
 from gearshift.types import Message
 
@@ -85,7 +85,7 @@ def _score(
             return verdict(_passed(extract_code(completion), pairs or [], texts or [], entry_point))
         except (_UnusableError, LostError) as error:
             lost.append(str(error))
-            return LOST
+            return REWARD_MISSING
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         said = list(pool.map(one, completions, *columns))

@@ -19,7 +19,7 @@ from gearshift.data.chat import end_token_ids
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards.functions import (
-    LOST,
+    REWARD_MISSING,
     HttpReward,
     Named,
     RewardFunction,
@@ -71,7 +71,7 @@ class Source(Protocol):
 
 
 @dataclass
-class Running:
+class RunningMeanStd:
     """Mean and variance of all values so far (Welford 1962)."""
 
     count: int = 0
@@ -91,7 +91,7 @@ class Running:
         return [x if x is None or not usable(x) else (x - self.mean) / std for x in values]
 
 
-class RewardSum:
+class CompositeReward:
     """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
     is not named.
 
@@ -140,7 +140,7 @@ class RewardSum:
         """Calls in a row that said nothing in their time; that raised."""
         ordered = [s for s in sources if s.source != ENVIRONMENT]
         ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
-        self._running = {i: Running() for i, s in enumerate(ordered) if s.normalize}
+        self._running = {i: RunningMeanStd() for i, s in enumerate(ordered) if s.normalize}
         others = [(name, weight) for name, _, weight in (*self.functions, *self.models)]
         self._weights = [(ENVIRONMENT, self.environment_weight), *others]
 
@@ -157,7 +157,7 @@ class RewardSum:
     def _ask(self, i: int, named: Named, group: list[Trajectory]) -> list[list[float | None]]:
         """What function `i` says of a group; nothing, if it has been silent for too long."""
         if self._silent[i] >= _SILENT:
-            return [[LOST] * len(group)]
+            return [[REWARD_MISSING] * len(group)]
         began = time.monotonic()
         [values] = _call([named], group)
         silent = _all_lost(values) and time.monotonic() - began >= self._limits[i]
@@ -211,7 +211,7 @@ class RewardSum:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it up again."""
-        self._running = {int(i): Running(**kept) for i, kept in state["running"].items()}
+        self._running = {int(i): RunningMeanStd(**kept) for i, kept in state["running"].items()}
         self._worked = set(state["worked"])
 
     def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
@@ -240,7 +240,7 @@ class RewardSum:
         name, function, weight = self.functions[i]
         said: list[float | None] = []
         for call_, size in calls:
-            values: list[float | None] = [LOST] * size
+            values: list[float | None] = [REWARD_MISSING] * size
             why = ""
             try:
                 if self._in_time(i, call_):

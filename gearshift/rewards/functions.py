@@ -32,7 +32,7 @@ from gearshift.runtime.worker_threads import GivenUp, within
 from gearshift.types import Message
 
 Rewards = Sequence[float | None]
-LOST = math.nan
+REWARD_MISSING = math.nan
 """A reward that should be there and is not: the function hung, its process died, nobody answered.
 None says that a function does not apply and leaves it out of the sum; this leaves the episode out,
 unless the function has weight 0.
@@ -117,13 +117,13 @@ class HttpReward:
             return post(self.address, body, _rewards, self.timeout, self.tries)
         except NoAnswerError as error:
             self.last_failure = str(error)
-            return [LOST] * len(body["completions"])
+            return [REWARD_MISSING] * len(body["completions"])
 
 
 def _rewards(answer: Any) -> list[float | None]:
     """What a server says of each; where it names places that it could not score, these are lost."""
     lost = answer.get("lost") or ()
-    return [LOST if i in lost else reward for i, reward in enumerate(answer["rewards"])]
+    return [REWARD_MISSING if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
 Named = tuple[str, RewardFunction, float]
@@ -152,8 +152,8 @@ def call(
     completion_ids: list[list[int]] | None,
     columns: dict[str, list[Any]],
 ) -> list[list[float | None]]:
-    """What each function says of each sample: a number, None, or `LOST`. Each gets copies of the
-    arguments, which are its own to change.
+    """What each function says of each sample: a number, None, or `REWARD_MISSING`. Each gets copies
+    of the arguments, which are its own to change.
 
     Raises `ConfigError` naming the function that raises, or that returns anything but one number or
     None a sample.
@@ -284,9 +284,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def number(value: Any) -> float:
-    """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float; `LOST` if it
-    is beyond what training computes with. Raises `TypeError`, `ValueError` or `RuntimeError` for
-    what is none, a text for example, which `float` would read.
+    """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float;
+    `REWARD_MISSING` if it is beyond what training computes with. Raises `TypeError`, `ValueError`
+    or `RuntimeError` for what is none, a text for example, which `float` would read.
     """
     plain = value.item() if hasattr(value, "item") else value  # a float() of complex ones drops i
     if not isinstance(plain, SupportsFloat):
@@ -294,8 +294,8 @@ def number(value: Any) -> float:
     try:
         found = float(plain)
     except OverflowError:  # an integer beyond all floats
-        return LOST
-    return found if usable(found) else LOST
+        return REWARD_MISSING
+    return found if usable(found) else REWARD_MISSING
 
 
 def _raised(name: str, error: BaseException) -> ConfigError:

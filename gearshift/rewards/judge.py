@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import LOST, Rewards
+from gearshift.rewards.functions import REWARD_MISSING, Rewards
 from gearshift.rewards.http import NoAnswerError, bearer, checked_address, post
 from gearshift.rewards.marks import parse_mark
 from gearshift.runtime.addresses import Address
@@ -67,7 +67,7 @@ class JudgeReward:
     """Marks from a judge, scaled to 0..1.
 
     The environment variable `key_env` is sent as the bearer token. Where after several tries nobody
-    answers, or an answer has no mark within the scale, the reward is `LOST`.
+    answers, or an answer has no mark within the scale, the reward is `REWARD_MISSING`.
     """
 
     last_failure = ""
@@ -149,7 +149,7 @@ class JudgeReward:
             mark = post(self.address, body, self._read, self.timeout, _TRIES, self.pause)
         except NoAnswerError as error:
             self.last_failure = str(error)
-            return LOST
+            return REWARD_MISSING
         return (mark - config.low) / (config.high - config.low)
 
     def _read(self, answer: Any) -> float | None:

@@ -17,7 +17,7 @@ from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import context, reads_last_token, score_all
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
 from gearshift.models.vocabulary import check_vocabulary
-from gearshift.rewards.functions import LOST, usable
+from gearshift.rewards.functions import REWARD_MISSING, usable
 from gearshift.types import Message
 
 
@@ -50,7 +50,7 @@ class ModelReward:
         are scored where the reward model reads the same tokens, and else the texts. `ended`:
         whether an answer came to its end. `template_options`: tools and what else the template
         gets. A sequence that is longer than the model takes is
-        `LOST`, and so is a conversation that its template refuses.
+        `REWARD_MISSING`, and so is a conversation that its template refuses.
         """
         if token_ids is not None and policy is not None and same_tokens(policy, self.tokenizer):
             sequences = [self._read(ids) for ids in token_ids]
@@ -62,7 +62,7 @@ class ModelReward:
         limit = context(self.model)
         fits = [bool(s) and len(s) <= limit for s in sequences]
         scores = iter(score_all(self.model, [s for s, f in zip(sequences, fits, strict=True) if f]))
-        return [next(scores) if fit else LOST for fit in fits]
+        return [next(scores) if fit else REWARD_MISSING for fit in fits]
 
     def _rendered(
         self, samples: Sequence[tuple[list[Message], str, bool, Options | None]]
@@ -112,9 +112,9 @@ class Ensemble:
         ]
 
     def _joined(self, scores: list[float]) -> float | None:
-        """None where no member applies, `LOST` where one has lost its score."""
+        """None where no member applies, `REWARD_MISSING` where one has lost its score."""
         if not all(map(usable, scores)):
-            return LOST
+            return REWARD_MISSING
         if not scores or self.how == "min":
             return min(scores, default=None)
         spread = 1.0 if self.how == "mean_less_std" else 0.0

@@ -17,7 +17,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import LOST, RewardFunction, Rewards, call, load_reward
+from gearshift.rewards.functions import REWARD_MISSING, RewardFunction, Rewards, call, load_reward
 from gearshift.runtime.worker_threads import end_with_parent, one_process
 from gearshift.types import Message
 
@@ -31,8 +31,8 @@ class ProcessReward:
     """The function that `spec` names, called in `processes` workers.
 
     A call that takes longer than `timeout` seconds (a worker's start does not count), or whose
-    worker dies, gives `LOST` for its samples, and another worker takes its place. Arguments and
-    rewards cross as plain data.
+    worker dies, gives `REWARD_MISSING` for its samples, and another worker takes its place.
+    Arguments and rewards cross as plain data.
     """
 
     last_failure = ""
@@ -64,7 +64,7 @@ class ProcessReward:
             if fault:
                 raise ConfigError(fault)
             return rewards
-        return [LOST] * len(completions)
+        return [REWARD_MISSING] * len(completions)
 
     def close(self) -> None:
         """End the workers."""

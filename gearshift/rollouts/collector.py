@@ -44,7 +44,7 @@ class Writing(Protocol):
 
 
 class Writer(Protocol):
-    """What writes completions: `HybridEngine`."""
+    """What writes completions: `Engine`."""
 
     def submit(
         self,
@@ -75,7 +75,7 @@ _GLANCE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class EpisodeSpec:
     """Where an episode starts; its group is all the episodes from the same start."""
 
     group_id: int
@@ -89,7 +89,7 @@ class Start:
 @dataclass(slots=True)
 class _Episode:
     environment: TextEnvironment
-    start: Start
+    start: EpisodeSpec
     sample: int
     messages: list[Message] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -235,7 +235,7 @@ class Collector:
 
     def collect(
         self,
-        starts: Sequence[Start],
+        starts: Sequence[EpisodeSpec],
         params: SamplingParams,
         on_group: OnGroup = lambda group: None,
         rewarded: Rewarded = "needed",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from gearshift.data.overlap import prompt_text
 from gearshift.errors import ConfigError, DataError
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.rollouts.intervals import (
     Interval,
     interval,
@@ -76,16 +76,16 @@ class Evaluation:
         }
 
 
-def starts_of(split: Split, count: int, rows: Sequence[int] | None = None) -> list[Start]:
+def starts_of(split: Split, count: int, rows: Sequence[int] | None = None) -> list[EpisodeSpec]:
     """Where a split's episodes start: at these rows, or (None) `count` by their seed alone."""
     if rows is None:
-        return [Start(i, SEEDS[split] + i) for i in range(count)]
-    return [Start(row, SEEDS[split] + row, row) for row in rows]
+        return [EpisodeSpec(i, SEEDS[split] + i) for i in range(count)]
+    return [EpisodeSpec(row, SEEDS[split] + row, row) for row in rows]
 
 
 def evaluate(
     collector: Collector,
-    starts: Sequence[Start],
+    starts: Sequence[EpisodeSpec],
     max_new_tokens: int,
     *,
     problems: Mapping[int, Hashable] | None = None,

@@ -104,8 +104,8 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
         return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):
         return (
-            f"The memory does not suffice ({reason}); end other programs, lower max_tokens or "
-            "batch sizes, or take a smaller model.",
+            f"The memory does not suffice ({reason}); end other programs, lower "
+            "micro_batch_tokens or batch sizes, or take a smaller model.",
             1,
         )
     if isinstance(error, OSError):

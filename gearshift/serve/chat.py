@@ -8,14 +8,14 @@ from rich.console import Console
 
 from gearshift.data.chat import render_prompt
 from gearshift.data.text import pieces
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.runtime.terminal import printable, say
 from gearshift.types import Message, SamplingParams
 
 
 def reply(
-    engine: HybridEngine, messages: list[Message], params: SamplingParams, request_id: int = 0
+    engine: Engine, messages: list[Message], params: SamplingParams, request_id: int = 0
 ) -> Iterator[str]:
     """The answer's text in pieces."""
     prompt = render_prompt(engine.tokenizer, messages)
@@ -27,7 +27,7 @@ def reply(
             stream.abort()
 
 
-def chat(engine: HybridEngine, system: str | None, params: SamplingParams, remember: bool) -> None:
+def chat(engine: Engine, system: str | None, params: SamplingParams, remember: bool) -> None:
     """Read lines, answer them, until /quit or the end of input. `remember` keeps earlier turns in
     the prompt.
     """

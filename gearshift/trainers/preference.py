@@ -31,7 +31,7 @@ from gearshift.data import (
     at,
     render_completion,
 )
-from gearshift.engine import HybridEngine, PackedModel
+from gearshift.engine import Engine, PackedModel
 from gearshift.models.adapters import adapters_off
 from gearshift.models.hf_forward import token_scores
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -68,7 +68,7 @@ class PreferenceConfig(EpochsConfig):
     each step, which is cheaper where few of the rows are used."""
     max_length: int = Field(1024, ge=2)
     """Longer rows are refused, or left out (`data.overlong`)."""
-    max_tokens: int = Field(4096, ge=0)
+    micro_batch_tokens: int = Field(4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="linear")
@@ -142,7 +142,7 @@ class PreferenceTrainer:
     def __init__(
         self,
         config: PreferenceConfig,
-        engine: HybridEngine,
+        engine: Engine,
         reference: PreTrainedModel | None = None,
     ) -> None:
         """`reference` is needed for `reference: each_step`; the policy's own model, where it has
@@ -208,7 +208,9 @@ class PreferenceTrainer:
     def micros(self, rows: Sequence[Judged], other: bool = False) -> Iterator[Micro]:
         """Micro-batches with their rows: one tree each."""
         first = 0
-        for micro in judged_batch(rows, other).to(self.engine.device).split(self.config.max_tokens):
+        for micro in (
+            judged_batch(rows, other).to(self.engine.device).split(self.config.micro_batch_tokens)
+        ):
             end = first + len(micro.trees())
             yield micro, rows[first:end]
             first = end

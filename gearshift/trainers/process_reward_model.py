@@ -37,7 +37,7 @@ class ProcessRewardConfig(EpochsConfig):
     """Stands after each step; its last token carries the step's logit."""
     max_length: int = Field(1024, ge=2)
     """Longer rows are refused, or left out (`data.overlong`)."""
-    max_tokens: int = Field(4096, ge=1)
+    micro_batch_tokens: int = Field(4096, ge=1)
     """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
     """AdamW and its schedule."""
@@ -100,7 +100,7 @@ def train_process_model(
             loss = step_loss(logits_S, labels_S).sum() / total
             return loss, {"accuracy": ((logits_S > 0) == labels_S).sum() / total}
 
-        chunks = chunks_by_tokens([len(row.ids) for row in batch], config.max_tokens)
+        chunks = chunks_by_tokens([len(row.ids) for row in batch], config.micro_batch_tokens)
         with stage.phase("train"):
             metrics = update([batch[where] for where in chunks], loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(row.ids) for row in batch))

@@ -23,7 +23,7 @@ from gearshift.data.scored import render_scored
 from gearshift.engine import PackedModel
 from gearshift.models.classifier import reads_last_token, score_all, sequence_scores
 from gearshift.models.describe import describe
-from gearshift.models.hf_forward import drops_out
+from gearshift.models.hf_forward import has_active_dropout
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
@@ -54,7 +54,7 @@ class RewardModelConfig(EpochsConfig):
     """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
     max_length: int = Field(1024, ge=2)
     """Longer pairs are refused, or left out (`data.overlong`)."""
-    max_tokens: int = Field(4096, ge=1)
+    micro_batch_tokens: int = Field(4096, ge=1)
     """Tokens in one micro-batch (padded ones, where the backbone is not described); bounds memory,
     does not change the gradient."""
     center: float = Field(0.0, ge=0)
@@ -95,20 +95,24 @@ class PairScorer:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        packs = describe(model) is not None and reads_last_token(model) and not drops_out(model)
+        packs = (
+            describe(model) is not None
+            and reads_last_token(model)
+            and not has_active_dropout(model)
+        )
         self._states = PackedModel(model, model.score) if packs else None
 
-    def micros(self, pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
+    def micros(self, pairs: Sequence[Pair], micro_batch_tokens: int) -> list[list[Pair]]:
         """The pairs in micro-batches of at most so many (padded) tokens, one pair at least."""
         ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
         if self._states is None:
             lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
-            return [ordered[where] for where in chunks_by_tokens(lengths, max_tokens)]
+            return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
         micros: list[list[Pair]] = []
         held = 0
         for pair in ordered:
             size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
-            if not micros or held + size > max_tokens:
+            if not micros or held + size > micro_batch_tokens:
                 micros.append([])
                 held = 0
             micros[-1].append(pair)
@@ -165,7 +169,7 @@ def train_reward_model(
             return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
 
         with stage.phase("train"):
-            metrics = update(scores_of.micros(batch, config.max_tokens), loss_of, optimizer)
+            metrics = update(scores_of.micros(batch, config.micro_batch_tokens), loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
     model.eval()
 

@@ -24,7 +24,7 @@ from gearshift.data import (
     render_text,
 )
 from gearshift.data.chat import Rendered as Rendered
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
@@ -40,7 +40,7 @@ class SFTConfig(EpochsConfig):
     """Passes over the examples."""
     max_length: int = Field(1024, ge=2)
     """Longer examples are refused, or left out (`data.overlong`)."""
-    max_tokens: int = Field(4096, ge=0)
+    micro_batch_tokens: int = Field(4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
@@ -48,7 +48,7 @@ class SFTConfig(EpochsConfig):
 
 
 def render_examples(
-    examples: Sequence[ChatExample | TextExample], engine: HybridEngine, max_length: int
+    examples: Sequence[ChatExample | TextExample], engine: Engine, max_length: int
 ) -> list[Rendered]:
     """(token ids, mask) of each example; several of one where the chat template writes an earlier
     answer otherwise than a policy does. Raises `DataError` for one that is too long, or has nothing
@@ -78,7 +78,7 @@ def supervised_batch(examples: Sequence[Rendered]) -> PackedBatch:
     return batch.with_scored(loss_weights=loss_weights(batch.counts, "token_mean"))
 
 
-def supervised_loss(engine: HybridEngine, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def supervised_loss(engine: Engine, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted negative log-likelihood of a batch's trained tokens, and metrics."""
     scores = engine.logprobs(batch)
     weights_M = batch.scored("loss_weights")
@@ -86,9 +86,7 @@ def supervised_loss(engine: HybridEngine, batch: PackedBatch) -> tuple[Tensor, d
     return loss, {"entropy": (weights_M * scores.entropy).sum()}
 
 
-def train_sft(
-    config: SFTConfig, engine: HybridEngine, examples: Mixture[Rendered], stage: Stage
-) -> None:
+def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], stage: Stage) -> None:
     """Train the engine's model in place on rendered examples."""
     optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
     stage.track(model=engine.model, optimizer=optimizer)
@@ -99,6 +97,6 @@ def train_sft(
     for step in stage.steps(on_resume=engine.weights_changed):
         batch = supervised_batch(config.batch(examples, step)).to(engine.device)
         with stage.phase("train"), engine.training(dropout=True):
-            metrics = update(batch.split(config.max_tokens), loss_of, optimizer)
+            metrics = update(batch.split(config.micro_batch_tokens), loss_of, optimizer)
         engine.weights_changed()
         stage.log(step, metrics, tokens=len(batch))

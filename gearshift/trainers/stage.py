@@ -341,12 +341,12 @@ _SMALL, _LONG_TOKEN = 1 << 20, 32
 """Characters that are always counted in tokens, and those of an uncommonly long token."""
 
 
-def chunks_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
-    """Consecutive runs whose padded size (longest x count) stays within `max_tokens`, one item at
-    least.
+def chunks_by_tokens(lengths: Sequence[int], micro_batch_tokens: int) -> Iterator[slice]:
+    """Consecutive runs whose padded size (longest x count) stays within `micro_batch_tokens`, one
+    item at least.
     """
     first = 0
     for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > max_tokens:
+        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > micro_batch_tokens:
             yield slice(first, i)
             first = i

@@ -130,7 +130,7 @@ def test_a_template_that_rewrites_uses_its_own_marks_or_is_refused() -> None:
 def test_plain_text_ends_and_is_all_trained_but_what_nothing_predicts() -> None:
     ids, mask = render_text(TOKENIZER, "hello")
     assert TOKENIZER.decode(ids) == "hello<|im_end|>" and mask == [0, 1, 1, 1, 1, 1]
-    assert pack([(ids, mask)]).predictors.tolist() == [0, 1, 2, 3, 4]
+    assert pack([(ids, mask)]).logit_indices.tolist() == [0, 1, 2, 3, 4]
 
 
 @given(WORDS, WORDS, WORDS)

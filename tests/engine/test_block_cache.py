@@ -4,14 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearshift.engine.block_cache import BlockCache
+from gearshift.engine.block_cache import KVCache
 from gearshift.kernels.specs import BLOCK
 
 A, B = [1] * BLOCK, [2] * BLOCK
 
 
-def filled(blocks: int) -> BlockCache:
-    cache = BlockCache()
+def filled(blocks: int) -> KVCache:
+    cache = KVCache()
     cache.grow(blocks)
     return cache
 

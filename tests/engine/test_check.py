@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gearshift.batch import pack_groups
-from gearshift.engine import EngineConfig, HybridEngine, PackedModel
+from gearshift.engine import Engine, EngineConfig, PackedModel
 from gearshift.errors import CapacityError, ModelError
 from gearshift.kernels.specs import AttentionOptions
 from gearshift.models import describe
@@ -31,8 +31,8 @@ def made(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTr
     return model
 
 
-def engine(model: PreTrainedModel, **config: Any) -> HybridEngine:
-    return HybridEngine(model, tiny_tokenizer(), EngineConfig(**config))
+def engine(model: PreTrainedModel, **config: Any) -> Engine:
+    return Engine(model, tiny_tokenizer(), EngineConfig(**config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import CapacityError, ConfigError, GearshiftError, ModelError
 from gearshift.models.adapters import AdapterConfig, adapted_layers, adapters_off, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
@@ -12,11 +12,11 @@ from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
 
 
 @pytest.fixture
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=64))
+def engine() -> Engine:
+    return Engine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=64))
 
 
-def test_a_prompt_that_does_not_fit_is_refused(engine: HybridEngine) -> None:
+def test_a_prompt_that_does_not_fit_is_refused(engine: Engine) -> None:
     with engine.generating():
         with pytest.raises(CapacityError, match=r"Prompt 1 has 60 tokens.*limit of 64"):
             engine.generate([[3], [4] * 60], SamplingParams(max_new_tokens=5))
@@ -26,7 +26,7 @@ def test_a_prompt_that_does_not_fit_is_refused(engine: HybridEngine) -> None:
         assert len(c.token_ids) <= 5
 
 
-def test_finish_reasons(engine: HybridEngine) -> None:
+def test_finish_reasons(engine: Engine) -> None:
     with engine.generating():
         groups = engine.generate(PROMPTS, SamplingParams(n=16, max_new_tokens=40))
     completions = [c for group in groups for c in group]
@@ -39,7 +39,7 @@ def test_finish_reasons(engine: HybridEngine) -> None:
         assert len(c.logprobs) == len(c.token_ids)
 
 
-def test_stop_strings_end_a_completion(engine: HybridEngine) -> None:
+def test_stop_strings_end_a_completion(engine: Engine) -> None:
     params = SamplingParams(n=8, max_new_tokens=30, temperature=1.0)
     with engine.generating():
         [free] = engine.generate(PROMPTS[:1], params)
@@ -54,7 +54,7 @@ def test_stop_strings_end_a_completion(engine: HybridEngine) -> None:
     assert held[0].finish_reason == "stop"
 
 
-def test_a_stop_token_ends_a_completion(engine: HybridEngine) -> None:
+def test_a_stop_token_ends_a_completion(engine: Engine) -> None:
     with engine.generating():
         [[free]] = engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=20))
         token = free.token_ids[3]
@@ -64,14 +64,14 @@ def test_a_stop_token_ends_a_completion(engine: HybridEngine) -> None:
     assert held.token_ids == free.token_ids[: first + 1] and held.finish_reason == "stop"
 
 
-def test_no_prompts_no_completions(engine: HybridEngine) -> None:
+def test_no_prompts_no_completions(engine: Engine) -> None:
     with engine.generating():
         assert engine.generate([]) == []
 
 
 def test_memory_is_reported_and_given_back() -> None:
-    config = EngineConfig(keep_cache=False)
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), config)
+    config = EngineConfig(free_cache_while_training=True)
+    engine = Engine(random_model("llama"), tiny_tokenizer(), config)
     weights = sum(p.nbytes for p in engine.model.parameters())
     assert engine.memory()["weights"] == weights > engine.memory()["aliased"] > 0
     with engine.generating():
@@ -83,7 +83,7 @@ def test_memory_is_reported_and_given_back() -> None:
 
 
 def test_a_model_in_another_precision_still_generates() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     params = SamplingParams(n=2, max_new_tokens=6)
     with engine.generating():
         engine.generate(PROMPTS, params)
@@ -106,7 +106,7 @@ def test_a_head_that_does_something_else_is_refused() -> None:
 
     model.forward = other
     with pytest.raises(ModelError, match="its head on its hidden states"):
-        HybridEngine(model, tiny_tokenizer())
+        Engine(model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_sampling_parameters_are_checked(wrong: dict[str, float]) -> None:
 
 def test_a_head_bias_and_untied_head_are_used() -> None:
     """GPT-NeoX's head is its own matrix; greedy parity covers it elsewhere, its gradient here."""
-    engine = HybridEngine(random_model("gpt_neox"), tiny_tokenizer())
+    engine = Engine(random_model("gpt_neox"), tiny_tokenizer())
     with engine.generating():
         groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
     with engine.training():
@@ -129,7 +129,7 @@ def test_a_head_bias_and_untied_head_are_used() -> None:
     assert head.grad is not None and torch.isfinite(head.grad).all() and head.grad.abs().sum() > 0
 
 
-def changed_by(how: str, engine: HybridEngine) -> None:
+def changed_by(how: str, engine: Engine) -> None:
     """Change what the model computes."""
     model = engine.model
     layers = [layer for _, layer in adapted_layers(model)]
@@ -163,14 +163,14 @@ def changed_by(how: str, engine: HybridEngine) -> None:
 def test_a_cache_of_other_weights_cannot_be_reached(how: str, dtype: torch.dtype) -> None:
     """Within one generation gear, without a word to the engine."""
 
-    def fresh() -> HybridEngine:
+    def fresh() -> Engine:
         model = random_model("llama")
         torch.manual_seed(1)
         add_adapter(model, AdapterConfig(rank=4))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.5)
-        return HybridEngine(model.to(dtype), tiny_tokenizer())
+        return Engine(model.to(dtype), tiny_tokenizer())
 
     params, prompts = SamplingParams(max_new_tokens=8), [[20 + i for i in range(50)]]
     one, other = fresh(), fresh()
@@ -187,7 +187,7 @@ def test_a_cache_of_other_weights_cannot_be_reached(how: str, dtype: torch.dtype
 
 
 def test_weights_that_change_under_a_running_request_end_it() -> None:
-    one = HybridEngine(random_model("llama"), tiny_tokenizer())
+    one = Engine(random_model("llama"), tiny_tokenizer())
     with one.generating():
         running = one.stream(PROMPTS[0], SamplingParams(max_new_tokens=30))
         next(running)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.types import SamplingParams
@@ -19,28 +19,28 @@ from tests.zoo import PROMPTS, pack_completions
 PARAMS = SamplingParams(n=2, max_new_tokens=8)
 
 
-def write(engine: HybridEngine) -> list[list[int]]:
+def write(engine: Engine) -> list[list[int]]:
     with engine.generating():
         return [c.token_ids for g in engine.generate(PROMPTS, PARAMS) for c in g]
 
 
-def score(engine: HybridEngine) -> Any:
+def score(engine: Engine) -> Any:
     with engine.generating():
         groups = engine.generate(PROMPTS, PARAMS)
     with engine.training():
         return engine.logprobs(pack_completions(PROMPTS, groups)).logprobs
 
 
-def step(engine: HybridEngine) -> None:
+def step(engine: Engine) -> None:
     engine.step()
 
 
-USES: list[Callable[[HybridEngine], Any]] = [write, score, step, HybridEngine.weights_changed]
+USES: list[Callable[[Engine], Any]] = [write, score, step, Engine.weights_changed]
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_second_thread_is_refused_while_one_is_inside(use: Callable[[HybridEngine], Any]) -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+def test_a_second_thread_is_refused_while_one_is_inside(use: Callable[[Engine], Any]) -> None:
+    engine = Engine(tiny_model(), tiny_tokenizer())
     expected = write(engine)
     with ThreadPoolExecutor(1) as pool:
         with engine.generating():
@@ -53,7 +53,7 @@ def test_a_second_thread_is_refused_while_one_is_inside(use: Callable[[HybridEng
 
 
 def test_of_two_threads_at_once_one_is_right_and_one_is_refused() -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     expected = write(engine)
     ready = threading.Barrier(4)
 
@@ -71,19 +71,19 @@ def test_of_two_threads_at_once_one_is_right_and_one_is_refused() -> None:
 
 
 def test_another_engine_of_the_model_is_refused_meanwhile() -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     expected = write(engine)
-    other = HybridEngine(engine.model, tiny_tokenizer())
+    other = Engine(engine.model, tiny_tokenizer())
     with engine.generating():
         with pytest.raises(GearshiftError, match="Another engine of this model"):
             write(other)
         with pytest.raises(GearshiftError, match="Another engine of this model"):
-            HybridEngine(engine.model, tiny_tokenizer())
+            Engine(engine.model, tiny_tokenizer())
     assert write(other) == write(engine) == expected
 
 
 def test_a_step_inside_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     with engine.generating():
         stream = engine.stream(PROMPTS[0], PARAMS)
         assert engine._scheduler is not None
@@ -95,7 +95,7 @@ def test_a_step_inside_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     parent = os.getpid()
     monkeypatch.setattr("gearshift.engine.owner.os.getpid", lambda: parent + 1)
     with pytest.raises(GearshiftError, match="forked"):
@@ -103,7 +103,7 @@ def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tasks_do_not_leave_their_gears_in_another_order() -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
 
     async def trains() -> None:
         with engine.training():

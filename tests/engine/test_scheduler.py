@@ -6,27 +6,27 @@ import random
 import pytest
 import torch
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import CapacityError, GearshiftError, NumericalError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.zoo import PROMPTS, random_model
 
 
-def engine(**config: object) -> HybridEngine:
-    return HybridEngine(
+def engine(**config: object) -> Engine:
+    return Engine(
         random_model("llama"), tiny_tokenizer(), EngineConfig.model_validate(config), seed=3
     )
 
 
-def available(e: HybridEngine) -> tuple[int, int]:
+def available(e: Engine) -> tuple[int, int]:
     assert e._scheduler is not None
     return e._scheduler.cache.available, e._scheduler.cache.blocks
 
 
 def test_a_cache_too_small_for_all_puts_sequences_back() -> None:
     params = SamplingParams(n=6, max_new_tokens=40)
-    small, large = engine(cache_tokens=7 * 16), engine()
+    small, large = engine(kv_cache_tokens=7 * 16), engine()
     with small.generating(), large.generating():
         ours, theirs = small.generate(PROMPTS, params), large.generate(PROMPTS, params)
     assert small.timing().preemptions > 0
@@ -37,8 +37,8 @@ def test_a_cache_too_small_for_all_puts_sequences_back() -> None:
 
 
 def test_a_request_longer_than_the_cache_is_refused() -> None:
-    e = engine(cache_tokens=40)
-    with e.generating(), pytest.raises(CapacityError, match=r"engine.cache_tokens of 32"):
+    e = engine(kv_cache_tokens=40)
+    with e.generating(), pytest.raises(CapacityError, match=r"engine.kv_cache_tokens of 32"):
         e.generate([[3] * 20], SamplingParams(max_new_tokens=16))
 
 
@@ -100,7 +100,7 @@ def test_generate_runs_beside_a_stream() -> None:
 
 
 def test_an_aborted_stream_gives_its_blocks_back() -> None:
-    e = engine(max_rows=2)
+    e = engine(max_num_seqs=2)
     with e.generating():
         long = SamplingParams(max_new_tokens=40, logit_bias=((2, -100.0),))
         streams = [e.stream(p, long, request_id=i) for i, p in enumerate(PROMPTS)]
@@ -154,7 +154,7 @@ def test_broken_weights_say_so() -> None:
 def test_an_error_in_the_middle_loses_nothing_but_its_requests(
     when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    e, params = engine(cache_tokens=200), SamplingParams(n=2, max_new_tokens=12)
+    e, params = engine(kv_cache_tokens=200), SamplingParams(n=2, max_new_tokens=12)
     with e.generating():
         expected = [c.token_ids for g in e.generate(PROMPTS, params) for c in g]
         stream = e.stream(PROMPTS[0])
@@ -185,7 +185,7 @@ def test_a_soak_of_ten_thousand_requests() -> None:
     what was not aborted is what it is alone.
     """
     rng = random.Random(0)
-    e = engine(cache_tokens=24 * 16, max_rows=48, prefill_tokens=200)
+    e = engine(kv_cache_tokens=24 * 16, max_num_seqs=48, max_num_batched_tokens=200)
     beginnings = [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 60))] for _ in range(30)]
     requests = [
         (

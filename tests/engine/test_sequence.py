@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.engine import scheduler as scheduling
 from gearshift.errors import ConfigError, DataError, GearshiftError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -16,12 +16,12 @@ from gearshift.types import SamplingParams
 from tests.zoo import random_model
 
 PROMPT = [5, 6, 7]
-CONFIG = EngineConfig(max_length=64, cache_tokens=2048)  # for several at a time
+CONFIG = EngineConfig(max_length=64, kv_cache_tokens=2048)  # for several at a time
 
 
 @pytest.fixture
-def engine() -> HybridEngine:
-    return HybridEngine(tiny_model(), tiny_tokenizer(), CONFIG)
+def engine() -> Engine:
+    return Engine(tiny_model(), tiny_tokenizer(), CONFIG)
 
 
 WRONG = [
@@ -72,7 +72,7 @@ def test_what_is_meant_is_taken(given: dict[str, Any], same: dict[str, Any]) -> 
         assert type(getattr(params, name)) in (int, float)
 
 
-def test_a_stop_that_is_one_string_is_no_set_of_letters(engine: HybridEngine) -> None:
+def test_a_stop_that_is_one_string_is_no_set_of_letters(engine: Engine) -> None:
     def written(**keys: Any) -> list[int]:
         with engine.generating():
             [[completion]] = engine.generate([PROMPT], SamplingParams(max_new_tokens=40, **keys))
@@ -93,7 +93,7 @@ def test_a_stop_that_is_one_string_is_no_set_of_letters(engine: HybridEngine) ->
     ],
 )  # fmt: skip
 def test_tokens_beyond_the_vocabulary_end_no_other_stream(
-    engine: HybridEngine, keys: dict[str, Any]
+    engine: Engine, keys: dict[str, Any]
 ) -> None:
     with engine.generating():
         alone = engine.generate([PROMPT], SamplingParams(max_new_tokens=9))[0][0].token_ids
@@ -113,32 +113,32 @@ def test_tokens_beyond_the_vocabulary_end_no_other_stream(
         *("text", 5, None, torch.tensor(5)),
     ],
 )
-def test_a_prompt_is_tokens_of_the_vocabulary(engine: HybridEngine, prompt: Any) -> None:
+def test_a_prompt_is_tokens_of_the_vocabulary(engine: Engine, prompt: Any) -> None:
     with engine.generating(), pytest.raises(DataError, match="Prompt 1 "):
         engine.generate([PROMPT, prompt], SamplingParams(max_new_tokens=2))
 
 
-def test_a_prompt_may_be_a_tensor(engine: HybridEngine) -> None:
+def test_a_prompt_may_be_a_tensor(engine: Engine) -> None:
     with engine.generating():
         params = SamplingParams(max_new_tokens=4)
         assert engine.generate([torch.tensor(PROMPT)], params) == engine.generate([PROMPT], params)
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**63], [1.0], [], [1, 2]])
-def test_request_ids_are_one_number_each(engine: HybridEngine, ids: list[Any]) -> None:
+def test_request_ids_are_one_number_each(engine: Engine, ids: list[Any]) -> None:
     with engine.generating(), pytest.raises(ConfigError, match="request id"):
         engine.generate([PROMPT], SamplingParams(max_new_tokens=2), ids)
 
 
 def test_a_seed_is_a_number_that_samples_can_come_from() -> None:
     with pytest.raises(ConfigError, match="seed"):
-        HybridEngine(tiny_model(), tiny_tokenizer(), seed=2**70)
+        Engine(tiny_model(), tiny_tokenizer(), seed=2**70)
 
 
 # What goes wrong while others run
 
 
-def others_go_on(engine: HybridEngine, said: str, **bad: Any) -> None:
+def others_go_on(engine: Engine, said: str, **bad: Any) -> None:
     params = SamplingParams(max_new_tokens=9, bad_words=((2,),))  # which would end it
     wrong = SamplingParams(max_new_tokens=9, **bad)
     with engine.generating():
@@ -156,7 +156,7 @@ def others_go_on(engine: HybridEngine, said: str, **bad: Any) -> None:
 
 
 def test_a_text_that_cannot_be_decoded_ends_its_own_request(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(ids: list[int], **_: Any) -> str:
         raise RuntimeError("no text")
@@ -166,7 +166,7 @@ def test_a_text_that_cannot_be_decoded_ends_its_own_request(
 
 
 def test_a_row_that_cannot_be_adjusted_ends_its_own_request(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = scheduling.sample
 
@@ -180,7 +180,7 @@ def test_a_row_that_cannot_be_adjusted_ends_its_own_request(
 
 
 def test_logits_that_are_no_numbers_end_their_own_request() -> None:
-    engine = HybridEngine(random_model("qwen2"), tiny_tokenizer(), CONFIG)
+    engine = Engine(random_model("qwen2"), tiny_tokenizer(), CONFIG)
     with torch.no_grad():  # the head is another matrix: only prompts with this token are ill
         engine.model.get_input_embeddings().weight[9] = math.nan
     engine.weights_changed()
@@ -196,9 +196,7 @@ EXTREMES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("keys", EXTREMES, ids=str)
-def test_the_most_that_is_allowed_leaves_numbers(
-    engine: HybridEngine, keys: dict[str, Any]
-) -> None:
+def test_the_most_that_is_allowed_leaves_numbers(engine: Engine, keys: dict[str, Any]) -> None:
     with engine.generating():
         [[c]] = engine.generate([PROMPT], SamplingParams(max_new_tokens=3, **keys))
     assert all(map(math.isfinite, [*c.logprobs, *c.drawn_logprobs]))

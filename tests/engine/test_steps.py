@@ -5,7 +5,7 @@ ahead are the same steps.
 import pytest
 import torch
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import Completion, SamplingParams
 from tests.models.families import random_model as small_model
@@ -16,17 +16,17 @@ PARAMS = SamplingParams(n=3, max_new_tokens=20)
 RECORDED = {"llama", "mistral", "qwen2", "smollm3", "phi3"}
 
 
-def engine(name: str = "llama", **config: object) -> HybridEngine:
+def engine(name: str = "llama", **config: object) -> Engine:
     model = random_model(name).to(torch.bfloat16)
-    return HybridEngine(model, tiny_tokenizer(), EngineConfig(**config), seed=5)
+    return Engine(model, tiny_tokenizer(), EngineConfig(**config), seed=5)
 
 
-def unrecorded(e: HybridEngine) -> HybridEngine:
+def unrecorded(e: Engine) -> Engine:
     e.kernels.record = lambda prepare, run: None  # type: ignore[method-assign]
     return e
 
 
-def written(e: HybridEngine) -> list[list[Completion]]:
+def written(e: Engine) -> list[list[Completion]]:
     with e.generating():
         return e.generate(PROMPTS, PARAMS)
 
@@ -57,17 +57,17 @@ def test_recorded_steps_follow_the_weights() -> None:
 
 
 def test_recorded_steps_follow_a_cache_that_grows() -> None:
-    one, other = engine(max_rows=4), unrecorded(engine(max_rows=4))
+    one, other = engine(max_num_seqs=4), unrecorded(engine(max_num_seqs=4))
     for e in (one, other):
         with e.generating():
             e.generate(PROMPTS[:1], SamplingParams(n=2, max_new_tokens=2))
     assert written(one) == written(other)
 
 
-@pytest.mark.parametrize("cache_tokens", [None, 96])
-def test_steps_drawn_ahead_are_the_same_steps(cache_tokens: int | None) -> None:
-    bounds = {"max_rows": 5, "cache_tokens": cache_tokens}
-    one, ahead = engine(**bounds), engine(steps_ahead=7, **bounds)
+@pytest.mark.parametrize("kv_cache_tokens", [None, 96])
+def test_steps_drawn_ahead_are_the_same_steps(kv_cache_tokens: int | None) -> None:
+    bounds = {"max_num_seqs": 5, "kv_cache_tokens": kv_cache_tokens}
+    one, ahead = engine(**bounds), engine(decode_steps_per_sync=7, **bounds)
     params = [
         SamplingParams(n=2, max_new_tokens=23),
         SamplingParams(n=3, max_new_tokens=4, stop=("e",)),
@@ -80,7 +80,7 @@ def test_steps_drawn_ahead_are_the_same_steps(cache_tokens: int | None) -> None:
             groups.append(e.generate(PROMPTS, params))
     assert groups[0] == groups[1]
     steps = [e.timing().decode_tokens for e in (one, ahead)]
-    assert cache_tokens is not None or steps[0] == steps[1]
+    assert kv_cache_tokens is not None or steps[0] == steps[1]
     scheduler = ahead._scheduler
     assert scheduler is not None
     assert scheduler.cache.available == scheduler.cache.blocks
@@ -95,7 +95,7 @@ def test_steps_drawn_ahead_of_the_last_position_are_thrown_away(
     written = []
     for ahead in (1, 8):
         model = random_model(name) if name in CONFIGS else small_model(small_config(name))
-        one = HybridEngine(model.to(dtype), tiny_tokenizer(), EngineConfig(steps_ahead=ahead))
+        one = Engine(model.to(dtype), tiny_tokenizer(), EngineConfig(decode_steps_per_sync=ahead))
         longest = one.max_length
         prompts = [[5] * (longest - 5), [6, 7]]
         params = [SamplingParams(max_new_tokens=n, n=2) for n in (5, 20)]
@@ -112,7 +112,7 @@ def test_steps_drawn_ahead_do_not_stretch_a_dynamic_rotary() -> None:
     written = []
     for ahead in (1, 8):
         model = small_model(small_config("llama", rope_parameters=rope))
-        one = HybridEngine(model, tiny_tokenizer(), EngineConfig(steps_ahead=ahead))
+        one = Engine(model, tiny_tokenizer(), EngineConfig(decode_steps_per_sync=ahead))
         params = [SamplingParams(max_new_tokens=n) for n in (3, 20)]
         with one.generating():
             written.append(one.generate([[5] * (one.max_length - 3), [6, 7]], params))

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.environments.gym_games import GymInWords
 from gearshift.environments.registry import make_environment
 from gearshift.errors import ConfigError, DataError
@@ -342,18 +342,18 @@ gymnasium.register("tests/Seeds-v0", f"{__name__}:Seeds", order_enforce=False)
 
 
 @pytest.fixture(scope="module")
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer())
+def engine() -> Engine:
+    return Engine(random_model("llama"), tiny_tokenizer())
 
 
-def heldout(engine: HybridEngine, config: t.GymConfig, path: Path) -> float:
+def heldout(engine: Engine, config: t.GymConfig, path: Path) -> float:
     collector = Collector(lambda: t.make(config, path), engine.tokenizer, engine)
     with engine.generating():
         starts = starts_of("validation", config.validation)
         return evaluate(collector, starts, 1, metric=config.metric).value
 
 
-def test_heldout_seeds_are_in_no_training(engine: HybridEngine, tmp_path: Path) -> None:
+def test_heldout_seeds_are_in_no_training(engine: Engine, tmp_path: Path) -> None:
     config = t.GymConfig(id="tests/Seeds-v0", labelled=20, validation=20)
     Seeds.seen = []
     t.prepare(config, 0, tmp_path)
@@ -365,7 +365,7 @@ def test_heldout_seeds_are_in_no_training(engine: HybridEngine, tmp_path: Path) 
     assert len({*Seeds.seen}) == 20 and not used & {*Seeds.seen}
 
 
-def test_the_metric_of_a_game_that_knows_no_success(engine: HybridEngine, tmp_path: Path) -> None:
+def test_the_metric_of_a_game_that_knows_no_success(engine: Engine, tmp_path: Path) -> None:
     def figure(metric: str) -> float:
         config = t.GymConfig(id="tests/Seeds-v0", metric=metric, validation=2)
         return heldout(engine, config, tmp_path)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.environments.processes import ProcessError, Separate, SeparateEnvironment
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.types import SamplingParams
 from tests.environments.dies import Dies
 from tests.zoo import random_model
@@ -105,13 +105,11 @@ def test_one_that_cannot_be_made_says_so(separate: Separate, refuses: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer())
+def engine() -> Engine:
+    return Engine(random_model("llama"), tiny_tokenizer())
 
 
-def test_the_process_of_an_episode_that_was_lost_ends(
-    engine: HybridEngine, separate: Separate
-) -> None:
+def test_the_process_of_an_episode_that_was_lost_ends(engine: Engine, separate: Separate) -> None:
     pids: list[int] = []
 
     class Noted(SeparateEnvironment):
@@ -121,18 +119,18 @@ def test_the_process_of_an_episode_that_was_lost_ends(
 
     collector = Collector(partial(Noted, separate.connect), engine.tokenizer, engine)
     with engine.generating():
-        assert collector.collect([Start(0, 0, 3)], SamplingParams(max_new_tokens=4)) == []
+        assert collector.collect([EpisodeSpec(0, 0, 3)], SamplingParams(max_new_tokens=4)) == []
     assert gone(pids[0])
     collector.close()
 
 
 def test_deaths_and_hangs_cost_their_own_episodes_and_the_rest_are_those_of_threads(
-    engine: HybridEngine, separate: Separate
+    engine: Engine, separate: Separate
 ) -> None:
     found = []
     for make, rows in ((Dies, [0]), (separate, range(7))):
         collector = Collector(make, engine.tokenizer, engine, timeout=1.0)
-        starts = [Start(row, seed=row, row=row) for row in rows]
+        starts = [EpisodeSpec(row, seed=row, row=row) for row in rows]
         with engine.generating():
             episodes = collector.collect(starts, SamplingParams(n=2, max_new_tokens=4))
         # Their last bits depend on which prompts are computed together.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
@@ -22,7 +22,7 @@ from tests.zoo import (
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_gap_is_at_most_1e_5(family: str, temperature: float) -> None:
-    engine = HybridEngine(random_model(family), tiny_tokenizer(), EngineConfig(max_rows=5))
+    engine = Engine(random_model(family), tiny_tokenizer(), EngineConfig(max_num_seqs=5))
     params = SamplingParams(n=3, max_new_tokens=24, temperature=temperature)
     with engine.generating():
         groups = engine.generate(PROMPTS, params)
@@ -43,8 +43,8 @@ def test_fp32_gap_is_at_most_1e_5(family: str, temperature: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
     """Some beginnings are shared, some sequences put back."""
-    config = EngineConfig(max_rows=6, cache_tokens=8 * 16)
-    engine = take_path(HybridEngine(random_model(family), tiny_tokenizer(), config), path)
+    config = EngineConfig(max_num_seqs=6, kv_cache_tokens=8 * 16)
+    engine = take_path(Engine(random_model(family), tiny_tokenizer(), config), path)
     prompts = [*PROMPTS, PROMPTS[2] * 2, PROMPTS[2] + [9, 8, 7]]
     with engine.generating():
         groups = engine.generate(prompts, SamplingParams(n=3, max_new_tokens=24))
@@ -57,7 +57,7 @@ def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
 def test_bf16_gap_of_the_embedded_model_is_at_most_a_hundredth_nat() -> None:
     config = ModelConfig(dtype="bfloat16")
     tokenizer = load_tokenizer(config)
-    engine = HybridEngine(load_policy(config), tokenizer)
+    engine = Engine(load_policy(config), tokenizer)
     prompts = [tokenizer.encode(text) for text in ("The capital of France is", "def add(a, b):")]
     with engine.generating():
         groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=24))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
@@ -32,7 +32,7 @@ def hugging_face(model: PreTrainedModel, prompt: list[int], new: int, end: int) 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, path: str) -> None:
-    engine = HybridEngine(random_model(family), tiny_tokenizer(), EngineConfig(max_rows=3))
+    engine = Engine(random_model(family), tiny_tokenizer(), EngineConfig(max_num_seqs=3))
     take_path(engine, path)
     with engine.generating():
         ours = [group[0].token_ids for group in engine.generate(PROMPTS, GREEDY)]
@@ -45,7 +45,7 @@ def test_the_embedded_model() -> None:
     tokenizer = load_tokenizer(config)
     texts = ["The capital of France is", "Once upon a time", "1, 2, 3,", "def add(a, b):"]
     prompts = [tokenizer.encode(text) for text in texts]
-    engine = HybridEngine(load_policy(config), tokenizer)
+    engine = Engine(load_policy(config), tokenizer)
     with engine.generating():
         ours = [group[0].token_ids for group in engine.generate(prompts, GREEDY)]
     theirs = load_policy(config)
@@ -61,7 +61,7 @@ def test_two_hundred_prompts() -> None:
         [*rng.choice([[], *beginnings]), *(rng.randrange(3, 250) for _ in range(n))]
         for n in [rng.randrange(1, 40) for _ in range(200)]
     ]
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     with engine.generating():
         ours = [g[0].token_ids for g in engine.generate(prompts, replace(GREEDY, max_new_tokens=8))]
     theirs = random_model("llama", attention="eager")

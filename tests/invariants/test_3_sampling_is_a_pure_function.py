@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.kernels import build as native
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
@@ -67,14 +67,14 @@ def test_what_is_computed_together_does_not_matter(name: str) -> None:
     ):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     params = SamplingParams(n=2, max_new_tokens=24)
-    engine = HybridEngine(model, tiny_tokenizer(), EngineConfig(max_rows=64), seed=5)
+    engine = Engine(model, tiny_tokenizer(), EngineConfig(max_num_seqs=64), seed=5)
     ids = range(len(MANY))
     with engine.generating():
         together = written(engine.generate(MANY, params, ids))
         engine.weights_changed()  # the caches are empty again
         alone = [written(engine.generate([MANY[i]], params, [i]))[0] for i in ids]
-    small = EngineConfig(max_rows=12, prefill_tokens=16, cache_tokens=80)
-    other = HybridEngine(model, tiny_tokenizer(), small, seed=5)
+    small = EngineConfig(max_num_seqs=12, max_num_batched_tokens=16, kv_cache_tokens=80)
+    other = Engine(model, tiny_tokenizer(), small, seed=5)
     with other.generating():
         cramped = written(other.generate(MANY, params, ids))
     assert other.timing().preemptions
@@ -88,14 +88,14 @@ def test_threads_do_not_matter(name: str) -> None:
     groups = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        engine = HybridEngine(MODELS[name](), tiny_tokenizer(), seed=5)
+        engine = Engine(MODELS[name](), tiny_tokenizer(), seed=5)
         with engine.generating():
             groups.append(written(engine.generate(MANY, SamplingParams(n=2, max_new_tokens=6))))
     assert groups[0] == groups[1]
 
 
 def test_its_own_modules_too() -> None:
-    engine = HybridEngine(by_its_own_modules("mixtral"), tiny_tokenizer(), seed=5)
+    engine = Engine(by_its_own_modules("mixtral"), tiny_tokenizer(), seed=5)
     params = SamplingParams(n=2, max_new_tokens=4)
     with engine.generating():
         together = written(engine.generate(MANY[:6], params))
@@ -104,7 +104,7 @@ def test_its_own_modules_too() -> None:
 
 
 def test_truncated_and_penalised_sampling_too() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
+    engine = Engine(random_model("llama"), tiny_tokenizer(), seed=5)
     params = SamplingParams(n=2, max_new_tokens=12, top_p=0.9, top_k=40, repetition_penalty=1.2)
     with engine.generating():
         together = written(engine.generate(MANY, params))
@@ -113,7 +113,7 @@ def test_truncated_and_penalised_sampling_too() -> None:
 
 
 def test_greedy_too() -> None:
-    engine = HybridEngine(random_model("qwen2"), tiny_tokenizer())
+    engine = Engine(random_model("qwen2"), tiny_tokenizer())
     params = SamplingParams(temperature=0.0, max_new_tokens=12)
     with engine.generating():
         together = written(engine.generate(MANY, params))
@@ -122,14 +122,14 @@ def test_greedy_too() -> None:
 
 
 def test_streaming_writes_the_same() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
+    engine = Engine(random_model("llama"), tiny_tokenizer(), seed=5)
     with engine.generating():
         [[whole, *_]] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[9])
         assert list(engine.stream(PROMPTS[0], PARAMS, request_id=9)) == whole.token_ids
 
 
 def test_seed_request_and_sample_all_matter() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer(), seed=5)
+    engine = Engine(random_model("llama"), tiny_tokenizer(), seed=5)
     with engine.generating():
         [group] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[1])
         [other] = engine.generate(PROMPTS[:1], PARAMS, request_ids=[2])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gearshift.batch import PackedBatch
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.oracles.scores import lone_logprobs
@@ -21,7 +21,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def gradients(engine: HybridEngine, batches: list[PackedBatch]) -> tuple[float, list[Tensor]]:
+def gradients(engine: Engine, batches: list[PackedBatch]) -> tuple[float, list[Tensor]]:
     """Loss and gradients of sum_i w_i log p_i with weights that differ from token to token."""
     engine.model.zero_grad()
     total = 0.0
@@ -42,7 +42,7 @@ def assert_same(a: tuple[float, list[Tensor]], b: tuple[float, list[Tensor]]) ->
 
 
 def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
-    engine = HybridEngine(random_model(family), tiny_tokenizer())
+    engine = Engine(random_model(family), tiny_tokenizer())
     with engine.generating():
         groups = engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12))
     shared = pack_completions(PROMPTS, groups, share=True)
@@ -52,7 +52,7 @@ def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
     of_shared = gradients(engine, [shared.with_scored(loss_weights=weights)])
     of_repeated = gradients(engine, [repeated.with_scored(loss_weights=weights)])
     assert_same(of_shared, of_repeated)
-    many = list(shared.with_scored(loss_weights=weights).split(max_tokens=20))
+    many = list(shared.with_scored(loss_weights=weights).split(micro_batch_tokens=20))
     assert len(many) == len(PROMPTS)
     assert_same(gradients(engine, many), of_shared)
 
@@ -72,7 +72,7 @@ def test_layers_computed_again_give_the_same_gradients(family: str) -> None:
     results = []
     for recompute in (False, True):
         config = EngineConfig(recompute=recompute)
-        engine = HybridEngine(random_model(family), tiny_tokenizer(), config)
+        engine = Engine(random_model(family), tiny_tokenizer(), config)
         with engine.generating():
             groups = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=6))
         batch = pack_completions(PROMPTS, groups)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import GearshiftError, ModelError
 from gearshift.models.load import ModelConfig, load_policy, save_model
 from gearshift.models.tiny import tiny_tokenizer
@@ -17,7 +17,7 @@ from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_after_each_update_both_gears_are_the_new_policy(family: str) -> None:
-    engine = HybridEngine(random_model(family), tiny_tokenizer())
+    engine = Engine(random_model(family), tiny_tokenizer())
     optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(lr=1e-2), total_steps=3)
     before = None
     for step in range(3):
@@ -42,7 +42,7 @@ def test_after_each_update_both_gears_are_the_new_policy(family: str) -> None:
 
 
 def test_parameters_are_slices_of_the_fused_buffers() -> None:
-    engine = HybridEngine(random_model("qwen2"), tiny_tokenizer())
+    engine = Engine(random_model("qwen2"), tiny_tokenizer())
     attention = engine.model.base_model.layers[0].self_attn
     fused = engine.weights.qkv[0]
     assert attention.q_proj.weight.data_ptr() == fused.weight.data_ptr()
@@ -55,7 +55,7 @@ def test_parameters_are_slices_of_the_fused_buffers() -> None:
 
 
 def test_broken_aliasing_is_mended_at_the_shift() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     projection = engine.model.base_model.layers[1].mlp.up_proj
     projection.weight.data = torch.randn_like(projection.weight)
     expected = copy.deepcopy(engine.model)
@@ -67,7 +67,7 @@ def test_broken_aliasing_is_mended_at_the_shift() -> None:
 
 
 def test_a_saved_model_is_the_model_that_was_trained(tmp_path) -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     save_model(tmp_path / "model", engine.model, engine.tokenizer, "card")
     loaded = load_policy(ModelConfig(name=str(tmp_path / "model"), dtype="float32"))
     for name, value in engine.model.state_dict().items():
@@ -75,14 +75,14 @@ def test_a_saved_model_is_the_model_that_was_trained(tmp_path) -> None:
 
 
 def test_a_model_whose_attention_was_swapped_is_refused() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     engine.model.set_attn_implementation("sdpa")
     with pytest.raises(ModelError, match="attention is 'sdpa'"), engine.generating():
         pass
 
 
 def test_the_wrong_gear_is_refused() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     with pytest.raises(GearshiftError, match=r"with engine.generating\(\)"):
         engine.generate(PROMPTS)
     with engine.generating(), pytest.raises(GearshiftError, match="training gear"):

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gearshift.kernels import build as native
 from gearshift.kernels.cpu import NativeKernels, kernels_for
-from gearshift.kernels.reference import Kernels, Places
+from gearshift.kernels.reference import AttentionMetadata, Kernels
 from gearshift.kernels.specs import BLOCK, AttentionOptions, Gate, Norm
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -87,15 +87,15 @@ def test_writing_and_attending(
     stores = [torch.zeros(len(spans) * width, 2, K, BLOCK * D, dtype=dtype) for _ in range(3)]
     keys = torch.randn(len(spans), width * BLOCK, H + 2 * K, D).to(dtype)
 
-    def places(spans: list[tuple[int, int]]) -> Places:
+    def places(spans: list[tuple[int, int]]) -> AttentionMetadata:
         rows = [i for i, (_, new) in enumerate(spans) for _ in range(new)]
         positions = [p for old, new in spans for p in range(old, old + new)]
-        return Places(torch.tensor(rows), torch.tensor(positions), table)
+        return AttentionMetadata(torch.tensor(rows), torch.tensor(positions), table)
 
     def packed(spans: list[tuple[int, int]]) -> torch.Tensor:
         return torch.cat([keys[i, old : old + new] for i, (old, new) in enumerate(spans)])
 
-    def rotary(where: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(where: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
         angle = where.positions[:, None] * torch.rand(1, D // 2 * 2).repeat(1, 1)
         angle = torch.cat([angle[:, : D // 2]] * 2, -1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -126,7 +126,7 @@ def test_the_tensor_functions_attention_is_plain_attention() -> None:
     qkv = torch.randn(sum(lengths), H + 2 * K, D)
     rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    where = Places(rows, positions, table)
+    where = AttentionMetadata(rows, positions, table)
     query = SLOW.rotate_and_write(qkv, None, store, where)
     ours = SLOW.attend(query, store, where, AttentionOptions(0.3))
     for row in range(3):

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from gearshift.engine import EngineConfig, HybridEngine
-from gearshift.kernels.reference import Kernels, Places
+from gearshift.engine import Engine, EngineConfig
+from gearshift.kernels.reference import AttentionMetadata, Kernels
 from gearshift.kernels.specs import BLOCK, AttentionOptions
 from gearshift.kernels.triton_ops import TritonKernels
 from gearshift.models.tiny import tiny_tokenizer
@@ -19,7 +19,7 @@ from tests.zoo import FAMILIES, PROMPTS, random_model
 
 def rows(
     lengths: list[int], shared: int, K: int, D: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, Places]:
+) -> tuple[torch.Tensor, AttentionMetadata]:
     """A store, and rows of these lengths that begin with `shared` common blocks."""
     width = max(lengths) // BLOCK + 2
     table = torch.zeros((len(lengths), width), dtype=torch.int64)
@@ -30,7 +30,7 @@ def rows(
             row[w] = common[w] if w < shared else next(order)
     store = torch.randn(len(lengths) * width + shared + 1, 2, K, BLOCK * D).to(dtype)
     positions = torch.tensor(lengths) - 1
-    return store, Places(torch.arange(len(lengths)), positions, table)
+    return store, AttentionMetadata(torch.arange(len(lengths)), positions, table)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -55,7 +55,7 @@ def test_decode_attention(
 def test_common_blocks_are_those_that_all_rows_of_a_tile_see_whole() -> None:
     table = torch.tensor([[1, 2, 3, 4, 5]] * 8 + [[1, 2, 9, 4, 0], [1, 2, 8, 4, 0]])
     positions = torch.tensor([70] * 7 + [47] + [70, 70])
-    places = Places(torch.arange(10), positions, table)
+    places = AttentionMetadata(torch.arange(10), positions, table)
     assert places.common.tolist() == [3, 2]
     positions[7] = 46
     places.moved()
@@ -87,8 +87,8 @@ def test_a_whole_step_waits_for_nothing(family: str) -> None:
 
     written = []
     for kernels in (TritonKernels(), Kernels()):
-        config = EngineConfig(steps_ahead=4 if isinstance(kernels, TritonKernels) else 1)
-        engine = HybridEngine(random_model(family), tiny_tokenizer(), config, seed=3)
+        config = EngineConfig(decode_steps_per_sync=4 if isinstance(kernels, TritonKernels) else 1)
+        engine = Engine(random_model(family), tiny_tokenizer(), config, seed=3)
         engine.kernels = kernels
         if isinstance(kernels, TritonKernels):
             kernels.record = record  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from gearshift.batch import pack_groups
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import ModelError
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_tokenizer
@@ -507,7 +507,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
-    """Refused by `load_policy` or `HybridEngine`, or right; `AssertionError` if it is wrong."""
+    """Refused by `load_policy` or `Engine`, or right; `AssertionError` if it is wrong."""
     model = random_model(small_config(kind, **options))
     model.save_pretrained(folder)
     try:
@@ -515,7 +515,7 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
             loaded = copy.deepcopy(model)
         else:
             loaded = load_policy(ModelConfig(dtype="float32", device="cpu"), str(folder))
-        engine = HybridEngine(loaded, tiny_tokenizer())
+        engine = Engine(loaded, tiny_tokenizer())
     except ModelError as error:
         return Verdict(False, told(str(error)))
     compare(engine, model)
@@ -535,7 +535,7 @@ def told(error: str) -> str:
     return error
 
 
-def compare(engine: HybridEngine, plain: PreTrainedModel) -> None:
+def compare(engine: Engine, plain: PreTrainedModel) -> None:
     """Greedy tokens, log-probs packed and prompt-shared, and the gradient of two packed sequences
     are those of Hugging Face's forward of each sequence alone.
     """

@@ -12,7 +12,7 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import ModelError
 from gearshift.models import adapters
 from gearshift.models.adapters import AdapterConfig, adapters_off, add_adapter
@@ -35,7 +35,7 @@ CPU = ModelConfig(dtype="float32", device="cpu")
 PARAMS = SamplingParams(n=2, max_new_tokens=12)
 
 
-def adapted(family: str, seed: int = 0) -> HybridEngine:
+def adapted(family: str, seed: int = 0) -> Engine:
     """An engine whose adapters already do something."""
     model = random_model(family)
     add_adapter(model, AdapterConfig(rank=4, alpha=8))
@@ -43,7 +43,7 @@ def adapted(family: str, seed: int = 0) -> HybridEngine:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)
-    return HybridEngine(model, tiny_tokenizer())
+    return Engine(model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +68,7 @@ def test_invariant_1_and_6_with_adapters(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_adapters_off_it_is_the_model_before(family: str) -> None:
-    engine, plain = adapted(family), HybridEngine(random_model(family), tiny_tokenizer())
+    engine, plain = adapted(family), Engine(random_model(family), tiny_tokenizer())
     with plain.generating():
         groups = plain.generate(PROMPTS, PARAMS)
     batch = pack_completions(PROMPTS, groups)
@@ -93,7 +93,7 @@ def test_a_saved_adapter_is_what_was_trained(family: str, how: str, tmp_path: Pa
     ids = torch.tensor([PROMPTS[0]])
     with engine.generating():
         ours = [c.token_ids for g in engine.generate(PROMPTS, PARAMS) for c in g]
-    loaded = HybridEngine(
+    loaded = Engine(
         load_policy(ModelConfig(dtype="float32"), str(saved)), engine.tokenizer
     )  # fmt: skip
     assert not [n for n, _ in loaded.model.named_parameters() if "lora_" in n]

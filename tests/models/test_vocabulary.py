@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from gearshift.batch import PackedBatch
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import ConfigError, DataError, ModelError
 from gearshift.models.classifier import use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier
@@ -83,13 +83,13 @@ def test_what_would_be_an_index_error_is_told(change: Any, said: str) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     change(model, tokenizer)
     with pytest.raises(ModelError, match=said) as told:
-        HybridEngine(model, tokenizer)
+        Engine(model, tokenizer)
     assert "\n" not in str(told.value)
 
 
 def test_more_rows_than_tokens_are_fine_and_can_be_sampled() -> None:
     model, tokenizer = tiny_model(vocab_size=320), tiny_tokenizer()
-    engine = HybridEngine(model, tokenizer, EngineConfig(max_length=64))
+    engine = Engine(model, tokenizer, EngineConfig(max_length=64))
     assert engine.vocabulary == 320
     params = SamplingParams(max_new_tokens=5, logit_bias={300: 1e4}, stop="nothing says this")
     with engine.generating():
@@ -111,7 +111,7 @@ def test_nested_configs_and_media_tokens() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"  # as Gemma 3's text models have it
-    engine = HybridEngine(model, tokenizer)
+    engine = Engine(model, tokenizer)
     with engine.generating(), pytest.raises(DataError, match="259"):
         engine.generate([tokenizer.encode("<image>")])
     ids = torch.tensor(tokenizer.encode("a<image>"))
@@ -135,13 +135,13 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
     model, tokenizer = tiny_model(vocab_size=257), tiny_tokenizer()
     assert len(tokenizer) == 259
     with pytest.raises(ModelError, match="token 258"):
-        HybridEngine(model, tokenizer)
+        Engine(model, tokenizer)
     assert isinstance(model.config, LlamaConfig)
 
 
 @pytest.mark.parametrize("key", ["critic", "reference"])
 def test_who_is_shown_the_policys_tokens_must_know_them(tmp_path: Path, key: str) -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     rl = SimpleNamespace(critic=str(tmp_path))
     run: Any = SimpleNamespace(recipe=SimpleNamespace(model=ModelConfig(), rl=rl), folder=tmp_path)
 

@@ -12,14 +12,14 @@ MUTATIONS = (
     ),
     Mutation(
         "mask off by one: a token is scored by the state at itself",
-        "types.py",
+        "batch.py",
         "previous = torch.arange(-1, len(self) - 1)",
         "previous = torch.arange(len(self))",
         "tests/invariants/test_1_gears_agree.py",
     ),
     Mutation(
         "the first token of a completion is predicted by its own prompt's start",
-        "types.py",
+        "batch.py",
         "self.cu_seqlens[self.parents.clamp(min=0) + 1] - 1",
         "self.cu_seqlens[self.parents.clamp(min=0)]",
         "tests/invariants/test_5_packing.py",
@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "groups of equal rewards are kept under dynamic sampling",
         "trainers/rl/loop.py",
-        "if not tells_nothing(members)}",
+        "if not has_zero_std(members)}",
         "if True}",
         "tests/trainers/test_guards.py",
     ),

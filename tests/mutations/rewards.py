@@ -48,7 +48,7 @@ MUTATIONS = (
     Mutation(
         "an episode longer than the reward model takes scores 0",
         "rewards/models.py",
-        "if fit else LOST",
+        "if fit else REWARD_MISSING",
         "if fit else 0.0",
         "tests/rewards/test_models.py",
     ),

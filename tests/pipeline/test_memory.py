@@ -43,7 +43,7 @@ def test_the_shape_of_a_model() -> None:
 
 
 def test_as_many_tokens_as_fit_and_no_more() -> None:
-    config = SFTConfig(max_tokens=0, batch_size=512, max_length=4096)
+    config = SFTConfig(micro_batch_tokens=0, batch_size=512, max_length=4096)
     engine = EngineConfig()
     used = [total(config, engine, free) for free in (40 * GIB, 80 * GIB)]
     assert used[0] == pytest.approx(0.9 * 40 * GIB, rel=0.01)
@@ -51,14 +51,14 @@ def test_as_many_tokens_as_fit_and_no_more() -> None:
 
 
 def test_a_micro_batch_is_no_larger_than_the_update() -> None:
-    config = RLConfig(max_tokens=0, prompts=2, group_size=2, max_new_tokens=16)
+    config = RLConfig(micro_batch_tokens=0, prompts=2, group_size=2, max_new_tokens=16)
     parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, CPU)
     tokens, again = micro_batch(config, EngineConfig(), LLAMA_1B, parts, 1e15)
     assert tokens == tokens_of(config) == 2 * (128 + 2 * 16) and not again
 
 
 def test_layers_are_computed_again_only_where_they_would_not_fit() -> None:
-    config = SFTConfig(max_tokens=32_768, batch_size=64)
+    config = SFTConfig(micro_batch_tokens=32_768, batch_size=64)
     for engine, free, wanted in (
         (EngineConfig(), 200 * GIB, False),
         (EngineConfig(), 30 * GIB, True),
@@ -86,9 +86,9 @@ def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() ->
         parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
         return parts["gradients"] / LLAMA_1B.parameters
 
-    assert [gradients(max_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
+    assert [gradients(micro_batch_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
     wide = Shape(*(6, 2, 8, 8, 3, 1, 8, 259), item=4)
-    parts = parts_of(SFTConfig(max_tokens=8), EngineConfig(), wide, 6, GPU)
+    parts = parts_of(SFTConfig(micro_batch_tokens=8), EngineConfig(), wide, 6, GPU)
     assert parts["gradients"] == 4 * 6
 
 
@@ -96,7 +96,7 @@ def test_a_recipe_that_leaves_it_open_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
-    overrides = ["sft.max_tokens=0", "rl.max_tokens=0", "reward=null", "rl.steps=1"]
+    overrides = ["sft.micro_batch_tokens=0", "rl.micro_batch_tokens=0", "reward=null", "rl.steps=1"]
     main(["run", recipe, "--dry-run", *overrides])
     out = capsys.readouterr().out
     assert "sft: " in out and "GiB  total" in out and "activations of" in out

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.pipeline.heldout import perplexity
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.rollouts.evaluate import evaluate
 from tests.gyms import SayLetters
 
@@ -17,9 +17,9 @@ from tests.gyms import SayLetters
 @pytest.mark.parametrize("longest", [3, 40])
 def test_only_sampled_tokens_count(longest: int) -> None:
     """Under the slow obvious way: one episode at a time through the plain model."""
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     collector = Collector(SayLetters, engine.tokenizer, engine)
-    starts = [Start(i, seed=i) for i in range(4)]
+    starts = [EpisodeSpec(i, seed=i) for i in range(4)]
     with engine.generating():
         samples = evaluate(collector, starts, longest, metric="reward").samples
     total, count = 0.0, 0
@@ -34,6 +34,6 @@ def test_only_sampled_tokens_count(longest: int) -> None:
 
 
 def test_a_record_without_tokens_is_told() -> None:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     with pytest.raises(DataError, match="delete it"):
         perplexity(engine, [{"messages": []}])

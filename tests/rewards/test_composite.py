@@ -20,7 +20,7 @@ from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards import composite as reward_sum
 from gearshift.rewards import http as posting
-from gearshift.rewards.composite import Ensemble, RewardSum, Running
+from gearshift.rewards.composite import CompositeReward, Ensemble
 from gearshift.rewards.functions import HttpReward, combine
 from gearshift.serve.score import score_server
 from gearshift.trainers.rl.loop import RewardSource
@@ -51,7 +51,7 @@ EIGHT = [episode(group, "a", 1.0) for group in range(8)]
 
 def test_the_sum_stands_at_the_last_token_that_the_policy_wrote(tmp_path: Path) -> None:
     f = write(tmp_path, "def f(completions, **_):\n    return [len(c) for c in completions]\n")
-    totals, parts = RewardSum([source("environment", 0.5), source(f, 2.0)], TINY, tmp_path)(
+    totals, parts = CompositeReward([source("environment", 0.5), source(f, 2.0)], TINY, tmp_path)(
         EPISODES
     )
     rewards = [t.rewards for t in totals if t]
@@ -67,7 +67,7 @@ def test_functions_are_asked_by_group_and_once(tmp_path: Path) -> None:
         "    calls.append(list(gold))\n"
         "    return [len(c) for c in completions]\n",
     )
-    total = RewardSum([source(f)], TINY, tmp_path)
+    total = CompositeReward([source(f)], TINY, tmp_path)
     total.begin(EPISODES[:2])
     told, _ = total(EPISODES)
     assert [t.reward for t in told if t] == [1, 2, 3]
@@ -97,7 +97,7 @@ def test_what_does_not_apply_is_left_out_and_what_is_lost_leaves_the_episode_out
         "def f(completions, **_):\n"
         f"    return [x for x, c in zip({said}, ['a', 'bb', 'ccc']) if c in completions]\n",
     )
-    scorer = RewardSum([source("environment"), source(f, weight)], TINY, tmp_path)
+    scorer = CompositeReward([source("environment"), source(f, weight)], TINY, tmp_path)
     told, parts = scorer(EPISODES)
     assert [t and t.reward for t in told] == wanted
     assert scorer.missing == {"environment": 0.0, f: pytest.approx(missing / 3)}
@@ -110,11 +110,13 @@ def test_where_only_the_environment_is_logged_what_applies_to_nothing_has_no_rew
     f = write(
         tmp_path, "def f(gold, **_):\n    return [None if g == 'bb' else 1.0 for g in gold]\n"
     )
-    told, _ = RewardSum([source(f)], TINY, tmp_path)(EPISODES)
+    told, _ = CompositeReward([source(f)], TINY, tmp_path)(EPISODES)
     assert [t and t.reward for t in told] == [1.0, None, 1.0]
-    nothing, _ = RewardSum([source("environment", 0.0)], TINY, tmp_path)(EPISODES)
+    nothing, _ = CompositeReward([source("environment", 0.0)], TINY, tmp_path)(EPISODES)
     assert [t and t.reward for t in nothing] == [0.0, 0.0, 0.0]  # nothing counts; a KL may
-    nothing, _ = RewardSum([source("environment", 0.0), source(f, 0.0)], TINY, tmp_path)(EPISODES)
+    nothing, _ = CompositeReward([source("environment", 0.0), source(f, 0.0)], TINY, tmp_path)(
+        EPISODES
+    )
     assert [t and t.reward for t in nothing] == [0.0, 0.0, 0.0]
 
 
@@ -123,12 +125,12 @@ def test_the_environments_own_reward_is_a_part_like_others(tmp_path: Path) -> No
     f = write(tmp_path, "def f(completions, **_):\n    return [5.0 for _ in completions]\n")
     own = [replace(EPISODES[0], rewarded=(), rewards=[0.0] * 5), episode(0, "bb", math.nan)]
     for weight, wanted in ((1.0, [5.0, None]), (0.0, [5.0, 5.0])):
-        scorer = RewardSum([source("environment", weight), source(f)], TINY, tmp_path)
+        scorer = CompositeReward([source("environment", weight), source(f)], TINY, tmp_path)
         told, parts = scorer(own)
         assert [t and t.reward for t in told] == wanted
         assert parts["environment"] == [None, None] and scorer.missing["environment"] == 0.5
         assert told[0] and told[0].rewarded == (2,)
-    told, _ = RewardSum([source("environment")], TINY, tmp_path)(own)
+    told, _ = CompositeReward([source("environment")], TINY, tmp_path)(own)
     assert told == [None, None]
 
 
@@ -142,7 +144,7 @@ def test_normalisation_is_not_poisoned(tmp_path: Path) -> None:
     episodes = [episode(0, str(i), 10.0) for i in range(6)]
     for weight in (1.0, 0.0):
         sources = [source("environment"), source(f, weight, normalize=True)]
-        told, parts = RewardSum(sources, TINY, tmp_path)(episodes)
+        told, parts = CompositeReward(sources, TINY, tmp_path)(episodes)
         assert parts[f] == [None, None, -1.0, None, None, 1.0]
         kept = [10.0, None, 9.0, None, None, 11.0] if weight else [10.0] * 6
         assert [t and t.reward for t in told] == kept
@@ -150,7 +152,7 @@ def test_normalisation_is_not_poisoned(tmp_path: Path) -> None:
 
 def test_nothing_is_scored_of_no_episodes(tmp_path: Path) -> None:
     f = write(tmp_path, "def f(completions, **_):\n    return []\n")
-    scorer = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    scorer = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     assert scorer([]) == ([], {}) and scorer.missing == {}
 
 
@@ -164,26 +166,26 @@ def f(completions, **_):
 
 def test_a_function_that_raises_at_one_group_loses_that_group(tmp_path: Path) -> None:
     f = write(tmp_path, SOME)
-    scorer = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    scorer = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     mixed = [episode(0, "bad", 1.0), episode(0, "a", 1.0), episode(1, "bb", 1.0)]
     told, _ = scorer(mixed)
     assert [t and t.reward for t in told] == [None, None, 3.0]
     assert scorer.missing[f] == pytest.approx(2 / 3) and "raised SystemExit" in scorer.last_failure
     told, _ = scorer(mixed[:2])  # it has worked, so this is the group's fault
     assert told == [None, None]
-    resumed = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    resumed = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     resumed.load_state_dict(scorer.state_dict())
     assert resumed(mixed[:2])[0] == [None, None]
-    logged = RewardSum([source("environment"), source(f, 0.0)], TINY, tmp_path)
+    logged = CompositeReward([source("environment"), source(f, 0.0)], TINY, tmp_path)
     assert [t and t.reward for t in logged(mixed)[0]] == [1.0, 1.0, 1.0]
-    never = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    never = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     assert never([replace(mixed[0], group_id=i) for i in range(7)])[0] == [None] * 7
     with pytest.raises(ConfigError, match="raised SystemExit"):  # it never worked: a bug
         never(mixed[:2])
 
 
 def test_an_error_begun_early_is_told_in_the_end(tmp_path: Path) -> None:
-    total = RewardSum([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
+    total = CompositeReward([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
     total.begin(EIGHT[:1])
     with pytest.raises(ConfigError, match="f raised ZeroDivisionError"):
         total(EIGHT)
@@ -214,7 +216,7 @@ def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
     monkeypatch.chdir(tmp_path)
     threads = threading.active_count()
     f = write(tmp_path, HANGS)[:-1] + name
-    total = RewardSum([source("environment"), source(f)], TINY, tmp_path)
+    total = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     calls = total.functions[0][1].__globals__["calls"]  # type: ignore[attr-defined]
     texts = ["a", "hang", "a", "hang", "hang", "hang", "a", "a"]
     episodes = [episode(i, text, 1.0) for i, text in enumerate(texts)]
@@ -235,7 +237,11 @@ def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
 def test_the_projects_own_functions_end_by_themselves(tmp_path: Path) -> None:
     names = ["gearshift.rewards.code:code_share", "http://127.0.0.1:9/score"]
     names.append(write(tmp_path, "def f(**_): ..."))
-    assert RewardSum([source(n) for n in names], TINY, tmp_path)._limits == [math.inf, 60, 300]
+    assert CompositeReward([source(n) for n in names], TINY, tmp_path)._limits == [
+        math.inf,
+        60,
+        300,
+    ]
 
 
 def test_an_address_that_takes_its_whole_time_is_not_asked_for_ever(tmp_path: Path) -> None:
@@ -249,14 +255,14 @@ def test_an_address_that_takes_its_whole_time_is_not_asked_for_ever(tmp_path: Pa
 
     with serving(wait_for_ever) as url:
         wanted = RewardSource(source=url, timeout=0.05)
-        total = RewardSum([wanted], TINY, tmp_path)
+        total = CompositeReward([wanted], TINY, tmp_path)
         total.functions[0][1].tries = 2  # type: ignore[attr-defined]
         assert total(EIGHT)[0] == [None] * 8 and len(asked) == 6
         assert "it has not answered in full after 0.05 s, 2 times" in total.last_failure
 
 
 def test_normalised_rewards_have_mean_0_and_variance_1_over_the_run(tmp_path: Path) -> None:
-    running, seen = Running(), []
+    running, seen = RunningMeanStd(), []
     for batch in ([3.0, 5.0, None], [10.0], [float("nan"), 4.0]):
         out = running(list(batch))
         seen += [x for x in batch if x is not None and x == x]
@@ -266,9 +272,9 @@ def test_normalised_rewards_have_mean_0_and_variance_1_over_the_run(tmp_path: Pa
             elif x == x:
                 assert y == pytest.approx((x - fmean(seen)) / (pstdev(seen) or 1.0))
     f = write(tmp_path, "def f(completions, **_):\n    return [len(c) for c in completions]\n")
-    total = RewardSum([source(f, normalize=True)], TINY, tmp_path)
+    total = CompositeReward([source(f, normalize=True)], TINY, tmp_path)
     total(EPISODES)
-    again = RewardSum([source(f, normalize=True)], TINY, tmp_path)
+    again = CompositeReward([source(f, normalize=True)], TINY, tmp_path)
     again.load_state_dict(total.state_dict())
     first, _ = total(EPISODES[:1])
     second, _ = again(EPISODES[:1])
@@ -296,11 +302,11 @@ def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(reward_sum, "ModelReward", lambda config, folder: folder.name)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    total = RewardSum([source(f"model:{tmp_path}/a,{tmp_path}/b")], TINY, tmp_path)
+    total = CompositeReward([source(f"model:{tmp_path}/a,{tmp_path}/b")], TINY, tmp_path)
     [(_, ensemble, _)] = total.models
     assert isinstance(ensemble, Ensemble) and ensemble.members == ["a", "b"]
     with pytest.raises(ConfigError, match="no reward model in"):
-        RewardSum([source(f"model:{tmp_path}/a,{tmp_path}/c")], TINY, tmp_path)
+        CompositeReward([source(f"model:{tmp_path}/a,{tmp_path}/c")], TINY, tmp_path)
 
 
 def test_a_model_alone_scores_without_functions(
@@ -311,7 +317,9 @@ def test_a_model_alone_scores_without_functions(
 
     monkeypatch.setattr(reward_sum, "ModelReward", load)
     (tmp_path / "reward").mkdir()
-    total = RewardSum([source("model", 2.0), source("environment", 0.0)], TINY, tmp_path / "reward")
+    total = CompositeReward(
+        [source("model", 2.0), source("environment", 0.0)], TINY, tmp_path / "reward"
+    )
     total.begin(EPISODES[:2])
     scored, parts = total(EPISODES)
     assert [t.reward for t in scored if t] == [2.0, 4.0, 6.0]
@@ -355,7 +363,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     monkeypatch.setattr(reward_sum, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
     asked = source(f"{far}?token=${{TOKEN}}")
-    total = RewardSum([source("environment"), asked, source(near)], TINY, tmp_path)
+    total = CompositeReward([source("environment"), asked, source(near)], TINY, tmp_path)
     episodes, parts = total(EPISODES[:2])  # whose names are metrics: without the query
     assert episodes == [None, None] and parts[far] == [None, None]
     assert total.missing == {"environment": 0.0, far: 1.0, near: 0.0}
@@ -378,10 +386,10 @@ def test_why_an_address_gave_no_reward_is_told(
 ) -> None:
     monkeypatch.setattr(posting.time, "sleep", lambda seconds: None)
     with answering(code, answer) as url:
-        total = RewardSum([source(url)], TINY, tmp_path)
+        total = CompositeReward([source(url)], TINY, tmp_path)
         assert total(EPISODES[:1])[0] == [None] and not total.state_dict()["worked"]
         assert url in total.last_failure and re.search(said, total.last_failure)
-        logged = RewardSum([source("environment"), source(url, 0.0)], TINY, tmp_path)
+        logged = CompositeReward([source("environment"), source(url, 0.0)], TINY, tmp_path)
         assert logged(EPISODES[:1])[0] != [None] and not logged.last_failure
 
 
@@ -390,7 +398,7 @@ def test_a_redirect_is_refused_and_its_place_is_told(tmp_path: Path) -> None:
         answering(308, b"", Location="/score/") as url,
         pytest.raises(ConfigError, match=r"308 .*redirects to /score/; name that address"),
     ):
-        RewardSum([source(url)], TINY, tmp_path)(EIGHT)
+        CompositeReward([source(url)], TINY, tmp_path)(EIGHT)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import score_all
 from gearshift.models.load import load_classifier, load_policy, save_model
 from gearshift.models.tiny import CHATML, tiny_tokenizer
-from gearshift.rewards.composite import RewardSum
+from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.models import Ensemble, ModelReward, same_tokens
 from gearshift.serve.score import score_server
 from gearshift.trainers.process_reward_model import render_steps
@@ -63,7 +63,7 @@ def episode(ids: list[int], asked: list[dict[str, str]], text: str, reason: Any)
 
 def rewards(folder: Path, episodes: list[Trajectory], how: str = "model") -> list[float | None]:
     """What RL gives these episodes."""
-    total = RewardSum([RewardSource(source=how)], TINY, folder, tiny_tokenizer())
+    total = CompositeReward([RewardSource(source=how)], TINY, folder, tiny_tokenizer())
     return [t.reward if t else None for t in total(episodes)[0]]
 
 
@@ -157,7 +157,7 @@ def test_what_is_longer_than_the_context_is_left_out_and_named(folder: Path) -> 
     lost = Ensemble([reward, lambda p, c: [1.0] * 3], "min")([ASKED] * 3, ["Yes.", "x" * 600, ""])  # type: ignore[list-item]
     assert [v is not None and math.isnan(v) for v in lost] == [False, True, False]
     long = letters(tiny_tokenizer(), "x" * 600)
-    total = RewardSum([RewardSource(source="model")], TINY, folder, tiny_tokenizer())
+    total = CompositeReward([RewardSource(source="model")], TINY, folder, tiny_tokenizer())
     scored, _ = total([episode(ids, ASKED, "", "length") for ids in ([70], long)])
     assert scored[0] is not None and scored[1] is None
     assert total.missing["model"] == 0.5 and "no score to an episode of 6" in total.last_failure

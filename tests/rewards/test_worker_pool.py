@@ -12,7 +12,7 @@ import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rewards.composite import RewardSum
+from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.functions import combine
 from gearshift.rewards.judge import JudgeConfig
 from gearshift.rewards.worker_pool import ProcessReward
@@ -116,7 +116,9 @@ def test_the_lost_are_left_out_and_counted_and_the_rest_run_side_by_side(
         RewardSource(source=f"{file}:later", weight=0.0),
         RewardSource(source=f"{file}:f", timeout=1.0, processes=2),
     ]
-    total = RewardSum(sources, ModelConfig(name="tiny", dtype="float32", device="cpu"), tmp_path)
+    total = CompositeReward(
+        sources, ModelConfig(name="tiny", dtype="float32", device="cpu"), tmp_path
+    )
     try:
         episodes = [episode(0, "aa"), episode(1, "hang"), episode(1, "b"), episode(2, "none")]
         for group in (episodes[:1], episodes[1:3]):
@@ -137,7 +139,7 @@ def test_a_timeout_takes_a_process() -> None:
         weight=1.0, ensemble="mean", normalize=False, timeout=1.0, processes=0, judge=JudgeConfig(),
     )  # fmt: skip
     model = ModelConfig(name="tiny", dtype="float32", device="cpu")
-    [(_, function, _)] = RewardSum([wanted], model, Path()).functions
+    [(_, function, _)] = CompositeReward([wanted], model, Path()).functions
     assert isinstance(function, ProcessReward) and function.parallel == 1
 
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, Start, request_id
+from gearshift.rollouts.collector import Collector, EpisodeSpec, request_id
 from gearshift.rollouts.evaluate import evaluate, starts_of
 from gearshift.runtime.worker_threads import Workers
 from gearshift.types import SamplingParams, Trajectory
@@ -24,12 +24,12 @@ from tests.zoo import random_model
 
 
 @pytest.fixture(scope="module")
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer())
+def engine() -> Engine:
+    return Engine(random_model("llama"), tiny_tokenizer())
 
 
 def test_what_is_sampled_does_not_depend_on_how_long_environments_take(
-    engine: HybridEngine,
+    engine: Engine,
 ) -> None:
     class Slow(TwoTurns):
         def step(self, action: str) -> tuple:
@@ -42,14 +42,15 @@ def test_what_is_sampled_does_not_depend_on_how_long_environments_take(
         with engine.generating():
             ends.append(
                 collector.collect(
-                    [Start(g, seed=g) for g in range(4)], SamplingParams(n=3, max_new_tokens=12)
+                    [EpisodeSpec(g, seed=g) for g in range(4)],
+                    SamplingParams(n=3, max_new_tokens=12),
                 )
             )
     quick, slow = ([(t.group_id, t.token_ids, t.rewards) for t in end] for end in ends)
     assert quick == slow
 
 
-def test_an_environment_that_hangs_costs_its_own_episode(engine: HybridEngine) -> None:
+def test_an_environment_that_hangs_costs_its_own_episode(engine: Engine) -> None:
     never = threading.Event()
 
     class Hangs(SayLetters):
@@ -67,12 +68,12 @@ def test_an_environment_that_hangs_costs_its_own_episode(engine: HybridEngine) -
     params = SamplingParams(n=1, max_new_tokens=4)
     for _ in range(2):  # and the next rollout has a thread to run in
         with engine.generating():
-            episodes = collector.collect([Start(g, seed=0, row=g) for g in range(4)], params)
+            episodes = collector.collect([EpisodeSpec(g, seed=0, row=g) for g in range(4)], params)
         assert [t.group_id for t in episodes] == [0, 2, 3]
     assert collector.failures == 2 and "longer than 0.3 s" in collector.last_failure
 
 
-def test_a_group_is_told_of_while_others_still_write(engine: HybridEngine) -> None:
+def test_a_group_is_told_of_while_others_still_write(engine: Engine) -> None:
     told: list[tuple[int, int]] = []
     running: list[int] = []
 
@@ -95,12 +96,12 @@ def test_a_group_is_told_of_while_others_still_write(engine: HybridEngine) -> No
     # Token 40 ends each turn: the second turn of row 1 begins after its first.
     params = SamplingParams(n=1, max_new_tokens=64, stop_token_ids=tuple(range(3, 200)))
     with engine.generating():
-        collector.collect([Start(g, seed=0, row=g) for g in range(2)], params, hear)
+        collector.collect([EpisodeSpec(g, seed=0, row=g) for g in range(2)], params, hear)
     assert [group for group, _ in told] == [0, 1]
     assert told[0][1] < told[1][1] == 3
 
 
-def test_environments_wait_at_the_same_time(engine: HybridEngine) -> None:
+def test_environments_wait_at_the_same_time(engine: Engine) -> None:
     meeting = threading.Barrier(3, timeout=20)
 
     class Meets(SayLetters):
@@ -110,11 +111,13 @@ def test_environments_wait_at_the_same_time(engine: HybridEngine) -> None:
 
     collector = Collector(Meets, engine.tokenizer, engine, workers=3)
     with engine.generating():
-        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=3, max_new_tokens=4))
+        episodes = collector.collect(
+            [EpisodeSpec(0, seed=0)], SamplingParams(n=3, max_new_tokens=4)
+        )
     assert len(episodes) == 3 and not collector.failures
 
 
-def test_a_conversation_that_outgrows_the_model_ends_there(engine: HybridEngine) -> None:
+def test_a_conversation_that_outgrows_the_model_ends_there(engine: Engine) -> None:
     class Talks(SayLetters):
         def step(self, action: str) -> tuple:
             return "and then? " * 100, 0.5, False, False, {}
@@ -122,14 +125,14 @@ def test_a_conversation_that_outgrows_the_model_ends_there(engine: HybridEngine)
     collector = Collector(Talks, engine.tokenizer, engine)
     with engine.generating():
         params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
-        episodes = collector.collect([Start(0, seed=0)], params)
+        episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
     assert [t.finish_reason for t in episodes] == ["length"] * 2
     assert all(t.reward == 0.5 for t in episodes) and not collector.failures
     assert engine._scheduler is not None and engine._scheduler.idle
 
 
 def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
-    engine: HybridEngine,
+    engine: Engine,
 ) -> None:
     """Where the environment's next words do not fit any more, the episode ends with the answer."""
 
@@ -141,7 +144,7 @@ def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
     collector = Collector(Talks, engine.tokenizer, engine)
     with engine.generating():
         params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
-        episodes = collector.collect([Start(0, seed=0)], params)
+        episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
     for t in episodes:
         *before, answer = t.info["messages"]
         assert answer == {"role": "assistant", "content": t.info["completion"]}
@@ -153,7 +156,7 @@ def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
 
 
 def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
-    engine: HybridEngine,
+    engine: Engine,
 ) -> None:
     class Long(SayLetters):
         def _start(self, options: dict[str, Any] | None) -> str:
@@ -164,7 +167,7 @@ def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
     collector = Collector(Long, engine.tokenizer, engine)
     heard: list[int] = []
     with engine.generating():
-        starts = [Start(g, seed=0, row=g) for g in range(3)]
+        starts = [EpisodeSpec(g, seed=0, row=g) for g in range(3)]
         params = SamplingParams(n=2, max_new_tokens=4)
         episodes = collector.collect(starts, params, lambda group: heard.append(len(group)))
     assert [t.group_id for t in episodes] == [0, 0, 2, 2] and sorted(heard) == [0, 2, 2]
@@ -176,7 +179,7 @@ def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
 
 
 def test_episodes_that_start_otherwise_than_their_group_are_left_out(
-    engine: HybridEngine,
+    engine: Engine,
 ) -> None:
     made: list[SayLetters] = []
 
@@ -193,14 +196,16 @@ def test_episodes_that_start_otherwise_than_their_group_are_left_out(
 
     collector = Collector(Restless, engine.tokenizer, engine)
     with engine.generating():
-        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=4, max_new_tokens=2))
+        episodes = collector.collect(
+            [EpisodeSpec(0, seed=0)], SamplingParams(n=4, max_new_tokens=2)
+        )
     assert len(episodes) == 3 and collector.failures == 1 and not collector.overlong
     assert "Restless started differently" in collector.last_failure
 
 
 @pytest.mark.parametrize("rewarded", ["needed", "finite", "any"])
 @pytest.mark.parametrize("reward", [None, float("nan"), 1e30, 0.0])
-def test_what_an_environment_must_say(engine: HybridEngine, rewarded: Any, reward: Any) -> None:
+def test_what_an_environment_must_say(engine: Engine, rewarded: Any, reward: Any) -> None:
     class Says(TwoTurns):
         def step(self, action: str) -> tuple:
             observation, _, *rest = super().step(action)
@@ -209,7 +214,7 @@ def test_what_an_environment_must_say(engine: HybridEngine, rewarded: Any, rewar
     collector = Collector(Says, engine.tokenizer, engine)
     params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
     with engine.generating():
-        episodes = collector.collect([Start(0, seed=0)], params, rewarded=rewarded)
+        episodes = collector.collect([EpisodeSpec(0, seed=0)], params, rewarded=rewarded)
     usable = reward == 0.0
     kept = usable or rewarded == "any" or (reward is None and rewarded == "finite")
     assert len(episodes) == kept and collector.failures == (not kept)
@@ -257,20 +262,20 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_costs_its_own_episode_and_is_no_zero_reward(
-    engine: HybridEngine, fault: str
-) -> None:
+def test_a_fault_costs_its_own_episode_and_is_no_zero_reward(engine: Engine, fault: str) -> None:
     collector = Collector(partial(Misbehaves, fault), engine.tokenizer, engine, timeout=0.5)
     params = SamplingParams(n=2, max_new_tokens=4)
     for failures in (2, 4):  # nor does what it broke reach the next rollout
         with engine.generating():
-            episodes = collector.collect([Start(g, seed=g, row=g % 2) for g in range(4)], params)
+            episodes = collector.collect(
+                [EpisodeSpec(g, seed=g, row=g % 2) for g in range(4)], params
+            )
         assert [t.group_id for t in episodes] == [0, 0, 2, 2]
         assert collector.failures == 2 * failures and FAULTS[fault] in collector.last_failure
     assert engine._scheduler is not None and engine._scheduler.idle
 
 
-def test_a_heldout_evaluation_ends_where_environments_hang(engine: HybridEngine) -> None:
+def test_a_heldout_evaluation_ends_where_environments_hang(engine: Engine) -> None:
     collector = Collector(partial(Misbehaves, "hang"), engine.tokenizer, engine, timeout=0.3)
     began = time.monotonic()
     with engine.generating():
@@ -290,7 +295,7 @@ class AllHang(Misbehaves):
         return super().reset(options={"row": 1})
 
 
-def test_environments_that_wait_do_not_stall_the_others(engine: HybridEngine) -> None:
+def test_environments_that_wait_do_not_stall_the_others(engine: Engine) -> None:
     meeting = threading.Barrier(6, timeout=20)
 
     class Meets(SayLetters):
@@ -300,11 +305,13 @@ def test_environments_that_wait_do_not_stall_the_others(engine: HybridEngine) ->
 
     collector = Collector(Meets, engine.tokenizer, engine, workers=1)
     with engine.generating():
-        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=6, max_new_tokens=4))
+        episodes = collector.collect(
+            [EpisodeSpec(0, seed=0)], SamplingParams(n=6, max_new_tokens=4)
+        )
     assert len(episodes) == 6 and not collector.failures
 
 
-def test_environments_that_say_nothing_of_messages_are_heard(engine: HybridEngine) -> None:
+def test_environments_that_say_nothing_of_messages_are_heard(engine: Engine) -> None:
     class Plain(TwoTurns):
         def reset(self, **given: Any) -> tuple[str, dict[str, Any]]:
             return super().reset(**given)[0], {}
@@ -317,7 +324,7 @@ def test_environments_that_say_nothing_of_messages_are_heard(engine: HybridEngin
     collector = Collector(Plain, engine.tokenizer, engine)
     with engine.generating():
         params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
-        [episode] = collector.collect([Start(0, seed=0)], params)
+        [episode] = collector.collect([EpisodeSpec(0, seed=0)], params)
     roles = [m["role"] for m in episode.info["messages"]]
     assert roles == ["user", "assistant", "tool", "user", "assistant"]
     assert "tool\n42" in engine.tokenizer.decode(episode.token_ids)
@@ -359,7 +366,7 @@ def test_a_thread_that_was_given_up_ends() -> None:
     assert threading.active_count() == before
 
 
-def test_an_environment_that_cannot_be_made_costs_its_episode(engine: HybridEngine) -> None:
+def test_an_environment_that_cannot_be_made_costs_its_episode(engine: Engine) -> None:
     """But the first: then it is a mistake."""
     made: list[int] = []
     wrong = {2, 3}
@@ -374,11 +381,11 @@ def test_an_environment_that_cannot_be_made_costs_its_episode(engine: HybridEngi
     for n, left in ((4, 2), (6, 6)):
         params = SamplingParams(n=n, max_new_tokens=4)
         with engine.generating():
-            assert len(collector.collect([Start(0, 0)], params)) == left
+            assert len(collector.collect([EpisodeSpec(0, 0)], params)) == left
     assert collector.failures == 2 and collector.last_failure == "SystemExit: no more"
     wrong.add(len(made) + 1)
     with pytest.raises(SystemExit):
-        Collector(make, engine.tokenizer, engine).collect([Start(0, 0)], params)
+        Collector(make, engine.tokenizer, engine).collect([EpisodeSpec(0, 0)], params)
 
 
 def test_a_thread_that_waits_keeps_nothing_of_what_it_did() -> None:
@@ -391,7 +398,7 @@ def test_a_thread_that_waits_keeps_nothing_of_what_it_did() -> None:
     assert kept() is None
 
 
-def test_rows_that_hang_are_left_to_the_rollout(engine: HybridEngine) -> None:
+def test_rows_that_hang_are_left_to_the_rollout(engine: Engine) -> None:
     class Hangs(TwoTurns):
         def reset(self, *, seed: Any = None, options: Any = None) -> Any:
             if options["row"] == 1:

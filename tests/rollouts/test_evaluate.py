@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.tiny import tiny_tokenizer
@@ -91,7 +91,7 @@ class Fails(RowEnvironment):
 
 
 def test_failed_episodes_count_in_the_success_rate() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     collector = Collector(Fails, engine.tokenizer, engine)
     starts = starts_of("test", 8, range(8))
     assert all(start.seed >= 2**31 for start in starts), "no seed of training"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.tasks.rows import RowsEnvironment, write_rows
 from gearshift.types import SamplingParams
 from tests.gyms import TwoTurns
@@ -22,10 +22,10 @@ WITH_TOOLS = (
 )
 
 
-def engine(template: str) -> HybridEngine:
+def engine(template: str) -> Engine:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return HybridEngine(random_model("llama"), tokenizer)
+    return Engine(random_model("llama"), tokenizer)
 
 
 @pytest.mark.parametrize("template", [OPENED, "{{ raise_exception('never') }}"])
@@ -38,7 +38,9 @@ def test_each_turn_begins_in_the_reasoning_that_the_prompt_opens() -> None:
     made = engine(OPENED)
     collector = Collector(TwoTurns, made.tokenizer, made)
     with made.generating():
-        episodes = collector.collect([Start(0, seed=0)], SamplingParams(n=4, max_new_tokens=8))
+        episodes = collector.collect(
+            [EpisodeSpec(0, seed=0)], SamplingParams(n=4, max_new_tokens=8)
+        )
     opening = "<|im_start|>assistant\n<think>\n"
     for episode in episodes:
         firsts = [i for i, m in enumerate(episode.loss_mask) if m and not episode.loss_mask[i - 1]]
@@ -58,6 +60,6 @@ def test_a_rows_tools_and_arguments_reach_the_template(tmp_path: Path) -> None:
         made,
     )
     with made.generating():
-        [episode] = collector.collect([Start(0, 0, 0)], SamplingParams(max_new_tokens=2))
+        [episode] = collector.collect([EpisodeSpec(0, 0, 0)], SamplingParams(max_new_tokens=2))
     asked = made.tokenizer.decode(episode.token_ids[: episode.prompt_length])
     assert "Looks." in asked and asked.endswith("plainhi<|im_end|>")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.serve.chat import chat, reply
@@ -16,11 +16,11 @@ SAID = "[bold]fine\t:smile: [/b]"
 
 
 @pytest.fixture
-def engine() -> HybridEngine:
-    return HybridEngine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=200))
+def engine() -> Engine:
+    return Engine(random_model("llama"), tiny_tokenizer(), EngineConfig(max_length=200))
 
 
-def test_pieces_make_the_answer(engine: HybridEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_make_the_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters of several bytes come whole: one token is one byte here."""
     answer = [*engine.tokenizer.encode("né — 家 ok"), 2]
 
@@ -44,11 +44,11 @@ def test_pieces_make_the_answer(engine: HybridEngine, monkeypatch: pytest.Monkey
 
 
 def test_a_conversation(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[list[str]] = []
 
-    def answer(_: HybridEngine, messages: list[dict[str, str]], *args: object, **kwargs: object):
+    def answer(_: Engine, messages: list[dict[str, str]], *args: object, **kwargs: object):
         said.append([m["content"] for m in messages])
         yield "[bold]fine"
         yield "\t:smile: [/b]"
@@ -61,7 +61,7 @@ def test_a_conversation(
 
 
 def test_without_memory_each_request_stands_alone(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n" + "x" * 400 + "\nthree"))
     chat(engine, None, SamplingParams(max_new_tokens=4), remember=False)
@@ -70,7 +70,7 @@ def test_without_memory_each_request_stands_alone(
 
 
 def test_a_request_that_fails_is_told_as_it_is(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> Iterator[str]:
         raise DataError("The template refuses [/this] role.")

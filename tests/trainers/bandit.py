@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gearshift.batch import PackedBatch
 from gearshift.data.chat import render_prompt
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.models.hf_forward import hidden_states
 from gearshift.models.load import load_policy
 from gearshift.trainers.rl import presets
@@ -45,7 +45,7 @@ def preset_config(name: str, **changes: Any) -> RLConfig:
     return RLConfig.model_validate(tree)
 
 
-def probabilities(engine: HybridEngine, model: PreTrainedModel | None = None) -> torch.Tensor:
+def probabilities(engine: Engine, model: PreTrainedModel | None = None) -> torch.Tensor:
     """[V] of the first token of the policy (or of another model of its vocabulary), exactly."""
     ids = torch.tensor(render_prompt(engine.tokenizer, PROMPT))
     N = len(ids)
@@ -58,7 +58,7 @@ def probabilities(engine: HybridEngine, model: PreTrainedModel | None = None) ->
         return model.get_output_embeddings()(last).float().softmax(-1)
 
 
-def expected_reward(engine: HybridEngine) -> float:
+def expected_reward(engine: Engine) -> float:
     """Of the policy, over all tokens."""
     texts = [
         engine.tokenizer.decode([t], skip_special_tokens=True)

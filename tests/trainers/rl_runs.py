@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gearshift.data import Mixture
-from gearshift.engine import EngineConfig, HybridEngine
+from gearshift.engine import Engine, EngineConfig
 from gearshift.environments.base import TextEnvironment
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -68,8 +68,8 @@ def trainer(
     critic: Critic | None = None,
 ) -> RLTrainer:
     """A trainer of the tiny model, ready to `train()`."""
-    engine = HybridEngine(
-        model or tiny_model(), tiny_tokenizer(), EngineConfig(max_rows=8), seed=seed
+    engine = Engine(
+        model or tiny_model(), tiny_tokenizer(), EngineConfig(max_num_seqs=8), seed=seed
     )
     if config.kl.beta > 0 and reference is None:
         reference = load_policy(TINY)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gearshift.data import Mixture
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.models.load import ModelConfig, load_classifier, load_policy
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
@@ -59,8 +59,8 @@ TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
 IDS = [[1, 5 + i, 9, 7 + 2 * i, 11][: 3 + i % 3] for i in range(5)]
 
 
-def engine() -> HybridEngine:
-    return HybridEngine(load_policy(TINY), tiny_tokenizer())
+def engine() -> Engine:
+    return Engine(load_policy(TINY), tiny_tokenizer())
 
 
 def sft(count: int, size: int, folder: Path) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.models.load import load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
@@ -235,7 +235,7 @@ def test_supervised_micro_batches_add_up_to_one_mean() -> None:
     rows = [([5, 6, 7, 8, 9], [0, 1, 1, 1, 1]), ([9, 4, 3], [0, 0, 1]), ([11, 12], [0, 1])]
     grads = []
     for tokens in (4096, 3):
-        engine = HybridEngine(tiny_model(), tiny_tokenizer())
+        engine = Engine(tiny_model(), tiny_tokenizer())
         optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(), 1)
         optimizer.step = lambda norm: norm  # type: ignore[method-assign]
         with engine.training():

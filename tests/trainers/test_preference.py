@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gearshift.algorithms import preference_losses as losses
 from gearshift.data import JudgedExample, Mixture, PreferenceExample, to_judged, to_steps
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_classifier, load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -59,14 +59,14 @@ def settings(loss: str, **changes: Any) -> PreferenceConfig:
     )
 
 
-def moved_engine() -> HybridEngine:
+def moved_engine() -> Engine:
     """A policy that has left its reference, the tiny model."""
     model = tiny_model()
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * p.std() * torch.randn_like(p)
-    return HybridEngine(model, tiny_tokenizer())
+    return Engine(model, tiny_tokenizer())
 
 
 def slow_logprobs(model: Any, row: Judged, ids: list[int]) -> Tensor:
@@ -108,11 +108,11 @@ def slow_loss(config: PreferenceConfig, policy: Any, reference: Any, rows: list[
     return total / len(rows)
 
 
-@pytest.mark.parametrize("max_tokens", [4096, 60])
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 60])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo"])
-def test_packed_is_one_by_one(loss: str, max_tokens: int) -> None:
+def test_packed_is_one_by_one(loss: str, micro_batch_tokens: int) -> None:
     """Loss and gradient, in one micro-batch and in many."""
-    config = settings(loss, max_tokens=max_tokens, margin=0.3, label_smoothing=0.1)
+    config = settings(loss, micro_batch_tokens=micro_batch_tokens, margin=0.3, label_smoothing=0.1)
     engine, reference = moved_engine(), load_policy(TINY)
     examples = single(8) if loss == "kto" else pairs(8)
     rows = render_judged(examples, engine.tokenizer, 512)
@@ -139,7 +139,7 @@ def test_packed_is_one_by_one(loss: str, max_tokens: int) -> None:
 
 
 def run(tmp_path: Path, loss: str, examples: Any, **changes: Any) -> tuple[Any, list[Judged]]:
-    engine = HybridEngine(tiny_model(), tiny_tokenizer())
+    engine = Engine(tiny_model(), tiny_tokenizer())
     changes = {"optimizer": {"lr": 5e-3}, "epochs": 8, **changes}
     config = settings(loss, **changes)
     rows = render_judged(examples, engine.tokenizer, 512)
@@ -157,7 +157,7 @@ def test_it_learns_what_is_preferred(tmp_path: Path, loss: str) -> None:
     beta = 0.1 if loss == "ipo" else 0.5  # its margin to reach is 1 / (2 beta)
     trainer, _ = run(tmp_path, loss, single() if loss == "kto" else pairs(), beta=beta)
     heldout = render_judged(pairs(36)[24:], trainer.engine.tokenizer, 512)
-    before = PreferenceTrainer(trainer.config, HybridEngine(tiny_model(), tiny_tokenizer()))
+    before = PreferenceTrainer(trainer.config, Engine(tiny_model(), tiny_tokenizer()))
     before.precompute(heldout)
     assert trainer.accuracy(heldout) > 0.9
     metrics = read_metrics(tmp_path / "metrics.jsonl")

@@ -86,7 +86,7 @@ def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None
 
 def test_it_is_so_in_bf16_with_many_micro_batches_and_a_warm_up(tmp_path: Path) -> None:
     config = small(
-        steps=8, max_tokens=16, critic_warmup=2, kl={"beta": 0},
+        steps=8, micro_batch_tokens=16, critic_warmup=2, kl={"beta": 0},
         optimizer={"lr": 1e-2, "warmup": 2, "schedule": "cosine"},
     )  # fmt: skip
     ends = []

@@ -21,16 +21,16 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("max_tokens", [4096, 8])
-def test_packed_scores_are_padded_scores(max_tokens: int) -> None:
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 8])
+def test_packed_scores_are_padded_scores(micro_batch_tokens: int) -> None:
     model, plain = load_classifier(TINY), load_classifier(TINY)
     plain.config.pad_token_id = 0
     scorer = PairScorer(model)
     assert scorer._states is not None
     weights = {id(p): float(i + 1) for i, p in enumerate(PAIRS)}
-    micros = scorer.micros(PAIRS, max_tokens)
+    micros = scorer.micros(PAIRS, micro_batch_tokens)
     assert sorted(id(p) for m in micros for p in m) == sorted(weights)
-    assert len(micros) > 1 or max_tokens > 8
+    assert len(micros) > 1 or micro_batch_tokens > 8
     for micro in micros:
         scores = scorer(micro)
         padded = sequence_scores(plain, [side for pair in micro for side in pair.sides])

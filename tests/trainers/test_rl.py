@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gearshift.data import Mixture
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.rl.batching import pack_trajectories, place_rewards
 from gearshift.trainers.rl.loop import RLTrainer
@@ -119,10 +119,12 @@ def test_a_rollout_without_any_reward_says_why(tmp_path: Path) -> None:
 
 
 def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
-    engine = HybridEngine(random_model("llama"), tiny_tokenizer())
+    engine = Engine(random_model("llama"), tiny_tokenizer())
     collector = Collector(TwoTurns, engine.tokenizer, engine)
     with engine.generating():
-        episodes = collector.collect([Start(3, seed=0)], SamplingParams(n=6, max_new_tokens=40))
+        episodes = collector.collect(
+            [EpisodeSpec(3, seed=0)], SamplingParams(n=6, max_new_tokens=40)
+        )
     finished = [t for t in episodes if t.info.get("success")]
     assert finished, "at least one episode must get to its second turn"
     for t in finished:
@@ -146,7 +148,7 @@ def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
         # A large eps makes AdamW linear in the gradient; its first step is else the gradient's
         # sign.
         linear = {"lr": 0.1, "eps": 1.0}
-        config = small(steps=3, max_tokens=tokens, optimizer=linear, value_optimizer=linear)
+        config = small(steps=3, micro_batch_tokens=tokens, optimizer=linear, value_optimizer=linear)
         run = trainer(config, tmp_path / str(tokens))
         run.train()
         ends.append(torch.cat([p.detach().flatten() for p in run.engine.model.parameters()]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gearshift.batch import PackedBatch, pack_groups
-from gearshift.engine import HybridEngine
+from gearshift.engine import Engine
 from gearshift.types import Trajectory
 
 Parts = dict[str, list[float | None]]
@@ -30,12 +30,12 @@ def by_group(trajectories: Iterable[Trajectory]) -> dict[int, list[Trajectory]]:
     return groups
 
 
-def tells_nothing(group: Sequence[Trajectory]) -> bool:
+def has_zero_std(group: Sequence[Trajectory]) -> bool:
     """Whether all rewards of a group are equal, so that a baseline of the group leaves nothing."""
     return pstdev(t.reward for t in group) < 1e-8
 
 
-def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> PackedBatch:
+def pack_trajectories(trajectories: Sequence[Trajectory], micro_batch_tokens: int) -> PackedBatch:
     """Groups with their prompt stored once, in the order of the trajectories, which come group by
     group.
     """
@@ -47,7 +47,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory], max_tokens: int) -> Pa
             )
             for members in by_group(trajectories).values()
         ],
-        max_tokens=max_tokens,
+        micro_batch_tokens=micro_batch_tokens,
     )
     sampled = [
         logprob
@@ -116,7 +116,7 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[s
     metrics = {
         "reward": fmean(t.reward for t in trajectories),
         "reward_std": fmean(pstdev(t.reward for t in group) for group in groups),
-        "frac_reward_zero_std": fmean(map(tells_nothing, groups)),
+        "frac_reward_zero_std": fmean(map(has_zero_std, groups)),
         "success": fmean(bool(t.info.get("success", False)) for t in trajectories),
         "completions/mean_length": fmean(lengths),
         "completions/max_length": float(max(lengths)),
@@ -130,7 +130,7 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[s
     return metrics
 
 
-def describe_generation(engine: HybridEngine) -> dict[str, float]:
+def describe_generation(engine: Engine) -> dict[str, float]:
     """Where the generation gear's time went in this step."""
     done, shift = engine.timing(), engine.shift_seconds
     engine.shift_seconds = 0.0

@@ -52,7 +52,7 @@ class TokenCritic:
         self._states = PackedModel(trunk, getattr(trunk, "score", None))
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        values: Tensor = self.head(self._states(batch)[batch.predictors])
+        values: Tensor = self.head(self._states(batch)[batch.logit_indices])
         return values
 
     def parameters(self) -> list[nn.Parameter]:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from gearshift.engine import HybridEngine
-from gearshift.rollouts.collector import Collector, Start
+from gearshift.engine import Engine
+from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.trainers.rl.batching import pack_trajectories
 from gearshift.types import SamplingParams
 
 
 @torch.no_grad()
 def logprob_gap(
-    engine: HybridEngine, collector: Collector, starts: Sequence[Start], params: SamplingParams
+    engine: Engine, collector: Collector, starts: Sequence[EpisodeSpec], params: SamplingParams
 ) -> dict[str, float]:
     """Mean and greatest |difference| in nats over completions sampled afresh from `starts`, and how
     many tokens these have; only that where no episode came to its end.
@@ -23,7 +23,7 @@ def logprob_gap(
         trajectories = collector.collect(starts, params, rewarded="any")
     if not trajectories:
         return {"tokens": 0.0}
-    batch = pack_trajectories(trajectories, max_tokens=4096).to(engine.device)
+    batch = pack_trajectories(trajectories, micro_batch_tokens=4096).to(engine.device)
     gaps = []
     for micro in batch.split(4096):
         with engine.training(), torch.no_grad():

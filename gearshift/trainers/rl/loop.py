@@ -52,13 +52,13 @@ from gearshift.algorithms.policy_losses import (
 from gearshift.algorithms.shaping import clip_rewards, overlong_penalty, token_rewards
 from gearshift.batch import PackedBatch
 from gearshift.data import DataConfig, Mixture
-from gearshift.engine import HybridEngine, PackedModel
+from gearshift.engine import Engine, PackedModel
 from gearshift.models.adapters import adapters_off
 from gearshift.models.heads import ValueHead
 from gearshift.models.hf_forward import token_scores
 from gearshift.models.logprobs import TokenScores
 from gearshift.rewards.judge import JudgeConfig
-from gearshift.rollouts.collector import Collector, Rewarded, Start
+from gearshift.rollouts.collector import Collector, EpisodeSpec, Rewarded
 from gearshift.runtime.addresses import checked_variable
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -71,11 +71,11 @@ from gearshift.trainers.rl.batching import (
     describe_generation,
     describe_rollout,
     given_rewards,
+    has_zero_std,
     minibatches,
     pack_trajectories,
     place_rewards,
     record,
-    tells_nothing,
     turn_ends,
 )
 from gearshift.trainers.rl.critic import Critic
@@ -294,7 +294,7 @@ class RLConfig(StageConfig):
     """Labelled examples mixed into each update."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
-    max_tokens: int = Field(4096, ge=0)
+    micro_batch_tokens: int = Field(4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
@@ -340,7 +340,7 @@ class RLConfig(StageConfig):
 
 
 class Scorer(Protocol):
-    """Gives trajectories their rewards: `RewardSum`. What it keeps goes into checkpoints."""
+    """Gives trajectories their rewards: `CompositeReward`. What it keeps goes into checkpoints."""
 
     missing: dict[str, float]
     """By a part's name, the share of the episodes of the last call whose reward was lost."""
@@ -383,7 +383,7 @@ class RLTrainer:
     def __init__(
         self,
         config: RLConfig,
-        engine: HybridEngine,
+        engine: Engine,
         collector: Collector,
         rows: Sequence[int] | None,
         score: Scorer,
@@ -464,7 +464,9 @@ class RLTrainer:
             trajectories = known
         if not trajectories:
             return 0, {}
-        batch = pack_trajectories(trajectories, self.config.max_tokens).to(self.engine.device)
+        batch = pack_trajectories(trajectories, self.config.micro_batch_tokens).to(
+            self.engine.device
+        )
         with self.stage.phase("score"):
             batch, scored = self.with_advantages(batch, trajectories, greedy)
         with self.stage.phase("train"):
@@ -490,7 +492,7 @@ class RLTrainer:
                 missing.setdefault(name, []).append(share)
             groups = by_group(trajectories)
             if rounds > 1:
-                groups = {g: members for g, members in groups.items() if not tells_nothing(members)}
+                groups = {g: members for g, members in groups.items() if not has_zero_std(members)}
             kept |= groups
             if len(kept) >= self.config.prompts:
                 break
@@ -514,7 +516,7 @@ class RLTrainer:
         return several
 
     def collect(
-        self, starts: Sequence[Start], params: SamplingParams
+        self, starts: Sequence[EpisodeSpec], params: SamplingParams
     ) -> tuple[list[Trajectory], Parts]:
         """Episodes from these starts, those that have a reward, with it; and every part of it."""
         with self.stage.phase("generate"), self.engine.generating():
@@ -543,7 +545,7 @@ class RLTrainer:
         played = [t.group_id for t in trajectories]
         return dict(zip(played, rewards_NA.sum(1).tolist(), strict=True))
 
-    def starts(self, step: int, nth: int = 0) -> list[Start]:
+    def starts(self, step: int, nth: int = 0) -> list[EpisodeSpec]:
         """The prompts of a step's `nth` rollout: rows in an order shuffled anew each epoch, a
         function of (seed, step).
         """
@@ -551,14 +553,14 @@ class RLTrainer:
         first = (step * (1 + self.config.dynamic_sampling) + nth) * P
         groups = range(first, first + P)
         if self.rows is None:
-            return [Start(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
+            return [EpisodeSpec(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
         count = len(self.rows)
         orders = {
             epoch: torch.randperm(count, generator=generator(seed, f"prompts/{epoch}"))
             for epoch in {g // count for g in groups}
         }
         return [
-            Start(
+            EpisodeSpec(
                 g,
                 named_seed(seed, f"episode/{g}") % 2**31,
                 self.rows[int(orders[g // count][g % count])],
@@ -658,7 +660,7 @@ class RLTrainer:
         batch = batch.with_scored(
             advantages=unpad_rows(advantages_NA, mask_NA), returns=unpad_rows(returns_NA, mask_NA)
         )
-        return batch.unscored(~unpad_rows(counts_NA, mask_NA)), metrics
+        return batch.with_unscored(~unpad_rows(counts_NA, mask_NA)), metrics
 
     def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """All updates of one rollout; metrics are means over them."""
@@ -680,7 +682,7 @@ class RLTrainer:
                     assert mini.advantages is not None
                     mini = mini.keep(mini.advantages != 0)
                 with self.engine.training():
-                    micros = [*mini.split(config.max_tokens), *self.supervised(nth)]
+                    micros = [*mini.split(config.micro_batch_tokens), *self.supervised(nth)]
                     computed = float(mini.scored("loss_weights").sum())
                     loss_of = partial(self.loss_of, computed=computed)
                     history.append(update(micros, loss_of, *learning))
@@ -706,7 +708,9 @@ class RLTrainer:
         if self.examples is None:
             return []
         rows = self.examples.batch(nth, self.config.supervised.batch_size)
-        return list(supervised_batch(rows).to(self.engine.device).split(self.config.max_tokens))
+        return list(
+            supervised_batch(rows).to(self.engine.device).split(self.config.micro_batch_tokens)
+        )
 
     @property
     def has_values(self) -> bool:
@@ -776,7 +780,7 @@ class RLTrainer:
     def scores(self, batch: PackedBatch) -> TokenScores:
         """[M] log-probs, entropy and values of the policy before this rollout's updates."""
         parts = []
-        for micro in batch.split(self.config.max_tokens):
+        for micro in batch.split(self.config.micro_batch_tokens):
             with self.engine.training(), torch.no_grad():
                 part = self.engine.logprobs(micro, self.config.temperature, self.head)
                 if self.critic:
@@ -797,5 +801,5 @@ class RLTrainer:
                 token_scores(
                     self.reference, micro, self.config.temperature, states=self.reference_states
                 ).logprobs
-                for micro in batch.split(self.config.max_tokens)
+                for micro in batch.split(self.config.micro_batch_tokens)
             ])  # fmt: skip
