@@ -34,7 +34,7 @@ def built(cache: Path) -> Path:
 def answer() -> int:
     """What the library says when it is loaded by a new process, which a bad one would end."""
     code = (
-        "import sys; from pathlib import Path; from gearshift.runtime import native\n"
+        "import sys; from pathlib import Path; from gearshift.kernels import build as native\n"
         f"native._SOURCE = Path({str(native._SOURCE)!r})\n"
         "sys.stdout.write(str(native.library.__wrapped__().answer()))"
     )

@@ -20,7 +20,7 @@ from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards import composite as reward_sum
 from gearshift.rewards import http as posting
-from gearshift.rewards.composite import CompositeReward, Ensemble
+from gearshift.rewards.composite import CompositeReward, Ensemble, RunningMeanStd
 from gearshift.rewards.functions import HttpReward, combine
 from gearshift.serve.score import score_server
 from gearshift.trainers.rl.loop import RewardSource

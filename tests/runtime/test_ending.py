@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gearshift.cli.main import main as cli
+from gearshift.cli import main as cli
 from gearshift.errors import DataError, InterruptedRunError, ModelError
 from gearshift.runtime.allocator import short_of_memory
 from gearshift.runtime.output import steady_output
@@ -101,7 +101,7 @@ def test_output_that_cannot_be_written_is_told_once_and_raises_nothing(
 
 PROGRAM = """
 import atexit, multiprocessing, os, signal, sys, time
-from gearshift.cli.main import main as cli
+from gearshift.cli import main as cli
 def passes_over(_):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
