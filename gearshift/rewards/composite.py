@@ -11,13 +11,14 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
+from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import (
     REWARD_MISSING,
     HttpReward,
@@ -29,7 +30,7 @@ from gearshift.rewards.functions import (
     total,
     usable,
 )
-from gearshift.rewards.judge import JudgeConfig, JudgeReward
+from gearshift.rewards.judge import JudgeReward
 from gearshift.rewards.models import Ensemble, ModelReward
 from gearshift.rewards.worker_pool import ProcessReward
 from gearshift.runtime.addresses import shown
@@ -47,27 +48,6 @@ _RAISED = 8
 """Groups in a row at which a function raised, from which the run ends if it never worked."""
 _GLANCE = 0.05
 """Seconds between looks at a call that has not ended."""
-
-
-class Source(Protocol):
-    """A reward's source, weight and treatment, as the config names them."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def ensemble(self) -> Literal["mean", "min", "mean_less_std"]: ...
-    @property
-    def normalize(self) -> bool: ...
-    @property
-    def timeout(self) -> float | None: ...
-    @property
-    def processes(self) -> int: ...
-    @property
-    def judge(self) -> JudgeConfig: ...
-    @property
-    def key_env(self) -> str | None: ...
 
 
 @dataclass
@@ -102,7 +82,7 @@ class CompositeReward:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[RewardSource],
         config: ModelConfig,
         reward_model: Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -325,7 +305,7 @@ def _last_written(trajectory: Trajectory) -> int:
     return last
 
 
-def _function(source: Source) -> RewardFunction:
+def _function(source: RewardSource) -> RewardFunction:
     """What a source other than the environment and models names, called as the source says."""
     name = source.source
     if name.startswith("judge:"):

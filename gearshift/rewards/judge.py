@@ -13,14 +13,12 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pydantic import Field
-
 from gearshift.errors import ConfigError
+from gearshift.rewards.config import JudgeConfig
 from gearshift.rewards.functions import REWARD_MISSING, Rewards
 from gearshift.rewards.http import NoAnswerError, bearer, checked_address, post
 from gearshift.rewards.marks import parse_mark
 from gearshift.runtime.addresses import Address
-from gearshift.runtime.config import Config
 from gearshift.runtime.worker_threads import Workers
 from gearshift.types import Message
 
@@ -42,25 +40,6 @@ ANSWER {code}
 END OF ANSWER {code}
 
 Mark the answer: {{"score": N}}, N from {low:g} to {high:g}."""
-
-
-class JudgeConfig(Config):
-    """Of a source `judge:URL`: who judges, by what."""
-
-    model: str = ""
-    """The name under which the server has the judge."""
-    rubric: str = "How good, correct and helpful the answer is."
-    """What counts. `{NAME}` is replaced by the row's column NAME, a reference answer say."""
-    low: float = 0.0
-    """The worst mark; as a reward it is 0."""
-    high: float = 10.0
-    """The best mark; as a reward it is 1."""
-    samples: int = Field(1, ge=1)
-    """Marks asked of an answer; the reward is their mean."""
-    temperature: float | None = Field(0.0, ge=0)
-    """The judge's; with several samples not 0. null leaves it to the server."""
-    concurrency: int = Field(8, ge=1)
-    """Requests under way at a time."""
 
 
 class JudgeReward:

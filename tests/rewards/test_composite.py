@@ -21,9 +21,9 @@ from gearshift.models.load import ModelConfig
 from gearshift.rewards import composite as reward_sum
 from gearshift.rewards import http as posting
 from gearshift.rewards.composite import CompositeReward, Ensemble, RunningMeanStd
+from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import HttpReward, combine
 from gearshift.serve.score import score_server
-from gearshift.trainers.rl.loop import RewardSource
 from gearshift.types import Trajectory
 
 TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.judge import JudgeConfig, JudgeReward
+from gearshift.rewards.config import JudgeConfig
+from gearshift.rewards.judge import JudgeReward
 
 PROMPT = [{"role": "user", "content": "Say hello."}]
 

@@ -18,11 +18,11 @@ from gearshift.models.classifier import score_all
 from gearshift.models.load import load_classifier, load_policy, save_model
 from gearshift.models.tiny import CHATML, tiny_tokenizer
 from gearshift.rewards.composite import CompositeReward
+from gearshift.rewards.config import RewardSource
 from gearshift.rewards.models import Ensemble, ModelReward, same_tokens
 from gearshift.serve.score import score_server
 from gearshift.trainers.process_reward_model import render_steps
 from gearshift.trainers.reward_model import render_pairs
-from gearshift.trainers.rl.loop import RewardSource
 from gearshift.types import Trajectory
 from tests.trainers.rl_runs import TINY
 

@@ -11,15 +11,14 @@ Legend: T packed tokens, N completions, A longest completion, M tokens that the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,9 +56,8 @@ from gearshift.models.adapters import adapters_off
 from gearshift.models.heads import ValueHead
 from gearshift.models.hf_forward import token_scores
 from gearshift.models.logprobs import TokenScores
-from gearshift.rewards.judge import JudgeConfig
+from gearshift.rewards.config import RewardSource
 from gearshift.rollouts.collector import Collector, EpisodeSpec, Rewarded
-from gearshift.runtime.addresses import checked_variable
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
@@ -119,65 +117,6 @@ class KLConfig(Config):
             raise ValueError(
                 "k1 has no gradient in the loss; take estimator=k2, or ratio=true, or where=reward."
             )
-        return self
-
-
-def _at_home(source: str) -> str:
-    """The source with `~` in its file or folders as the user's home."""
-    kind, colon, folders = source.partition(":")
-    if kind != "model":
-        return os.path.expanduser(source)
-    return kind + colon + ",".join(map(os.path.expanduser, folders.split(",")))
-
-
-class RewardSource(Config):
-    """One part of the reward."""
-
-    source: Annotated[str, AfterValidator(_at_home)] = "environment"
-    """`environment`; `model` (this run's reward model); `model:FOLDER` (or several, an ensemble:
-    `model:FOLDER,FOLDER`); `http://...` (a served reward); `judge:http://.../v1` (a model that
-    marks answers, at an address of OpenAI's kind); `package.module:function`; `file.py:function`.
-    """
-    weight: float = 1.0
-    """Its weight in the sum; 0 only logs it."""
-    ensemble: Literal["mean", "min", "mean_less_std"] = "mean"
-    """What several models' scores become: the worst, or the mean less their standard deviation,
-    guards against one model's mistakes (Coste et al. 2023).
-    """
-    normalize: bool = False
-    """Less the mean, over the standard deviation of all that it has said in this run so far."""
-    timeout: float | None = Field(None, gt=0)
-    """Seconds for one call, which scores a group; after them the function's process is killed
-    (there is at least one then) and the group's episodes are left out. null: 300 (the project's own
-    functions bound each thing that they do). Of an address: seconds for a request, to the last byte
-    of its answer, of at most 3 (4 of a judge); null is 60.
-    """
-    processes: int = Field(0, ge=0)
-    """Processes in which a function runs, a group in each; one that dies costs its group's
-    episodes, and is replaced. 0: a thread of this process, if there is no timeout; a crash there is
-    one of the run.
-    """
-    judge: JudgeConfig = JudgeConfig()
-    """Of `judge:URL`: who judges, and by what."""
-    key_env: Annotated[str, AfterValidator(checked_variable)] | None = None
-    """Of an address: the environment variable whose value is sent to it, and to no other, as a
-    bearer token. null: GEARSHIFT_JUDGE_KEY of `judge:URL`, GEARSHIFT_REWARD_KEY of `http://...`, if
-    they are set.
-    """
-
-    @model_validator(mode="after")
-    def _applies(self) -> Self:
-        kind = self.source.split(":")[0]
-        if kind in ("environment", "model") and (self.timeout or self.processes):
-            raise ValueError(f"timeout and processes are of functions; `{kind}` has none.")
-        if kind == "environment" and self.normalize:
-            raise ValueError("normalize is for functions and models; see whiten for advantages.")
-        if kind in ("http", "https", "judge") and self.processes:
-            raise ValueError("processes are of functions; an address is asked from threads.")
-        if kind not in ("http", "https", "judge") and self.key_env:
-            raise ValueError("key_env is of addresses; other sources need no key.")
-        if (kind == "judge") != (self.judge != JudgeConfig()):
-            raise ValueError("source judge:URL and judge.model go together.")
         return self
 
 
