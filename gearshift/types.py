@@ -153,8 +153,29 @@ class Completion:
     an importance ratio against the sampler itself needs. Equal to `logprobs` where nothing of it
     is asked for."""
     finish_reason: FinishReason
-    weights_version: int
-    """Which weights wrote it; see `Engine.weights_changed`."""
+    weights_versions: list[int]
+    """The version of the weights that sampled each token; see `Engine.weights_changed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeInfo:
+    """The texts of an episode, and what its environment reports about it."""
+
+    messages: list[Message] = field(default_factory=list)
+    """The whole conversation; the policy's last answer is its end."""
+    completion: str = ""
+    """The policy's last answer."""
+    row: Any = None
+    """The environment's own name for the task that it gave; None where it gave none."""
+    success: bool = False
+    """Whether the environment says that the task is solved."""
+    gold: Any = None
+    """A right answer, where the environment names one."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further figures of the episode, each a finite number."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """What reward functions get by name: everything that the environment reports, so the columns of
+    its data row, and `row`, `success`, `gold` and `metrics` as it gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +203,14 @@ class Trajectory:
     """Tokens before the first policy token; a group shares them."""
     finish_reason: FinishReason
     """Of the last completion: `length` marks an episode that was cut short."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """What the environment said of the episode, `prompt` and `completion` texts included."""
+    info: EpisodeInfo = field(default_factory=EpisodeInfo)
+    """The texts of the episode, and what its environment reports."""
     rewarded: tuple[int, ...] | None = None
     """Indices of the tokens at which a reward was given, one of 0 too; None: the last of each turn.
     """
+    weights_versions: list[int] = field(default_factory=list)
+    """The version of the weights that sampled each token; -1 where the mask is 0. Empty where no
+    engine sampled the tokens."""
 
     @property
     def reward(self) -> float:

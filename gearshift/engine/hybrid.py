@@ -115,7 +115,7 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """What was written so far; `finish_reason` is `abort` until it has ended by itself."""
-        return self._sequence.completion(self._engine.weights_version)
+        return self._sequence.completion()
 
 
 class Engine:
@@ -229,7 +229,7 @@ class Engine:
             for sequence in (s for group in groups for s in group):
                 self.abort(sequence)
             raise
-        return [[s.completion(self.weights_version) for s in group] for group in groups]
+        return [[s.completion() for s in group] for group in groups]
 
     def submit(
         self,
@@ -266,6 +266,7 @@ class Engine:
         try:
             if self._signs() != self._seen:
                 self.weights_changed()
+            self._scheduler.weights_version = self.weights_version
             self._scheduler.step()
         except BaseException:
             self._scheduler = None

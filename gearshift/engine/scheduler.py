@@ -74,6 +74,7 @@ class Scheduler:
             decode_steps_per_sync,
         )
         self.timing = timing
+        self.weights_version = 0
 
     def add(self, group: list[Sequence]) -> None:
         """Queue the completions of one prompt."""
@@ -197,7 +198,9 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     continue
                 if _is_number(logprob) and _is_number(drawn_logprob):
-                    sequence.append(token, logprob, drawn_logprob, self.decode)
+                    sequence.append(
+                        token, logprob, drawn_logprob, self.weights_version, self.decode
+                    )
                 else:
                     sequence.fail(
                         NumericalError(

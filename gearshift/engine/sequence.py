@@ -30,6 +30,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
+    weights_versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: GearshiftError | None = None
     """What ended it, if not its tokens; others run on."""
@@ -48,11 +49,14 @@ class Sequence:
         """Prompt and completion so far."""
         return self.prompt + self.token_ids
 
-    def append(self, token: int, logprob: float, drawn_logprob: float, decode: Decode) -> None:
-        """One more token, and whether it is the last."""
+    def append(
+        self, token: int, logprob: float, drawn_logprob: float, version: int, decode: Decode
+    ) -> None:
+        """Add a token that weights of this version sampled, and find out whether it is the last."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         self.drawn_logprobs.append(drawn_logprob)
+        self.weights_versions.append(version)
         try:
             ends = token in self.end_tokens or self._says_stop(decode)
         except Exception as error:  # the tokenizer's own
@@ -77,14 +81,14 @@ class Sequence:
             raise self.error
         return self.finish_reason is not None
 
-    def completion(self, weights_version: int) -> Completion:
+    def completion(self) -> Completion:
         """What is handed out; a sequence that has not ended was aborted."""
         return Completion(
             self.token_ids,
             self.logprobs,
             self.drawn_logprobs,
             self.finish_reason or "abort",
-            weights_version,
+            self.weights_versions,
         )
 
     def _says_stop(self, decode: Decode) -> bool:

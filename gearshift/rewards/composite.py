@@ -38,7 +38,6 @@ from gearshift.runtime.worker_threads import Workers
 from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
-_NOT_COLUMNS = frozenset({"messages", "completion", "prompt"})
 LONGEST = 300.0
 """Seconds for one call of a function, where its source names no others."""
 _SILENT = 3
@@ -347,11 +346,11 @@ def _call(
     functions: Sequence[Named], trajectories: Sequence[Trajectory]
 ) -> list[list[float | None]]:
     """What each function says of these episodes."""
-    names = {k for t in trajectories for k in t.info} - _NOT_COLUMNS
+    names = {name for t in trajectories for name in t.info.columns}
     return call(
         functions,
-        [t.info["messages"][:-1] for t in trajectories],
-        [t.info["completion"] for t in trajectories],
+        [t.info.messages[:-1] for t in trajectories],
+        [t.info.completion for t in trajectories],
         [t.token_ids[t.prompt_length :] for t in trajectories],
-        {name: [t.info.get(name) for t in trajectories] for name in sorted(names)},
+        {name: [t.info.columns.get(name) for t in trajectories] for name in sorted(names)},
     )

@@ -10,6 +10,7 @@ nobody.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,14 @@ from gearshift.rewards.functions import number, usable
 from gearshift.rewards.http import short
 from gearshift.runtime.named import in_words
 from gearshift.runtime.worker_threads import Workers, within
-from gearshift.types import Completion, FinishReason, Message, SamplingParams, Trajectory
+from gearshift.types import (
+    Completion,
+    EpisodeInfo,
+    FinishReason,
+    Message,
+    SamplingParams,
+    Trajectory,
+)
 
 
 class Writing(Protocol):
@@ -97,6 +105,7 @@ class _Episode:
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    weights_versions: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     rewarded: list[int] = field(default_factory=list)
     prompt_length: int = 0
@@ -107,6 +116,7 @@ class _Episode:
     """Messages up to the newest answer."""
     finish_reason: FinishReason = "abort"
     info: dict[str, Any] = field(default_factory=dict)
+    completion: str = ""
     running: bool = True
     ready: bool = False
     """Whether its environment has begun, or failed to."""
@@ -122,6 +132,7 @@ class _Episode:
         self.token_ids += ids
         self.loss_mask += [0] * len(ids)
         self.logprobs += [0.0] * len(ids)
+        self.weights_versions += [-1] * len(ids)
         self.rewards += [0.0] * len(ids)
         self.turn_start = len(self.token_ids)
 
@@ -130,13 +141,16 @@ class _Episode:
         self.token_ids += completion.token_ids
         self.loss_mask += [1] * len(completion.token_ids)
         self.logprobs += completion.logprobs
+        self.weights_versions += completion.weights_versions
         self.rewards += [0.0] * len(completion.token_ids)
         self.finish_reason = completion.finish_reason
         self.turn_end = len(self.token_ids)
 
     def cut(self) -> None:
         """End at the newest answer: what the environment said to it will not be answered."""
-        for column in (self.token_ids, self.loss_mask, self.logprobs, self.rewards):
+        for column in (
+            self.token_ids, self.loss_mask, self.logprobs, self.weights_versions, self.rewards
+        ):  # fmt: skip
             del column[self.turn_end :]
         del self.messages[self.said :]
         self.running, self.finish_reason = False, "length"
@@ -461,7 +475,7 @@ class Collector:
         episode.messages += [{"role": "assistant", "content": text}]
         episode.said = len(episode.messages)
         told = {"success": bool(info["success"])} if "success" in info else {}
-        episode.info = {**info, **told, "completion": text}
+        episode.info, episode.completion = {**info, **told}, text
         if terminated or truncated or episode.finish_reason == "length":
             episode.running = False
             self._judge(episode)
@@ -475,6 +489,7 @@ class Collector:
 
     def _trajectory(self, episode: _Episode) -> Trajectory:
         options = {"template_options": episode.options} if episode.options else {}
+        columns = {"row": episode.row, **options, **episode.info}
         return Trajectory(
             episode.token_ids,
             episode.loss_mask,
@@ -483,9 +498,34 @@ class Collector:
             episode.start.group_id,
             episode.prompt_length,
             episode.finish_reason,
-            {"row": episode.row, **options, **episode.info, "messages": episode.messages},
+            episode_info(episode.messages, episode.completion, columns),
             tuple(episode.rewarded),
+            episode.weights_versions,
         )
+
+
+def episode_info(messages: list[Message], completion: str, told: Mapping[str, Any]) -> EpisodeInfo:
+    """The record of an episode from its texts and from what its environment told."""
+    own_words = ("messages", "completion", "prompt")  # reward functions get these of every episode
+    return EpisodeInfo(
+        messages=messages,
+        completion=completion,
+        row=told.get("row"),
+        success=bool(told.get("success", False)),
+        gold=told.get("gold"),
+        metrics=_finite_numbers(told.get("metrics")),
+        columns={name: value for name, value in told.items() if name not in own_words},
+    )
+
+
+def _finite_numbers(metrics: Any) -> dict[str, float]:
+    """The finite numbers among what an environment, or a column of a data row, calls `metrics`."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            if math.isfinite(figure := float(value)):
+                numbers[str(name)] = figure
+    return numbers
 
 
 def _close_all(environments: Sequence[TextEnvironment]) -> None:

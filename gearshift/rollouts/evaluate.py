@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -144,36 +143,26 @@ def evaluate(
 
 def sample(trajectory: Trajectory) -> Sample:
     """The record of an episode. Of several turns, the whole conversation is its completion."""
-    messages = trajectory.info["messages"]
+    info = trajectory.info
+    messages = info.messages
     said = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    completion = trajectory.info["completion"]
+    completion = info.completion
     if len(said) > 1:
         completion = "\n".join(f"{m['role']}: {m['content']}" for m in messages[said[0] :])
-    start = trajectory.info.get("row")
     return {
         "row": trajectory.group_id,
-        "problem": prompt_text(messages[: said[0]]) if start is None else f"row {start}",
+        "problem": prompt_text(messages[: said[0]]) if info.row is None else f"row {info.row}",
         "messages": messages,
         "prompt": next((m["content"] for m in messages if m["role"] == "user"), ""),
         "completion": completion,
         "token_ids": trajectory.token_ids,
         "loss_mask": trajectory.loss_mask,
         "reward": trajectory.reward,
-        "success": bool(trajectory.info.get("success", False)),
+        "success": info.success,
         "failed": False,
-        "gold": json.loads(json.dumps(trajectory.info.get("gold"), default=str)),
-        "metrics": _numbers(trajectory.info.get("metrics")),
+        "gold": json.loads(json.dumps(info.gold, default=str)),
+        "metrics": info.metrics,
     }
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    """Of what an environment or a row's own column calls `metrics`, what is a finite number."""
-    numbers: dict[str, float] = {}
-    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            if math.isfinite(number := float(value)):
-                numbers[str(name)] = number
-    return numbers
 
 
 def _failed(row: int) -> Sample:

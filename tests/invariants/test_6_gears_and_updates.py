@@ -24,7 +24,7 @@ def test_after_each_update_both_gears_are_the_new_policy(family: str) -> None:
         with engine.generating():
             groups = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=10))
             greedy = [g[0].token_ids for g in engine.generate(PROMPTS, GREEDY)]
-        assert {c.weights_version for g in groups for c in g} == {step}
+        assert {v for g in groups for c in g for v in c.weights_versions} == {step}
         batch = pack_completions(PROMPTS, groups)
         with engine.training(), engine.training():  # nests
             scores = engine.logprobs(batch)

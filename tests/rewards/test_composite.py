@@ -24,7 +24,7 @@ from gearshift.rewards.composite import CompositeReward, Ensemble, RunningMeanSt
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import HttpReward, combine
 from gearshift.serve.score import score_server
-from gearshift.types import Trajectory
+from gearshift.types import EpisodeInfo, Trajectory
 
 TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
 
@@ -34,7 +34,7 @@ def source(name: str, weight: float = 1.0, normalize: bool = False) -> Any:
 
 
 def episode(group: int, text: str, reward: float) -> Trajectory:
-    info = {"messages": [{"role": "user", "content": "q"}, {}], "completion": text, "gold": text}
+    info = EpisodeInfo([{"role": "user", "content": "q"}, {}], text, columns={"gold": text})
     ids, mask = [5, 6, 7, 8, 9], [0, 1, 1, 0, 0]
     return Trajectory(ids, mask, [0.0] * 5, [0, 0, reward, 0, 0], group, 1, "stop", info)
 

@@ -23,7 +23,7 @@ from gearshift.rewards.models import Ensemble, ModelReward, same_tokens
 from gearshift.serve.score import score_server
 from gearshift.trainers.process_reward_model import render_steps
 from gearshift.trainers.reward_model import render_pairs
-from gearshift.types import Trajectory
+from gearshift.types import EpisodeInfo, Trajectory
 from tests.trainers.rl_runs import TINY
 
 ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Go on."}]
@@ -57,7 +57,7 @@ def episode(ids: list[int], asked: list[dict[str, str]], text: str, reason: Any)
     mask = [0] * len(prompt) + [1] * len(ids)
     return Trajectory(
         [*prompt, *ids], mask, zeros, zeros, 0, len(prompt), reason,
-        {"messages": messages, "completion": text},
+        EpisodeInfo(messages, text),
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def test_texts_come_with_their_tools(tmp_path: Path) -> None:
     example = PreferenceExample(ASKED, "Yes.", "No.", options=options)
     [pair] = render_pairs([example], tokenizer, 512)
     one = episode([70, 2], ASKED, "Yes.", "stop")
-    told = replace(one, info={**one.info, "template_options": options})
+    told = replace(one, info=replace(one.info, columns={"template_options": options}))
     wanted = score_all(load_classifier(TINY, str(folder)), [pair.chosen])
     assert rewards(folder, [told]) == pytest.approx(wanted, abs=1e-5)
     assert rewards(folder, [one]) != pytest.approx(wanted, abs=1e-3)

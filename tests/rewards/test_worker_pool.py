@@ -15,7 +15,7 @@ from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import combine
 from gearshift.rewards.worker_pool import ProcessReward
-from gearshift.types import Trajectory
+from gearshift.types import EpisodeInfo, Trajectory
 
 FUNCTION = """
 import asyncio, ctypes, os, signal, threading, time
@@ -101,7 +101,7 @@ def test_a_wrong_name_is_told_before_any_worker_starts(file: str) -> None:
 
 
 def episode(group: int, text: str) -> Trajectory:
-    info = {"messages": [{"role": "user", "content": "q"}, {}], "completion": text, "gold": 0.0}
+    info = EpisodeInfo([{"role": "user", "content": "q"}, {}], text, columns={"gold": 0.0})
     return Trajectory([5, 6], [0, 1], [0.0] * 2, [0, 1.0], group, 1, "stop", info)
 
 

@@ -146,13 +146,24 @@ def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
         params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
         episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
     for t in episodes:
-        *before, answer = t.info["messages"]
-        assert answer == {"role": "assistant", "content": t.info["completion"]}
+        *before, answer = t.info.messages
+        assert answer == {"role": "assistant", "content": t.info.completion}
         assert before[-1]["role"] == "user" and t.loss_mask[-1] == 1
         assert len(t.token_ids) == len(t.loss_mask) == len(t.logprobs) == len(t.rewards)
-        turns = sum(m["role"] == "assistant" for m in t.info["messages"])
+        turns = sum(m["role"] == "assistant" for m in t.info.messages)
         assert t.rewarded is not None and len(t.rewarded) == turns > 1
         assert t.reward == 0.5 * turns and all(t.loss_mask[i] for i in t.rewarded)
+
+
+def test_each_token_names_the_weights_that_sampled_it(engine: Engine) -> None:
+    engine.weights_changed()
+    collector = Collector(TwoTurns, engine.tokenizer, engine)
+    params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
+    with engine.generating():
+        episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
+    assert engine.weights_version > 0
+    for t in episodes:
+        assert t.weights_versions == [engine.weights_version if m else -1 for m in t.loss_mask]
 
 
 def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
@@ -325,7 +336,7 @@ def test_environments_that_say_nothing_of_messages_are_heard(engine: Engine) -> 
     with engine.generating():
         params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
         [episode] = collector.collect([EpisodeSpec(0, seed=0)], params)
-    roles = [m["role"] for m in episode.info["messages"]]
+    roles = [m["role"] for m in episode.info.messages]
     assert roles == ["user", "assistant", "tool", "user", "assistant"]
     assert "tool\n42" in engine.tokenizer.decode(episode.token_ids)
 

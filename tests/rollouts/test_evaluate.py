@@ -13,9 +13,9 @@ from gearshift.engine import Engine
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.collector import Collector, episode_info
 from gearshift.rollouts.evaluate import compare, evaluate, sample, span, starts_of, value_of
-from gearshift.types import Trajectory
+from gearshift.types import EpisodeInfo, Trajectory
 from tests.zoo import random_model
 
 
@@ -109,10 +109,11 @@ def test_failed_episodes_count_in_the_success_rate() -> None:
 @pytest.mark.parametrize("metrics", ["accuracy", None, 3, {"x": None}, {"x": math.nan}, {"x": "a"}])
 def test_figures_that_are_no_numbers_cost_only_themselves(metrics: Any) -> None:
     told = {"x": np.float32(2.0), "y": np.int64(3)}
-    info = {"completion": "c", "messages": [{"role": "assistant", "content": "c"}], "gold": {1}}
+    messages = [{"role": "assistant", "content": "c"}]
+    infos = [episode_info(messages, "c", {"gold": {1}, "metrics": m}) for m in (told, metrics)]
     one, other = (
-        sample(Trajectory([1, 2], [0, 1], [0.0] * 2, [0.0, 1.0], 0, 1, "stop", {**info, **more}))
-        for more in ({"metrics": told}, {"metrics": metrics})
+        sample(Trajectory([1, 2], [0, 1], [0.0] * 2, [0.0, 1.0], 0, 1, "stop", info))
+        for info in infos
     )
     assert one["metrics"] == {"x": 2.0, "y": 3.0} and other["metrics"] == {}
     assert json.loads(json.dumps([one, other]))[0]["gold"] == "{1}"
@@ -139,11 +140,11 @@ def test_the_record_of_a_conversation_holds_all_of_it() -> None:
         {"role": "tool", "content": "t"},
         {"role": "assistant", "content": "b"},
     ]
-    info = {"messages": messages, "completion": "b", "success": True, "metrics": {"m": 1.0}}
+    info = EpisodeInfo(messages, "b", success=True, metrics={"m": 1.0})
     kept = sample(Trajectory([1, 2], [0, 1], [0.0, 0.0], [0.0, 0.5], 7, 1, "stop", info))
     assert kept["completion"] == "assistant: a\ntool: t\nassistant: b"
     assert (kept["row"], kept["prompt"], kept["reward"], kept["success"]) == (7, "q", 0.5, True)
-    one = {**info, "messages": messages[:3], "completion": "a"}
+    one = EpisodeInfo(messages[:3], "a")
     assert sample(Trajectory([1, 2], [0, 1], [0.0, 0.0], [0.0, 0.5], 7, 1, "stop", one))[
         "completion"
     ] == "a"  # fmt: skip

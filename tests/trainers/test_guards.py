@@ -89,7 +89,7 @@ def turns(
         at += [len(given) - 2]
     reason = "length" if cut else "stop"
     logprobs = [-1.0 * m for m in mask]
-    return Trajectory(ids, mask, logprobs, given, group, 3, reason, {}, tuple(at))
+    return Trajectory(ids, mask, logprobs, given, group, 3, reason, rewarded=tuple(at))
 
 
 def test_each_turn_has_its_own_limit(tmp_path: Path) -> None:

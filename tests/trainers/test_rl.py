@@ -125,7 +125,7 @@ def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
         episodes = collector.collect(
             [EpisodeSpec(3, seed=0)], SamplingParams(n=6, max_new_tokens=40)
         )
-    finished = [t for t in episodes if t.info.get("success")]
+    finished = [t for t in episodes if t.info.success]
     assert finished, "at least one episode must get to its second turn"
     for t in finished:
         assert t.reward == 1.25

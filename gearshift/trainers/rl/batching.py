@@ -117,7 +117,7 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[s
         "reward": fmean(t.reward for t in trajectories),
         "reward_std": fmean(pstdev(t.reward for t in group) for group in groups),
         "frac_reward_zero_std": fmean(map(has_zero_std, groups)),
-        "success": fmean(bool(t.info.get("success", False)) for t in trajectories),
+        "success": fmean(t.info.success for t in trajectories),
         "completions/mean_length": fmean(lengths),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean(t.finish_reason == "length" for t in trajectories),
@@ -149,7 +149,7 @@ def record(trajectory: Trajectory) -> dict[str, Any]:
     """What `rollouts.jsonl` keeps of an episode."""
     return {
         "group_id": trajectory.group_id,
-        "messages": trajectory.info["messages"],
+        "messages": trajectory.info.messages,
         "token_ids": trajectory.token_ids[trajectory.prompt_length :],
         "reward": trajectory.reward,
         "finish_reason": trajectory.finish_reason,
