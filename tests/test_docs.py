@@ -7,7 +7,7 @@ import pytest
 
 from gearshift.cli.main import _parser
 from gearshift.pipeline.recipe import Recipe
-from gearshift.runtime.config import describe
+from gearshift.runtime.config import describe_keys
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,7 +16,7 @@ SECTIONS = tuple(name for name in Recipe.model_fields if name != "task")  # its 
 
 def keys() -> set[str]:
     """Every key of a recipe, and every section of keys."""
-    found = {re.split(r"[ =:]", line.strip())[0] for line in describe(Recipe)}
+    found = {re.split(r"[ =:]", line.strip())[0] for line in describe_keys(Recipe)}
     return found | {key.rpartition(".")[0] for key in found}
 
 

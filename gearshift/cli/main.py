@@ -20,8 +20,8 @@ from gearshift.errors import (
     DataError,
     NotBuiltError,
 )
-from gearshift.runtime.ending import end, leave_when_asked, without_handlers
-from gearshift.runtime.terminal import one_line, printable, say
+from gearshift.runtime.exit_errors import exit_on_signals, exit_with_error, remove_signal_handlers
+from gearshift.runtime.terminal import echo, one_line, printable
 
 if TYPE_CHECKING:
     from gearshift.engine import Engine
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no fault
             stream.reconfigure(errors=errors)
     if argv is None:
-        leave_when_asked()
+        exit_on_signals()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and (words[0] in STAGES or words[0] == "eval"):
         words[1:] = _options_first(words[1:])
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.do(arguments)
         sys.stdout.flush()  # a full disk is told here, not by the interpreter
         if argv is None:
-            without_handlers()
+            remove_signal_handlers()
     except (Exception, KeyboardInterrupt) as error:
-        end(error, getattr(arguments, "folder_of_run", None), alone=argv is None)
+        exit_with_error(error, getattr(arguments, "folder_of_run", None), alone=argv is None)
 
 
 def _options_first(words: Sequence[str]) -> list[str]:
@@ -84,7 +84,7 @@ def _options_first(words: Sequence[str]) -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
-        say(message, end="", file=file or sys.stderr)
+        echo(message, end="", file=file or sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,7 +203,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from gearshift.pipeline.plan import plan
 
-        say(plan(recipe))
+        echo(plan(recipe))
         return
     keep_freed_memory()
     stages = ALL if command == "run" else (command,)
@@ -217,16 +217,16 @@ def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
     found = records(folder / "validation")
     _print_table(f"{folder}: validation", found, comparisons(found))
     if (accuracy := summary["reward_model"]["accuracy"]) is not None:
-        say(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
+        echo(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
     if (gap := summary["engine"]["logprob_gap"]) is not None:
-        say(
+        echo(
             f"engine: the gears' log-probs differ by {gap:.1e} nat on average "
             f"({summary['engine']['dtype']})"
         )
     minutes = sum(summary["seconds"].values()) / 60
-    say(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
+    echo(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
     if found:
-        say(f"talk to it: gearshift chat {folder}")
+        echo(f"talk to it: gearshift chat {folder}")
 
 
 def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) -> None:
@@ -259,7 +259,7 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
         table.add_row(*(Text(printable(cell)) for cell in (name, *cells)))
     console.print(table)
     for comparison in compared:
-        say(str(comparison))
+        echo(str(comparison))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -267,7 +267,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
     if arguments.split == "test":
-        say("test: these rows are for the end; choose no setting by what they say")
+        echo("test: these rows are for the end; choose no setting by what they say")
     run = _place(arguments.run)
     title, found = evaluate_run(run, recipe, arguments.overrides, arguments.split)
     compared = comparisons(found)
@@ -278,9 +278,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     for word, rows in (("better", last.wins), ("worse", last.losses)):
         shown = changed(found[last.before], found[last.after], rows, arguments.show)
         for prompt, before, after in shown:
-            say(f"\n{word}: {one_line(prompt, 160)}")
-            say(f"  {last.before}: {one_line(before, 160)}")
-            say(f"  {last.after}: {one_line(after, 160)}")
+            echo(f"\n{word}: {one_line(prompt, 160)}")
+            echo(f"  {last.before}: {one_line(before, 160)}")
+            echo(f"  {last.after}: {one_line(after, 160)}")
 
 
 def _place(name: str) -> str:
@@ -368,9 +368,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     messages.append({"role": "user", "content": _heard(arguments)})
     pieces = []
     for piece in reply(engine, messages, _params(arguments, engine)):
-        say(piece, end="")
+        echo(piece, end="")
         pieces.append(piece)
-    say("")
+    echo("")
     if arguments.speak:
         from gearshift.tasks.voice.answer import spoken_answer
         from gearshift.tasks.voice.speech import speak
@@ -380,7 +380,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         if recipe and recipe.task and recipe.task.name == "voice_assistant":
             answer = spoken_answer(answer, arguments.language)
         speak(answer, arguments.speak, arguments.language)
-        say(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
+        echo(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
 
 
 def _heard(arguments: argparse.Namespace) -> str:
@@ -397,7 +397,7 @@ def _heard(arguments: argparse.Namespace) -> str:
     words = hear(arguments.prompt, arguments.recogniser, phrases)
     if not words:
         raise DataError(f"No words were heard in {arguments.prompt}; record it again.")
-    say(f"heard: {words}", file=sys.stderr)
+    echo(f"heard: {words}", file=sys.stderr)
     return words
 
 
@@ -413,9 +413,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     reward = ModelReward(ModelConfig(), folder)
     server = score_server(reward, arguments.host, arguments.port, bearer(None, "GEARSHIFT_KEY"))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    say(f"http://{host}:{server.server_address[1]}/score")
+    echo(f"http://{host}:{server.server_address[1]}/score")
     number = server.run()
-    say("gearshift: stopped.", file=sys.stderr)
+    echo("gearshift: stopped.", file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -426,7 +426,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         for path in available:
             first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-            say(f"{path.stem:32} {first}")
+            echo(f"{path.stem:32} {first}")
         return
     source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
     if not source.exists():
@@ -441,19 +441,19 @@ def _recipes(arguments: argparse.Namespace) -> None:
     if not target.parent.is_dir():
         raise DataError(f"The folder {target.parent} does not exist; make it first.")
     write_text(target, source.read_text(encoding="utf-8"))
-    say(str(target))
+    echo(str(target))
 
 
 def _keys(arguments: argparse.Namespace) -> None:
     from gearshift.pipeline.recipe import Recipe
-    from gearshift.runtime.config import describe
+    from gearshift.runtime.config import describe_keys
 
-    lines = [line for line in describe(Recipe) if line.startswith(arguments.prefix)]
+    lines = [line for line in describe_keys(Recipe) if line.startswith(arguments.prefix)]
     if not lines:
         raise ConfigError(
             f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all."
         )
-    say("\n".join(lines))
+    echo("\n".join(lines))
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -465,13 +465,13 @@ def _doctor(_: argparse.Namespace) -> None:
     from gearshift.models.load import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
-    say(f"python       {platform.python_version()}, gearshift {__version__}")
+    echo(f"python       {platform.python_version()}, gearshift {__version__}")
     name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{torch.get_num_threads()} threads"
     )
-    say(
+    echo(
         f"device       {device} ({name}), weights in "
         f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
     )
@@ -484,9 +484,9 @@ def _doctor(_: argparse.Namespace) -> None:
     }  # fmt: skip
     for package, missing in wanted.items():
         try:
-            say(f"{package:12} {importlib.metadata.version(package)}")
+            echo(f"{package:12} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            say(f"{package:12} missing ({missing})")
+            echo(f"{package:12} missing ({missing})")
 
 
 def _not_built(arguments: argparse.Namespace) -> None:

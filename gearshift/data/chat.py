@@ -33,7 +33,7 @@ from gearshift.data.template import (
 )
 from gearshift.data.text import decode, whole_characters
 from gearshift.errors import DataError
-from gearshift.runtime.chat_renderer import EndlessTemplateError
+from gearshift.runtime.chat_template_renderer import EndlessTemplateError
 from gearshift.types import Message
 
 Rendered = tuple[list[int], list[int]]

@@ -24,7 +24,7 @@ from gearshift.data.given import COLUMNS, characters, from_json
 from gearshift.data.messages import show
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
-from gearshift.runtime.digests import mark
+from gearshift.runtime.digests import file_digest
 from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
@@ -100,7 +100,7 @@ def source_mark(path: str, split: str = "train") -> str:
     """
     file = Path(path).expanduser()
     if file.is_file():
-        return mark(file)
+        return file_digest(file)
     if (path, split) not in _hub_marks:
         load_rows(path, split)
     return _hub_marks[path, split]
@@ -231,8 +231,8 @@ def _header(names: list[str], where: str) -> list[str]:
                 else "has a column without a name"
             )
             raise DataError(f"{where} {what}; give each column a name of its own.")
-    if len(names) == 1 and (mark := next((m for m in ";\t|" if m in names[0]), None)):
-        raise DataError(f"{where} is separated by {mark!r}; separate the columns by commas.")
+    if len(names) == 1 and (separator := next((m for m in ";\t|" if m in names[0]), None)):
+        raise DataError(f"{where} is separated by {separator!r}; separate the columns by commas.")
     return names
 
 

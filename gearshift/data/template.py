@@ -16,8 +16,8 @@ from gearshift.data.given import characters
 from gearshift.data.messages import read_calls
 from gearshift.data.text import whole_characters
 from gearshift.errors import DataError, OverlongError
-from gearshift.runtime.chat_arguments import bound_arguments, reads, template_source
-from gearshift.runtime.chat_renderer import EndlessTemplateError, Rendering, renderer
+from gearshift.runtime.chat_template_arguments import bound_arguments, reads, template_source
+from gearshift.runtime.chat_template_renderer import EndlessTemplateError, Rendering, renderer
 from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 

@@ -20,7 +20,7 @@ import gymnasium
 
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError, NumericalError
-from gearshift.runtime.addresses import Address
+from gearshift.runtime.urls import Endpoint
 
 _PATIENCE = 5.0
 """Seconds in which a full server may end the sessions of environments that are gone."""
@@ -164,23 +164,23 @@ def _connect(url: str, timeout: float) -> Any:
         raise ConfigError(
             "A server of OpenEnv needs its package; run: pip install openenv"
         ) from error
-    address = Address.of(url)
+    address = Endpoint.of(url)
     until = time.monotonic() + _PATIENCE
     while True:
         try:
             client = (
-                GenericEnvClient(base_url=address.sent, message_timeout_s=timeout).sync().connect()
+                GenericEnvClient(base_url=address.url, message_timeout_s=timeout).sync().connect()
             )
         except (ConnectionError, OSError, ValueError) as error:
             raise ConfigError(
-                f"There is no OpenEnv server at {address.shown}: {address.told(str(error))}."
+                f"There is no OpenEnv server at {address.display}: {address.redact(str(error))}."
             ) from None
         if not _full(client):
             return client
         client.close()
         if time.monotonic() > until:
             raise ConfigError(
-                f"The server at {address.shown} takes no further session: raise its "
+                f"The server at {address.display} takes no further session: raise its "
                 "max_concurrent_envs to the episodes at a time, prompts x group_size and 64 "
                 "held-out ones besides."
             )

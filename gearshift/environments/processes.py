@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from gearshift.environments.base import TextEnvironment
-from gearshift.runtime.named import in_words
-from gearshift.runtime.worker_threads import end_with_parent, one_process
+from gearshift.runtime.user_functions import describe_error
+from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 
 _MOST = 1 << 28
 """Bytes of one answer."""
@@ -208,10 +208,10 @@ def _serve(connection: Connection, make: Callable[[], TextEnvironment]) -> None:
     with suppress(EOFError, OSError):  # the other end is gone
         while True:
             try:
-                with one_process():
+                with exit_in_forks():
                     answer = ForkingPickler.dumps((True, called(name, **given)))
             except BaseException as error:  # a sys.exit is a fault too
-                answer = ForkingPickler.dumps((False, in_words(error)))
+                answer = ForkingPickler.dumps((False, describe_error(error)))
             connection.send_bytes(answer)
             name, given = connection.recv()
     signal.alarm(_LAST)

@@ -14,7 +14,7 @@ import gymnasium
 
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.runtime.named import in_words
+from gearshift.runtime.user_functions import describe_error
 
 
 class GuessNumber(TextEnvironment):
@@ -88,7 +88,9 @@ def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
     except GearshiftError:
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"The environment {id} cannot be made: {in_words(error)}.") from error
+        raise ConfigError(
+            f"The environment {id} cannot be made: {describe_error(error)}."
+        ) from error
 
 
 def make_environment(id: str, **kwargs: Any) -> TextEnvironment:

@@ -35,7 +35,7 @@ from gearshift.models.saved import (
 )
 from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import one_line
-from gearshift.runtime.written import read_tree
+from gearshift.runtime.yaml_text import read_yaml
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -207,7 +207,7 @@ def _beside(folder: Path, base: str) -> list[Path]:
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return []
-    tree = read_tree(recipe)
+    tree = read_yaml(recipe)
     run = tree.get("run") if isinstance(tree, dict) else None
     own = isinstance(run, dict) and Path(str(run.get("dir"))).name == Path(base).parent.name
     return [folder.parent / Path(base).name] if own else []

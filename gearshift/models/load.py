@@ -59,7 +59,7 @@ from gearshift.models.saved import (
     saved_weights,
 )
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
-from gearshift.runtime.chat_arguments import bind_arguments
+from gearshift.runtime.chat_template_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.terminal import one_line
 

@@ -15,7 +15,13 @@ from gearshift.errors import StorageError
 from gearshift.models.adapters import adapter_folder, base_of
 from gearshift.models.embedded import EMBEDDED, source_of
 from gearshift.models.tiny import SIZES
-from gearshift.runtime.digests import Digests, check, difference, mark, read_sealed
+from gearshift.runtime.digests import (
+    Digests,
+    check_unchanged,
+    describe_difference,
+    file_digest,
+    read_sealed,
+)
 
 DONE = "done.json"
 _FILES = (
@@ -55,7 +61,7 @@ def made_of(name: str) -> Digests:
         return {}
     # The embedded model is converted anew by each machine, whose library writes its settings.
     files = [f for f in files_of(source) if name != EMBEDDED or f.endswith(".safetensors")]
-    found = {file: mark(source / file) for file in files}
+    found = {file: file_digest(source / file) for file in files}
     if adapter_folder(source):
         found |= {f"base/{file}": known for file, known in made_of(base_of(source)).items()}
     return found
@@ -74,9 +80,9 @@ def check_made(name: str) -> None:
     done = read_sealed(home / DONE, way_out)
     place = folder.relative_to(home)
     written = {n: m for n, m in done.get("digests", {}).items() if not n.endswith(".jsonl")}
-    check(home, {n: m for n, m in written.items() if Path(n).parent == place}, way_out)
+    check_unchanged(home, {n: m for n, m in written.items() if Path(n).parent == place}, way_out)
     if (base := done.get("base")) and adapter_folder(folder):
-        check(Path(source_of(base_of(folder))), base, "name another model.")
+        check_unchanged(Path(source_of(base_of(folder))), base, "name another model.")
 
 
 def check_kept(stage: Path) -> str:
@@ -89,7 +95,7 @@ def check_kept(stage: Path) -> str:
     for name, was in (known or {}).items():
         path = stage / name
         record = name.endswith(".jsonl")
-        how = difference(path, was, whole=not name.endswith(".safetensors"))
+        how = describe_difference(path, was, whole=not name.endswith(".safetensors"))
         if how and not (record and not path.exists()):
             raise StorageError(
                 f"{path} is not as the run wrote it ({how}); put it back as it was, or "

@@ -42,13 +42,19 @@ from gearshift.rollouts.evaluate import (
 )
 from gearshift.rollouts.intervals import merged
 from gearshift.runtime.config import load
-from gearshift.runtime.digests import Digests, check, marks, read_sealed, write_sealed
+from gearshift.runtime.digests import (
+    Digests,
+    check_unchanged,
+    file_digests,
+    read_sealed,
+    write_sealed,
+)
 from gearshift.runtime.files import writing
+from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import doing
-from gearshift.runtime.lock import locked
-from gearshift.runtime.named import in_words
 from gearshift.runtime.progress import Progress
-from gearshift.runtime.terminal import say
+from gearshift.runtime.terminal import echo
+from gearshift.runtime.user_functions import describe_error
 from gearshift.tasks import get_task
 from gearshift.tasks.task import Task
 from gearshift.types import Message
@@ -77,18 +83,20 @@ class TaskData:
                 self.path(split)  # one that changed is told, whether or not it is used again
             return
         began = time.perf_counter()
-        say(f"data: preparing {task.name}")
+        echo(f"data: preparing {task.name}")
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         try:
             files = get_task(task.name).prepare(task, self.recipe.run.seed, self.folder)
         except SystemExit as error:  # of an environment, which would end the run without a word
             raise ConfigError(
-                f"The task {task.name} cannot be prepared: {in_words(error)}."
+                f"The task {task.name} cannot be prepared: {describe_error(error)}."
             ) from None
         seconds = time.perf_counter() - began
         named = {k: str(v) for k, v in files.items()}
-        digests = marks(self.folder, [p.name for p in files.values() if p.parent == self.folder])
+        digests = file_digests(
+            self.folder, [p.name for p in files.values() if p.parent == self.folder]
+        )
         done = {"files": named, "digests": digests, "seconds": seconds}
         write_sealed(self.folder / DONE, done)
 
@@ -171,7 +179,7 @@ class TaskData:
         extra = {"split": split, "left_out": skipped, "seconds": seconds}
         record = {**result.summary(), **extra, "samples": result.samples}
         write_sealed(path, record)
-        say(f"{split} {name}: {told(record)}")
+        echo(f"{split} {name}: {told(record)}")
         return record
 
     @property
@@ -197,7 +205,7 @@ def prepared(folder: Path, split: str) -> Path:
     anew = f"delete {folder}, and it is prepared anew."
     if done.exists():
         known = read_sealed(done, anew).get("digests", {})
-        check(folder, {n: m for n, m in known.items() if n == path.name}, anew)
+        check_unchanged(folder, {n: m for n, m in known.items() if n == path.name}, anew)
     return path
 
 
@@ -343,14 +351,14 @@ def evaluate_run(
     writes = not (data.folder / DONE).exists()
     writes |= not all((to / f"{name}.json").exists() for name in policies)
     home = folder if whole else Path(data.recipe.run.dir)
-    with locked(home) if writes else nullcontext():
+    with lock_run_folder(home) if writes else nullcontext():
         if recipe:
             claim(made, data.recipe)
         data.prepare()
         trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
         left, rows = data.unseen(split, trained), data.rows(split)
         if left is not None and rows is not None and len(left) < rows:
-            say(
+            echo(
                 f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained "
                 "on them"
             )

@@ -15,9 +15,9 @@ from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
-from gearshift.runtime.digests import changed as changed_files
+from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import UNFINISHED, write_text, writing
-from gearshift.runtime.lock import HELD, LOCK
+from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
 from gearshift.tasks import TaskConfig
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
@@ -195,6 +195,6 @@ def _has_begun(folder: Path) -> bool:
     """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
     its data or its model, left none.
     """
-    own = ("recipe.yaml", RECORD, LOCK, HELD)
+    own = ("recipe.yaml", RECORD, LOCK_FILE, FALLBACK_LOCK_FILE)
     others = [p for p in folder.iterdir() if p.name not in own and not p.match(UNFINISHED)]
     return any(not p.is_dir() or any(p.iterdir()) for p in others)

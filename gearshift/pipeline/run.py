@@ -75,14 +75,13 @@ from gearshift.pipeline.report import write_report
 from gearshift.rewards.composite import CompositeReward
 from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
-from gearshift.runtime.digests import Digests, mark, marks, read_sealed, write_sealed
+from gearshift.runtime.digests import Digests, file_digest, file_digests, read_sealed, write_sealed
 from gearshift.runtime.files import write_json, writing
+from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import Interrupt, doing
-from gearshift.runtime.lock import locked
 from gearshift.runtime.metrics import read_metrics
-from gearshift.runtime.output import steady_output
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import one_line, say
+from gearshift.runtime.terminal import echo, one_line, tolerate_lost_output
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
     Judged,
@@ -116,10 +115,10 @@ Row = dict[str, Any]
 class Run:
     """One run of a recipe in its folder."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = say) -> None:
+    def __init__(self, recipe: Recipe, echo: Callable[[str], None] = echo) -> None:
         """Raises `ConfigError` if the folder holds a run of another recipe."""
         self.folder = Path(recipe.run.dir)
-        self.recipe, self.say = dated(recipe, self.folder), say
+        self.recipe, self.say = dated(recipe, self.folder), echo
         self.seed = recipe.run.seed
         self.task = TaskData(recipe, self.folder / "data")
         self._trained: Trained | None = None
@@ -133,7 +132,12 @@ class Run:
         Raises `FolderInUseError` while another process or thread writes into the folder, and
         `InterruptedRunError` after SIGTERM, SIGHUP or Ctrl-C: the same recipe goes on.
         """
-        with steady_output(), Interrupt(), locked(self.folder), _own_torch(self.recipe):
+        with (
+            tolerate_lost_output(),
+            Interrupt(),
+            lock_run_folder(self.folder),
+            _own_torch(self.recipe),
+        ):
             return self._execute(tuple(stages))
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
@@ -325,7 +329,7 @@ class Run:
                 raise
             finally:
                 self._newest = None
-            files = {**self._made, "digests": marks(folder, written_by(folder))}
+            files = {**self._made, "digests": file_digests(folder, written_by(folder))}
             seconds = time.perf_counter() - began
             write_sealed(folder / DONE, {**result, "seconds": seconds, **files})
         give_back_freed_memory()
@@ -360,13 +364,13 @@ class Run:
             for source in data.sources:
                 if source.path.startswith("task:"):
                     path = self.task.path(source.path.removeprefix("task:"))
-                    found[f"data/{path.name}"] = mark(path)
+                    found[f"data/{path.name}"] = file_digest(path)
                 else:
                     found[source.path] = source_mark(source.path, source.split)
         models = [start]
         if isinstance(config, RLConfig):
             path = self.task.path("train")
-            found |= {f"data/{path.name}": mark(path)} if path.exists() else {}
+            found |= {f"data/{path.name}": file_digest(path)} if path.exists() else {}
             models += [config.critic, config.kl.reference if config.kl.beta else None]
             for part in config.rewards:
                 kind, _, folders = part.source.partition(":")
@@ -382,7 +386,7 @@ class Run:
         named = [part.source for part in getattr(config, "rewards", ())]
         named.append(str(getattr(self.recipe.task, "reward", "")))
         files = {name.rpartition(":")[0] for name in named}
-        return {file: mark(Path(file)) for file in sorted(files) if Path(file).is_file()}
+        return {file: file_digest(Path(file)) for file in sorted(files) if Path(file).is_file()}
 
     # Parts
 

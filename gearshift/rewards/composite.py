@@ -33,8 +33,8 @@ from gearshift.rewards.functions import (
 from gearshift.rewards.judge import JudgeReward
 from gearshift.rewards.models import Ensemble, ModelReward
 from gearshift.rewards.worker_pool import ProcessReward
-from gearshift.runtime.addresses import shown
-from gearshift.runtime.worker_threads import Workers
+from gearshift.runtime.urls import redact_urls
+from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
@@ -111,10 +111,10 @@ class CompositeReward:
                 named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
                 self.models.append(("model", _models(config, named, s.ensemble), s.weight))
             else:
-                self.functions.append((shown(s.source), _function(s), s.weight))
+                self.functions.append((redact_urls(s.source), _function(s), s.weight))
                 self._limits.append(_limit(self.functions[-1][1]))
         # Each function has its own threads: a slow one holds up no other.
-        self._workers = [Workers(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
+        self._workers = [WorkerThreads(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
         self._silent, self._raised = [0] * len(self.functions), [0] * len(self.functions)
         """Calls in a row that said nothing in their time; that raised."""
         ordered = [s for s in sources if s.source != ENVIRONMENT]
@@ -252,7 +252,7 @@ class CompositeReward:
         while not wait([call_], timeout=_GLANCE).done:
             if not ends and workers.seconds(call_) > limit:
                 self._silent[i] += 1  # before the next in line is taken
-                workers.give_up(call_)
+                workers.abandon(call_)
                 return call_.done()
         return True
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gearshift.runtime.addresses import checked_variable
 from gearshift.runtime.config import Config
+from gearshift.runtime.urls import checked_variable
 
 
 class JudgeConfig(Config):

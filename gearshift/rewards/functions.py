@@ -26,9 +26,9 @@ from gearshift.rewards.http import (
     post,
     short,
 )
-from gearshift.runtime.addresses import Address
-from gearshift.runtime.named import in_words, named_function
-from gearshift.runtime.worker_threads import GivenUp, within
+from gearshift.runtime.urls import Endpoint
+from gearshift.runtime.user_functions import describe_error, load_function
+from gearshift.runtime.worker_threads import CallAbandoned, run_with_timeout
 from gearshift.types import Message
 
 Rewards = Sequence[float | None]
@@ -72,7 +72,7 @@ def load_reward(spec: str) -> RewardFunction:
     """
     if spec.startswith(("http://", "https://")):
         return HttpReward(spec)
-    return cast(RewardFunction, named_function(spec, "reward"))
+    return cast(RewardFunction, load_function(spec, "reward"))
 
 
 class HttpReward:
@@ -95,7 +95,7 @@ class HttpReward:
         key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
         if key is None and is_loopback(host):  # this machine's own `gearshift serve`
             key = bearer(None, "GEARSHIFT_KEY")
-        self.address = Address.of(url, key)
+        self.address = Endpoint.of(url, key)
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
@@ -185,7 +185,7 @@ def _faults_of(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except GivenUp:
+    except CallAbandoned:
         raise
     except BaseException as error:
         main = threading.current_thread() is threading.main_thread()
@@ -239,7 +239,7 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
         except RuntimeError:
             answers = run()
         else:  # the caller's own loop, a notebook's, say
-            answers = within(None, run)
+            answers = run_with_timeout(None, run)
     for i, answer in zip(waiting, answers, strict=True):
         with _faults_of(names[i]):
             results[i] = answer.result()
@@ -302,5 +302,5 @@ def _raised(name: str, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):  # it says itself what to do
         return error
     return ConfigError(
-        f"The reward function {name} raised {in_words(error)}; mend it or take it out."
+        f"The reward function {name} raised {describe_error(error)}; mend it or take it out."
     )

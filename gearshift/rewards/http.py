@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.addresses import Address, checked_variable, shown
-from gearshift.runtime.named import in_words
-from gearshift.runtime.worker_threads import within
+from gearshift.runtime.urls import Endpoint, checked_variable, redact_urls
+from gearshift.runtime.user_functions import describe_error
+from gearshift.runtime.worker_threads import run_with_timeout
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def checked_address(source: str, url: str) -> str:
     except ValueError:  # a port that is no number, brackets that do not close
         known = None
     if not known or not url.isascii() or re.search(r"\s", url):
-        raise ConfigError(f"{shown(source)} has no address; write http://HOST:PORT/PATH.")
+        raise ConfigError(f"{redact_urls(source)} has no address; write http://HOST:PORT/PATH.")
     return str(parts.hostname)
 
 
@@ -73,7 +73,7 @@ class NoAnswerError(Exception):
 
 
 def post(
-    address: Address,
+    address: Endpoint,
     body: dict[str, Any],
     read: Callable[[Any], T | None],
     timeout: float,
@@ -91,13 +91,15 @@ def post(
     headers = {"Content-Type": "application/json"}
     if address.key:
         headers["Authorization"] = f"Bearer {address.key}"
-    request = Request(address.sent, json.dumps(body, default=str).encode(), headers)
+    request = Request(address.url, json.dumps(body, default=str).encode(), headers)
     why, wait = "", 0.0
     for attempt in range(tries):
         time.sleep(wait)
         wait = pause * 2**attempt
         try:
-            status, reason, told_of, told = within(timeout, partial(_answer, request, timeout))
+            status, reason, told_of, told = run_with_timeout(
+                timeout, partial(_answer, request, timeout)
+            )
         except TimeoutError:
             why = f"it has not answered in full after {timeout:g} s"
             continue
@@ -105,7 +107,7 @@ def post(
             why = str(error.reason)
             continue
         except (OSError, HTTPException, ValueError) as error:
-            why = in_words(error)
+            why = describe_error(error)
             continue
         if status < 300 or status == _IN_PART:
             with suppress(*_UNREADABLE):
@@ -115,14 +117,14 @@ def post(
             said = f"{reason} {told.decode('utf-8', 'replace')}"
             if place := told_of.get("Location"):
                 said = f"It redirects to {place}; name that address. {said}"
-            raise ConfigError(f"{address.shown} refused: {status} {address.told(said)}")
-        said = repr(address.told(told.decode("utf-8", "replace"), 60))
+            raise ConfigError(f"{address.display} refused: {status} {address.redact(said)}")
+        said = repr(address.redact(told.decode("utf-8", "replace"), 60))
         why = f"what was asked for is not in its answer {said}"
         if status >= 300:
             why = f"it answers {status} {reason}"
             asked = told_of.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
-    raise NoAnswerError(f"{address.shown}: {address.told(why)}, {tries} times")
+    raise NoAnswerError(f"{address.display}: {address.redact(why)}, {tries} times")
 
 
 def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]:

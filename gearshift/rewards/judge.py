@@ -18,8 +18,8 @@ from gearshift.rewards.config import JudgeConfig
 from gearshift.rewards.functions import REWARD_MISSING, Rewards
 from gearshift.rewards.http import NoAnswerError, bearer, checked_address, post
 from gearshift.rewards.marks import parse_mark
-from gearshift.runtime.addresses import Address
-from gearshift.runtime.worker_threads import Workers
+from gearshift.runtime.urls import Endpoint
+from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Message
 
 _TRIES = 4
@@ -71,13 +71,13 @@ class JudgeReward:
             raise ConfigError(f"judge.low={config.low:g} is not below judge.high={config.high:g}.")
         place, mark, query = url.partition("?")
         end = "/chat/completions"
-        self.address = Address.of(
+        self.address = Endpoint.of(
             place.rstrip("/").removesuffix(end) + end + mark + query,
             bearer(key_env, "GEARSHIFT_JUDGE_KEY"),
         )
         self.config, self.timeout, self.pause = config, timeout or 60.0, pause
         self.parallel = config.concurrency
-        self._workers = Workers(config.concurrency)
+        self._workers = WorkerThreads(config.concurrency)
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any

@@ -18,7 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from gearshift.errors import ConfigError
 from gearshift.rewards.functions import REWARD_MISSING, RewardFunction, Rewards, call, load_reward
-from gearshift.runtime.worker_threads import end_with_parent, one_process
+from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
 
 _START = 300.0
@@ -95,7 +95,7 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
         function = _functions.get(spec) or load_reward(spec)
         prompts, completions = given.pop("prompts"), given.pop("completions")
         ids = given.pop("completion_ids", None)
-        with one_process():
+        with exit_in_forks():
             return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
     except ConfigError as error:
         return [], str(error)

@@ -29,8 +29,8 @@ from gearshift.environments.processes import ProcessError, Separate, SeparateEnv
 from gearshift.errors import CapacityError, DataError
 from gearshift.rewards.functions import number, usable
 from gearshift.rewards.http import short
-from gearshift.runtime.named import in_words
-from gearshift.runtime.worker_threads import Workers, within
+from gearshift.runtime.user_functions import describe_error
+from gearshift.runtime.worker_threads import WorkerThreads, run_with_timeout
 from gearshift.types import (
     Completion,
     EpisodeInfo,
@@ -193,7 +193,7 @@ class Collector:
         self._idle: list[TextEnvironment] = []
         self._open: list[TextEnvironment] = []
         """All that were made."""
-        self._workers, self._timeout = Workers(workers), timeout
+        self._workers, self._timeout = WorkerThreads(workers), timeout
         self.failures = 0
         """Episodes lost to an environment that raised, hung, gave no reward that is finite or
         started otherwise than its group; or to a prompt that leaves no place for an answer.
@@ -321,7 +321,7 @@ class Collector:
         self._idle.clear()
         opened, self._open = self._open, []
         with suppress(Exception):
-            within(_CLOSING, partial(_close_all, opened))
+            run_with_timeout(_CLOSING, partial(_close_all, opened))
         self._workers.close()
         if isinstance(self._make, Separate):
             self._make.close()
@@ -357,8 +357,8 @@ class Collector:
             if done or not patient or not answering:
                 break
             wait(answering, timeout=_GLANCE, return_when=FIRST_COMPLETED)
-            self._workers.hurry()
-        self._workers.hurry()
+            self._workers.maybe_add_thread()
+        self._workers.maybe_add_thread()
         return done
 
     def _hangs(self, episode: _Episode) -> bool:
@@ -382,11 +382,11 @@ class Collector:
                 fault = error
         if fault is not None:
             own = isinstance(fault, ProcessError)
-            self._lose(episode, str(fault) if own else in_words(fault))
+            self._lose(episode, str(fault) if own else describe_error(fault))
         episode.ready = True
 
     def _give_up(self, call: Future[Any], environment: TextEnvironment) -> None:
-        self._workers.give_up(call)
+        self._workers.abandon(call)
         if isinstance(environment, SeparateEnvironment):
             environment.kill()
 

@@ -21,9 +21,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined, to_jsonable_python
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.addresses import check_no_secret
 from gearshift.runtime.terminal import one_line
-from gearshift.runtime.written import DEEPEST, fit, read_tree, read_word, write_tree
+from gearshift.runtime.urls import check_no_secret
+from gearshift.runtime.yaml_text import MAX_DEPTH, coerce, parse_override, read_yaml, to_yaml
 
 C = TypeVar("C", bound="Config")
 T = TypeVar("T")
@@ -61,10 +61,10 @@ class Config(BaseModel):
     @classmethod
     def _as_written(cls, tree: Any) -> Any:
         if not isinstance(tree, dict):
-            return fit(tree, Any)
+            return coerce(tree, Any)
         _check_no_secret(tree)
         types = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {key: fit(value, types.get(key, Any)) for key, value in tree.items()}
+        return {key: coerce(value, types.get(key, Any)) for key, value in tree.items()}
 
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
@@ -88,7 +88,7 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` reads it back to an equal config."""
-    return write_tree(config.model_dump(mode="json"))
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def identity(config: Any) -> Any:
@@ -118,7 +118,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
     return [] if before == after else [f"`{key}` was {_short(before)} and is {_short(after)}"]
 
 
-def describe(cls: type[BaseModel]) -> list[str]:
+def describe_keys(cls: type[BaseModel]) -> list[str]:
     """A line for each key, `key: type = default  - docstring`; nested keys are dotted."""
     lines = []
     for key, field in _leaves(cls):
@@ -150,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
         raise ConfigError(f"There is no file {path}; {hint}")
-    tree = read_tree(path)
+    tree = read_yaml(path)
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} holds {_short(tree)}; a recipe is made of `key: value` lines.")
     return tree or {}
@@ -161,9 +161,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     shown = one_line(override, 100)
-    if not equals or not all(parts) or len(parts) > DEEPEST:
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ConfigError(f"The override `{shown}` is not of the form key.sub=value.")
-    value = read_word(override, text)
+    value = parse_override(override, text)
     node: Any = tree
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])

@@ -21,7 +21,7 @@ _GRAIN = 2_000_000_000
 """Nanoseconds within which a file may change again, and its date stay the same."""
 
 
-def mark(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Size and digest of a file. Raises `StorageError` if it cannot be read."""
     with reading(path):
         now = path.stat()
@@ -34,36 +34,36 @@ def mark(path: Path) -> str:
         return found
 
 
-def marks(folder: Path, names: Iterable[str]) -> Digests:
+def file_digests(folder: Path, names: Iterable[str]) -> Digests:
     """Of files that were just written: they are safe on the disk then."""
     paths = {name: folder / name for name in names}
     with writing(folder):
         for path in (*paths.values(), *{path.parent for path in paths.values()}):
             sync(path)
-    return {name: mark(path) for name, path in paths.items()}
+    return {name: file_digest(path) for name, path in paths.items()}
 
 
-def difference(path: Path, known: str, whole: bool = True) -> str:
+def describe_difference(path: Path, known: str, whole: bool = True) -> str:
     """How a file is not as it was, in words; empty if it is. `whole`: not its size alone."""
     if not path.is_file():
         return "it is gone"
     was, now = known.partition(":")[0], str(path.stat().st_size)
     if was != now:
         return f"it has {now} of {was} bytes"
-    return "its digest is wrong" if whole and mark(path) != known else ""
+    return "its digest is wrong" if whole and file_digest(path) != known else ""
 
 
-def check(folder: Path, known: Mapping[str, str], way_out: str) -> None:
+def check_unchanged(folder: Path, known: Mapping[str, str], way_out: str) -> None:
     """Raises `StorageError` for a file that is not as it was written."""
     for name, was in known.items():
-        if how := difference(folder / name, was):
+        if how := describe_difference(folder / name, was):
             raise StorageError(
                 f"{folder / name} is not as the run wrote it ({how}); put it back as it was, or "
                 f"{way_out}"
             )
 
 
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+def first_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The first file whose marks differ, in words; empty if there is none."""
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):

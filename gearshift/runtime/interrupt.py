@@ -33,7 +33,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """While it is open, a signal ends what runs inside: at once, or after a step (`patient`).
+    """While it is open, a signal ends what runs inside: at once, or after a step (`between_steps`).
 
     One that is opened inside another is the other. Signals belong to the main thread: elsewhere it
     does nothing. A signal that was ignored before, as SIGHUP is under nohup, stays ignored.
@@ -85,7 +85,7 @@ class Interrupt:
             raise InterruptedRunError(f"Stopped {self.where}; {self.rest}.", self.signal) from None
 
     @contextmanager
-    def patient(self, says: str = "") -> Iterator[None]:
+    def between_steps(self, says: str = "") -> Iterator[None]:
         """Inside, the first signal only sets `signal`, for a loop that looks at it between its
         steps, and `says` so; the second raises.
         """
@@ -96,7 +96,7 @@ class Interrupt:
             self._patient = False
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def shielded(self) -> Iterator[None]:
         """Inside, no signal raises: what would be broken in the middle comes to its end."""
         self._held += 1
         try:
@@ -156,12 +156,12 @@ def doing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """`Interrupt.held` of the one that is open, if there is one."""
+def shielded() -> Iterator[None]:
+    """`Interrupt.shielded` of the one that is open, if there is one."""
     if _open is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _open.held():
+    with _open.shielded():
         yield
 
 

@@ -23,9 +23,9 @@ from uuid import uuid4
 import torch
 
 from gearshift.errors import ConfigError, StorageError
-from gearshift.runtime.addresses import shown
 from gearshift.runtime.files import read_json, reading, sync, write_json, writing
-from gearshift.runtime.terminal import one_line, say
+from gearshift.runtime.terminal import echo, one_line
+from gearshift.runtime.urls import redact_urls
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
@@ -214,12 +214,12 @@ class Trackers:
     def _tell(self, what: str) -> None:
         text = f"{self._name}: the tracker {what}; metrics.jsonl has everything."
         with suppress(OSError, ValueError):
-            say(text, file=sys.stderr)
+            echo(text, file=sys.stderr)
 
 
 def _first_line(error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return one_line(shown(reason))
+    return one_line(redact_urls(reason))
 
 
 def _library(name: TrackerName) -> Any:

@@ -5,9 +5,12 @@ Whoever prints or keeps such a text passes it through here; nothing else knows w
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from typing import IO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 # Control characters but newline and tab, line separators, marks that turn the direction of what
 # follows, and halves of surrogate pairs, which UTF-8 cannot write.
@@ -33,10 +36,70 @@ def one_line(text: str, most: int = 300) -> str:
     return printable(" ".join(text[: 4 * most + 100].split()), most)
 
 
-def say(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
+def echo(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
     """Print the text, printable, at once; to standard output if no file is given."""
     print(printable(text), end=end, file=file or sys.stdout, flush=True)
 
 
 def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")
+
+
+def silence(stream: IO[str]) -> None:
+    """Whatever is still written to it, at the interpreter's end too, goes nowhere."""
+    with suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def tolerate_lost_output() -> Iterator[None]:
+    """Inside, a closed or full standard output or error is told once on the other, and raises
+    nothing.
+    """
+    before = sys.stdout, sys.stderr
+    steady = _Steady(before[0], before[1], "output"), _Steady(before[1], before[0], "error")
+    sys.stdout, sys.stderr = cast(tuple[Any, Any], steady)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Steady:
+    """A stream that takes what it is given, and drops it once the file beneath refuses."""
+
+    def __init__(self, stream: IO[str], other: IO[str], name: str) -> None:
+        self._stream, self._other, self._name = stream, other, name
+        self._told = False
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._refused(error)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._refused(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _refused(self, error: Exception) -> None:
+        silence(self._stream)
+        reason = getattr(error, "strerror", None) or str(error)
+        if self._told:
+            return
+        self._told = True
+        told = f"gearshift: standard {self._name} is lost ({reason}); the run goes on.\n"
+        with suppress(OSError, ValueError):
+            self._other.write(told)
+            self._other.flush()

@@ -22,14 +22,14 @@ from typing import Any, TypeVar
 from gearshift.errors import CapacityError
 
 T = TypeVar("T")
-MOST_HUNG = 2048
+MAX_HUNG_CALLS = 2048
 """Calls that may hang at a time: a thread cannot be ended from outside, and each keeps some
 memory."""
 _PATIENCE = 0.05
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
+def exit_in_forks() -> Iterator[None]:
     """A process that other people's code forks and does not end, ends here: it would go on as a
     second caller, with the first one's tasks and connections.
     """
@@ -41,20 +41,20 @@ def one_process() -> Iterator[None]:
             os._exit(0)
 
 
-class GivenUp(BaseException):
+class CallAbandoned(BaseException):
     """Raised inside a call that was given up, wherever its Python code is by then."""
 
 
-def within(seconds: float | None, task: Callable[[], T]) -> T:
+def run_with_timeout(seconds: float | None, task: Callable[[], T]) -> T:
     """What `task` returns or raises, in a thread of its own. Raises `TimeoutError` after so many
     seconds (None: never), and then makes the task end at the next Python code that it runs.
     """
     future: Future[T] = Future()
 
     def work() -> None:
-        with suppress(GivenUp):
+        with suppress(CallAbandoned):
             try:
-                with one_process():
+                with exit_in_forks():
                     result = task()
             except BaseException as error:
                 future.set_exception(error)
@@ -72,11 +72,13 @@ def within(seconds: float | None, task: Callable[[], T]) -> T:
 
 
 def _stop(thread: int) -> None:
-    """Raise `GivenUp` in a thread, as soon as it runs Python code."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(GivenUp))
+    """Raise `CallAbandoned` in a thread, as soon as it runs Python code."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(CallAbandoned)
+    )
 
 
-class Workers:
+class WorkerThreads:
     """`count` threads that run what is submitted, in order, and more while those wait.
 
     What runs there is other people's code. A call that leaves the process in another folder does
@@ -113,7 +115,7 @@ class Workers:
                 if taken := self._tasks.get_nowait():
                     taken[0].cancel()
         for future in list(self._doing):
-            self.give_up(future, replace=False)
+            self.abandon(future, replace=False)
         for _ in range(self._threads):
             self._tasks.put(None)
 
@@ -122,7 +124,7 @@ class Workers:
         _, since = self._doing.get(future, (0, time.monotonic()))
         return time.monotonic() - since
 
-    def hurry(self) -> None:
+    def maybe_add_thread(self) -> None:
         """One more thread, if nothing that stands in line has been taken for a while: the calls
         that run may all be waiting for something. It ends when the line does.
         """
@@ -133,7 +135,7 @@ class Workers:
             self._threads += 1
         self._start()
 
-    def give_up(self, future: Future[Any], replace: bool = True) -> None:
+    def abandon(self, future: Future[Any], replace: bool = True) -> None:
         """Another thread takes the place of the one in which this call hangs (unless `replace` is
         false). That one ends when the call does; a call that runs Python code is made to, one that
         waits is not.
@@ -146,7 +148,7 @@ class Workers:
                 return
             self._hung.add(future)
             _stop(thread)
-            if len(self._hung) > MOST_HUNG:
+            if len(self._hung) > MAX_HUNG_CALLS:
                 raise CapacityError(
                     f"{len(self._hung)} calls of environments or rewards hang in threads, which "
                     "cannot be ended; let them run in processes (environment.processes, or "
@@ -173,7 +175,7 @@ class Workers:
             return True
         try:
             return self._run(future, task)
-        except GivenUp:
+        except CallAbandoned:
             return False
         finally:
             self._hung.discard(future)
@@ -194,7 +196,7 @@ class Workers:
             self._doing[future] = threading.get_ident(), self._taken
         error: BaseException | None = None
         try:
-            with one_process():
+            with exit_in_forks():
                 result = task()
         except BaseException as raised:  # whatever it is belongs to who waits for the future
             error = raised

@@ -10,7 +10,7 @@ from gearshift.data.chat import render_prompt
 from gearshift.data.text import pieces
 from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
-from gearshift.runtime.terminal import printable, say
+from gearshift.runtime.terminal import echo, printable
 from gearshift.types import Message, SamplingParams
 
 
@@ -53,7 +53,7 @@ def chat(engine: Engine, system: str | None, params: SamplingParams, remember: b
             said = []
             for piece in reply(engine, messages, params, request_id=turn):
                 # Not by rich, which would read brackets and `:smile:`, and replace tabs.
-                say(piece, end="")
+                echo(piece, end="")
                 said.append(piece)
             console.print()
         except GearshiftError as error:

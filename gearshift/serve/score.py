@@ -26,8 +26,8 @@ from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rewards.functions import MOST_ROWS, RewardFunction
 from gearshift.rewards.http import is_loopback
 from gearshift.runtime.interrupt import Interrupt
-from gearshift.runtime.named import in_words
-from gearshift.runtime.terminal import one_line, say
+from gearshift.runtime.terminal import echo, one_line
+from gearshift.runtime.user_functions import describe_error
 from gearshift.types import Message
 
 MAX_BYTES = 16 << 20
@@ -67,14 +67,14 @@ class ScoreServer(ThreadingHTTPServer):
         """Answer until SIGTERM, SIGINT or another end comes; then finish the requests in work, for
         a while. Returns the signal.
         """
-        with Interrupt() as interrupt, interrupt.patient():
+        with Interrupt() as interrupt, interrupt.between_steps():
             while not interrupt.requested:
                 self.handle_request()
             self.server_close()
             with self._changed:
                 answered = self._changed.wait_for(lambda: not self._working, STOPPING)
         if not answered:  # Python's own end would abort in a thread that computes
-            say("gearshift: stopped; a request had no answer yet.", file=sys.stderr)
+            echo("gearshift: stopped; a request had no answer yet.", file=sys.stderr)
             os._exit(128 + interrupt.signal)
         return interrupt.signal
 
@@ -127,7 +127,7 @@ class ScoreServer(ThreadingHTTPServer):
         """One line; a client that has gone is worth none."""
         error = sys.exc_info()[1]
         if error and not isinstance(error, OSError):
-            say(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
+            echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
 
 
 def score_server(
@@ -252,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         except GearshiftError as error:  # a conversation that the template refuses, say
             raise _RefusedError(400, one_line(str(error))) from error
         except Exception as error:  # a fault of ours, so that it may be asked again
-            say(f"gearshift: a request failed: {in_words(error)}", file=sys.stderr)
+            echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
             reason = f"the model failed ({type(error).__name__}); the server's log says more"
             raise _RefusedError(503, reason, _AGAIN) from error
         finally:

@@ -20,7 +20,7 @@ from gearshift.environments.registry import make_environment
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import say
+from gearshift.runtime.terminal import echo
 from gearshift.tasks.rows import read_rows, write_rows
 from gearshift.tasks.task import Task
 from gearshift.types import Message
@@ -144,7 +144,7 @@ def _split_starts(
         told = f"{config.id} starts in {len(by_start)} way(s) only"
         if config.starts:
             raise ConfigError(f"{told}, too few to hold some out; set task.starts=0.")
-        say(f"data: {told}: held-out episodes start as those of training do")
+        echo(f"data: {told}: held-out episodes start as those of training do")
     if len(by_start) < 3:
         return {}
     order = sorted(by_start)

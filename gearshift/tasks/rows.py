@@ -28,7 +28,7 @@ from gearshift.rollouts.intervals import merged
 from gearshift.runtime.config import Config, PathText
 from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import say
+from gearshift.runtime.terminal import echo
 from gearshift.tasks.task import Task
 from gearshift.types import Message
 
@@ -226,14 +226,14 @@ def _tell_overlap(
             theirs, mine = first(other, problems), problems.get(split, ())
             if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
                 one, place = (split, equal[0]), theirs[mine[equal[0]]]
-                say(
+                echo(
                     f"data: {len(equal)} rows left out of {split}, for {other} has their prompts "
                     f"or clusters: {where(one)} is as {where(place)}"
                 )
         texts, others = first(split, keys), first(other, keys)
         if pairs := list(near([*texts], [*others])):
             i, j = pairs[0]
-            say(
+            echo(
                 f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
                 f"{where([*texts.values()][i])} and {where([*others.values()][j])}"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gearshift.runtime.interrupt import held
+from gearshift.runtime.interrupt import shielded
 
 
 class MovingAverage:
@@ -31,7 +31,7 @@ class MovingAverage:
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again after."""
         own = [p.detach().clone() for p in self.model.parameters()]
-        with held():  # a signal between the two would leave weights of both
+        with shielded():  # a signal between the two would leave weights of both
             self._write(self.average)
             try:
                 yield

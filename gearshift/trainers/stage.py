@@ -27,14 +27,14 @@ from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
-from gearshift.runtime.digests import changed as changed_files
+from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import writing
-from gearshift.runtime.interrupt import Interrupt, held
+from gearshift.runtime.interrupt import Interrupt, shielded
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import one_line, say
+from gearshift.runtime.terminal import echo, one_line
 from gearshift.trainers.ema import MovingAverage
 
 Row = TypeVar("Row")
@@ -146,7 +146,7 @@ class Stage:
         self._trackers.open(start)
         with (
             Interrupt() as interrupt,
-            interrupt.patient(_STOPPING),
+            interrupt.between_steps(_STOPPING),
             Progress(self.total, self.name, done=start) as progress,
             closing(self._trackers),
         ):
@@ -162,7 +162,7 @@ class Stage:
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
                 asked = interrupt.requested
                 if asked or (due and step + 1 < self.total):
-                    with interrupt.held():
+                    with interrupt.shielded():
                         self.save(step + 1)
                 if asked:
                     interrupt.stop(
@@ -182,7 +182,7 @@ class Stage:
         mark = self._mark
         with suppress(GearshiftError, MemoryError, RuntimeError):
             if mark and mark.step and mark.updates == self._updates():
-                with held():
+                with shielded():
                     self.save(mark.step, mark.small)
             if newest := checkpoint.latest(self.folder / "checkpoints"):
                 step = int(newest.name.removeprefix("step-"))
@@ -267,7 +267,7 @@ class Stage:
         self._same_files(newest, state.get("made_from", self._made_from))
         if changed := changed_files(state.get("functions", self._functions), self._functions):
             # A function that failed is mended in the middle of a run, with good reason.
-            say(f"{self.name}: {changed} since step {state['step']}; what comes is rewarded by it")
+            echo(f"{self.name}: {changed} since step {state['step']}; what comes is rewarded by it")
         if newest.name != (name := f"step-{state['step']:06d}"):
             raise CheckpointError(f"{newest} holds {name}; rename it, or delete it.")
         try:

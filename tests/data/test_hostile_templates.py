@@ -10,9 +10,9 @@ import pytest
 
 from gearshift.data.chat import end_token_ids, render_prompt, render_supervised, render_turn
 from gearshift.errors import DataError, ModelError
-from gearshift.runtime import chat_renderer
-from gearshift.runtime.chat_arguments import template_source
-from gearshift.runtime.chat_renderer import EndlessTemplateError, renderer
+from gearshift.runtime import chat_template_renderer
+from gearshift.runtime.chat_template_arguments import template_source
+from gearshift.runtime.chat_template_renderer import EndlessTemplateError, renderer
 from gearshift.types import Message
 from tests.data.conftest import FAMILIES, PHI, bpe
 
@@ -48,7 +48,7 @@ REFUSED = {
 
 @pytest.fixture
 def short_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(chat_renderer, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template_renderer, "SECONDS", 0.5)
     renderer.close()
     yield
     renderer.close()

@@ -10,7 +10,7 @@ from gearshift.models import made
 from gearshift.models.load import ModelConfig, load_classifier, load_policy, load_tokenizer
 from gearshift.models.made import check_kept, check_made, made_of, written_by
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
-from gearshift.runtime.digests import marks, write_sealed
+from gearshift.runtime.digests import file_digests, write_sealed
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def stage(tmp_path: Path) -> Path:
         tiny_tokenizer().save_pretrained(place)
     (folder / "metrics.jsonl").write_text("{}\n")
     (folder / "README.md").write_text("A card is the user's to change.")
-    write_sealed(folder / "done.json", {"digests": marks(folder, written_by(folder))})
+    write_sealed(folder / "done.json", {"digests": file_digests(folder, written_by(folder))})
     return folder
 
 

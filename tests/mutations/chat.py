@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 _SHAPES = "tests/data/test_shapes.py"
 _MESSAGES = "tests/data/test_messages.py"
 _FILES = "tests/data/test_same_rows.py"
-_GIVEN = "tests/runtime/test_chat_arguments.py"
+_GIVEN = "tests/runtime/test_chat_template_arguments.py"
 
 MUTATIONS = (
     Mutation(
@@ -119,7 +119,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a template's date is the clock's",
-        "runtime/chat_arguments.py",
+        "runtime/chat_template_arguments.py",
         'return {"chat_template": template, **arguments}',
         "return dict(arguments)",
         _GIVEN,

@@ -47,15 +47,15 @@ MUTATIONS = (
     ),
     Mutation(
         "a server's words bring back the key that it was sent",
-        "runtime/addresses.py",
+        "runtime/urls.py",
         'text = text.replace(secret, "[secret]")',
         "pass",
-        "tests/runtime/test_addresses.py",
+        "tests/runtime/test_urls.py",
     ),
     Mutation(
         "a metric's name holds an address with its query",
         "rewards/composite.py",
-        "self.functions.append((shown(s.source), ",
+        "self.functions.append((redact_urls(s.source), ",
         "self.functions.append((s.source, ",
         "tests/rewards/test_composite.py"
         "::test_a_dead_address_leaves_the_episode_out_and_is_counted",
@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "a terminal obeys what a model writes in a chat",
         "serve/chat.py",
-        'say(piece, end="")',
+        'echo(piece, end="")',
         'print(piece, end="")',
         "tests/reliability/test_terminals.py::test_nor_in_a_chat",
     ),

@@ -96,14 +96,14 @@ MUTATIONS = (
     ),
     Mutation(
         "overrides: a comment cuts the value",
-        "runtime/written.py",
+        "runtime/yaml_text.py",
         'if text[:1] in ("[", "{", "\'", \'"\'):',
         "if True:",
         "tests/runtime/test_config.py",
     ),
     Mutation(
         "recipes: a number is no text",
-        "runtime/written.py",
+        "runtime/yaml_text.py",
         "return value.text if scalars and not any(k in meant for k in kinds) else value.value",
         "return value.value",
         "tests/runtime/test_config.py",

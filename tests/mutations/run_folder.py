@@ -5,31 +5,31 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "two runs in one folder",
-        "runtime/lock.py",
+        "runtime/folder_lock.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "tests/runtime/test_lock.py",
+        "tests/runtime/test_folder_lock.py",
     ),
     Mutation(
         "a run does not take the lock",
         "pipeline/run.py",
-        "Interrupt(), locked(self.folder), _own_torch",
-        "Interrupt(), _own_torch",
+        "            lock_run_folder(self.folder),\n",
+        "",
         "tests/reliability/test_one_run_one_folder.py::test_a_run_in_a_folder_that_is_in_use_is_one_line",
     ),
     Mutation(
         "a fork keeps the lock",
-        "runtime/lock.py",
+        "runtime/folder_lock.py",
         "after_in_child=_close_all",
         "after_in_child=_handles.clear",
-        "tests/runtime/test_lock.py::test_a_fork_that_outlives_its_parent_does_not_keep_the_lock",
+        "tests/runtime/test_folder_lock.py::test_a_fork_that_outlives_its_parent_does_not_keep_the_lock",
     ),
     Mutation(
         "a process's number is believed",
-        "runtime/lock.py",
+        "runtime/folder_lock.py",
         "self.started == _started(self.pid)",
         '"" != _started(self.pid)',
-        "tests/runtime/test_lock.py::test_without_locks_a_process_of_another_machine_is_believed",
+        "tests/runtime/test_folder_lock.py::test_without_locks_a_process_of_another_machine_is_believed",
     ),
     Mutation(
         "a file is rewritten in place",
@@ -83,8 +83,8 @@ MUTATIONS = (
     Mutation(
         "a flipped bit is not told",
         "runtime/digests.py",
-        "if whole and mark(path) != known",
-        "if whole and not mark(path)",
+        "if whole and file_digest(path) != known",
+        "if whole and not file_digest(path)",
         "tests/runtime/test_digests.py",
     ),
     Mutation(
@@ -127,7 +127,7 @@ MUTATIONS = (
         "pipeline/recipe.py",
         "date = known.model.date if known else today()",
         "date = today()",
-        "tests/runtime/test_chat_arguments.py",
+        "tests/runtime/test_chat_template_arguments.py",
     ),
     Mutation(
         "a source that changed before the first checkpoint is learned from",

@@ -10,7 +10,7 @@ from gearshift.errors import ConfigError, StorageError
 from gearshift.pipeline.recipe import Recipe, claim, claim_model, dated, recipe_of
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
-from gearshift.runtime.lock import locked
+from gearshift.runtime.folder_lock import lock_run_folder
 
 BASE = ["model.name=tiny", "rl.steps=3", "sft.epochs=1", "rl.rewards=[{source: environment}]"]
 
@@ -63,7 +63,7 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_which_nothing_was_made_may_be_another_recipes(tmp_path: Path) -> None:
-    with locked(tmp_path):
+    with lock_run_folder(tmp_path):
         claim(tmp_path, recipe())
         (tmp_path / ".writing-0123").touch()
         (tmp_path / "data").mkdir()

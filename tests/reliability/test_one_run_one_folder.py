@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gearshift.cli.main import main
-from gearshift.runtime.lock import locked
+from gearshift.runtime.folder_lock import lock_run_folder
 
 TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
 REWARD = """
@@ -29,7 +29,7 @@ def wait(prompts, completions, **columns):
 def test_a_run_in_a_folder_that_is_in_use_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    with locked(tmp_path), pytest.raises(SystemExit):
+    with lock_run_folder(tmp_path), pytest.raises(SystemExit):
         main([command, TINY, f"run.dir={tmp_path}"])
     said = capsys.readouterr().err
     assert re.fullmatch(rf"gearshift: {tmp_path} is in use by this process since .*\.\n", said)

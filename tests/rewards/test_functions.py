@@ -16,7 +16,7 @@ import torch
 
 from gearshift.errors import ConfigError
 from gearshift.rewards.functions import combine, load_reward, usable
-from gearshift.runtime.worker_threads import within
+from gearshift.runtime.worker_threads import run_with_timeout
 
 PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
 TEXTS = ["one", "three"]
@@ -213,7 +213,7 @@ def test_what_looks_like_ctrl_c_is_so_only_in_the_main_thread() -> None:
     with pytest.raises(KeyboardInterrupt):
         run((interrupts, 1.0))
     with pytest.raises(ConfigError, match="interrupts raised KeyboardInterrupt"):
-        within(None, lambda: run((interrupts, 1.0)))
+        run_with_timeout(None, lambda: run((interrupts, 1.0)))
 
 
 def test_a_coroutine_that_never_ends_can_be_told_to() -> None:
@@ -222,7 +222,7 @@ def test_a_coroutine_that_never_ends_can_be_told_to() -> None:
 
     threads = threading.active_count()
     with pytest.raises(TimeoutError):
-        within(0.2, lambda: run((never, 1.0)))
+        run_with_timeout(0.2, lambda: run((never, 1.0)))
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.02)

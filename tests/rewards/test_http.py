@@ -12,7 +12,7 @@ import pytest
 from gearshift.errors import ConfigError
 from gearshift.rewards import http as posting
 from gearshift.rewards.http import NoAnswerError, post
-from gearshift.runtime.addresses import Address
+from gearshift.runtime.urls import Endpoint
 from tests.rewards.test_composite import answering, serving
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -20,7 +20,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def ask(url: str, timeout: float = 1.0, key: str | None = None) -> Any:
-    return post(Address.of(url, key), {}, lambda answer: answer["rewards"], timeout, 2, 0.0)
+    return post(Endpoint.of(url, key), {}, lambda answer: answer["rewards"], timeout, 2, 0.0)
 
 
 def drips(pieces: Callable[[], Iterator[bytes]]) -> Callable[[BaseHTTPRequestHandler], None]:

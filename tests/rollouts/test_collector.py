@@ -17,7 +17,7 @@ from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, EpisodeSpec, request_id
 from gearshift.rollouts.evaluate import evaluate, starts_of
-from gearshift.runtime.worker_threads import Workers
+from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import SamplingParams, Trajectory
 from tests.gyms import Misbehaves, SayLetters, TwoTurns
 from tests.zoo import random_model
@@ -345,7 +345,7 @@ def test_environments_that_say_nothing_of_messages_are_heard(engine: Engine) -> 
 
 
 def test_a_process_that_a_call_forks_does_not_go_on_as_the_run() -> None:
-    workers, here = Workers(1), os.getpid()
+    workers, here = WorkerThreads(1), os.getpid()
 
     def forks() -> int:
         if child := os.fork():
@@ -358,7 +358,7 @@ def test_a_process_that_a_call_forks_does_not_go_on_as_the_run() -> None:
 
 
 def test_a_thread_that_was_given_up_ends() -> None:
-    workers, before = Workers(2), threading.active_count()
+    workers, before = WorkerThreads(2), threading.active_count()
     done = threading.Event()
 
     def spin() -> None:
@@ -368,7 +368,7 @@ def test_a_thread_that_was_given_up_ends() -> None:
     calls = [workers.submit(spin), workers.submit(done.wait)]
     time.sleep(0.2)
     for call in calls:
-        workers.give_up(call)
+        workers.abandon(call)
     assert workers.submit(lambda: 7).result(timeout=10) == 7
     done.set()
     deadline = time.monotonic() + 10
@@ -400,7 +400,7 @@ def test_an_environment_that_cannot_be_made_costs_its_episode(engine: Engine) ->
 
 
 def test_a_thread_that_waits_keeps_nothing_of_what_it_did() -> None:
-    workers, thing = Workers(1), threading.Event()
+    workers, thing = WorkerThreads(1), threading.Event()
     workers.submit(thing.set).result(timeout=10)
     kept, deadline = weakref.ref(thing), time.monotonic() + 10
     del thing
@@ -423,12 +423,12 @@ def test_rows_that_hang_are_left_to_the_rollout(engine: Engine) -> None:
 
 
 def test_threads_that_were_added_end_with_the_line() -> None:
-    workers, before = Workers(1), threading.active_count()
+    workers, before = WorkerThreads(1), threading.active_count()
     meeting = threading.Barrier(5, timeout=20)
     calls = [workers.submit(meeting.wait) for _ in range(5)]
     while not all(call.done() for call in calls):
         time.sleep(0.01)
-        workers.hurry()
+        workers.maybe_add_thread()
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -437,11 +437,11 @@ def test_threads_that_were_added_end_with_the_line() -> None:
 
 def test_too_many_hanging_calls_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gearshift.runtime.worker_threads.MOST_HUNG", 2)
-    workers, never = Workers(3), threading.Event()
+    workers, never = WorkerThreads(3), threading.Event()
     calls = [workers.submit(never.wait) for _ in range(3)]
     time.sleep(0.2)
     for call in calls[:2]:
-        workers.give_up(call)
+        workers.abandon(call)
     with pytest.raises(CapacityError, match=r"3 calls of .*environment\.processes"):
-        workers.give_up(calls[2])
+        workers.abandon(calls[2])
     never.set()

@@ -13,7 +13,7 @@ from gearshift.runtime.config import (
     Config,
     Neutral,
     PathText,
-    describe,
+    describe_keys,
     differences,
     dump,
     identity,
@@ -267,7 +267,7 @@ def test_home_is_found_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("''", '"a\\0b"'):
         with pytest.raises(ConfigError, match=r"`path`: a path has at least one character"):
             load(Place, None, [f"path={text}"])
-    assert "every: int = 5  - Between two." in describe(Place)
+    assert "every: int = 5  - Between two." in describe_keys(Place)
 
 
 def test_neutral_keys_are_no_part_of_the_identity() -> None:
@@ -287,7 +287,7 @@ def test_dump_loads_back(tmp_path: Path) -> None:
 
 
 def test_describe_has_a_line_for_each_key() -> None:
-    lines = describe(Recipe)
+    lines = describe_keys(Recipe)
     assert "model: str" in lines
     assert "optimizer.lr: float = 1e-05  - Peak learning rate." in lines
     assert "optimizer.betas: tuple[float, float] = [0.9, 0.95]" in lines

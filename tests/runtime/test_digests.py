@@ -11,24 +11,34 @@ from hypothesis import strategies as st
 
 from gearshift.errors import StorageError
 from gearshift.runtime import digests
-from gearshift.runtime.digests import changed, check, difference, mark, marks, sealed, unsealed
+from gearshift.runtime.digests import (
+    check_unchanged,
+    describe_difference,
+    file_digest,
+    file_digests,
+    first_change,
+    sealed,
+    unsealed,
+)
 
 
 def test_how_a_file_is_not_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
-    known = marks(tmp_path, ["model.safetensors"])
-    check(tmp_path, known, "delete it.")
+    known = file_digests(tmp_path, ["model.safetensors"])
+    check_unchanged(tmp_path, known, "delete it.")
     for content, how in ((b"w", "it has 1 of 7 bytes"), (b"weighty", "its digest is wrong")):
         path.write_bytes(content)
         with pytest.raises(StorageError) as told:
-            check(tmp_path, known, "delete it.")
+            check_unchanged(tmp_path, known, "delete it.")
         assert str(told.value) == (
             f"{path} is not as the run wrote it ({how}); put it back as it was, or delete it."
         )
-    assert not difference(path, known["model.safetensors"], whole=False), "the size is right"
+    assert not describe_difference(path, known["model.safetensors"], whole=False), (
+        "the size is right"
+    )
     path.unlink()
-    assert difference(path, known["model.safetensors"]) == "it is gone"
+    assert describe_difference(path, known["model.safetensors"]) == "it is gone"
 
 
 def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,19 +46,21 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(b"a")
     plain = digests.digest
     monkeypatch.setattr(digests, "digest", lambda p: (reads.append(p), plain(p))[1])
-    fresh = mark(path), mark(path)
+    fresh = file_digest(path), file_digest(path)
     assert len(set(fresh)) == 1 and len(reads) == 2, "what was just written may change once more"
     monkeypatch.setattr(digests, "_GRAIN", -(10**12))
-    assert {mark(path), mark(path)} == {fresh[0]} and len(reads) == 3
+    assert {file_digest(path), file_digest(path)} == {fresh[0]} and len(reads) == 3
     path.write_bytes(b"b")
     os.utime(path, ns=(time.time_ns(), 0))
-    assert mark(path) != fresh[0]
+    assert file_digest(path) != fresh[0]
 
 
 def test_which_file_changed() -> None:
-    assert changed({"a": "1"}, {"a": "1"}) == ""
-    assert changed({"a": "1", "b": "1"}, {"a": "1", "b": "2"}) == "b changed"
-    assert changed({"a": "1"}, {}) == "a is gone" and changed({}, {"a": "1"}) == "a is new"
+    assert first_change({"a": "1"}, {"a": "1"}) == ""
+    assert first_change({"a": "1", "b": "1"}, {"a": "1", "b": "2"}) == "b changed"
+    assert (
+        first_change({"a": "1"}, {}) == "a is gone" and first_change({}, {"a": "1"}) == "a is new"
+    )
 
 
 values = st.recursive(

@@ -8,7 +8,7 @@ import pytest
 from gearshift.errors import ConfigError
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import load
-from gearshift.runtime.written import LARGEST
+from gearshift.runtime.yaml_text import MAX_BYTES
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
@@ -34,7 +34,7 @@ HOSTILE = {
     "NUL": ("run:\n  dir: a\0b\n", "not valid YAML"),
     "half a character": ('run: {dir: "\\ud800"}\n', "run.dir"),
     "control characters": ('"\\e[31mx\\e[0m": 1\n', r"unknown key `\\x1b\[31mx"),
-    "long lines of nothing": ("# " + "x" * LARGEST, "more than 1,048,576 bytes"),
+    "long lines of nothing": ("# " + "x" * MAX_BYTES, "more than 1,048,576 bytes"),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError, InterruptedRunError
-from gearshift.runtime.interrupt import SIGNALS, Interrupt, Stopped, doing, held
+from gearshift.runtime.interrupt import SIGNALS, Interrupt, Stopped, doing, shielded
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_it_ends_at_once_where_nothing_is_to_be_finished(
 
 
 def test_in_a_step_the_first_asks_and_the_second_acts() -> None:
-    with pytest.raises(InterruptedRunError), Interrupt() as interrupt, interrupt.patient():
+    with pytest.raises(InterruptedRunError), Interrupt() as interrupt, interrupt.between_steps():
         ask()
         assert interrupt.requested
         with pytest.raises(Stopped):
@@ -56,7 +56,7 @@ def test_in_a_step_the_first_asks_and_the_second_acts() -> None:
 
 
 def test_a_terminal_that_closes_sends_two_and_means_one() -> None:
-    with pytest.raises(InterruptedRunError), Interrupt() as interrupt, interrupt.patient():
+    with pytest.raises(InterruptedRunError), Interrupt() as interrupt, interrupt.between_steps():
         ask(signal.SIGHUP)
         ask(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
@@ -66,7 +66,7 @@ def test_a_terminal_that_closes_sends_two_and_means_one() -> None:
 def test_what_a_loop_did_not_look_at_is_told_when_it_ends() -> None:
     done = []
     with pytest.raises(InterruptedRunError), Interrupt() as interrupt:
-        with interrupt.patient():
+        with interrupt.between_steps():
             ask()
             done.append("the loop")
         interrupt.check()
@@ -77,7 +77,7 @@ def test_what_a_loop_did_not_look_at_is_told_when_it_ends() -> None:
 def test_what_is_held_comes_to_its_end() -> None:
     done = []
     with pytest.raises(InterruptedRunError), Interrupt():
-        with held():
+        with shielded():
             ask()
             ask()
             done.append("inside")
@@ -111,7 +111,7 @@ def test_an_error_of_its_own_stays_itself() -> None:
     with (
         pytest.raises(ConfigError),
         Interrupt() as interrupt,
-        interrupt.patient(),
+        interrupt.between_steps(),
     ):
         ask()
         raise ConfigError("wrong")
@@ -128,7 +128,13 @@ def test_it_leaves_other_threads_alone() -> None:
     handlers: list[Any] = []
 
     def work() -> None:
-        with Interrupt() as interrupt, interrupt.patient(), interrupt.held(), doing("x"), held():
+        with (
+            Interrupt() as interrupt,
+            interrupt.between_steps(),
+            interrupt.shielded(),
+            doing("x"),
+            shielded(),
+        ):
             handlers.append(signal.getsignal(signal.SIGTERM))
             assert not interrupt.requested
 

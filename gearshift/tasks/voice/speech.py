@@ -19,8 +19,8 @@ import numpy as np
 
 from gearshift.data import load_rows
 from gearshift.errors import ConfigError, DataError
-from gearshift.runtime.named import named_function
 from gearshift.runtime.terminal import one_line
+from gearshift.runtime.user_functions import load_function
 from gearshift.tasks.voice.homes import HOMES
 from gearshift.tasks.voice.noise import spoken
 
@@ -71,7 +71,7 @@ def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str]
     if not Path(path).is_file():
         raise DataError(f"There is no recording {path}; check the path.")
     if recogniser is not None:
-        heard = named_function(recogniser, "recogniser")(str(path))
+        heard = load_function(recogniser, "recogniser")(str(path))
         if not isinstance(heard, str):
             raise ConfigError(
                 f"The recogniser {recogniser} returned {type(heard).__name__}, no text."

@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.addresses import shown
 from gearshift.runtime.terminal import one_line
+from gearshift.runtime.urls import redact_urls
 
 
-def named_function(spec: str, what: str) -> Callable[..., Any]:
+def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The function that `spec` names; `what` it is for is said in errors ("reward").
 
     Raises `ConfigError` when there is no such file, module or function, or its import fails.
@@ -33,13 +33,13 @@ def named_function(spec: str, what: str) -> Callable[..., Any]:
     return found
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """`ValueError: what it says` in one line, without a full stop or the secrets of addresses."""
     try:
         said = str(error)
     except Exception:  # it is of a class of the user's
         said = ""
-    return one_line(shown(f"{type(error).__name__}: {said[:2000]}")).rstrip(".: ")
+    return one_line(redact_urls(f"{type(error).__name__}: {said[:2000]}")).rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:
@@ -50,7 +50,9 @@ def _import_file(path: Path, what: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"The {what} file {path} fails on import: {in_words(error)}.") from error
+        raise ConfigError(
+            f"The {what} file {path} fails on import: {describe_error(error)}."
+        ) from error
     return module
 
 
@@ -64,5 +66,5 @@ def _import_module(name: str, what: str) -> ModuleType:
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"The {what} module {name} fails on import: {in_words(error)}."
+            f"The {what} module {name} fails on import: {describe_error(error)}."
         ) from error

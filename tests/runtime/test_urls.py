@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.runtime.addresses import Address, check_no_secret, checked_variable, shown
+from gearshift.runtime.urls import Endpoint, check_no_secret, checked_variable, redact_urls
 
 SECRET = "s3cr/t+kéy"  # its forms in a query, in base64 and in JSON differ
 
@@ -37,7 +37,7 @@ def test_an_address_with_a_secret_is_refused(url: str) -> None:
         check_no_secret(url)
     assert "S" not in str(refused.value).replace("${NAME}", "")
     with pytest.raises(ConfigError) as told:
-        Address.of(url)
+        Endpoint.of(url)
     assert "S" not in str(told.value).replace("${NAME}", "").replace("HTTPS", "")
 
 
@@ -61,34 +61,34 @@ def test_other_texts_are_not(text: str) -> None:
 
 def test_variables_are_filled_in_when_a_request_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", SECRET)
-    address = Address.of("http://h/${TOKEN}/score?t=${TOKEN}", "key")
-    assert address.sent == f"http://h/{quote(SECRET, safe='')}/score?t={quote(SECRET, safe='')}"
-    assert address.shown == "http://h/${TOKEN}/score"
+    address = Endpoint.of("http://h/${TOKEN}/score?t=${TOKEN}", "key")
+    assert address.url == f"http://h/{quote(SECRET, safe='')}/score?t={quote(SECRET, safe='')}"
+    assert address.display == "http://h/${TOKEN}/score"
     assert SECRET not in repr(address) and quote(SECRET, safe="") not in repr(address)
     assert "key" not in repr(address)
     monkeypatch.delenv("TOKEN")
     with pytest.raises(ConfigError, match=r"http://h/ names \$\{TOKEN\}, which is not set"):
-        Address.of("http://h/?t=${TOKEN}")
+        Endpoint.of("http://h/?t=${TOKEN}")
 
 
 def test_what_was_sent_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", SECRET)
-    address = Address.of("http://h/score?t=${TOKEN}", "the-key")
+    address = Endpoint.of("http://h/score?t=${TOKEN}", "the-key")
     forms = [SECRET, quote(SECRET), quote(SECRET, safe=""), "s3cr/t+k\\u00e9y", "the-key"]
     forms += [base64.b64encode(SECRET.encode()).decode()]
     for at in (0, 250, 297, 299):  # where the text is cut too
         for form in forms:
-            told = address.told("x" * at + f"{form}\x1b[31m\n" + "y" * 500)
+            told = address.redact("x" * at + f"{form}\x1b[31m\n" + "y" * 500)
             assert len(told) <= 300 and "\x1b" not in told and "\n" not in told
             assert not any(form[:n] in told for n in (len(form), 5))
-    assert address.told("go to https://u:p@h/a/b?t=1#f, now") == "go to https://h/a/b now"
+    assert address.redact("go to https://u:p@h/a/b?t=1#f, now") == "go to https://h/a/b now"
 
 
 def test_addresses_within_a_text() -> None:
     text = "A 404 for 'https://user:p@h:1/x/y?sig=S#S', see (http://h/z)"
-    assert shown(text) == "A 404 for 'https://h:1/x/y', see (http://h/z)"
-    assert shown("judge:http://h/v1?k=${K}") == "judge:http://h/v1"
-    assert shown("file.py:function?") == "file.py:function?"
+    assert redact_urls(text) == "A 404 for 'https://h:1/x/y', see (http://h/z)"
+    assert redact_urls("judge:http://h/v1?k=${K}") == "judge:http://h/v1"
+    assert redact_urls("file.py:function?") == "file.py:function?"
 
 
 @pytest.mark.parametrize("name", ["sk-abc", "hf_abcdef", "", "A B", "KEY\n", "9A"])

@@ -13,7 +13,7 @@ import torch
 from gearshift.cli import main as cli
 from gearshift.errors import DataError, InterruptedRunError, ModelError
 from gearshift.runtime.allocator import short_of_memory
-from gearshift.runtime.output import steady_output
+from gearshift.runtime.terminal import tolerate_lost_output
 
 ENDS = {
     "the user's": (DataError("rows.jsonl, line 3\nis broken"), 1, "rows.jsonl, line 3 is broken"),
@@ -89,7 +89,7 @@ def test_output_that_cannot_be_written_is_told_once_and_raises_nothing(
     errors = io.StringIO()
     monkeypatch.setattr(sys, "stdout", Full())
     monkeypatch.setattr(sys, "stderr", errors)
-    with steady_output():
+    with tolerate_lost_output():
         for _ in range(3):
             print("on", flush=True)
         print("told", file=sys.stderr)

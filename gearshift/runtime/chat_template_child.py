@@ -2,7 +2,7 @@
 ends. A rendering that takes too long ends the program; one that takes too much memory is told.
 
 A template comes with a model from strangers. This file is a program of its own and imports nothing
-of gearshift; `chat_renderer` starts it.
+of gearshift; `chat_template_renderer` starts it.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ from types import FrameType
 from typing import NoReturn
 
 from gearshift.errors import GearshiftError, InterruptedRunError
-from gearshift.runtime.addresses import shown
 from gearshift.runtime.allocator import short_of_memory
 from gearshift.runtime.interrupt import SIGNALS, Stopped
-from gearshift.runtime.output import silence
-from gearshift.runtime.terminal import one_line, say
+from gearshift.runtime.terminal import echo, one_line, silence
+from gearshift.runtime.urls import redact_urls
 
-UNFORESEEN = 70
+UNEXPECTED_ERROR = 70
 """Exit code of an error that no code foresaw (EX_SOFTWARE of sysexits.h)."""
 _ADVICE = {
     errno.EMFILE: "; raise the limit (ulimit -n)",
@@ -42,7 +41,7 @@ _said = threading.Event()
 """Set once the program has said why it ends."""
 
 
-def leave_when_asked() -> None:
+def exit_on_signals() -> None:
     """For a program that has nothing to save: a signal ends it with one line, also where a library
     that is being loaded passes over it; the second one at once. A run's `Interrupt` stands above.
     """
@@ -52,7 +51,7 @@ def leave_when_asked() -> None:
 
 
 def _asked(process: int, number: int, frame: FrameType | None) -> None:
-    without_handlers()
+    remove_signal_handlers()
     if os.getpid() != process:  # a forked child ends as if there were no handler
         os.kill(os.getpid(), number)
         return
@@ -61,19 +60,19 @@ def _asked(process: int, number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
-def without_handlers(instead: signal.Handlers = signal.SIG_DFL) -> None:
+def remove_signal_handlers(instead: signal.Handlers = signal.SIG_DFL) -> None:
     """For a program that leaves: no signal raises anything any more."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, instead)
 
 
-def end(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
+def exit_with_error(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
     """Say what went wrong, and exit. `folder`: the run's, where the traceback of an error that no
     code foresaw is kept. `alone`: the process is this program's own.
     """
     if alone:
-        without_handlers(signal.SIG_IGN)  # it ends already; one more would be a traceback
+        remove_signal_handlers(signal.SIG_IGN)  # it ends already; one more would be a traceback
     if os.environ.get("GEARSHIFT_DEBUG"):
         traceback.print_exception(error)
     if alone and isinstance(error, OSError) and error.filename is None:
@@ -82,7 +81,7 @@ def end(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
         sys.exit(128 + signal.SIGPIPE)
     line, code = _told(error, folder)
     with suppress(OSError, ValueError):
-        say(f"gearshift: {line}", file=sys.stderr)
+        echo(f"gearshift: {line}", file=sys.stderr)
     _said.set()
     if alone and short_of_memory(error):
         _leave(code, patience=0)  # what libraries do at the end needs some
@@ -99,7 +98,7 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
     if isinstance(error, InterruptedRunError):
         return one_line(str(error), 2000), 128 + error.signal
     if isinstance(error, GearshiftError):
-        return one_line(shown(str(error)), 2000), 1
+        return one_line(redact_urls(str(error)), 2000), 1
     if isinstance(error, KeyboardInterrupt):
         return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):
@@ -115,13 +114,13 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return f"No thread can be started{_ADVICE[errno.EAGAIN]}.", 1
     where = _kept(error, folder)
-    kind = one_line(f"{type(error).__name__}: {shown(str(error))}")
-    return f"This was not foreseen: {kind} ({where}).", UNFORESEEN
+    kind = one_line(f"{type(error).__name__}: {redact_urls(str(error))}")
+    return f"This was not foreseen: {kind} ({where}).", UNEXPECTED_ERROR
 
 
 def _kept(error: BaseException, folder: Path | None) -> str:
     """Where the traceback lies: in the run's folder, or in that for temporary files."""
-    text = shown("".join(traceback.format_exception(error)))
+    text = redact_urls("".join(traceback.format_exception(error)))
     places = [folder] if folder and folder.is_dir() else []
     with suppress(OSError):  # there is none to be written to
         places.append(Path(tempfile.gettempdir()))

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.errors import ConfigError, ModelError
-from gearshift.runtime.chat_renderer import renderer
+from gearshift.runtime.chat_template_renderer import renderer
 from gearshift.runtime.terminal import one_line
 
 _ATTRIBUTE = "chat_arguments"

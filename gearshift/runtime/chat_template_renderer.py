@@ -72,7 +72,7 @@ class ChatRenderer:
         with self._lock:
             if self._process is not None and self._owner == os.getpid():
                 return
-            program = Path(__file__).with_name("render_chats.py")
+            program = Path(__file__).with_name("chat_template_child.py")
             path = os.pathsep.join(entry for entry in sys.path if entry)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(program), str(SECONDS), str(MEMORY)],

@@ -10,7 +10,7 @@ from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig, load_tokenizer
 from gearshift.pipeline.recipe import Recipe, claim, dated
 from gearshift.pipeline.run import Run
-from gearshift.runtime.chat_arguments import bind_arguments
+from gearshift.runtime.chat_template_arguments import bind_arguments
 from gearshift.runtime.config import load
 from tests.data.shapes import DATED, THINKING, shaped
 

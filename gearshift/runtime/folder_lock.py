@@ -24,8 +24,8 @@ from gearshift.errors import FolderInUseError
 from gearshift.runtime.files import writing
 from gearshift.runtime.terminal import one_line
 
-LOCK = "run.lock"
-HELD = "run.lock.held"
+LOCK_FILE = "run.lock"
+FALLBACK_LOCK_FILE = "run.lock.held"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _TRIES, _WAIT = 40, 0.05
 _handles: set[int] = set()
@@ -33,7 +33,7 @@ _handles: set[int] = set()
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """Who holds a lock."""
 
     host: str
@@ -43,16 +43,16 @@ class Holder:
     """When the process began, as its machine counts: its number may be another's by now."""
 
     @staticmethod
-    def me() -> Holder:
+    def me() -> LockHolder:
         """This process, from now on."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        return Holder(socket.gethostname(), os.getpid(), since, _started(os.getpid()))
+        return LockHolder(socket.gethostname(), os.getpid(), since, _started(os.getpid()))
 
     @staticmethod
-    def read(text: bytes) -> Holder | None:
+    def read(text: bytes) -> LockHolder | None:
         """None for what is empty, torn, or something else."""
         try:
-            holder = Holder(**json.loads(text))
+            holder = LockHolder(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return None
         types = [type(value) for value in asdict(holder).values()]
@@ -74,7 +74,7 @@ class Holder:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is made if it is not there.
 
     Raises `FolderInUseError`, which says who holds it, if another process or thread does.
@@ -82,13 +82,13 @@ def locked(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            path, me = folder.resolve() / LOCK, Holder.me()
+            path, me = folder.resolve() / LOCK_FILE, LockHolder.me()
             if not _take(path, me, stack):
-                _make(path.with_name(HELD), me, stack)
+                _make(path.with_name(FALLBACK_LOCK_FILE), me, stack)
         yield
 
 
-def _take(path: Path, me: Holder, stack: ExitStack) -> bool:
+def _take(path: Path, me: LockHolder, stack: ExitStack) -> bool:
     """Lock the file until the stack ends; False where the file system has no locks."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _handles.add(handle)
@@ -97,7 +97,7 @@ def _take(path: Path, me: Holder, stack: ExitStack) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         for _ in range(_TRIES):  # who has just locked it is about to write who it is
-            holder = Holder.read(_bytes(path))
+            holder = LockHolder.read(_bytes(path))
             if holder and holder.lives():
                 break
             time.sleep(_WAIT)
@@ -133,7 +133,7 @@ def _close_all() -> None:
 os.register_at_fork(after_in_child=_close_all)
 
 
-def _make(path: Path, me: Holder, stack: ExitStack) -> None:
+def _make(path: Path, me: LockHolder, stack: ExitStack) -> None:
     """Make the file that stands for a lock, until the stack ends."""
     for tries in range(_TRIES):
         try:
@@ -141,7 +141,7 @@ def _make(path: Path, me: Holder, stack: ExitStack) -> None:
                 file.write(me.text())
         except FileExistsError:
             text = _bytes(path)
-            holder = Holder.read(text)
+            holder = LockHolder.read(text)
             if holder and holder.lives():
                 break
             if holder or tries > _TRIES // 2:  # before, it may just be written
@@ -198,7 +198,7 @@ def _started(pid: int) -> str:
     return "there"
 
 
-def _in_use(path: Path, holder: Holder | None, more: str = "") -> FolderInUseError:
+def _in_use(path: Path, holder: LockHolder | None, more: str = "") -> FolderInUseError:
     who = holder or "another process"
     return FolderInUseError(
         f"{path.parent} is in use by {who}; wait for it, stop it, or choose another run.dir{more}."

@@ -64,49 +64,51 @@ def check_no_secret(text: str) -> None:
         )
 
 
-def shown(text: str) -> str:
+def redact_urls(text: str) -> str:
     """The text with each address in it left without user, password, query and fragment."""
     return _IN_TEXT.sub(r"\1\2", text)
 
 
 @dataclass(frozen=True)
-class Address:
+class Endpoint:
     """Where a request goes, and what it carries that no text may show."""
 
-    shown: str
+    display: str
     """Without its query."""
-    sent: str = field(repr=False)
+    url: str = field(repr=False)
     """With the values of the environment variables that it names."""
     key: str | None = field(repr=False)
     """The bearer token."""
     secrets: tuple[str, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, url: str, key: str | None = None) -> Address:
+    def of(cls, url: str, key: str | None = None) -> Endpoint:
         """Raises `ConfigError` where a variable that the address names is not set, or it holds what
         may be a secret.
         """
         try:
             check_no_secret(url)
         except ValueError as error:
-            raise ConfigError(f"{shown(url)}: {error}") from None
+            raise ConfigError(f"{redact_urls(url)}: {error}") from None
         names = dict.fromkeys(_REFERENCE.findall(url))
         values = {name: os.environ.get(name, "").strip() for name in names}
         if missing := [name for name, value in values.items() if not value]:
-            raise ConfigError(f"{shown(url)} names ${{{missing[0]}}}, which is not set; export it.")
+            raise ConfigError(
+                f"{redact_urls(url)} names ${{{missing[0]}}}, which is not set; export it."
+            )
         sent = _REFERENCE.sub(lambda found: quote(values[found[1]], safe=""), url)
         secrets = {form for secret in (*values.values(), key) if secret for form in _forms(secret)}
         longest_first = sorted(secrets, key=lambda s: (-len(s), s))
-        return cls(shown(url), sent, key, tuple(longest_first))
+        return cls(redact_urls(url), sent, key, tuple(longest_first))
 
-    def told(self, text: str, most: int = 300) -> str:
+    def redact(self, text: str, most: int = 300) -> str:
         """What a server or a library said, in one line, short, and without the secrets that it was
         sent.
         """
         text = text[: 1 << 20]
         for secret in self.secrets:
             text = text.replace(secret, "[secret]")
-        return one_line(shown(text), most)
+        return one_line(redact_urls(text), most)
 
 
 def _forms(secret: str) -> set[str]:

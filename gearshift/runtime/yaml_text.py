@@ -16,14 +16,14 @@ import yaml
 from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import one_line
 
-LARGEST = 1 << 20
+MAX_BYTES = 1 << 20
 """Bytes of a recipe; those that ship have a few thousand."""
-DEEPEST, MOST_VALUES, LONGEST_NUMBER = 50, 20_000, 400
+MAX_DEPTH, MAX_VALUES, MAX_NUMBER_LENGTH = 50, 20_000, 400
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class YamlScalar:
     """A number or a truth value as it stands in the file: what it means, and how it is spelt."""
 
     value: bool | int | float
@@ -33,23 +33,23 @@ class Written:
         return self.text
 
 
-def fit(value: Any, annotation: Any) -> Any:
+def coerce(value: Any, annotation: Any) -> Any:
     """The value for a field of this type: text where text is wanted, else what it means."""
     kinds = list(_kinds(annotation))
-    if isinstance(value, Written):
+    if isinstance(value, YamlScalar):
         meant = (bool, Any) if isinstance(value.value, bool) else (bool, int, float, Any)
         scalars = any(kind in (str, bool, int, float) for kind in kinds)
         return value.text if scalars and not any(k in meant for k in kinds) else value.value
     if isinstance(value, list):
         wanted = next((k for k in kinds if typing.get_origin(k) in (list, tuple, set)), Any)
         inner = [part for part in typing.get_args(wanted) if part is not ...] or [Any]
-        return [fit(v, inner[min(i, len(inner) - 1)]) for i, v in enumerate(value)]
+        return [coerce(v, inner[min(i, len(inner) - 1)]) for i, v in enumerate(value)]
     if isinstance(value, dict):
         wanted = next((k for k in kinds if typing.get_origin(k) is dict), None)
         if wanted is None and any(hasattr(kind, "model_fields") for kind in kinds):
             return value  # a section: it fits its own fields
         inside = typing.get_args(wanted)[1] if wanted else Any
-        return {key: fit(v, inside) for key, v in value.items()}
+        return {key: coerce(v, inside) for key, v in value.items()}
     return value
 
 
@@ -81,8 +81,8 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         before = self._values
         self._depth += 1
-        if self._depth > DEEPEST:
-            _refuse(f"it is nested more than {DEEPEST} deep", event)
+        if self._depth > MAX_DEPTH:
+            _refuse(f"it is nested more than {MAX_DEPTH} deep", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
@@ -92,8 +92,8 @@ class _Loader(yaml.SafeLoader):
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before
-        if self._values > MOST_VALUES:
-            _refuse(f"it holds more than {MOST_VALUES:,} values", event)
+        if self._values > MAX_VALUES:
+            _refuse(f"it holds more than {MAX_VALUES:,} values", event)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -115,18 +115,20 @@ def _refuse(problem: str, at: Any) -> NoReturn:
     raise yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
 
 
-def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
+def _written(loader: _Loader, node: yaml.ScalarNode) -> YamlScalar:
     text = node.value
     kind = node.tag.removeprefix(_TAG)
-    if len(text) > LONGEST_NUMBER:
+    if len(text) > MAX_NUMBER_LENGTH:
         _refuse(f"a number has {len(text):,} characters", node)
     try:
         if kind == "bool":
-            return Written({"yes": True, "on": True, "true": True}.get(text.lower(), False), text)
+            return YamlScalar(
+                {"yes": True, "on": True, "true": True}.get(text.lower(), False), text
+            )
         if kind == "int":
             plain = text.lower().replace("_", "")
-            return Written(int(plain, 0 if re.match("[-+]?0[xob]", plain) else 10), text)
-        return Written(float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", "")), text)
+            return YamlScalar(int(plain, 0 if re.match("[-+]?0[xob]", plain) else 10), text)
+        return YamlScalar(float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", "")), text)
     except ValueError:
         _refuse(f"`{one_line(text, 40)}` is not of the kind {kind}", node)
 
@@ -157,7 +159,7 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
-def write_tree(tree: Any) -> str:
+def to_yaml(tree: Any) -> str:
     """The tree as YAML, which reads back as it is."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
@@ -167,14 +169,14 @@ def write_tree(tree: Any) -> str:
 _BROKEN = (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError)
 
 
-def read_tree(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """What the YAML file holds. Raises `ConfigError` with the line where it cannot be read."""
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise ConfigError(
-                f"{path} has more than {LARGEST:,} bytes; a recipe has a few thousand."
+                f"{path} has more than {MAX_BYTES:,} bytes; a recipe has a few thousand."
             )
         return yaml.load(content.decode("utf-8"), _Loader)
     except UnicodeDecodeError:
@@ -185,7 +187,7 @@ def read_tree(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid YAML: {_problem(error)}.") from None
 
 
-def read_word(override: str, text: str) -> Any:
+def parse_override(override: str, text: str) -> Any:
     """The value of an override. What begins with a bracket, a brace or a quote is YAML; anything
     else is one scalar to its last letter, so that no `#` cuts it and no `: ` makes it a section.
     """

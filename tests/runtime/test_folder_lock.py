@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import FolderInUseError
-from gearshift.runtime import lock
-from gearshift.runtime.lock import HELD, LOCK, Holder, locked
+from gearshift.runtime import folder_lock
+from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE, LockHolder, lock_run_folder
 
 HOLD = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
 from gearshift.errors import FolderInUseError
-from gearshift.runtime.lock import locked
+from gearshift.runtime.folder_lock import lock_run_folder
 
 def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
@@ -32,7 +32,7 @@ if sys.argv[2] == "without locks":
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with locked(Path(sys.argv[1])):
+    with lock_run_folder(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.readline()
 except FolderInUseError as error:
@@ -63,7 +63,7 @@ def told(process: "subprocess.Popen[str]") -> str:
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "without locks":
-        monkeypatch.setattr(lock.fcntl, "flock", refuse(errno.ENOLCK))
+        monkeypatch.setattr(folder_lock.fcntl, "flock", refuse(errno.ENOLCK))
     return str(request.param)
 
 
@@ -76,7 +76,7 @@ def refuse(number: int) -> Callable[..., None]:
 
 def test_of_eight_that_start_at_once_one_has_it(tmp_path: Path, kind: str) -> None:
     gone = {"host": socket.gethostname(), "pid": 2**22, "since": "then", "started": "before"}
-    for name in (LOCK, HELD):
+    for name in (LOCK_FILE, FALLBACK_LOCK_FILE):
         (tmp_path / name).write_text(json.dumps(gone))
     starters = [start(tmp_path, kind) for _ in range(8)]
     for starter in starters:
@@ -87,10 +87,10 @@ def test_of_eight_that_start_at_once_one_has_it(tmp_path: Path, kind: str) -> No
     who = rf"is in use by process {winner.pid} on {re.escape(socket.gethostname())} since \d{{4}}-"
     assert all(re.search(who, answer) for answer in answers if answer != "held"), answers
     with pytest.raises(FolderInUseError, match="wait for it, stop it, or choose another"):
-        locked(tmp_path).__enter__()
+        lock_run_folder(tmp_path).__enter__()
     winner.kill()
     winner.wait()
-    with locked(tmp_path):
+    with lock_run_folder(tmp_path):
         pass
     for starter in starters:
         starter.communicate()
@@ -101,21 +101,25 @@ def test_two_threads_of_one_process(tmp_path: Path, kind: str) -> None:
 
     def other() -> None:
         try:
-            with locked(tmp_path):
+            with lock_run_folder(tmp_path):
                 refusals.append("none")
         except FolderInUseError as error:
             refusals.append(str(error))
 
     (tmp_path / "link").symlink_to(tmp_path / "run")
     for folder in (tmp_path, tmp_path / "run"):
-        with locked(folder):
+        with lock_run_folder(folder):
             thread = threading.Thread(target=other)
             thread.start()
             thread.join()
     assert "in use by this process since" in refusals[0] and refusals[1] == "none"
-    with locked(tmp_path / "run"), pytest.raises(FolderInUseError), locked(tmp_path / "link"):
+    with (
+        lock_run_folder(tmp_path / "run"),
+        pytest.raises(FolderInUseError),
+        lock_run_folder(tmp_path / "link"),
+    ):
         pass
-    with locked(tmp_path):  # it was given back
+    with lock_run_folder(tmp_path):  # it was given back
         pass
 
 
@@ -123,33 +127,33 @@ def test_two_threads_of_one_process(tmp_path: Path, kind: str) -> None:
 def test_a_torn_lock_file_ends_no_run(
     tmp_path: Path, kind: str, text: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "_WAIT", 0.001)
-    (tmp_path / LOCK).write_bytes(text)
-    (tmp_path / HELD).write_bytes(text)
-    with locked(tmp_path):
+    monkeypatch.setattr(folder_lock, "_WAIT", 0.001)
+    (tmp_path / LOCK_FILE).write_bytes(text)
+    (tmp_path / FALLBACK_LOCK_FILE).write_bytes(text)
+    with lock_run_folder(tmp_path):
         pass
 
 
 def test_without_locks_a_process_of_another_machine_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock.fcntl, "flock", refuse(errno.EOPNOTSUPP))
-    other = Holder("else\x1bwhere", os.getpid(), "yesterday", "then")
-    (tmp_path / HELD).write_bytes(other.text())
+    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse(errno.EOPNOTSUPP))
+    other = LockHolder("else\x1bwhere", os.getpid(), "yesterday", "then")
+    (tmp_path / FALLBACK_LOCK_FILE).write_bytes(other.text())
     with pytest.raises(FolderInUseError, match=r"on else\\x1bwhere .* delete .*run.lock.held"):
-        locked(tmp_path).__enter__()
-    reused = Holder(socket.gethostname(), os.getpid(), "yesterday", "before the restart")
-    (tmp_path / HELD).write_bytes(reused.text())
-    with locked(tmp_path):
-        assert Holder.read((tmp_path / HELD).read_bytes()) != reused
-    assert not (tmp_path / HELD).exists()
+        lock_run_folder(tmp_path).__enter__()
+    reused = LockHolder(socket.gethostname(), os.getpid(), "yesterday", "before the restart")
+    (tmp_path / FALLBACK_LOCK_FILE).write_bytes(reused.text())
+    with lock_run_folder(tmp_path):
+        assert LockHolder.read((tmp_path / FALLBACK_LOCK_FILE).read_bytes()) != reused
+    assert not (tmp_path / FALLBACK_LOCK_FILE).exists()
 
 
 def test_a_fork_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
     go_on, end = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with locked(tmp_path):
+        with lock_run_folder(tmp_path):
             if os.fork() == 0:
                 os.close(end)
                 os.read(go_on, 1)  # until the test closes its end
@@ -157,17 +161,17 @@ def test_a_fork_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) 
             os.kill(os.getpid(), signal.SIGKILL)
     os.close(go_on)
     assert os.WTERMSIG(os.waitpid(parent, 0)[1]) == signal.SIGKILL
-    with locked(tmp_path):
+    with lock_run_folder(tmp_path):
         pass
     os.close(end)
 
 
 def test_a_fork_that_ends_in_the_with_block_takes_nothing_away(tmp_path: Path, kind: str) -> None:
-    with locked(tmp_path):
+    with lock_run_folder(tmp_path):
         child = os.fork()
         if child:
             assert os.waitpid(child, 0)[1] == 0
             with pytest.raises(FolderInUseError):
-                locked(tmp_path).__enter__()
+                lock_run_folder(tmp_path).__enter__()
     if not child:
         os._exit(0)
