@@ -436,7 +436,7 @@ def test_threads_that_were_added_end_with_the_line() -> None:
 
 
 def test_too_many_hanging_calls_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gearshift.runtime.worker_threads.MOST_HUNG", 2)
+    monkeypatch.setattr("gearshift.runtime.worker_threads.MAX_HUNG_CALLS", 2)
     workers, never = WorkerThreads(3), threading.Event()
     calls = [workers.submit(never.wait) for _ in range(3)]
     time.sleep(0.2)
