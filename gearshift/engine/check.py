@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from gearshift.batch import PackedBatch
 from gearshift.engine.decoder import Decoder
 from gearshift.errors import ModelError
-from gearshift.kernels.reference import AttentionMetadata
-from gearshift.kernels.specs import BLOCK, AttentionOptions
+from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
 from gearshift.models.attention import LostLayoutError, PackedLayout, eager_attention
 from gearshift.models.describe import Plan, head_of, trunk_of
 from gearshift.models.exact import Limit, context_length, keeps_state, limits, named, shortest

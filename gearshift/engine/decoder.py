@@ -18,12 +18,11 @@ from transformers import PreTrainedModel
 
 from gearshift.engine.block_cache import KVCache
 from gearshift.errors import ModelError
-from gearshift.kernels.reference import AttentionMetadata, Kernels
-from gearshift.kernels.specs import AttentionOptions
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Head
 from gearshift.models.describe import Plan, trunk_of
 from gearshift.models.fused import AliasedWeights
 from gearshift.models.layers import Angles, embed, layers
-from gearshift.models.logprobs import Head
 
 
 class Decoder:

@@ -36,7 +36,7 @@ from gearshift.engine.owner import owner_of
 from gearshift.engine.scheduler import GenerationStats, Scheduler
 from gearshift.engine.stats import measure
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
-from gearshift.kernels.cpu import kernels_of
+from gearshift.kernels.dispatch import kernels_of
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK
 from gearshift.models.adapters import adapted_layers, switched

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gearshift.batch import PackedBatch
 from gearshift.engine.check import check
-from gearshift.kernels.cpu import kernels_of
+from gearshift.kernels.dispatch import kernels_of
 from gearshift.models.describe import describe, head_of
 from gearshift.models.fused import AliasedWeights
 from gearshift.models.hf_forward import has_active_dropout, hidden_states

@@ -23,8 +23,7 @@ from gearshift.engine.decoder import Decoder
 from gearshift.engine.sampler import adjusts, sample
 from gearshift.engine.sequence import Decode, Sequence
 from gearshift.errors import NumericalError
-from gearshift.kernels.reference import AttentionMetadata
-from gearshift.kernels.specs import BLOCK
+from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.runtime.seeding import philox_uniform
 
 _AHEAD = 64

@@ -9,19 +9,27 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from ctypes import c_int64, c_void_p
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
-from gearshift.kernels import build as native
+from gearshift.kernels import build
 from gearshift.kernels.alone import EachAlone
+from gearshift.kernels.attention import PackedSequences
 from gearshift.kernels.build import pointer
-from gearshift.kernels.reference import AttentionMetadata, Kernels, Product
-from gearshift.kernels.specs import AttentionOptions, Gate, Norm
+from gearshift.kernels.cpu_autograd import (
+    AddNorm,
+    GateFunction,
+    PackedAttention,
+    Rotate,
+    TokenLogprobs,
+    add_norm_arguments,
+    gate_arguments,
+)
+from gearshift.kernels.reference import Kernels, Product
+from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Gate, Head, Norm
 
 
 class _Memory:
@@ -77,8 +85,8 @@ class NativeKernels(Kernels):
         self._memory = _Memory()
         self._calls: list[tuple[int, bytes]] | None = None
         """Those of the recording that is being made."""
-        self._multiplies = native.has("multiply", dtype)
-        self._in_rows = native.has("multiply_rows", torch.float32)
+        self._multiplies = build.has("multiply", dtype)
+        self._in_rows = build.has("multiply_rows", torch.float32)
 
     def held(self) -> int:
         return self._memory.bytes()
@@ -106,7 +114,7 @@ class NativeKernels(Kernels):
 
         def again() -> Tensor:
             prepare()
-            native.replay()(table, c_int64(len(calls)))  # the table points into `calls`
+            build.replay()(table, c_int64(len(calls)))  # the table points into `calls`
             return result()
 
         return again
@@ -117,35 +125,18 @@ class NativeKernels(Kernels):
         if torch.is_grad_enabled():
             if weight is None or norm.center:
                 return super().add_norm(x, delta, norm)
-            both: tuple[Tensor, Tensor] = _AddNorm.apply(self, x, delta, weight, norm)
+            both: tuple[Tensor, Tensor] = AddNorm.apply(x, delta, weight, norm)
             return both
         if weight is None:
             return super().add_norm(x, delta, norm)
         out = self._empty(x.shape)
-        self.write_norm(x, delta, weight, bias, x, out, norm)
+        self._call("add_norm", *add_norm_arguments(x, delta, weight, bias, x, out, norm))
         return x, out
-
-    def write_norm(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        total: Tensor,
-        out: Tensor,
-        norm: Norm,
-    ) -> None:
-        """x + delta into `total` (which may be x), and its norm into `out`."""
-        self._call(
-            "add_norm", x.data_ptr(), pointer(delta), weight.data_ptr(), pointer(bias),
-            total.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], norm.eps, norm.center,
-            norm.offset,
-        )  # fmt: skip
 
     def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
         if rotary is None or not torch.is_grad_enabled():
             return super().rotate(qkv, rotary, kv_heads)
-        turned: Tensor = _Rotate.apply(self, qkv, *rotary, kv_heads)
+        turned: Tensor = Rotate.apply(qkv, *rotary, kv_heads)
         return turned
 
     def rotate_and_write(
@@ -180,16 +171,36 @@ class NativeKernels(Kernels):
 
     def gate(self, both: Tensor, gate: Gate) -> Tensor:
         if torch.is_grad_enabled():
-            gated: Tensor = _Gate.apply(self, both, gate)
+            gated: Tensor = GateFunction.apply(both, gate)
             return gated
-        return self.gated(both, gate)
-
-    def gated(self, both: Tensor, gate: Gate) -> Tensor:
-        """`gate` without a graph."""
-        T, F = both.shape[0], both.shape[1] // 2
-        out = self._empty((T, F))
-        self._call("gate", both.data_ptr(), out.data_ptr(), T, F, gate == "gelu_tanh")
+        out = self._empty((both.shape[0], both.shape[1] // 2))
+        self._call("gate", *gate_arguments(both, out, gate))
         return out
+
+    def attend_packed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: PackedSequences,
+        options: AttentionOptions,
+    ) -> Tensor:
+        plain = options.softcap is None and not options.dropout and q.shape[-1] % 2 == 0
+        if not (plain and build.has("packed_attend", q.dtype) and sequences.consecutive):
+            return super().attend_packed(q, k, v, sequences, options)
+        seen: Tensor = PackedAttention.apply(q, k, v, sequences, options)
+        return seen
+
+    def token_logprobs(
+        self, hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        plain, linear = head.scale == 1.0 and head.softcap is None, head.linear
+        if not plain or linear.weight.dtype != hidden_CH.dtype:
+            return super().token_logprobs(hidden_CH, head, targets_C, temperature)
+        scores: tuple[Tensor, Tensor] = TokenLogprobs.apply(
+            hidden_CH, linear.weight, linear.bias, targets_C, temperature
+        )
+        return scores
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         N, K = weight.shape
@@ -226,7 +237,7 @@ class NativeKernels(Kernels):
         )  # fmt: skip
 
     def _call(self, name: str, *arguments: float, dtype: torch.dtype | None = None) -> None:
-        function, slots = native.prepared(name, dtype or self._dtype, *arguments)
+        function, slots = build.prepared(name, dtype or self._dtype, *arguments)
         if self._calls is not None:
             self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
         function(slots)
@@ -257,102 +268,3 @@ class _Product:
             x.shape[0], self._out, self._in,
         )  # fmt: skip
         return out
-
-
-class _AddNorm(torch.autograd.Function):
-    """`Kernels.add_norm` of an RMSNorm, and its gradient in one pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: NativeKernels,
-        x: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        norm: Norm,
-    ) -> tuple[Tensor, Tensor]:
-        total = x if delta is None else torch.empty_like(x)
-        out = torch.empty_like(x)
-        kernels.write_norm(x, delta, weight, None, total, out, norm)
-        ctx.kernels, ctx.norm, ctx.added = kernels, norm, delta is not None
-        ctx.save_for_backward(total, weight)
-        return (total.view_as(total) if delta is None else total), out
-
-    @staticmethod
-    def backward(ctx: Any, total_grad: Tensor | None, out_grad: Tensor) -> tuple[Any, ...]:
-        total, weight = ctx.saved_tensors
-        T, C = total.shape
-        grad = torch.zeros_like(total) if total_grad is None else total_grad.clone()
-        weight_grad = torch.zeros(torch.get_num_threads(), C)
-        ctx.kernels._call(
-            "norm_backward", total.data_ptr(), weight.data_ptr(), out_grad.contiguous().data_ptr(),
-            grad.data_ptr(), weight_grad.data_ptr(), T, C, ctx.norm.eps, ctx.norm.offset,
-        )  # fmt: skip
-        return None, grad, grad if ctx.added else None, weight_grad.sum(0).to(weight.dtype), None
-
-
-class _Rotate(torch.autograd.Function):
-    """`Kernels.rotate`; its gradient turns back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
-    ) -> Tensor:
-        ctx.kernels, ctx.kv_heads = kernels, kv_heads
-        ctx.save_for_backward(cos, sin)
-        return _turned(kernels, qkv, cos, sin, kv_heads, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        cos, sin = ctx.saved_tensors
-        return None, _turned(ctx.kernels, grad, cos, sin, ctx.kv_heads, -1.0), None, None, None
-
-
-def _turned(
-    kernels: NativeKernels, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float
-) -> Tensor:
-    T, heads, D = qkv.shape
-    out = qkv.clone(memory_format=torch.contiguous_format)
-    kernels._call(
-        "rotate", out.data_ptr(), cos.data_ptr(), sin.data_ptr(), T, heads - kv_heads, heads, D,
-        cos.shape[-1], sign,
-    )  # fmt: skip
-    return out
-
-
-class _Gate(torch.autograd.Function):
-    """`Kernels.gate`, and its gradient in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, kernels: NativeKernels, both: Tensor, gate: Gate) -> Tensor:
-        ctx.kernels, ctx.gate = kernels, gate
-        ctx.save_for_backward(both)
-        return kernels.gated(both, gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        [both] = ctx.saved_tensors
-        out, grad = torch.empty_like(both), grad.contiguous()
-        ctx.kernels._call(
-            "gate_backward", both.data_ptr(), grad.data_ptr(), out.data_ptr(), *grad.shape,
-            ctx.gate == "gelu_tanh",
-        )  # fmt: skip
-        return None, out, None
-
-
-def kernels_for(weight: Tensor) -> Kernels:
-    """The fastest kernels for a model with weights like this one."""
-    if native.usable(weight):
-        return NativeKernels(weight.dtype)
-    if weight.device.type == "cuda" and find_spec("triton"):
-        from gearshift.kernels.triton_ops import TritonKernels
-
-        return TritonKernels()
-    return Kernels()
-
-
-def kernels_of(model: PreTrainedModel) -> Kernels:
-    """The fastest for this model as it is: compiled ones want all weights in one type."""
-    parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
-    uniform = len({p.dtype for p in parameters}) == 1
-    return kernels_for(parameters[0]) if uniform else Kernels()

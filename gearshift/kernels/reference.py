@@ -11,90 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gearshift.kernels.specs import BLOCK, AttentionOptions, Gate, Norm
-
-_PLAIN_SCORES = 2**25
-"""Above this many scores a CPU is better off with the blocked kernel, which never stores them."""
+from gearshift.kernels.attention import PackedSequences, attend
+from gearshift.kernels.autograd import LogSoftmaxAt
+from gearshift.kernels.specs import (
+    BLOCK,
+    AttentionMetadata,
+    AttentionOptions,
+    Gate,
+    Head,
+    Norm,
+)
 
 _BLOCK = 256
-TILE = 8
-"""Sequences next to each other whose common blocks a GPU reads once for all of them."""
-
-
-class AttentionMetadata:
-    """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
-    blocks are `table[rows[t]]`.
-
-    A sequence's tokens come together and in order, and sequences come in the table's order.
-    """
-
-    def __init__(
-        self, rows: Tensor, positions: Tensor, table: Tensor, wanted: Tensor | None = None
-    ) -> None:
-        """`wanted` [B]: the tokens whose last states are asked for; None for all."""
-        self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
-        self.slots = self._slots()
-        """[T]: block * P + place in the block, where each token's key is written."""
-
-    def moved(self) -> None:
-        """The positions (or the table) were written: find anew what follows from them, the slots in
-        their place.
-        """
-        self.slots.copy_(self._slots())
-        for name in ("padded", "flat", "blocks", "distance", "common"):
-            self.__dict__.pop(name, None)
-
-    def _slots(self) -> Tensor:
-        last = self.table.shape[1] - 1
-        block = self.table[self.rows, (self.positions // BLOCK).clamp(max=last)]
-        return block * BLOCK + self.positions % BLOCK
-
-    @cached_property
-    def padded(self) -> Tensor:
-        """[B, S]: each sequence's tokens, filled up with its last."""
-        counts = torch.bincount(self.rows, minlength=len(self.table))
-        ends = counts.cumsum(0)
-        inside = torch.arange(int(counts.max()), device=counts.device)
-        return torch.minimum((ends - counts)[:, None] + inside, ends[:, None] - 1)
-
-    @cached_property
-    def flat(self) -> Tensor:
-        """[T]: where each token lies in `padded`, row after row."""
-        starts = torch.searchsorted(self.rows, self.rows)
-        inside = torch.arange(len(self.rows), device=self.rows.device) - starts
-        return self.rows * self.padded.shape[1] + inside
-
-    @cached_property
-    def common(self) -> Tensor:
-        """[B / TILE], of one token a sequence: how many blocks the sequences of a tile begin with
-        in common, and see to the end.
-        """
-        B, W = self.table.shape
-        # The last tile is filled up with its first row, which changes nothing.
-        row = torch.arange(-(-B // TILE) * TILE, device=self.table.device)
-        row = torch.where(row < B, row, row // TILE * TILE).view(-1, TILE)
-        same = (self.table[row] == self.table[row[:, :1]]).all(1)  # [tiles, W]
-        whole = (self.positions + 1)[row].amin(1, keepdim=True) // BLOCK
-        same &= torch.arange(W, device=self.table.device) < whole
-        return same.long().cumprod(1).sum(1)
-
-    @cached_property
-    def blocks(self) -> Tensor:
-        """[B, W]: the blocks that some token of this forward may look at."""
-        return self.table[:, : int(self.positions.max()) // BLOCK + 1]
-
-    @cached_property
-    def distance(self) -> Tensor:
-        """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
-        L = self.blocks.shape[1] * BLOCK
-        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
 
 
 class Product(Protocol):
@@ -175,6 +110,17 @@ class Kernels:
         out = attend(padded, key, value, mask, options)
         return out.transpose(1, 2).flatten(0, 1)[places.flat]
 
+    def attend_packed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: PackedSequences,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """[T, heads, D] queries, keys and values of packed sequences -> [T, H, D]."""
+        return sequences.attend(q, k, v, options)
+
     def gate(self, both: Tensor, gate: Gate) -> Tensor:
         """[T, 2F] gate and up -> [T, F] act(gate) * up."""
         left, up = both.chunk(2, -1)
@@ -223,6 +169,20 @@ class Kernels:
         tokens.copy_(torch.where(greedy, scaled.argmax(-1), drawn))
         logprobs.copy_(scaled.gather(1, tokens[:, None]).squeeze(1) - norm)
 
+    def token_logprobs(
+        self, hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """[C] float32 each, with gradients: the log-probability of each target under softmax(logits
+        / temperature), and the entropy. The backward pass computes the logits again.
+        """
+
+        def chunk(hidden_CH: Tensor) -> tuple[Tensor, Tensor]:
+            return LogSoftmaxAt.apply(head.logits(hidden_CH), targets_C, temperature)
+
+        if torch.is_grad_enabled():
+            return checkpoint(chunk, hidden_CH, use_reentrant=False)
+        return chunk(hidden_CH)
+
 
 class _MkldnnProduct:
     """oneDNN's packed product."""
@@ -254,31 +214,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = turned.chunk(2, -1)
     turned = turned * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: AttentionOptions) -> Tensor:
-    """Grouped-query attention that never repeats keys.
-
-    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
-    look.
-    Returns [B, H, S, D].
-    """
-    B, H, S, D = query.shape
-    K, L = key.shape[1], key.shape[2]
-    plain = o.softcap is not None or (not query.is_cuda and B * H * S * L <= _PLAIN_SCORES)
-    if not plain:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask[:, None], o.dropout, scale=o.scaling, enable_gqa=H != K
-        )
-    grouped = (query * o.scaling).reshape(B, K, H // K * S, D)
-    scores = (grouped @ key.transpose(2, 3)).view(B, K, H // K, S, L)
-    if o.softcap is not None:
-        scores = torch.tanh(scores / o.softcap) * o.softcap
-    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    if o.dropout:
-        weights = F.dropout(weights, o.dropout)
-    return (weights.view(B, K, -1, L) @ value).view(B, H, S, D)
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 BLOCK = 16
 """P: positions in a block; as many as a CPU's widest registers have lanes (`kernels.cpp`)."""
+
+TILE = 8
+"""Sequences next to each other whose common blocks a GPU reads once for all of them."""
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], weight [out, in], bias -> x weight^T + bias [T, out]."""
@@ -39,3 +44,96 @@ class AttentionOptions:
     """A query sees the last `window` positions only."""
     softcap: float | None = None
     """Scores become softcap * tanh(scores / softcap) (Gemma 2)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head on hidden states: logits = softcap(scale * (h W^T + b))."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        """[M, V] float32, computed in the head's own precision."""
+        return self.shaped(self.linear(hidden_MH)).float()
+
+    def shaped(self, logits_MV: Tensor) -> Tensor:
+        """Scale and soft cap on what the linear layer gave: float32, or untouched without them."""
+        if self.scale == 1.0 and self.softcap is None:
+            return logits_MV
+        logits_MV = logits_MV.float()
+        if self.scale != 1.0:
+            logits_MV = logits_MV * self.scale
+        if self.softcap is not None:
+            logits_MV = torch.tanh(logits_MV / self.softcap) * self.softcap
+        return logits_MV
+
+
+class AttentionMetadata:
+    """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
+    blocks are `table[rows[t]]`.
+
+    A sequence's tokens come together and in order, and sequences come in the table's order.
+    """
+
+    def __init__(
+        self, rows: Tensor, positions: Tensor, table: Tensor, wanted: Tensor | None = None
+    ) -> None:
+        """`wanted` [B]: the tokens whose last states are asked for; None for all."""
+        self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
+        self.slots = self._slots()
+        """[T]: block * P + place in the block, where each token's key is written."""
+
+    def moved(self) -> None:
+        """The positions (or the table) were written: find anew what follows from them, the slots in
+        their place.
+        """
+        self.slots.copy_(self._slots())
+        for name in ("padded", "flat", "blocks", "distance", "common"):
+            self.__dict__.pop(name, None)
+
+    def _slots(self) -> Tensor:
+        last = self.table.shape[1] - 1
+        block = self.table[self.rows, (self.positions // BLOCK).clamp(max=last)]
+        return block * BLOCK + self.positions % BLOCK
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """[B, S]: each sequence's tokens, filled up with its last."""
+        counts = torch.bincount(self.rows, minlength=len(self.table))
+        ends = counts.cumsum(0)
+        inside = torch.arange(int(counts.max()), device=counts.device)
+        return torch.minimum((ends - counts)[:, None] + inside, ends[:, None] - 1)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[T]: where each token lies in `padded`, row after row."""
+        starts = torch.searchsorted(self.rows, self.rows)
+        inside = torch.arange(len(self.rows), device=self.rows.device) - starts
+        return self.rows * self.padded.shape[1] + inside
+
+    @cached_property
+    def common(self) -> Tensor:
+        """[B / TILE], of one token a sequence: how many blocks the sequences of a tile begin with
+        in common, and see to the end.
+        """
+        B, W = self.table.shape
+        # The last tile is filled up with its first row, which changes nothing.
+        row = torch.arange(-(-B // TILE) * TILE, device=self.table.device)
+        row = torch.where(row < B, row, row // TILE * TILE).view(-1, TILE)
+        same = (self.table[row] == self.table[row[:, :1]]).all(1)  # [tiles, W]
+        whole = (self.positions + 1)[row].amin(1, keepdim=True) // BLOCK
+        same &= torch.arange(W, device=self.table.device) < whole
+        return same.long().cumprod(1).sum(1)
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """[B, W]: the blocks that some token of this forward may look at."""
+        return self.table[:, : int(self.positions.max()) // BLOCK + 1]
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
+        L = self.blocks.shape[1] * BLOCK
+        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gearshift.kernels.reference import TILE, AttentionMetadata, Kernels
-from gearshift.kernels.specs import BLOCK, AttentionOptions
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions
 
 log = logging.getLogger(__name__)
 

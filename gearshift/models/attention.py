@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -22,8 +20,8 @@ from transformers.utils import logging as hf_logging
 
 from gearshift.batch import PackedBatch
 from gearshift.errors import ModelError
-from gearshift.kernels import build as native
-from gearshift.kernels.reference import attend
+from gearshift.kernels.attention import PackedSequences
+from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.specs import AttentionOptions
 
 ATTENTION = "gearshift"
@@ -121,52 +119,10 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class PackedLayout:
-    """Attention of a `PackedBatch`: a token sees those of its own sequence and of its sequence's
-    ancestors whose position is not after its own.
-
-    Only attention sees padded rows: sequences of about one length are computed together, and each
-    row's keys are those of its ancestors, then its own. Everything else in a model runs on T
-    tokens.
-    """
+    """Attention of a `PackedBatch`: see `PackedSequences`."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        self.batch = batch
-        self.cu, self.parents = batch.cu_seqlens.contiguous(), batch.parents.contiguous()
-        firsts = [first for first, _ in batch.trees()]
-        self.trees = torch.tensor([*firsts, len(batch.parents)])
-
-    @cached_property
-    def rows(self) -> list[_Rows]:
-        """Sequences of about one length and of one number of ancestors."""
-        lengths = (self.cu[1:] - self.cu[:-1]).tolist()
-        depth_of: list[int] = []
-        for parent in self.parents.tolist():
-            depth_of.append(0 if parent < 0 else depth_of[parent] + 1)
-        alike: dict[tuple[int, int], list[int]] = {}
-        for i, (length, depth) in enumerate(zip(lengths, depth_of, strict=True)):
-            alike.setdefault((length.bit_length(), depth), []).append(i)
-        return [_Rows(self.batch, members, depth) for (_, depth), members in alike.items()]
-
-    @cached_property
-    def back_T(self) -> Tensor:
-        """[T]: where each token lies in the rows' outputs, end to end."""
-        order_T = torch.cat([rows.tokens for rows in self.rows])
-        back_T = torch.empty_like(order_T)
-        back_T[order_T] = torch.arange(len(order_T), device=order_T.device)
-        return back_T
-
-    @cached_property
-    def consecutive(self) -> bool:
-        """Whether positions go up by one along each line of ancestors, so that what a query sees
-        is a run of keys.
-        """
-        positions = self.batch.position_ids.cpu()
-        steps = positions[1:] - positions[:-1]
-        starts = self.cu[1:-1] - 1
-        steps[starts] = 1
-        child = self.parents >= 0
-        ends = positions[self.cu[self.parents[child] + 1] - 1]
-        return bool((steps == 1).all() and (positions[self.cu[:-1][child]] == ends + 1).all())
+        self.sequences = PackedSequences(batch)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
@@ -177,142 +133,4 @@ class PackedLayout:
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """[T, heads, D] queries, keys and values -> [T, H, D]."""
-        plain = options.softcap is None and not options.dropout and q.shape[-1] % 2 == 0
-        if (
-            plain and native.usable(q) and native.has("packed_attend", q.dtype) and self.consecutive
-        ):  # fmt: skip
-            seen: Tensor = _Compiled.apply(q, k, v, self, options)
-            return seen
-        out = torch.cat([rows.attend(q, k, v, options) for rows in self.rows])
-        picked: Tensor = _Pick.apply(out, self.back_T, None)
-        return picked
-
-
-class _Rows:
-    """Sequences that are computed together: N rows of at most S tokens, L keys each."""
-
-    def __init__(self, batch: PackedBatch, members: list[int], depth: int) -> None:
-        device, members_N = batch.input_ids.device, torch.tensor(members)
-        lengths = batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]
-
-        def places(sequences: Tensor) -> tuple[Tensor, Tensor]:
-            """[n, longest] tokens of each sequence, filled up with its last, and which are real."""
-            inside = torch.arange(int(lengths[sequences].max()))[None]
-            length = lengths[sequences, None]
-            return batch.cu_seqlens[sequences, None] + inside.minimum(length - 1), inside < length
-
-        def flat(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-            """What `_Pick` takes, and the shape that it fills."""
-            kept = torch.nonzero(real.flatten()).squeeze(1)
-            return tokens.flatten().to(device), kept.to(device), tokens.shape
-
-        positions = batch.position_ids.cpu()
-        own, real = places(members_N)
-        self.own, self.slots, self.shape = flat(own, real)
-        self.tokens = self.own[self.slots]
-        self.positions_NS = positions[own].to(device)
-        key_positions, key_real = [positions[own]], [real]
-        self.ancestors: list[tuple[Tensor, Tensor, torch.Size, Tensor]] = []
-        for _ in range(depth):
-            members_N = batch.parents[members_N]
-            distinct, which_N = torch.unique(members_N, return_inverse=True)
-            tokens, there = places(distinct)
-            self.ancestors.insert(0, (*flat(tokens, there), which_N.to(device)))
-            key_positions.insert(0, positions[tokens][which_N])
-            key_real.insert(0, there[which_N])
-        self.positions_NL = torch.cat(key_positions, 1).to(device)
-        seen = torch.cat(key_real, 1).to(device)[:, None]
-        seen = seen & (self.positions_NL[:, None] <= self.positions_NS[:, :, None])
-        # A filled-up query must see something, or softmax makes NaN.
-        self.mask = seen | ~real.to(device)[:, :, None]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """[T, heads, D] each -> [tokens of these rows, H, D]."""
-        mask = self.mask
-        if options.window is not None:
-            distance = self.positions_NS[:, :, None] - self.positions_NL[:, None]
-            mask = mask & (distance < options.window)
-        query = _Pick.apply(q, self.own, self.slots).unflatten(0, self.shape)
-        out = attend(query.transpose(1, 2), self._keys(k), self._keys(v), mask, options)
-        return _Pick.apply(out.transpose(1, 2).flatten(0, 1), self.slots, None)
-
-    def _keys(self, x: Tensor) -> Tensor:
-        """[T, K, D] -> [N, K, L, D]: of each row's ancestors, then its own."""
-        parts = [
-            _Inherit.apply(_Pick.apply(x, tokens, kept).unflatten(0, shape), which)
-            for tokens, kept, shape, which in self.ancestors
-        ]
-        parts.append(_Pick.apply(x, self.own, self.slots).unflatten(0, self.shape))
-        return (torch.cat(parts, 1) if self.ancestors else parts[0]).transpose(1, 2)
-
-
-class _Pick(torch.autograd.Function):
-    """x[index]; the gradient comes back from the entries `kept` alone, which pick each row of x at
-    most once (None: all do), so that nothing has to be added up.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
-        ctx.rows = len(x)
-        ctx.save_for_backward(index, kept)
-        return x[index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, kept = ctx.saved_tensors
-        if kept is not None:
-            index, grad = index[kept], grad[kept]
-        back = grad.new_zeros((ctx.rows, *grad.shape[1:]))
-        back[index] = grad
-        return back, None, None
-
-
-class _Inherit(torch.autograd.Function):
-    """x[which] where many entries pick one row: the gradient's sums are one matrix product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, which: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        ctx.save_for_backward(which)
-        return x[which]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (which,) = ctx.saved_tensors
-        heirs = which[None] == torch.arange(ctx.rows, device=which.device)[:, None]
-        return (heirs.to(grad.dtype) @ grad.flatten(1)).view(-1, *grad.shape[1:]), None
-
-
-class _Compiled(torch.autograd.Function):
-    """The same, compiled, for bf16 on a CPU: no scores are kept, and nothing is padded."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions
-    ) -> Tensor:
-        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
-        out = torch.empty(q.shape, dtype=q.dtype)
-        norms = torch.empty(q.shape[:2])
-        ctx.save_for_backward(q, k, v, out, norms)
-        ctx.layout, ctx.options = layout, options
-        _Compiled.call("packed_attend", ctx, q, k, v, out, norms)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, norms = ctx.saved_tensors
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        grad = grad.contiguous()
-        _Compiled.call("packed_attend_backward", ctx, q, k, v, out, grad, norms, *grads)
-        return *grads, None, None
-
-    @staticmethod
-    def call(name: str, ctx: Any, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> None:
-        """Run one of the two passes."""
-        layout, options = ctx.layout, ctx.options
-        tensors = (q, k, v, *more, layout.cu, layout.parents, layout.trees)
-        steps = (x.stride(0) for x in (q, k, v))
-        native.call(
-            name, q.dtype, *(x.data_ptr() for x in tensors), len(layout.trees) - 1, *steps,
-            q.shape[1], k.shape[1], q.shape[2], options.scaling, options.window or 0,
-        )  # fmt: skip
+        return kernels_for(q).attend_packed(q, k, v, self.sequences, options)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gearshift.errors import ModelError
-from gearshift.kernels.specs import AttentionOptions, Gate, Norm
-from gearshift.models.logprobs import Head
+from gearshift.kernels.specs import AttentionOptions, Gate, Head, Norm
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gearshift.kernels.autograd import SlicedLinear
 from gearshift.kernels.reference import Kernels, Product
 from gearshift.kernels.specs import Multiply
 from gearshift.models.describe import Plan, own
@@ -48,7 +49,10 @@ class FusedLinear:
         if torch.is_grad_enabled():
             weights = [linear.weight for linear in self.linears]
             biases = [] if self.bias is None else [linear.bias for linear in self.linears]
-            y: Tensor = _Linear.apply(x, self, *weights, *biases)
+            sizes = [part.stop - part.start for part in self.slices]
+            y: Tensor = SlicedLinear.apply(
+                x, self.weight, self.bias, sizes, self.transposed, *weights, *biases
+            )
         elif self.product is not None:
             y = self.product(x, self.bias)
         else:
@@ -117,33 +121,6 @@ class FusedLinear:
 
     def _out(self, linear: Any) -> int:
         return int(linear.weight.shape[1 if self.transposed else 0])
-
-
-class _Linear(torch.autograd.Function):
-    """A fused layer as one product; each parameter gets its slice of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fused: FusedLinear, *parameters: Tensor) -> Tensor:
-        ctx.fused, ctx.count = fused, len(parameters)
-        weight = fused.weight.t() if fused.transposed else fused.weight
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, fused.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x, weight), fused = ctx.saved_tensors, ctx.fused
-        wanted = ctx.needs_input_grad
-        x_grad = grad @ weight if wanted[0] else None
-        parts: list[Tensor | None] = [None] * ctx.count
-        linears = len(fused.linears)
-        if any(wanted[2 : 2 + linears]):
-            if fused.transposed:
-                parts[0] = x.t() @ grad
-            else:
-                parts[:linears] = (grad.t() @ x).split([s.stop - s.start for s in fused.slices])
-        if fused.bias is not None and any(wanted[2 + linears :]):
-            parts[linears:] = grad.sum(0).split([s.stop - s.start for s in fused.slices])
-        return x_grad, None, *parts
 
 
 class AliasedWeights:

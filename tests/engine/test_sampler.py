@@ -10,7 +10,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from gearshift.engine.sampler import sample as sample_rows
 from gearshift.engine.sampler import truncate
-from gearshift.kernels.cpu import kernels_for
+from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.reference import Kernels, inverse_cdf
 from gearshift.types import SamplingParams
 from tests.oracles import sampler as oracle

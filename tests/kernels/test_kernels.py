@@ -10,9 +10,10 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gearshift.kernels import build as native
-from gearshift.kernels.cpu import NativeKernels, kernels_for
-from gearshift.kernels.reference import AttentionMetadata, Kernels
-from gearshift.kernels.specs import BLOCK, AttentionOptions, Gate, Norm
+from gearshift.kernels.cpu import NativeKernels
+from gearshift.kernels.dispatch import kernels_for
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions, Gate, Norm
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLOW = Kernels()

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from gearshift.engine import Engine, EngineConfig
-from gearshift.kernels.reference import AttentionMetadata, Kernels
-from gearshift.kernels.specs import BLOCK, AttentionOptions
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
 from gearshift.kernels.triton_ops import TritonKernels
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gearshift.batch import PackedBatch
-from gearshift.kernels.specs import AttentionOptions
+from gearshift.kernels.specs import AttentionOptions, Head
 from gearshift.models import logprobs
 from gearshift.models.attention import PackedLayout
-from gearshift.models.logprobs import Head, token_logprobs
+from gearshift.models.logprobs import token_logprobs
 
 
 def scored(

@@ -1,0 +1,36 @@
+"""The one choice of kernels: by where a tensor lies, its type, and what this machine has."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gearshift.kernels import build
+from gearshift.kernels.cpu import NativeKernels
+from gearshift.kernels.reference import Kernels
+
+
+def kernels_for(weight: Tensor) -> Kernels:
+    """The fastest kernels for a model with weights like this one."""
+    if build.usable(weight):
+        return NativeKernels(weight.dtype)
+    if weight.device.type == "cuda" and _has_triton():
+        from gearshift.kernels.triton_ops import TritonKernels
+
+        return TritonKernels()
+    return Kernels()
+
+
+def kernels_of(model: PreTrainedModel) -> Kernels:
+    """The fastest for this model as it is: compiled ones want all weights in one type."""
+    parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    uniform = len({p.dtype for p in parameters}) == 1
+    return kernels_for(parameters[0]) if uniform else Kernels()
+
+
+@lru_cache(1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
