@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 
 from gearshift.cli.main import main as gearshift
-from gearshift.pipeline.heldout import comparisons, records
+from gearshift.pipeline.records import comparisons, records
 from gearshift.rollouts.evaluate import finite, span
 from gearshift.runtime.metrics import read_metrics
 

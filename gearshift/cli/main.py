@@ -212,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _print_summary(folder: Path, summary: dict[str, Any]) -> None:
-    from gearshift.pipeline.heldout import comparisons, records
+    from gearshift.pipeline.records import comparisons, records
 
     found = records(folder / "validation")
     _print_table(f"{folder}: validation", found, comparisons(found))
@@ -263,7 +263,8 @@ def _print_table(title: str, found: dict[str, Any], compared: list[Comparison]) 
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from gearshift.pipeline.heldout import changed, comparisons, evaluate_run
+    from gearshift.pipeline.heldout import evaluate_run
+    from gearshift.pipeline.records import changed, comparisons
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
     if arguments.split == "test":

@@ -26,7 +26,8 @@ from gearshift.models.classifier import use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.models.vocabulary import check_vocabulary, vocabulary_size
-from gearshift.pipeline.run import Run
+from gearshift.pipeline.stages import load_reference, load_value_model
+from gearshift.trainers.rl.loop import RLConfig
 from gearshift.types import SamplingParams
 
 
@@ -142,14 +143,13 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
 @pytest.mark.parametrize("key", ["critic", "reference"])
 def test_who_is_shown_the_policys_tokens_must_know_them(tmp_path: Path, key: str) -> None:
     engine = Engine(tiny_model(), tiny_tokenizer())
-    rl = SimpleNamespace(critic=str(tmp_path))
-    run: Any = SimpleNamespace(recipe=SimpleNamespace(model=ModelConfig(), rl=rl), folder=tmp_path)
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(model=ModelConfig()), folder=tmp_path)
 
     def load() -> None:
         if key == "critic":
-            Run._critic(run, None, engine)
+            load_value_model(RLConfig(critic=str(tmp_path)), run, engine, None)
         else:
-            Run._reference(run, engine, None, str(tmp_path))
+            load_reference(run, engine, None, str(tmp_path))
 
     tiny_model(vocab_size=320).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -26,8 +26,8 @@ MUTATIONS = (
     ),
     Mutation(
         "equal prompts count as several problems",
-        "pipeline/heldout.py",
-        "texts = [prompt_text(_prompt_of(row)) or i for i, row in enumerate(rows)]",
+        "pipeline/task_data.py",
+        "texts = [prompt_text(prompt_of(row)) or i for i, row in enumerate(rows)]",
         "texts = list(range(len(rows)))",
         "tests/pipeline/test_heldout.py::test_problems_are_named_by_the_task_or_by_equal_prompts",
     ),
@@ -40,7 +40,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a run is evaluated on rows that it trained on",
-        "pipeline/heldout.py",
+        "pipeline/provenance.py",
         "if not (key and key in known) and",
         "if",
         "tests/pipeline/test_heldout.py",

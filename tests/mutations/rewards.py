@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a pair longer than the reward model's context is found in the middle of training",
-        "pipeline/run.py",
+        "pipeline/stages.py",
         "render_pairs(examples, tokenizer, config.max_length, context(model))",
         "render_pairs(examples, tokenizer, config.max_length)",
         "tests/trainers/test_reward.py::test_rows_longer_than_the_model_takes",

@@ -12,8 +12,9 @@ import yaml
 from gearshift.cli.main import main
 from gearshift.data.sources import source_mark
 from gearshift.errors import DataError, StorageError
-from gearshift.pipeline.heldout import Trained, problems_of, run_of, trained_on
+from gearshift.pipeline.provenance import Trained, run_of, trained_on
 from gearshift.pipeline.recipe import Recipe
+from gearshift.pipeline.task_data import problems_of
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import write_sealed
 

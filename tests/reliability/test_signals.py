@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 
+import gearshift.pipeline.context
 import gearshift.pipeline.heldout
-import gearshift.pipeline.run
+import gearshift.pipeline.stage_data
+import gearshift.pipeline.stages
+import gearshift.pipeline.summary
 import gearshift.trainers.reward_model
 from gearshift.cli.main import main
+from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime import checkpoint
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.stage import Stage
@@ -48,17 +52,17 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 PLACES: dict[str, tuple[Any, str, int, str]] = {
     # What is about to be called, and the how many-th time: what the line says.
-    "data": (gearshift.pipeline.run.TaskData, "prepare", 1, "while preparing the data"),
+    "data": (TaskData, "prepare", 1, "while preparing the data"),
     "evaluation": (gearshift.pipeline.heldout, "evaluate", 2, "while evaluating sft on validation"),
     "last step": (MasterAdamW, "step", 2, "after step 2 of 2 (sft)"),
-    "export": (gearshift.pipeline.run, "save_model", 1, "while saving sft"),
+    "export": (gearshift.pipeline.context, "save_model", 1, "while saving sft"),
     "reward": (gearshift.trainers.reward_model, "bradley_terry", 1, "after step 1 of 1 (reward)"),
-    "rows": (gearshift.pipeline.run, "load_rows", 2, "while preparing reward"),
+    "rows": (gearshift.pipeline.stage_data, "load_rows", 2, "while preparing reward"),
     "step": (MasterAdamW, "step", 5, "after step 1 of 3 (rl)"),
     "checkpoint": (checkpoint, "save", 1, "after step 3 of 3 (rl)"),
-    "gap": (gearshift.pipeline.run, "logprob_gap", 1, "while measuring what rl has made"),
-    "perplexity": (gearshift.pipeline.run, "perplexity", 2, "while measuring what rl has made"),
-    "report": (gearshift.pipeline.run, "write_report", 1, "while writing the report"),
+    "gap": (gearshift.pipeline.stages, "logprob_gap", 1, "while measuring what rl has made"),
+    "perplexity": (gearshift.pipeline.stages, "perplexity", 2, "while measuring what rl has made"),
+    "report": (gearshift.pipeline.summary, "write_report", 1, "while writing the report"),
 }
 FAST = {"export"}
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gearshift.cli.main import main
 from gearshift.errors import DataError
-from gearshift.pipeline.heldout import told
+from gearshift.pipeline.records import format_record
 from gearshift.runtime.progress import Progress
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e[red]x[/red] [link=http://a]b[/link]\r\x9b31m\ud800"
@@ -75,13 +75,13 @@ def test_nor_in_the_heldout_table(
 ) -> None:
     found = {"base": record(""), HOSTILE: record(HOSTILE)}
     monkeypatch.setattr("gearshift.pipeline.heldout.evaluate_run", lambda *_: (HOSTILE, found))
-    monkeypatch.setattr("gearshift.pipeline.heldout.value_of", lambda sample, _: sample["reward"])
+    monkeypatch.setattr("gearshift.pipeline.records.value_of", lambda sample, _: sample["reward"])
     monkeypatch.setattr("gearshift.rollouts.evaluate.value_of", lambda sample, _: sample["reward"])
     monkeypatch.setenv("COLUMNS", "400")
     main(["eval", "tiny"])
     out = seen(capsys)
     assert out.count(SHOWN) > 4 and f"better: {SHOWN}" in out
-    assert "[red]" in told(record(""))
+    assert "[red]" in format_record(record(""))
 
 
 def test_nor_in_an_error(

@@ -1,0 +1,157 @@
+"""What the stages of one run share: its recipe, its folder, its task's data, and how they open
+models, begin, and save. It must not import a stage's training code beyond its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.engine import Engine
+from gearshift.errors import ConfigError
+from gearshift.models.adapters import add_adapter
+from gearshift.models.embedded import source_of
+from gearshift.models.load import load_policy, save_model
+from gearshift.models.made import DONE, made_of
+from gearshift.pipeline.heldout import evaluate_policy, open_engine
+from gearshift.pipeline.memory import (
+    Shape,
+    available,
+    micro_batch,
+    parts_of,
+    resident,
+    shortage,
+    with_total,
+)
+from gearshift.pipeline.provenance import Trained, functions_of, made_from
+from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, claim_model
+from gearshift.pipeline.task_data import TaskData
+from gearshift.runtime.digests import Digests
+from gearshift.runtime.files import writing
+from gearshift.runtime.interrupt import doing
+from gearshift.runtime.seeding import named_seed
+from gearshift.runtime.terminal import echo
+from gearshift.trainers.preference import PreferenceConfig
+from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.sft import SFTConfig
+from gearshift.trainers.stage import Stage, StageConfig
+
+Fitted = TypeVar("Fitted", SFTConfig, PreferenceConfig, RLConfig)
+
+
+@dataclass
+class Context:
+    """One run of a recipe in its folder, as its stages see it."""
+
+    recipe: Recipe
+    folder: Path
+    echo: Callable[[str], None] = echo
+    """Takes each line that the run prints."""
+    trained: Trained | None = None
+    """The rows that the run trains on, which its held-out figures leave out."""
+    stage: Stage | None = None
+    """The stage that runs now."""
+    made: dict[str, Digests] = field(default_factory=dict)
+    """Digests of what the stage that runs now is made from."""
+
+    @property
+    def seed(self) -> int:
+        """All randomness of the run flows from it."""
+        return self.recipe.run.seed
+
+    @property
+    def task(self) -> TaskData:
+        """The recipe's task with its files."""
+        return TaskData(self.recipe, self.folder / "data")
+
+    def begin_stage(
+        self, name: StageName, total: int, config: StageConfig, start: str | None = None
+    ) -> Stage:
+        """The stage in its folder, `total` steps long. `start` names the model that it starts from;
+        None is the recipe's.
+        """
+        self.claim_model()  # the commit of a model on the hub is known once it was loaded
+        found = made_from(config, start, self.folder)
+        self.made = {"made_from": found}
+        if self.recipe.model.lora:
+            self.made["base"] = made_of(start or self.recipe.model.name)
+        functions = functions_of(config, self.recipe)
+        self.stage = Stage(
+            name, self.folder / name, total, self.seed, config, self.recipe, found, functions
+        )
+        return self.stage
+
+    def claim_model(self) -> None:
+        """Record what the model that the run starts from is made of, or compare it with that."""
+        claim_model(self.folder, made_of(self.recipe.model.name))
+
+    def newest_policy(self, before: str) -> str | None:
+        """The folder of the policy that the stages before `before` made; None is the recipe's
+        model. Raises `ConfigError` if one of them has not run.
+        """
+        stages = POLICIES[: POLICIES.index(before)] if before in POLICIES else POLICIES[:2]
+        for name in reversed(stages):
+            if getattr(self.recipe, name) is None:
+                continue
+            folder = self.folder / name
+            if not (folder / DONE).exists():
+                raise ConfigError(
+                    f"{before} starts from the {name} stage, which has not run in {self.folder}; "
+                    f"run it first, or set {name}=null."
+                )
+            return str(folder)
+        return None
+
+    def open_policy(self, config: Fitted, start: str | None) -> tuple[Fitted, Engine]:
+        """The policy that a stage trains, with a fresh adapter if the recipe has one; and the
+        stage's config with the sizes that it leaves to the memory.
+        """
+        model = load_policy(self.recipe.model, start)
+        if self.recipe.model.lora:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(named_seed(self.seed, "adapter"))
+                add_adapter(model, self.recipe.model.lora)
+        shape = Shape.of(model, model.dtype)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lora, engine = self.recipe.model.lora is not None, self.recipe.engine
+        parts = parts_of(config, engine, shape, trained, model.device, lora)
+        # The parts count what is loaded by now, too.
+        free = available(model.device) + resident(model.device)
+        tokens, recompute = micro_batch(config, engine, shape, parts, free)
+        parts["activations"] = tokens * shape.token(recompute)
+        if short := shortage(with_total(parts)["total"], free):
+            self.echo(f"memory: {short}")
+        if not config.micro_batch_tokens:
+            config = config.model_copy(update={"micro_batch_tokens": tokens})
+        return config, open_engine(self.recipe, start, model, recompute)
+
+    def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:
+        """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
+        to = self.folder / "validation"
+        if self.recipe.task and not (to / f"{name}.json").exists():
+            evaluate_policy(self.task, engine_of(), name, to, trained=self.trained)
+
+    def save(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        how: str,
+        start: str | None,
+    ) -> None:
+        """Write a model with its card, which says `how` it was made."""
+        base = self.recipe.model.name
+        card = (
+            f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"
+            f"The recipe is in `recipe.yaml` of the run; seed {self.seed}.\n"
+        )
+        origin = str(source_of(start or base))
+        if Path(origin).is_dir():
+            origin = str(Path(origin).resolve())
+        with writing(folder), doing(f"while saving {folder.name}"):
+            save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)

@@ -1,0 +1,163 @@
+"""What a run is made from: digests of the files that its stages read, and the rows that it learned
+from. It must not import an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gearshift.data import DataConfig, clean, load_rows
+from gearshift.data.overlap import asked, prompt_keys
+from gearshift.data.sources import source_mark
+from gearshift.errors import DataError, StorageError
+from gearshift.models.made import DONE, made_of
+from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
+from gearshift.runtime.digests import Digests, check_unchanged, file_digest, read_sealed
+from gearshift.tasks import get_task
+from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.stage import StageConfig
+from gearshift.types import Message
+
+
+def prepared(folder: Path, split: str) -> Path:
+    """A file that a task prepared in the folder. Raises `StorageError` if it changed since."""
+    path, done = folder / f"{split}.jsonl", folder / DONE
+    way_out = f"delete {folder}, and it is prepared again."
+    if done.exists():
+        known = read_sealed(done, way_out).get("digests", {})
+        check_unchanged(folder, {n: m for n, m in known.items() if n == path.name}, way_out)
+    return path
+
+
+def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
+    """Digests of the sources and models that a stage reads, by the names that the recipe has for
+    them. `start` is the model that the stage starts from; None is the recipe's.
+    """
+    found: Digests = {}
+    mix = getattr(config, "supervised", None)
+    for owner, key in ((config, "data"), (config, "heldout"), (mix, "data")):
+        data: DataConfig = getattr(owner, key, DataConfig())
+        for source in data.sources:
+            if source.path.startswith("task:"):
+                path = prepared(run / "data", source.path.removeprefix("task:"))
+                found[f"data/{path.name}"] = file_digest(path)
+            else:
+                found[source.path] = source_mark(source.path, source.split)
+    models = [start]
+    if isinstance(config, RLConfig):
+        path = prepared(run / "data", "train")
+        found |= {f"data/{path.name}": file_digest(path)} if path.exists() else {}
+        models += [config.critic, config.kl.reference if config.kl.beta else None]
+        for part in config.rewards:
+            kind, _, folders = part.source.partition(":")
+            models += (folders or "reward").split(",") if kind == "model" else []
+    for model in filter(None, models):
+        name = str(run / model) if model == "reward" else model
+        label = name.removeprefix(f"{run}/")
+        found |= {f"{label}/{file}": known for file, known in made_of(name).items()}
+    return found
+
+
+def functions_of(config: StageConfig, recipe: Recipe) -> Digests:
+    """Digests of the files that the rewards' functions are in."""
+    named = [part.source for part in getattr(config, "rewards", ())]
+    named.append(str(getattr(recipe.task, "reward", "")))
+    files = {name.rpartition(":")[0] for name in named}
+    return {file: file_digest(Path(file)) for file in sorted(files) if Path(file).is_file()}
+
+
+def recorded_made_from(stage: Path) -> Digests:
+    """Digests of what a finished stage was made from; {} for a stage that is not finished, or that
+    an earlier version made.
+    """
+    done = stage / DONE
+    way_out = f"delete {stage} to do this stage again."
+    return read_sealed(done, way_out).get("made_from", {}) if done.exists() else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run has learned from."""
+
+    run: Path
+    """Its folder."""
+    prompts: list[list[Message]]
+    """The prompts of its rows."""
+    clusters: frozenset[str]
+    """The problems that rows of its task name."""
+
+    def unseen(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[int]:
+        """The rows that share neither their prompt nor their problem, named in `column`, with what
+        the run has learned from.
+        """
+        keys = prompt_keys([*self.prompts, *map(prompt_of, rows)])
+        known = set(keys[: len(self.prompts)])
+        return [
+            i
+            for i, (row, key) in enumerate(zip(rows, keys[len(self.prompts) :], strict=True))
+            if not (key and key in known) and str(row.get(column)) not in self.clusters
+        ]
+
+
+def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
+    """The rows of every stage that the run has begun, or (`begun=False`) of every stage that it
+    has; and of the runs that it went on from. Raises `DataError` if one of their files is gone.
+    """
+    found, clusters = [], set()
+    for name in STAGES:
+        config = getattr(recipe, name)
+        if config is None or (begun and not (run / name).is_dir()):
+            continue
+        data = config.supervised.data if name == "rl" else config.data
+        found += _source_rows(data, run, run / name, begun)
+        if name == "rl" and recipe.task and (path := prepared(run / "data", "train")).exists():
+            rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
+            found += rows
+            clusters |= {str(row[column]) for row in rows if row.get(column) is not None}
+    prompts = [prompt for row in found for prompt in asked(row)]
+    before = run_of(Path(recipe.model.name).expanduser())
+    if before and before.resolve() != run.resolve():
+        earlier = trained_on(before, recipe_of(before))
+        prompts, clusters = prompts + earlier.prompts, clusters | earlier.clusters
+    return Trained(run, prompts, frozenset(clusters))
+
+
+def _source_rows(data: DataConfig, run: Path, stage: Path, begun: bool) -> list[dict[str, Any]]:
+    """The cleaned rows of a stage's sources. Raises `StorageError` if one changed since."""
+    found, known = [], recorded_made_from(stage)
+    for source in data.sources:
+        label = path = source.path
+        if path.startswith("task:"):
+            path = str(prepared(run / "data", path.removeprefix("task:")))
+            label = f"data/{Path(path).name}"
+        was = known.get(label)
+        try:
+            if was and source_mark(path, source.split) != was:
+                raise StorageError(
+                    f"{path} is not what {stage} was made from; put it back as it was, or "
+                    "choose another run.dir."
+                )
+            rows = load_rows(path, source.split)[: source.limit]
+        except DataError as error:
+            if not begun:
+                raise
+            raise DataError(
+                f"What {run} trained on is not known, so neither is what it has not seen: {error}"
+            ) from None
+        found += clean(rows, data.clean)[0]
+    return found
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or is a part of: a stage, its adapter, its average."""
+    near = (folder, *folder.parents)[:3] if folder.is_dir() else ()
+    return next((place for place in near if (place / "recipe.yaml").exists()), None)
+
+
+def prompt_of(row: Mapping[str, Any]) -> list[Message]:
+    """A row's prompt as messages."""
+    prompt = row["prompt"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -1,0 +1,333 @@
+"""The five stages of a run: each opens its model, reads its rows, trains, saves, and measures what
+it made. Each is a function of its own config and of the run. What a stage returns goes into its
+`done.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gearshift.data import to_judged, to_preference, to_steps, to_supervised
+from gearshift.data.text import decode
+from gearshift.engine import Engine
+from gearshift.errors import ConfigError, DataError, ModelError
+from gearshift.models.classifier import context, use_own_pad
+from gearshift.models.load import load_classifier, load_policy, load_tokenizer, writes_text
+from gearshift.models.vocabulary import check_same_tokens
+from gearshift.pipeline.context import Context
+from gearshift.pipeline.heldout import open_engine, perplexity
+from gearshift.pipeline.recipe import StageName
+from gearshift.pipeline.records import records
+from gearshift.pipeline.stage_data import Row, mix, render_rows, render_sources
+from gearshift.rewards.composite import CompositeReward
+from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.runtime.digests import write_sealed
+from gearshift.runtime.interrupt import doing
+from gearshift.runtime.metrics import read_metrics
+from gearshift.trainers.preference import (
+    NEEDS_REFERENCE,
+    Judged,
+    PreferenceConfig,
+    PreferenceTrainer,
+    render_judged,
+)
+from gearshift.trainers.process_reward_model import (
+    ProcessRewardConfig,
+    Steps,
+    render_steps,
+    step_accuracy,
+    train_process_model,
+)
+from gearshift.trainers.reward_model import (
+    Pair,
+    RewardModelConfig,
+    pair_accuracy,
+    render_pairs,
+    train_reward_model,
+)
+from gearshift.trainers.rl.critic import Critic, TokenCritic, load_critic
+from gearshift.trainers.rl.logprob_gap import logprob_gap
+from gearshift.trainers.rl.loop import RLConfig, RLTrainer
+from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
+from gearshift.types import SamplingParams
+
+Result = dict[str, Any]
+
+
+def sft(config: SFTConfig, run: Context) -> Result:
+    """Supervised fine-tuning of the recipe's model."""
+    config, engine = run.open_policy(config, None)
+    render = partial(_render_supervised, engine=engine, max_length=config.max_length)
+    examples = mix(config.data, run, render_sources(config.data, run, render))
+    stage = run.begin_stage("sft", config.steps(len(examples)), config)
+    train_sft(config, engine, examples, stage)
+    run.save(stage.folder, engine.model, engine.tokenizer, "supervised fine-tuning", None)
+    run.heldout("sft", lambda: engine)
+    return {"examples": len(examples), "steps": stage.total}
+
+
+def preference(config: PreferenceConfig, run: Context) -> Result:
+    """Preference learning of the newest policy."""
+    start = run.newest_policy(before="preference")
+    config, engine = run.open_policy(config, start)
+    max_length = config.max_length
+
+    def render(rows: list[Row]) -> list[Judged]:
+        examples = [to_judged(r) for r in rows]
+        return render_judged(examples, engine.tokenizer, max_length, engine.max_length)
+
+    sources = render_sources(config.data, run, render)
+    heldout = render_rows(config.heldout, run, render)
+    rows = mix(config.data, run, sources)
+    reference = None
+    if config.reference == "each_step" and config.loss in NEEDS_REFERENCE:
+        reference = load_reference(run, engine, start)
+    trainer = PreferenceTrainer(config, engine, reference)
+    if reference is None:
+        trainer.precompute([row for source in sources for row in source])
+    trainer.precompute(heldout)
+    stage = run.begin_stage("preference", config.steps(len(rows)), config, start)
+    trainer.train(rows, stage)
+    how = f"preference learning ({config.loss})"
+    run.save(stage.folder, engine.model, engine.tokenizer, how, start)
+    run.heldout("preference", lambda: engine)
+    accuracy = trainer.accuracy(heldout) if heldout else None
+    return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
+
+
+def reward(config: RewardModelConfig, run: Context) -> Result:
+    """A reward model, from `config.model` or from the newest policy."""
+    start = config.model or run.newest_policy(before="reward")
+    model, tokenizer = _classifier(run, start)
+
+    def render(rows: list[Row]) -> list[Pair]:
+        examples = [to_preference(r) for r in rows]
+        return render_pairs(examples, tokenizer, config.max_length, context(model))
+
+    pairs = mix(config.data, run, render_sources(config.data, run, render))
+    heldout = render_rows(config.heldout, run, render)
+    stage = run.begin_stage("reward", config.steps(len(pairs)), config, start)
+    train_reward_model(config, model, pairs, stage)
+    run.save(stage.folder, model, tokenizer, "reward modelling (Bradley-Terry)", start)
+    accuracy = pair_accuracy(model, heldout) if heldout else None
+    return {
+        "pairs": len(pairs),
+        "heldout_pairs": len(heldout),
+        "accuracy": accuracy,
+        "steps": stage.total,
+    }
+
+
+def process(config: ProcessRewardConfig, run: Context) -> Result:
+    """A reward model of steps, from `config.model` or from the newest policy."""
+    start = config.model or run.newest_policy(before="process")
+    model, tokenizer = _classifier(run, start, of_tokens=True)
+
+    def render(rows: list[Row]) -> list[Steps]:
+        examples = [to_steps(r) for r in rows]
+        lengths = config.max_length, context(model)
+        return render_steps(examples, tokenizer, config.separator, *lengths)
+
+    rows = mix(config.data, run, render_sources(config.data, run, render))
+    heldout = render_rows(config.heldout, run, render)
+    stage = run.begin_stage("process", config.steps(len(rows)), config, start)
+    train_process_model(config, model, rows, stage)
+    run.save(stage.folder, model, tokenizer, "process reward modelling", start)
+    accuracy = step_accuracy(model, heldout) if heldout else None
+    return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
+
+
+def rl(config: RLConfig, run: Context) -> Result:
+    """Reinforcement learning of the newest policy on the recipe's task."""
+    if run.recipe.task is None:
+        raise ConfigError(
+            "rl needs an environment; set task.name, for example task.name=voice_assistant."
+        )
+    start = run.newest_policy(before="rl")
+    config, engine = run.open_policy(config, start)
+    with ExitStack() as opened:
+        reference = None
+        if config.kl.beta > 0:
+            reference = load_reference(run, engine, start, config.kl.reference)
+        collector = opened.enter_context(run.task.collector(engine, "train"))
+        score = CompositeReward(
+            config.rewards, run.recipe.model, run.folder / "reward", engine.tokenizer
+        )
+        opened.enter_context(closing(score))
+        mixed = config.supervised
+        render = partial(_render_supervised, engine=engine, max_length=mixed.max_length)
+        trainer = RLTrainer(
+            config,
+            engine,
+            collector,
+            usable_rows(config, run, collector, engine),
+            score,
+            run.begin_stage("rl", config.steps, config, start),
+            reference=reference,
+            critic=load_value_model(config, run, engine, start)
+            if config.value == "critic"
+            else None,
+            examples=mix(mixed.data, run, render_sources(mixed.data, run, render))
+            if mixed.data.sources
+            else None,
+        )
+        trainer.train()
+    folder = run.folder / "rl"
+    if trainer.average:
+        with trainer.average.applied():
+            run.save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
+    run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
+    if left_out := trainer.left_out.told():
+        run.echo(f"rl: {left_out}")
+    how = f"reinforcement learning ({config.advantage})"
+    run.save(folder, engine.model, engine.tokenizer, how, start)
+    run.heldout("rl", lambda: engine)
+    with doing("while measuring what rl has made"):
+        gap = _measure_gap(config, run, engine)
+        if run.recipe.eval.perplexity:
+            _add_perplexity(run, start)
+    failures = sum(trainer.left_out.counts.values())
+    return {"steps": config.steps, "failures": failures, "gap": gap}
+
+
+STAGE_FUNCTIONS: dict[StageName, Callable[[Any, Context], Result]] = {
+    "sft": sft,
+    "preference": preference,
+    "reward": reward,
+    "process": process,
+    "rl": rl,
+}
+
+
+def _render_supervised(rows: list[Row], engine: Engine, max_length: int) -> list[Rendered]:
+    return render_examples([to_supervised(r) for r in rows], engine, max_length)
+
+
+def _classifier(
+    run: Context, start: str | None, of_tokens: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = load_classifier(run.recipe.model, start, of_tokens=of_tokens, fresh_head=True)
+    tokenizer = load_tokenizer(run.recipe.model, start, of_policy=False)
+    use_own_pad(model, tokenizer)
+    return model, tokenizer
+
+
+def usable_rows(
+    config: RLConfig, run: Context, collector: Collector, engine: Engine
+) -> Sequence[int] | None:
+    """The rows to draw prompts from, None where there are none. Rows whose prompt is too long, or
+    that the chat template refuses, are an error that names file and line, or are left out.
+    """
+    count, path = run.task.rows("train"), run.task.path("train")
+    if count is None:
+        return None
+    longest = min(engine.max_length, engine.config.kv_cache_tokens or engine.max_length)
+    if config.max_new_tokens >= longest:
+        raise ConfigError(
+            f"rl.max_new_tokens={config.max_new_tokens} leaves no place for a prompt in "
+            f"{longest} tokens; lower it."
+        )
+    unusable = collector.unusable_rows(count, longest - config.max_new_tokens)
+    if not unusable:
+        return range(count)
+    row, why = next(iter(unusable.items()))
+    message = f"{path}, line {row + 1}: {why}; {len(unusable)} of {count} rows cannot be used"
+    if config.overlong_prompts == "error" or len(unusable) == count:
+        drop = "" if len(unusable) == count else ", or set rl.overlong_prompts=drop"
+        raise DataError(f"{message}. Shorten them or lower rl.max_new_tokens{drop}.")
+    run.echo(f"rl: {message}, and are left out")
+    return [i for i in range(count) if i not in unusable]
+
+
+def load_value_model(config: RLConfig, run: Context, engine: Engine, start: str | None) -> Critic:
+    """The critic that `rl.critic` names: a folder, this run's reward model, or (null) the policy as
+    it starts.
+    """
+    model, named = run.recipe.model, config.critic
+    folder = str(run.folder / "reward") if named == "reward" else named
+    if folder and not Path(folder).is_dir():
+        raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
+    if folder and named == "reward" and writes_text(model, folder):
+        raise ModelError(
+            f"rl.critic: {folder} holds a language model, which has no trained score head; "
+            "train the reward stage, or set rl.critic=null to start from the policy."
+        )
+    critic = load_critic(model, folder or start, partial(decode, engine.tokenizer))
+    if folder and isinstance(critic, TokenCritic):
+        _check_reads(f"rl.critic: {folder}", critic.trunk, run, folder, engine)
+    return critic
+
+
+def load_reference(
+    run: Context, engine: Engine, start: str | None, named: str | None = None
+) -> PreTrainedModel:
+    """The policy as it starts: a second copy; or, with adapters, the same model, which is scored
+    with them switched off. Or the model that is `named`.
+    """
+    if named:
+        teacher = load_policy(run.recipe.model, named).requires_grad_(False)
+        _check_reads(f"rl.kl.reference: {named}", teacher, run, named, engine)
+        return teacher
+    if run.recipe.model.lora:
+        return engine.model
+    return load_policy(run.recipe.model, start).requires_grad_(False)
+
+
+def _check_reads(
+    key: str, model: PreTrainedModel, run: Context, folder: str, engine: Engine
+) -> None:
+    """Raises `ConfigError` for a model that has other tokens than the policy, or that cannot read
+    the longest episode.
+    """
+    tokenizer = load_tokenizer(run.recipe.model, folder, of_policy=False)
+    check_same_tokens(key, model, tokenizer, engine)
+    if (most := context(model)) < engine.max_length:
+        raise ConfigError(
+            f"{key} takes {most} tokens, and an episode may have {engine.max_length}; "
+            f"set engine.max_length={most}."
+        )
+
+
+def _measure_gap(config: RLConfig, run: Context, engine: Engine) -> dict[str, Any]:
+    """By how much the gears' log-probs differ on held-out prompts, sampled from the trained
+    policy.
+    """
+    rows = run.task.rows("validation")
+    params = SamplingParams(n=2, max_new_tokens=config.max_new_tokens)
+    starts = [EpisodeSpec(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
+    with run.task.collector(engine, "validation") as collector:
+        gap = logprob_gap(engine, collector, starts, params)
+    return {**gap, "dtype": str(engine.model.dtype).removeprefix("torch.")}
+
+
+def _add_perplexity(run: Context, start: str | None) -> None:
+    """Add to each held-out record its answers' perplexity under the policy that RL began from."""
+    engine = open_engine(run.recipe, start)
+    for name, record in records(run.folder / "validation").items():
+        episodes = [s for s in record["samples"] if not s["failed"]]
+        record["perplexity"] = perplexity(engine, episodes)
+        write_sealed(run.folder / "validation" / f"{name}.json", record)
+
+
+def _step_times(steps: Sequence[dict[str, float]]) -> str:
+    """How long the parts of a step of reinforcement learning took, by medians."""
+
+    def middle(name: str) -> float:
+        known = [step[name] for step in steps if step.get(name) is not None]
+        return median(known) if known else float("nan")
+
+    parts = {name: middle(f"engine/{name}_seconds") for name in ("shift", "prefill", "decode")}
+    parts |= {name: middle(f"seconds/{name}") for name in ("reward", "score", "train")}
+    listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    return (
+        f"rl: {middle('step_time'):.2f} s a step ({listed}); decoding "
+        f"{middle('engine/decode_tokens_per_second'):,.0f} tokens/s, "
+        f"{middle('engine/roofline_fraction'):.0%} of what this machine could at best"
+    )
