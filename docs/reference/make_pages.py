@@ -1,0 +1,44 @@
+"""Makes the pages of the API reference from the folders of the package, for mkdocs.yml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gearshift"
+FOLDERS = (
+    "engine", "models", "algorithms", "rollouts", "rewards", "environments", "tasks", "trainers",
+    "pipeline", "data", "runtime", "kernels",
+)  # fmt: skip
+NOT_SHOWN = ("sandbox_child",)
+"""A program of its own that nobody imports."""
+
+_OUTSIDE = re.compile(r"\[[^\]]*\]\(((?:\.\./)+)([^)#]+)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add one page for the public API and one for each folder."""
+    ground = ["gearshift", "gearshift.types", "gearshift.batch", "gearshift.errors"]
+    pages = {"gearshift": ground} | {folder: modules(folder) for folder in FOLDERS}
+    for name, shown in pages.items():
+        title = "Public API" if name == "gearshift" else f"gearshift.{name}"
+        text = "\n\n".join([f"# {title}", *(f"::: {module}" for module in shown)])
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def modules(folder: str) -> list[str]:
+    """The dotted names of a folder's public modules, files before folders."""
+    paths = (PACKAGE / folder).rglob("*.py")
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    shown = [p for p in parts if p[-1] != "__init__" and not set(p) & set(NOT_SHOWN)]
+    return [".".join(p) for p in sorted(shown, key=lambda p: (len(p), p))]
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Show a link to a file outside the site as that file's name."""
+    return _OUTSIDE.sub(r"`\2`", markdown)

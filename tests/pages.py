@@ -1,0 +1,100 @@
+"""The pages for users: their fenced blocks, and how a page's files and commands are run.
+
+    python tests/pages.py PAGE...
+
+runs pages with the `gearshift` and `python` that are first in PATH. It needs the standard library
+alone.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md")),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, from its beginning to its end."""
+    found = re.findall(
+        r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', page.read_text("utf-8"), re.M | re.S
+    )
+    return [Block(language, title, text) for language, title, text in found]
+
+
+def programs(folder: Path) -> dict[str, str]:
+    """Write `python` and `gearshift` as an installed checkout has them into the folder; returns an
+    environment that finds them.
+    """
+    module, name = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+        "scripts"
+    ]["gearshift"].split(":")
+    folder.mkdir()
+    scripts = {
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "gearshift": f"#!{sys.executable}\nfrom {module} import {name}\n{name}()\n",
+    }
+    for script, text in scripts.items():
+        (folder / script).write_text(text, encoding="utf-8")
+        (folder / script).chmod(0o755)
+    (folder / "site").mkdir()
+    (folder / "site" / "gearshift").symlink_to(ROOT / "gearshift")
+    return {
+        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(folder / "site"),
+        "COLUMNS": "200", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def run_page(page: Path, folder: Path, environment: dict[str, str]) -> list[str]:
+    """Write the titled files of a page and run its commands in `folder`, with the tiny model in
+    place of the embedded one; returns what each block of commands printed.
+
+    A block of commands titled "once" installs something, and is left out. A block of text is what
+    the commands before it print on any machine, unless its title says otherwise.
+    """
+    printed = [""]
+    for block in blocks(page):
+        if block.language in ("python", "yaml") and block.title:
+            text = block.text.replace("name: embedded", "name: tiny")
+            (folder / block.title).write_text(text, encoding="utf-8")
+        elif block.language == "sh" and block.title != "once":
+            # As a user's shell: what PYTHONPATH a command sets, it adds to the program's.
+            text = block.text.replace("PYTHONPATH=.", "PYTHONPATH=.:$PYTHONPATH")
+            done = subprocess.run(
+                ["bash", "-e", "-c", text], cwd=folder, env=environment, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=600,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{block.text}\n{done.stdout}"
+            printed.append(done.stdout)
+        elif block.language == "text" and not block.title:
+            for line in block.text.splitlines():
+                assert line in printed[-1].splitlines(), f"not printed: {line}\n{printed[-1]}"
+    return printed
+
+
+def main() -> None:
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": ""}
+    for page in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            run_page(Path(page), Path(folder), environment)
+        print(f"{page}: its files and commands work")
+
+
+if __name__ == "__main__":
+    main()
