@@ -1,3 +1,84 @@
-"""Gearshift: align language models with reinforcement learning on one copy of the weights."""
+"""Gearshift: align language models with reinforcement learning on one copy of the weights.
+
+    from gearshift import train_rl
+    result = train_rl("HuggingFaceTB/SmolLM2-135M-Instruct", prompts, reward, output="runs/x")
+
+The names below are imported when they are first used, so that `import gearshift` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gearshift.data.sources import DataConfig as DataConfig
+    from gearshift.data.sources import SourceConfig as SourceConfig
+    from gearshift.engine import Engine as Engine
+    from gearshift.engine import EngineConfig as EngineConfig
+    from gearshift.environments.base import RowEnvironment as RowEnvironment
+    from gearshift.environments.base import TextEnvironment as TextEnvironment
+    from gearshift.errors import CapacityError as CapacityError
+    from gearshift.errors import CheckpointError as CheckpointError
+    from gearshift.errors import ConfigError as ConfigError
+    from gearshift.errors import DataError as DataError
+    from gearshift.errors import FolderInUseError as FolderInUseError
+    from gearshift.errors import GearshiftError as GearshiftError
+    from gearshift.errors import InterruptedRunError as InterruptedRunError
+    from gearshift.errors import ModelError as ModelError
+    from gearshift.errors import NumericalError as NumericalError
+    from gearshift.errors import StorageError as StorageError
+    from gearshift.models.load import ModelConfig as ModelConfig
+    from gearshift.pipeline.api import train_dpo as train_dpo
+    from gearshift.pipeline.api import train_reward_model as train_reward_model
+    from gearshift.pipeline.api import train_rl as train_rl
+    from gearshift.pipeline.api import train_sft as train_sft
+    from gearshift.pipeline.result import RunResult as RunResult
+    from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
+    from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
+    from gearshift.trainers.rl.loop import RLConfig as RLConfig
+    from gearshift.trainers.sft import SFTConfig as SFTConfig
+    from gearshift.types import Completion as Completion
+    from gearshift.types import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "data.sources": ("DataConfig", "SourceConfig"),
+    "engine": ("Engine", "EngineConfig"),
+    "environments.base": ("RowEnvironment", "TextEnvironment"),
+    "errors": (
+        "CapacityError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "FolderInUseError",
+        "GearshiftError",
+        "InterruptedRunError",
+        "ModelError",
+        "NumericalError",
+        "StorageError",
+    ),
+    "models.load": ("ModelConfig",),
+    "pipeline.api": ("train_dpo", "train_reward_model", "train_rl", "train_sft"),
+    "pipeline.result": ("RunResult",),
+    "trainers.preference": ("PreferenceConfig",),
+    "trainers.reward_model": ("RewardModelConfig",),
+    "trainers.rl.loop": ("RLConfig",),
+    "trainers.sft": ("SFTConfig",),
+    "types": ("Completion", "SamplingParams"),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import gymnasium
 
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.runtime.user_functions import describe_error
+from gearshift.runtime.user_functions import describe_error, load_function
 
 
 class GuessNumber(TextEnvironment):
@@ -69,12 +70,16 @@ class GuessNumber(TextEnvironment):
 
 
 def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
-    """The registered environment `id`, of any kind, made with `kwargs`.
+    """The registered environment `id`, of any kind, made with `kwargs`; or what the class or
+    function makes that `id` names: `module:Name`, `file.py:Name`, `given:Name`.
 
     Wrappers that its registration asks for (a time limit, say) stay around it, so only Gymnasium's
     API is sure. Raises `ConfigError` if there is no such id or it takes no such arguments.
     """
+    factory = _named(id)
     try:
+        if factory:
+            return factory(**kwargs)
         # Gymnasium's checker would look at the first steps of every copy; the tests do that once.
         return gymnasium.make(id, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
@@ -91,6 +96,19 @@ def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         raise ConfigError(
             f"The environment {id} cannot be made: {describe_error(error)}."
         ) from error
+
+
+def _named(id: str) -> Callable[..., gymnasium.Env[Any, Any]] | None:
+    """The class or function that `id` names; None for an id that is Gymnasium's to find."""
+    place, _, name = id.rpartition(":")
+    if not place or not name.isidentifier():
+        return None
+    try:
+        factory = load_function(id, "environment")
+    except ConfigError:
+        if name not in gymnasium.registry:  # its module registers what is no attribute of it
+            raise
+    return None if name in gymnasium.registry else factory
 
 
 def make_environment(id: str, **kwargs: Any) -> TextEnvironment:

@@ -18,6 +18,7 @@ from gearshift.models.adapters import add_adapter
 from gearshift.models.embedded import source_of
 from gearshift.models.load import load_policy, save_model
 from gearshift.models.made import DONE, made_of
+from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
 from gearshift.pipeline.memory import (
     Shape,
@@ -52,6 +53,8 @@ class Context:
     folder: Path
     echo: Callable[[str], None] = echo
     """Takes each line that the run prints."""
+    given: Given = field(default_factory=Given)
+    """What the caller hands in besides the recipe."""
     trained: Trained | None = None
     """The rows that the run trains on, which its held-out figures leave out."""
     stage: Stage | None = None
@@ -80,10 +83,10 @@ class Context:
         self.made = {"made_from": found}
         if self.recipe.model.lora:
             self.made["base"] = made_of(start or self.recipe.model.name)
-        functions = functions_of(config, self.recipe)
-        self.stage = Stage(
-            name, self.folder / name, total, self.seed, config, self.recipe, found, functions
-        )
+        functions = functions_of(config, self.recipe) | self.given.digests()
+        origins, callbacks = (self.recipe, found, functions), self.given.callbacks
+        folder = self.folder / name
+        self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks)
         return self.stage
 
     def claim_model(self) -> None:

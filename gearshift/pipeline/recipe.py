@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from gearshift.engine import EngineConfig
 from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
+from gearshift.pipeline.given import GIVEN
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
@@ -123,7 +124,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        known, begun = recorded(folder), _has_begun(folder)
+        known, begun = recorded(folder), has_begun(folder)
         for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
             left.unlink(missing_ok=True)
     if known and begun and (changed := differences(identity(known), identity(recipe))):
@@ -191,10 +192,11 @@ def claim_model(folder: Path, made: Digests) -> None:
         )
 
 
-def _has_begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
     its data or its model, left none.
     """
-    own = ("recipe.yaml", RECORD, LOCK_FILE, FALLBACK_LOCK_FILE)
-    others = [p for p in folder.iterdir() if p.name not in own and not p.match(UNFINISHED)]
+    own = ("recipe.yaml", RECORD, LOCK_FILE, FALLBACK_LOCK_FILE, GIVEN)
+    there = folder.iterdir() if folder.is_dir() else ()
+    others = [p for p in there if p.name not in own and not p.match(UNFINISHED)]
     return any(not p.is_dir() or any(p.iterdir()) for p in others)

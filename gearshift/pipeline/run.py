@@ -19,9 +19,10 @@ import torch
 from gearshift.errors import CapacityError
 from gearshift.models.made import DONE, check_kept, written_by
 from gearshift.pipeline.context import Context
+from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import open_engine
 from gearshift.pipeline.provenance import trained_on
-from gearshift.pipeline.recipe import STAGES, Recipe, StageName, claim, dated
+from gearshift.pipeline.recipe import STAGES, Recipe, StageName, claim, dated, has_begun
 from gearshift.pipeline.records import records
 from gearshift.pipeline.stages import STAGE_FUNCTIONS
 from gearshift.pipeline.summary import summarise
@@ -30,16 +31,21 @@ from gearshift.runtime.digests import file_digests, write_sealed
 from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import Interrupt, doing
 from gearshift.runtime.terminal import echo, one_line, tolerate_lost_output
+from gearshift.runtime.user_functions import given_functions
 
 
 class Run:
     """One run of a recipe in its folder."""
 
-    def __init__(self, recipe: Recipe, echo: Callable[[str], None] = echo) -> None:
-        """Raises `ConfigError` if the folder holds a run of another recipe."""
+    def __init__(
+        self, recipe: Recipe, echo: Callable[[str], None] = echo, given: Given | None = None
+    ) -> None:
+        """`given` is what the caller hands in besides the recipe. Raises `ConfigError` if the
+        folder holds a run of another recipe.
+        """
         self.folder = Path(recipe.run.dir)
         self.recipe = dated(recipe, self.folder)
-        self.context = Context(self.recipe, self.folder, echo)
+        self.context = Context(self.recipe, self.folder, echo, given or Given())
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
         """Run these stages (and what they need of data); returns and writes the summary.
@@ -52,7 +58,9 @@ class Run:
             Interrupt(),
             lock_run_folder(self.folder),
             _own_torch(self.recipe),
+            given_functions(self.context.given.functions),
         ):
+            self.context.given.write(self.folder, has_begun(self.folder))
             return self._execute(tuple(stages))
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import ctypes
 import errno
 import gc
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gearshift.errors import GearshiftError, ModelError
@@ -30,6 +32,23 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, 2**26)
     )
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, freed memory is kept as `keep_freed_memory` says; after it glibc's own limits hold
+    again.
+    """
+    kept = keep_freed_memory()
+    try:
+        yield
+    finally:
+        if kept:
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_MAX, 65536)
+            mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+            mallopt(_M_TOP_PAD, 128 << 10)
+            give_back_freed_memory()
 
 
 def give_back_freed_memory() -> None:

@@ -78,10 +78,16 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     tree = _read(path) if path else {}
     for override in overrides:
         _apply(tree, override)
+    return validated(cls, tree, f"{path}: " if path else "")
+
+
+def validated(cls: type[C], tree: dict[str, Any], where: str = "") -> C:
+    """The config that the tree describes. Raises `ConfigError`, one line that begins with `where`,
+    on a bad key, type or value.
+    """
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        where = f"{path}: " if path else ""
         errors = error.errors(include_url=False)
         raise ConfigError(where + _explain(cls, tree, errors)) from None
 

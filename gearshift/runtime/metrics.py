@@ -44,12 +44,15 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size, self._hash = 0, hashlib.blake2b()
+        self.newest: dict[str, Any] = {}
+        """The record that was added last."""
         self._before: dict[int, Extent] = {}
         """Of the last steps that have lines: how far the file was written before the first."""
 
     def append(self, step: int, record: Mapping[str, Any]) -> None:
         """Add one line; a figure that is not finite becomes null, as JSON has no word for it."""
-        text = json.dumps(_finite({"step": step, **record}), ensure_ascii=False, allow_nan=False)
+        self.newest = _finite({"step": step, **record})
+        text = json.dumps(self.newest, ensure_ascii=False, allow_nan=False)
         # JSON writes what UTF-8 cannot hold, half a surrogate pair, as this escape too.
         line = f"{text}\n".encode("utf-8", errors="backslashreplace")
         if step not in self._before:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import is_quiet, one_line
 
 _PLAIN_SECONDS = 10.0
 _WINDOW = 20
@@ -37,7 +37,7 @@ class Progress:
     ) -> None:
         """done: steps that an earlier run did, which say nothing about this one's speed."""
         self.total, self.description, self.done = total_steps, one_line(description), done
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=is_quiet())
         self._phase = ""
         self._figures: dict[str, float] = {}
         self._tokens = 0

@@ -38,7 +38,27 @@ def one_line(text: str, most: int = 300) -> str:
 
 def echo(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
     """Print the text, printable, at once; to standard output if no file is given."""
-    print(printable(text), end=end, file=file or sys.stdout, flush=True)
+    if not _quiet:
+        print(printable(text), end=end, file=file or sys.stdout, flush=True)
+
+
+@contextmanager
+def quiet(silent: bool = True) -> Iterator[None]:
+    """Inside, `echo` prints nothing and no progress is shown, if `silent`."""
+    global _quiet
+    before, _quiet = _quiet, _quiet or silent
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def is_quiet() -> bool:
+    """Whether a `quiet` is open."""
+    return _quiet
+
+
+_quiet = False
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -1,10 +1,14 @@
-"""A function of the user's by its name: `package.module:function` or `path/to/file.py:function`."""
+"""A function of the user's by its name: `package.module:function`, `path/to/file.py:function`, or
+`given:function` for one that a call from Python brought along.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,12 +17,55 @@ from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import one_line
 from gearshift.runtime.urls import redact_urls
 
+GIVEN = "given:"
+"""What the name of a function begins with that has no module to be imported from."""
+_given: dict[str, Callable[..., Any]] = {}
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name under which `load_function` finds the function: `module:name` where another process
+    can import it, else `given:name`.
+    """
+    module = getattr(function, "__module__", None) or ""
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    if module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
+        return f"{module}:{name}"
+    return f"{GIVEN}{getattr(function, '__name__', None) or type(function).__name__}"
+
+
+@contextmanager
+def given_functions(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, `load_function` finds these functions by their names, which begin with `given:`.
+
+    Raises `ConfigError` where another run of this process uses one of the names for another one.
+    """
+    for name, function in functions.items():
+        if _given.get(name, function) is not function:
+            raise ConfigError(
+                f"Another run of this process uses the name {name.removeprefix(GIVEN)} for another "
+                "function; give this one a name of its own."
+            )
+    new = functions.keys() - _given.keys()
+    _given.update(functions)
+    try:
+        yield
+    finally:
+        for name in new:
+            del _given[name]
+
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The function that `spec` names; `what` it is for is said in errors ("reward").
 
     Raises `ConfigError` when there is no such file, module or function, or its import fails.
     """
+    if spec.startswith(GIVEN):
+        if spec not in _given:
+            raise ConfigError(
+                f"The {what} `{spec}` is a function that a Python program gave to its run; start "
+                "that program again, or move the function into a module and name it module:name."
+            )
+        return _given[spec]
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(

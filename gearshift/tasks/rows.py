@@ -328,8 +328,15 @@ class RowsEnvironment(RowEnvironment):
         return said
 
 
-# A file is run once for all environments side by side, so that what it keeps is kept.
-_loaded = lru_cache(16)(load_reward)
+def _loaded(reward: str) -> RewardFunction:
+    """The function; its file runs once for all environments, until it changes."""
+    file = Path(reward.rpartition(":")[0])
+    return _from_file(reward, file.stat().st_mtime_ns) if file.is_file() else load_reward(reward)
+
+
+@lru_cache(16)
+def _from_file(reward: str, changed: int) -> RewardFunction:
+    return load_reward(reward)
 
 
 def _make(config: RowsConfig, path: Path) -> RowsEnvironment:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -50,6 +50,33 @@ class StageConfig(Config):
     """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Functions of the caller that a stage calls between its steps.
+
+    What one of them raises ends the run, unchanged; the steps so far are saved, and the same run
+    goes on after them.
+    """
+
+    on_step: Callable[[int, dict[str, Any]], object] | None = None
+    """(step, metrics) after each step; steps count from 0, as in `metrics.jsonl`."""
+    on_rollout: Callable[[int, list[dict[str, Any]]], object] | None = None
+    """(step, episodes) after each step of RL, as `rollouts.jsonl` holds them."""
+    on_checkpoint: Callable[[int, Path], object] | None = None
+    """(steps that are done, folder) after each checkpoint."""
+
+    def after_step(
+        self, step: int, metrics: MetricsLog, rollouts: MetricsLog, saved: Path | None
+    ) -> None:
+        """Call those that have something to hear: the records of this step, and what was saved."""
+        if self.on_step and metrics.newest.get("step") == step:
+            self.on_step(step, dict(metrics.newest))
+        if self.on_rollout and rollouts.newest.get("step") == step:
+            self.on_rollout(step, rollouts.newest["episodes"])
+        if self.on_checkpoint and saved:
+            self.on_checkpoint(step + 1, saved)
 
 
 class EpochsConfig(StageConfig):
@@ -106,6 +133,7 @@ class Stage:
         recipe: Config | None = None,
         made_from: Digests | None = None,
         functions: Digests | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         """`recipe` and the files of `made_from` are what a checkpoint must have been made under to
         be taken up again; that a file of `functions` changed is only told. Trackers get the recipe.
@@ -130,6 +158,7 @@ class Stage:
         self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", told)
         self._progress: Progress | None = None
         self._mark: _Mark | None = None
+        self._callbacks = callbacks or Callbacks()
 
     def track(self, **objects: Stateful) -> None:
         """Put these objects' state into every checkpoint."""
@@ -161,9 +190,11 @@ class Stage:
                 self._mark = self._marked(step + 1)
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
                 asked = interrupt.requested
+                saved = None
                 if asked or (due and step + 1 < self.total):
                     with interrupt.shielded():
-                        self.save(step + 1)
+                        saved = self.save(step + 1)
+                self._callbacks.after_step(step, self.metrics, self.rollouts, saved)
                 if asked:
                     interrupt.stop(
                         f"Stopped after step {step + 1} of {self.total} ({self.name}); "
@@ -216,12 +247,12 @@ class Stage:
             shown = {k: metrics[k] for k in ("loss", "reward", "kl", "accuracy") if k in metrics}
             self._progress.advance(1, tokens=tokens, **shown)
 
-    def save(self, step: int, small: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint to go on from at `step`, unless there is one of then or later.
-        `small`: states that stand in place of what the objects have now.
+    def save(self, step: int, small: Mapping[str, Any] | None = None) -> Path | None:
+        """Write a checkpoint to go on from at `step`, unless there is one of then or later; its
+        folder. `small`: states that stand in place of what the objects have now.
         """
         if checkpoint.newest_step(self.folder / "checkpoints") >= step:
-            return
+            return None
         states = {name: thing.state_dict() for name, thing in self._tracked.items()}
         tensors, skeleton = checkpoint.flatten({**states, **(small or {})})
         state = {
@@ -233,7 +264,8 @@ class Stage:
             "records": {log.path.name: log.synced(step) for log in self._logs},
             "tracked": skeleton,
         }
-        checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.config.keep)
+        place = self.folder / "checkpoints"
+        return checkpoint.save(place, step, tensors, state, keep=self.config.keep)
 
     def _marked(self, step: int) -> _Mark:
         """That the state is now what this step begins with."""

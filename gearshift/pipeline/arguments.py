@@ -1,0 +1,194 @@
+"""How the arguments of a Python call become a recipe, and what the call hands in besides it.
+
+A recipe file that says the same gives the same recipe, so that the run is the same. This file knows
+recipes and rows, and must not import what runs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from gearshift.data.messages import show
+from gearshift.data.sources import DataConfig, SourceConfig
+from gearshift.errors import ConfigError, DataError
+from gearshift.models.load import ModelConfig
+from gearshift.pipeline.given import GIVEN, Given, as_jsonl
+from gearshift.pipeline.recipe import Recipe, RunConfig
+from gearshift.runtime.config import Config, validated
+from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
+from gearshift.runtime.user_functions import name_of
+from gearshift.tasks import get_task
+from gearshift.trainers.stage import Callbacks
+
+Tree = dict[str, Any]
+Data = str | Path | Config | Mapping[str, Any] | Iterable[Any]
+"""A file or a data set's name; a `SourceConfig` or a `DataConfig`; or the rows themselves: dicts,
+texts or lists of messages, such as a data set of the library `datasets`."""
+_HERE = "<output>"
+"""Stands for the run's folder until that is known."""
+
+
+class Arguments:
+    """A recipe that is being made from the arguments of a call."""
+
+    def __init__(self, kind: str, section: str | None) -> None:
+        """`kind` names the run where the caller does not; `section` is its stage."""
+        self.kind, self.section = kind, section
+        self.tree: Tree = {section: {}} if section else {}
+        self.files: dict[str, str] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}
+
+    def put(self, key: str, value: Any) -> None:
+        """Write a key of the recipe, over what it has there."""
+        *path, last = key.split(".")
+        node = self.tree
+        for part in path:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[last] = _over(node.get(last), plain(value))
+
+    def add(self, config: Mapping[str, Any]) -> None:
+        """Write the caller's keys. A key may leave out its section where that is the stage, the
+        task, the model or the run; `"a.b"` is the key `b` of the section `a`.
+        """
+        for key, value in config.items():
+            self.put(self._whole(key), value)
+
+    def rows(self, data: Data, name: str, text: str, messages: str) -> list[Tree]:
+        """The sources that a recipe names for the data. Given rows go to the file `name` of the
+        run; a row that is a text, or a list of messages, becomes the column of that name.
+        """
+        if isinstance(data, str | os.PathLike):
+            return [{"path": os.fspath(data)}]
+        if isinstance(data, SourceConfig):
+            return [plain(data)]
+        if isinstance(data, Mapping):
+            splits = ", ".join(map(str, data))
+            raise DataError(
+                f"{name} is one mapping of {splits}; give a list of rows, or one of these."
+            )
+        items = _items(data, name)
+        if items and all(isinstance(item, SourceConfig | os.PathLike) for item in items):
+            return [one for item in items for one in self.rows(item, name, text, messages)]
+        columns: dict[type, str] = {str: text, list: messages, tuple: messages}
+        rows = []
+        for number, item in enumerate(items, start=1):
+            column = columns.get(type(item))
+            if column is None and not isinstance(item, Mapping):
+                raise DataError(f"{name}, row {number} is {show(item)}; a row is a dict or a text.")
+            rows.append({column: item} if column else item)
+        self.files[name] = as_jsonl(rows, name)
+        return [{"path": f"{_HERE}/{GIVEN}/{name}.jsonl"}]
+
+    def data(self, key: str, data: Data, name: str) -> None:
+        """Write a section `data` of the recipe."""
+        given = isinstance(data, DataConfig) or (isinstance(data, Mapping) and "sources" in data)
+        self.put(key, data if given else {"sources": self.rows(data, name, "text", "messages")})
+
+    def named(self, function: Any) -> str:
+        """The name in the recipe of a reward or an environment."""
+        if isinstance(function, str | os.PathLike):
+            return os.fspath(function)
+        if not callable(function):
+            raise ConfigError(f"{show(function)} is neither a function nor the name of one.")
+        name, count = name_of(function), 1
+        while self.functions.get(name, function) is not function:
+            count += 1
+            name = f"{name_of(function)}_{count}"
+        if name.startswith(GIVEN_NAME):
+            self.functions[name] = function
+        return name
+
+    def recipe(self, output: str | Path | None, callbacks: Callbacks) -> tuple[Recipe, Given]:
+        """The recipe, and what comes with it. Raises `ConfigError` for a bad key, type or value.
+
+        Without an `output` the folder is named by what the run is made from: the same call goes on
+        in the same folder.
+        """
+        given = Given(self.files, self.functions, callbacks)
+        if output is None and "dir" not in self.tree.get("run", {}):
+            made = json.dumps([self.tree, self.files, given.digests()], default=str)
+            output = f"runs/{self.kind}-{hashlib.blake2b(made.encode(), digest_size=4).hexdigest()}"
+        if output is not None:
+            self.put("run.dir", os.fspath(output))
+        folder = os.path.expanduser(str(self.tree["run"]["dir"]))
+        return validated(Recipe, _settled(self.tree, folder)), given
+
+    def _whole(self, key: str) -> str:
+        first = key.partition(".")[0]
+        if first in Recipe.model_fields:
+            return key
+        homes: dict[str | None, Iterable[str]] = {
+            self.section: _keys(
+                Recipe.model_fields[self.section].annotation if self.section else ()
+            ),
+            "task": _task_keys(self.tree.get("task")),
+            "model": ModelConfig.model_fields,
+            "run": RunConfig.model_fields,
+        }
+        home = next((home for home, keys in homes.items() if first in keys), self.section)
+        return f"{home}.{key}" if home else key
+
+
+def plain(value: Any) -> Any:
+    """A value as a recipe file would have it; of a config, the keys that were set and its tag."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        tags = {name for name, f in fields.items() if len(_literals(f.annotation)) == 1}
+        kept = [name for name in fields if name in value.model_fields_set | tags]
+        return {name: plain(getattr(value, name)) for name in kept}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
+def _over(before: Any, value: Any) -> Any:
+    """`value` over what stood there; sections become one."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        return {**before, **{key: _over(before.get(key), inner) for key, inner in value.items()}}
+    return value
+
+
+def _settled(value: Any, folder: str) -> Any:
+    """The tree with the run's folder in its paths."""
+    if isinstance(value, dict):
+        return {key: _settled(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_settled(inner, folder) for inner in value]
+    return value.replace(_HERE, folder, 1) if str(value).startswith(_HERE) else value
+
+
+def _items(data: Any, name: str) -> list[Any]:
+    """What a list, a data set or a table of pandas holds."""
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        data = data.to_dict("records")
+    if not isinstance(data, Iterable):
+        raise DataError(f"{name} is {show(data)}; give rows, a file, or a data set's name.")
+    return list(data)
+
+
+def _keys(annotation: Any) -> list[str]:
+    """The keys of a section whose type is this, or one of these."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [*annotation.model_fields]
+    return [key for part in typing.get_args(annotation) for key in _keys(part)]
+
+
+def _task_keys(task: Any) -> list[str]:
+    name = task.get("name") if isinstance(task, dict) else None
+    return [*get_task(name).config.model_fields] if isinstance(name, str) else []

@@ -1,0 +1,163 @@
+"""The Python API: what a call means, and that it is the run of the recipe that says the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import gearshift
+from gearshift.cli.main import main
+from gearshift.errors import ConfigError
+
+TINY: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1}
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"say {word}"},
+            {"role": "assistant", "content": word},
+        ]
+    }
+    for word in ("one", "two", "three", "four", "five", "six")
+]
+PAIRS = [
+    {"prompt": f"say {word}", "chosen": word, "rejected": f"no {i}"}
+    for i, word in enumerate(("one", "two", "three", "four", "five", "six"))
+]
+PROMPTS = [f"say {i}" for i in range(12)]
+
+
+def short(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) % 3) for text in completions]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two stages wrote the same weights and the same rollouts, to the bit."""
+    a, b = weights(one), weights(other)
+    equal = a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    files = [folder / "rollouts.jsonl" for folder in (one, other)]
+    return equal and (not files[0].exists() or files[0].read_text() == files[1].read_text())
+
+
+def recipe(folder: Path, **sections: Any) -> Path:
+    """A recipe file of the tiny model; the file of rows is `rows.jsonl` beside it."""
+    tree = {"run": {"dir": str(folder / "run")}, "model": {"name": "tiny", **TINY}, **sections}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def rows(folder: Path, given: list[Any]) -> dict[str, Any]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return {"sources": [{"path": str(path)}]}
+
+
+def test_importing_the_package_imports_nothing() -> None:
+    code = "import sys, gearshift; print([m for m in ('torch', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", gearshift.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(gearshift, name) is not None and name in dir(gearshift)
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    text = Path(gearshift.__file__).read_text()
+    seen = {line.split(" as ")[1].strip() for line in text.splitlines() if " as " in line[4:]}
+    assert seen >= set(gearshift.__all__) - {"__version__"}
+    assert (Path(gearshift.__file__).parent / "py.typed").exists()
+
+
+def test_sft_is_the_recipe(tmp_path: Path) -> None:
+    main(["sft", str(recipe(tmp_path, sft={"data": rows(tmp_path, CHATS), "batch_size": 2}))])
+    result = gearshift.train_sft("tiny", CHATS, output=tmp_path / "api", batch_size=2, **TINY)
+    assert same(result.model, tmp_path / "run" / "sft")
+    assert result.metrics == [
+        json.loads(x) for x in (result.model / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_dpo_is_the_recipe(tmp_path: Path) -> None:
+    section = {"data": rows(tmp_path, PAIRS), "batch_size": 2}
+    main(["dpo", str(recipe(tmp_path, algorithm="ipo", preference=section))])
+    result = gearshift.train_dpo(
+        "tiny", PAIRS, algorithm="ipo", output=tmp_path / "api", batch_size=2, **TINY
+    )
+    assert same(result.model, tmp_path / "run" / "preference")
+
+
+def test_a_reward_model_is_the_recipe(tmp_path: Path) -> None:
+    section = {"data": rows(tmp_path, PAIRS), "batch_size": 2}
+    main(["reward", str(recipe(tmp_path, reward=section))])
+    result = gearshift.train_reward_model(
+        "tiny", PAIRS, heldout=PAIRS[:2], output=tmp_path / "api", batch_size=2, **TINY
+    )
+    assert same(result.model, tmp_path / "run" / "reward")
+    assert result.accuracy is not None and 0 <= result.accuracy <= 1
+
+
+def test_rl_is_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def short(prompts, completions, **columns):\n"
+        "    return [float(len(text) % 3) for text in completions]\n"
+    )
+    prompts = rows(tmp_path, [{"prompt": text} for text in PROMPTS])
+    sizes = {"steps": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 8}
+    task = {
+        "name": "data",
+        "train": prompts["sources"],
+        "reward": f"{tmp_path / 'rewards.py'}:short",
+    }
+    ends = {"max_new_tokens": 8}
+    path = recipe(tmp_path, task=task, algorithm="dr_grpo", rl=sizes, eval=ends)
+    main(["rl", str(path)])
+    result = gearshift.train_rl(
+        "tiny",
+        PROMPTS,
+        lambda completions, **columns: short([], completions),
+        "dr_grpo",
+        output=tmp_path / "api",
+        rl=sizes,
+        eval=ends,
+        **TINY,
+    )
+    assert same(result.model, tmp_path / "run" / "rl")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result.heldout == summary["heldout_detail"]
+
+
+def test_a_second_call_goes_on_and_other_rows_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+
+    def stop(step: int, metrics: dict[str, Any]) -> None:
+        if step == 1:
+            raise KeyError("mine")
+
+    call = {"output": folder, "batch_size": 2, "epochs": 1, **TINY}
+    with pytest.raises(KeyError, match="mine"):
+        gearshift.train_sft("tiny", CHATS, on_step=stop, **call)
+    seen: list[int] = []
+    first = gearshift.train_sft("tiny", CHATS, on_step=lambda s, m: seen.append(s), **call)
+    assert seen == [2] and len(first.metrics) == 3
+    whole = gearshift.train_sft("tiny", CHATS, **{**call, "output": tmp_path / "whole"})
+    assert same(first.model, whole.model)
+    capsys.readouterr()
+    again = gearshift.train_sft("tiny", CHATS, **call)
+    assert again.metrics == first.metrics and "done before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="made from other rows"):
+        gearshift.train_sft("tiny", CHATS[:4], **call)
