@@ -404,7 +404,7 @@ def _heard(arguments: argparse.Namespace) -> str:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from gearshift.models.load import ModelConfig
-    from gearshift.rewards.http import bearer
+    from gearshift.rewards.http import bearer_key
     from gearshift.rewards.models import ModelReward
     from gearshift.serve.score import score_server
 
@@ -412,7 +412,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; name a reward model's.")
     reward = ModelReward(ModelConfig(), folder)
-    server = score_server(reward, arguments.host, arguments.port, bearer(None, "GEARSHIFT_KEY"))
+    server = score_server(reward, arguments.host, arguments.port, bearer_key(None, "GEARSHIFT_KEY"))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     echo(f"http://{host}:{server.server_address[1]}/score")
     number = server.run()

@@ -16,7 +16,7 @@ import gymnasium
 from gymnasium.vector.utils import create_shared_memory
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import RewardFunction, call
+from gearshift.rewards.functions import RewardFunction, call_rewards
 from gearshift.types import Message
 
 MAX_CHARACTERS = 1 << 18
@@ -130,7 +130,7 @@ class RowEnvironment(TextEnvironment):
         name = getattr(self.score, "__name__", "score")
         lists = {column: [value] for column, value in columns.items()}
         named = [(name, self.score, 1.0)]
-        [[reward]] = call(named, [self._prompt(row)], [action], None, lists)
+        [[reward]] = call_rewards(named, [self._prompt(row)], [action], None, lists)
         told = reward is not None and math.isfinite(reward)
         info = {**columns, "row": index}
         info |= self.verdict(row, action, cast(float, reward)) if told else {}

@@ -22,13 +22,13 @@ from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import (
     REWARD_MISSING,
     HttpReward,
-    Named,
+    NamedReward,
     RewardFunction,
-    add_up,
-    call,
+    call_rewards,
+    is_usable,
     load_reward,
-    total,
-    usable,
+    weighted_sum,
+    weighted_sums,
 )
 from gearshift.rewards.judge import JudgeReward
 from gearshift.rewards.models import Ensemble, ModelReward
@@ -38,14 +38,14 @@ from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
-LONGEST = 300.0
+DEFAULT_TIMEOUT = 300.0
 """Seconds for one call of a function, where its source names no others."""
-_SILENT = 3
+_MAX_TIMEOUTS = 3
 """Calls in a row that took their whole time and said nothing, after which the rest of a rollout is
 not asked: each would take as long."""
-_RAISED = 8
+_MAX_FAILURES = 8
 """Groups in a row at which a function raised, from which the run ends if it never worked."""
-_GLANCE = 0.05
+_POLL_SECONDS = 0.05
 """Seconds between looks at a call that has not ended."""
 
 
@@ -62,12 +62,12 @@ class RunningMeanStd:
         lost stays so, and counts for neither.
         """
         for x in values:
-            if x is not None and usable(x):
+            if x is not None and is_usable(x):
                 self.count += 1
                 before, self.mean = self.mean, self.mean + (x - self.mean) / self.count
                 self.squares += (x - before) * (x - self.mean)
         std = math.sqrt(self.squares / max(1, self.count)) or 1.0
-        return [x if x is None or not usable(x) else (x - self.mean) / std for x in values]
+        return [x if x is None or not is_usable(x) else (x - self.mean) / std for x in values]
 
 
 class CompositeReward:
@@ -93,8 +93,8 @@ class CompositeReward:
         self._tokenizer = tokenizer
         self._ends = end_token_ids(tokenizer) if tokenizer else frozenset()
         self.environment_weight = sum(s.weight for s in sources if s.source == ENVIRONMENT)
-        self.functions: list[Named] = []
-        self.models: list[Named] = []
+        self.functions: list[NamedReward] = []
+        self.models: list[NamedReward] = []
         self.missing: dict[str, float] = {}
         self.last_failure = ""
         """Why a reward was last lost."""
@@ -133,9 +133,9 @@ class CompositeReward:
                 for i, workers in enumerate(self._workers)
             ]
 
-    def _ask(self, i: int, named: Named, group: list[Trajectory]) -> list[list[float | None]]:
+    def _ask(self, i: int, named: NamedReward, group: list[Trajectory]) -> list[list[float | None]]:
         """What function `i` says of a group; nothing, if it has been silent for too long."""
-        if self._silent[i] >= _SILENT:
+        if self._silent[i] >= _MAX_TIMEOUTS:
             return [[REWARD_MISSING] * len(group)]
         began = time.monotonic()
         [values] = _call([named], group)
@@ -143,7 +143,7 @@ class CompositeReward:
         self._silent[i] = self._silent[i] + 1 if silent else 0
         return [values]
 
-    def _told(self, named: Named, group: list[Trajectory]) -> Named:
+    def _told(self, named: NamedReward, group: list[Trajectory]) -> NamedReward:
         """An address is told which answers were cut: it may be a reward model's."""
         name, function, weight = named
         if isinstance(function, HttpReward):
@@ -167,9 +167,9 @@ class CompositeReward:
         for i, running in self._running.items():
             results[i] = running(results[i])
         results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])
-        totals, parts = add_up(self._weights, results)
+        totals, parts = weighted_sums(self._weights, results)
         self.missing = {
-            name: fmean(v is not None and not usable(v) for v in values)
+            name: fmean(v is not None and not is_usable(v) for v in values)
             for name, values in zip(parts, results, strict=True)
         }
         added = zip(trajectories, totals, zip(*results, strict=True), strict=True)
@@ -230,13 +230,13 @@ class CompositeReward:
             except ConfigError as error:
                 why = str(error).rstrip(".")
                 self._raised[i] += 1
-                if self._raised[i] >= _RAISED and name not in self._worked:
+                if self._raised[i] >= _MAX_FAILURES and name not in self._worked:
                     raise
             if not _all_lost(values):
                 self._worked.add(name)
                 self._raised[i] = 0
-            if weight and not all(v is None or usable(v) for v in values):
-                known = self._silent[i] >= _SILENT and self.last_failure
+            if weight and not all(v is None or is_usable(v) for v in values):
+                known = self._silent[i] >= _MAX_TIMEOUTS and self.last_failure
                 self.last_failure = (
                     why or known or f"the reward function {name} gave no finite number"
                 )
@@ -248,8 +248,8 @@ class CompositeReward:
         an address ends by itself.
         """
         workers, limit = self._workers[i], self._limits[i]
-        ends = isinstance(self.functions[i][1], _ENDS)
-        while not wait([call_], timeout=_GLANCE).done:
+        ends = isinstance(self.functions[i][1], _END_BY_THEMSELVES)
+        while not wait([call_], timeout=_POLL_SECONDS).done:
             if not ends and workers.seconds(call_) > limit:
                 self._silent[i] += 1  # before the next in line is taken
                 workers.abandon(call_)
@@ -261,7 +261,7 @@ class CompositeReward:
         own, weights = self.environment_weight, [weight for _, weight in self._weights]
         rewards = [r * own if own else 0.0 for r in trajectory.rewards]
         last = _last_written(trajectory)
-        extra = total(weights[1:], values[1:])
+        extra = weighted_sum(weights[1:], values[1:])
         given = trajectory.rewarded if own else ()
         if extra is not None and any(weights[1:]):
             rewards[last] += extra
@@ -278,7 +278,7 @@ class CompositeReward:
             models = [(name, partial(model, **given), weight) for name, model, weight in models]
         results = _call(models, trajectories)
         for values in results:
-            lost = [len(ids) for ids, v in zip(read, values, strict=True) if v and not usable(v)]
+            lost = [len(ids) for ids, v in zip(read, values, strict=True) if v and not is_usable(v)]
             if lost:
                 self.last_failure = (
                     f"a reward model gave no score to an episode of {max(lost)} tokens: it takes "
@@ -295,7 +295,7 @@ class CompositeReward:
 
 
 def _all_lost(values: Sequence[float | None]) -> bool:
-    return not any(v is None or usable(v) for v in values)
+    return not any(v is None or is_usable(v) for v in values)
 
 
 def _last_written(trajectory: Trajectory) -> int:
@@ -313,20 +313,20 @@ def _function(source: RewardSource) -> RewardFunction:
     if name.startswith(("http://", "https://")):
         return HttpReward(name, source.timeout, key_env=source.key_env)
     if source.timeout or source.processes:  # a thread that hangs cannot always be ended
-        return ProcessReward(name, max(1, source.processes), source.timeout or LONGEST)
+        return ProcessReward(name, max(1, source.processes), source.timeout or DEFAULT_TIMEOUT)
     return load_reward(name)
 
 
-_ENDS = (ProcessReward, HttpReward, JudgeReward)
+_END_BY_THEMSELVES = (ProcessReward, HttpReward, JudgeReward)
 """Functions that end by themselves."""
 
 
 def _limit(function: RewardFunction) -> float:
     """Seconds for a call. The project's own functions bound each thing that they do."""
-    if isinstance(function, _ENDS):
+    if isinstance(function, _END_BY_THEMSELVES):
         return function.timeout
     own = getattr(function, "__module__", "").startswith("gearshift.")
-    return math.inf if own else LONGEST
+    return math.inf if own else DEFAULT_TIMEOUT
 
 
 def _models(
@@ -343,11 +343,11 @@ def _models(
 
 
 def _call(
-    functions: Sequence[Named], trajectories: Sequence[Trajectory]
+    functions: Sequence[NamedReward], trajectories: Sequence[Trajectory]
 ) -> list[list[float | None]]:
     """What each function says of these episodes."""
     names = {name for t in trajectories for name in t.info.columns}
-    return call(
+    return call_rewards(
         functions,
         [t.info.messages[:-1] for t in trajectories],
         [t.info.completion for t in trajectories],

@@ -20,11 +20,11 @@ from typing import Any, Protocol, SupportsFloat, cast
 from gearshift.errors import ConfigError
 from gearshift.rewards.http import (
     NoAnswerError,
-    bearer,
-    checked_address,
+    bearer_key,
+    http_host,
     is_loopback,
     post,
-    short,
+    short_repr,
 )
 from gearshift.runtime.urls import Endpoint
 from gearshift.runtime.user_functions import describe_error, load_function
@@ -39,16 +39,16 @@ unless the function has weight 0.
 """
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 """What every reward function gets besides the columns of the data."""
-MOST_ROWS = 1024
+MAX_ROWS = 1024
 """Completions of one request to an address; more are sent in parts."""
-LARGEST = 1e18
+MAX_REWARD = 1e18
 """A greater reward counts as one that is not finite: its square overflows in fp32."""
 
 
-def usable(reward: float) -> bool:
+def is_usable(reward: float) -> bool:
     """Whether a reward is a number that training can compute with."""
     try:
-        return math.isfinite(reward) and abs(reward) <= LARGEST
+        return math.isfinite(reward) and abs(reward) <= MAX_REWARD
     except OverflowError:  # an integer beyond all floats
         return False
 
@@ -90,22 +90,22 @@ class HttpReward:
         self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
     ) -> None:
         """Raises `ConfigError` for an address or a key that cannot be."""
-        host = checked_address(url, url)
+        host = http_host(url, url)
         self.timeout, self.tries = timeout or 60.0, tries
-        key = bearer(key_env, "GEARSHIFT_REWARD_KEY")
+        key = bearer_key(key_env, "GEARSHIFT_REWARD_KEY")
         if key is None and is_loopback(host):  # this machine's own `gearshift serve`
-            key = bearer(None, "GEARSHIFT_KEY")
+            key = bearer_key(None, "GEARSHIFT_KEY")
         self.address = Endpoint.of(url, key)
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
     ) -> Rewards:
         body = {**columns, "prompts": prompts, "completions": completions}
-        if len(completions) <= MOST_ROWS:
+        if len(completions) <= MAX_ROWS:
             return self._ask(body)
         rewards: list[float | None] = []
-        for at in range(0, len(completions), MOST_ROWS):
-            part = {name: column and column[at : at + MOST_ROWS] for name, column in body.items()}
+        for at in range(0, len(completions), MAX_ROWS):
+            part = {name: column and column[at : at + MAX_ROWS] for name, column in body.items()}
             told = self._ask(part)
             if len(told) != len(part["completions"]):
                 return told  # which is told by its number
@@ -126,12 +126,12 @@ def _rewards(answer: Any) -> list[float | None]:
     return [REWARD_MISSING if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
-Named = tuple[str, RewardFunction, float]
+NamedReward = tuple[str, RewardFunction, float]
 """Name, function, weight."""
 
 
-def combine(
-    functions: Sequence[Named],
+def combine_rewards(
+    functions: Sequence[NamedReward],
     prompts: list[list[Message]],
     completions: list[str],
     completion_ids: list[list[int]] | None,
@@ -141,12 +141,12 @@ def combine(
 
     `functions` are (name, function, weight); see `add_up`. Raises what `call` raises.
     """
-    results = call(functions, prompts, completions, completion_ids, columns)
-    return add_up([(name, weight) for name, _, weight in functions], results)
+    results = call_rewards(functions, prompts, completions, completion_ids, columns)
+    return weighted_sums([(name, weight) for name, _, weight in functions], results)
 
 
-def call(
-    functions: Sequence[Named],
+def call_rewards(
+    functions: Sequence[NamedReward],
     prompts: list[list[Message]],
     completions: list[str],
     completion_ids: list[list[int]] | None,
@@ -161,17 +161,17 @@ def call(
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     results: list[Any] = []
     for name, function, _ in functions:
-        own = {key: _copied(value) for key, value in {**columns, **given}.items()}
-        with _faults_of(name):
+        own = {key: _copy(value) for key, value in {**columns, **given}.items()}
+        with _name_failures(name):
             results.append(function(**own))
     _await_all([name for name, _, _ in functions], results)
     return [
-        _checked(name, result, len(completions))
+        _check_rewards(name, result, len(completions))
         for (name, _, _), result in zip(functions, results, strict=True)
     ]
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception:  # an environment's own object, which may have no copies
@@ -179,7 +179,7 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _faults_of(name: str) -> Iterator[None]:
+def _name_failures(name: str) -> Iterator[None]:
     """Whatever is raised inside becomes the `ConfigError` that names the function; but an order to
     this thread to stop.
     """
@@ -191,10 +191,10 @@ def _faults_of(name: str) -> Iterator[None]:
         main = threading.current_thread() is threading.main_thread()
         if isinstance(error, KeyboardInterrupt) and main:  # it comes from the keyboard
             raise
-        raise _raised(name, error) from error
+        raise _raised_error(name, error) from error
 
 
-def add_up(
+def weighted_sums(
     parts: Sequence[tuple[str, float]], results: Sequence[list[float | None]]
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
     """Each sample's `total` of the parts, which are (name, weight); and the parts by name, None
@@ -204,11 +204,11 @@ def add_up(
     by_name: dict[str, list[float | None]] = {}
     for (name, _), values in zip(parts, results, strict=True):
         label = name if name not in by_name else f"{name}#{len(by_name)}"
-        by_name[label] = [v if v is not None and usable(v) else None for v in values]
-    return [total(weights, values) for values in zip(*results, strict=True)], by_name
+        by_name[label] = [v if v is not None and is_usable(v) else None for v in values]
+    return [weighted_sum(weights, values) for values in zip(*results, strict=True)], by_name
 
 
-def total(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
+def weighted_sum(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The sum of weight * value over the parts that have a weight and apply.
 
     None if one of these is lost, since a sum without it would count it as 0; or if none of those
@@ -217,7 +217,7 @@ def total(weights: Sequence[float], values: Sequence[float | None]) -> float | N
     if not any(weights):
         return 0.0
     terms = [w * v for w, v in zip(weights, values, strict=True) if w and v is not None]
-    return sum(terms) if terms and usable(sum(terms)) else None
+    return sum(terms) if terms and is_usable(sum(terms)) else None
 
 
 def _await_all(names: Sequence[str], results: list[Any]) -> None:
@@ -228,12 +228,12 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
 
     async def gather() -> list[asyncio.Future[Any]]:
         tasks = [asyncio.ensure_future(results[i]) for i in waiting]
-        while (await asyncio.wait(tasks, timeout=_GLANCE))[1]:
+        while (await asyncio.wait(tasks, timeout=_POLL_SECONDS))[1]:
             pass  # it wakes now and then, for only then can it be told to stop
         return tasks
 
     run = partial(_run, gather)
-    with _faults_of(", ".join(names[i] for i in waiting)):  # a sys.exit ends the loop for all
+    with _name_failures(", ".join(names[i] for i in waiting)):  # a sys.exit ends the loop for all
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -241,7 +241,7 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
         else:  # the caller's own loop, a notebook's, say
             answers = run_with_timeout(None, run)
     for i, answer in zip(waiting, answers, strict=True):
-        with _faults_of(names[i]):
+        with _name_failures(names[i]):
             results[i] = answer.result()
 
 
@@ -249,19 +249,19 @@ def _run(main: Callable[[], Any]) -> Any:
     return asyncio.run(main())
 
 
-_GLANCE = 0.5
+_POLL_SECONDS = 0.5
 """Seconds between looks at what has not ended."""
 
 
-def _checked(name: str, result: Any, samples: int) -> list[float | None]:
+def _check_rewards(name: str, result: Any, samples: int) -> list[float | None]:
     """The function's answer as a list of floats and None."""
     # A text's letters, bytes' codes, a dict's keys and a set's members are no rewards in order.
     if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
         raise ConfigError(
-            f"The reward function {name} returned {short(result)};"
+            f"The reward function {name} returned {short_repr(result)};"
             " it must return a list of numbers."
         )
-    with _faults_of(name):  # a generator runs only now, and may have no end
+    with _name_failures(name):  # a generator runs only now, and may have no end
         values = list(islice(result, samples + 1))
     if len(values) != samples:
         count = f"more than {samples}" if len(values) > samples else str(len(values))
@@ -269,36 +269,36 @@ def _checked(name: str, result: Any, samples: int) -> list[float | None]:
             f"The reward function {name} returned {count} rewards for {samples} completions;"
             " it must return one each."
         )
-    return [None if value is None else _number(name, value) for value in values]
+    return [None if value is None else _check_reward(name, value) for value in values]
 
 
-def _number(name: str, value: Any) -> float:
-    with _faults_of(name):
+def _check_reward(name: str, value: Any) -> float:
+    with _name_failures(name):
         try:
-            return number(value)
+            return to_reward(value)
         except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
             raise ConfigError(
-                f"The reward function {name} returned {short(value)} as a reward;"
+                f"The reward function {name} returned {short_repr(value)} as a reward;"
                 " it must be a number or None."
             ) from None
 
 
-def number(value: Any) -> float:
+def to_reward(value: Any) -> float:
     """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float;
     `REWARD_MISSING` if it is beyond what training computes with. Raises `TypeError`, `ValueError`
     or `RuntimeError` for what is none, a text for example, which `float` would read.
     """
     plain = value.item() if hasattr(value, "item") else value  # a float() of complex ones drops i
     if not isinstance(plain, SupportsFloat):
-        raise TypeError(f"{short(value)} is no number")
+        raise TypeError(f"{short_repr(value)} is no number")
     try:
         found = float(plain)
     except OverflowError:  # an integer beyond all floats
         return REWARD_MISSING
-    return found if usable(found) else REWARD_MISSING
+    return found if is_usable(found) else REWARD_MISSING
 
 
-def _raised(name: str, error: BaseException) -> ConfigError:
+def _raised_error(name: str, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):  # it says itself what to do
         return error
     return ConfigError(

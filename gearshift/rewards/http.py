@@ -28,7 +28,7 @@ from gearshift.runtime.worker_threads import run_with_timeout
 T = TypeVar("T")
 
 
-def bearer(named: str | None, default: str) -> str | None:
+def bearer_key(named: str | None, default: str) -> str | None:
     """The key in the environment variable `named`, or if none is named in `default`, where it may
     be missing. A key goes to the address for which it was named, and to no other.
 
@@ -48,7 +48,7 @@ def bearer(named: str | None, default: str) -> str | None:
     return key or None
 
 
-def checked_address(source: str, url: str) -> str:
+def http_host(source: str, url: str) -> str:
     """The host of an http address. Raises `ConfigError`, which names the source, for another."""
     try:
         parts = urlsplit(url)
@@ -137,7 +137,7 @@ def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]
     except HTTPError as error:
         answer = error
     with answer:
-        return answer.status, str(answer.reason), answer.headers, answer.read(_MOST)
+        return answer.status, str(answer.reason), answer.headers, answer.read(_MAX_BYTES)
 
 
 _BUSY = frozenset({408, 409, 425, 429})
@@ -145,7 +145,7 @@ _IN_PART = 422
 """Some of what was sent has no answer; `gearshift serve` says which."""
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError)
 """What reading an answer that is not as agreed raises."""
-_MOST = 8 << 20
+_MAX_BYTES = 8 << 20
 """Bytes of an answer that are read: far more than the rewards of the largest group."""
 
 
@@ -154,7 +154,7 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
-def short(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as an error shows it."""
     try:
         text = repr(value)

@@ -16,8 +16,8 @@ from typing import Any
 from gearshift.errors import ConfigError
 from gearshift.rewards.config import JudgeConfig
 from gearshift.rewards.functions import REWARD_MISSING, Rewards
-from gearshift.rewards.http import NoAnswerError, bearer, checked_address, post
-from gearshift.rewards.marks import parse_mark
+from gearshift.rewards.http import NoAnswerError, bearer_key, http_host, post
+from gearshift.rewards.judge_marks import parse_mark
 from gearshift.runtime.urls import Endpoint
 from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Message
@@ -64,7 +64,7 @@ class JudgeReward:
 
         Raises `ConfigError` for a scale, a URL or a key that cannot be.
         """
-        checked_address(f"judge:{url}", url)
+        http_host(f"judge:{url}", url)
         if not config.model:
             raise ConfigError(f"judge:{url} needs judge.model, the judge's name on the server.")
         if not config.low < config.high:
@@ -73,7 +73,7 @@ class JudgeReward:
         end = "/chat/completions"
         self.address = Endpoint.of(
             place.rstrip("/").removesuffix(end) + end + mark + query,
-            bearer(key_env, "GEARSHIFT_JUDGE_KEY"),
+            bearer_key(key_env, "GEARSHIFT_JUDGE_KEY"),
         )
         self.config, self.timeout, self.pause = config, timeout or 60.0, pause
         self.parallel = config.concurrency

@@ -17,7 +17,7 @@ from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import context, reads_last_token, score_all
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
 from gearshift.models.vocabulary import check_vocabulary
-from gearshift.rewards.functions import REWARD_MISSING, usable
+from gearshift.rewards.functions import REWARD_MISSING, is_usable
 from gearshift.types import Message
 
 
@@ -113,7 +113,7 @@ class Ensemble:
 
     def _joined(self, scores: list[float]) -> float | None:
         """None where no member applies, `REWARD_MISSING` where one has lost its score."""
-        if not all(map(usable, scores)):
+        if not all(map(is_usable, scores)):
             return REWARD_MISSING
         if not scores or self.how == "min":
             return min(scores, default=None)

@@ -17,7 +17,13 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import REWARD_MISSING, RewardFunction, Rewards, call, load_reward
+from gearshift.rewards.functions import (
+    REWARD_MISSING,
+    RewardFunction,
+    Rewards,
+    call_rewards,
+    load_reward,
+)
 from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
 
@@ -96,7 +102,7 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
         prompts, completions = given.pop("prompts"), given.pop("completions")
         ids = given.pop("completion_ids", None)
         with exit_in_forks():
-            return call([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
+            return call_rewards([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
     except ConfigError as error:
         return [], str(error)
     except KeyboardInterrupt:  # of its own: the keyboard's does not reach a worker

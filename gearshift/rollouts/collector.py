@@ -27,8 +27,8 @@ from gearshift.data.text import decode
 from gearshift.environments.base import TextEnvironment
 from gearshift.environments.processes import ProcessError, Separate, SeparateEnvironment
 from gearshift.errors import CapacityError, DataError
-from gearshift.rewards.functions import number, usable
-from gearshift.rewards.http import short
+from gearshift.rewards.functions import is_usable, to_reward
+from gearshift.rewards.http import short_repr
 from gearshift.runtime.user_functions import describe_error
 from gearshift.runtime.worker_threads import WorkerThreads, run_with_timeout
 from gearshift.types import (
@@ -465,9 +465,9 @@ class Collector:
         self, episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]]
     ) -> None:
         observation, reward, terminated, truncated, info = answer
-        earned = None if reward is None else number(reward)
-        if earned is not None and not usable(earned) and self._rewarded != "any":
-            raise ValueError(f"the reward is {short(reward)}")
+        earned = None if reward is None else to_reward(reward)
+        if earned is not None and not is_usable(earned) and self._rewarded != "any":
+            raise ValueError(f"the reward is {short_repr(reward)}")
         text = self._text(episode)
         episode.rewards[-1] += earned or 0.0
         if earned is not None:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.rewards.functions import MOST_ROWS, RewardFunction
+from gearshift.rewards.functions import MAX_ROWS, RewardFunction
 from gearshift.rewards.http import is_loopback
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.terminal import echo, one_line
@@ -372,8 +372,8 @@ def _samples(body: Any) -> dict[str, Any]:
         if not isinstance(value, list) or not value:
             raise _RefusedError(400, f"{name} must be a list, and not empty")
     assert isinstance(prompts, list) and isinstance(completions, list)
-    if len(completions) > MOST_ROWS:
-        raise _RefusedError(413, f"more than {MOST_ROWS} completions; send them in parts")
+    if len(completions) > MAX_ROWS:
+        raise _RefusedError(413, f"more than {MAX_ROWS} completions; send them in parts")
     if len(prompts) != len(completions):
         raise _RefusedError(400, f"{len(prompts)} prompts and {len(completions)} completions")
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

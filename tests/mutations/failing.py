@@ -6,7 +6,7 @@ MUTATIONS = (
     Mutation(
         "a reward function is given the run's own lists",
         "rewards/functions.py",
-        "own = {key: _copied(value) for key, value in {**columns, **given}.items()}",
+        "own = {key: _copy(value) for key, value in {**columns, **given}.items()}",
         "own = {**columns, **given}",
         "tests/rewards/test_functions.py::test_a_function_may_change_its_arguments_and_no_other_sees_it",
     ),
@@ -34,14 +34,14 @@ MUTATIONS = (
     Mutation(
         "a hung source is asked for each group of a rollout",
         "rewards/composite.py",
-        "if self._silent[i] >= _SILENT:",
+        "if self._silent[i] >= _MAX_TIMEOUTS:",
         "if self._silent[i] >= 99:",
         "tests/rewards/test_composite.py::test_an_address_that_takes_its_whole_time_is_not_asked_for_ever",
     ),
     Mutation(
         "the first group at which a function raises ends the run",
         "rewards/composite.py",
-        "if self._raised[i] >= _RAISED and name not in self._worked:",
+        "if self._raised[i] >= _MAX_FAILURES and name not in self._worked:",
         "if name not in self._worked:",
         "tests/rewards/test_composite.py::test_a_function_that_raises_at_one_group_loses_that_group",
     ),
@@ -89,10 +89,10 @@ MUTATIONS = (
     ),
     Mutation(
         "an endless reply of a judge is read",
-        "rewards/marks.py",
-        "if len(text) > _MOST:",
+        "rewards/judge_marks.py",
+        "if len(text) > _MAX_LENGTH:",
         "if False:",
-        "tests/rewards/test_marks.py::test_an_endless_reply_has_no_mark",
+        "tests/rewards/test_judge_marks.py::test_an_endless_reply_has_no_mark",
     ),
     Mutation(
         "each lost episode leaves a process behind",

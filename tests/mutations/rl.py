@@ -20,14 +20,14 @@ MUTATIONS = (
     Mutation(
         "a lost reward counts as 0",
         "rewards/functions.py",
-        "return sum(terms) if terms and usable(sum(terms)) else None",
+        "return sum(terms) if terms and is_usable(sum(terms)) else None",
         "return sum(t for t in terms if usable(t)) if terms else None",
         "tests/rewards/test_composite.py -k what_does_not_apply",
     ),
     Mutation(
         "normalisation is poisoned by a reward that is not finite",
         "rewards/composite.py",
-        "            if x is not None and usable(x):\n                self.count += 1",
+        "            if x is not None and is_usable(x):\n                self.count += 1",
         "            if x is not None:\n                self.count += 1",
         "tests/rewards/test_composite.py -k poisoned",
     ),

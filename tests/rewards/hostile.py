@@ -300,7 +300,7 @@ for family, kind, protocol in ((17, 3, 768), (2, 3, 1), (16, 3, 0), (38, 5, 0), 
     "deep_recursion_in_c": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
     "change_python_itself": """
 import os, sys
-ours = "/box/gearshift/rollouts/inside/main.py"
+ours = "/box/gearshift/rewards/sandbox_child/main.py"
 for path in (os.__file__, sys.executable, ours, "/box/program.py"):
     for step in (lambda: open(path, "a").write("#"), lambda: os.chmod(path, 0o777),
                  lambda: os.utime(path), lambda: os.unlink(path), lambda: os.chown(path, 0, 0),

@@ -18,11 +18,10 @@ import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rewards import composite as reward_sum
-from gearshift.rewards import http as posting
+from gearshift.rewards import composite, http
 from gearshift.rewards.composite import CompositeReward, Ensemble, RunningMeanStd
 from gearshift.rewards.config import RewardSource
-from gearshift.rewards.functions import HttpReward, combine
+from gearshift.rewards.functions import HttpReward, combine_rewards
 from gearshift.serve.score import score_server
 from gearshift.types import EpisodeInfo, Trajectory
 
@@ -212,7 +211,7 @@ async def later(completions, **_):
 def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(reward_sum, "LONGEST", 0.5)
+    monkeypatch.setattr(composite, "DEFAULT_TIMEOUT", 0.5)
     monkeypatch.chdir(tmp_path)
     threads = threading.active_count()
     f = write(tmp_path, HANGS)[:-1] + name
@@ -235,7 +234,7 @@ def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
 
 
 def test_the_projects_own_functions_end_by_themselves(tmp_path: Path) -> None:
-    names = ["gearshift.rewards.code:code_share", "http://127.0.0.1:9/score"]
+    names = ["gearshift.rewards.code_rewards:code_share", "http://127.0.0.1:9/score"]
     names.append(write(tmp_path, "def f(**_): ..."))
     assert CompositeReward([source(n) for n in names], TINY, tmp_path)._limits == [
         math.inf,
@@ -299,7 +298,7 @@ def test_an_ensemble(how: Any, wanted: list[float]) -> None:
 
 
 def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_sum, "ModelReward", lambda config, folder: folder.name)
+    monkeypatch.setattr(composite, "ModelReward", lambda config, folder: folder.name)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     total = CompositeReward([source(f"model:{tmp_path}/a,{tmp_path}/b")], TINY, tmp_path)
@@ -315,7 +314,7 @@ def test_a_model_alone_scores_without_functions(
     def load(config: Any, folder: Path) -> Any:
         return lambda prompts, completions, **_: [float(len(c)) for c in completions]
 
-    monkeypatch.setattr(reward_sum, "ModelReward", load)
+    monkeypatch.setattr(composite, "ModelReward", load)
     (tmp_path / "reward").mkdir()
     total = CompositeReward(
         [source("model", 2.0), source("environment", 0.0)], TINY, tmp_path / "reward"
@@ -341,7 +340,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_served_reward_is_a_function_like_others(address: str) -> None:
     prompts = [[{"role": "user", "content": "q"}]] * 2
-    totals, _ = combine([("far", HttpReward(address), 2.0)], prompts, ["abc", ""], None, {})
+    totals, _ = combine_rewards([("far", HttpReward(address), 2.0)], prompts, ["abc", ""], None, {})
     assert totals == [6.0, None]
 
 
@@ -358,9 +357,9 @@ def test_a_wrong_key_is_told_and_a_dead_address_is_lost(
 def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(posting.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
     far, near = "http://127.0.0.1:9/score", "gearshift.tasks.voice.task:voice_reward"
-    monkeypatch.setattr(reward_sum, "load_reward", lambda spec: lambda completions, **_: [None, 1])
+    monkeypatch.setattr(composite, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
     asked = source(f"{far}?token=${{TOKEN}}")
     total = CompositeReward([source("environment"), asked, source(near)], TINY, tmp_path)
@@ -384,7 +383,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
 def test_why_an_address_gave_no_reward_is_told(
     code: int, answer: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(posting.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
     with answering(code, answer) as url:
         total = CompositeReward([source(url)], TINY, tmp_path)
         assert total(EPISODES[:1])[0] == [None] and not total.state_dict()["worked"]

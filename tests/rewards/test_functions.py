@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import combine, load_reward, usable
+from gearshift.rewards.functions import combine_rewards, is_usable, load_reward
 from gearshift.runtime.worker_threads import run_with_timeout
 
 PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
@@ -37,7 +37,7 @@ async def later(prompts: Any, completions: list[str], *, bonus: list[float], **_
 
 def run(*functions: Any, columns: Any = None) -> Any:
     named = [(f.__name__, f, weight) for f, weight in functions]
-    return combine(named, PROMPTS, TEXTS, [[1], [2]], columns or {})
+    return combine_rewards(named, PROMPTS, TEXTS, [[1], [2]], columns or {})
 
 
 def test_weights_and_none() -> None:
@@ -70,7 +70,7 @@ def test_not_finite_is_no_reward_and_no_total() -> None:
     def endless(**_: Any) -> list[int]:
         return [10**400, -(10**400)]
 
-    assert run((length, 1.0), (endless, 1.0))[0] == [None, None] and not usable(10**400)
+    assert run((length, 1.0), (endless, 1.0))[0] == [None, None] and not is_usable(10**400)
     totals, parts = run((length, 1.0), (broken, 1.0))
     assert totals == [None, None]
     assert parts == {"length": [3.0, 5.0], "broken": [None, None]}

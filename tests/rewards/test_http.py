@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rewards import http as posting
+from gearshift.rewards import http
 from gearshift.rewards.http import NoAnswerError, post
 from gearshift.runtime.urls import Endpoint
 from tests.rewards.test_composite import answering, serving
@@ -56,7 +56,7 @@ def test_an_answer_that_drips_ends_with_its_time(pieces: Any) -> None:
 
 
 def test_an_answer_that_does_not_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posting, "_MOST", 1 << 16)
+    monkeypatch.setattr(http, "_MAX_BYTES", 1 << 16)
     sent: list[int] = []
 
     def say(handler: BaseHTTPRequestHandler) -> None:

@@ -18,19 +18,17 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rewards import sandbox
-from gearshift.rewards import sandbox_child as inside
-from gearshift.rewards.code import code_reward, code_share
-from gearshift.rewards.sandbox import Limits, Outcome, check_sandboxed, run_sandboxed
+from gearshift.rewards import sandbox, sandbox_child
+from gearshift.rewards.code_rewards import code_reward, code_share
+from gearshift.rewards.sandbox import Outcome, SandboxLimits, check_sandboxed, run_sandboxed
 from tests.rewards.hostile import CHEATS, HARMFUL, HARMLESS
 
-try:
-    run_sandboxed("")
-except ConfigError as error:
-    pytestmark = pytest.mark.skip(reason=str(error))
+BARE = ["bwrap", "--unshare-user", "--unshare-net", "--ro-bind", "/", "/", "true"]
+if shutil.which("bwrap") is None or subprocess.run(BARE, capture_output=True).returncode:
+    pytestmark = pytest.mark.skip(reason="bubblewrap is missing, or may not make namespaces here")
 
 # The odd size tells this process's sandboxes from those of tests that run beside it.
-SHORT = Limits(seconds=1.0, memory_mib=128 + os.getpid() % 64, output_kib=64)
+SHORT = SandboxLimits(seconds=1.0, memory_mib=128 + os.getpid() % 64, output_kib=64)
 PROMPT: list[Any] = [[]]
 
 
@@ -325,34 +323,36 @@ def test_rewards_by_rows() -> None:
 
 def test_what_runs_inside_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sandbox would spend most of its time on that."""
-    folder = Path(inside.__file__).parent
-    ours = shutil.copytree(folder, tmp_path / "inside", ignore=shutil.ignore_patterns("*.pyc"))
-    monkeypatch.setattr(inside, "__file__", str(ours / "__init__.py"))
-    sandbox._probe.cache_clear()
+    folder = Path(sandbox_child.__file__).parent
+    ours = shutil.copytree(
+        folder, tmp_path / "sandbox_child", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    monkeypatch.setattr(sandbox_child, "__file__", str(ours / "__init__.py"))
+    sandbox._check_sandbox_works.cache_clear()
     check_sandboxed("def f(x): return x", "assert f(1) == 1")
     assert all(Path(cache_from_source(str(path))).exists() for path in ours.glob("*.py"))
 
 
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    for cached in (sandbox._bwrap, sandbox._probe):
+    for cached in (sandbox._bwrap_path, sandbox._check_sandbox_works):
         cached.cache_clear()
     try:
         with pytest.raises(ConfigError, match="apt install bubblewrap"):
             code_reward(PROMPT, ["print(1)"], tests=[[{"stdin": "", "stdout": "1"}]])
     finally:
-        sandbox._bwrap.cache_clear()
+        sandbox._bwrap_path.cache_clear()
 
 
 def test_a_sandbox_that_does_not_come_up_is_lost_and_no_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sandbox._probe()
-    monkeypatch.setattr(sandbox, "_walls", lambda: ["--ro-bind", "/nowhere", "/usr"])
+    sandbox._check_sandbox_works()
+    monkeypatch.setattr(sandbox, "_bwrap_arguments", lambda: ["--ro-bind", "/nowhere", "/usr"])
     for row in ({"tests": [[{"stdin": "", "stdout": "1"}]]}, {"assertions": ["assert f(1)"]}):
         [reward] = code_reward(PROMPT, ["print(1)"], **row)  # type: ignore[arg-type]
         assert reward is not None and reward != reward
-    sandbox._probe.cache_clear()
+    sandbox._check_sandbox_works.cache_clear()
     with pytest.raises(ConfigError, match="user namespaces"):
         run_sandboxed("print(1)")
-    sandbox._probe.cache_clear()
+    sandbox._check_sandbox_works.cache_clear()

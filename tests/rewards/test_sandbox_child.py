@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearshift.rewards.sandbox_child.reading import HARD, SOFT, UnusableError, read
-from gearshift.rewards.sandbox_child.wire import Wire, decode, encode
+from gearshift.rewards.sandbox_child.analysis import HARD, SOFT, UnusableError, analyze
+from gearshift.rewards.sandbox_child.channel import Channel, decode, encode
 
 KEYS = st.none() | st.booleans() | st.integers() | st.text() | st.binary() | st.fractions()
 LEAVES = (
@@ -96,7 +96,7 @@ def test_what_is_no_plain_data_does_not_cross_as_if_it_were() -> None:
     "line", [b"", b"[1", b'["value", NaN]\n', b"x" * 100 + b"\n", b"[" * 10**5]
 )
 def test_a_line_that_is_none_is_refused(line: bytes) -> None:
-    wire = Wire(io.BytesIO(line), io.BytesIO(), refuse, refuse, nan=False)
+    wire = Channel(io.BytesIO(line), io.BytesIO(), refuse, refuse, nan=False)
     with pytest.raises((EOFError, ValueError, RecursionError)):
         wire.read()
 
@@ -116,7 +116,7 @@ def test_a_line_that_is_none_is_refused(line: bytes) -> None:
 )
 def test_which_builtins_are_the_programs(tests: str, names: set[str]) -> None:
     """Those of assertions that would test nothing else."""
-    assert {name for name in read(tests).code.co_names if name.startswith("program ")} == names
+    assert {name for name in analyze(tests).code.co_names if name.startswith("program ")} == names
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_which_builtins_are_the_programs(tests: str, names: set[str]) -> None:
     ],
 )
 def test_what_tests_speak_of(tests: str, said: str) -> None:
-    found = read(tests)
+    found = analyze(tests)
     assert said.split() == [
         name for name in ("objects", "operators", "nan", "watched") if getattr(found, name)
     ]
@@ -153,5 +153,5 @@ def test_what_tests_speak_of(tests: str, said: str) -> None:
 )  # fmt: skip
 def test_what_can_be_put_to_no_program_is_refused_before_one_is_asked(tests: str) -> None:
     with pytest.raises(UnusableError):
-        read(tests)
-    assert read("try:\n    import no_such\nexcept ImportError:\n    pass\nassert f(3) == 9")
+        analyze(tests)
+    assert analyze("try:\n    import no_such\nexcept ImportError:\n    pass\nassert f(3) == 9")

@@ -13,7 +13,7 @@ from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.config import RewardSource
-from gearshift.rewards.functions import combine
+from gearshift.rewards.functions import combine_rewards
 from gearshift.rewards.worker_pool import ProcessReward
 from gearshift.types import EpisodeInfo, Trajectory
 
@@ -65,7 +65,7 @@ def reward(file: str) -> Iterator[ProcessReward]:
 
 def score(reward: Any, *words: str) -> Any:
     columns: dict[str, Any] = {"gold": [0.5] * len(words)}
-    return combine([("f", reward, 1.0)], [[]] * len(words), list(words), None, columns)[0]
+    return combine_rewards([("f", reward, 1.0)], [[]] * len(words), list(words), None, columns)[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from gearshift.rewards.sandbox_child.wire import DeepRecursion, Wire, decode, encode
+from gearshift.rewards.sandbox_child.channel import Channel, DeepRecursion, decode, encode
 
 BASES: tuple[Any, ...] = (
     int,
@@ -34,7 +34,7 @@ OPERATORS = (
 )  # fmt: skip
 
 
-def plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """The plain data in an object whose class derives from a plain type."""
     for base in BASES:
         if issubclass(type(value), base):
@@ -46,15 +46,15 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} holds no plain data")
 
 
-def renew(old: Any, new: Any) -> Any:
+def update_in_place(old: Any, new: Any) -> Any:
     """`old`, made equal to `new` in place where it can be."""
     if type(old) is not type(new):
         return new
     if isinstance(old, list):
         same = len(old) == len(new)
-        old[:] = [renew(a, b) for a, b in zip(old, new, strict=True)] if same else new
+        old[:] = [update_in_place(a, b) for a, b in zip(old, new, strict=True)] if same else new
     elif isinstance(old, dict):
-        kept = {k: renew(old[k], v) if k in old else v for k, v in new.items()}
+        kept = {k: update_in_place(old[k], v) if k in old else v for k, v in new.items()}
         old.clear()
         old.update(kept)
     elif isinstance(old, set):
@@ -67,9 +67,9 @@ def renew(old: Any, new: Any) -> Any:
     return old
 
 
-DONE: dict[str, Any] = {
+OPERATIONS: dict[str, Any] = {
     "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
-    "get": getattr, "set": setattr, "delete": delattr, "plain": plain, "format": format,
+    "get": getattr, "set": setattr, "delete": delattr, "plain": plain_data, "format": format,
     "isinstance": isinstance, "issubclass": issubclass, "iter": iter, "next": next, "len": len,
     "str": str, "repr": repr, "hash": hash, "bool": bool, "int": int, "float": float, "abs": abs,
     "round": round, "complex": complex, "index": operator.index, "neg": operator.neg,
@@ -81,13 +81,13 @@ DONE: dict[str, Any] = {
     **{name: getattr(operator, name) for name in
        ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "lshift", "rshift", "xor")},
     **{"i" + name: getattr(operator, "i" + name) for name in OPERATORS if name != "divmod"},
-    "renew": lambda x, name, new: renew(getattr(x, name), new),
+    "renew": lambda x, name, new: update_in_place(getattr(x, name), new),
     "and": operator.and_, "or": operator.or_, "copy": copy.copy, "deepcopy": copy.deepcopy,
     "enter": lambda x: type(x).__enter__(x), "exit": lambda x, *a: type(x).__exit__(x, *a),
 }  # fmt: skip
 
 
-class Theirs:
+class TestsObject:
     """An object of the tests, as the program sees it: a function, or an object's public part."""
 
     def __init__(self, server: Server, number: int, name: str) -> None:
@@ -125,12 +125,12 @@ class Theirs:
 
 class Server:
     def __init__(self, module: ModuleType, gets: BinaryIO, sends: BinaryIO) -> None:
-        self.wire = Wire(gets, sends, self.serve, self._too_long)
+        self.wire = Channel(gets, sends, self.serve, self._too_long)
         self.module = module
         self.objects = self.prints = False
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
-        self.theirs: dict[int, Theirs] = {}
+        self.theirs: dict[int, TestsObject] = {}
 
     def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
         """Of the tests, in the midst of an answer."""
@@ -185,7 +185,7 @@ class Server:
 
     def _do(self, what: str, given: list[Any], named: dict[str, Any]) -> Any:
         if what != "name":
-            return DONE[what](*given, **named)
+            return OPERATIONS[what](*given, **named)
         if given[0] not in self.module.__dict__:
             raise NameError(f"name {given[0]!r} is not defined")
         return self.module.__dict__[given[0]]
@@ -211,7 +211,7 @@ class Server:
     def _other(self, value: Any) -> Any:
         """What is not exactly plain data, as it crosses."""
         kind = type(value)
-        if kind is Theirs:
+        if kind is TestsObject:
             return ["yours", value._number]
         if isinstance(value, type):
             if issubclass(value, BaseException):
@@ -219,7 +219,7 @@ class Server:
             if value.__module__ == "builtins" and hasattr(builtins, value.__name__):
                 return ["builtin", value.__name__]
         elif not self.objects and issubclass(kind, BASES):
-            return encode(plain(value), self._other)
+            return encode(plain_data(value), self._other)
         return self._keep(value)
 
     def _keep(self, value: Any) -> Any:
@@ -258,7 +258,7 @@ class Server:
             return made
         if kind == "error":
             return self.module.__dict__[rest[0]]
-        return self.theirs.setdefault(rest[0], Theirs(self, *rest))
+        return self.theirs.setdefault(rest[0], TestsObject(self, *rest))
 
 
 def _names(kind: type) -> list[list[Any]]:

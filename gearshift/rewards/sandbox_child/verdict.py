@@ -17,12 +17,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO, NoReturn
 
-from gearshift.rewards.sandbox_child import FAILED, PASSED, UNUSABLE, functions, reading
-from gearshift.rewards.sandbox_child.given import allowed, of_library, rebuilt
-from gearshift.rewards.sandbox_child.program import plain, renew
-from gearshift.rewards.sandbox_child.reading import Reading, UnusableError
-from gearshift.rewards.sandbox_child.things import FACES, Thing, is_thing, kind
-from gearshift.rewards.sandbox_child.wire import DEEP, Wire, decode, encode
+from gearshift.rewards.sandbox_child import FAILED, PASSED, UNUSABLE, analysis, rewrite, test_runner
+from gearshift.rewards.sandbox_child.access import allowed_operation, library_name, rebuild_recipe
+from gearshift.rewards.sandbox_child.analysis import TestAnalysis, UnusableError
+from gearshift.rewards.sandbox_child.channel import DEEP_RECURSION, Channel, decode, encode
+from gearshift.rewards.sandbox_child.program import plain_data, update_in_place
+from gearshift.rewards.sandbox_child.proxies import APPEARANCES, Proxy, is_proxy, proxy_class
 
 _MUTABLE = (list, dict, set, bytearray)
 
@@ -45,12 +45,12 @@ class Space(dict[str, Any]):
         self._tester = tester
 
     def __missing__(self, name: str) -> Any:
-        for mark in (reading.SOFT, reading.HARD):
+        for mark in (analysis.SOFT, analysis.HARD):
             if name.startswith(mark):
                 try:
                     return self._tester.ask("name", name.removeprefix(mark))
                 except NameError:
-                    if mark == reading.HARD:
+                    if mark == analysis.HARD:
                         raise
                     return getattr(builtins, name.removeprefix(mark))
         if hasattr(builtins, name) or name.startswith("__"):
@@ -61,9 +61,9 @@ class Space(dict[str, Any]):
 class Tester:
     """One end of the pipes, and all that the tests and the program know of each other."""
 
-    def __init__(self, read: Reading, gets: BinaryIO, sends: BinaryIO) -> None:
+    def __init__(self, read: TestAnalysis, gets: BinaryIO, sends: BinaryIO) -> None:
         self.read = read
-        self._wire = Wire(gets, sends, self._serve, self._wrong, read.nan)
+        self._wire = Channel(gets, sends, self._serve, self._wrong, read.nan)
         self.asked = False
         self.failed = False
         """An assertion in a function that the program called did not hold."""
@@ -73,7 +73,7 @@ class Tester:
         """The last of these has come to no `except`, or the like, of the tests."""
         self._thrown: list[BaseException] = []
         """By functions of the tests that the program called."""
-        self._things: dict[int, Thing] = {}
+        self._things: dict[int, Proxy] = {}
         self._given: list[Any] = []
         """Objects of the tests that the program knows, by number."""
         self._numbers: dict[int, int] = {}
@@ -106,7 +106,7 @@ class Tester:
         try:
             answer, content, printed, changed, same = self._wire.wait()
             for place in watched:
-                renew(args[place], decode(changed[str(place)], self._received))
+                update_in_place(args[place], decode(changed[str(place)], self._received))
             if printed:
                 sys.stdout.write(str(printed))
             if answer == "raised":
@@ -153,7 +153,7 @@ class Tester:
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
-        own = trace and trace.tb_frame.f_code.co_filename == reading.TESTS
+        own = trace and trace.tb_frame.f_code.co_filename == analysis.TESTS
         return bool(own and trace and trace.tb_lineno in self.read.raises)
 
     def _watched(self, args: Any) -> list[int]:
@@ -161,7 +161,7 @@ class Tester:
         held: set[int] = set()
         frame = sys._getframe(2) if self.read.watched else None
         while frame:
-            if frame.f_code.co_filename == reading.TESTS:
+            if frame.f_code.co_filename == analysis.TESTS:
                 names = frame.f_locals
                 held |= {id(names[n]) for n in self.read.watched if n in names}
             frame = frame.f_back
@@ -169,15 +169,15 @@ class Tester:
 
     def _other(self, value: Any) -> Any:
         """What is not plain data, as the program gets it."""
-        if is_thing(value):
+        if is_proxy(value):
             return ["yours", value._thing]
         if isinstance(value, type) and value in self._errors.values():
             return ["error", value.__name__]
         if isinstance(value, (int, float, str, bytes)):
-            return encode(plain(value), self._other)
-        if found := of_library(value):
+            return encode(plain_data(value), self._other)
+        if found := library_name(value):
             return ["global", *found]
-        if parts := rebuilt(value):
+        if parts := rebuild_recipe(value):
             return ["made", *(encode(part, self._other) for part in parts)]
         number = self._numbers.setdefault(id(value), len(self._given))
         if number == len(self._given):
@@ -195,9 +195,9 @@ class Tester:
             return self._error_class(rest[0])
         assert form == "mine"
         number, abilities, face = rest
-        assert face in FACES
+        assert face in APPEARANCES
         if number not in self._things:
-            made = kind(tuple(abilities), self.read.objects)
+            made = proxy_class(tuple(abilities), self.read.objects)
             self._things[number] = made(number, self, face)
         return self._things[number]
 
@@ -243,7 +243,7 @@ class Tester:
             target, *given = (decode(a, self._received) for a in args)
             named = {k: decode(v, self._received) for k, v in kwargs.items()}
             assert id(target) in self._numbers
-            do = allowed(target, what, given)
+            do = allowed_operation(target, what, given)
         except BaseException:
             self._wrong()
         try:
@@ -264,7 +264,7 @@ def _next(iterator: Any) -> Any:
     try:
         return next(iterator)
     except StopIteration as stop:
-        if not is_thing(iterator):
+        if not is_proxy(iterator):
             raise
         error = StopError(*stop.args)
         error.value = stop.value
@@ -300,25 +300,25 @@ def unusable(why: str) -> NoReturn:
 
 def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoReturn:
     """End the process with the verdict."""
-    sys.setrecursionlimit(DEEP)
+    sys.setrecursionlimit(DEEP_RECURSION)
     try:
-        read = reading.read(source, entry_point)
+        read = analysis.analyze(source, entry_point)
     except UnusableError as error:
         unusable(str(error))
     tester = Tester(read, gets, sends)
-    own = {reading.COMPARE: _compare, reading.STOP: StopError}
-    file = {"__name__": "__main__", "__file__": reading.TESTS}
+    own = {rewrite.COMPARE: _compare, rewrite.STOP: StopError}
+    file = {"__name__": "__main__", "__file__": analysis.TESTS}
     space = Space(tester, **own, **file, math=importlib.import_module("math"))
-    space[reading.TYPE] = lambda x: tester.ask("get", x, "__class__") if is_thing(x) else type(x)
-    space[reading.NEXT], space[reading.SEEN] = _next, tester.seen
+    space[rewrite.TYPE] = lambda x: tester.ask("get", x, "__class__") if is_proxy(x) else type(x)
+    space[rewrite.NEXT], space[rewrite.SEEN] = _next, tester.seen
     tester.settle()
     try:
-        functions.prepare(space, read)
+        test_runner.prepare(space, read)
         for name in read.in_classes:
             with suppress(NameError):
                 space.setdefault(name, space[name])
         exec(read.code, space)
-        functions.run(space, read)
+        test_runner.run(space, read)
     except UnusableError as error:
         unusable(str(error))
     except SystemExit as error:

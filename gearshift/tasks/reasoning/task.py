@@ -21,7 +21,7 @@ from pydantic import Field
 
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
-from gearshift.rewards.answers import without_thoughts
+from gearshift.rewards.completion_text import without_thoughts
 from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows

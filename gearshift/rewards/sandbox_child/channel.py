@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-LINE = 16 << 20
+MAX_LINE = 16 << 20
 """The longest line that is read, in bytes."""
-DEEP = 10_000
+DEEP_RECURSION = 10_000
 """The recursion limit while data is written or read."""
 _EXACT = 1 << 53
 _SEQUENCES = ("list", "tuple", "set", "frozenset")
@@ -21,7 +21,7 @@ _PLAIN = frozenset({*_SEQUENCES, *_DICTS, *_VIEWS, "int", "bytes", "bytearray", 
 _TIMES = frozenset({"date", "datetime", "time", "timedelta"})
 
 
-class Wire:
+class Channel:
     """One end of the two pipes. While it waits for an answer, the other end may ask in turn."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Wire:
         """Raises `ValueError` or `RecursionError` for a line that is too long or too deep."""
         with DeepRecursion():
             line = json.dumps(message).encode() + b"\n"
-        if len(line) > LINE:
+        if len(line) > MAX_LINE:
             raise ValueError(f"a line of {len(line)} bytes is too long")
         self._sends.write(line)
         self._sends.flush()
@@ -49,7 +49,7 @@ class Wire:
         """Raises `EOFError` at the other's end; `ValueError` for what is no line of JSON or holds a
         NaN that is not allowed.
         """
-        line = self._gets.readline(LINE + 1)
+        line = self._gets.readline(MAX_LINE + 1)
         if not line.endswith(b"\n"):
             raise EOFError
         with DeepRecursion():
@@ -177,7 +177,7 @@ class DeepRecursion:
 
     def __enter__(self) -> None:
         self._before = sys.getrecursionlimit()
-        sys.setrecursionlimit(max(DEEP, self._before))
+        sys.setrecursionlimit(max(DEEP_RECURSION, self._before))
 
     def __exit__(self, *_: object) -> None:
         sys.setrecursionlimit(self._before)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gearshift.rewards.answers import code_blocks, is_python, without_thoughts
+from gearshift.rewards.completion_text import code_blocks, is_python, without_thoughts
 from gearshift.rewards.functions import REWARD_MISSING, Rewards
-from gearshift.rewards.sandbox import LostError, check_sandboxed, run_sandboxed
+from gearshift.rewards.sandbox import SandboxFailedError, check_sandboxed, run_sandboxed
 from gearshift.types import Message
 
 
@@ -83,7 +83,7 @@ def _score(
             return None
         try:
             return verdict(_passed(extract_code(completion), pairs or [], texts or [], entry_point))
-        except (_UnusableError, LostError) as error:
+        except (_UnusableError, SandboxFailedError) as error:
             lost.append(str(error))
             return REWARD_MISSING
 

@@ -14,7 +14,7 @@ _OPEN = ("__main__", "io", "_io", "types", "unittest.mock")
 """Modules of classes whose objects the program may ask for public attributes."""
 
 
-def allowed(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
+def allowed_operation(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
     """Public parts of plain objects, and calls: nothing leads on to the tests' own variables."""
     if what == "call":
         return lambda f, *args, **kwargs: f(*args, **kwargs)
@@ -25,7 +25,7 @@ def allowed(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
     return {"iter": iter, "next": next, "len": len, "getitem": operator.getitem}[what]  # type: ignore[return-value]
 
 
-def of_library(value: Any) -> tuple[str, str] | None:
+def library_name(value: Any) -> tuple[str, str] | None:
     """The module and name of a function or class that the program's Python has too."""
     name = getattr(value, "__qualname__", None)
     owner = getattr(value, "__objclass__", value)
@@ -43,16 +43,16 @@ def of_library(value: Any) -> tuple[str, str] | None:
     return (module, name) if found is value and module in sys.stdlib_module_names else None
 
 
-def rebuilt(value: Any) -> list[Any] | None:
+def rebuild_recipe(value: Any) -> list[Any] | None:
     """How the program can make an object of the standard library's itself: what to call, with what,
     and its state. None for what is not made so: the tests' own objects, iterators, open files.
     """
     kind = type(value)
-    if kind.__module__ in _OPEN or hasattr(kind, "__next__") or not of_library(kind):
+    if kind.__module__ in _OPEN or hasattr(kind, "__next__") or not library_name(kind):
         return None
     try:
         reduce = copyreg.dispatch_table.get(kind, lambda value: value.__reduce_ex__(2))
         call, args, *more = reduce(value)
     except TypeError:
         return None
-    return [call, list(args), more[0] if more else None] if of_library(call) else None
+    return [call, list(args), more[0] if more else None] if library_name(call) else None

@@ -9,17 +9,21 @@ import math
 import re
 from typing import Any
 
-from gearshift.rewards.answers import without_thoughts
+from gearshift.rewards.completion_text import without_thoughts
 
 _NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:\.\d+)?))?"
 # No range, percentage, number with a comma, or second fraction follows.
-_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+(?:to|or)\s+\d)"
-_ALONE = re.compile(rf"\s*{_NUMBER}\s*\.?\s*", re.IGNORECASE)
-_IN_WORDS = re.compile(rf"""(?<!["'\w])score[*\s]*[:=][*\s]*{_NUMBER}{_ENDS}""", re.IGNORECASE)
+_NUMBER_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+(?:to|or)\s+\d)"
+_NUMBER_ONLY = re.compile(rf"\s*{_NUMBER}\s*\.?\s*", re.IGNORECASE)
+_IN_WORDS = re.compile(
+    rf"""(?<!["'\w])score[*\s]*[:=][*\s]*{_NUMBER}{_NUMBER_ENDS}""", re.IGNORECASE
+)
 # `{'score': 8}`, or JSON that is broken behind its mark; what stops within the number is neither.
-_NEARLY = re.compile(rf"""\{{\s*["']score["']\s*:\s*["']?{_NUMBER}["']?\s*[,}}]""", re.IGNORECASE)
+_ALMOST_JSON = re.compile(
+    rf"""\{{\s*["']score["']\s*:\s*["']?{_NUMBER}["']?\s*[,}}]""", re.IGNORECASE
+)
 # About an object that stands on lines of its own: a fence, or what makes it bold.
-_BESIDE = " \t`*."
+_DECORATION = " \t`*."
 
 
 def parse_mark(text: str, high: float | None = None) -> float | None:
@@ -31,15 +35,15 @@ def parse_mark(text: str, high: float | None = None) -> float | None:
     is the best mark, `high`, and else none. An endless reply has none.
     """
     text = without_thoughts(text).strip()
-    if len(text) > _MOST:
+    if len(text) > _MAX_LENGTH:
         return None
-    if alone := _ALONE.fullmatch(text):
+    if alone := _NUMBER_ONLY.fullmatch(text):
         return _number(alone, high)
     objects, rest = _objects(text)
     if objects:
         _, value = max(objects, key=lambda one: one[0])
         return _value(value, high)
-    if nearly := {_number(m, high) for m in _NEARLY.finditer(rest)}:
+    if nearly := {_number(m, high) for m in _ALMOST_JSON.finditer(rest)}:
         return nearly.pop() if len(nearly) == 1 else None
     words = [_number(m, high) for m in _IN_WORDS.finditer(rest)]
     return words[-1] if words else None
@@ -55,17 +59,17 @@ def _objects(text: str) -> tuple[list[tuple[tuple[bool, int], Any]], str]:
         try:
             value, place = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
-            place = _closes(text, start)
+            place = _closing_brace(text, start)
             rest += text[start:place]
             continue
         before, after = text[:start].rpartition("\n")[2], text[place:].partition("\n")[0]
-        own_lines = before.strip(_BESIDE) in ("", "json") and not after.strip(_BESIDE)
+        own_lines = before.strip(_DECORATION) in ("", "json") and not after.strip(_DECORATION)
         if "score" in value:
             found.append(((own_lines, start), value["score"]))
     return found, rest + text[place:]
 
 
-def _closes(text: str, start: int) -> int:
+def _closing_brace(text: str, start: int) -> int:
     """Where the brace at `start` is closed, or the end of the text."""
     depth = 0
     for brace in re.finditer(r"[{}]", text[start:]):
@@ -75,7 +79,7 @@ def _closes(text: str, start: int) -> int:
     return len(text)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _keep_score(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of an object its score alone; one that it names twice is none."""
     scores = [value for key, value in pairs if key.strip().lower() == "score"]
     return {"score": scores[0] if len(scores) == 1 else None} if scores else {}
@@ -85,14 +89,14 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"JSON has no {word}.")
 
 
-_MOST = 1 << 15
+_MAX_LENGTH = 1 << 15
 """Characters of a reply that may hold a mark: of braces alone, more would take minutes to read."""
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_keep_score, parse_constant=_no_constant)
 
 
 def _value(value: Any, high: float | None) -> float | None:
     if isinstance(value, str):
-        alone = _ALONE.fullmatch(value)
+        alone = _NUMBER_ONLY.fullmatch(value)
         return _number(alone, high) if alone else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -13,15 +13,21 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import NamedTuple
 
-from gearshift.rewards.sandbox_child.imports import OpenImports
-from gearshift.rewards.sandbox_child.names import PLAIN_NAMES, Names, collect, name_of, names_in
+from gearshift.rewards.sandbox_child.name_analysis import (
+    PLAIN_NAMES,
+    Names,
+    collect,
+    name_of,
+    names_in,
+)
+from gearshift.rewards.sandbox_child.program_imports import ReplaceImports
+from gearshift.rewards.sandbox_child.rewrite import RewriteTests
 
 HARD, SOFT = "program ", "program or "
 """Before a builtin's name where the tests mean the program's (if it has one, where `SOFT`)."""
 TESTS = "tests"
 """The file that the tests' code names."""
-COMPARE, TYPE, STOP, NEXT, SEEN = " compare", " type", " stop", " next", " seen"
-"""Names that the rewritten tests use, which no program can have."""
+
 
 _CONVERT = frozenset({
     "list", "tuple", "set", "frozenset", "dict", "str", "int", "float", "complex", "bool",
@@ -33,14 +39,13 @@ _CLOSED = frozenset({
 _HIDDEN = frozenset({
     "__code__", "__globals__", "__closure__", "getsource", "getfullargspec", "signature",
 })  # fmt: skip
-_ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
 class UnusableError(Exception):
     """No program can be put to these tests."""
 
 
-class Reading(NamedTuple):
+class TestAnalysis(NamedTuple):
     """The tests, ready to run, and what they say."""
 
     code: CodeType
@@ -64,11 +69,11 @@ class Reading(NamedTuple):
     """The program's names in the body of a class, where Python asks no `__missing__`."""
 
 
-def read(source: str, entry_point: str = "") -> Reading:
+def analyze(source: str, entry_point: str = "") -> TestAnalysis:
     """Raises `UnusableError` for tests that no program can be put to."""
     try:
         tree = ast.parse(source)
-        tree = ast.fix_missing_locations(OpenImports(tree, _of_program).visit(tree))
+        tree = ast.fix_missing_locations(ReplaceImports(tree, _of_program).visit(tree))
         _call_check(tree, entry_point)
         nodes = list(ast.walk(tree))
         names = collect(nodes)
@@ -80,7 +85,7 @@ def read(source: str, entry_point: str = "") -> Reading:
             if isinstance(n, ast.FunctionDef) and n.name.startswith("test")
             and n.name not in names.read
         )  # fmt: skip
-        found = Reading(
+        found = TestAnalysis(
             raises=frozenset(n.lineno for n in nodes if isinstance(n, ast.Raise)),
             objects=any(_speaks_of_objects(n, names) for n in nodes),
             operators=any(_uses_as_plain(n, names) for n in nodes),
@@ -110,7 +115,7 @@ def _of_program(node: ast.expr, name: str) -> ast.expr:
 
 def _compiled(tree: ast.Module, targets: dict[int, str]) -> CodeType:
     """The tests, rewritten in place."""
-    rewritten = ast.fix_missing_locations(_Rewrite(targets).visit(tree))
+    rewritten = ast.fix_missing_locations(RewriteTests(targets).visit(tree))
     return compile(rewritten, TESTS, "exec", dont_inherit=True)
 
 
@@ -288,67 +293,3 @@ def _read_but_places(node: ast.AST) -> set[str]:
         if isinstance(n, ast.Name)
     }  # fmt: skip
     return names_in(node) - places
-
-
-class _Rewrite(ast.NodeTransformer):
-    """Comparisons of order, `type(x)`, `StopIteration` and builtins that the program is to have."""
-
-    def __init__(self, targets: dict[int, str]) -> None:
-        self._targets = targets
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        if id(node) in self._targets:
-            return ast.Name(self._targets[id(node)] + node.id, node.ctx)
-        return node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        self.generic_visit(node)
-        if node.attr == "__class__" and isinstance(node.ctx, ast.Load):
-            return ast.Call(ast.Name(TYPE, ast.Load()), [node.value], [])
-        return node
-
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        self.generic_visit(node)
-        if not any(isinstance(op, _ORDER) for op in node.ops):
-            return node
-        ops: list[ast.expr] = [ast.Constant(type(op).__name__) for op in node.ops]
-        args = [node.left, ast.Tuple(ops, ast.Load()), *node.comparators]
-        return ast.Call(ast.Name(COMPARE, ast.Load()), args, [])
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        self.generic_visit(node)
-        node.args = [_or_stop(arg) for arg in node.args]
-        if name_of(node.func) in ("type", "next") and len(node.args) == 1:
-            node.func = ast.Name(TYPE if name_of(node.func) == "type" else NEXT, ast.Load())
-        return node
-
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.ExceptHandler:
-        self.generic_visit(node)
-        if isinstance(node.type, ast.Tuple):
-            if any(name_of(n) == "StopIteration" for n in node.type.elts):
-                node.type.elts.append(ast.Name(STOP, ast.Load()))
-        elif node.type:
-            node.type = _or_stop(node.type)
-        node.body.insert(0, _seen())
-        return node
-
-    def visit_With(self, node: ast.With) -> list[ast.stmt]:
-        self.generic_visit(node)
-        return [node, _seen()]
-
-    def visit_Expr(self, node: ast.Expr) -> list[ast.stmt]:
-        self.generic_visit(node)
-        named = getattr(getattr(node.value, "func", None), "attr", "")
-        return [node, _seen()] if named.startswith(("assertRaises", "raises")) else [node]
-
-
-def _seen() -> ast.Expr:
-    """The statement that tells that an exception was caught."""
-    return ast.Expr(ast.Call(ast.Name(SEEN, ast.Load()), [], []))
-
-
-def _or_stop(node: ast.expr) -> ast.expr:
-    """`StopIteration` as what is caught: the program's is a class of its own."""
-    if name_of(node) != "StopIteration":
-        return node
-    return ast.Tuple([node, ast.Name(STOP, ast.Load())], ast.Load())

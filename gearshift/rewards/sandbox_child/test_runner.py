@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
-from gearshift.rewards.sandbox_child.reading import Reading, UnusableError
+from gearshift.rewards.sandbox_child.analysis import TestAnalysis, UnusableError
 
 _RAN, _RAN_CASES = " ran", " ran cases"
 """Names that no tests have: these have begun."""
 
 
-def prepare(space: dict[str, Any], read: Reading) -> None:
+def prepare(space: dict[str, Any], read: TestAnalysis) -> None:
     """Before the tests run: `pytest`, and `unittest.main` that runs their classes."""
     if "pytest" in read.imports:
         pytest: Any = ModuleType("pytest")
@@ -34,7 +34,7 @@ def prepare(space: dict[str, Any], read: Reading) -> None:
         unittest.main = lambda *_, **__: run_cases(space)  # type: ignore[assignment]
 
 
-def run(space: dict[str, Any], read: Reading) -> int:
+def run(space: dict[str, Any], read: TestAnalysis) -> int:
     """What the tests define and do not run themselves. Raises what they raise; 0 else."""
     if space.get(_RAN):
         return 0

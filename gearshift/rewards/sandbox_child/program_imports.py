@@ -11,7 +11,7 @@ MODULES = frozenset({
 """What tests call the program's module."""
 
 
-class OpenImports(ast.NodeTransformer):
+class ReplaceImports(ast.NodeTransformer):
     """Takes such imports out of the tests, and has the program's own names in their place."""
 
     def __init__(self, tree: ast.Module, of_program: Callable[[ast.expr, str], ast.expr]) -> None:

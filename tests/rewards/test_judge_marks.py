@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearshift.rewards.marks import parse_mark
+from gearshift.rewards.judge_marks import parse_mark
 
 J = '{"score": %s}'
 

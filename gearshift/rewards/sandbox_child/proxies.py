@@ -11,7 +11,7 @@ import types
 from functools import cache
 from typing import Any
 
-from gearshift.rewards.sandbox_child.names import PLAIN_NAMES
+from gearshift.rewards.sandbox_child.name_analysis import PLAIN_NAMES
 from gearshift.rewards.sandbox_child.program import BASES, OPERATORS
 
 _OF_ANY = frozenset(
@@ -30,11 +30,11 @@ _OF_ANY = frozenset(
 )
 _LIKE = {"": object, "generator": types.GeneratorType, "function": types.FunctionType}
 _PLAIN = {base.__name__: base for base in BASES}
-FACES: dict[str, type] = {**_LIKE, **_PLAIN}
+APPEARANCES: dict[str, type] = {**_LIKE, **_PLAIN}
 """What `isinstance` sees an object as: a generator, a function, plain data that it derives from."""
 
 
-class Thing:
+class Proxy:
     """What any object can be asked."""
 
     __slots__ = ("_face", "_tester", "_thing")
@@ -45,7 +45,7 @@ class Thing:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return FACES[self._face]
+        return APPEARANCES[self._face]
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OF_ANY:  # this object has it too
@@ -55,7 +55,7 @@ class Thing:
     def __eq__(self, other: object) -> Any:
         if self is other:
             return True
-        if is_thing(other):
+        if is_proxy(other):
             return self._tester.ask("eq", self, other) is True
         return self._plain() == other if self._face in _PLAIN else NotImplemented
 
@@ -84,7 +84,7 @@ class Thing:
         return str(self._tester.ask("format", self, spec))
 
 
-class Iterated:
+class IteratorProxy:
     """An iterator."""
 
     __slots__ = ()
@@ -97,7 +97,7 @@ class Iterated:
         return self._tester.ask("next", self)
 
 
-class Called:
+class CallableProxy:
     """A function, a class, or what else can be called."""
 
     __slots__ = ()
@@ -107,20 +107,20 @@ class Called:
         return self._tester.ask("call", self, *args, **kwargs)
 
 
-class Class:
+class ClassProxy:
     """A class of the program."""
 
     __slots__ = ()
     _tester: Any
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return is_thing(instance) and self._tester.ask("isinstance", instance, self) is True
+        return is_proxy(instance) and self._tester.ask("isinstance", instance, self) is True
 
     def __subclasscheck__(self, other: Any) -> bool:
-        return is_thing(other) and self._tester.ask("issubclass", other, self) is True
+        return is_proxy(other) and self._tester.ask("issubclass", other, self) is True
 
 
-class Object:
+class ObjectProxy:
     """An object of which the tests speak as an object: operators, places, attributes, contexts."""
 
     __slots__ = ()
@@ -130,7 +130,7 @@ class Object:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         found = self._tester.ask("get", self, name)
-        if is_thing(found) and name in PLAIN_NAMES and not self._tester.read.operators:
+        if is_proxy(found) and name in PLAIN_NAMES and not self._tester.read.operators:
             raise AttributeError(name)
         return found
 
@@ -144,7 +144,7 @@ class Object:
         return self._tester.ask("dir", self)
 
     def __contains__(self, item: Any) -> bool:
-        if not is_thing(item) and not self._tester.read.operators:
+        if not is_proxy(item) and not self._tester.read.operators:
             raise TypeError("what is no plain data holds none")
         return self._tester.ask("contains", self, item) is True
 
@@ -157,8 +157,8 @@ class Object:
         return swallowed and error is not None and self._tester.raised_by_tests(error)
 
 
-def is_thing(value: Any) -> bool:
-    return issubclass(type(value), Thing)
+def is_proxy(value: Any) -> bool:
+    return issubclass(type(value), Proxy)
 
 
 def _unary(what: str) -> Any:
@@ -171,7 +171,7 @@ def _binary(what: str, swapped: bool) -> Any:
     """
 
     def operate(self: Any, other: Any) -> Any:
-        if not is_thing(other) and not self._tester.read.operators:
+        if not is_proxy(other) and not self._tester.read.operators:
             return NotImplemented
         return self._tester.ask(what, *((other, self) if swapped else (self, other)))
 
@@ -180,7 +180,7 @@ def _binary(what: str, swapped: bool) -> Any:
 
 def _ordered(what: str) -> Any:
     def compare(self: Any, other: Any) -> Any:
-        if is_thing(other):
+        if is_proxy(other):
             return self._tester.ask(what, self, other) is True
         if self._face in _PLAIN:
             return getattr(operator, what)(self._plain(), other)
@@ -190,25 +190,25 @@ def _ordered(what: str) -> Any:
 
 
 for _name in ("lt", "le", "gt", "ge"):
-    setattr(Thing, f"__{_name}__", _ordered(_name))
+    setattr(Proxy, f"__{_name}__", _ordered(_name))
 for _name in (
     "len", "iter", "reversed", "getitem", "setitem", "delitem", "int", "float", "index",
     "complex", "abs", "round", "neg", "pos", "invert",
 ):  # fmt: skip
-    setattr(Object, f"__{_name}__", _unary(_name))
+    setattr(ObjectProxy, f"__{_name}__", _unary(_name))
 for _name in OPERATORS:
-    setattr(Object, f"__{_name}__", _binary(_name, False))
-    setattr(Object, f"__r{_name}__", _binary(_name, True))
+    setattr(ObjectProxy, f"__{_name}__", _binary(_name, False))
+    setattr(ObjectProxy, f"__r{_name}__", _binary(_name, True))
     if _name != "divmod":
-        setattr(Object, f"__i{_name}__", _binary("i" + _name, False))
+        setattr(ObjectProxy, f"__i{_name}__", _binary("i" + _name, False))
 
 
 @cache
-def kind(abilities: tuple[str, ...], objects: bool) -> type[Thing]:
+def proxy_class(abilities: tuple[str, ...], objects: bool) -> type[Proxy]:
     """The class of things with these abilities."""
     bases: list[type] = []
-    bases += [Class] if "class" in abilities else []
-    bases += [Iterated] if "next" in abilities else []
-    bases += [Called] if "call" in abilities else []
-    bases += [Object] if objects else []
-    return type("Thing", (*bases, Thing), {"__slots__": ()})
+    bases += [ClassProxy] if "class" in abilities else []
+    bases += [IteratorProxy] if "next" in abilities else []
+    bases += [CallableProxy] if "call" in abilities else []
+    bases += [ObjectProxy] if objects else []
+    return type("Thing", (*bases, Proxy), {"__slots__": ()})

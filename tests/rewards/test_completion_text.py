@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gearshift.rewards.answers import code_blocks, without_thoughts
-from gearshift.rewards.code import extract_code
+from gearshift.rewards.code_rewards import extract_code
+from gearshift.rewards.completion_text import code_blocks, without_thoughts
 
 PROGRAM = "print(6 * 7)\n"
 
