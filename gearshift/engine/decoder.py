@@ -59,9 +59,9 @@ class Decoder:
         """Where tensor operations do more than is exact, they are held to one order."""
         fine, plan = self.model.dtype == torch.float32, self.plan
         if self.head.softcap is not None:
-            return self.kernels.alone()
+            return self.kernels.batch_invariant()
         if fine and (plan is None or not all(isinstance(y.act, str) for y in plan.layers)):
-            return self.kernels.alone()
+            return self.kernels.batch_invariant()
         return nullcontext()
 
     def steps(
@@ -77,12 +77,12 @@ class Decoder:
         beyond is not needed.
 
         Returns the last step's [B, V] logits, good until the next call, [S, B] tokens and their
-        log-probs; see `Kernels.draw`.
+        log-probs; see `Kernels.sample`.
         """
         if self._recorded_at != self.cache.moves:
             self.forget()
         B, width = table.shape
-        rows = self.kernels.rows_of_step(B)
+        rows = self.kernels.padded_rows(B)
         # The last column is nobody's block: a row that has ended writes there.
         columns = -(-(width + 1) // 8) * 8
         step = self._steps.get((rows, columns))
@@ -117,10 +117,10 @@ class Decoder:
             options: AttentionOptions,
         ) -> Tensor:
             store = self.cache.layer(layer, qkv[:, : plan.kv_heads])
-            query = self.kernels.rotate_and_write(qkv, rotary, store, places)
+            query = self.kernels.apply_rotary_and_write(qkv, rotary, store, places)
             return self.kernels.attend(query, store, places, options)
 
-        multiply, wanted = self.kernels.multiply, places.wanted
+        multiply, wanted = self.kernels.linear, places.logits_indices
         hidden = layers(
             plan, weights, self.kernels, x, angles, attention, wanted, multiply=multiply
         )
@@ -129,7 +129,7 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.weights is None:
             return self.head.shaped(self.head.linear(hidden))
-        return self.head.shaped(self.weights.head(hidden, self.kernels.multiply))
+        return self.head.shaped(self.weights.head(hidden, self.kernels.linear))
 
 
 class Step:
@@ -175,7 +175,7 @@ class Step:
         plan, weights = decoder.plan, decoder.weights
 
         def draw(logits: Tensor) -> Tensor:
-            decoder.kernels.draw(logits, self.temperature, self.uniforms, self.ids, self.logprobs)
+            decoder.kernels.sample(logits, self.temperature, self.uniforms, self.ids, self.logprobs)
             return logits
 
         def advance() -> None:
@@ -185,7 +185,7 @@ class Step:
         def plain() -> Tensor:
             advance()
             return draw(
-                decoder(self.ids, AttentionMetadata(places.rows, self.positions, self.table))
+                decoder(self.ids, AttentionMetadata(places.seq_ids, self.positions, self.table))
             )
 
         if plan is None or weights is None:
@@ -194,7 +194,7 @@ class Step:
 
         def prepare() -> None:
             advance()
-            places.moved()
+            places.refresh()
             now, turned = embed(plan, self.ids, self.positions)
             x.copy_(now)
             for old, new in zip(angles, turned, strict=True):
@@ -205,7 +205,7 @@ class Step:
             return draw(decoder._described(plan, weights, x, angles, places))
 
         began = self.ids.clone(), self.positions.clone()
-        recorded = decoder.kernels.record(prepare, run)
+        recorded = decoder.kernels.capture(prepare, run)
         self.ids.copy_(began[0])  # recording took a step
         self.positions.copy_(began[1])
         return recorded or plain
@@ -228,7 +228,7 @@ def generic(
         layout=CachedLayout(kernels, cache, places),
     )
     hidden: Tensor = out.last_hidden_state[0]
-    return hidden if places.wanted is None else hidden[places.wanted]
+    return hidden if places.logits_indices is None else hidden[places.logits_indices]
 
 
 class CachedLayout:
@@ -247,5 +247,5 @@ class CachedLayout:
         self._written.add(layer)
         qkv = torch.cat((query[0], key[0], value[0])).transpose(0, 1).contiguous()
         store = self.cache.layer(layer, qkv[:, : key.shape[1]])
-        query = self.kernels.rotate_and_write(qkv, None, store, self.places)
+        query = self.kernels.apply_rotary_and_write(qkv, None, store, self.places)
         return self.kernels.attend(query, store, self.places, options).transpose(0, 1)[None]

@@ -326,7 +326,7 @@ class Engine:
             "aliased": self.weights.bytes() if self.weights else 0,
             "packed": self.weights.packed_bytes() if self.weights else 0,
             "cache": self._scheduler.cache.bytes() if self._scheduler else 0,
-            "steps": self.kernels.held(),
+            "steps": self.kernels.workspace_bytes(),
         }
 
     def timing(self) -> GenerationStats:

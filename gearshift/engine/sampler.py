@@ -15,7 +15,7 @@ from gearshift.kernels.reference import inverse_cdf
 from gearshift.types import SamplingParams
 
 Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""`Kernels.draw`."""
+"""`Kernels.sample`."""
 
 
 def sample(

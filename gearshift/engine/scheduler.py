@@ -177,8 +177,8 @@ class Scheduler:
     def _drawn(
         self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor
     ) -> tuple[list[int], list[float], list[float]]:
-        draw, params = self.decoder.kernels.draw, [s.params for s in sequences]
-        with self.decoder.kernels.alone() if any(map(adjusts, params)) else nullcontext():
+        draw, params = self.decoder.kernels.sample, [s.params for s in sequences]
+        with self.decoder.kernels.batch_invariant() if any(map(adjusts, params)) else nullcontext():
             columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
         tokens, logprobs, drawn_logprobs = (column.tolist() for column in columns)
         return tokens, logprobs, drawn_logprobs

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gearshift.kernels import build
-from gearshift.kernels.alone import EachAlone
 from gearshift.kernels.attention import PackedSequences
+from gearshift.kernels.batch_invariant import BatchInvariant
 from gearshift.kernels.build import pointer
 from gearshift.kernels.cpu_autograd import (
     AddNorm,
@@ -28,8 +28,8 @@ from gearshift.kernels.cpu_autograd import (
     add_norm_arguments,
     gate_arguments,
 )
-from gearshift.kernels.reference import Kernels, Product
-from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Gate, Head, Norm
+from gearshift.kernels.reference import Kernels, PrepackedLinear
+from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Gate, Head, Norm, Rotary
 
 
 class _Memory:
@@ -77,7 +77,7 @@ class _OnlyKernels(TorchDispatchMode):
 _ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
 
 
-class NativeKernels(Kernels):
+class CPUKernels(Kernels):
     """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -88,10 +88,10 @@ class NativeKernels(Kernels):
         self._multiplies = build.has("multiply", dtype)
         self._in_rows = build.has("multiply_rows", torch.float32)
 
-    def held(self) -> int:
+    def workspace_bytes(self) -> int:
         return self._memory.bytes()
 
-    def record(
+    def capture(
         self, prepare: Callable[[], None], run: Callable[[], Tensor]
     ) -> Callable[[], Tensor] | None:
         prepare()
@@ -133,43 +133,44 @@ class NativeKernels(Kernels):
         self._call("add_norm", *add_norm_arguments(x, delta, weight, bias, x, out, norm))
         return x, out
 
-    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+    def apply_rotary(self, qkv: Tensor, rotary: Rotary | None, kv_heads: int) -> Tensor:
         if rotary is None or not torch.is_grad_enabled():
-            return super().rotate(qkv, rotary, kv_heads)
+            return super().apply_rotary(qkv, rotary, kv_heads)
         turned: Tensor = Rotate.apply(qkv, *rotary, kv_heads)
         return turned
 
-    def rotate_and_write(
+    def apply_rotary_and_write(
         self,
         qkv: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         store: Tensor,
-        places: AttentionMetadata,
+        metadata: AttentionMetadata,
     ) -> Tensor:
         T, heads, D = qkv.shape
         K = store.shape[2]
         cos, sin = rotary or (None, None)
         self._call(
             "rotate_and_write", qkv.data_ptr(), pointer(cos), pointer(sin), store.data_ptr(),
-            places.slots.data_ptr(), T, heads - 2 * K, K, D, 0 if cos is None else cos.shape[-1],
+            metadata.slot_mapping.data_ptr(), T, heads - 2 * K, K, D,
+            0 if cos is None else cos.shape[-1],
         )  # fmt: skip
         return qkv[:, : heads - 2 * K]
 
     def attend(
-        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
+        self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         T, H, D = query.shape
-        table = places.table
+        table = metadata.block_tables
         out = self._empty((T, H, D))
         self._call(
             "attend", query.data_ptr(), query.stride(0), store.data_ptr(), table.data_ptr(),
-            places.rows.data_ptr(), places.positions.data_ptr(), out.data_ptr(), T, H,
+            metadata.seq_ids.data_ptr(), metadata.positions.data_ptr(), out.data_ptr(), T, H,
             store.shape[2], D, table.shape[1], options.scaling,
             options.window or 0, options.softcap or 0.0,
         )  # fmt: skip
         return out
 
-    def gate(self, both: Tensor, gate: Gate) -> Tensor:
+    def act_and_mul(self, both: Tensor, gate: Gate) -> Tensor:
         if torch.is_grad_enabled():
             gated: Tensor = GateFunction.apply(both, gate)
             return gated
@@ -202,12 +203,12 @@ class NativeKernels(Kernels):
         )
         return scores
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         N, K = weight.shape
         fits = x.shape[1:] == (K,) and (bias is None or bias.shape == (N,))
         given = {t.dtype for t in (x, weight, bias) if t is not None}
         if not self._in_rows or not fits or given != {torch.float32} or not K:
-            return super().multiply(x, weight, bias)  # which also says what does not fit
+            return super().linear(x, weight, bias)  # which also says what does not fit
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         out = self._empty((len(x), N), torch.float32)
         self._call(
@@ -216,14 +217,14 @@ class NativeKernels(Kernels):
         )  # fmt: skip
         return out
 
-    def alone(self) -> AbstractContextManager[Any]:
-        return EachAlone(self.multiply) if self._in_rows else super().alone()
+    def batch_invariant(self) -> AbstractContextManager[Any]:
+        return BatchInvariant(self.linear) if self._in_rows else super().batch_invariant()
 
-    def product(self, weight: Tensor, rows: int) -> Product | None:
+    def prepacked_linear(self, weight: Tensor, rows: int) -> PrepackedLinear | None:
         fits = self._multiplies and weight.shape[1] % 2 == 0
-        return _Product(self, weight) if fits else super().product(weight, rows)
+        return _PrepackedLinear(self, weight) if fits else super().prepacked_linear(weight, rows)
 
-    def draw(
+    def sample(
         self,
         logits: Tensor,
         temperature: Tensor,
@@ -248,15 +249,15 @@ class NativeKernels(Kernels):
         return torch.empty(shape, dtype=dtype or self._dtype)
 
 
-class _Product:
+class _PrepackedLinear:
     """By a weight packed for `multiply`; packing again keeps its place."""
 
-    def __init__(self, kernels: NativeKernels, weight: Tensor) -> None:
+    def __init__(self, kernels: CPUKernels, weight: Tensor) -> None:
         self._kernels, (self._out, self._in) = kernels, weight.shape
         self._packed = torch.empty(-(-self._out // 16) * 16 * self._in, dtype=weight.dtype)
-        self.pack(weight)
+        self.prepack(weight)
 
-    def pack(self, weight: Tensor) -> None:
+    def prepack(self, weight: Tensor) -> None:
         weight = weight.contiguous()
         self._kernels._call("pack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in)
 

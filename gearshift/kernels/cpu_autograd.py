@@ -72,7 +72,7 @@ class AddNorm(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """`Kernels.rotate`; its gradient turns back."""
+    """`Kernels.apply_rotary`; its gradient turns back."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> Tensor:
@@ -98,7 +98,7 @@ def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float) -
 
 
 class GateFunction(torch.autograd.Function):
-    """`Kernels.gate`, and its gradient in one pass."""
+    """`Kernels.act_and_mul`, and its gradient in one pass."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, gate: Gate) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gearshift.kernels import build
-from gearshift.kernels.cpu import NativeKernels
+from gearshift.kernels.cpu import CPUKernels
 from gearshift.kernels.reference import Kernels
 
 
 def kernels_for(weight: Tensor) -> Kernels:
     """The fastest kernels for a model with weights like this one."""
     if build.usable(weight):
-        return NativeKernels(weight.dtype)
+        return CPUKernels(weight.dtype)
     if weight.device.type == "cuda" and _has_triton():
         from gearshift.kernels.triton_ops import TritonKernels
 

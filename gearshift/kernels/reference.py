@@ -27,28 +27,29 @@ from gearshift.kernels.specs import (
     Gate,
     Head,
     Norm,
+    Rotary,
 )
 
 _BLOCK = 256
 
 
-class Product(Protocol):
+class PrepackedLinear(Protocol):
     """x [T, in] -> x weight^T + bias [T, out], by a copy of the weight in another layout."""
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def pack(self, weight: Tensor) -> None:
+    def prepack(self, weight: Tensor) -> None:
         """Copy the weight anew."""
 
 
 class Kernels:
-    """Every operation as tensor functions; `native.NativeKernels` replaces them where it can."""
+    """Every operation as tensor functions; `CPUKernels` and `TritonKernels` replace some."""
 
-    def rows_of_step(self, rows: int) -> int:
+    def padded_rows(self, rows: int) -> int:
         """How many rows a recorded step for `rows` of them has."""
         return rows
 
-    def record(
+    def capture(
         self, prepare: Callable[[], None], run: Callable[[], Tensor]
     ) -> Callable[[], Tensor] | None:
         """`prepare(); run()` as one function to be called again and again, where such calls can be
@@ -59,7 +60,7 @@ class Kernels:
         """
         return None
 
-    def held(self) -> int:
+    def workspace_bytes(self) -> int:
         """Bytes that recordings write to."""
         return 0
 
@@ -68,47 +69,47 @@ class Kernels:
         x = x if delta is None else x + delta
         return x, norm.module(x)
 
-    def rotate(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int) -> Tensor:
+    def apply_rotary(self, qkv: Tensor, rotary: Rotary | None, kv_heads: int) -> Tensor:
         """qkv [T, H + 2K, D] with queries and keys turned by (cos, sin) [T, rotary size]."""
         if rotary is None:
             return qkv
         turned, value = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
         return torch.cat((_rotate(turned, *rotary), value), dim=1)
 
-    def rotate_and_write(
+    def apply_rotary_and_write(
         self,
         qkv: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         store: Tensor,
-        places: AttentionMetadata,
+        metadata: AttentionMetadata,
     ) -> Tensor:
         """qkv [T, H + 2K, D]: rotate queries and keys by (cos, sin) [T, rotary size], store keys
         and values, return the queries [T, H, D].
         """
         K, D = store.shape[2], qkv.shape[2]
-        qkv = self.rotate(qkv, rotary, K)
+        qkv = self.apply_rotary(qkv, rotary, K)
         query, key, value = qkv.split((qkv.shape[1] - 2 * K, K, K), dim=1)
-        blocks, inside = places.slots // BLOCK, places.slots % BLOCK
+        blocks, inside = metadata.slot_mapping // BLOCK, metadata.slot_mapping % BLOCK
         keys, values = _cached(store, D)
         keys[blocks, :, :, inside] = key.unflatten(-1, (D // 2, 2))
         values[blocks, :, inside // 2, :, inside % 2] = value
         return query
 
     def attend(
-        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
+        self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
         D = query.shape[2]
         keys, values = _cached(store, D)
         # [B, W, K, D / 2, P, 2] and [B, W, K, P / 2, D, 2] -> [B, K, W * P, D]
-        key = keys[places.blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
-        value = values[places.blocks].permute(0, 2, 1, 3, 5, 4).flatten(2, 4)
-        mask = places.distance >= 0
+        key = keys[metadata.blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
+        value = values[metadata.blocks].permute(0, 2, 1, 3, 5, 4).flatten(2, 4)
+        mask = metadata.distance >= 0
         if options.window is not None:
-            mask = mask & (places.distance < options.window)
-        padded = query[places.padded].transpose(1, 2)  # [B, H, S, D]
+            mask = mask & (metadata.distance < options.window)
+        padded = query[metadata.padded].transpose(1, 2)  # [B, H, S, D]
         out = attend(padded, key, value, mask, options)
-        return out.transpose(1, 2).flatten(0, 1)[places.flat]
+        return out.transpose(1, 2).flatten(0, 1)[metadata.flat]
 
     def attend_packed(
         self,
@@ -121,24 +122,24 @@ class Kernels:
         """[T, heads, D] queries, keys and values of packed sequences -> [T, H, D]."""
         return sequences.attend(q, k, v, options)
 
-    def gate(self, both: Tensor, gate: Gate) -> Tensor:
+    def act_and_mul(self, both: Tensor, gate: Gate) -> Tensor:
         """[T, 2F] gate and up -> [T, F] act(gate) * up."""
         left, up = both.chunk(2, -1)
         return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] weight^T + bias [T, out]. Where it is compiled, a row's result does not depend
         on the rows beside it.
         """
         return F.linear(x, weight, bias)
 
-    def alone(self) -> AbstractContextManager[Any]:
+    def batch_invariant(self) -> AbstractContextManager[Any]:
         """Inside, what a model's own modules compute of a row does not depend on the rows beside
-        it, where `multiply` sees to that.
+        it, where `linear` sees to that.
         """
         return nullcontext()
 
-    def product(self, weight: Tensor, rows: int) -> Product | None:
+    def prepacked_linear(self, weight: Tensor, rows: int) -> PrepackedLinear | None:
         """Products by a copy of this weight [out, in] in a layout for about `rows` rows; None where
         none is faster than the weight itself: it is for bf16 on a CPU that multiplies bf16.
         """
@@ -148,9 +149,9 @@ class Kernels:
             return None
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
-        return _MkldnnProduct(weight, rows)
+        return _MkldnnLinear(weight, rows)
 
-    def draw(
+    def sample(
         self,
         logits: Tensor,
         temperature: Tensor,
@@ -184,14 +185,14 @@ class Kernels:
         return chunk(hidden_CH)
 
 
-class _MkldnnProduct:
+class _MkldnnLinear:
     """oneDNN's packed product."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self._rows = rows
-        self.pack(weight)
+        self.prepack(weight)
 
-    def pack(self, weight: Tensor) -> None:
+    def prepack(self, weight: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

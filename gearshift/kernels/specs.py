@@ -16,8 +16,11 @@ BLOCK = 16
 TILE = 8
 """Sequences next to each other whose common blocks a GPU reads once for all of them."""
 
-Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], weight [out, in], bias -> x weight^T + bias [T, out]."""
+
+Rotary = tuple[Tensor, Tensor]
+"""(cos, sin) of each token, [T, rotary size] each."""
 
 Gate = Literal["silu", "gelu_tanh"]
 
@@ -71,37 +74,42 @@ class Head:
 
 
 class AttentionMetadata:
-    """Where the tokens of one forward stand: token t at `positions[t]` of sequence `rows[t]`, whose
-    blocks are `table[rows[t]]`.
+    """Where the tokens of one forward lie: token t is at `positions[t]` of sequence `seq_ids[t]`,
+    whose blocks are `block_tables[seq_ids[t]]`.
 
-    A sequence's tokens come together and in order, and sequences come in the table's order.
+    The tokens of a sequence come together and in order. The sequences come in the tables' order.
     """
 
     def __init__(
-        self, rows: Tensor, positions: Tensor, table: Tensor, wanted: Tensor | None = None
+        self,
+        seq_ids: Tensor,
+        positions: Tensor,
+        block_tables: Tensor,
+        logits_indices: Tensor | None = None,
     ) -> None:
-        """`wanted` [B]: the tokens whose last states are asked for; None for all."""
-        self.rows, self.positions, self.table, self.wanted = rows, positions, table, wanted
-        self.slots = self._slots()
+        """`logits_indices` [B] are the tokens whose last states are returned; None returns all."""
+        self.seq_ids, self.positions = seq_ids, positions
+        self.block_tables, self.logits_indices = block_tables, logits_indices
+        self.slot_mapping = self._slot_mapping()
         """[T]: block * P + place in the block, where each token's key is written."""
 
-    def moved(self) -> None:
-        """The positions (or the table) were written: find anew what follows from them, the slots in
-        their place.
+    def refresh(self) -> None:
+        """Compute again what follows from the positions and the block tables, after they were
+        written in place. `slot_mapping` keeps its memory.
         """
-        self.slots.copy_(self._slots())
+        self.slot_mapping.copy_(self._slot_mapping())
         for name in ("padded", "flat", "blocks", "distance", "common"):
             self.__dict__.pop(name, None)
 
-    def _slots(self) -> Tensor:
-        last = self.table.shape[1] - 1
-        block = self.table[self.rows, (self.positions // BLOCK).clamp(max=last)]
+    def _slot_mapping(self) -> Tensor:
+        last = self.block_tables.shape[1] - 1
+        block = self.block_tables[self.seq_ids, (self.positions // BLOCK).clamp(max=last)]
         return block * BLOCK + self.positions % BLOCK
 
     @cached_property
     def padded(self) -> Tensor:
         """[B, S]: each sequence's tokens, filled up with its last."""
-        counts = torch.bincount(self.rows, minlength=len(self.table))
+        counts = torch.bincount(self.seq_ids, minlength=len(self.block_tables))
         ends = counts.cumsum(0)
         inside = torch.arange(int(counts.max()), device=counts.device)
         return torch.minimum((ends - counts)[:, None] + inside, ends[:, None] - 1)
@@ -109,31 +117,31 @@ class AttentionMetadata:
     @cached_property
     def flat(self) -> Tensor:
         """[T]: where each token lies in `padded`, row after row."""
-        starts = torch.searchsorted(self.rows, self.rows)
-        inside = torch.arange(len(self.rows), device=self.rows.device) - starts
-        return self.rows * self.padded.shape[1] + inside
+        starts = torch.searchsorted(self.seq_ids, self.seq_ids)
+        inside = torch.arange(len(self.seq_ids), device=self.seq_ids.device) - starts
+        return self.seq_ids * self.padded.shape[1] + inside
 
     @cached_property
     def common(self) -> Tensor:
-        """[B / TILE], of one token a sequence: how many blocks the sequences of a tile begin with
-        in common, and see to the end.
+        """[B / TILE], where each sequence has one token: how many blocks the sequences of a tile
+        begin with in common and look at whole.
         """
-        B, W = self.table.shape
+        B, W = self.block_tables.shape
         # The last tile is filled up with its first row, which changes nothing.
-        row = torch.arange(-(-B // TILE) * TILE, device=self.table.device)
+        row = torch.arange(-(-B // TILE) * TILE, device=self.block_tables.device)
         row = torch.where(row < B, row, row // TILE * TILE).view(-1, TILE)
-        same = (self.table[row] == self.table[row[:, :1]]).all(1)  # [tiles, W]
+        same = (self.block_tables[row] == self.block_tables[row[:, :1]]).all(1)  # [tiles, W]
         whole = (self.positions + 1)[row].amin(1, keepdim=True) // BLOCK
-        same &= torch.arange(W, device=self.table.device) < whole
+        same &= torch.arange(W, device=self.block_tables.device) < whole
         return same.long().cumprod(1).sum(1)
 
     @cached_property
     def blocks(self) -> Tensor:
         """[B, W]: the blocks that some token of this forward may look at."""
-        return self.table[:, : int(self.positions.max()) // BLOCK + 1]
+        return self.block_tables[:, : int(self.positions.max()) // BLOCK + 1]
 
     @cached_property
     def distance(self) -> Tensor:
         """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
         L = self.blocks.shape[1] * BLOCK
-        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.rows.device)
+        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.seq_ids.device)

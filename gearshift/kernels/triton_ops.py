@@ -144,11 +144,11 @@ class TritonKernels(Kernels):
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def rows_of_step(self, rows: int) -> int:
+    def padded_rows(self, rows: int) -> int:
         """The next power of two, or multiple of 64: few graphs serve all sizes."""
         return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
-    def record(
+    def capture(
         self, prepare: Callable[[], None], run: Callable[[], Tensor]
     ) -> Callable[[], Tensor] | None:
         """As a CUDA graph, or None where the model does something that a graph cannot hold. All
@@ -177,15 +177,15 @@ class TritonKernels(Kernels):
         return again
 
     def attend(
-        self, query: Tensor, store: Tensor, places: AttentionMetadata, options: AttentionOptions
+        self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
         B, H, D = query.shape
-        if len(places.table) != B:  # a prefill
-            return super().attend(query, store, places, options)
+        if len(metadata.block_tables) != B:  # a prefill
+            return super().attend(query, store, metadata, options)
         K = store.shape[2]
-        R, W = H // K, places.table.shape[1]
+        R, W = H // K, metadata.block_tables.shape[1]
         window, softcap = options.window or 0, options.softcap or 0.0
-        common = torch.zeros_like(places.common) if window else places.common
+        common = torch.zeros_like(metadata.common) if window else metadata.common
         state = query.new_empty((B * H, D + 2), dtype=torch.float32)
         tops, totals, sums = (part.contiguous() for part in state.split((1, 1, D), 1))
         out = torch.empty((B, H, D), dtype=query.dtype, device=query.device)
@@ -195,11 +195,12 @@ class TritonKernels(Kernels):
             "TILE": TILE, "N": _TOGETHER,
         }  # fmt: skip
         _shared_part[len(common), K](
-            query, store, places.table, common, tops, totals, sums, B, W, *numbers,
+            query, store, metadata.block_tables, common, tops, totals, sums, B, W, *numbers,
             store.stride(0), **shape, M=max(16, triton.next_power_of_2(TILE * R)),
         )  # fmt: skip
         _own_part[B, K](
-            query, store, places.table, places.positions, common, tops, totals, sums, out, W,
-            *numbers, window, store.stride(0), **shape, M=max(16, triton.next_power_of_2(R)),
+            query, store, metadata.block_tables, metadata.positions, common, tops, totals, sums,
+            out, W, *numbers, window, store.stride(0), **shape,
+            M=max(16, triton.next_power_of_2(R)),
         )  # fmt: skip
         return out

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gearshift.kernels.autograd import SlicedLinear
-from gearshift.kernels.reference import Kernels, Product
-from gearshift.kernels.specs import Multiply
+from gearshift.kernels.reference import Kernels, PrepackedLinear
+from gearshift.kernels.specs import Linear
 from gearshift.models.describe import Plan, own
 
 
@@ -33,7 +33,7 @@ class FusedLinear:
         self.modules = tuple(modules)
         self.linears: list[Any] = [own(module) for module in modules]
         self.transposed = isinstance(self.linears[0], Conv1D)
-        self.product: Product | None = None
+        self.product: PrepackedLinear | None = None
         """Of the packed copy, where there is one."""
         self._stamp: tuple[object, ...] = ()
         self.weight, self.bias = self._fuse()
@@ -44,7 +44,7 @@ class FusedLinear:
             (module, part) for module, part in each if own(module) is not module
         ]
 
-    def __call__(self, x: Tensor, multiply: Multiply = F.linear) -> Tensor:
+    def __call__(self, x: Tensor, multiply: Linear = F.linear) -> Tensor:
         """[T, in] -> [T, sum of outs]; without a graph by the packed copy, else by `multiply`."""
         if torch.is_grad_enabled():
             weights = [linear.weight for linear in self.linears]
@@ -78,9 +78,9 @@ class FusedLinear:
             self._stamp = stamp
             weight = (self.weight.t() if self.transposed else self.weight).detach()
             if self.product is None:
-                self.product = kernels.product(weight, rows)
+                self.product = kernels.prepacked_linear(weight, rows)
             else:  # in its place: recorded steps read it there
-                self.product.pack(weight)
+                self.product.prepack(weight)
 
     def unpack(self) -> None:
         """Give the packed copy back."""

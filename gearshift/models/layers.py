@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gearshift.batch import PackedBatch
 from gearshift.kernels.reference import Kernels
-from gearshift.kernels.specs import AttentionOptions, Multiply
+from gearshift.kernels.specs import AttentionOptions, Linear
 from gearshift.models.attention import PackedLayout
 from gearshift.models.describe import Plan
 from gearshift.models.fused import AliasedWeights
@@ -56,7 +56,7 @@ def packed_states(
         rotary: tuple[Tensor, Tensor] | None,
         options: AttentionOptions,
     ) -> Tensor:
-        turned = kernels.rotate(qkv, rotary, K)
+        turned = kernels.apply_rotary(qkv, rotary, K)
         query, key, value = turned.split((plan.heads, K, K), dim=1)
         return layout.packed(query, key, value, options)
 
@@ -79,7 +79,7 @@ def layers(
     attention: Attention,
     wanted: Tensor | None = None,
     recompute: bool = False,
-    multiply: Multiply = F.linear,
+    multiply: Linear = F.linear,
 ) -> Tensor:
     """[T, C] -> [T, C] last states, or those of the tokens `wanted` [B]. Without a graph, `x` may
     be overwritten. `recompute` keeps a layer's input only, and computes the layer again in the
@@ -111,7 +111,7 @@ def layers(
         else:
             x, h = kernels.add_norm(x, a, layer.mlp_norm)
         up = weights.up[i](h, multiply)
-        acted = kernels.gate(up, layer.act) if isinstance(layer.act, str) else layer.act(up)
+        acted = kernels.act_and_mul(up, layer.act) if isinstance(layer.act, str) else layer.act(up)
         m = weights.down[i](acted, multiply)
         if layer.down_norm is not None:
             m = layer.down_norm.module(m)

@@ -27,7 +27,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One row's parameters and history for all rows."""
     rows = [params] * len(logits)
-    return sample_rows(kernels.draw, logits.contiguous(), uniforms, rows, lambda row: history)
+    return sample_rows(kernels.sample, logits.contiguous(), uniforms, rows, lambda row: history)
 
 
 WEIGHT = st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0])
@@ -131,7 +131,7 @@ def test_bias_and_bad_words_shape_what_is_drawn() -> None:
 def test_rows_are_sampled_by_their_own_parameters() -> None:
     logits, u = torch.randn(3, 40), torch.rand(3, dtype=torch.float64)
     own = [SamplingParams(top_k=2), SamplingParams(temperature=0.0), SamplingParams(top_p=0.4)]
-    together = sample_rows(KERNELS[0].draw, logits, u, own, lambda row: ())
+    together = sample_rows(KERNELS[0].sample, logits, u, own, lambda row: ())
     for i, params in enumerate(own):
         alone = sample(logits[i : i + 1], u[i : i + 1], params)
         for ours, theirs in zip(together, alone, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.kernels import build as native
+from gearshift.kernels import build
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.tiny import tiny_model
 from tests.gyms import TwoTurns
@@ -35,8 +35,8 @@ class Unsteady(TwoTurns):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp32 adapter", "bf16 adapter"])
 def test_how_fast_environments_answer_changes_nothing(tmp_path: Path, kind: str) -> None:
-    if not native.has("multiply_rows", torch.float32) or (
-        "bf16" in kind and not native.has("multiply", torch.bfloat16)
+    if not build.has("multiply_rows", torch.float32) or (
+        "bf16" in kind and not build.has("multiply", torch.bfloat16)
     ):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     config = small(

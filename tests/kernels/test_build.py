@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.kernels import build as native
+from gearshift.kernels import build
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a source that compiles at once."""
     source = tmp_path / "small.cpp"
     source.write_text(SOURCE)
-    monkeypatch.setattr(native, "_SOURCE", source)
+    monkeypatch.setattr(build, "_SOURCE", source)
     folder = tmp_path / "cache"
     monkeypatch.setenv("GEARSHIFT_CACHE", str(folder))
     yield folder
@@ -34,9 +34,9 @@ def built(cache: Path) -> Path:
 def answer() -> int:
     """What the library says when it is loaded by a new process, which a bad one would end."""
     code = (
-        "import sys; from pathlib import Path; from gearshift.kernels import build as native\n"
-        f"native._SOURCE = Path({str(native._SOURCE)!r})\n"
-        "sys.stdout.write(str(native.library.__wrapped__().answer()))"
+        "import sys; from pathlib import Path; from gearshift.kernels import build\n"
+        f"build._SOURCE = Path({str(build._SOURCE)!r})\n"
+        "sys.stdout.write(str(build.library.__wrapped__().answer()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,16 +63,16 @@ def test_a_damaged_library_is_told_and_built_anew(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[bytes] = []  # for to damage what this process has mapped would end it
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
-    native.library.__wrapped__()
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
+    build.library.__wrapped__()
     whole = loaded.pop()
     for damage in DAMAGES:
         damage(built(cache))
         caplog.clear()
-        native.library.__wrapped__()
+        build.library.__wrapped__()
         assert loaded.pop() == built(cache).read_bytes() == whole
         assert caplog.text.count("is damaged and is built anew") == 1
-        native.library.__wrapped__()
+        build.library.__wrapped__()
         assert caplog.text.count("\n") == 1
 
 
@@ -85,12 +85,12 @@ def test_a_torn_library_ends_no_process(cache: Path) -> None:
 def test_a_library_that_others_may_write_is_not_loaded(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert native.library.__wrapped__() is not None
+    assert build.library.__wrapped__() is not None
     for path in (cache, built(cache)):
         mode = path.stat().st_mode
         path.chmod(mode | 0o002)
         caplog.clear()
-        assert native.library.__wrapped__().answer() == 42
+        assert build.library.__wrapped__().answer() == 42
         assert "Others may write" in caplog.text
         path.chmod(mode)
 
@@ -100,15 +100,15 @@ def test_a_library_of_another_user_is_not_loaded(
 ) -> None:
     if os.geteuid():
         pytest.skip("only root can give a file away")
-    assert native.library.__wrapped__() is not None
+    assert build.library.__wrapped__() is not None
     os.chown(built(cache), 12345, 12345)
-    assert native.library.__wrapped__().answer() == 42
+    assert build.library.__wrapped__().answer() == 42
     assert "Others may write" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text("a file in the folder's place")
-    assert native.library.__wrapped__().answer() == 42
+    assert build.library.__wrapped__().answer() == 42
     assert "built for this process alone" in caplog.text
 
 
@@ -116,6 +116,6 @@ def test_no_place_at_all(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.write_text("a file in the folder's place")
-    monkeypatch.setattr(native.tempfile, "tempdir", str(cache))
-    assert native.library.__wrapped__() is None
+    monkeypatch.setattr(build.tempfile, "tempdir", str(cache))
+    assert build.library.__wrapped__() is None
     assert "tensor functions run instead" in caplog.text

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from gearshift.kernels import build as native
-from gearshift.kernels.cpu import NativeKernels
+from gearshift.kernels import build
+from gearshift.kernels.cpu import CPUKernels
 from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions, Gate, Norm
@@ -21,7 +21,7 @@ SLOW = Kernels()
 
 def fast(dtype: torch.dtype) -> Kernels:
     kernels = kernels_for(torch.zeros(1, dtype=dtype))
-    if not isinstance(kernels, NativeKernels):
+    if not isinstance(kernels, CPUKernels):
         pytest.skip("no C++ compiler here")
     return kernels
 
@@ -106,13 +106,13 @@ def test_writing_and_attending(
         torch.manual_seed(2)
         turn = rotary(places(old))
         for kernels, store in zip((fast(dtype), SLOW), stores, strict=False):
-            kernels.rotate_and_write(packed(old).clone(), turn, store, places(old))
+            kernels.apply_rotary_and_write(packed(old).clone(), turn, store, places(old))
         assert torch.equal(stores[0], stores[1])
     new, where = packed(spans), places(spans)
     turn = rotary(where)
     seen = []
     for kernels, store in zip((fast(dtype), SLOW), stores, strict=False):
-        query = kernels.rotate_and_write(new.clone(), turn, store, where)
+        query = kernels.apply_rotary_and_write(new.clone(), turn, store, where)
         seen.append(kernels.attend(query, store, where, options))
     assert torch.equal(stores[0], stores[1])
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
@@ -128,7 +128,7 @@ def test_the_tensor_functions_attention_is_plain_attention() -> None:
     rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])
     where = AttentionMetadata(rows, positions, table)
-    query = SLOW.rotate_and_write(qkv, None, store, where)
+    query = SLOW.apply_rotary_and_write(qkv, None, store, where)
     ours = SLOW.attend(query, store, where, AttentionOptions(0.3))
     for row in range(3):
         mine = qkv[rows == row]
@@ -143,10 +143,10 @@ def test_the_tensor_functions_attention_is_plain_attention() -> None:
 @torch.no_grad()
 def test_gates(act: str, dtype: torch.dtype) -> None:
     both = (torch.randn(9, 2 * 300) * 4).to(dtype)
-    ours, theirs = fast(dtype).gate(both, act), SLOW.gate(both, act)
+    ours, theirs = fast(dtype).act_and_mul(both, act), SLOW.act_and_mul(both, act)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
-    assert torch.isfinite(fast(dtype).gate(torch.full((1, 4), -1e4, dtype=dtype), act)).all()
+    assert torch.isfinite(fast(dtype).act_and_mul(torch.full((1, 4), -1e4, dtype=dtype), act)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,8 +157,8 @@ def test_draws(temperature: float, dtype: torch.dtype) -> None:
     u, t = torch.rand(400, dtype=torch.float64), torch.full((400,), temperature)
     tokens, theirs = torch.empty(2, 400, dtype=torch.int64)
     logprobs, their_logprobs = torch.empty(2, 400)
-    fast(dtype).draw(logits, t, u, tokens, logprobs)
-    SLOW.draw(logits, t, u, theirs, their_logprobs)
+    fast(dtype).sample(logits, t, u, tokens, logprobs)
+    SLOW.sample(logits, t, u, theirs, their_logprobs)
     same = tokens == theirs
     assert (
         same.float().mean() >= 0.99
@@ -172,22 +172,22 @@ def test_draws(temperature: float, dtype: torch.dtype) -> None:
 def test_packed_products(rows: int, out: int, size: int) -> None:
     weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (rows, size), (out,)))
     for kernels in (fast(torch.bfloat16), SLOW):
-        product = kernels.product(weight, 32)
+        product = kernels.prepacked_linear(weight, 32)
         if product is None:
             continue
         for b in (None, bias):
             ours, plain = product(x, b), torch.nn.functional.linear(x, weight, b)
             assert torch.allclose(ours, plain, atol=0.01, rtol=0.01)
             assert (ours == plain).float().mean() > 0.999  # the gears round alike
-    assert fast(torch.float32).product(weight.float(), 32) is None
+    assert fast(torch.float32).prepacked_linear(weight.float(), 32) is None
 
 
 @pytest.mark.parametrize(("out", "size"), [(3080, 576), (960, 1536), (33, 50)])
 @torch.no_grad()
 def test_a_packed_product_does_not_depend_on_the_rows_beside(out: int, size: int) -> None:
     weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (203, size), (out,)))
-    product = fast(torch.bfloat16).product(weight, 32)
-    if product is None or not native.has("multiply", torch.bfloat16):
+    product = fast(torch.bfloat16).prepacked_linear(weight, 32)
+    if product is None or not build.has("multiply", torch.bfloat16):
         pytest.skip("this CPU has no bf16 dot products")
     whole = product(x, bias)
     for a, b in [(0, 1), (3, 20), (100, 132), (150, 203)]:
@@ -201,7 +201,7 @@ def test_the_gates_gradient(act: Gate, dtype: torch.dtype) -> None:
     grads = []
     for kernels in (fast(dtype), SLOW):
         x = both.clone().requires_grad_()
-        (kernels.gate(x, act) * weights).sum().backward()
+        (kernels.act_and_mul(x, act) * weights).sum().backward()
         grads.append(x.grad)
     assert torch.allclose(*grads, atol=1e-5 if dtype == torch.float32 else 0.03)
 
@@ -215,7 +215,7 @@ def test_the_rotations_gradient(rotary: int, dtype: torch.dtype) -> None:
     results = []
     for kernels in (fast(dtype), SLOW):
         x = qkv.clone().requires_grad_()
-        out = kernels.rotate(x, turn, 2)
+        out = kernels.apply_rotary(x, turn, 2)
         (out * weights).sum().backward()
         results.append((out.detach(), x.grad))
     tolerance = 1e-6 if dtype == torch.float32 else 0.03
@@ -255,32 +255,32 @@ def test_fp32_products_do_not_depend_on_the_rows_beside(
     kernels = kernels_for(torch.empty(0))
     x, weight = torch.randn(rows, size), torch.randn(out, size)
     added = torch.randn(out) if bias else None
-    together = kernels.multiply(x, weight, added)
+    together = kernels.linear(x, weight, added)
     exact = torch.nn.functional.linear(x.double(), weight.double(), None)
     assert (together - (exact if added is None else exact + added)).abs().max() < 1e-3
-    if not native.has("multiply_rows", torch.float32):
+    if not build.has("multiply_rows", torch.float32):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
-    assert torch.equal(together, kernels.multiply(x, weight.t().contiguous().t(), added))
+    assert torch.equal(together, kernels.linear(x, weight.t().contiguous().t(), added))
     for i in range(rows):
-        assert torch.equal(together[i : i + 1], kernels.multiply(x[i : i + 1], weight, added))
+        assert torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], weight, added))
 
 
 def test_fp32_products_of_what_does_not_fit_are_refused_and_a_broadcast_bias_is_right() -> None:
     kernels, x, weight = fast(torch.float32), torch.randn(3, 6), torch.randn(5, 6)
     for size, bias in ((7, torch.ones(5)), (6, torch.ones(4)), (6, torch.ones(5).bfloat16())):
         with pytest.raises(RuntimeError):
-            kernels.multiply(torch.randn(3, size), weight, bias)
-    added = kernels.multiply(x, weight, torch.ones(1).expand(5))
+            kernels.linear(torch.randn(3, size), weight, bias)
+    added = kernels.linear(x, weight, torch.ones(1).expand(5))
     assert torch.allclose(added, x @ weight.t() + 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "mish", "elu", "selu"])
 def test_alone_an_activation_does_not_depend_on_the_rows_beside(name: str) -> None:
     kernels = fast(torch.float32)
-    if not native.has("multiply_rows", torch.float32):
+    if not build.has("multiply_rows", torch.float32):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     x, act = 3 * torch.randn(64, 7), getattr(torch.nn.functional, name)
-    with kernels.alone():
+    with kernels.batch_invariant():
         together, each = act(x), torch.cat([act(row) for row in x.split(1)])
         assert torch.bmm(x[:0, None], x[:0, :, None]).numel() == 0
     assert torch.equal(together, each)

@@ -58,7 +58,7 @@ def test_common_blocks_are_those_that_all_rows_of_a_tile_see_whole() -> None:
     places = AttentionMetadata(torch.arange(10), positions, table)
     assert places.common.tolist() == [3, 2]
     positions[7] = 46
-    places.moved()
+    places.refresh()
     assert places.common.tolist() == [2, 2]
 
 
@@ -91,7 +91,7 @@ def test_a_whole_step_waits_for_nothing(family: str) -> None:
         engine = Engine(random_model(family), tiny_tokenizer(), config, seed=3)
         engine.kernels = kernels
         if isinstance(kernels, TritonKernels):
-            kernels.record = record  # type: ignore[method-assign]
+            kernels.capture = record  # type: ignore[method-assign]
         with engine.generating():
             groups = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=6))
         written.append([[c.token_ids for c in group] for group in groups])

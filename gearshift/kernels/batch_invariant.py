@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gearshift.kernels.specs import Multiply
+from gearshift.kernels.specs import Linear
 
 _aten = torch.ops.aten
 _CURVED = {
@@ -27,22 +27,22 @@ _PIECE = 1 << 14
 _REGISTERS = 64
 
 
-class EachAlone(TorchDispatchMode):
-    """Matrix products by `multiply`; activations in pieces of one size."""
+class BatchInvariant(TorchDispatchMode):
+    """Matrix products by `linear`; activations in pieces of one size."""
 
-    def __init__(self, multiply: Multiply) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self._multiply = multiply
+        self._linear = linear
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _aten.mm.default:
-            return self._multiply(args[0], args[1].t(), None)
+            return self._linear(args[0], args[1].t(), None)
         if func is _aten.addmm.default and not kwargs and args[0].ndim == 1:
-            return self._multiply(args[1], args[2].t(), args[0])
+            return self._linear(args[1], args[2].t(), args[0])
         if func is _aten.bmm.default and len(args[0]):
             pairs = zip(*args, strict=True)
-            return torch.stack([self._multiply(x, y.t(), None) for x, y in pairs])
+            return torch.stack([self._linear(x, y.t(), None) for x, y in pairs])
         if func is _aten._grouped_mm.default and args[0].ndim == 2 and len(args) == 3:
             return self._grouped(*args)
         if func in _CURVED and args[0].dtype == torch.float32:
@@ -52,9 +52,7 @@ class EachAlone(TorchDispatchMode):
     def _grouped(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """Consecutive rows of x, each run by its own weight."""
         runs = pairwise([0, *ends.tolist()])
-        parts = [
-            self._multiply(x[a:b], w.t(), None) for (a, b), w in zip(runs, weights, strict=True)
-        ]
+        parts = [self._linear(x[a:b], w.t(), None) for (a, b), w in zip(runs, weights, strict=True)]
         return torch.cat([*parts, x.new_zeros(len(x) - sum(map(len, parts)), weights.shape[2])])
 
 
