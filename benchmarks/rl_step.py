@@ -34,6 +34,7 @@ from gearshift.engine import Engine
 from gearshift.engine.stats import measure
 from gearshift.models.embedded import embedded_folder
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl.batching import pack_trajectories
@@ -183,7 +184,7 @@ class Ours:
             rows=None,
             score=None,  # type: ignore[arg-type]  # and their rewards from here
             stage=Stage("rl", Path(self.folder.name), config.steps, 0, config),
-            reference=load_policy(model) if beta > 0 else None,
+            reference=ModelRunner(load_policy(model)) if beta > 0 else None,
         )  # fmt: skip
         self.steps = 0
 

@@ -24,6 +24,7 @@ from gearshift.batch import PackedBatch, pack_groups
 from gearshift.engine import Engine
 from gearshift.kernels.reference import Kernels
 from gearshift.models.attention import ATTENTION
+from gearshift.models.runner import ModelRunner
 from gearshift.types import Completion
 
 VOCABULARY = 259
@@ -83,11 +84,11 @@ PATHS = ["compiled", "tensor functions", "hugging face"]
 
 def take_path(engine: Engine, path: str) -> Engine:
     """Make a fresh engine run in this way."""
-    assert engine.plan is not None, "every family of the zoo is described"
+    assert engine.runner.form == "described", "every family of the zoo is described"
     if path != "compiled":
-        engine.kernels = Kernels()
+        engine.runner.kernels = Kernels()
     if path == "hugging face":
-        engine.plan = engine.weights = None
+        engine.runner.plan = engine.runner.weights = None
     return engine
 
 
@@ -127,3 +128,8 @@ def pack_completions(
 def sampled_logprobs(groups: Sequence[Sequence[Completion]]) -> torch.Tensor:
     """[M], in the order of `pack_completions`."""
     return torch.tensor([x for group in groups for c in group for x in c.logprobs])
+
+
+def hf_scores(classifier: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Each sequence's score by Hugging Face's own modules, on padded rows."""
+    return ModelRunner(classifier, described_form=False).score_all(rows)

@@ -1,6 +1,5 @@
 """The hybrid engine: one copy of the weights, a training gear and a generation gear."""
 
 from gearshift.engine.hybrid import Engine, EngineConfig
-from gearshift.engine.packed import PackedModel
 
-__all__ = ["Engine", "EngineConfig", "PackedModel"]
+__all__ = ["Engine", "EngineConfig"]

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from gearshift.engine.block_cache import KVCache
 from gearshift.errors import ModelError
 from gearshift.kernels.reference import Kernels
-from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Head
+from gearshift.kernels.specs import AttentionMetadata, AttentionOptions
 from gearshift.models.describe import Plan, trunk_of
 from gearshift.models.fused import AliasedWeights
 from gearshift.models.layers import Angles, embed, layers
+from gearshift.models.runner import ModelRunner
 
 
 class Decoder:
@@ -30,17 +31,16 @@ class Decoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        plan: Plan | None,
-        weights: AliasedWeights | None,
-        head: Head,
+        runner: ModelRunner,
         kernels: Kernels,
         cache: KVCache,
         max_length: int,
     ) -> None:
         """`max_length`: no token stands at this position or beyond."""
         self.max_length = max_length
-        self.model, self.plan, self.weights, self.head = model, plan, weights, head
+        assert runner.head is not None, "the engine makes sure"
+        self.model, self.plan, self.weights = runner.model, runner.plan, runner.weights
+        self.head = runner.head
         self.kernels, self.cache = kernels, cache
         self._steps: dict[tuple[int, int], Step] = {}
         self._recorded_at = cache.moves
@@ -50,7 +50,7 @@ class Decoder:
         with self._alone():
             if self.plan is None or self.weights is None:
                 return self._logits(
-                    generic(self.model, self.kernels, self.cache, input_ids, places)
+                    hf_states(self.model, self.kernels, self.cache, input_ids, places)
                 )
             x, angles = embed(self.plan, input_ids, places.positions)
             return self._described(self.plan, self.weights, x, angles, places)
@@ -211,7 +211,7 @@ class Step:
         return recorded or plain
 
 
-def generic(
+def hf_states(
     model: PreTrainedModel,
     kernels: Kernels,
     cache: KVCache,

@@ -30,24 +30,21 @@ from gearshift.data.chat import end_token_ids
 from gearshift.data.text import decode
 from gearshift.engine import sequence as requests
 from gearshift.engine.block_cache import KVCache
-from gearshift.engine.check import check
 from gearshift.engine.decoder import Decoder
 from gearshift.engine.owner import owner_of
+from gearshift.engine.probe import decode_given
 from gearshift.engine.scheduler import GenerationStats, Scheduler
 from gearshift.engine.stats import measure
-from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError, ModelError
+from gearshift.errors import CapacityError, ConfigError, GearshiftError, ModelError
 from gearshift.kernels.dispatch import kernels_of
-from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK
 from gearshift.models.adapters import adapted_layers, switched
 from gearshift.models.attention import ATTENTION, require_attention
-from gearshift.models.describe import describe, head_of
-from gearshift.models.exact import Limit, context_length, named
-from gearshift.models.fused import AliasedWeights
-from gearshift.models.hf_forward import has_active_dropout, hidden_states, token_scores
-from gearshift.models.layers import packed_states
+from gearshift.models.describe import head_of
+from gearshift.models.exact import context_length, named
 from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
+from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
 from gearshift.runtime.config import Config
 from gearshift.types import Completion, SamplingParams
@@ -140,20 +137,19 @@ class Engine:
         if model.config._attn_implementation != ATTENTION:
             model.set_attn_implementation(ATTENTION)
         model.eval()
-        self.plan = describe(model)
-        self.head = head_of(model)
-        self.weights = AliasedWeights(self.plan, self.head.linear) if self.plan else None
-        self.kernels, self._home = kernels_of(model), self._where()
+        self.head, self._home = head_of(model), self._where()
         self.vocabulary = check_vocabulary(model, tokenizer)
         self.end_tokens = end_tokens(model, tokenizer) | end_token_ids(tokenizer)
         self.weights_version = 0
         self.gear: Gear | None = None
         self.shift_seconds = 0.0
+        recompute = bool(self.config.recompute)
+        self.runner = ModelRunner(model, recompute=recompute, decode=self._probe)
+        self._check_limit()
         self._addresses = self._found_at()
         self._seen = self._signs()
         self._scheduler: Scheduler | None = None
         self._timing = GenerationStats()
-        self.limit = self._check()
 
     @property
     def device(self) -> torch.device:
@@ -286,35 +282,10 @@ class Engine:
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
     ) -> TokenScores:
         """Log-probs, entropy (and values) of the batch's scored tokens; see
-        `models.forward.token_scores`.
+        `ModelRunner.logprobs`.
         """
         self._require("training", "logprobs")
-        return token_scores(self.model, batch, temperature, value_head, self.states)
-
-    def states(self, batch: PackedBatch) -> Tensor:
-        """[T, C] last hidden states of the packed tokens. Raises `DataError` for a token that the
-        model does not have.
-        """
-        if len(batch) and int(batch.input_ids.max()) >= self.vocabulary:
-            raise DataError(
-                f"A row has the token {int(batch.input_ids.max())} and the model {self.vocabulary} "
-                "tokens; take out what stands for an image or a sound."
-            )
-        if self.limit:
-            self.limit.check(batch)
-        if self.plan is None or self.weights is None or has_active_dropout(self.model):
-            if self.config.recompute:
-                raise GearshiftError(
-                    "engine.recompute is built for described architectures without dropout; switch "
-                    "it off, or lower micro_batch_tokens to save memory."
-                )
-            return hidden_states(self.model, batch)
-        return self._planned(batch)
-
-    def _planned(self, batch: PackedBatch) -> Tensor:
-        assert self.plan is not None and self.weights is not None
-        recompute = bool(self.config.recompute)
-        return packed_states(self.plan, self.weights, self.kernels, batch, recompute)
+        return self.runner.logprobs(batch, temperature, value_head)
 
     # Reports
 
@@ -323,10 +294,10 @@ class Engine:
         return {
             "weights": sum(p.nbytes for p in self.model.parameters()),
             "gradients": sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None),
-            "aliased": self.weights.bytes() if self.weights else 0,
-            "packed": self.weights.packed_bytes() if self.weights else 0,
+            "aliased": self.runner.weights.bytes() if self.runner.weights else 0,
+            "packed": self.runner.weights.packed_bytes() if self.runner.weights else 0,
             "cache": self._scheduler.cache.bytes() if self._scheduler else 0,
-            "steps": self.kernels.workspace_bytes(),
+            "steps": self.runner.kernels.workspace_bytes(),
         }
 
     def timing(self) -> GenerationStats:
@@ -391,7 +362,7 @@ class Engine:
         if self._where() != self._home:  # moved, or in another precision
             self._give_back()
             self._home = self._where()
-        mended = self.weights.check() if self.weights else 0
+        mended = self.runner.weights.check() if self.runner.weights else 0
         if self._addresses != (addresses := self._found_at()):
             self._addresses = addresses
             if self._scheduler is not None:
@@ -400,17 +371,19 @@ class Engine:
             self.weights_changed()
 
     def _pack(self) -> None:
-        if self.weights and self.config.prepack_weights:
-            self.weights.pack(self.kernels, self.weights_version, self.config.max_num_seqs)
+        if self.runner.weights and self.config.prepack_weights:
+            self.runner.weights.pack(
+                self.runner.kernels, self.weights_version, self.config.max_num_seqs
+            )
 
     def _give_back(self) -> None:
         """Everything that the generation gear holds beside the weights."""
         if self._scheduler is not None and not self._scheduler.idle:
             raise GearshiftError("Requests are running; let them end, or abort them.")
         self._scheduler = None
-        if self.weights:
-            self.weights.unpack()
-        self.kernels = kernels_of(self.model)
+        if self.runner.weights:
+            self.runner.weights.unpack()
+        self.runner.kernels = kernels_of(self.model)
 
     def _where(self) -> tuple[torch.device, torch.dtype]:
         return self.device, self.model.dtype
@@ -477,7 +450,7 @@ class Engine:
         return groups
 
     def _new_scheduler(self) -> Scheduler:
-        decoder = self._decoder(self.kernels)
+        decoder = Decoder(self.runner, self.runner.kernels, KVCache(), self.max_length)
         return Scheduler(
             decoder.cache,
             decoder,
@@ -487,11 +460,6 @@ class Engine:
             self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8),
             self.device,
             self._timing,
-        )
-
-    def _decoder(self, kernels: Kernels) -> Decoder:
-        return Decoder(
-            self.model, self.plan, self.weights, self.head, kernels, KVCache(), self.max_length
         )
 
     def _check_room(self, index: int, length: int, new: int) -> None:
@@ -522,13 +490,15 @@ class Engine:
         longest = max((len(g[0].prompt) + g[0].params.max_new_tokens for g in groups), default=0)
         scheduler.cache.grow(min(live, self.config.max_num_seqs) * -(-longest // BLOCK))
 
-    def _check(self) -> Limit | None:
-        """See `engine.check`."""
-        states = self._planned if self.plan else None
-        limit = check(self.model, self.plan, states, lambda: self._decoder(kernels_of(self.model)))
+    def _probe(self, runner: ModelRunner, tokens: list[list[int]]) -> list[Tensor]:
+        """See `models.check`: a decoder of its own computes it, so that nothing is left behind."""
+        decoder = Decoder(runner, kernels_of(self.model), KVCache(), self.max_length)
+        return decode_given(decoder, tokens)
+
+    def _check_limit(self) -> None:
+        limit = self.runner.limit
         if limit and self.max_length > limit.tokens:
             raise ModelError(
                 f"{named(self.model)} is right up to {limit.tokens} tokens only ({limit.why}); "
                 f"set engine.max_length={limit.tokens} or less."
             )
-        return limit

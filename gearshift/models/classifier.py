@@ -7,13 +7,13 @@ Hugging Face's own, on padded rows, and a saved model scores elsewhere exactly a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gearshift.batch import PackedBatch, pack
 from gearshift.errors import CapacityError
 from gearshift.models.exact import context_length
 from gearshift.models.vocabulary import check_vocabulary
@@ -62,7 +62,30 @@ def _spare(tokenizer: PreTrainedTokenizerBase, token: str | None) -> bool:
     )
 
 
-def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+def pack_unscored(sequences: Sequence[Sequence[int]]) -> PackedBatch:
+    """Token sequences, none of which continues another one, as a batch."""
+    return pack([(ids, [0] * len(ids)) for ids in sequences])
+
+
+def leaves(batch: PackedBatch) -> list[int]:
+    """Which sequences no other one continues."""
+    parents = set(batch.parents.tolist())
+    return [i for i in range(len(batch.parents)) if i not in parents]
+
+
+def whole_sequences(batch: PackedBatch) -> list[list[int]]:
+    """Token ids of each leaf, those that it continues first."""
+    starts, parents = batch.cu_seqlens.tolist(), batch.parents.tolist()
+    ids, whole = batch.input_ids.tolist(), []
+    for leaf in leaves(batch):
+        row: list[int] = []
+        while leaf >= 0:
+            row, leaf = ids[starts[leaf] : starts[leaf + 1]] + row, parents[leaf]
+        whole.append(row)
+    return whole
+
+
+def padded_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
     """[N] float32: the score of each token sequence. Gradients flow if they are enabled.
 
     A decoder's is read at the last token, whatever that is; an encoder's by its own pooling. Raises
@@ -76,13 +99,13 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
     return scores
 
 
-def token_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Of a token classifier with one label: for each sequence [L] float32, a logit a token.
+def padded_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """[T] float32: a token classifier's one logit of each token of these sequences, end to end.
 
     Raises `CapacityError` for a sequence longer than the model takes.
     """
     logits = _padded(model, model, sequences).logits[..., 0].float()
-    return [row[: len(s)] for row, s in zip(logits, sequences, strict=True)]
+    return torch.cat([row[: len(s)] for row, s in zip(logits, sequences, strict=True)])
 
 
 def reads_last_token(model: PreTrainedModel) -> bool:
@@ -116,21 +139,3 @@ def _padded(model: PreTrainedModel, part: nn.Module, sequences: Sequence[Sequenc
         mask[i, : len(sequence)] = 1
     device = model.device
     return part(input_ids=ids.to(device), attention_mask=mask.to(device))
-
-
-@torch.no_grad()
-def score_all(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], micro_batch_tokens: int = 8192
-) -> list[float]:
-    """Scores of many sequences, in batches of similar length, without gradients."""
-    scores = [0.0] * len(sequences)
-    batch: list[int] = []
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for i, after in zip_longest(order, order[1:]):
-        batch.append(i)
-        if after is None or len(sequences[after]) * (len(batch) + 1) > micro_batch_tokens:
-            values = sequence_scores(model, [sequences[j] for j in batch]).tolist()
-            for j, value in zip(batch, values, strict=True):
-                scores[j] = value
-            batch = []
-    return scores

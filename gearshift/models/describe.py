@@ -26,6 +26,8 @@ class LayerPlan:
     m = down(act(gate) * up);           x = x + down_norm(m)
     """
 
+    unit: nn.Module
+    """Hugging Face's decoder layer: see `units.py`."""
     input_norm: Norm
     qkv: tuple[nn.Module, ...]
     """Linear layers whose outputs, end to end, are queries, keys and values."""
@@ -64,10 +66,18 @@ class Plan:
     head_size: int
 
 
-def describe(model: PreTrainedModel) -> Plan | None:
-    """The plan of a model we know, or None: it then runs through the Hugging Face forward."""
-    reader = _READERS.get(model.config.model_type)
-    return reader(model.config, model.base_model) if reader else None
+def described(model: PreTrainedModel) -> tuple[Plan | None, str | None]:
+    """The plan of a model that is known; or why there is none, so that it runs through Hugging
+    Face's forward.
+    """
+    kind = model.config.model_type
+    reader = _READERS.get(kind)
+    if reader is None:
+        return None, f"its family ({kind}) is not described"
+    try:
+        return reader(model.config, model.base_model), None
+    except _UnknownError as unknown:
+        return None, f"{unknown} is not described for its family ({kind})"
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -83,16 +93,17 @@ def own(module: Module) -> Module:
     return getattr(module, "base_layer", module)
 
 
-def _llama(config: Any, base: Any) -> Plan | None:
+def _llama(config: Any, base: Any) -> Plan:
     """Pre-norm, rotary, gated: Llama, Mistral, Qwen 2 and 3, SmolLM 3."""
-    if config.hidden_act not in ("silu", "swish") or not _plain_rotary(config.rope_parameters):
-        return None
+    _require_act(config.hidden_act, "silu", "swish")
+    _require_rotary(config.rope_parameters)
     whole = config.sliding_window if config.model_type == "mistral" else None
     layers = []
     for layer in base.layers:
         a, mlp = layer.self_attn, layer.mlp
         layers.append(
             LayerPlan(
+                unit=layer,
                 input_norm=_rms(layer.input_layernorm),
                 qkv=(a.q_proj, a.k_proj, a.v_proj),
                 q_norm=_rms(a.q_norm) if hasattr(a, "q_norm") else None,
@@ -111,11 +122,12 @@ def _llama(config: Any, base: Any) -> Plan | None:
     return _decoder(config, base, layers, _rms(base.norm), a.head_dim)
 
 
-def _phi3(config: Any, base: Any) -> Plan | None:
-    if config.hidden_act not in ("silu", "swish") or not _plain_rotary(config.rope_parameters):
-        return None
+def _phi3(config: Any, base: Any) -> Plan:
+    _require_act(config.hidden_act, "silu", "swish")
+    _require_rotary(config.rope_parameters)
     layers = [
         LayerPlan(
+            unit=layer,
             input_norm=_rms(layer.input_layernorm),
             qkv=(layer.self_attn.qkv_proj,),
             out=layer.self_attn.o_proj,
@@ -130,20 +142,22 @@ def _phi3(config: Any, base: Any) -> Plan | None:
     return _decoder(config, base, layers, _rms(base.norm), base.layers[0].self_attn.head_dim)
 
 
-def _gemma(config: Any, base: Any) -> Plan | None:
+def _gemma(config: Any, base: Any) -> Plan:
     """Gemma 2 and 3: norms before and after, a soft cap (2) or two rotary embeddings (3)."""
     several = hasattr(base.rotary_emb, "layer_types")
     kinds = list(base.rotary_emb.layer_types) if several else [None]
     ropes = [config.rope_parameters[kind] if kind else config.rope_parameters for kind in kinds]
-    if config.hidden_activation != "gelu_pytorch_tanh" or not all(map(_plain_rotary, ropes)):
-        return None
+    _require_act(config.hidden_activation, "gelu_pytorch_tanh")
+    for rope in ropes:
+        _require_rotary(rope)
     if getattr(config, "use_bidirectional_attention", False):
-        return None
+        raise _UnknownError("attention in both directions")
     layers = []
     for layer in base.layers:
         a, mlp = layer.self_attn, layer.mlp
         layers.append(
             LayerPlan(
+                unit=layer,
                 input_norm=_rms(layer.input_layernorm, offset=True),
                 qkv=(a.q_proj, a.k_proj, a.v_proj),
                 q_norm=_rms(a.q_norm, offset=True) if hasattr(a, "q_norm") else None,
@@ -172,11 +186,11 @@ def _gemma(config: Any, base: Any) -> Plan | None:
     return Plan(**{**vars(plan), "rotary": tuple(rotary(kind) for kind in kinds)})
 
 
-def _gpt_neox(config: Any, base: Any) -> Plan | None:
-    if not _plain_rotary(config.rope_parameters):
-        return None
+def _gpt_neox(config: Any, base: Any) -> Plan:
+    _require_rotary(config.rope_parameters)
     layers = [
         LayerPlan(
+            unit=layer,
             input_norm=_layer_norm(layer.input_layernorm),
             qkv=(layer.attention.query_key_value,),
             out=layer.attention.dense,
@@ -202,9 +216,10 @@ def _gpt_neox(config: Any, base: Any) -> Plan | None:
     )
 
 
-def _gpt2(config: Any, base: Any) -> Plan | None:
+def _gpt2(config: Any, base: Any) -> Plan:
     layers = [
         LayerPlan(
+            unit=block,
             input_norm=_layer_norm(block.ln_1),
             qkv=(block.attn.c_attn,),
             out=block.attn.c_proj,
@@ -228,12 +243,13 @@ def _gpt2(config: Any, base: Any) -> Plan | None:
     )
 
 
-def _opt(config: Any, base: Any) -> Plan | None:
+def _opt(config: Any, base: Any) -> Plan:
     decoder = base.decoder
     if not config.do_layer_norm_before or decoder.final_layer_norm is None or decoder.project_in:
-        return None  # OPT-350m alone is built the other way round
+        raise _UnknownError("a norm after each layer")  # only OPT-350m has it
     layers = [
         LayerPlan(
+            unit=layer,
             input_norm=_layer_norm(layer.self_attn_layer_norm),
             qkv=(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
             out=layer.self_attn.out_proj,
@@ -259,7 +275,7 @@ def _opt(config: Any, base: Any) -> Plan | None:
     )
 
 
-_READERS: dict[str, Callable[[Any, Any], Plan | None]] = {
+_READERS: dict[str, Callable[[Any, Any], Plan]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,
@@ -272,8 +288,6 @@ _READERS: dict[str, Callable[[Any, Any], Plan | None]] = {
     "gpt2": _gpt2,
     "opt": _opt,
 }
-DESCRIBED = frozenset(_READERS)
-"""The families (`config.model_type`) that `describe` knows."""
 
 
 def _decoder(config: Any, base: Any, layers: list[LayerPlan], final: Norm, head_size: int) -> Plan:
@@ -297,9 +311,20 @@ def _layer_norm(module: nn.LayerNorm) -> Norm:
     return Norm(module, module.eps, center=True)
 
 
-def _plain_rotary(rope: dict[str, Any]) -> bool:
-    """Whether its frequencies stay the same at any length."""
-    return rope.get("rope_type", "default") in ("default", "linear", "llama3")
+class _UnknownError(Exception):
+    """A part of a model that its family's reader does not know."""
+
+
+def _require_act(act: Any, *known: str) -> None:
+    if act not in known:
+        raise _UnknownError(f"the activation {act!r}")
+
+
+def _require_rotary(rope: dict[str, Any]) -> None:
+    """Its frequencies must stay the same at any length."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise _UnknownError(f"a rotary embedding of the type {kind!r}")
 
 
 def head_of(model: PreTrainedModel) -> Head:

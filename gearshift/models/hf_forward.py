@@ -1,20 +1,15 @@
-"""The training gear's forward: Hugging Face's own modules over packed tokens, then the fused head.
-
-Any causal language model whose attention goes through Hugging Face's interface runs here, the
-policy and the reference alike.
+"""The forward of Hugging Face's own modules over packed tokens: for any model whose attention goes
+through Hugging Face's interface.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gearshift.batch import PackedBatch
 from gearshift.models.attention import Layout, PackedLayout, require_attention
-from gearshift.models.describe import head_of, trunk_of
-from gearshift.models.logprobs import TokenScores, token_logprobs
+from gearshift.models.describe import trunk_of
 
 
 def hidden_states(
@@ -32,24 +27,6 @@ def hidden_states(
     )
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
-
-
-def token_scores(
-    model: PreTrainedModel,
-    batch: PackedBatch,
-    temperature: float = 1.0,
-    value_head: nn.Module | None = None,
-    states: Callable[[PackedBatch], Tensor] | None = None,
-) -> TokenScores:
-    """Log-probs, entropy and (with `value_head`) values of the scored tokens, from one pass.
-
-    Log-probs are under softmax(logits / temperature). Gradients flow if they are enabled. `states`
-    computes the model's last hidden states, where something faster than its own modules does.
-    """
-    hidden_TH = hidden_states(model, batch) if states is None else states(batch)
-    rows_MH = hidden_TH[batch.logit_indices]
-    scores = token_logprobs(head_of(model), rows_MH, batch.targets, temperature)
-    return scores if value_head is None else scores._replace(values=value_head(rows_MH))
 
 
 def has_active_dropout(model: PreTrainedModel) -> bool:

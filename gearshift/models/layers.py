@@ -19,6 +19,7 @@ from gearshift.kernels.specs import AttentionOptions, Linear
 from gearshift.models.attention import PackedLayout
 from gearshift.models.describe import Plan
 from gearshift.models.fused import AliasedWeights
+from gearshift.models.units import run_in
 
 Angles = list[tuple[Tensor, Tensor]]
 
@@ -45,7 +46,7 @@ def packed_states(
     recompute: bool = False,
 ) -> Tensor:
     """[T, C] last hidden states of a packed batch, with gradients if they are enabled: what
-    `models.forward.hidden_states` computes through Hugging Face's modules, without dropout. For
+    `hf_forward.hidden_states` computes through Hugging Face's modules, without dropout. For
     `recompute` see `layers`.
     """
     layout, K = PackedLayout(batch), plan.kv_heads
@@ -85,13 +86,14 @@ def layers(
     be overwritten. `recompute` keeps a layer's input only, and computes the layer again in the
     backward pass. For `multiply` see `FusedLinear`.
     """
-    x, h = kernels.add_norm(x, None, plan.layers[0].input_norm)
-    following = [*(layer.input_norm for layer in plan.layers[1:]), plan.final_norm]
 
-    def one(i: int, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream and its norm, before layer i -> the same after it."""
+    def one(i: int, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, before layer i -> the same
+        after it. It reads the weights of this layer alone.
+        """
         layer, T, D, K = plan.layers[i], len(x), plan.head_size, plan.kv_heads
         heads = plan.heads + 2 * K
+        x, h = kernels.add_norm(x, delta, layer.input_norm)
         qkv = weights.qkv[i](h, multiply)
         if layer.interleaved:
             qkv = qkv.view(T, heads // 3, 3, D).transpose(1, 2).contiguous()
@@ -102,7 +104,7 @@ def layers(
         rotary = None if layer.rotary is None else angles[layer.rotary]
         seen = attention(i, qkv, rotary, layer.attention)
         if layer is plan.layers[-1] and wanted is not None:
-            seen, x, h = seen[wanted], x[wanted], h[wanted]
+            seen, x = seen[wanted], x[wanted]
         a = weights.out[i](seen.flatten(1), multiply)
         if layer.out_norm is not None:
             a = layer.out_norm.module(a)
@@ -115,14 +117,15 @@ def layers(
         m = weights.down[i](acted, multiply)
         if layer.down_norm is not None:
             m = layer.down_norm.module(m)
-        return kernels.add_norm(x, m + a if layer.parallel else m, following[i])
+        return x, m + a if layer.parallel else m
 
-    for i in range(len(plan.layers)):
+    delta: Tensor | None = None
+    for i, layer in enumerate(plan.layers):
         if recompute and torch.is_grad_enabled():
-            x, h = checkpoint(one, i, x, h, use_reentrant=False)
+            x, delta = checkpoint(run_in, layer.unit, one, i, x, delta, use_reentrant=False)
         else:
-            x, h = one(i, x, h)
-    return h
+            x, delta = run_in(layer.unit, one, i, x, delta)
+    return kernels.add_norm(x, delta, plan.final_norm)[1]
 
 
 def _angles(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError, ModelError
 from gearshift.models.classifier import context, use_own_pad
 from gearshift.models.load import load_classifier, load_policy, load_tokenizer, writes_text
+from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_same_tokens
 from gearshift.pipeline.context import Context
 from gearshift.pipeline.heldout import open_engine, perplexity
@@ -267,17 +268,17 @@ def load_value_model(config: RLConfig, run: Context, engine: Engine, start: str 
 
 def load_reference(
     run: Context, engine: Engine, start: str | None, named: str | None = None
-) -> PreTrainedModel:
+) -> ModelRunner:
     """The policy as it starts: a second copy; or, with adapters, the same model, which is scored
     with them switched off. Or the model that is `named`.
     """
     if named:
         teacher = load_policy(run.recipe.model, named).requires_grad_(False)
         _check_reads(f"rl.kl.reference: {named}", teacher, run, named, engine)
-        return teacher
+        return ModelRunner(teacher)
     if run.recipe.model.lora:
-        return engine.model
-    return load_policy(run.recipe.model, start).requires_grad_(False)
+        return engine.runner
+    return ModelRunner(load_policy(run.recipe.model, start).requires_grad_(False))
 
 
 def _check_reads(

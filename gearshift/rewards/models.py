@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from gearshift.data.scored import render_scored
 from gearshift.data.template import Options
 from gearshift.errors import DataError, ModelError
-from gearshift.models.classifier import context, reads_last_token, score_all
+from gearshift.models.classifier import context, reads_last_token
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
+from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
 from gearshift.rewards.functions import REWARD_MISSING, is_usable
 from gearshift.types import Message
@@ -34,6 +35,8 @@ class ModelReward:
         self.model = load_classifier(config, str(folder))
         self.tokenizer = load_tokenizer(config, str(folder), of_policy=False)
         check_vocabulary(self.model, self.tokenizer)
+        # What another program that loads the folder computes, to the bit.
+        self.runner = ModelRunner(self.model, described_form=False)
 
     def __call__(
         self,
@@ -61,7 +64,8 @@ class ModelReward:
             sequences = self._rendered(list(samples))
         limit = context(self.model)
         fits = [bool(s) and len(s) <= limit for s in sequences]
-        scores = iter(score_all(self.model, [s for s, f in zip(sequences, fits, strict=True) if f]))
+        fitting = [s for s, fit in zip(sequences, fits, strict=True) if fit]
+        scores = iter(self.runner.score_all(fitting))
         return [next(scores) if fit else REWARD_MISSING for fit in fits]
 
     def _rendered(

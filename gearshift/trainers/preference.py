@@ -18,7 +18,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gearshift.algorithms.normalize import row_sums
 from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
@@ -31,9 +31,9 @@ from gearshift.data import (
     at,
     render_completion,
 )
-from gearshift.engine import Engine, PackedModel
+from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
-from gearshift.models.hf_forward import token_scores
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
 from gearshift.trainers.update import update
@@ -143,15 +143,12 @@ class PreferenceTrainer:
         self,
         config: PreferenceConfig,
         engine: Engine,
-        reference: PreTrainedModel | None = None,
+        reference: ModelRunner | None = None,
     ) -> None:
-        """`reference` is needed for `reference: each_step`; the policy's own model, where it has
+        """`reference` is needed for `reference: each_step`; the policy's own runner, where it has
         adapters.
         """
         self.config, self.engine, self.reference = config, engine, reference
-        self._states = (
-            engine.states if reference in (None, engine.model) else PackedModel(reference)
-        )
 
     def train(self, rows: Mixture[Judged], stage: Stage) -> None:
         """All updates. What the reference thinks must be known before (`precompute`), or can be
@@ -188,14 +185,14 @@ class PreferenceTrainer:
     @torch.no_grad()
     def ask_reference(self, rows: Sequence[Judged]) -> None:
         """Log-probs of the rows' completions under the reference, kept in the rows."""
-        model = self.reference or self.engine.model
+        runner = self.reference or self.engine.runner
 
         def sums(micro: PackedBatch) -> list[float]:
-            scores = token_scores(model, micro, states=self._states)
+            scores = runner.logprobs(micro)
             counts = micro.counts[micro.counts > 0].to(scores.logprobs.device)
             return row_sums(scores.logprobs, counts).tolist()
 
-        with self.engine.training(), torch.no_grad(), adapters_off(model):
+        with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
             for micro, some in self.micros(rows):
                 told = iter(sums(micro))
                 for row in some:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gearshift.algorithms.preference_losses import step_loss
 from gearshift.data import DataConfig, Mixture, StepsExample, at
 from gearshift.data.scored import letters, render_asked, spells
-from gearshift.models.classifier import token_logits
+from gearshift.models.classifier import pack_unscored
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
@@ -88,6 +89,7 @@ def train_process_model(
     config: ProcessRewardConfig, model: PreTrainedModel, rows: Mixture[Steps], stage: Stage
 ) -> None:
     """Train the token classifier in place."""
+    runner = ModelRunner(model, described_form=False)
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer)
     model.train()
@@ -96,7 +98,7 @@ def train_process_model(
         total = sum(len(row.ends) for row in batch)
 
         def loss_of(some: list[Steps], total: int = total) -> tuple[Tensor, dict[str, Tensor]]:
-            logits_S, labels_S = step_logits(model, some)
+            logits_S, labels_S = step_logits(runner, some)
             loss = step_loss(logits_S, labels_S).sum() / total
             return loss, {"accuracy": ((logits_S > 0) == labels_S).sum() / total}
 
@@ -107,19 +109,22 @@ def train_process_model(
     model.eval()
 
 
-def step_logits(model: PreTrainedModel, rows: Sequence[Steps]) -> tuple[Tensor, Tensor]:
+def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Tensor]:
     """[S] logits and labels of all steps of the rows, in order."""
-    logits = token_logits(model, [row.ids for row in rows])
-    picked = torch.cat([row_L[row.ends] for row_L, row in zip(logits, rows, strict=True)])
-    labels = torch.tensor([label for row in rows for label in row.labels], device=picked.device)
-    return picked, labels
+    logits_T = runner.token_logits(pack_unscored([row.ids for row in rows]))
+    ends, start = [], 0
+    for row in rows:
+        ends += [start + end for end in row.ends]
+        start += len(row.ids)
+    labels = torch.tensor([label for row in rows for label in row.labels], device=logits_T.device)
+    return logits_T[ends], labels
 
 
 @torch.no_grad()
 def step_accuracy(model: PreTrainedModel, rows: Sequence[Steps], at_once: int = 8) -> float:
     """Fraction of steps that are judged rightly."""
-    right = []
+    runner, right = ModelRunner(model, described_form=False), []
     for first in range(0, len(rows), at_once):
-        logits_S, labels_S = step_logits(model, rows[first : first + at_once])
+        logits_S, labels_S = step_logits(runner, rows[first : first + at_once])
         right += ((logits_S > 0) == labels_S).tolist()
     return sum(right) / len(right)

@@ -20,10 +20,7 @@ from gearshift.algorithms.preference_losses import bradley_terry
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import DataConfig, Mixture, PreferenceExample, at
 from gearshift.data.scored import render_scored
-from gearshift.engine import PackedModel
-from gearshift.models.classifier import reads_last_token, score_all, sequence_scores
-from gearshift.models.describe import describe
-from gearshift.models.hf_forward import has_active_dropout
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
@@ -89,23 +86,17 @@ def render_pairs(
 class PairScorer:
     """Scores of pairs, chosen then rejected, with gradients.
 
-    A decoder that the engine describes runs packed, what both sides begin with computed once; any
-    other model on padded rows, through its own modules. Both read the state of the last token.
+    A described decoder computes once what both sides begin with; any other model runs on padded
+    rows, through its own modules. Both read the state of the last token.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        packs = (
-            describe(model) is not None
-            and reads_last_token(model)
-            and not has_active_dropout(model)
-        )
-        self._states = PackedModel(model, model.score) if packs else None
+        self.runner = ModelRunner(model)
 
     def micros(self, pairs: Sequence[Pair], micro_batch_tokens: int) -> list[list[Pair]]:
         """The pairs in micro-batches of at most so many (padded) tokens, one pair at least."""
         ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
-        if self._states is None:
+        if not self.runner.shares_prompts:
             lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
             return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
         micros: list[list[Pair]] = []
@@ -121,14 +112,7 @@ class PairScorer:
 
     def __call__(self, pairs: Sequence[Pair]) -> Tensor:
         """[2P] float32."""
-        if not self._states:
-            return sequence_scores(self.model, [side for pair in pairs for side in pair.sides])
-        batch = _packed(pairs).to(next(self.model.parameters()).device)
-        parents = set(batch.parents.tolist())
-        leaves = [i for i in range(len(batch.parents)) if i not in parents]
-        last = self._states(batch)[batch.cu_seqlens[1:][leaves] - 1]
-        scores: Tensor = self.model.score(last)[:, 0].float()
-        return scores
+        return self.runner.scores(_packed(pairs).to(self.runner.model.device))
 
 
 def _shared(pair: Pair) -> int:
@@ -176,5 +160,6 @@ def train_reward_model(
 
 def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> float:
     """Fraction of pairs whose chosen side scores higher."""
-    scores = score_all(model, [side for pair in pairs for side in pair.sides])
+    runner = ModelRunner(model, described_form=False)
+    scores = runner.score_all([side for pair in pairs for side in pair.sides])
     return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

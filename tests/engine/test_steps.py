@@ -22,7 +22,7 @@ def engine(name: str = "llama", **config: object) -> Engine:
 
 
 def unrecorded(e: Engine) -> Engine:
-    e.kernels.capture = lambda prepare, run: None  # type: ignore[method-assign]
+    e.runner.kernels.capture = lambda prepare, run: None  # type: ignore[method-assign]
     return e
 
 
@@ -35,7 +35,7 @@ def written(e: Engine) -> list[list[Completion]]:
 def test_a_recorded_step_writes_the_same(name: str) -> None:
     one, other = engine(name), unrecorded(engine(name))
     assert written(one) == written(other)
-    if one.kernels.prepacked_linear(torch.zeros(16, 16).bfloat16(), 1) is not None:
+    if one.runner.kernels.prepacked_linear(torch.zeros(16, 16).bfloat16(), 1) is not None:
         assert (one.memory()["steps"] > 0) == (name in RECORDED)
     assert other.memory()["steps"] == 0
 

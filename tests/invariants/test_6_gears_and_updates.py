@@ -44,7 +44,7 @@ def test_after_each_update_both_gears_are_the_new_policy(family: str) -> None:
 def test_parameters_are_slices_of_the_fused_buffers() -> None:
     engine = Engine(random_model("qwen2"), tiny_tokenizer())
     attention = engine.model.base_model.layers[0].self_attn
-    fused = engine.weights.qkv[0]
+    fused = engine.runner.weights.qkv[0]
     assert attention.q_proj.weight.data_ptr() == fused.weight.data_ptr()
     with torch.no_grad():
         attention.v_proj.weight.fill_(3.0)
@@ -63,7 +63,7 @@ def test_broken_aliasing_is_mended_at_the_shift() -> None:
     with engine.generating():
         ours = [g[0].token_ids for g in engine.generate(PROMPTS, GREEDY)]
     assert ours == [hugging_face(expected, prompt, 24, end=2) for prompt in PROMPTS]
-    assert all(rows.is_aliased() for rows in engine.weights)
+    assert all(rows.is_aliased() for rows in engine.runner.weights)
 
 
 def test_a_saved_model_is_the_model_that_was_trained(tmp_path) -> None:

@@ -89,7 +89,7 @@ def test_a_whole_step_waits_for_nothing(family: str) -> None:
     for kernels in (TritonKernels(), Kernels()):
         config = EngineConfig(decode_steps_per_sync=4 if isinstance(kernels, TritonKernels) else 1)
         engine = Engine(random_model(family), tiny_tokenizer(), config, seed=3)
-        engine.kernels = kernels
+        engine.runner.kernels = kernels
         if isinstance(kernels, TritonKernels):
             kernels.capture = record  # type: ignore[method-assign]
         with engine.generating():

@@ -32,7 +32,7 @@ from gearshift.types import SamplingParams
 
 VOCABULARY = 300
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-HOW = ("described", "generic")
+HOW = ("described", "Hugging Face's modules")
 
 NOT_RUN = {
     "whisper": "speech",
@@ -497,7 +497,7 @@ class Verdict(NamedTuple):
 
     right: bool
     how: str
-    """`described` or `generic`, or why it is refused."""
+    """One of `HOW`, or why it is refused."""
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -520,7 +520,7 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
         return Verdict(False, told(str(error)))
     compare(engine, model)
     assert Shape.of(engine.model, torch.float32).token() > 0, "the memory plan"
-    return Verdict(True, "described" if engine.plan else "generic")
+    return Verdict(True, HOW[engine.runner.form != "described"])
 
 
 def told(error: str) -> str:
@@ -626,7 +626,7 @@ def page(found: dict[str, Verdict]) -> str:
         "",
         f"On the fast path (described; {len(right['described'])}): {listed(right['described'])}.",
         "",
-        f"Through Hugging Face's modules ({len(right['generic'])}): {listed(right['generic'])}.",
+        f"Through {HOW[1]} ({len(right[HOW[1]])}): {listed(right[HOW[1]])}.",
         "",
         f"{listed(UNSAVED)} run, but what a stage saves of them is a text part that "
         "`AutoModelForCausalLM` does not load again.",

@@ -16,7 +16,6 @@ from gearshift.engine import Engine
 from gearshift.errors import ModelError
 from gearshift.models import adapters
 from gearshift.models.adapters import AdapterConfig, adapters_off, add_adapter
-from gearshift.models.classifier import score_all
 from gearshift.models.load import (
     ModelConfig,
     load_classifier,
@@ -28,7 +27,7 @@ from gearshift.models.load import (
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.types import SamplingParams
-from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
+from tests.zoo import PROMPTS, hf_scores, pack_completions, random_model, sampled_logprobs
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma3", "phi3", "opt"]
 CPU = ModelConfig(dtype="float32", device="cpu")
@@ -136,8 +135,8 @@ def test_adapters_that_others_made(tmp_path: Path) -> None:
     peft_model.peft_config["default"].base_model_name_or_path = str(first)
     peft_model.save_pretrained(second, save_embedding_layers=True)
     ids = [[5, 6, 7], [8, 261]]
-    wanted = score_all(peft_model.base_model.model, ids)
-    assert score_all(load_classifier(CPU, str(second)), ids) == pytest.approx(wanted, abs=1e-5)
+    wanted = hf_scores(peft_model.base_model.model, ids)
+    assert hf_scores(load_classifier(CPU, str(second)), ids) == pytest.approx(wanted, abs=1e-5)
     assert load_tokenizer(CPU, str(second)).chat_template == tiny_tokenizer().chat_template
     for of_tokens in (False, True):
         trunk = load_classifier(CPU, str(first), of_tokens, fresh_head=True).base_model.state_dict()

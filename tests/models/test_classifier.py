@@ -17,13 +17,13 @@ from transformers import (
 from gearshift.batch import pack
 from gearshift.data.scored import render_scored
 from gearshift.errors import CapacityError
-from gearshift.models.classifier import context, score_all, sequence_scores, use_own_pad
+from gearshift.models.classifier import context, padded_scores, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rewards.models import ModelReward
 from gearshift.trainers.reward_model import Pair, PairScorer
 from gearshift.trainers.rl.critic import TokenCritic, load_critic
-from tests.zoo import random_model
+from tests.zoo import hf_scores, random_model
 
 CPU = ModelConfig(dtype="float32", device="cpu")
 PROMPT = [{"role": "user", "content": "Which?"}]
@@ -83,8 +83,8 @@ def test_one_value_everywhere(policy: Path, tmp_path: Path) -> None:
     use_own_pad(model, tokenizer)
     with torch.no_grad():
         assert PairScorer(model)([Pair(*rows)]).tolist() == wanted
-        assert sequence_scores(model, rows).tolist() == wanted
-    assert score_all(model, rows) == wanted
+        assert padded_scores(model, rows).tolist() == wanted
+    assert hf_scores(model, rows) == wanted
     saved = tmp_path / "reward"
     save_model(saved, model, tokenizer, "a card")
     assert ModelReward(CPU, saved)([PROMPT] * 2, ANSWERS) == wanted
@@ -125,7 +125,7 @@ def test_positions_that_are_counted_from_the_pad_on() -> None:
         )
     ).eval()  # fmt: skip
     assert context(model) == 32
-    score_all(model, [[5] * 32, [5]])
+    hf_scores(model, [[5] * 32, [5]])
     with pytest.raises(CapacityError, match="33 tokens is longer than the reward model's 32"):
-        score_all(model, [[5] * 33])
-    assert score_all(model, []) == []
+        hf_scores(model, [[5] * 33])
+    assert hf_scores(model, []) == []

@@ -8,6 +8,7 @@ from gearshift.data import Mixture
 from gearshift.engine import Engine, EngineConfig
 from gearshift.environments.base import TextEnvironment
 from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.trainers.rl.critic import Critic, load_critic
@@ -80,7 +81,7 @@ def trainer(
         rows=None,
         score=OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
-        reference=reference,
+        reference=ModelRunner(reference) if reference is not None else None,
         critic=critic or (load_critic(TINY, None, str) if config.value == "critic" else None),
         examples=examples,
     )

@@ -14,6 +14,7 @@ from gearshift.data import JudgedExample, Mixture, PreferenceExample, to_judged,
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_classifier, load_policy
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.config import load
 from gearshift.runtime.metrics import read_metrics
@@ -116,7 +117,7 @@ def test_packed_is_one_by_one(loss: str, micro_batch_tokens: int) -> None:
     engine, reference = moved_engine(), load_policy(TINY)
     examples = single(8) if loss == "kto" else pairs(8)
     rows = render_judged(examples, engine.tokenizer, 512)
-    trainer = PreferenceTrainer(config, engine, reference)
+    trainer = PreferenceTrainer(config, engine, ModelRunner(reference))
     trainer.ask_reference(rows)
     with engine.training():
         baseline = trainer.kl(rows) if loss == "kto" else torch.zeros(())
@@ -143,7 +144,8 @@ def run(tmp_path: Path, loss: str, examples: Any, **changes: Any) -> tuple[Any, 
     changes = {"optimizer": {"lr": 5e-3}, "epochs": 8, **changes}
     config = settings(loss, **changes)
     rows = render_judged(examples, engine.tokenizer, 512)
-    reference = load_policy(TINY) if config.reference == "each_step" else None
+    each_step = config.reference == "each_step"
+    reference = ModelRunner(load_policy(TINY)) if each_step else None
     trainer = PreferenceTrainer(config, engine, reference)
     if reference is None:
         trainer.precompute(rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gearshift.cli.main import main
-from gearshift.models.classifier import sequence_scores
+from gearshift.models.classifier import padded_scores
 from gearshift.models.load import load_classifier
 from gearshift.trainers.reward_model import Pair, PairScorer
 from tests.trainers.rl_runs import TINY
@@ -26,14 +26,14 @@ def test_packed_scores_are_padded_scores(micro_batch_tokens: int) -> None:
     model, plain = load_classifier(TINY), load_classifier(TINY)
     plain.config.pad_token_id = 0
     scorer = PairScorer(model)
-    assert scorer._states is not None
+    assert scorer.runner.form == "described"
     weights = {id(p): float(i + 1) for i, p in enumerate(PAIRS)}
     micros = scorer.micros(PAIRS, micro_batch_tokens)
     assert sorted(id(p) for m in micros for p in m) == sorted(weights)
     assert len(micros) > 1 or micro_batch_tokens > 8
     for micro in micros:
         scores = scorer(micro)
-        padded = sequence_scores(plain, [side for pair in micro for side in pair.sides])
+        padded = padded_scores(plain, [side for pair in micro for side in pair.sides])
         assert torch.allclose(scores, padded, atol=1e-5)
         factor = torch.tensor([weights[id(p)] * s for p in micro for s in (1.0, -0.5)])
         (scores * factor).sum().backward()

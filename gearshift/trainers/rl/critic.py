@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.batch import PackedBatch
-from gearshift.engine import PackedModel
 from gearshift.models.attention import ATTENTION
-from gearshift.models.classifier import context, reads_last_token, sequence_scores, use_own_pad
+from gearshift.models.classifier import context, pack_unscored, reads_last_token, use_own_pad
 from gearshift.models.describe import head_of
 from gearshift.models.heads import ValueHead
 from gearshift.models.load import (
@@ -25,6 +24,7 @@ from gearshift.models.load import (
     load_tokenizer,
     writes_text,
 )
+from gearshift.models.runner import ModelRunner
 
 Decode = Callable[[list[int]], str]
 
@@ -49,11 +49,10 @@ class TokenCritic:
     def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
         self.modules: dict[str, nn.Module] = {"critic": trunk, "value_head": head}
         self.trunk, self.head = trunk, head
-        self._states = PackedModel(trunk, getattr(trunk, "score", None))
+        self.runner = ModelRunner(trunk, value_head=head)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        values: Tensor = self.head(self._states(batch)[batch.logit_indices])
-        return values
+        return self.runner.values(batch)
 
     def parameters(self) -> list[nn.Parameter]:
         """Of head and trunk; the head that the model came with has no part in values."""
@@ -73,13 +72,14 @@ class PromptCritic:
         self.modules: dict[str, nn.Module] = {"critic": model}
         self.model, self._tokenizer, self._decode = model, tokenizer, decode
         use_own_pad(model, tokenizer)
+        self.runner = ModelRunner(model)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         parents, starts = batch.parents.tolist(), batch.cu_seqlens.tolist()
         roots = [i for i, parent in enumerate(parents) if parent < 0]
         texts = [self._decode(batch.input_ids[starts[r] : starts[r + 1]].tolist()) for r in roots]
         encoded = self._tokenizer(texts, truncation=True, max_length=context(self.model))
-        of_root = sequence_scores(self.model, encoded["input_ids"])
+        of_root = self.runner.scores(pack_unscored(encoded["input_ids"]))
         index: list[int] = []
         for i, parent in enumerate(parents):
             index.append(roots.index(i) if parent < 0 else index[parent])

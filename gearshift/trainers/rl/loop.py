@@ -20,7 +20,6 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gearshift.algorithms.advantages import (
     ADVANTAGES,
@@ -51,11 +50,11 @@ from gearshift.algorithms.policy_losses import (
 from gearshift.algorithms.shaping import clip_rewards, overlong_penalty, token_rewards
 from gearshift.batch import PackedBatch
 from gearshift.data import DataConfig, Mixture
-from gearshift.engine import Engine, PackedModel
+from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.heads import ValueHead
-from gearshift.models.hf_forward import token_scores
 from gearshift.models.logprobs import TokenScores
+from gearshift.models.runner import ModelRunner
 from gearshift.rewards.config import RewardSource
 from gearshift.rollouts.collector import Collector, EpisodeSpec, Rewarded
 from gearshift.runtime.config import Config, Neutral, PathText
@@ -327,7 +326,7 @@ class RLTrainer:
         rows: Sequence[int] | None,
         score: Scorer,
         stage: Stage,
-        reference: PreTrainedModel | None = None,
+        reference: ModelRunner | None = None,
         critic: Critic | None = None,
         examples: Mixture[Rendered] | None = None,
     ) -> None:
@@ -338,9 +337,6 @@ class RLTrainer:
         self.examples = examples
         self.config, self.engine, self.collector = config, engine, collector
         self.rows, self.score, self.stage, self.reference = rows, score, stage, reference
-        self.reference_states = (
-            engine.states if reference in (None, engine.model) else PackedModel(reference)
-        )
         self.memory, self.left_out = Memory(config.kl.beta), LeftOut()
         has_values = config.advantage in NEEDS_VALUES
         updates = config.updates
@@ -735,10 +731,8 @@ class RLTrainer:
         """
         if self.reference is None:
             raise ValueError("kl.beta > 0 needs a reference model.")
-        with adapters_off(self.reference):
+        with adapters_off(self.reference.model):
             return torch.cat([
-                token_scores(
-                    self.reference, micro, self.config.temperature, states=self.reference_states
-                ).logprobs
+                self.reference.logprobs(micro, self.config.temperature).logprobs
                 for micro in batch.split(self.config.micro_batch_tokens)
             ])  # fmt: skip

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gearshift.batch import PackedBatch
-from gearshift.engine.decoder import Decoder
 from gearshift.errors import ModelError
-from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
+from gearshift.kernels.specs import AttentionOptions
 from gearshift.models.attention import LostLayoutError, PackedLayout, eager_attention
 from gearshift.models.describe import Plan, head_of, trunk_of
 from gearshift.models.exact import Limit, context_length, keeps_state, limits, named, shortest
@@ -23,7 +22,7 @@ from gearshift.models.hf_forward import hidden_states
 
 _LENGTHS = 8, 17
 """Tokens of the two sequences; the longer one needs a second block of the cache."""
-_NEW = 3
+NEW = 3
 """Tokens of each that are written one by one."""
 _DRAWS = 3
 """Different sequences that are tried before a model is refused: in a mixture of experts two may
@@ -42,7 +41,10 @@ _LOST = (
 )
 
 States = Callable[[PackedBatch], Tensor]
-"""A packed batch to its last hidden states [T, C]."""
+"""A packed batch to its last hidden states [T, H]."""
+Decode = Callable[[list[list[int]]], list[Tensor]]
+"""Token sequences to the logits [S, V] of each one's last tokens but one, S at most `NEW`, as a
+batch that generates them computes them."""
 
 
 @torch.no_grad()
@@ -50,13 +52,13 @@ def check(
     model: PreTrainedModel,
     plan: Plan | None,
     states: States | None = None,
-    decoder: Callable[[], Decoder] | None = None,
+    decode: Decode | None = None,
     head: bool = True,
 ) -> Limit | None:
     """Compare what the engine computes with Hugging Face's eager attention; raises `ModelError`
     with the family and the reason if they differ. Returns up to which length they do not.
 
-    Two sequences of 8 and 17 tokens are written in one batch by the generation gear (`decoder`, if
+    Two sequences of 8 and 17 tokens are written in one batch by the generation gear (`decode`, if
     given): their prompts at once, their last three tokens one by one. Then they are scored packed
     (`states`; None: by the model's own modules), the second as a prompt with its completion. The
     logits of every position (`head`; else the hidden states) must be those of each sequence alone,
@@ -75,7 +77,7 @@ def check(
         while draw < _DRAWS:
             tokens = _sequences(model, draw, longest)
             try:
-                why = _difference(model, tokens, states, decoder, head)
+                why = _difference(model, tokens, states, decode, head)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except LostLayoutError as error:
@@ -99,7 +101,7 @@ def _difference(
     model: PreTrainedModel,
     tokens: list[list[int]],
     states: States,
-    decoder: Callable[[], Decoder] | None,
+    decode: Decode | None,
     head: bool,
 ) -> str | None:
     """What is wrong, told by these sequences; None where nothing is."""
@@ -109,15 +111,15 @@ def _difference(
         raise ModelError(
             "it counts positions itself: a packed sequence goes on from the one before"
         )
-    hidden_TC = states(_packed(tokens, model.device))
+    hidden_TH = states(_packed(tokens, model.device))
     if head:
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise ModelError("it has no linear language-model head")
-        if linear.in_features != hidden_TC.shape[1]:
+        if linear.in_features != hidden_TH.shape[1]:
             raise ModelError(_HEAD)
     lengths = [len(row) for row in tokens]
-    ours = (head_of(model).logits(hidden_TC) if head else hidden_TC).split(lengths)
+    ours = (head_of(model).logits(hidden_TH) if head else hidden_TH).split(lengths)
     theirs = [_alone(model, row, head) for row in tokens]
     if not all(bool(row.isfinite().all()) for row in theirs):
         raise ModelError(
@@ -126,13 +128,13 @@ def _difference(
         )
     if not (gap := _gap(model, ours, theirs)) <= 1:
         hidden = [_alone(model, row, False) for row in tokens]
-        if head and _gap(model, hidden_TC.split(lengths), hidden) <= 1:
+        if head and _gap(model, hidden_TH.split(lengths), hidden) <= 1:
             return _HEAD
         if _gap(model, [_alone(model, row, False, counted=True) for row in tokens], hidden) > 1:
             return "its positions do not count from 0"
         return f"packed sequences differ from each alone, by {gap:.3g} times what is tolerated"
-    if decoder is not None:
-        written = _written(tokens, decoder(), model.device)
+    if decode is not None:
+        written = decode(tokens)
         exact = [row[-len(new) - 1 : -1] for new, row in zip(written, theirs, strict=True)]
         if not (gap := _gap(model, written, exact)) <= 1:
             return f"what it writes differs from each alone, by {gap:.3g} times what is tolerated"
@@ -168,34 +170,10 @@ def _sequences(model: PreTrainedModel, draw: int, longest: int) -> list[list[int
     ]
 
 
-def _written(tokens: list[list[int]], decoder: Decoder, device: torch.device) -> list[Tensor]:
-    """The logits [S, V] of each sequence's last tokens but one, S at most `_NEW`, as a batch that
-    writes them would see them.
-    """
-    new = min(_NEW, *(len(row) - 1 for row in tokens))
-    if new == 0:
-        return []
-    rows, width = len(tokens), -(-max(map(len, tokens)) // BLOCK)
-    decoder.cache.grow(rows * width)
-    table = 1 + torch.arange(rows * width, device=device).view(rows, width)
-    known = torch.tensor([len(row) - new for row in tokens], device=device)
-    each = torch.arange(rows, device=device)
-    ids = torch.tensor([t for row in tokens for t in row[:-new]], device=device)
-    positions = torch.cat([torch.arange(n, device=device) for n in known.tolist()])
-    prompts = AttentionMetadata(
-        each.repeat_interleave(known), positions, table, known.cumsum(0) - 1
-    )
-    steps = [decoder(ids, prompts).float().clone()]
-    for step in range(new - 1):
-        newest = torch.tensor([row[step - new] for row in tokens], device=device)
-        steps.append(decoder(newest, AttentionMetadata(each, known + step, table)).float().clone())
-    return list(torch.stack(steps, 1))
-
-
 def _packed(tokens: list[list[int]], device: torch.device) -> PackedBatch:
     """The first row whole; the second as a prompt and what follows it."""
     first, second = tokens
-    cut = max(1, len(second) - _NEW)
+    cut = max(1, len(second) - NEW)
     lengths = [len(first), cut, len(second) - cut]
     positions = [*range(len(first)), *range(len(second))]
     return PackedBatch(

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gearshift.batch import pack_groups
-from gearshift.engine import Engine, EngineConfig, PackedModel
+from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import CapacityError, ModelError
 from gearshift.kernels.specs import AttentionOptions
 from gearshift.models import describe
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.attention import ATTENTION
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.models.families import alone, far, random_model, small_config
@@ -38,7 +39,7 @@ def engine(model: PreTrainedModel, **config: Any) -> Engine:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_described_family_passes(family: str, dtype: torch.dtype) -> None:
-    assert engine(zoo_model(family).to(dtype)).plan is not None
+    assert engine(zoo_model(family).to(dtype)).runner.form == "described"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +52,7 @@ def test_a_state_beside_keys_and_values_is_refused(kind: str, dtype: torch.dtype
     with pytest.raises(ModelError, match=f"{kind}.*state beside keys and values"):
         engine(model)
     with pytest.raises(ModelError, match=f"{kind}.*state beside keys and values"):
-        PackedModel(model)
+        ModelRunner(model)
 
 
 def misread(wrong: dict[str, Any]) -> Callable[[Any, Any], describe.Plan]:
@@ -59,7 +60,6 @@ def misread(wrong: dict[str, Any]) -> Callable[[Any, Any], describe.Plan]:
 
     def read(config: Any, base: Any) -> describe.Plan:
         plan = describe._llama(config, base)
-        assert plan is not None
         layers = tuple(dataclasses.replace(layer, **wrong) for layer in plan.layers)
         return dataclasses.replace(plan, layers=layers)
 
@@ -84,7 +84,7 @@ def test_a_plan_that_is_wrong_is_refused(
     with pytest.raises(ModelError, match="packed sequences differ"):
         engine(model)
     with pytest.raises(ModelError, match="packed sequences differ"):
-        PackedModel(model)
+        ModelRunner(model)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_check_leaves_nothing_behind() -> None:
     torch.manual_seed(5)
     drawn = torch.rand(3)
     torch.manual_seed(5)
-    PackedModel(model)
+    ModelRunner(model)
     assert torch.equal(torch.rand(3), drawn)
     assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == ATTENTION
@@ -149,10 +149,10 @@ def test_a_classifier_is_compared_by_its_hidden_states(monkeypatch: pytest.Monke
     config = copy.deepcopy(CONFIGS["llama"])
     config.num_labels, config.pad_token_id = 1, 0
     model = AutoModelForSequenceClassification.from_config(config)
-    PackedModel(model, model.score)
+    ModelRunner(model)
     monkeypatch.setitem(describe._READERS, "llama", misread({"rotary": None}))
     with pytest.raises(ModelError, match="packed sequences differ"):
-        PackedModel(model, model.score)
+        ModelRunner(model)
 
 
 LONGROPE = {
@@ -193,7 +193,7 @@ def test_what_is_right_up_to_a_length_runs_up_to_it(
     with e.training(), pytest.raises(CapacityError, match=why):
         e.logprobs(long)
     with pytest.raises(CapacityError, match=why):
-        PackedModel(model)(long)
+        ModelRunner(model).hidden(long)
 
 
 def test_a_longer_limit_needs_no_setting() -> None:

@@ -1,0 +1,212 @@
+"""The one way in which a model is run: policy, reference, critic and reward model alike.
+
+A described architecture runs as plain functions over its own weights (`layers.py`); any other one
+through Hugging Face's modules (`hf_forward.py`). This file does not know which stage asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gearshift.batch import PackedBatch
+from gearshift.errors import DataError, GearshiftError
+from gearshift.kernels.dispatch import kernels_of
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import Head
+from gearshift.models.check import check
+from gearshift.models.classifier import (
+    leaves,
+    pack_unscored,
+    padded_logits,
+    padded_scores,
+    reads_last_token,
+    whole_sequences,
+)
+from gearshift.models.describe import Plan, described, head_of
+from gearshift.models.exact import Limit
+from gearshift.models.fused import AliasedWeights
+from gearshift.models.hf_forward import has_active_dropout, hidden_states
+from gearshift.models.layers import packed_states
+from gearshift.models.logprobs import TokenScores, token_logprobs
+from gearshift.models.units import make_unit, run_in
+from gearshift.models.vocabulary import vocabulary_size
+
+Form = Literal["described", "hugging_face"]
+Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
+"""Token sequences to the logits of each one's last tokens, as a generating engine computes them."""
+
+
+class ModelRunner:
+    """A model and the form in which it runs.
+
+    `hidden`, `logprobs` and `values` are for decoders; `scores` and `token_logits` are for
+    classifiers, which may be encoders. Gradients flow where they are enabled.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        value_head: nn.Module | None = None,
+        recompute: bool = False,
+        described_form: bool = True,
+        decode: Decode | None = None,
+    ) -> None:
+        """Fuse the weights of a described architecture, and compare what is computed with Hugging
+        Face's own forward; raises `ModelError` where they differ.
+
+        Args:
+            value_head: reads `values` from the hidden states.
+            recompute: keep only each layer's input, and compute the layer again in the backward
+                pass. For described architectures.
+            described_form: False runs a described architecture, too, through Hugging Face's
+                modules, so that a classifier's scores are theirs to the bit.
+            decode: compare what a generating engine computes, too.
+        """
+        self.model, self.value_head, self.recompute = model, value_head, recompute
+        self.plan: Plan | None = None
+        self.why: str | None = "its numbers are to be exactly those of Hugging Face's forward"
+        """Why the model is not described; None where it is."""
+        if described_form:
+            self.plan, self.why = described(model)
+        self.head, linear = _heads(model)
+        make_unit(model)
+        self.weights: AliasedWeights | None = None
+        if self.plan is not None and linear is not None:
+            self.weights = AliasedWeights(self.plan, linear)
+            for layer in self.plan.layers:
+                make_unit(layer.unit)
+        self.kernels: Kernels = kernels_of(model)
+        self.vocabulary = vocabulary_size(model)
+        self.limit: Limit | None = None
+        packs = self.head is not None or value_head is not None or self.weights is not None
+        if packs:
+            states = None if self.weights is None else self._described
+            written = None if decode is None else lambda tokens: decode(self, tokens)
+            self.limit = check(model, self.plan, states, written, head=self.head is not None)
+
+    @property
+    def form(self) -> Form:
+        """Whether the model runs by its description or through Hugging Face's modules."""
+        return "hugging_face" if self.weights is None else "described"
+
+    def form_line(self, role: str) -> str:
+        """One line that says how the model of this role runs, and why."""
+        return form_line(role, self.model, self.why)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[T, H] last hidden states of the packed tokens. Raises `DataError` for a token that the
+        model does not have, `CapacityError` for a sequence that is too long for it.
+        """
+        return run_in(self.model, self._hidden, batch)
+
+    def logprobs(
+        self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
+    ) -> TokenScores:
+        """Log-probs, entropy and (with `value_head`) values of the scored tokens, from one pass.
+
+        Log-probs are under softmax(logits / temperature).
+        """
+        return run_in(self.model, self._logprobs, batch, temperature, value_head)
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """[M] float32: the value of the state before each scored token."""
+        return run_in(self.model, self._values, batch)
+
+    def scores(self, batch: PackedBatch) -> Tensor:
+        """[N] float32: a classifier's score of each sequence that no other one continues.
+
+        A described decoder computes what sequences have in common once. Any other model runs on
+        padded rows.
+        """
+        if not self.shares_prompts:
+            return padded_scores(self.model, whole_sequences(batch))
+        return run_in(self.model, self._scores, batch)
+
+    @torch.no_grad()
+    def score_all(
+        self, sequences: Sequence[Sequence[int]], micro_batch_tokens: int = 8192
+    ) -> list[float]:
+        """Scores of many token sequences, in batches of similar length, without gradients."""
+        scores = [0.0] * len(sequences)
+        batch: list[int] = []
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for i, after in zip_longest(order, order[1:]):
+            batch.append(i)
+            if after is None or len(sequences[after]) * (len(batch) + 1) > micro_batch_tokens:
+                values = self.scores(pack_unscored([sequences[j] for j in batch])).tolist()
+                for j, value in zip(batch, values, strict=True):
+                    scores[j] = value
+                batch = []
+        return scores
+
+    def token_logits(self, batch: PackedBatch) -> Tensor:
+        """[T] float32: a token classifier's one logit of each token; no sequence continues another
+        one. The model runs on padded rows.
+        """
+        return padded_logits(self.model, whole_sequences(batch))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `scores` computes once what sequences have in common, without padding."""
+        return self.weights is not None and not has_active_dropout(self.model)
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        if len(batch) and (last := int(batch.input_ids.max())) >= self.vocabulary:
+            raise DataError(
+                f"A row has the token {last} and the model {self.vocabulary} tokens; take out what "
+                "stands for an image or a sound."
+            )
+        if self.limit:
+            self.limit.check(batch)
+        if self.weights is not None and not has_active_dropout(self.model):
+            return self._described(batch)
+        if self.recompute:
+            raise GearshiftError(
+                "engine.recompute is built for described architectures without dropout; switch it "
+                "off, or lower micro_batch_tokens to save memory."
+            )
+        return hidden_states(self.model, batch)
+
+    def _described(self, batch: PackedBatch) -> Tensor:
+        assert self.plan is not None and self.weights is not None
+        return packed_states(self.plan, self.weights, self.kernels, batch, self.recompute)
+
+    def _logprobs(
+        self, batch: PackedBatch, temperature: float, value_head: nn.Module | None
+    ) -> TokenScores:
+        assert self.head is not None
+        rows_MH = self._hidden(batch)[batch.logit_indices]
+        scores = token_logprobs(self.head, rows_MH, batch.targets, temperature)
+        return scores if value_head is None else scores._replace(values=value_head(rows_MH))
+
+    def _values(self, batch: PackedBatch) -> Tensor:
+        assert self.value_head is not None
+        values: Tensor = self.value_head(self._hidden(batch)[batch.logit_indices])
+        return values
+
+    def _scores(self, batch: PackedBatch) -> Tensor:
+        last_NH = self._hidden(batch)[batch.cu_seqlens[1:][leaves(batch)] - 1]
+        scores: Tensor = cast(Any, self.model).score(last_NH)[:, 0].float()
+        return scores
+
+
+def form_line(role: str, model: PreTrainedModel, why: str | None) -> str:
+    """One line: how the model of this role runs, and why. `why`: it is not described."""
+    if why is None:
+        return f"{role}: described layers ({model.config.model_type})"
+    return f"{role}: Hugging Face's modules, slower, because {why}"
+
+
+def _heads(model: PreTrainedModel) -> tuple[Head | None, nn.Module | None]:
+    """The head that gives tokens their log-probabilities, and the last linear layer."""
+    if model.get_output_embeddings() is not None:
+        head = head_of(model)
+        return head, head.linear
+    return None, cast(Any, model).score if reads_last_token(model) else None
