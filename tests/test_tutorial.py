@@ -1,10 +1,12 @@
 """Pages that show a whole example work as they are written: files, commands, what is printed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.pages import DOCS, programs, run_page
+from tests.pages import DOCS, ROOT, blocks, programs, run_page
 
 
 @pytest.mark.slow
@@ -19,3 +21,25 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 def test_an_environment_of_ones_own_runs(tmp_path: Path) -> None:
     run_page(DOCS / "environments.md", tmp_path, programs(tmp_path / "bin"))
     assert (tmp_path / "runs/backwards/rl/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_first_page_runs(tmp_path: Path) -> None:
+    environment = programs(tmp_path / "bin")
+    [example] = [block for block in blocks(ROOT / "README.md") if block.title]
+    text = example.text.replace('"embedded"', '"tiny"')
+    (tmp_path / example.title).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        ["python", example.title], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "runs/shout/rl"
+
+
+def test_the_figure_shows_the_text_beside_it() -> None:
+    figures = DOCS / "figures"
+    drawn = subprocess.run(
+        [sys.executable, figures / "terminal.py"],
+        input=(figures / "tutorial.txt").read_bytes(), capture_output=True, check=True,
+    )  # fmt: skip
+    assert drawn.stdout == (figures / "tutorial.svg").read_bytes()
