@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from gearshift.pipeline.api import train_reward_model as train_reward_model
     from gearshift.pipeline.api import train_rl as train_rl
     from gearshift.pipeline.api import train_sft as train_sft
+    from gearshift.pipeline.inference import evaluate as evaluate
+    from gearshift.pipeline.inference import generate as generate
+    from gearshift.pipeline.inference import load as load
     from gearshift.pipeline.result import RunResult as RunResult
+    from gearshift.rollouts.evaluate import Evaluation as Evaluation
     from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
     from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
     from gearshift.trainers.rl.loop import RLConfig as RLConfig
@@ -61,7 +65,9 @@ _HOMES = {
     ),
     "models.load": ("ModelConfig",),
     "pipeline.api": ("train_dpo", "train_reward_model", "train_rl", "train_sft"),
+    "pipeline.inference": ("evaluate", "generate", "load"),
     "pipeline.result": ("RunResult",),
+    "rollouts.evaluate": ("Evaluation",),
     "trainers.preference": ("PreferenceConfig",),
     "trainers.reward_model": ("RewardModelConfig",),
     "trainers.rl.loop": ("RLConfig",),

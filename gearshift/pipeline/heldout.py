@@ -23,7 +23,7 @@ from gearshift.pipeline.provenance import Trained, run_of, trained_on
 from gearshift.pipeline.recipe import POLICIES, Recipe, claim, claim_model, dated, recipe_of
 from gearshift.pipeline.records import Record, format_record, read_record, records
 from gearshift.pipeline.task_data import EPISODES, TaskData, problems_of
-from gearshift.rollouts.evaluate import Split, evaluate, starts_of
+from gearshift.rollouts.evaluate import Evaluation, Split, evaluate, starts_of
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.folder_lock import lock_run_folder
@@ -66,25 +66,9 @@ def evaluate_policy(
     path = to / f"{name}.json"
     if path.exists():
         return read_record(path)
-    config, limits, began = data.config, data.recipe.eval, time.perf_counter()
+    began = time.perf_counter()
     rows, left = data.load(split), data.unseen(split, trained)
-    episodes = getattr(config, split, EPISODES) if left is None else len(left)
-    starts = starts_of(split, episodes, left)[: limits.limit]
-    with (
-        doing(f"while evaluating {name} on {split}"),
-        Progress(len(starts), f"{split} {name}") as progress,
-        engine.generating(),
-        data.collector(engine, split) as collector,
-    ):
-        result = evaluate(
-            collector,
-            starts,
-            limits.max_new_tokens,
-            problems=None if rows is None else problems_of(rows, data.task.cluster),
-            metric=getattr(config, "metric", data.task.metric),
-            corpus=data.task.corpus,
-            progress=lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
-        )
+    result = measure(data, engine, name, split, left)
     seconds = time.perf_counter() - began
     skipped = 0 if rows is None or left is None else len(rows) - len(left)
     extra = {"split": split, "left_out": skipped, "seconds": seconds}
@@ -92,6 +76,38 @@ def evaluate_policy(
     write_sealed(path, record)
     echo(f"{split} {name}: {format_record(record)}")
     return record
+
+
+def measure(
+    data: TaskData,
+    engine: Engine,
+    name: str,
+    split: Split,
+    left: Sequence[int] | None,
+    metric: str | None = None,
+) -> Evaluation:
+    """The policy's figures on the rows `left` of the split; None where the task has no rows.
+    `metric` stands in place of the task's.
+    """
+    config, limits, rows = data.config, data.recipe.eval, data.load(split)
+    episodes = getattr(config, split, EPISODES) if left is None else len(left)
+    starts = starts_of(split, episodes, left)[: limits.limit]
+    metric = metric or str(getattr(config, "metric", data.task.metric))
+    with (
+        doing(f"while evaluating {name} on {split}"),
+        Progress(len(starts), f"{split} {name}") as progress,
+        engine.generating(),
+        data.collector(engine, split) as collector,
+    ):
+        return evaluate(
+            collector,
+            starts,
+            limits.max_new_tokens,
+            problems=None if rows is None else problems_of(rows, data.task.cluster),
+            metric=metric,
+            corpus=data.task.corpus,
+            progress=lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
+        )
 
 
 def evaluate_run(

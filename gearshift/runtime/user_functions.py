@@ -30,7 +30,8 @@ def name_of(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__name__
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
         return f"{module}:{name}"
-    return f"{GIVEN}{getattr(function, '__name__', None) or type(function).__name__}"
+    short = getattr(function, "__name__", None) or type(function).__name__
+    return f"{GIVEN}{short.strip('<>')}"
 
 
 @contextmanager

@@ -126,10 +126,10 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
     kept = _cut(config, problems, seed)
     _tell_overlap(of_split, keys, problems, kept)
     files: dict[str, list[Row]] = {
-        split: [_prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
+        split: [prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
         for split in _HELDOUT
     }
-    trained = [(rows[i], _prompt_row(rows[i], config.system), times[i]) for _, i in kept["train"]]
+    trained = [(rows[i], prompt_row(rows[i], config.system), times[i]) for _, i in kept["train"]]
     files["train"] = [prompt for _, prompt, count in trained for _ in range(count)]
     labelled = [
         _labelled(row, config.system)
@@ -239,7 +239,10 @@ def _tell_overlap(
             )
 
 
-def _prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
+def prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
+    """A row as the environment reads it: the prompt as messages, and the reward's columns. Raises
+    `DataError` that names the file and the row.
+    """
     example = to_prompt(row)
     raw = getattr(row, "raw", row)
     columns = {}

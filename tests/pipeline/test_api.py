@@ -161,3 +161,51 @@ def test_a_second_call_goes_on_and_other_rows_are_refused(
     assert again.metrics == first.metrics and "done before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="made from other rows"):
         gearshift.train_sft("tiny", CHATS[:4], **call)
+
+
+def test_a_policy_is_measured_on_rows_and_environments() -> None:
+    rows = [{"prompt": text, "answer": "yes"} for text in PROMPTS]
+    engine = gearshift.load("tiny", **TINY)
+    found = gearshift.evaluate(engine, rows, short, max_new_tokens=4)
+    assert found.episodes == 12 and found.metric == "reward"
+    other = gearshift.evaluate("tiny", rows, short, max_new_tokens=4, **TINY)
+    assert other.samples == found.samples
+    sizes = {"limit": 3, "max_new_tokens": 4}
+    game = gearshift.evaluate(engine, environment=Echo, metric="reward", **sizes)
+    assert game.episodes == 3 and game.value == 0.5
+
+
+class Echo(gearshift.TextEnvironment):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        said = f"say {self.np_random.integers(100)}"
+        return said, {"messages": [{"role": "user", "content": said}]}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return "", 0.5, True, False, {"success": True}
+
+
+def test_a_model_answers_texts() -> None:
+    engine = gearshift.load("tiny", **TINY)
+    first = gearshift.generate(engine, "hello", temperature=0, max_new_tokens=5)
+    chat = [{"role": "user", "content": "hello"}]
+    assert len(first) == 1 and first[0]
+    both = gearshift.generate(engine, [chat, "other"], temperature=0, max_new_tokens=5)
+    assert both[0] == first[0] and len(both) == 2
+    assert gearshift.generate(engine, chat, temperature=0, max_new_tokens=5) == first
+    with pytest.raises(ConfigError, match="one answer"):
+        gearshift.generate(engine, "hello", n=2)
+
+
+def test_an_environment_of_ones_own(tmp_path: Path) -> None:
+    result = gearshift.train_rl(
+        "tiny",
+        environment=lambda: Echo(),
+        output=tmp_path / "run",
+        steps=1,
+        eval={"limit": 2, "max_new_tokens": 4},
+        **{"rl.prompts": 2, "group_size": 2, "max_new_tokens": 4, **TINY},
+    )
+    assert result.heldout["rl"]["value"] == 1.0 and result.metrics[0]["reward"] == 0.5
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "id: given:lambda" in text

@@ -1,0 +1,151 @@
+"""Use a model from Python: open an engine, write answers, measure a policy. Nothing is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gearshift.data import load_rows
+from gearshift.data.chat import render_prompt
+from gearshift.data.text import decode
+from gearshift.engine import Engine
+from gearshift.errors import ConfigError
+from gearshift.models.load import ModelConfig
+from gearshift.pipeline.arguments import Arguments, Data
+from gearshift.pipeline.heldout import measure, open_engine
+from gearshift.pipeline.policy import find_policy
+from gearshift.pipeline.task_data import TaskData
+from gearshift.rollouts.evaluate import Evaluation, Split
+from gearshift.runtime.config import Config
+from gearshift.runtime.terminal import quiet
+from gearshift.runtime.user_functions import given_functions
+from gearshift.tasks.rows import RowsConfig, prompt_row, write_rows
+from gearshift.trainers.stage import Callbacks
+from gearshift.types import Message, SamplingParams
+
+Model = str | os.PathLike[str] | ModelConfig | Mapping[str, Any]
+"""A name, a folder, what a training function returned, or a recipe's section `model`."""
+Prompt = str | Sequence[Message]
+"""What the user says, or a conversation."""
+
+
+def load(model: Model, *, seed: int = 0, **config: Any) -> Engine:
+    """The engine around a model: a name, a folder, or the newest policy of a run's folder.
+
+    `config` holds keys of the recipe's section `engine`, such as `max_num_seqs=8`, and of `model`,
+    such as `dtype="float32"`.
+    """
+    arguments = Arguments("load", "engine")
+    name = _put_model(arguments, model)
+    arguments.put("run.seed", seed)
+    arguments.add(config)
+    recipe, _ = arguments.recipe(os.devnull, Callbacks())
+    return open_engine(recipe, name)
+
+
+def generate(
+    model: Model | Engine,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | None = None,
+    *,
+    system: str | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """The model's answer to each prompt, as text.
+
+    `params`, or its fields as keywords (`temperature=0.7`, `max_new_tokens=64`), say how to sample;
+    greedy is `temperature=0`. A prompt is a text or a list of messages; `system` stands before it.
+    """
+    engine = model if isinstance(model, Engine) else load(model)
+    params = replace(params or SamplingParams(), **sampling)
+    if params.n != 1:
+        raise ConfigError("generate writes one answer to each prompt; for n, use Engine.generate.")
+    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping))
+    each: Sequence[Any] = [prompts] if one else prompts
+    chats = [_chat(prompt, system) for prompt in each]
+    ids = [render_prompt(engine.tokenizer, chat) for chat in chats]
+    with engine.generating():
+        groups = engine.generate(ids, params)
+    return [
+        decode(engine.tokenizer, group[0].token_ids, skip_special_tokens=True) for group in groups
+    ]
+
+
+def evaluate(
+    model: Model | Engine,
+    prompts: Data | None = None,
+    reward: Any = None,
+    *,
+    environment: Any = None,
+    task: str | Mapping[str, Any] | Config | None = None,
+    split: Split = "validation",
+    metric: str | None = None,
+    seed: int = 0,
+    verbose: bool = True,
+    **config: Any,
+) -> Evaluation:
+    """Measure a policy greedily: every prompt once, or the held-out episodes of an environment or a
+    task; the figure with its 95% interval, and every answer.
+
+    `metric` is `reward`, `success`, or a metric of the environment. `config` holds keys of the
+    recipe's section `eval`, such as `limit=100` and `max_new_tokens=64`, and of its others.
+    """
+    if sum(given is not None for given in (prompts, environment, task)) != 1:
+        raise ConfigError("evaluate takes prompts, an environment or a task; give one of them.")
+    arguments = Arguments("evaluate", "eval")
+    name = None if isinstance(model, Engine) else _put_model(arguments, model)
+    arguments.put("run.seed", seed)
+    if prompts is not None:
+        if reward is None:
+            raise ConfigError("evaluate takes prompts with a reward; give a function or its name.")
+        rows = arguments.rows(prompts, "prompts", "prompt", "prompt")
+        own = {"name": "data", "train": rows, "reward": arguments.named(reward)}
+        arguments.put("task", own)
+    elif environment is not None:
+        arguments.put("task", {"name": "gym", "id": arguments.named(environment)})
+    else:
+        arguments.put("task", {"name": task} if isinstance(task, str) else task)
+    arguments.add(config)
+    with TemporaryDirectory() as folder, quiet(not verbose):
+        recipe, given = arguments.recipe(folder, Callbacks())
+        with given_functions(given.functions):
+            given.write(Path(folder), begun=False)
+            engine = model if isinstance(model, Engine) else open_engine(recipe, name)
+            data = TaskData(recipe, Path(folder) / "data")
+            if isinstance(data.config, RowsConfig):
+                _write_all(data.config, data.folder, split)
+            else:
+                data.prepare()
+            left = data.unseen(split, None)
+            return measure(data, engine, recipe.model.name, split, left, metric)
+
+
+def _write_all(config: RowsConfig, folder: Path, split: Split) -> None:
+    """Write every row of the task as the split: nothing is trained on, so nothing is held out."""
+    rows = [row for source in config.train for row in load_rows(source.path, source.split)]
+    folder.mkdir()
+    write_rows(folder, {split: [prompt_row(row, config.system) for row in rows]})
+
+
+def _put_model(arguments: Arguments, model: Model) -> str | None:
+    """Write the section `model`: the caller's, or that of the run that the model is of. The name of
+    the policy to load.
+    """
+    if not isinstance(model, str | os.PathLike):
+        arguments.put("model", model)
+        return None
+    name, made = find_policy(os.fspath(model))
+    if made is None:
+        arguments.put("model", {"name": name})
+        return None
+    arguments.put("model", made.model)
+    return name
+
+
+def _chat(prompt: Prompt, system: str | None) -> list[Message]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    return [{"role": "system", "content": system}, *messages] if system else messages
