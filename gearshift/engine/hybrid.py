@@ -295,7 +295,7 @@ class Engine:
             "weights": sum(p.nbytes for p in self.model.parameters()),
             "gradients": sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None),
             "aliased": self.runner.weights.bytes() if self.runner.weights else 0,
-            "packed": self.runner.weights.packed_bytes() if self.runner.weights else 0,
+            "prepacked": self.runner.weights.prepacked_bytes() if self.runner.weights else 0,
             "cache": self._scheduler.cache.bytes() if self._scheduler else 0,
             "steps": self.runner.kernels.workspace_bytes(),
         }
@@ -355,24 +355,24 @@ class Engine:
         if gear == "training" and self.config.free_cache_while_training:
             self._give_back()
         if gear == "generation":
-            self._pack()
+            self._prepack()
 
     def _follow(self) -> None:
         """Notice what was done to the weights: moved, written, an adapter switched."""
         if self._where() != self._home:  # moved, or in another precision
             self._give_back()
             self._home = self._where()
-        mended = self.runner.weights.check() if self.runner.weights else 0
+        restored = self.runner.weights.restore() if self.runner.weights else 0
         if self._addresses != (addresses := self._found_at()):
             self._addresses = addresses
             if self._scheduler is not None:
                 self._scheduler.decoder.forget()
-        if mended or self._signs() != self._seen:
+        if restored or self._signs() != self._seen:
             self.weights_changed()
 
-    def _pack(self) -> None:
+    def _prepack(self) -> None:
         if self.runner.weights and self.config.prepack_weights:
-            self.runner.weights.pack(
+            self.runner.weights.prepack(
                 self.runner.kernels, self.weights_version, self.config.max_num_seqs
             )
 
@@ -382,7 +382,7 @@ class Engine:
             raise GearshiftError("Requests are running; let them end, or abort them.")
         self._scheduler = None
         if self.runner.weights:
-            self.runner.weights.unpack()
+            self.runner.weights.drop_prepacked()
         self.runner.kernels = kernels_of(self.model)
 
     def _where(self) -> tuple[torch.device, torch.dtype]:
@@ -441,7 +441,7 @@ class Engine:
             for prompt, own, request_id in zip(tokens, params, request_ids, strict=True)
         ]
         self._follow()
-        self._pack()
+        self._prepack()
         scheduler = self._scheduler or self._new_scheduler()
         self._scheduler = scheduler
         self._make_room(scheduler, groups)

@@ -88,7 +88,7 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "model", base) if base is model else base
 
 
-def own(module: Module) -> Module:
+def base_layer(module: Module) -> Module:
     """The layer under an adapter, or the layer itself."""
     return getattr(module, "base_layer", module)
 

@@ -1,9 +1,9 @@
-"""One storage: parameters that are used together are stored together, and the model's own are views
-of it.
+"""Parameters that are used together are stored together: the model's own parameters are slices of
+one buffer.
 
-So an optimizer that writes in place has already told the generation gear. What breaks the aliasing
-(`.to()`, `.data =`) is found at a shift and mended. Where a CPU multiplies faster by weights in a
-layout of its own, a packed copy is a cache of one weights version.
+So the generation gear reads what an optimizer writes in place. What breaks the aliasing (`.to()`,
+`.data =`) is found when the gears shift, and restored. Where a CPU multiplies faster by weights in
+a layout of its own, a prepacked copy is a cache of one version of the weights.
 """
 
 from __future__ import annotations
@@ -19,38 +19,44 @@ from transformers.pytorch_utils import Conv1D
 from gearshift.kernels.autograd import SlicedLinear
 from gearshift.kernels.reference import Kernels, PrepackedLinear
 from gearshift.kernels.specs import Linear
-from gearshift.models.describe import Plan, own
+from gearshift.models.describe import Plan, base_layer
 
 
 class FusedLinear:
     """Several linear layers of one input as one: weights (and biases) are slices of one buffer.
 
-    A layer may carry an adapter (LoRA); it is added to the layer's slice of the output. GPT-2's
-    `Conv1D`, whose weight is the transpose, is one too.
+    Weights that already lie end to end, as DeepSpeed lays them, are adopted where they are; others
+    are copied into one buffer. A layer may carry an adapter (LoRA), which is added to the layer's
+    slice of the output. A layer may be GPT-2's `Conv1D`, whose weight is the transpose.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = tuple(modules)
-        self.linears: list[Any] = [own(module) for module in modules]
+    def __init__(self, modules: Sequence[nn.Module], fuse: bool = True) -> None:
+        """`fuse=False` leaves the weights where they are, and concatenates them at each call: a
+        sharded layer has its whole weights only while it runs.
+        """
+        self.modules, self.fused = tuple(modules), fuse
+        self.linears: list[Any] = [base_layer(module) for module in modules]
         self.transposed = isinstance(self.linears[0], Conv1D)
         self.product: PrepackedLinear | None = None
-        """Of the packed copy, where there is one."""
+        """Multiplies by the prepacked copy, where there is one."""
         self._stamp: tuple[object, ...] = ()
-        self.weight, self.bias = self._fuse()
+        self.weight, self.bias = self._fuse() if fuse else (torch.empty(0), None)
         ends = torch.tensor([self._out(linear) for linear in self.linears]).cumsum(0).tolist()
         self.slices = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         each = zip(modules, self.slices, strict=True)
         self.adapted: list[tuple[Any, slice]] = [
-            (module, part) for module, part in each if own(module) is not module
+            (module, part) for module, part in each if base_layer(module) is not module
         ]
 
     def __call__(self, x: Tensor, multiply: Linear = F.linear) -> Tensor:
-        """[T, in] -> [T, sum of outs]; without a graph by the packed copy, else by `multiply`."""
-        if torch.is_grad_enabled():
+        """[T, in] -> [T, sum of outs]; without a graph by the prepacked copy, if it is there."""
+        if not self.fused:
+            y = self._unfused(x)
+        elif torch.is_grad_enabled():
             weights = [linear.weight for linear in self.linears]
             biases = [] if self.bias is None else [linear.bias for linear in self.linears]
             sizes = [part.stop - part.start for part in self.slices]
-            y: Tensor = SlicedLinear.apply(
+            y = SlicedLinear.apply(
                 x, self.weight, self.bias, sizes, self.transposed, *weights, *biases
             )
         elif self.product is not None:
@@ -65,9 +71,9 @@ class FusedLinear:
                 y[:, part] += (multiply(low, up.weight, up.bias) * scaling).to(y.dtype)
         return y
 
-    def pack(self, kernels: Kernels, version: int, rows: int) -> None:
-        """Have a copy of this version's weight in the layout that products of about `rows` rows are
-        fastest in. A weight that is not trained and was not written keeps the copy that it has.
+    def prepack(self, kernels: Kernels, version: int, rows: int) -> None:
+        """Copy this version's weight into the layout in which products of about `rows` rows are
+        fastest. A weight that is not trained and was not written keeps the copy that it has.
         """
         trained = any(linear.weight.requires_grad for linear in self.linears)
         merged = [tuple(module.merged_adapters) for module, _ in self.adapted]
@@ -79,15 +85,17 @@ class FusedLinear:
             weight = (self.weight.t() if self.transposed else self.weight).detach()
             if self.product is None:
                 self.product = kernels.prepacked_linear(weight, rows)
-            else:  # in its place: recorded steps read it there
+            else:  # in its place: captured steps read it there
                 self.product.prepack(weight)
 
-    def unpack(self) -> None:
-        """Give the packed copy back."""
+    def drop_prepacked(self) -> None:
+        """Free the prepacked copy."""
         self.product, self._stamp = None, ()
 
     def is_aliased(self) -> bool:
         """Whether each parameter still lies where its slice of the buffer does."""
+        if not self.fused:
+            return True
         for linear, part in zip(self.linears, self.slices, strict=True):
             for parameter, buffer in ((linear.weight, self.weight), (linear.bias, self.bias)):
                 if buffer is None or parameter is None:
@@ -97,61 +105,82 @@ class FusedLinear:
                     return False
         return True
 
-    def mend(self) -> None:
-        """Alias again; the parameters' present values win, in the same `Parameter` objects."""
+    def realias(self) -> None:
+        """Alias again. The parameters keep their values, and stay the same `Parameter` objects."""
         self.weight, self.bias = self._fuse()
-        self._stamp = ()  # a packed copy is of what was there before
+        self._stamp = ()  # the prepacked copy is of what was there before
 
-    def _fuse(self) -> tuple[Tensor, Tensor | None]:
+    def _unfused(self, x: Tensor) -> Tensor:
         if len(self.linears) == 1:
             [linear] = self.linears
-            return linear.weight.data, None if linear.bias is None else linear.bias.data
-        with torch.no_grad():
-            weight = torch.cat([linear.weight for linear in self.linears])
-            has_bias = self.linears[0].bias is not None
-            bias = torch.cat([linear.bias for linear in self.linears]) if has_bias else None
-            row = 0
-            for linear in self.linears:
-                rows = slice(row, row + len(linear.weight))
-                linear.weight.data = weight[rows]
-                if bias is not None:
-                    linear.bias.data = bias[rows]
-                row = rows.stop
-        return weight, bias
+            return F.linear(x, linear.weight.t() if self.transposed else linear.weight, linear.bias)
+        biases = [linear.bias for linear in self.linears if linear.bias is not None]
+        weight = torch.cat([linear.weight for linear in self.linears])
+        return F.linear(x, weight, torch.cat(biases) if biases else None)
+
+    def _fuse(self) -> tuple[Tensor, Tensor | None]:
+        weight = _end_to_end([linear.weight for linear in self.linears])
+        if self.linears[0].bias is None:
+            return weight, None
+        return weight, _end_to_end([linear.bias for linear in self.linears])
 
     def _out(self, linear: Any) -> int:
         return int(linear.weight.shape[1 if self.transposed else 0])
 
 
-class AliasedWeights:
-    """Every product of a plan's layers, and of the head."""
+def _end_to_end(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor of which the parameters are slices, end to end: where they lie, if they lie so;
+    else a copy, to which they are pointed.
+    """
+    first = parameters[0].data
+    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    rows = sum(map(len, parameters))
+    for parameter in parameters:
+        part = parameter.data
+        lies_next = part.untyped_storage().data_ptr() == storage and part.storage_offset() == place
+        if not (lies_next and part.is_contiguous() and part.dtype == first.dtype):
+            break
+        place += part.numel()
+    else:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    if len(parameters) == 1:
+        return first
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([*map(len, parameters)]), strict=True):
+        parameter.data = part
+    return whole
 
-    def __init__(self, plan: Plan, head: nn.Module) -> None:
-        self.qkv = [FusedLinear(layer.qkv) for layer in plan.layers]
-        self.out = [FusedLinear([layer.out]) for layer in plan.layers]
-        self.up = [FusedLinear(layer.up) for layer in plan.layers]
-        self.down = [FusedLinear([layer.down]) for layer in plan.layers]
-        self.head = FusedLinear([head])
+
+class AliasedWeights:
+    """The linear layers of a plan's decoder layers, and the head."""
+
+    def __init__(self, plan: Plan, head: nn.Module, fuse: bool = True) -> None:
+        """For `fuse` see `FusedLinear`."""
+        self.qkv = [FusedLinear(layer.qkv, fuse) for layer in plan.layers]
+        self.out = [FusedLinear([layer.out], fuse) for layer in plan.layers]
+        self.up = [FusedLinear(layer.up, fuse) for layer in plan.layers]
+        self.down = [FusedLinear([layer.down], fuse) for layer in plan.layers]
+        self.head = FusedLinear([head], fuse)
 
     def __iter__(self) -> Iterator[FusedLinear]:
         yield from (*self.qkv, *self.out, *self.up, *self.down, self.head)
 
-    def check(self) -> int:
-        """Mend whatever lost its aliasing; returns how many buffers had."""
+    def restore(self) -> int:
+        """Alias again whatever lost its aliasing; returns how many buffers had."""
         broken = [linear for linear in self if not linear.is_aliased()]
         for linear in broken:
-            linear.mend()
+            linear.realias()
         return len(broken)
 
-    def pack(self, kernels: Kernels, version: int, rows: int) -> None:
-        """Have packed copies of this weights version."""
+    def prepack(self, kernels: Kernels, version: int, rows: int) -> None:
+        """Have prepacked copies of this version of the weights."""
         for linear in self:
-            linear.pack(kernels, version, rows)
+            linear.prepack(kernels, version, rows)
 
-    def unpack(self) -> None:
-        """Give the packed copies back."""
+    def drop_prepacked(self) -> None:
+        """Free the prepacked copies."""
         for linear in self:
-            linear.unpack()
+            linear.drop_prepacked()
 
     def bytes(self) -> int:
         """Bytes of the fused buffers. They are the model's own storage, not a copy."""
@@ -160,8 +189,8 @@ class AliasedWeights:
             t.nbytes for linear in fused for t in (linear.weight, linear.bias) if t is not None
         )
 
-    def packed_bytes(self) -> int:
-        """Bytes of the packed copies."""
+    def prepacked_bytes(self) -> int:
+        """Bytes of the prepacked copies."""
         return sum(linear.weight.nbytes for linear in self if linear.product is not None)
 
 

@@ -56,6 +56,7 @@ class ModelRunner:
         value_head: nn.Module | None = None,
         recompute: bool = False,
         described_form: bool = True,
+        fuse: bool = True,
         decode: Decode | None = None,
     ) -> None:
         """Fuse the weights of a described architecture, and compare what is computed with Hugging
@@ -67,6 +68,7 @@ class ModelRunner:
                 pass. For described architectures.
             described_form: False runs a described architecture, too, through Hugging Face's
                 modules, so that a classifier's scores are theirs to the bit.
+            fuse: see `FusedLinear`.
             decode: compare what a generating engine computes, too.
         """
         self.model, self.value_head, self.recompute = model, value_head, recompute
@@ -79,7 +81,7 @@ class ModelRunner:
         make_unit(model)
         self.weights: AliasedWeights | None = None
         if self.plan is not None and linear is not None:
-            self.weights = AliasedWeights(self.plan, linear)
+            self.weights = AliasedWeights(self.plan, linear, fuse)
             for layer in self.plan.layers:
                 make_unit(layer.unit)
         self.kernels: Kernels = kernels_of(model)

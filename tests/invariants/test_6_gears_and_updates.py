@@ -54,7 +54,7 @@ def test_parameters_are_slices_of_the_fused_buffers() -> None:
     assert (fused.bias[-2 * rows : -rows] == 4.0).all()
 
 
-def test_broken_aliasing_is_mended_at_the_shift() -> None:
+def test_broken_aliasing_is_restored_at_the_shift() -> None:
     engine = Engine(random_model("llama"), tiny_tokenizer())
     projection = engine.model.base_model.layers[1].mlp.up_proj
     projection.weight.data = torch.randn_like(projection.weight)

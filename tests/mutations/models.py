@@ -62,7 +62,7 @@ MUTATIONS = (
     Mutation(
         "weights that changed within the generation gear keep their cache",
         "engine/hybrid.py",
-        "        self._follow()\n        self._pack()\n        scheduler",
+        "        self._follow()\n        self._prepack()\n        scheduler",
         "        scheduler",
         "tests/engine/test_hybrid.py",
     ),
