@@ -13,25 +13,25 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.data.answers import (
+from gearshift.data.answer_spans import (
+    AmbiguousAnswerError,
     Span,
-    UntoldAnswerError,
-    answer_ahead,
     answer_span,
-    closing_of,
-    written_answer,
+    closing_token,
+    prefetch_answers,
+    prompt_and_answer,
 )
-from gearshift.data.template import (
+from gearshift.data.chat_template import (
     PROBE,
     REASONING,
-    Options,
-    check_said,
-    has_marks,
-    marked,
-    special_tokens,
-    text_of,
+    TemplateOptions,
+    check_nothing_lost,
+    has_generation_marks,
+    render_marked,
+    render_template,
+    special_token_pattern,
 )
-from gearshift.data.text import decode, whole_characters
+from gearshift.data.text import decode, replace_surrogates
 from gearshift.errors import DataError
 from gearshift.runtime.chat_template_renderer import EndlessTemplateError
 from gearshift.types import Message
@@ -43,19 +43,19 @@ Rendered = tuple[list[int], list[int]]
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
     """Token ids of a conversation that asks for the assistant's next words. Raises `DataError`,
     also if the template leaves out some of it.
     """
-    check_said(tokenizer, messages, options)
-    return _encode(tokenizer, text_of(tokenizer, messages, options, asks=True))
+    check_nothing_lost(tokenizer, messages, options)
+    return _encode(tokenizer, render_template(tokenizer, messages, options, asks=True))
 
 
 def render_supervised(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> Rendered:
     """(token ids, mask): the ids are the template's own rendering of the whole conversation; the
     mask is 1 on each assistant message's words and its end token, not on what the template writes
@@ -77,7 +77,7 @@ def render_supervised(
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
     untrained: Collection[int] = (),
 ) -> list[Rendered]:
     """As few sequences as train each answer as a policy writes it, but those `untrained`: the
@@ -86,21 +86,21 @@ def render_conversation(
     Templates drop an earlier answer's reasoning, or open one that is asked for with `<think>`.
     Raises `DataError` if an answer cannot be told, or the template leaves out some of the words.
     """
-    check_said(tokenizer, messages, options)
+    check_nothing_lost(tokenizer, messages, options)
     answers = [
         (i, message)
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and i not in untrained
     ]
-    answer_ahead(tokenizer, [messages[: i + 1] for i, _ in answers], options)
-    whole = text_of(tokenizer, messages, options)
+    prefetch_answers(tokenizer, [messages[: i + 1] for i, _ in answers], options)
+    whole = render_template(tokenizer, messages, options)
     spans: list[Span] = []
     alone: list[Rendered] = []
     for i, message in answers:
         try:
-            before, answer = written_answer(tokenizer, messages[: i + 1], options)
-        except UntoldAnswerError:
-            if not has_marks(tokenizer):
+            before, answer = prompt_and_answer(tokenizer, messages[: i + 1], options)
+        except AmbiguousAnswerError:
+            if not has_generation_marks(tokenizer):
                 raise
             return [_marked(tokenizer, messages, options, untrained)]
         _check_end(tokenizer, answer, message)
@@ -117,7 +117,7 @@ def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
     """(token ids, mask) of a plain text and the end token; everything is trained but the first
     token, a BOS where the tokenizer puts one: nothing predicts it.
     """
-    ids = tokenizer.encode(whole_characters(text), add_special_tokens=False)
+    ids = tokenizer.encode(replace_surrogates(text), add_special_tokens=False)
     bos = _bos(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [*(bos if ids[:1] != bos else []), *ids, *end]
@@ -128,7 +128,7 @@ def render_completion(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[Message],
     completion: str | Message,
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the answer with its end token); the answer is a text, or a message
     with its tool calls or reasoning. Raises `DataError`.
@@ -142,20 +142,20 @@ def render_completion(
 def completion_texts(
     tokenizer: PreTrainedTokenizerBase,
     answered: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> tuple[str, str]:
     """The template's texts of the prompt and of its answer, the last message, with its end token.
     Raises `DataError`.
     """
-    check_said(tokenizer, answered, options)
-    answer_ahead(tokenizer, [answered], options)
-    return written_answer(tokenizer, answered, options)
+    check_nothing_lost(tokenizer, answered, options)
+    prefetch_answers(tokenizer, [answered], options)
+    return prompt_and_answer(tokenizer, answered, options)
 
 
 def render_turn(
     tokenizer: PreTrainedTokenizerBase,
     said: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
     """What follows an answer's end token when these messages come next and the assistant is asked
     again.
@@ -165,15 +165,15 @@ def render_turn(
     """
     opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
-        whole = text_of(tokenizer, [*opening, *said], options, asks=True)
+        whole = render_template(tokenizer, [*opening, *said], options, asks=True)
     except DataError:
         if said[0]["role"] != "tool":
             raise
         # This template wants to know what the tool answers.
         opening[1] = _calling(said[0].get("name") or "tool")
-        whole = text_of(tokenizer, [*opening, *said], options, asks=True)
-    check_said(tokenizer, [*opening, *said], options)
-    before, answer = written_answer(tokenizer, opening, options)
+        whole = render_template(tokenizer, [*opening, *said], options, asks=True)
+    check_nothing_lost(tokenizer, [*opening, *said], options)
+    before, answer = prompt_and_answer(tokenizer, opening, options)
     if whole.startswith(before + answer):
         end = len(before + answer)
     else:
@@ -184,7 +184,7 @@ def render_turn(
                 "give the tokenizer a template that keeps them."
             )
         tail = whole[at + len(PROBE) :]
-        end = at + len(PROBE) + len(closing_of(tokenizer, tail, answer))
+        end = at + len(PROBE) + len(closing_token(tokenizer, tail, answer))
     return _continued(tokenizer, whole[:end], whole[end:])[1]
 
 
@@ -195,12 +195,12 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     found = {t for t in [tokenizer.eos_token_id] if t is not None}
     for answer in ({"role": "assistant", "content": PROBE}, _calling("tool")):
         try:
-            _, text = written_answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
+            _, text = prompt_and_answer(tokenizer, [{"role": "user", "content": "a"}, answer], None)
         except EndlessTemplateError:
             break
         except DataError:
             continue
-        if end := re.search(f"{special_tokens(tokenizer)}$", text):
+        if end := re.search(f"{special_token_pattern(tokenizer)}$", text):
             found.add(tokenizer.convert_tokens_to_ids(end.group()))
     return frozenset(found)
 
@@ -212,7 +212,7 @@ def _calling(name: str) -> Message:
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message) -> None:
     """Raises `DataError` if a policy would not learn from this answer to end where it ends."""
-    end = re.search(f"{special_tokens(tokenizer)}$", answer)
+    end = re.search(f"{special_token_pattern(tokenizer)}$", answer)
     if not end:
         raise DataError(
             "the chat template writes no end token after an answer, so that a policy would never "
@@ -227,11 +227,11 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message
 def _marked(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None,
+    options: TemplateOptions | None,
     untrained: Collection[int],
 ) -> Rendered:
     """By the template's own marks, one run of them an answer."""
-    ids, mask = marked(tokenizer, messages, options)
+    ids, mask = render_marked(tokenizer, messages, options)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     starts = [j for j, m in enumerate(mask) if m and (j == 0 or not mask[j - 1])]
     if len(starts) != len(answers) and untrained:

@@ -15,9 +15,9 @@ import ftfy
 from pydantic import Field
 
 from gearshift.data.formats import SourceRow
-from gearshift.data.given import COLUMNS, lacks_words, with_lists
 from gearshift.data.messages import ROLES
-from gearshift.data.text import whole_characters
+from gearshift.data.rows import TEXT_COLUMNS, is_empty_row, parse_json_columns
+from gearshift.data.text import replace_surrogates
 from gearshift.runtime.config import Config
 
 _LONGEST = 1 << 20
@@ -93,16 +93,16 @@ def clean(
     seen: set[bytes] = set()
     changed = empty = duplicate = length = 0
     for row in rows:
-        read = with_lists(row)
+        read = parse_json_columns(row)
         mended = _mend_row(read, config)
-        learned = {k: v for k, v in mended.items() if k in COLUMNS and (k != "input" or v)}
+        learned = {k: v for k, v in mended.items() if k in TEXT_COLUMNS and (k != "input" or v)}
         leaves = _leaves(learned or mended)
         texts = [leaf for leaf in leaves if isinstance(leaf, str)]
         size = sum(map(len, texts))
         digest = hashlib.blake2b(
             json.dumps(mended, sort_keys=True, default=str).encode(), digest_size=16
         ).digest()
-        if config.drop_empty and lacks_words(mended, columns, answered):
+        if config.drop_empty and is_empty_row(mended, columns, answered):
             empty += 1
         elif config.drop_duplicates and digest in seen:
             duplicate += 1
@@ -116,7 +116,7 @@ def clean(
 
 
 def _mend_row(row: dict[str, Any], config: CleanConfig) -> dict[str, Any]:
-    return {key: _mend(v, config) if key in COLUMNS else v for key, v in row.items()}
+    return {key: _mend(v, config) if key in TEXT_COLUMNS else v for key, v in row.items()}
 
 
 def _mend(value: Any, config: CleanConfig) -> Any:
@@ -140,7 +140,7 @@ def _mend_text(text: str, config: CleanConfig) -> str:
         if text.count("\r\n") == text.count("\n"):
             text = text.replace("\r\n", "\n")
         text = _BLANK_LINES.sub("", text.rstrip())
-    return whole_characters(text)
+    return replace_surrogates(text)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -8,30 +8,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gearshift.data.given import Row
 from gearshift.data.messages import (
-    as_list,
     read_message,
     read_messages,
     read_tools,
     show,
-    string,
+    to_list,
+    to_text,
 )
+from gearshift.data.rows import Row
 from gearshift.errors import DataError
 from gearshift.types import Message
 
-ALPACA = ("instruction", "input", "history")
+ALPACA_PROMPT = ("instruction", "input", "history")
 """Alpaca's columns that ask."""
-BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+CONTEXT_COLUMNS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 """Columns that stand beside a conversation."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_SAYING = (
+_TEXT_COLUMNS = (
     "text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
     "context",
 )  # fmt: skip
 
 
-def options(row: Row) -> dict[str, Any]:
+def template_options(row: Row) -> dict[str, Any]:
     """What the chat template gets besides the messages. Raises `DataError`."""
     given = row.get("chat_template_kwargs", {})
     if not isinstance(given, Mapping):
@@ -52,29 +52,29 @@ def refuse_unused(row: Row, columns: Sequence[str]) -> None:
         )
 
 
-def refuse_unsaid(row: Row, used: Sequence[str]) -> None:
+def refuse_unused_text(row: Row, used: Sequence[str]) -> None:
     """Raises `DataError` if a column beside those `used` says what none of them says.
 
     Many sets give a prompt, or the whole text, once more in a column of its own.
     """
     refuse_unused(row, [c for c in (*_MEDIA, "history") if c not in used])
-    said = [text for column in used for text in _said(row.get(column))]
-    for column in _SAYING:
-        for text in _said(row.get(column)) if column not in used else ():
+    said = [text for column in used for text in _texts(row.get(column))]
+    for column in _TEXT_COLUMNS:
+        for text in _texts(row.get(column)) if column not in used else ():
             if not any(text in other or other in text for other in said):
                 refuse_unused(row, (column,))
 
 
-def _said(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> Iterator[str]:
     """The texts in a column, without white space."""
     if isinstance(value, str):
         yield from filter(None, ["".join(value.split())])
     elif isinstance(value, list):
         for item in value:
-            yield from _said(item)
+            yield from _texts(item)
     elif isinstance(value, Mapping):
         for key in ("content", "value", "text"):
-            yield from _said(value.get(key))
+            yield from _texts(value.get(key))
 
 
 def conversation(row: Row) -> list[Message]:
@@ -83,20 +83,20 @@ def conversation(row: Row) -> list[Message]:
     return with_system(read_messages(row[key], key), row)
 
 
-def asked(row: Row, *columns: str) -> list[Message]:
+def prompt_messages(row: Row, *columns: str) -> list[Message]:
     """What is asked, in the first of these columns that the row has: `prompt`, Alpaca's
     `instruction`, or the turns of a conversation; without an answer. Raises `DataError`.
     """
     column = next(column for column in columns if column in row)
     value = row[column]
     if column == "instruction":
-        parts = [string(row[k], k) for k in ("instruction", "input") if k in row]
+        parts = [to_text(row[k], k) for k in ("instruction", "input") if k in row]
         messages = [*_history(row.get("history", [])), _user("\n\n".join(parts))]
     elif isinstance(value, str) and column == "prompt":
-        messages = [_user(string(value, column))]
+        messages = [_user(to_text(value, column))]
     else:
         messages = read_messages(value, column)
-    if answers(messages[-1]):
+    if is_answer(messages[-1]):
         raise DataError("the prompt ends with the assistant's words; move them to `completion`.")
     return with_system(messages, row)
 
@@ -108,11 +108,11 @@ def _user(content: str) -> Message:
 def _history(value: Any) -> list[Message]:
     """Alpaca's earlier turns: pairs of what was asked and answered."""
     messages: list[Message] = []
-    for pair in as_list(value, "history"):
+    for pair in to_list(value, "history"):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"`history` has {show(pair)}; it must hold pairs of question, answer.")
-        messages += [_user(string(pair[0], "history"))]
-        messages += [{"role": "assistant", "content": string(pair[1], "history")}]
+        messages += [_user(to_text(pair[0], "history"))]
+        messages += [{"role": "assistant", "content": to_text(pair[1], "history")}]
     return messages
 
 
@@ -121,7 +121,7 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
     for column in ("system", "system_prompt"):
         if column not in row:
             continue
-        system: Message = {"role": "system", "content": string(row[column], column)}
+        system: Message = {"role": "system", "content": to_text(row[column], column)}
         if not messages or messages[0]["role"] != "system":
             messages = [system, *messages]
         elif messages[0] != system:
@@ -131,24 +131,24 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
     return messages
 
 
-def answer(value: Any, key: str) -> list[Message]:
+def answer_messages(value: Any, key: str) -> list[Message]:
     """An answer: a text, a message, or messages of which the last is one. Raises `DataError`."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": string(value, key)}]
+        return [{"role": "assistant", "content": to_text(value, key)}]
     messages = (
         [read_message(value, key)] if isinstance(value, Mapping) else read_messages(value, key)
     )
-    if not answers(messages[-1]):
+    if not is_answer(messages[-1]):
         raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
     return messages
 
 
-def answers(message: Message) -> bool:
+def is_answer(message: Message) -> bool:
     """Whether the assistant says it."""
     return bool(message["role"] == "assistant")
 
 
-def boolean(value: Any, key: str) -> bool:
+def to_boolean(value: Any, key: str) -> bool:
     """True or false, in a table's or a text's form too. Raises `DataError`."""
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
@@ -157,7 +157,7 @@ def boolean(value: Any, key: str) -> bool:
     return known
 
 
-def number(value: Any, key: str) -> float:
+def to_number(value: Any, key: str) -> float:
     """A finite number, in a text too. Raises `DataError`."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)

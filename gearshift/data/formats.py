@@ -9,21 +9,21 @@ from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
 from gearshift.data.columns import (
-    ALPACA,
-    BESIDE,
-    answer,
-    answers,
-    asked,
-    boolean,
+    ALPACA_PROMPT,
+    CONTEXT_COLUMNS,
+    answer_messages,
     conversation,
-    number,
-    options,
-    refuse_unsaid,
+    is_answer,
+    prompt_messages,
     refuse_unused,
+    refuse_unused_text,
+    template_options,
+    to_boolean,
+    to_number,
     with_system,
 )
-from gearshift.data.given import Row, given
-from gearshift.data.messages import string
+from gearshift.data.messages import to_text
+from gearshift.data.rows import Row, filled_columns
 from gearshift.errors import DataError
 from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
@@ -87,7 +87,7 @@ class PreferenceExample:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedExample:
+class UnpairedExample:
     """An answer, and whether it is a good one."""
 
     prompt: list[Message]
@@ -98,7 +98,7 @@ class JudgedExample:
 
 
 @dataclass(frozen=True, slots=True)
-class StepsExample:
+class StepwiseExample:
     """An answer in steps, and whether each is right."""
 
     prompt: list[Message]
@@ -109,7 +109,7 @@ class StepsExample:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def errors_at(where: str) -> Iterator[None]:
     """Errors about data, raised in here, begin with where the row stands."""
     try:
         yield
@@ -122,8 +122,8 @@ Record = TypeVar(
     ChatExample | TextExample,
     PromptExample,
     PreferenceExample,
-    PreferenceExample | JudgedExample,
-    StepsExample,
+    PreferenceExample | UnpairedExample,
+    StepwiseExample,
 )
 
 
@@ -133,8 +133,8 @@ def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
     @wraps(convert)
     def located(row: Row) -> Record:
         where = getattr(row, "where", "")
-        with at(where or "A row"):
-            return replace(convert(given(row)), where=where)
+        with errors_at(where or "A row"):
+            return replace(convert(filled_columns(row)), where=where)
 
     return located
 
@@ -147,33 +147,35 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
         messages = conversation(row)
     elif "prompt" in row and "completion" in row:
         used = ("prompt", "completion")
-        before = [{**m, "train": False} if answers(m) else m for m in asked(row, "prompt")]
-        messages = [*before, *answer(row["completion"], "completion")]
+        before = [
+            {**m, "train": False} if is_answer(m) else m for m in prompt_messages(row, "prompt")
+        ]
+        messages = [*before, *answer_messages(row["completion"], "completion")]
     elif "instruction" in row and "output" in row:
-        used = (*ALPACA, "output")
-        words = answer(string(row["output"], "output"), "output")
-        messages = [*asked(row, "instruction"), *words]
+        used = (*ALPACA_PROMPT, "output")
+        words = answer_messages(to_text(row["output"], "output"), "output")
+        messages = [*prompt_messages(row, "instruction"), *words]
     elif "text" in row:
-        refuse_unused(row, BESIDE)
-        refuse_unsaid(row, ("text",))
-        return TextExample(string(row["text"], "text"))
+        refuse_unused(row, CONTEXT_COLUMNS)
+        refuse_unused_text(row, ("text",))
+        return TextExample(to_text(row["text"], "text"))
     else:
         _unknown(
             row, "text; messages; prompt and completion; conversations; instruction and output"
         )
-    refuse_unsaid(row, used)
-    if not any(map(answers, messages)):
+    refuse_unused_text(row, used)
+    if not any(map(is_answer, messages)):
         raise DataError(
             "the conversation has no assistant message to learn from; add one or drop the row."
         )
-    if answers(messages[0]):
+    if is_answer(messages[0]):
         raise DataError(
             "the conversation begins with the assistant; put a user message first or drop the row."
         )
     untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
-    if all(i in untrained for i, m in enumerate(messages) if answers(m)):
+    if all(i in untrained for i, m in enumerate(messages) if is_answer(m)):
         raise DataError("no answer of the conversation is to be trained; drop the row.")
-    return ChatExample([_untold(m) for m in messages], options(row), untrained)
+    return ChatExample([_without_flag(m) for m in messages], template_options(row), untrained)
 
 
 @_located
@@ -184,18 +186,18 @@ def to_prompt(row: Row) -> PromptExample:
     if not {"prompt", "messages", "conversations", "instruction"} & set(row):
         _unknown(row, "prompt; messages; conversations; instruction")
     if "prompt" in row:
-        used, messages = {"prompt"}, asked(row, "prompt")
+        used, messages = {"prompt"}, prompt_messages(row, "prompt")
     elif {"messages", "conversations"} & set(row):
         used, messages = {"messages", "conversations", "functions"}, conversation(row)
     else:
-        used, messages = set(ALPACA), asked(row, "instruction")
-    if answers(messages[-1]):
+        used, messages = set(ALPACA_PROMPT), prompt_messages(row, "instruction")
+    if is_answer(messages[-1]):
         messages = messages[:-1]
-    if not messages or answers(messages[-1]):
+    if not messages or is_answer(messages[-1]):
         raise DataError("there is no prompt before the assistant's words; drop the row.")
-    used |= set(BESIDE) - {"functions"}
+    used |= set(CONTEXT_COLUMNS) - {"functions"}
     columns = {k: v for k, v in row.items() if k not in used}
-    return PromptExample([_untold(m) for m in messages], columns, options(row))
+    return PromptExample([_without_flag(m) for m in messages], columns, template_options(row))
 
 
 @_located
@@ -211,14 +213,14 @@ def to_preference(row: Row) -> PreferenceExample:
 def _pair(row: Row) -> PreferenceExample:
     if "chosen" not in row or "rejected" not in row:
         _unknown(row, "prompt, chosen and rejected; chosen and rejected conversations")
-    both = [answer(row[key], key) for key in ("chosen", "rejected")]
+    both = [answer_messages(row[key], key) for key in ("chosen", "rejected")]
     before = both[0][:-1]
     asks = ("prompt", "instruction", "conversations", "messages")
-    if before and not answers(before[0]) and before == both[1][:-1]:
+    if before and not is_answer(before[0]) and before == both[1][:-1]:
         used, prompt = ("chosen", "rejected"), with_system(before, row)
     elif column := next((name for name in asks if name in row), None):
-        prompt = asked(row, column)
-        used = (*(ALPACA if column == "instruction" else (column,)), "chosen", "rejected")
+        prompt = prompt_messages(row, column)
+        used = (*(ALPACA_PROMPT if column == "instruction" else (column,)), "chosen", "rejected")
         if any(len(side) != 1 for side in both):
             raise DataError(
                 "chosen and rejected must each be one assistant message after the prompt, or "
@@ -232,33 +234,33 @@ def _pair(row: Row) -> PreferenceExample:
         raise DataError(
             "chosen and rejected must be conversations that differ in their last message only."
         )
-    refuse_unsaid(row, used)
-    chosen, rejected = (_one(side[-1]) for side in both)
+    refuse_unused_text(row, used)
+    chosen, rejected = (_compared_answer(side[-1]) for side in both)
     if chosen == rejected:
         raise DataError("chosen and rejected are the same; drop the row.")
-    prompt = [_untold(m) for m in prompt]
-    margin = number(row.get("margin", 0.0), "margin")
-    return PreferenceExample(prompt, chosen, rejected, margin, options(row))
+    prompt = [_without_flag(m) for m in prompt]
+    margin = to_number(row.get("margin", 0.0), "margin")
+    return PreferenceExample(prompt, chosen, rejected, margin, template_options(row))
 
 
 @_located
-def to_judged(row: Row) -> PreferenceExample | JudgedExample:
+def to_unpaired(row: Row) -> PreferenceExample | UnpairedExample:
     """From `prompt`/`completion`/`label` (true: a good answer), or a pair. Raises `DataError`."""
     if {"chosen", "rejected"} <= set(row):
         return _pair(row)
     if not {"prompt", "completion", "label"} <= set(row):
         _unknown(row, "prompt, completion and label; prompt, chosen and rejected")
-    refuse_unsaid(row, ("prompt", "completion"))
-    good = boolean(row["label"], "label")
-    said = answer(row["completion"], "completion")
+    refuse_unused_text(row, ("prompt", "completion"))
+    good = to_boolean(row["label"], "label")
+    said = answer_messages(row["completion"], "completion")
     if len(said) != 1:
         raise DataError("completion must be one assistant message after the prompt.")
-    prompt = [_untold(m) for m in asked(row, "prompt")]
-    return JudgedExample(prompt, _one(said[0]), good, options(row))
+    prompt = [_without_flag(m) for m in prompt_messages(row, "prompt")]
+    return UnpairedExample(prompt, _compared_answer(said[0]), good, template_options(row))
 
 
 @_located
-def to_steps(row: Row) -> StepsExample:
+def to_stepwise(row: Row) -> StepwiseExample:
     """From `prompt`/`completions`/`labels`: the steps of one answer and whether each is right.
 
     Raises `DataError`.
@@ -270,11 +272,11 @@ def to_steps(row: Row) -> StepsExample:
         raise DataError("completions and labels must be lists of the same length.")
     if not steps:
         raise DataError("an answer needs at least one step.")
-    texts = [string(step, "completions") for step in steps]
-    refuse_unsaid(row, ("prompt", "completions"))
-    prompt = [_untold(m) for m in asked(row, "prompt")]
-    right = [boolean(label, "labels") for label in labels]
-    return StepsExample(prompt, texts, right, options(row))
+    texts = [to_text(step, "completions") for step in steps]
+    refuse_unused_text(row, ("prompt", "completions"))
+    prompt = [_without_flag(m) for m in prompt_messages(row, "prompt")]
+    right = [to_boolean(label, "labels") for label in labels]
+    return StepwiseExample(prompt, texts, right, template_options(row))
 
 
 def _unknown(row: Row, accepted: str) -> NoReturn:
@@ -282,12 +284,12 @@ def _unknown(row: Row, accepted: str) -> NoReturn:
     raise DataError(f"the keys are {keys}; accepted are: {accepted}.")
 
 
-def _untold(message: Message) -> Message:
+def _without_flag(message: Message) -> Message:
     """The message without its flag, which no template reads."""
     return {key: value for key, value in message.items() if key != "train"}
 
 
-def _one(message: Message) -> str | Message:
+def _compared_answer(message: Message) -> str | Message:
     """An answer that is compared or judged: its text, where it is no more than that."""
     if "train" in message:
         raise DataError("an answer that is compared is flagged not to be trained; drop the row.")

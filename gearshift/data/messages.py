@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gearshift.data.given import from_json
+from gearshift.data.rows import from_json
 from gearshift.errors import DataError
 from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
@@ -101,12 +101,12 @@ def _add_rest(message: Message, item: Mapping[str, Any]) -> None:
     """What a message has beside its words."""
     for name in ("name", "tool_call_id"):
         if item.get(name):
-            message[name] = string(item[name], name)
+            message[name] = to_text(item[name], name)
     for name in _REASONING:
         if thought := item.get(name):
             if message.setdefault(_REASONING[0], thought) != thought:
                 raise DataError(f"a message gives its reasoning twice; take `{name}` out.")
-            string(thought, name)
+            to_text(thought, name)
     for name in _CALLS:
         if calls := item.get(name):
             if "tool_calls" in message:
@@ -135,9 +135,9 @@ def _content(value: Any, key: str) -> tuple[str, str]:
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in _TEXT_PARTS:
-            words.append(string(part.get("text") or "", "text", empty=True))
+            words.append(to_text(part.get("text") or "", "text", empty=True))
         elif kind == "thinking":
-            thoughts.append(string(part.get("thinking"), "thinking"))
+            thoughts.append(to_text(part.get("thinking"), "thinking"))
         else:
             raise DataError(
                 f"a part of `{key}` is {show(part)}; only text is read, no pictures or sounds."
@@ -147,7 +147,7 @@ def _content(value: Any, key: str) -> tuple[str, str]:
 
 def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
     """Tool calls as templates take them: their arguments as an object."""
-    value = parsed(value, key) if isinstance(value, str) else value
+    value = parse_json(value, key) if isinstance(value, str) else value
     calls = []
     for item in value if isinstance(value, list) else [value]:
         function = item.get("function", item) if isinstance(item, Mapping) else None
@@ -155,7 +155,7 @@ def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
             raise DataError(f"a call in `{key}` is {show(item)}; it must have a function's `name`.")
         arguments = function.get("arguments", function.get("parameters"))
         if isinstance(arguments, str):
-            arguments = parsed(arguments, "arguments") if arguments.strip() else {}
+            arguments = parse_json(arguments, "arguments") if arguments.strip() else {}
         if not isinstance(arguments, Mapping | None):
             raise DataError(f"`arguments` is {show(arguments)}; it must be an object.")
         call: dict[str, Any] = {"type": "function"}
@@ -173,8 +173,8 @@ def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Tools as JSON schemas: a list, or JSON of one. Raises `DataError`."""
-    value = parsed(value, "tools") if isinstance(value, str) else value
-    tools = [parsed(t, "tools") if isinstance(t, str) else t for t in as_list(value, "tools")]
+    value = parse_json(value, "tools") if isinstance(value, str) else value
+    tools = [parse_json(t, "tools") if isinstance(t, str) else t for t in to_list(value, "tools")]
     for tool in tools:
         if (
             not isinstance(tool, Mapping)
@@ -193,21 +193,21 @@ def _flag(value: Any, key: str) -> bool:
     raise DataError(f"`{key}` of a message is {show(value)}; it must be 0 or 1, true or false.")
 
 
-def as_list(value: Any, key: str) -> list[Any]:
+def to_list(value: Any, key: str) -> list[Any]:
     """The value, if it is a list. Raises `DataError`."""
     if not isinstance(value, list):
         raise DataError(f"`{key}` is {show(value)}; it must be a list.")
     return value
 
 
-def string(value: Any, key: str, empty: bool = False) -> str:
+def to_text(value: Any, key: str, empty: bool = False) -> str:
     """The value, if it is a text, and not an empty one. Raises `DataError`."""
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"`{key}` is {show(value)}; it must be a text that is not empty.")
     return value
 
 
-def parsed(text: str, key: str) -> Any:
+def parse_json(text: str, key: str) -> Any:
     """What JSON in a text means. Raises `DataError`."""
     try:
         return from_json(text)

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gearshift.data.formats import to_preference, to_prompt, to_supervised
-from gearshift.data.given import Row
+from gearshift.data.rows import Row
 from gearshift.errors import DataError
 from gearshift.types import Message
 
 Codes = NDArray[np.uint64]
 
-NEAR = 0.7
+NEAR_SHARE = 0.7
 """Share of common pieces from which two prompts count as nearly equal."""
 _PIECE, _KEYS, _MOST = 5, 8, 10
 _MARKS = 100
@@ -34,7 +34,7 @@ def prompt_text(messages: Sequence[Message]) -> str:
     """What is asked, so that equal questions are equal texts: who says what, without regard to
     case, white space and forms of one character.
     """
-    return "\n".join(f"{m['role']}: {_said(m)}" for m in messages)
+    return "\n".join(f"{m['role']}: {_message_text(m)}" for m in messages)
 
 
 def prompt_keys(prompts: Sequence[Sequence[Message]]) -> list[str]:
@@ -45,7 +45,7 @@ def prompt_keys(prompts: Sequence[Sequence[Message]]) -> list[str]:
     return bare if len(set(bare)) > 1 else [prompt_text(p) for p in prompts]
 
 
-def asked(row: Row) -> list[list[Message]]:
+def row_prompts(row: Row) -> list[list[Message]]:
     """What a row of any format has a model answer: what stands before each of the assistant's
     turns. Nothing for plain text, and for a row that no stage would take.
     """
@@ -61,7 +61,7 @@ def asked(row: Row) -> list[list[Message]]:
     return [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
-def near(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
+def near_duplicates(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
     """(i, j): text i is nearly the other text j, the first such j. Equal ones are left out.
 
     Nearly: their pieces of five characters overlap by 0.7 (Jaccard's measure), and they have the
@@ -79,17 +79,17 @@ def near(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int
         mine, own = _pieces(text), _numbers(text)
         found_j = {j for k in mine[:_KEYS].tolist() for j in holders.get(k, [])[:_MOST]}
         for j in sorted(found_j):
-            if own == numbers[j] and text != others[j] and _share(mine, pieces[j]) >= NEAR:
+            if own == numbers[j] and text != others[j] and _share(mine, pieces[j]) >= NEAR_SHARE:
                 yield i, j
                 break
 
 
-def _said(message: Message) -> str:
+def _message_text(message: Message) -> str:
     calls = message.get("tool_calls")
-    return _plain(message.get("content") or "") + (json.dumps(calls) if calls else "")
+    return _normalized(message.get("content") or "") + (json.dumps(calls) if calls else "")
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     # Marks on one letter are put in order in a time that grows with the square of their number.
     marks = b"" if text.isascii() else bytes(unicodedata.combining(c) > 0 for c in text)
     if bytes([True]) * _MARKS in marks:

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
 from gearshift.data.formats import SourceRow
-from gearshift.data.given import COLUMNS, characters, from_json
 from gearshift.data.messages import show
+from gearshift.data.rows import TEXT_COLUMNS, from_json, text_size
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.digests import file_digest
@@ -29,15 +29,15 @@ from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _SUFFIXES = (*_LINES, ".json", ".csv", ".parquet")
-LARGEST_ROW = 1 << 24
+MAX_ROW_SIZE = 1 << 24
 """Characters: several times what the longest contexts hold."""
-MOST_COLUMNS = 10_000
+MAX_COLUMNS = 10_000
 _UNPACKED, _UNPACKED_LEAST, _ROWS_LEAST, _BATCH = 200, 1 << 26, 1 << 20, 64
 _TOO_LARGE = (
     f"becomes more than {_UNPACKED} times as large when it is read; if that is right, write it as "
     "JSONL that is not compressed."
 )
-_hub_marks: dict[tuple[str, str], str] = {}
+_hub_digests: dict[tuple[str, str], str] = {}
 """Digests of what the hub gave, by name and split."""
 
 
@@ -94,16 +94,16 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     return rows
 
 
-def source_mark(path: str, split: str = "train") -> str:
+def source_digest(path: str, split: str = "train") -> str:
     """What tells one version of a source from another: the digest of the file, or of the rows that
     the hub gave.
     """
     file = Path(path).expanduser()
     if file.is_file():
         return file_digest(file)
-    if (path, split) not in _hub_marks:
+    if (path, split) not in _hub_digests:
         load_rows(path, split)
-    return _hub_marks[path, split]
+    return _hub_digests[path, split]
 
 
 def _kind(file: Path) -> str:
@@ -156,15 +156,15 @@ def _json(file: Path, text: str) -> list[SourceRow]:
     rows = _parse(text, str(file), "mend it.")
     if isinstance(rows, dict):
         lists = [v for v in rows.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        if COLUMNS & rows.keys():
+        if TEXT_COLUMNS & rows.keys():
             rows = [rows]
         elif len(lists) == 1:
             [rows] = lists
     if not isinstance(rows, list):
         raise DataError(f"{file} holds no list of rows; wrap them in [ ], or use JSONL.")
     found = [_object(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
-    for row in found if len(text) > LARGEST_ROW else ():
-        _check_size(characters(row), row.where)
+    for row in found if len(text) > MAX_ROW_SIZE else ():
+        _check_size(text_size(row), row.where)
     return found
 
 
@@ -254,7 +254,7 @@ def _parquet(file: Path) -> list[SourceRow]:
                     raise DataError(f"{file} {_TOO_LARGE}")
                 for row in batch.to_pylist():
                     where = f"{file}, row {len(rows) + 1}"
-                    most -= (held := characters(row))
+                    most -= (held := text_size(row))
                     _check_size(held, where)
                     rows.append(SourceRow(row, where))
     except DataError:
@@ -278,7 +278,7 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
         whole = hashlib.blake2b()
         for row in rows:
             whole.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
-        _hub_marks[name, split] = whole.hexdigest()
+        _hub_digests[name, split] = whole.hexdigest()
         return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     except Exception as error:  # the library raises a great many kinds
         reason = one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
@@ -307,17 +307,17 @@ def _text(file: Path) -> str:
 
 
 def _check_size(size: int, where: str) -> None:
-    if size > LARGEST_ROW:
+    if size > MAX_ROW_SIZE:
         raise DataError(
-            f"{where} has {size:,} characters, over the {LARGEST_ROW:,} that a row may have; cut "
+            f"{where} has {size:,} characters, over the {MAX_ROW_SIZE:,} that a row may have; cut "
             "it into several, or delete it."
         )
 
 
 def _check_columns(count: int, where: str) -> None:
-    if count > MOST_COLUMNS:
+    if count > MAX_COLUMNS:
         raise DataError(
-            f"{where} has {count:,} columns, over the {MOST_COLUMNS:,} that a row may have; keep "
+            f"{where} has {count:,} columns, over the {MAX_COLUMNS:,} that a row may have; keep "
             "those that are read."
         )
 

@@ -14,7 +14,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _OPEN = " 'nvr"
 
 
-def whole_characters(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
     return _HALF_PAIR.sub("\ufffd", text)
 
@@ -33,7 +33,7 @@ def decode(
         return str(tokenizer.decode(kept, skip_special_tokens=skip_special_tokens))
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
     """The text of the tokens, without special ones, in pieces that join to what `decode` gives of
     all. What a later token may change is held back: half a character, or a space before a stop.
     """

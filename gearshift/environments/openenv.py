@@ -22,7 +22,7 @@ from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.urls import Endpoint
 
-_PATIENCE = 5.0
+_CONNECT_SECONDS = 5.0
 """Seconds in which a full server may end the sessions of environments that are gone."""
 
 
@@ -58,10 +58,10 @@ class OpenEnvEnvironment(TextEnvironment):
         self._left = 0
         fields = {*self.also, action}
         self._inner: Any = (
-            _Here(environment, fields) if environment else _connect(str(url), timeout)
+            _LocalClient(environment, fields) if environment else _connect(str(url), timeout)
         )
         # The client's thread keeps the client: one that nobody closed would keep its session.
-        self._gone = weakref.finalize(self, _leave, self._inner)
+        self._gone = weakref.finalize(self, _close_in_thread, self._inner)
         self._gone.atexit = False
 
     def reset(
@@ -123,7 +123,7 @@ class _Result:
         self.reward, self.done = seen.reward, seen.done
 
 
-class _Here:
+class _LocalClient:
     """An environment of this process, with the client's methods."""
 
     def __init__(self, path: str, fields: set[str]) -> None:
@@ -165,7 +165,7 @@ def _connect(url: str, timeout: float) -> Any:
             "A server of OpenEnv needs its package; run: pip install openenv"
         ) from error
     address = Endpoint.of(url)
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:
             client = (
@@ -200,6 +200,6 @@ def _full(client: Any) -> bool:
     return False
 
 
-def _leave(client: Any) -> None:
+def _close_in_thread(client: Any) -> None:
     # Not here: this may be the client's own thread, which would wait for itself.
     threading.Thread(target=client.close, daemon=True).start()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.data import DataConfig, clean, load_rows
-from gearshift.data.overlap import asked, prompt_keys
-from gearshift.data.sources import source_mark
+from gearshift.data.overlap import prompt_keys, row_prompts
+from gearshift.data.sources import source_digest
 from gearshift.errors import DataError, StorageError
 from gearshift.models.made import DONE, made_of
 from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
@@ -45,7 +45,7 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
                 path = prepared(run / "data", source.path.removeprefix("task:"))
                 found[f"data/{path.name}"] = file_digest(path)
             else:
-                found[source.path] = source_mark(source.path, source.split)
+                found[source.path] = source_digest(source.path, source.split)
     models = [start]
     if isinstance(config, RLConfig):
         path = prepared(run / "data", "train")
@@ -117,7 +117,7 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
             rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
             found += rows
             clusters |= {str(row[column]) for row in rows if row.get(column) is not None}
-    prompts = [prompt for row in found for prompt in asked(row)]
+    prompts = [prompt for row in found for prompt in row_prompts(row)]
     before = run_of(Path(recipe.model.name).expanduser())
     if before and before.resolve() != run.resolve():
         earlier = trained_on(before, recipe_of(before))
@@ -135,7 +135,7 @@ def _source_rows(data: DataConfig, run: Path, stage: Path, begun: bool) -> list[
             label = f"data/{Path(path).name}"
         was = known.get(label)
         try:
-            if was and source_mark(path, source.split) != was:
+            if was and source_digest(path, source.split) != was:
                 raise StorageError(
                     f"{path} is not what {stage} was made from; put it back as it was, or "
                     "choose another run.dir."

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gearshift.data import to_judged, to_preference, to_steps, to_supervised
+from gearshift.data import to_preference, to_stepwise, to_supervised, to_unpaired
 from gearshift.data.text import decode
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError, ModelError
@@ -81,7 +81,7 @@ def preference(config: PreferenceConfig, run: Context) -> Result:
     max_length = config.max_length
 
     def render(rows: list[Row]) -> list[Judged]:
-        examples = [to_judged(r) for r in rows]
+        examples = [to_unpaired(r) for r in rows]
         return render_judged(examples, engine.tokenizer, max_length, engine.max_length)
 
     sources = render_sources(config.data, run, render)
@@ -132,7 +132,7 @@ def process(config: ProcessRewardConfig, run: Context) -> Result:
     model, tokenizer = _classifier(run, start, of_tokens=True)
 
     def render(rows: list[Row]) -> list[Steps]:
-        examples = [to_steps(r) for r in rows]
+        examples = [to_stepwise(r) for r in rows]
         lengths = config.max_length, context(model)
         return render_steps(examples, tokenizer, config.separator, *lengths)
 

@@ -15,7 +15,7 @@ from gearshift.data import load_rows
 from gearshift.data.overlap import prompt_text
 from gearshift.engine import Engine
 from gearshift.environments.base import TextEnvironment
-from gearshift.environments.processes import Separate
+from gearshift.environments.worker_processes import EnvironmentProcesses
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.made import DONE
 from gearshift.pipeline.provenance import Trained, prepared, prompt_of
@@ -121,7 +121,7 @@ class TaskData:
         rl, processes = self.recipe.rl, self.recipe.environment.processes
         make: Callable[[], TextEnvironment] = partial(self.task.make, self.config, self.path(split))
         return Collector(
-            Separate(make) if processes else make,
+            EnvironmentProcesses(make) if processes else make,
             engine.tokenizer,
             engine,
             workers=processes or WORKERS,

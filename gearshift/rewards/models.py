@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.data.scored import render_scored
-from gearshift.data.template import Options
+from gearshift.data.chat_template import TemplateOptions
+from gearshift.data.reward_input import render_reward_input
 from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import context, reads_last_token
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
@@ -46,7 +46,7 @@ class ModelReward:
         token_ids: Sequence[list[int]] | None = None,
         ended: Sequence[bool] | None = None,
         policy: PreTrainedTokenizerBase | None = None,
-        template_options: Sequence[Options | None] | None = None,
+        template_options: Sequence[TemplateOptions | None] | None = None,
         **_: Any,
     ) -> list[float | None]:
         """`token_ids`: each conversation with its answer as the `policy` read and wrote it; these
@@ -69,7 +69,7 @@ class ModelReward:
         return [next(scores) if fit else REWARD_MISSING for fit in fits]
 
     def _rendered(
-        self, samples: Sequence[tuple[list[Message], str, bool, Options | None]]
+        self, samples: Sequence[tuple[list[Message], str, bool, TemplateOptions | None]]
     ) -> list[list[int]]:
         """Token ids of texts; none where the template refuses a conversation. Raises its
         `DataError` if it refuses all.
@@ -80,7 +80,7 @@ class ModelReward:
             # What closes an encoder's text is no end that somebody wrote.
             end = end or not reads_last_token(self.model)
             try:
-                ids = render_scored(self.tokenizer, prompt, completion, end, options)
+                ids = render_reward_input(self.tokenizer, prompt, completion, end, options)
                 sequences.append(self._read(ids))
             except DataError as error:
                 fault = error

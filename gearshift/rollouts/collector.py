@@ -25,7 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from gearshift.data.chat import render_prompt, render_turn
 from gearshift.data.text import decode
 from gearshift.environments.base import TextEnvironment
-from gearshift.environments.processes import ProcessError, Separate, SeparateEnvironment
+from gearshift.environments.worker_processes import (
+    EnvironmentProcesses,
+    ProcessEnvironment,
+    ProcessError,
+)
 from gearshift.errors import CapacityError, DataError
 from gearshift.rewards.functions import is_usable, to_reward
 from gearshift.rewards.http import short_repr
@@ -271,7 +275,7 @@ class Collector:
 
         def ask(episode: _Episode, call: Callable[[], Any]) -> None:
             def timed() -> Any:
-                if isinstance(episode.environment, SeparateEnvironment):
+                if isinstance(episode.environment, ProcessEnvironment):
                     episode.environment.ready()  # its start does not count
                 episode.asked = time.monotonic()
                 return call()
@@ -323,7 +327,7 @@ class Collector:
         with suppress(Exception):
             run_with_timeout(_CLOSING, partial(_close_all, opened))
         self._workers.close()
-        if isinstance(self._make, Separate):
+        if isinstance(self._make, EnvironmentProcesses):
             self._make.close()
 
     def __enter__(self) -> Self:
@@ -387,7 +391,7 @@ class Collector:
 
     def _give_up(self, call: Future[Any], environment: TextEnvironment) -> None:
         self._workers.abandon(call)
-        if isinstance(environment, SeparateEnvironment):
+        if isinstance(environment, ProcessEnvironment):
             environment.kill()
 
     def _lose(self, episode: _Episode, why: str) -> None:
@@ -395,7 +399,7 @@ class Collector:
         self.last_failure = why
         episode.running, episode.finish_reason = False, "abort"
         lost = episode.environment
-        if isinstance(lost, SeparateEnvironment):  # nor is its process used again
+        if isinstance(lost, ProcessEnvironment):  # nor is its process used again
             lost.close()
             self._open = [environment for environment in self._open if environment is not lost]
 

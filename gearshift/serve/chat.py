@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from gearshift.data.chat import render_prompt
-from gearshift.data.text import pieces
+from gearshift.data.text import stream_text
 from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.runtime.terminal import echo, printable
@@ -22,7 +22,7 @@ def reply(
     with engine.generating():
         stream = engine.stream(prompt, params, request_id)
         try:
-            yield from pieces(engine.tokenizer, stream)
+            yield from stream_text(engine.tokenizer, stream)
         finally:  # whoever stops listening ends the request
             stream.abort()
 

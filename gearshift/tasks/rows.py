@@ -17,9 +17,9 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig, clean
 from gearshift.data.formats import ChatExample, SourceRow, to_prompt, to_supervised
-from gearshift.data.given import given
 from gearshift.data.messages import ROLES, show
-from gearshift.data.overlap import near, prompt_keys
+from gearshift.data.overlap import near_duplicates, prompt_keys
+from gearshift.data.rows import filled_columns
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
@@ -164,7 +164,7 @@ def _problems(
     of_split: Mapping[str, Sequence[Mapping[str, Any]]], keys: Mapping[str, Sequence[str]]
 ) -> dict[str, list[int]]:
     """Each row's problem: one for rows that ask the same, or name the same `cluster`."""
-    named = [given(row).get("cluster") for of_file in of_split.values() for row in of_file]
+    named = [filled_columns(row).get("cluster") for of_file in of_split.values() for row in of_file]
     clusters = [i if name is None else str(name) for i, name in enumerate(named)]
     together = iter(merged(clusters, [key for of_file in keys.values() for key in of_file]))
     return {split: [next(together) for _ in of_file] for split, of_file in keys.items()}
@@ -231,7 +231,7 @@ def _tell_overlap(
                     f"or clusters: {where(one)} is as {where(place)}"
                 )
         texts, others = first(split, keys), first(other, keys)
-        if pairs := list(near([*texts], [*others])):
+        if pairs := list(near_duplicates([*texts], [*others])):
             i, j = pairs[0]
             echo(
                 f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
@@ -270,7 +270,7 @@ def prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
 
 def _has_answer(row: Mapping[str, Any]) -> bool:
     """Whether the row says what to answer."""
-    row = given(row)
+    row = filled_columns(row)
     if "prompt" in row:
         return "completion" in row
     turns = row.get("messages") or row.get("conversations") or [{}]

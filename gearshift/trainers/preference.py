@@ -25,10 +25,10 @@ from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import (
     DataConfig,
-    JudgedExample,
     Mixture,
     PreferenceExample,
-    at,
+    UnpairedExample,
+    errors_at,
     render_completion,
 )
 from gearshift.engine import Engine
@@ -99,7 +99,7 @@ class Judged:
 
 
 def render_judged(
-    examples: Sequence[PreferenceExample | JudgedExample],
+    examples: Sequence[PreferenceExample | UnpairedExample],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     context: int = 2**20,
@@ -111,7 +111,7 @@ def render_judged(
             answers, good = [example.chosen, example.rejected], [True, False]
         else:
             answers, good = [example.completion], [example.good]
-        with at(example.where or f"Row {i + 1}"):
+        with errors_at(example.where or f"Row {i + 1}"):
             check_size(example, max_length, context)
             sides = [
                 render_completion(tokenizer, example.prompt, answer, example.options)

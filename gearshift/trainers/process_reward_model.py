@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import step_loss
-from gearshift.data import DataConfig, Mixture, StepsExample, at
-from gearshift.data.scored import letters, render_asked, spells
+from gearshift.data import DataConfig, Mixture, StepwiseExample, errors_at
+from gearshift.data.reward_input import encode_plain, render_literal_prompt, names_special_token
 from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
@@ -53,7 +53,7 @@ class Steps(NamedTuple):
 
 
 def render_steps(
-    examples: Sequence[StepsExample],
+    examples: Sequence[StepwiseExample],
     tokenizer: PreTrainedTokenizerBase,
     separator: str,
     max_length: int,
@@ -64,9 +64,9 @@ def render_steps(
     """
     rows = []
     for i, example in enumerate(examples):
-        with at(example.where or f"Row {i + 1}"):
+        with errors_at(example.where or f"Row {i + 1}"):
             check_size(example, max_length, context)
-            ids = render_asked(tokenizer, example.prompt, example.options)
+            ids = render_literal_prompt(tokenizer, example.prompt, example.options)
             ends: list[int] = []
             for step in example.steps:
                 ids = [*ids, *_step(tokenizer, step, separator)]
@@ -78,9 +78,9 @@ def render_steps(
 
 def _step(tokenizer: PreTrainedTokenizerBase, step: str, separator: str) -> list[int]:
     """The separator may be a special token; what a step spells stays letters."""
-    if spells(tokenizer, step):
+    if names_special_token(tokenizer, step):
         end = tokenizer.encode(separator, add_special_tokens=False)
-        return [*letters(tokenizer, step), *end]
+        return [*encode_plain(tokenizer, step), *end]
     ids: list[int] = tokenizer.encode(step + separator, add_special_tokens=False)
     return ids
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
 from gearshift.batch import PackedBatch, pack_groups
-from gearshift.data import DataConfig, Mixture, PreferenceExample, at
-from gearshift.data.scored import render_scored
+from gearshift.data import DataConfig, Mixture, PreferenceExample, errors_at
+from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -72,11 +72,11 @@ def render_pairs(
     pairs = []
     for i, example in enumerate(examples):
         sides = []
-        with at(example.where or f"Pair {i + 1}"):
+        with errors_at(example.where or f"Pair {i + 1}"):
             check_size(example, max_length, context)
             for answer in (example.chosen, example.rejected):
                 sides.append(
-                    render_scored(tokenizer, example.prompt, answer, options=example.options)
+                    render_reward_input(tokenizer, example.prompt, answer, options=example.options)
                 )
             check_length(max(map(len, sides)), max_length, context)
         pairs.append(Pair(sides[0], sides[1], example.margin))

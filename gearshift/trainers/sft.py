@@ -19,7 +19,7 @@ from gearshift.data import (
     DataConfig,
     Mixture,
     TextExample,
-    at,
+    errors_at,
     render_conversation,
     render_text,
 )
@@ -56,7 +56,7 @@ def render_examples(
     """
     rendered: list[Rendered] = []
     for i, example in enumerate(examples):
-        with at(example.where or f"Example {i + 1}"):
+        with errors_at(example.where or f"Example {i + 1}"):
             check_size(example, max_length, engine.max_length)
             if isinstance(example, TextExample):
                 some = [render_text(engine.tokenizer, example.text)]

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from gearshift.data import Mixture
-from gearshift.data.given import characters
+from gearshift.data.rows import text_size
 from gearshift.errors import CheckpointError, GearshiftError, OverlongError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
@@ -361,7 +361,7 @@ def check_size(example: Any, max_length: int, context: int) -> None:
     """The same for one that has so many characters that it need not be tokenized, which would take
     minutes and gigabytes. Text has about four characters a token.
     """
-    size = characters([getattr(example, f.name) for f in fields(example) if f.name != "where"])
+    size = text_size([getattr(example, f.name) for f in fields(example) if f.name != "where"])
     if size > max(_SMALL, _LONG_TOKEN * min(max_length, context)):
         raise OverlongError(
             f"it has {size:,} characters, far over what {min(max_length, context)} tokens hold; "

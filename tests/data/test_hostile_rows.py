@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from gearshift.data import clean, load_rows, to_preference, to_supervised
+from gearshift.data.chat_template import MAX_SIZE, render_template
 from gearshift.data.clean import CleanConfig
 from gearshift.data.overlap import prompt_text
-from gearshift.data.sources import LARGEST_ROW
-from gearshift.data.template import LARGEST, text_of
+from gearshift.data.sources import MAX_ROW_SIZE
 from gearshift.errors import DataError, OverlongError
 from tests.data.conftest import FAMILIES
 
@@ -25,11 +25,11 @@ HOSTILE: dict[str, tuple[str, str, str]] = {
     "deep objects": ("a.jsonl", '{"a":' * 3000, "line 1 is not JSON .*100 deep"),
     "deep file": ("a.json", "[" * 100_000, "is not JSON .*100 deep"),
     "deep JSON in a text": ("a.jsonl", json.dumps({"messages": CALLING}), "line 1.*100 deep"),
-    "a huge row": ("a.jsonl", '{"a": 1}\n"' + "a" * LARGEST_ROW, "line 2 has 16,777,217 char"),
+    "a huge row": ("a.jsonl", '{"a": 1}\n"' + "a" * MAX_ROW_SIZE, "line 2 has 16,777,217 char"),
     "a huge row in a list": (
-        "a.json", json.dumps([{"text": "a"}, {"text": "a" * LARGEST_ROW + "a"}]), "row 2 has 16,7",
+        "a.json", json.dumps([{"text": "a"}, {"text": "a" * MAX_ROW_SIZE + "a"}]), "row 2 has 16,7",
     ),
-    "a huge cell": ("a.csv", "text\na\n" + "a" * (LARGEST_ROW + 1), "line 3 has 16,777,217 char"),
+    "a huge cell": ("a.csv", "text\na\n" + "a" * (MAX_ROW_SIZE + 1), "line 3 has 16,777,217 char"),
     "many columns": ("a.csv", ",".join(map(str, range(200_000))), "line 1 has 200,000 columns"),
     "many keys": (
         "a.jsonl", json.dumps(dict.fromkeys(map(str, range(200_000)))), "line 1 has 200,000 col",
@@ -118,9 +118,9 @@ def test_a_small_table_that_becomes_huge_is_not_read(encoded: bool, tmp_path: Pa
 
 
 def test_a_conversation_that_no_model_reads_is_not_tokenized() -> None:
-    said = [{"role": "user", "content": "a" * LARGEST}]
+    said = [{"role": "user", "content": "a" * MAX_SIZE}]
     with pytest.raises(OverlongError, match="characters, over 4,194,304"):
-        text_of(FAMILIES["phi"].tokenizer, said, {"x": "b"})
+        render_template(FAMILIES["phi"].tokenizer, said, {"x": "b"})
 
 
 def test_text_that_is_slow_to_clean_or_to_compare_is_left_as_it_is() -> None:

@@ -11,11 +11,11 @@ from gearshift.data import (
     clean,
     load_rows,
     render_conversation,
-    to_judged,
     to_preference,
     to_prompt,
-    to_steps,
+    to_stepwise,
     to_supervised,
+    to_unpaired,
 )
 from gearshift.data.chat import render_completion
 from gearshift.data.clean import CleanConfig
@@ -162,7 +162,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (to_supervised, {"messages": [USER, {**BOT, "reasoning_content": "a",
                                          "content": "<think>b</think>c"}]}, "reasoning twice"),
     (to_supervised, {"messages": [USER, {**BOT, "refusal": "I will not."}]}, "`refusal`"),
-    (to_judged, {"conversations": [HUMAN, GPT], "kto_tag": True}, "the keys are conversations"),
+    (to_unpaired, {"conversations": [HUMAN, GPT], "kto_tag": True}, "the keys are conversations"),
     (to_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]},
      "`history` is not used"),
     (to_supervised, {"messages": [USER, BOT], "tools": [{"a": 1}]}, "`tools` has"),
@@ -175,7 +175,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (to_preference, {"prompt": "a", "chosen": [{**BOT, "train": False}], "rejected": "b"}, "flag"),
     (to_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "nan"}, "`margin`"),
     (to_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin`"),
-    (to_judged, {"prompt": "a", "completion": "b", "label": "maybe"}, "`label` is 'maybe'"),
+    (to_unpaired, {"prompt": "a", "completion": "b", "label": "maybe"}, "`label` is 'maybe'"),
 ]  # fmt: skip
 
 
@@ -274,9 +274,9 @@ def test_judged_answers_may_be_calls_and_have_reasons() -> None:
     sharegpt = {"conversations": [HUMAN], "chosen": GPT, "rejected": {**GPT, "value": "no"}}
     example = to_preference(sharegpt)
     assert (example.prompt, example.chosen, example.rejected) == ([USER], "yo", "no")
-    judged = to_judged({"prompt": "hi", "completion": [{**BOT, "reasoning": "hm"}], "label": 1.0})
+    judged = to_unpaired({"prompt": "hi", "completion": [{**BOT, "reasoning": "hm"}], "label": 1.0})
     assert getattr(judged, "completion", None) == {**BOT, "reasoning_content": "hm"}
-    steps = to_steps({"prompt": "hi", "completions": '["a", "b"]', "labels": "[true, 0]"})
+    steps = to_stepwise({"prompt": "hi", "completions": '["a", "b"]', "labels": "[true, 0]"})
     assert (steps.steps, steps.labels) == (["a", "b"], [True, False])
 
 

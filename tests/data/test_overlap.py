@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gearshift.data.overlap import asked, near, prompt_keys, prompt_text
+from gearshift.data.overlap import near_duplicates, prompt_keys, prompt_text, row_prompts
 
 
 def user(text: str, system: str | None = None) -> list[Any]:
@@ -45,7 +45,7 @@ def test_a_system_message_counts_only_where_it_is_all_that_differs() -> None:
     ],
 )  # fmt: skip
 def test_what_a_row_asks(row: dict[str, Any], said: list[str]) -> None:
-    assert [prompt[-1]["content"] for prompt in asked(row)] == said
+    assert [prompt[-1]["content"] for prompt in row_prompts(row)] == said
 
 
 def test_near_is_not_equal_and_has_the_same_numbers() -> None:
@@ -53,7 +53,7 @@ def test_near_is_not_equal_and_has_the_same_numbers() -> None:
         "how do i bake bread with rye flour at home?",
         "a train leaves at 7 from lyon to paris",
     ]
-    found = near(
+    found = near_duplicates(
         [
             "how do i bake a bread with rye flour at home",
             others[0],
@@ -67,4 +67,4 @@ def test_near_is_not_equal_and_has_the_same_numbers() -> None:
 
 def test_near_is_cheap_where_thousands_are_alike() -> None:
     texts = [f"please translate this sentence number {'x' * (i % 7)} for me" for i in range(3000)]
-    assert len(list(near(texts, texts))) == 3000
+    assert len(list(near_duplicates(texts, texts))) == 3000

@@ -12,11 +12,11 @@ from gearshift.data import (
     CleanConfig,
     clean,
     load_rows,
-    to_judged,
     to_preference,
     to_prompt,
-    to_steps,
+    to_stepwise,
     to_supervised,
+    to_unpaired,
 )
 from gearshift.tasks import rows as task
 
@@ -92,9 +92,9 @@ PROMPTS = [
 ]
 CASES: list[tuple[Callable[[Any], Any], Rows, int]] = [
     (to_supervised, SUPERVISED, 8),
-    (to_judged, JUDGED, 4),
+    (to_unpaired, JUDGED, 4),
     (to_preference, JUDGED[2:], 2),
-    (to_steps, STEPS, 2),
+    (to_stepwise, STEPS, 2),
     (to_prompt, PROMPTS, 3),
 ]
 

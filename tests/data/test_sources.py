@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gearshift.data import SourceConfig, load_rows
-from gearshift.data.sources import source_mark
+from gearshift.data.sources import source_digest
 from gearshift.errors import DataError
 
 
@@ -86,16 +86,16 @@ def test_a_source_that_changed_is_known_by_its_digest(
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}')
-    before = source_mark(str(path))
+    before = source_digest(str(path))
     path.write_text('{"text": "b"}')
-    assert source_mark(str(path)) != before
+    assert source_digest(str(path)) != before
     marks = []
     for text in ("a", "b", "b"):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, t=text: [{"text": t}])
         assert load_rows("owner/changed") == [{"text": text}]
-        marks.append(source_mark("owner/changed"))
+        marks.append(source_digest("owner/changed"))
     assert marks[0] != marks[1] == marks[2]
-    assert source_mark("owner/other") == marks[2], "what was not loaded is"
+    assert source_digest("owner/other") == marks[2], "what was not loaded is"
 
 
 def test_a_name_is_of_the_hub_only_if_it_cannot_be_a_file(

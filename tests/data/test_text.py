@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gearshift.data.text import decode, pieces
+from gearshift.data.text import decode, stream_text
 from gearshift.models.tiny import tiny_tokenizer
 
 CLEANED = ["a", "n", "'", "n't", "'m", "'s", "'ve", "'re", *".?!,tvr", "do", "not", "word"]
@@ -71,7 +71,7 @@ KINDS = {
 
 
 def joins(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    told = list(pieces(tokenizer, ids))
+    told = list(stream_text(tokenizer, ids))
     assert "".join(told) == decode(tokenizer, ids, skip_special_tokens=True)
     assert "" not in told
     return told

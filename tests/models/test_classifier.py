@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from gearshift.batch import pack
-from gearshift.data.scored import render_scored
+from gearshift.data.reward_input import render_reward_input
 from gearshift.errors import CapacityError
 from gearshift.models.classifier import context, padded_scores, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
@@ -76,7 +76,7 @@ def test_one_value_everywhere(policy: Path, tmp_path: Path) -> None:
         load_classifier(CPU, str(policy), fresh_head=True),
         load_tokenizer(CPU, str(policy)),
     )
-    rows = [render_scored(tokenizer, PROMPT, answer) for answer in ANSWERS]
+    rows = [render_reward_input(tokenizer, PROMPT, answer) for answer in ANSWERS]
     with torch.no_grad():
         states = [model.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
         wanted = pytest.approx([float(model.score(state)) for state in states], abs=1e-5)
@@ -111,7 +111,7 @@ def test_a_reward_model_from_elsewhere_scores_as_it_does_there(policy: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(policy)
     AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(policy)
     theirs = AutoModelForSequenceClassification.from_pretrained(policy)
-    rows = [render_scored(tokenizer, PROMPT, answer) for answer in ANSWERS]
+    rows = [render_reward_input(tokenizer, PROMPT, answer) for answer in ANSWERS]
     with torch.no_grad():
         wanted = [float(theirs(torch.tensor([ids])).logits) for ids in rows]
     assert ModelReward(CPU, policy)([PROMPT] * 2, ANSWERS) == pytest.approx(wanted, abs=1e-5)

@@ -10,7 +10,7 @@ _GIVEN = "tests/runtime/test_chat_template_arguments.py"
 MUTATIONS = (
     Mutation(
         "an answer ends at its first special token",
-        "data/answers.py",
+        "data/answer_spans.py",
         "        answer = whole[len(before) : end]\n",
         "        answer = whole[len(before) : end]\n"
         "        first = re.search(special_tokens(tokenizer), answer)\n"
@@ -19,22 +19,22 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer after <think> in the prompt does not close it",
-        "data/answers.py",
+        "data/answer_spans.py",
         'return rest if close in rest else f"\\n\\n{close}\\n\\n{rest.lstrip()}"',
         "return rest",
         _SHAPES,
     ),
     Mutation(
         "an earlier answer is trained without the reasoning that its row gives",
-        "data/answers.py",
-        "    if thinks and squeezed(said) != squeezed(whole[start : end - len(closing)]):\n"
+        "data/answer_spans.py",
+        "    if thinks and no_spaces(said) != no_spaces(whole[start : end - len(closing)]):\n"
         "        return None\n",
         "",
         _SHAPES,
     ),
     Mutation(
         "an earlier answer's other end token is taken for the next message",
-        "data/answers.py",
+        "data/answer_spans.py",
         "ends = same or (followed is not None and token != tokenizer.bos_token)",
         "ends = same",
         _SHAPES,
@@ -42,15 +42,15 @@ MUTATIONS = (
     Mutation(
         "the next turn repeats the answer's end token",
         "data/chat.py",
-        "end = at + len(PROBE) + len(closing_of(tokenizer, tail, answer))",
+        "end = at + len(PROBE) + len(closing_token(tokenizer, tail, answer))",
         "end = at + len(PROBE)",
         _SHAPES,
     ),
     Mutation(
         "what a chat template leaves out vanishes",
-        "data/template.py",
-        "    if unsaid := _unsaid(tokenizer, template_source(tokenizer), form, what):\n"
-        "        raise DataError(left_out(unsaid))\n",
+        "data/chat_template.py",
+        "    if unsaid := _first_lost(tokenizer, template_source(tokenizer), form, what):\n"
+        "        raise DataError(left_out_message(unsaid))\n",
         "",
         _SHAPES,
     ),
@@ -92,27 +92,27 @@ MUTATIONS = (
     Mutation(
         "a prompt's earlier answers are trained",
         "data/formats.py",
-        'before = [{**m, "train": False} if answers(m) else m for m in asked(row, "prompt")]',
-        'before = asked(row, "prompt")',
+        '{**m, "train": False} if is_answer(m) else m for m in prompt_messages(row, "prompt")',
+        'm for m in prompt_messages(row, "prompt")',
         _MESSAGES,
     ),
     Mutation(
         "an empty column counts as given",
-        "data/given.py",
+        "data/rows.py",
         'if value is not None and value != ""}',
         "if value is not None}",
         _FILES,
     ),
     Mutation(
         "lists stay texts where a file has only texts",
-        "data/given.py",
-        "if key in LISTS or all(",
+        "data/rows.py",
+        "if key in JSON_COLUMNS or all(",
         "if all(",
         _FILES,
     ),
     Mutation(
         "an empty result of a tool drops the conversation",
-        "data/given.py",
+        "data/rows.py",
         'who in ("user", "human", "assistant", "gpt")',
         "who is not None",
         _FILES,

@@ -68,17 +68,17 @@ MUTATIONS = (
     ),
     Mutation(
         "an environment that died while idle costs an episode",
-        "environments/processes.py",
+        "environments/worker_processes.py",
         "if self._connection is None or self._connection.poll():",
         "if self._connection is None:",
-        "tests/environments/test_processes.py::test_one_that_died_while_it_was_idle_costs_nothing",
+        "tests/environments/test_worker_processes.py::test_one_that_died_while_it_was_idle_costs_nothing",
     ),
     Mutation(
         "an environment that hangs outlives a run that was killed",
-        "environments/processes.py",
+        "environments/worker_processes.py",
         "    end_with_parent()\n    connection.send(os.getpid())",
         "    connection.send(os.getpid())",
-        "tests/environments/test_processes.py::test_none_is_left_when_the_run_is_gone",
+        "tests/environments/test_worker_processes.py::test_none_is_left_when_the_run_is_gone",
     ),
     Mutation(
         "an environment that cannot be made ends the run",
@@ -99,6 +99,6 @@ MUTATIONS = (
         "rollouts/collector.py",
         "            lost.close()\n",
         "",
-        "tests/environments/test_processes.py::test_the_process_of_an_episode_that_was_lost_ends",
+        "tests/environments/test_worker_processes.py::test_the_process_of_an_episode_that_was_lost_ends",
     ),
 )

@@ -20,7 +20,7 @@ MUTATIONS = (
     Mutation(
         "cleaning: columns that rewards read are mended",
         "data/clean.py",
-        "_mend(v, config) if key in COLUMNS else v for",
+        "_mend(v, config) if key in TEXT_COLUMNS else v for",
         "_mend(v, config) for",
         "tests/data/test_clean.py",
     ),

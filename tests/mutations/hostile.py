@@ -37,8 +37,8 @@ MUTATIONS = (
     ),
     Mutation(
         "half a character reaches the tokenizer",
-        "data/template.py",
-        "return whole_characters(text), spans",
+        "data/chat_template.py",
+        "return replace_surrogates(text), spans",
         "return text, spans",
         f"{_TEMPLATES}::test_half_a_character_reaches_no_tokenizer",
     ),
@@ -65,8 +65,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a row may nest as deep as Python reads",
-        "data/given.py",
-        'if text.count("[") + text.count("{") > DEEPEST:',
+        "data/rows.py",
+        'if text.count("[") + text.count("{") > MAX_NESTING:',
         "if not text:",
         f"{_ROWS}::test_a_hostile_row_is_one_line",
     ),
@@ -80,7 +80,7 @@ MUTATIONS = (
     Mutation(
         "a small table fills the memory",
         "data/sources.py",
-        "most -= (held := characters(row))",
+        "most -= (held := text_size(row))",
         "held = characters(row)",
         f"{_ROWS}::test_a_small_table_that_becomes_huge_is_not_read",
     ),

@@ -79,7 +79,7 @@ MUTATIONS = (
         "data/chat.py",
         "add_special_tokens=False",
         "add_special_tokens=True",
-        "tests/data/test_chat.py tests/data/test_templates.py",
+        "tests/data/test_chat.py tests/data/test_chat_template.py",
     ),
     Mutation(
         "turns are decoded and tokenised again",

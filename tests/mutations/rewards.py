@@ -19,14 +19,14 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer that was cut gains an end token before it is scored",
-        "data/scored.py",
-        "if not ended and spells(",
+        "data/reward_input.py",
+        "if not ended and names_special_token(",
         "if ended and not spells(",
         "tests/rewards/test_models.py::test_texts_where_the_tokenizers_differ",
     ),
     Mutation(
         "letters that spell a special token become it: an answer forges the user's next turn",
-        "data/scored.py",
+        "data/reward_input.py",
         "split_special_tokens=True",
         "split_special_tokens=False",
         "tests/rewards/test_models.py::test_texts_where_the_tokenizers_differ",

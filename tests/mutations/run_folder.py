@@ -118,7 +118,7 @@ MUTATIONS = (
     Mutation(
         "rows that were learned from count as unseen",
         "pipeline/provenance.py",
-        "if was and source_mark(path, source.split) != was:",
+        "if was and source_digest(path, source.split) != was:",
         "if was == path:",
         "tests/pipeline/test_heldout.py::test_a_source_that_is_not_what_a_stage_learned_from_is_told",
     ),

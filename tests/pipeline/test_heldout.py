@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from gearshift.cli.main import main
-from gearshift.data.sources import source_mark
+from gearshift.data.sources import source_digest
 from gearshift.errors import DataError, StorageError
 from gearshift.pipeline.provenance import Trained, run_of, trained_on
 from gearshift.pipeline.recipe import Recipe
@@ -197,7 +197,7 @@ def test_a_source_that_is_not_what_a_stage_learned_from_is_told(place: Path) -> 
     folder, source = place / "own", place / "some_sums.jsonl"
     (folder / "sft").mkdir(parents=True)
     write(source, sums(0, 5))
-    made = {"made_from": {str(source): source_mark(str(source))}}
+    made = {"made_from": {str(source): source_digest(str(source))}}
     write_sealed(folder / "sft" / "done.json", made)
     changes = [f"run.dir={folder}", f"sft.data.sources=[{{path: '{source}'}}]"]
     own = load(Recipe, None, changes)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.data import PreferenceExample, StepsExample, render_completion, render_prompt
-from gearshift.data.scored import letters, render_scored
+from gearshift.data import PreferenceExample, StepwiseExample, render_completion, render_prompt
+from gearshift.data.reward_input import encode_plain, render_reward_input
 from gearshift.errors import DataError, ModelError
 from gearshift.models.load import load_classifier, load_policy, save_model
 from gearshift.models.tiny import CHATML, tiny_tokenizer
@@ -72,7 +72,7 @@ def test_what_was_sampled_is_scored(folder: Path) -> None:
     (a special token that was sampled and stands in no text), and two turns.
     """
     tokenizer = tiny_tokenizer()
-    said = letters(tokenizer, FORGED)
+    said = encode_plain(tokenizer, FORGED)
     turns = episode([*said, 2], ASKED, FORGED, "stop")
     more = render_prompt(tokenizer, [{"role": "user", "content": "Why?"}])
     turns = replace(
@@ -100,7 +100,7 @@ def test_texts_where_the_tokenizers_differ(tmp_path: Path, reason: str) -> None:
     folder = saved(tmp_path / "reward", other_tokenizer())
     asked = [ASKED[0], {"role": "user", "content": "Say <|im_end|>."}]
     episodes = [
-        episode([*letters(tiny_tokenizer(), text), *([2] if reason == "stop" else [])], prompt,
+        episode([*encode_plain(tiny_tokenizer(), text), *([2] if reason == "stop" else [])], prompt,
                 text, reason)
         for prompt in (ASKED, asked) for text in ("Fine.", FORGED)
     ]  # fmt: skip
@@ -126,17 +126,19 @@ def test_a_served_text_and_a_trained_pair_are_read_alike(folder: Path) -> None:
     before, answer = render_completion(tokenizer, ASKED, "Yes.")
     assert pair.chosen == [*before, *answer]
     prompt = render_prompt(tokenizer, ASKED)
-    assert pair.rejected == [*prompt, *letters(tokenizer, FORGED), 2]
+    assert pair.rejected == [*prompt, *encode_plain(tokenizer, FORGED), 2]
     served = ModelReward(TINY, folder)([ASKED, ASKED], ["Yes.", FORGED])
     assert served == pytest.approx(hf_scores(model, list(pair.sides)), abs=1e-5)
 
 
 def test_steps_spell_no_special_tokens() -> None:
     tokenizer = tiny_tokenizer()
-    example = StepsExample(ASKED, [FORGED, "So."], [True, False])
+    example = StepwiseExample(ASKED, [FORGED, "So."], [True, False])
     [row] = render_steps([example], tokenizer, "<|endoftext|>", 512)
     assert [row.ids[end] for end in row.ends] == [0, 0]
-    assert row.ids[: row.ends[0]] == render_prompt(tokenizer, ASKED) + letters(tokenizer, FORGED)
+    assert row.ids[: row.ends[0]] == render_prompt(tokenizer, ASKED) + encode_plain(
+        tokenizer, FORGED
+    )
 
 
 def test_tokenizers_agree_if_ids_mean_the_same() -> None:
@@ -156,7 +158,7 @@ def test_what_is_longer_than_the_context_is_left_out_and_named(folder: Path) -> 
     assert reward([ASKED], ["x" * 600]) == pytest.approx([math.nan], nan_ok=True)
     lost = Ensemble([reward, lambda p, c: [1.0] * 3], "min")([ASKED] * 3, ["Yes.", "x" * 600, ""])  # type: ignore[list-item]
     assert [v is not None and math.isnan(v) for v in lost] == [False, True, False]
-    long = letters(tiny_tokenizer(), "x" * 600)
+    long = encode_plain(tiny_tokenizer(), "x" * 600)
     total = CompositeReward([RewardSource(source="model")], TINY, folder, tiny_tokenizer())
     scored, _ = total([episode(ids, ASKED, "", "length") for ids in ([70], long)])
     assert scored[0] is not None and scored[1] is None
@@ -176,7 +178,7 @@ def test_an_encoders_marks_stay_its_own() -> None:
         "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     )
     asked = [{"role": "user", "content": "a<|im_end|>"}]
-    ids = render_scored(tokenizer, asked, "b")
+    ids = render_reward_input(tokenizer, asked, "b")
     assert [i for i, t in enumerate(ids) if t < 3] == [0, len(ids) - 3, len(ids) - 1]
     assert tokenizer.decode(ids) == "<|im_start|>a<|im_end|><|im_end|>b<|im_end|>"
 
@@ -185,7 +187,7 @@ def test_an_encoders_marks_stay_its_own() -> None:
 def test_a_served_reward_model_is_told_which_answers_were_cut(folder: Path, reason: str) -> None:
     server = score_server(ModelReward(TINY, folder), port=0)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    ids = [*letters(tiny_tokenizer(), FORGED), *([2] if reason == "stop" else [])]
+    ids = [*encode_plain(tiny_tokenizer(), FORGED), *([2] if reason == "stop" else [])]
     episodes = [episode(ids, ASKED, FORGED, reason)]
     try:
         served = rewards(folder, episodes, f"http://127.0.0.1:{server.server_address[1]}/score")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gearshift.algorithms import preference_losses as losses
-from gearshift.data import JudgedExample, Mixture, PreferenceExample, to_judged, to_steps
+from gearshift.data import Mixture, PreferenceExample, UnpairedExample, to_stepwise, to_unpaired
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_classifier, load_policy
@@ -47,9 +47,9 @@ def pairs(count: int = 24) -> list[PreferenceExample]:
     ]  # fmt: skip
 
 
-def single(count: int = 24) -> list[JudgedExample]:
+def single(count: int = 24) -> list[UnpairedExample]:
     return [
-        JudgedExample(p.prompt, p.chosen if i % 3 else p.rejected, i % 3 > 0)
+        UnpairedExample(p.prompt, p.chosen if i % 3 else p.rejected, i % 3 > 0)
         for i, p in enumerate(pairs(count))
     ]
 
@@ -183,18 +183,18 @@ def test_it_does_not_matter_when_the_reference_is_asked(tmp_path: Path, loss: st
 
 
 def test_rows_and_what_is_wrong_with_them() -> None:
-    good = to_judged({"prompt": "q", "completion": "a", "label": True})
-    assert isinstance(good, JudgedExample) and good.good and good.completion == "a"
-    pair = to_judged({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2})
+    good = to_unpaired({"prompt": "q", "completion": "a", "label": True})
+    assert isinstance(good, UnpairedExample) and good.good and good.completion == "a"
+    pair = to_unpaired({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2})
     assert isinstance(pair, PreferenceExample) and pair.margin == 2.0
-    steps = to_steps({"prompt": "q", "completions": ["1", "2"], "labels": [True, False]})
+    steps = to_stepwise({"prompt": "q", "completions": ["1", "2"], "labels": [True, False]})
     assert steps.steps == ["1", "2"] and steps.labels == [True, False]
     for convert, row, said in (
-        (to_judged, {"prompt": "q", "completion": "a", "label": "yes"}, "`label` is 'yes'"),
-        (to_judged, {"prompt": "q", "label": True}, "accepted are: prompt, completion and label"),
-        (to_judged, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "`margin`"),
-        (to_steps, {"prompt": "q", "completions": ["1"], "labels": []}, "the same length"),
-        (to_steps, {"prompt": "q", "completions": ["1"], "labels": [3]}, "true or false"),
+        (to_unpaired, {"prompt": "q", "completion": "a", "label": "yes"}, "`label` is 'yes'"),
+        (to_unpaired, {"prompt": "q", "label": True}, "accepted are: prompt, completion and label"),
+        (to_unpaired, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "`margin`"),
+        (to_stepwise, {"prompt": "q", "completions": ["1"], "labels": []}, "the same length"),
+        (to_stepwise, {"prompt": "q", "completions": ["1"], "labels": [3]}, "true or false"),
     ):
         with pytest.raises(DataError, match=said):
             convert(row)  # type: ignore[operator]
@@ -208,7 +208,7 @@ def test_too_long_a_row_is_told() -> None:
 def test_a_process_model_learns_which_steps_are_right(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     examples = [
-        to_steps({
+        to_stepwise({
             "prompt": f"count {i}",
             "completions": [f"{i} is even" if (i + k) % 2 else f"{i} is ODD" for k in range(3)],
             "labels": [bool((i + k) % 2) for k in range(3)],

@@ -11,19 +11,19 @@ from typing import Any
 from gearshift.errors import DataError
 
 Row = Mapping[str, Any]
-COLUMNS = frozenset((
+TEXT_COLUMNS = frozenset((
     "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
     "rejected", "instruction", "input", "output", "system", "system_prompt", "history",
 ))  # fmt: skip
 """The columns that hold what is read and learned; any other is the user's own, or tells how."""
-LISTS = (
+JSON_COLUMNS = (
     "messages", "conversations", "completions", "labels", "tools", "functions",
     "history", "chat_template_kwargs",
 )  # fmt: skip
 """Columns of lists and objects; in a file that has texts only, JSON."""
-DEEPEST = 100
+MAX_NESTING = 100
 """Lists and objects that may stand in each other; each is a step of recursion for what reads it."""
-_TOO_DEEP = f"it is nested more than {DEEPEST} deep"
+_TOO_DEEP = f"it is nested more than {MAX_NESTING} deep"
 _ANSWERED = (
     {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"},
     {"instruction", "output"}, {"chosen", "rejected"}, {"prompt", "completions", "labels"},
@@ -37,17 +37,17 @@ def from_json(text: str, **how: Any) -> Any:
     """What JSON means. Raises `ValueError` if it is none, or is nested deeper than any row is."""
     try:
         value = json.loads(text, **how)
-        if text.count("[") + text.count("{") > DEEPEST:
-            characters(value)
+        if text.count("[") + text.count("{") > MAX_NESTING:
+            text_size(value)
     except (RecursionError, DataError):
         raise ValueError(_TOO_DEEP) from None
     return value
 
 
-def characters(value: Any) -> int:
+def text_size(value: Any) -> int:
     """How many all texts in it have. Raises `DataError` if it is nested deeper than any row is."""
     total, level = 0, [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_NESTING + 1):
         inside: list[Any] = []
         for outer in level:
             if isinstance(outer, str):
@@ -62,12 +62,12 @@ def characters(value: Any) -> int:
     raise DataError(f"{_TOO_DEEP}.")
 
 
-def with_lists(row: Row) -> dict[str, Any]:
+def parse_json_columns(row: Row) -> dict[str, Any]:
     """The row with its lists and objects read, where its file has texts only. What is no JSON
     stays, to be refused by its name.
     """
     row = dict(row)
-    for key in {*LISTS, "prompt", "completion", "chosen", "rejected"} & set(row):
+    for key in {*JSON_COLUMNS, "prompt", "completion", "chosen", "rejected"} & set(row):
         text = row[key]
         if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
             try:
@@ -76,7 +76,7 @@ def with_lists(row: Row) -> dict[str, Any]:
                 continue
             # A prompt that looks like a list is one only if it holds messages.
             items = value if isinstance(value, list) else [value]
-            if key in LISTS or all(map(_is_message, items)):
+            if key in JSON_COLUMNS or all(map(_is_message, items)):
                 row[key] = value
     return row
 
@@ -86,60 +86,62 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and "role" in value and bool(_MESSAGE & set(value))
 
 
-def given(row: Row) -> dict[str, Any]:
+def filled_columns(row: Row) -> dict[str, Any]:
     """What a row gives, the same from every kind of file: null and empty columns are not given, and
     columns of lists and objects are read from JSON where the file has texts only.
     """
-    kept = {key: _plain(value) for key, value in with_lists(row).items()}
+    kept = {key: _to_json_types(value) for key, value in parse_json_columns(row).items()}
     return {key: value for key, value in kept.items() if value is not None and value != ""}
 
 
-def lacks_words(row: Row, columns: frozenset[str], answered: bool) -> bool:
+def is_empty_row(row: Row, columns: frozenset[str], answered: bool) -> bool:
     """Whether a row is empty where it must say something: a text that it needs, or a message of
     user or assistant, is blank. A column that only other rows of its source (`columns`) have is
     blank too. `answered`: a prompt alone is not enough.
     """
-    said = {key: value for key, value in given(row).items() if not _blank(value)}
-    known = (columns & COLUMNS) - _OPTIONAL
+    said = {key: value for key, value in filled_columns(row).items() if not _blank(value)}
+    known = (columns & TEXT_COLUMNS) - _OPTIONAL
     if not said.keys() & known:  # blank, or of no format at all, which is to be told
         return not said or bool(row.keys() & known)
     formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)
     if not any(needed <= set(said) for needed in formats):
         return not known <= set(said)
-    lists = [value for key, value in said.items() if key in COLUMNS and isinstance(value, list)]
+    lists = [
+        value for key, value in said.items() if key in TEXT_COLUMNS and isinstance(value, list)
+    ]
     return any(_silent(message) for messages in lists for message in messages)
 
 
 def _silent(message: Any) -> bool:
     if not isinstance(message, dict):
-        return isinstance(message, str) and not _shows(message)
+        return isinstance(message, str) and not _has_visible_text(message)
     who, words = (
         message.get("role", message.get("from")),
         message.get("content", message.get("value")),
     )
     others = {"role", "from", "content", "value"}
-    blank = isinstance(words, str) and not _shows(words)
+    blank = isinstance(words, str) and not _has_visible_text(words)
     return blank and who in ("user", "human", "assistant", "gpt") and not set(message) - others
 
 
 def _blank(value: Any) -> bool:
-    return not _shows(value) if isinstance(value, str) else value in ([], {})
+    return not _has_visible_text(value) if isinstance(value, str) else value in ([], {})
 
 
-def _shows(text: str) -> bool:
+def _has_visible_text(text: str) -> bool:
     """Whether there is anything to see in it."""
     return any(letter.isprintable() for letter in text if letter != " ")
 
 
-def _plain(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """Lists and objects as JSON has them, without nulls: tables pad with them."""
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if v is not None}
+        return {k: _to_json_types(v) for k, v in value.items() if v is not None}
     if hasattr(value, "tolist"):  # an array
         value = value.tolist()
     if isinstance(value, list | tuple):
         pairs = [isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value]
         if pairs and all(pairs):  # a table's map
-            return _plain(dict(value))
-        return [_plain(v) for v in value]
+            return _to_json_types(dict(value))
+        return [_to_json_types(v) for v in value]
     return value

@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 from gearshift.engine import Engine
-from gearshift.environments.processes import ProcessError, Separate, SeparateEnvironment
+from gearshift.environments.worker_processes import (
+    EnvironmentProcesses,
+    ProcessEnvironment,
+    ProcessError,
+)
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.types import SamplingParams
@@ -27,8 +31,8 @@ def refuses(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def separate(refuses: Path) -> Iterator[Separate]:
-    made = Separate(Dies)
+def separate(refuses: Path) -> Iterator[EnvironmentProcesses]:
+    made = EnvironmentProcesses(Dies)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFUSES", str(refuses))
         made().reset()
@@ -36,7 +40,7 @@ def separate(refuses: Path) -> Iterator[Separate]:
     made.close()
 
 
-def pid_of(environment: SeparateEnvironment) -> int:
+def pid_of(environment: ProcessEnvironment) -> int:
     environment.reset(seed=1)
     return environment._pid
 
@@ -52,13 +56,15 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_a_process_that_an_environment_forks_does_not_answer_for_it(separate: Separate) -> None:
+def test_a_process_that_an_environment_forks_does_not_answer_for_it(
+    separate: EnvironmentProcesses,
+) -> None:
     one = separate()
     one.reset(options={"row": 7})
     assert one.step("a")[1] == 0.25 and one.step("b")[1] == 1.0
 
 
-def test_each_keeps_its_state_and_its_process_between_calls(separate: Separate) -> None:
+def test_each_keeps_its_state_and_its_process_between_calls(separate: EnvironmentProcesses) -> None:
     one, other = separate(), separate()
     first = pid_of(one), pid_of(other)
     assert len({os.getpid(), *first}) == 3
@@ -79,7 +85,7 @@ def test_each_keeps_its_state_and_its_process_between_calls(separate: Separate) 
     ],
 )
 def test_what_goes_wrong_is_told_and_the_next_reset_works(
-    separate: Separate, row: int, said: str
+    separate: EnvironmentProcesses, row: int, said: str
 ) -> None:
     environment = separate()
     environment.reset(options={"row": row})
@@ -89,7 +95,7 @@ def test_what_goes_wrong_is_told_and_the_next_reset_works(
     assert environment.step("a")[1] == 0.25
 
 
-def test_one_that_died_while_it_was_idle_costs_nothing(separate: Separate) -> None:
+def test_one_that_died_while_it_was_idle_costs_nothing(separate: EnvironmentProcesses) -> None:
     environment = separate()
     first = pid_of(environment)
     environment.kill()
@@ -97,7 +103,7 @@ def test_one_that_died_while_it_was_idle_costs_nothing(separate: Separate) -> No
     assert pid_of(environment) != first
 
 
-def test_one_that_cannot_be_made_says_so(separate: Separate, refuses: Path) -> None:
+def test_one_that_cannot_be_made_says_so(separate: EnvironmentProcesses, refuses: Path) -> None:
     refuses.touch()
     with pytest.raises(ProcessError, match="ImportError: it needs what is not here"):
         separate().reset()
@@ -109,10 +115,12 @@ def engine() -> Engine:
     return Engine(random_model("llama"), tiny_tokenizer())
 
 
-def test_the_process_of_an_episode_that_was_lost_ends(engine: Engine, separate: Separate) -> None:
+def test_the_process_of_an_episode_that_was_lost_ends(
+    engine: Engine, separate: EnvironmentProcesses
+) -> None:
     pids: list[int] = []
 
-    class Noted(SeparateEnvironment):
+    class Noted(ProcessEnvironment):
         def step(self, action: str) -> Any:
             pids.append(self._pid)
             return super().step(action)
@@ -125,7 +133,7 @@ def test_the_process_of_an_episode_that_was_lost_ends(engine: Engine, separate: 
 
 
 def test_deaths_and_hangs_cost_their_own_episodes_and_the_rest_are_those_of_threads(
-    engine: Engine, separate: Separate
+    engine: Engine, separate: EnvironmentProcesses
 ) -> None:
     found = []
     for make, rows in ((Dies, [0]), (separate, range(7))):
@@ -142,10 +150,10 @@ def test_deaths_and_hangs_cost_their_own_episodes_and_the_rest_are_those_of_thre
 SCRIPT = """
 import os, sys, threading, time
 from functools import partial
-from gearshift.environments.processes import Separate
+from gearshift.environments.worker_processes import EnvironmentProcesses
 from tests.environments.dies import Dies
 if __name__ == "__main__":
-    made = Separate(Dies)
+    made = EnvironmentProcesses(Dies)
     idle, hung = made(), made()
     idle.reset()
     hung.reset(options={"row": 4})

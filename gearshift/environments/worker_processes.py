@@ -35,7 +35,7 @@ _LAST = 10
 """Seconds in which an environment can close."""
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gearshift.environments.processes import fork_for; fork_for(int(sys.argv[2]))"
+    "from gearshift.environments.worker_processes import fork_for; fork_for(int(sys.argv[2]))"
 )
 
 
@@ -43,7 +43,7 @@ class ProcessError(Exception):
     """What went wrong in another process, in words."""
 
 
-class Separate:
+class EnvironmentProcesses:
     """Makes environments that run in processes of their own.
 
     All of them end with this object, and with this process, however it ends.
@@ -56,9 +56,9 @@ class Separate:
         self.close: Callable[[], Any] = lambda: None
         """End the processes; the next environment starts others."""
 
-    def __call__(self) -> SeparateEnvironment:
+    def __call__(self) -> ProcessEnvironment:
         """An environment whose process starts at its first reset."""
-        return SeparateEnvironment(self.connect)
+        return ProcessEnvironment(self.connect)
 
     def connect(self) -> Connection:
         """To a new process, which says its number first and then answers as `_serve` does."""
@@ -91,7 +91,7 @@ def _end(orders: socket.socket, forks: subprocess.Popen[bytes]) -> None:
     forks.wait()
 
 
-class SeparateEnvironment(TextEnvironment):
+class ProcessEnvironment(TextEnvironment):
     """An environment that answers from another process. Once that died, a reset starts another."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.data.template import (
+from gearshift.data.chat_template import (
     MARK,
     PROBE,
     REASONING,
-    Options,
-    has_marks,
-    left_out,
-    special_tokens,
-    squeezed,
-    text_of,
-    texts_ahead,
+    TemplateOptions,
+    has_generation_marks,
+    left_out_message,
+    no_spaces,
+    prefetch_texts,
+    render_template,
+    special_token_pattern,
     with_reasoning,
 )
 from gearshift.errors import DataError
@@ -30,14 +30,14 @@ from gearshift.types import Message
 Span = tuple[int, int]
 
 
-class UntoldAnswerError(DataError):
+class AmbiguousAnswerError(DataError):
     """The template does not let an answer be told from what stands before it."""
 
 
-def answer_ahead(
+def prefetch_answers(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
-    options: Options | None,
+    options: TemplateOptions | None,
 ) -> None:
     """Have what `written_answer` needs of these conversations made at once."""
     probe = {"role": "assistant", "content": PROBE}
@@ -50,19 +50,19 @@ def answer_ahead(
             ([*messages[:-1], probe], False),
         )
     ]
-    texts_ahead(tokenizer, needed, options)
+    prefetch_texts(tokenizer, needed, options)
 
 
-def written_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+def prompt_and_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> tuple[str, str]:
     """The text that asks for the last message, and what a policy writes after it: the message,
     through its end token. Raises `DataError` if that cannot be told.
     """
     *prompt, message = messages
-    before = text_of(tokenizer, prompt, options, asks=True)
-    whole = text_of(tokenizer, messages, options)
-    probed = text_of(tokenizer, [*prompt, {"role": "assistant", "content": PROBE}], options)
+    before = render_template(tokenizer, prompt, options, asks=True)
+    whole = render_template(tokenizer, messages, options)
+    probed = render_template(tokenizer, [*prompt, {"role": "assistant", "content": PROBE}], options)
     tail = probed.rpartition(PROBE)[2] if PROBE in probed else ""
     end = _end(tokenizer, whole, tail)
     content = str(with_reasoning(tokenizer, message)["content"])
@@ -82,16 +82,18 @@ def written_answer(
                 f"closed <{tag}> already. Take one of the two out."
             )
         answer = rest if closed else _thought_first(content, rest, tag).removeprefix(space)
-    if answer is None and not has_marks(tokenizer):
+    if answer is None and not has_generation_marks(tokenizer):
         answer = _from_header(tokenizer, prompt, options, probed, whole[:end])
     if answer is None:
-        raise UntoldAnswerError(
+        raise AmbiguousAnswerError(
             "The chat template renders a prompt differently once it is answered, so the "
             "assistant's tokens cannot be told; give the tokenizer a template whose rendering only "
             "grows, or add {% generation %} marks to it."
         )
-    if "</think>" in content and squeezed(content).removeprefix("<think>") not in squeezed(answer):
-        raise DataError(left_out("the reasoning of an answer"))
+    if "</think>" in content and no_spaces(content).removeprefix("<think>") not in no_spaces(
+        answer
+    ):
+        raise DataError(left_out_message("the reasoning of an answer"))
     return before, answer
 
 
@@ -102,7 +104,7 @@ def _thought_first(content: str, rest: str, tag: str) -> str:
     close = f"</{tag}>"
     thought, given, said = content.rpartition(close)
     thought = thought.lstrip().removeprefix(f"<{tag}>")
-    if given and squeezed(thought + close) not in squeezed(rest):
+    if given and no_spaces(thought + close) not in no_spaces(rest):
         gap = said[: len(said) - len(said.lstrip())]
         return thought + close + gap + rest.removeprefix(close).lstrip()
     return rest if close in rest else f"\n\n{close}\n\n{rest.lstrip()}"
@@ -111,7 +113,7 @@ def _thought_first(content: str, rest: str, tag: str) -> str:
 def _from_header(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[Message],
-    options: Options | None,
+    options: TemplateOptions | None,
     probed: str,
     whole: str,
 ) -> str | None:
@@ -119,10 +121,10 @@ def _from_header(
     what stands before the last question differently once it is answered.
     """
     question = {**prompt[-1], "content": MARK}
-    asking = text_of(tokenizer, [*prompt[:-1], question], options, asks=True)
+    asking = render_template(tokenizer, [*prompt[:-1], question], options, asks=True)
     answered = [*prompt[:-1], question, {"role": "assistant", "content": PROBE}]
     header = asking.rpartition(MARK)[2]
-    between = text_of(tokenizer, answered, options).rpartition(MARK)[2].partition(PROBE)[0]
+    between = render_template(tokenizer, answered, options).rpartition(MARK)[2].partition(PROBE)[0]
     opening = probed.partition(PROBE)[0]
     if MARK not in asking or not header.strip() or not between.startswith(header):
         return None
@@ -133,7 +135,7 @@ def _from_header(
 
 def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
     """Where the last answer's end token ends. `tail`: what the template writes after an answer."""
-    special = special_tokens(tokenizer)
+    special = special_token_pattern(tokenizer)
     first = re.search(special, tail)
     if whole.endswith(tail):
         return len(whole) - len(tail) + (first.end() if first else len(tail))
@@ -164,7 +166,7 @@ def answer_span(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     i: int,
-    options: Options | None,
+    options: TemplateOptions | None,
     whole: str,
     before: str,
     answer: str,
@@ -178,29 +180,29 @@ def answer_span(
         return None
     probe = {"role": "assistant", "content": PROBE}
     try:
-        probed = text_of(tokenizer, [*messages[:i], probe, *messages[i + 1 :]], options)
+        probed = render_template(tokenizer, [*messages[:i], probe, *messages[i + 1 :]], options)
     except DataError:
         return None
     tail = probed.partition(PROBE)[2]
-    closing = closing_of(tokenizer, tail, answer)
+    closing = closing_token(tokenizer, tail, answer)
     start, end = len(before), len(whole) - len(tail) + len(closing)
     if not closing or not whole.endswith(tail) or end < start:
         return None
     thinks = messages[i].get(REASONING[0]) or "</think>" in messages[i]["content"]
-    said = re.sub(f"{special_tokens(tokenizer)}$", "", answer)
-    if thinks and squeezed(said) != squeezed(whole[start : end - len(closing)]):
+    said = re.sub(f"{special_token_pattern(tokenizer)}$", "", answer)
+    if thinks and no_spaces(said) != no_spaces(whole[start : end - len(closing)]):
         return None
     return start, end
 
 
-def closing_of(tokenizer: PreTrainedTokenizerBase, tail: str, answer: str) -> str:
+def closing_token(tokenizer: PreTrainedTokenizerBase, tail: str, answer: str) -> str:
     """The end token that `tail`, what stands after an earlier answer, begins with; and "" if it has
     none, and begins with the next message.
 
     It may be another one than the last answer's. What opens a message is followed by the name of a
     role or by the words; an end token by what opens the next one.
     """
-    special = special_tokens(tokenizer)
+    special = special_token_pattern(tokenizer)
     last = re.search(f"{special}$", answer)
     found = re.match(rf"\s*({special})(\s*(?:{special}|\Z))?", tail)
     if not found:

@@ -10,78 +10,79 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import completion_texts, render_completion, render_prompt
-from gearshift.data.template import Options, special_tokens, text_of
-from gearshift.data.text import whole_characters
+from gearshift.data.chat_template import TemplateOptions, render_template, special_token_pattern
+from gearshift.data.text import replace_surrogates
 from gearshift.types import Message
 
-_MARK = "\ue000{}\ue001"
+_PLACEHOLDER = "\ue000{}\ue001"
 """Stands for a message's words while the template is rendered; private-use characters."""
 
 
-def render_scored(
+def render_reward_input(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[Message],
     completion: str | Message,
     ended: bool = True,
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
     """Prompt and answer, its end token included where it `ended` by itself. Raises `DataError`."""
     message = completion
     if isinstance(message, str):
         message = {"role": "assistant", "content": message}
     answered = [*prompt, message]
-    if _spelled(tokenizer, answered):
-        before, answer = completion_texts(tokenizer, _marked(answered), options)
+    if _any_special_token(tokenizer, answered):
+        before, answer = completion_texts(tokenizer, _with_placeholders(answered), options)
         if not ended:
-            answer = re.sub(rf"{special_tokens(tokenizer)}\Z", "", answer)
-        return _unmarked(tokenizer, before + answer, answered)
+            answer = re.sub(rf"{special_token_pattern(tokenizer)}\Z", "", answer)
+        return _fill_placeholders(tokenizer, before + answer, answered)
     prompt_ids, answer_ids = render_completion(tokenizer, prompt, completion, options)
-    if not ended and spells(tokenizer, tokenizer.decode(answer_ids[-1:])):
+    if not ended and names_special_token(tokenizer, tokenizer.decode(answer_ids[-1:])):
         answer_ids.pop()
     return [*prompt_ids, *answer_ids]
 
 
-def render_asked(
+def render_literal_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
     """`render_prompt`, where what is spelled stays letters. Raises `DataError`."""
-    if not _spelled(tokenizer, messages):
+    if not _any_special_token(tokenizer, messages):
         return render_prompt(tokenizer, messages, options)
-    text = text_of(tokenizer, _marked(messages), options, asks=True)
-    return _unmarked(tokenizer, text, messages)
+    text = render_template(tokenizer, _with_placeholders(messages), options, asks=True)
+    return _fill_placeholders(tokenizer, text, messages)
 
 
-def spells(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+def names_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether the text has a special token's name in it."""
-    return re.search(special_tokens(tokenizer), text) is not None
+    return re.search(special_token_pattern(tokenizer), text) is not None
 
 
-def letters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that has no special tokens, whatever it spells."""
-    text = whole_characters(text)
+    text = replace_surrogates(text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 
 
-def _spelled(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
-    return any(spells(tokenizer, m["content"]) for m in messages)
+def _any_special_token(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
+    return any(names_special_token(tokenizer, m["content"]) for m in messages)
 
 
-def _marked(messages: Sequence[Message]) -> list[Message]:
+def _with_placeholders(messages: Sequence[Message]) -> list[Message]:
     return [
-        {**m, "content": _MARK.format(i)} if m["content"] else m for i, m in enumerate(messages)
+        {**m, "content": _PLACEHOLDER.format(i)} if m["content"] else m
+        for i, m in enumerate(messages)
     ]
 
 
-def _unmarked(
+def _fill_placeholders(
     tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message]
 ) -> list[int]:
     """The rendering of marked messages with their words in the marks' places, piece by piece."""
-    pieces = re.split(_MARK.format(r"(\d+)"), text)
+    pieces = re.split(_PLACEHOLDER.format(r"(\d+)"), text)
     ids: list[int] = tokenizer.encode(pieces[0], add_special_tokens=False)
     for i, piece in zip(pieces[1::2], pieces[2::2], strict=True):
-        ids += letters(tokenizer, messages[int(i)]["content"])
+        ids += encode_plain(tokenizer, messages[int(i)]["content"])
         ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids

@@ -12,16 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gearshift.data.given import characters
 from gearshift.data.messages import read_calls
-from gearshift.data.text import whole_characters
+from gearshift.data.rows import text_size
+from gearshift.data.text import replace_surrogates
 from gearshift.errors import DataError, OverlongError
 from gearshift.runtime.chat_template_arguments import bound_arguments, reads, template_source
 from gearshift.runtime.chat_template_renderer import EndlessTemplateError, Rendering, renderer
 from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 
-Options = Mapping[str, Any]
+TemplateOptions = Mapping[str, Any]
 """What a row gives a template beside its messages: `tools`, and further arguments by name."""
 PROBE = "Qzprobe"
 """Words that no conversation has: where they come out shows what a template does with a text."""
@@ -29,26 +29,26 @@ MARK = "Qzmark"
 """The same, for another text beside it."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys under which templates read an answer's reasoning; rows are read into the first."""
-LARGEST = 1 << 22
+MAX_SIZE = 1 << 22
 """Characters of a conversation: as much as a million tokens of text."""
-_TAKEN = {
+_RESERVED = {
     "messages", "add_generation_prompt", "chat_template", "conversations",
     "return_assistant_tokens_mask", "continue_final_message",
 }  # fmt: skip
 """Arguments of a rendering that are no row's and no recipe's."""
 
 
-def text_of(
+def render_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None = None,
+    options: TemplateOptions | None = None,
     asks: bool = False,
 ) -> str:
     """The template's text of a conversation; `asks`: with what asks for the assistant's words.
 
     Raises `DataError` if there is no template, or it refuses.
     """
-    given = _as_read(tokenizer, messages)
+    given = _template_form(tokenizer, messages)
     functions = [c["function"] for m in given for c in m.get("tool_calls") or ()]
     written = [str(f["arguments"]) for f in functions if isinstance(f.get("arguments"), dict)]
     written = [value for value in written if value != "{}"]
@@ -63,16 +63,16 @@ def text_of(
     return _rendered(tokenizer, [_with_json(message) for message in given], options, asks)[0]
 
 
-def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template marks what the assistant says, as `{% generation %}`."""
     return re.search(r"{%-?\s*generation\b", template_source(tokenizer)) is not None
 
 
-def marked(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+def render_marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> tuple[list[int], list[int]]:
     """(token ids, mask) by these marks."""
-    text, spans = _rendered(tokenizer, _as_read(tokenizer, messages), options, marks=True)
+    text, spans = _rendered(tokenizer, _template_form(tokenizer, messages), options, marks=True)
     encoded = tokenizer(text, add_special_tokens=False)
     ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
     for start, end in spans:
@@ -84,8 +84,8 @@ def marked(
     return ids, mask
 
 
-def check_said(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options | None
+def check_nothing_lost(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> None:
     """Raises `DataError` if the template leaves out what the conversation or its options say.
 
@@ -96,8 +96,8 @@ def check_said(
         raise DataError(f"the chat template does not read `{unread[0]}`; take it out of the row.")
     form = json.dumps([_with_marks(i, message) for i, message in enumerate(messages)], default=str)
     what = json.dumps([bound_arguments(tokenizer, None), options], default=str)
-    if unsaid := _unsaid(tokenizer, template_source(tokenizer), form, what):
-        raise DataError(left_out(unsaid))
+    if unsaid := _first_lost(tokenizer, template_source(tokenizer), form, what):
+        raise DataError(left_out_message(unsaid))
 
 
 def _with_marks(i: int, message: Message) -> Message:
@@ -122,7 +122,9 @@ def _with_marks(i: int, message: Message) -> Message:
 
 
 @lru_cache(4096)
-def _unsaid(tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: str) -> str | None:
+def _first_lost(
+    tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: str
+) -> str | None:
     """What does not come out of a conversation of this form (messages of marks), if anything.
     `source` and `what` tell apart what the tokenizer is given.
     """
@@ -153,22 +155,22 @@ def _unsaid(tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: st
 
 
 def _all_texts(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Options
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions
 ) -> str:
     """The conversation, and what asks for its last answer: some templates write only there what
     comes before a question.
     """
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    before = text_of(tokenizer, asked, options, asks=True) if asked else ""
-    return text_of(tokenizer, messages, options) + before
+    before = render_template(tokenizer, asked, options, asks=True) if asked else ""
+    return render_template(tokenizer, messages, options) + before
 
 
-def squeezed(text: str) -> str:
+def no_spaces(text: str) -> str:
     """Without white space, which templates trim and add."""
     return "".join(text.split())
 
 
-def left_out(what: str) -> str:
+def left_out_message(what: str) -> str:
     """The error's words for something that does not come out."""
     return (
         f"the chat template leaves out {what}; take it out of the row, or give the tokenizer a "
@@ -176,14 +178,14 @@ def left_out(what: str) -> str:
     )
 
 
-def texts_ahead(
+def prefetch_texts(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Iterable[tuple[Sequence[Message], bool]],
-    options: Options | None,
+    options: TemplateOptions | None,
 ) -> None:
     """Have the texts of what `text_of` will be asked for, (messages, asks) each, made at once."""
     requests = [
-        _request(tokenizer, _as_read(tokenizer, messages), options, asks)
+        _request(tokenizer, _template_form(tokenizer, messages), options, asks)
         for messages, asks in conversations
         if messages
     ]
@@ -194,20 +196,20 @@ def texts_ahead(
 def _rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None,
+    options: TemplateOptions | None,
     asks: bool = False,
     marks: bool = False,
 ) -> Rendering:
     """The template's text, and where its marks stand, as `apply_chat_template` renders it."""
     source, said, arguments = _request(tokenizer, messages, options, asks)
     text, spans = renderer.render(tokenizer.name_or_path, source, said, arguments, marks)
-    return whole_characters(text), spans
+    return replace_surrogates(text), spans
 
 
 def _request(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    options: Options | None,
+    options: TemplateOptions | None,
     asks: bool,
 ) -> tuple[str, list[Message], dict[str, Any]]:
     """(the template, the messages, its other arguments)."""
@@ -225,10 +227,10 @@ def _request(
     except ValueError as error:  # several templates, and none for this
         raise DataError(one_line(str(error))) from None
     given = {**bound, **options}
-    if taken := given.keys() & _TAKEN:
+    if taken := given.keys() & _RESERVED:
         raise DataError(f"the template has its own `{min(taken)}`; take it out of the arguments.")
-    if (size := characters([messages, options])) > LARGEST:
-        raise OverlongError(f"The conversation has {size:,} characters, over {LARGEST:,}; cut it.")
+    if (size := text_size([messages, options])) > MAX_SIZE:
+        raise OverlongError(f"The conversation has {size:,} characters, over {MAX_SIZE:,}; cut it.")
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     return source, said, {**tokenizer.special_tokens_map, **given, "add_generation_prompt": asks}
 
@@ -246,7 +248,7 @@ def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Mess
         return {**rest, **dict.fromkeys(names, reasoning)}
     if "</think>" in template_source(tokenizer):
         return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
-    raise DataError(left_out(f"`{REASONING[0]}`"))
+    raise DataError(left_out_message(f"`{REASONING[0]}`"))
 
 
 def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -254,7 +256,9 @@ def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", source)]
 
 
-def _as_read(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+def _template_form(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> list[Message]:
     """The messages with their calls and their reasoning in the form that the template reads."""
     return [with_reasoning(tokenizer, _with_calls(message)) for message in messages]
 
@@ -279,7 +283,7 @@ def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value or {}, ensure_ascii=False)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
     """A pattern of those with a name (EOS and so on), and of those that are only added: Phi's
     `<|end|>`.
     """
