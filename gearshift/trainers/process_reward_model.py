@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import step_loss
 from gearshift.data import DataConfig, Mixture, StepwiseExample, errors_at
-from gearshift.data.reward_input import encode_plain, render_literal_prompt, names_special_token
+from gearshift.data.reward_input import encode_plain, names_special_token, render_literal_prompt
 from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
