@@ -80,4 +80,25 @@ MUTATIONS = (
         "    config = model.config\n    scale",
         "tests/models/test_check.py::test_a_text_config_inside_is_read",
     ),
+    Mutation(
+        "a layer runs beside its unit, so that nothing gathers its weights",
+        "models/layers.py",
+        "            x, delta = run_in(layer.unit, one, i, x, delta)",
+        "            x, delta = one(i, x, delta)",
+        "tests/models/test_units.py",
+    ),
+    Mutation(
+        "weights that lie in another order are taken for one buffer",
+        "models/fused.py",
+        "== storage and part.storage_offset() == place",
+        "== storage",
+        "tests/models/test_fused.py",
+    ),
+    Mutation(
+        "weights that lie end to end are copied",
+        "models/fused.py",
+        "        return first.as_strided((rows, *first.shape[1:]), first.stride())",
+        "        pass",
+        "tests/models/test_fused.py",
+    ),
 )
