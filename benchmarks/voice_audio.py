@@ -26,9 +26,10 @@ from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.rollouts.intervals import interval
+from gearshift.serve.speech import hear, speak
 from gearshift.tasks.rows import read_rows
 from gearshift.tasks.voice.noise import spoken, word_error_rate
-from gearshift.tasks.voice.speech import hear, run_phrases, speak
+from gearshift.tasks.voice.phrases import phrases as run_phrases
 from gearshift.tasks.voice.task import SYSTEM, is_exact
 from gearshift.types import SamplingParams
 

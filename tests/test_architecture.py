@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,3 +66,37 @@ def test_what_the_makefile_imports_is_there() -> None:
     assert found
     for module, name in found:
         assert hasattr(importlib.import_module(module), name)
+
+
+def floors() -> dict[str, int]:
+    """Each package's place from the top, as import-linter has it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "importlinter"
+    ]["contracts"]
+    layers = next(c["layers"] for c in contracts if c["type"] == "layers")
+    return {name.strip(): i for i, layer in enumerate(layers) for name in layer.split("|")}
+
+
+def test_no_string_names_a_module_of_a_higher_floor() -> None:
+    """An import that is made from a string runs downwards, too."""
+    floor = floors()
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own not in floor:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if "\n" in node.value or " " in node.value:
+                    continue  # prose
+                for name in re.findall(r"\bgearshift\.(\w+)", node.value):
+                    assert floor.get(name, 99) >= floor[own], f"{path}: {node.value!r}"
+
+
+def test_commands_and_servers_name_no_task() -> None:
+    tasks = {"voice_assistant", "customer_service", "customer_replies", "tau2", "translation"}
+    tasks |= {"reasoning", "sentiment"}
+    for folder in ("cli", "serve", "pipeline"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert not tasks & set(re.findall(r"\w+", path.read_text(encoding="utf-8"))), path
+            known = {name for name in imports(path) if name.startswith("gearshift.tasks")}
+            assert known <= {"gearshift.tasks.registry", "gearshift.tasks.task"}, path

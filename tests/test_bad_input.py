@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from gearshift.cli.main import _model_folder, main
+from gearshift.cli.main import main
 from gearshift.errors import ConfigError
+from gearshift.pipeline.policy import find_policy
 from gearshift.pipeline.recipe import Recipe, claim
 from gearshift.runtime.config import load
 
@@ -163,7 +164,7 @@ def test_what_stands_in_a_folders_place_is_named(
 def test_a_stage_that_has_not_run_is_no_name_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="holds no finished stage"):
-        _model_folder(str(tmp_path / "rl"))
+        find_policy(str(tmp_path / "rl"))
 
 
 def test_links_and_home_stand_for_what_they_lead_to(
@@ -176,8 +177,8 @@ def test_links_and_home_stand_for_what_they_lead_to(
     (tmp_path / "latest").symlink_to(stage)
     (tmp_path / "newest").symlink_to(stage.parent)
     (stage / "config.json").write_text("{}")
-    assert _model_folder("~/latest") == (str(stage), Recipe())
-    assert _model_folder("~/newest")[0] == str(tmp_path / "newest" / "sft")
+    assert find_policy("~/latest") == (str(stage), Recipe())
+    assert find_policy("~/newest")[0] == str(tmp_path / "newest" / "sft")
     words = [
         "model.name=~/m", "sft.data.sources=[{path: ~/a.jsonl}]", "reward.model=~/r",
         "rl.kl.reference=~/t", "rl.critic=~/c", "run.dir=~/run #2",

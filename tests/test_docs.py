@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gearshift.cli.main import _parser
+from gearshift.cli.main import make_parser
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import describe_keys
 from tests.pages import DOCS, PAGES, ROOT, blocks
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pages
 def test_commands_are_there(page: Path) -> None:
-    [commands] = [a for a in _parser()._actions if a.dest == "do" or a.choices]
+    [commands] = [a for a in make_parser()._actions if a.dest == "do" or a.choices]
     said = re.findall(r"^(?:\$ |\.venv/bin/)?gearshift ([a-z|-]+)", text_of(page), re.M)
     said += re.findall(r"`gearshift ([a-z|-]+)", text_of(page))
     names = {name for words in said for name in words.split("|")}

@@ -86,7 +86,7 @@ def make_any(id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         if id in gymnasium.registry:  # it needs a package that is not here, say
             raise ConfigError(f"The environment {id} cannot be made: {error}") from error
         near = difflib.get_close_matches(id, list(gymnasium.registry), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the project's own are {', '.join(_OWN)}."
+        hint = f"did you mean {near[0]}?" if near else f"gearshift's own are {', '.join(_own())}."
         raise ConfigError(f"There is no environment {id}; {hint}") from error
     except TypeError as error:
         raise ConfigError(f"The environment {id} cannot be made with {kwargs}: {error}.") from error
@@ -111,6 +111,10 @@ def _named(id: str) -> Callable[..., gymnasium.Env[Any, Any]] | None:
     return None if name in gymnasium.registry else factory
 
 
+def _own() -> list[str]:
+    return [id for id in gymnasium.registry if id.startswith("gearshift/")]
+
+
 def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
     """The registered text environment `id`, as `make_any` makes it. Raises `ConfigError` as it
     does, and if it is not a `TextEnvironment`.
@@ -124,19 +128,21 @@ def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
     return cast(TextEnvironment, environment)
 
 
+def register(id: str, environment: type[TextEnvironment]) -> None:
+    """Make a class known to Gymnasium by this id, for `gymnasium.make` and the task `gym`."""
+    _register(id, f"{environment.__module__}:{environment.__qualname__}")
+
+
+def _register(id: str, entry_point: str) -> None:
+    # A TextEnvironment guards the order of reset and step itself: `make` returns it unwrapped.
+    gymnasium.register(id, entry_point=entry_point, order_enforce=False)
+
+
 _OWN = {
-    "gearshift/VoiceAssistant-v0": "gearshift.tasks.voice.task:VoiceAssistantEnvironment",
     "gearshift/GuessNumber-v0": f"{__name__}:GuessNumber",
-    "gearshift/CustomerService-v0": ("gearshift.tasks.service.task:CustomerServiceEnvironment"),
-    "gearshift/CustomerReplies-v0": ("gearshift.tasks.service.replies:CustomerRepliesEnvironment"),
-    "gearshift/Sentiment-v0": "gearshift.tasks.sentiment.task:SentimentEnvironment",
-    "gearshift/Reasoning-v0": "gearshift.tasks.reasoning.task:ReasoningEnvironment",
-    "gearshift/Translation-v0": "gearshift.tasks.translation.task:TranslationEnvironment",
-    "gearshift/Tau2-v0": "gearshift.tasks.tau2.task:Tau2Environment",
     "gearshift/GymInWords-v0": "gearshift.environments.gym_games:GymInWords",
     "gearshift/Verifiers-v0": "gearshift.environments.verifiers:VerifiersEnvironment",
     "gearshift/OpenEnv-v0": "gearshift.environments.openenv:OpenEnvEnvironment",
 }
 for _id, _entry_point in _OWN.items():
-    # They guard the order of reset and step themselves: bare, `make` returns them as they are.
-    gymnasium.register(_id, entry_point=_entry_point, order_enforce=False)
+    _register(_id, _entry_point)

@@ -25,7 +25,7 @@ from gearshift.pipeline.recipe import Recipe, RunConfig
 from gearshift.runtime.config import Config, validated
 from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
-from gearshift.tasks import get_task
+from gearshift.tasks.registry import get_task
 from gearshift.trainers.stage import Callbacks
 
 Tree = dict[str, Any]

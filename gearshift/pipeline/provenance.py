@@ -16,7 +16,7 @@ from gearshift.errors import DataError, StorageError
 from gearshift.models.made import DONE, made_of
 from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
 from gearshift.runtime.digests import Digests, check_unchanged, file_digest, read_sealed
-from gearshift.tasks import get_task
+from gearshift.tasks.registry import get_task
 from gearshift.trainers.rl.loop import RLConfig
 from gearshift.trainers.stage import StageConfig
 from gearshift.types import Message

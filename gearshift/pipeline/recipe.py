@@ -19,7 +19,7 @@ from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import UNFINISHED, write_text, writing
 from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
-from gearshift.tasks import TaskConfig
+from gearshift.tasks.registry import AnyTaskConfig, check_task
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
@@ -77,7 +77,7 @@ class Recipe(Config):
     that it stands for; what the recipe sets itself stays."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
-    task: TaskConfig | None = Field(None, discriminator="name")
+    task: AnyTaskConfig | None = Field(None, discriminator="name")
     """What the environment is, and the data that it makes."""
     environment: EnvironmentConfig = EnvironmentConfig()
     """Where environments run."""
@@ -97,7 +97,10 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _with_algorithm(cls, tree: Any) -> Any:
-        return expand(tree) if isinstance(tree, dict) else tree
+        if not isinstance(tree, dict):
+            return tree
+        check_task(tree.get("task"))
+        return expand(tree)
 
 
 def today() -> datetime.date:

@@ -32,6 +32,7 @@ from gearshift.rollouts.collector import Collector, EpisodeSpec
 from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.metrics import read_metrics
+from gearshift.tasks.registry import TASKS
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
     Judged,
@@ -148,9 +149,7 @@ def process(config: ProcessRewardConfig, run: Context) -> Result:
 def rl(config: RLConfig, run: Context) -> Result:
     """Reinforcement learning of the newest policy on the recipe's task."""
     if run.recipe.task is None:
-        raise ConfigError(
-            "rl needs an environment; set task.name, for example task.name=voice_assistant."
-        )
+        raise ConfigError(f"rl needs a task; set task.name, one of {', '.join(TASKS)}.")
     start = run.newest_policy(before="rl")
     config, engine = run.open_policy(config, start)
     with ExitStack() as opened:

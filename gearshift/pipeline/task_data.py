@@ -27,8 +27,8 @@ from gearshift.runtime.digests import file_digests, write_sealed
 from gearshift.runtime.files import writing
 from gearshift.runtime.terminal import echo
 from gearshift.runtime.user_functions import describe_error
-from gearshift.tasks import TaskConfig, get_task
-from gearshift.tasks.task import Task
+from gearshift.tasks.registry import get_task
+from gearshift.tasks.task import Task, TaskConfig
 
 EPISODES = 64
 """Held-out episodes where neither the task nor `eval.limit` gives their number."""

@@ -18,18 +18,17 @@ from gearshift.data.overlap import prompt_text
 from gearshift.environments.base import TextEnvironment
 from gearshift.environments.registry import make_environment
 from gearshift.errors import ConfigError, DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
 from gearshift.tasks.rows import read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 _TRIES = 200
 """Episodes of random play for each that is to be won."""
 
 
-class GymConfig(Config):
+class GymConfig(TaskConfig):
     """A text environment that Gymnasium knows."""
 
     name: Literal["gym"] = "gym"
@@ -93,6 +92,8 @@ class OfRows(gymnasium.Wrapper[str, str, str, str]):
 
 def make(config: GymConfig, path: Path) -> TextEnvironment:
     """The environment over the rows of `path`; without such a file the seeds tell the splits."""
+    if config.id not in gymnasium.registry:
+        import gearshift.tasks.registry  # noqa: F401  (a task may register it)
     environment = make_environment(config.id, **config.kwargs)
     if config.system is not None:
         environment = cast(TextEnvironment, WithSystem(environment, config.system))

@@ -25,17 +25,17 @@ from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.rewards.functions import ARGUMENTS, RewardFunction, load_reward
 from gearshift.rollouts.intervals import merged
-from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.config import PathText
 from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 Row = dict[str, Any]
 
 
-class RowsConfig(Config):
+class RowsConfig(TaskConfig):
     """Your own data: prompts, whatever else the reward function reads, and the function."""
 
     name: Literal["data"] = "data"
@@ -342,8 +342,8 @@ def _from_file(reward: str, changed: int) -> RewardFunction:
     return load_reward(reward)
 
 
-def _make(config: RowsConfig, path: Path) -> RowsEnvironment:
+def make(config: RowsConfig, path: Path) -> RowsEnvironment:
     return RowsEnvironment(path, config.reward, config.success_threshold)
 
 
-TASK = Task("data", RowsConfig, prepare, _make, metric="reward")
+TASK = Task("data", RowsConfig, prepare, make, metric="reward")

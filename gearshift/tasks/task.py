@@ -1,4 +1,7 @@
-"""What a recipe needs to know of a task; each task's own room makes one of these."""
+"""What the core asks of a task: its data, its environment, and how to talk to its model. A task is
+a `Task` object that the entry-point group `gearshift.tasks` names. This file must not import a
+task.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +14,50 @@ from gearshift.environments.base import TextEnvironment
 from gearshift.runtime.config import Config
 
 
+class TaskConfig(Config):
+    """Base of every task's config, which is the `task` section of a recipe."""
+
+    name: str
+    """Which task this is: a `Literal` of the task's name, which is its default too."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A job for a policy: its data, its environment, and the figure that says how well it is done.
 
-    The room that makes it must import without the task's optional packages, for every recipe
+    The module that holds it must import without the task's optional packages, for every recipe
     reads every task's config.
     """
 
     name: str
-    config: type[Config]
+    """The name in the recipe's `task.name`, and of the entry point."""
+    config: type[TaskConfig]
     """The class of the recipe's `task` section; its `name` is a `Literal` of this task's name."""
     prepare: Callable[[Any, int, Path], dict[str, Path]]
     """(config, seed, folder) -> the JSONL files that it wrote, `<split>.jsonl`, by split.
     `train`, `validation` and `test` hold a row for each episode, and share no problem; a task
     without them draws episodes by their seed alone. Settings are chosen by `validation`; `test`
-    is looked at in the end.
+    is evaluated once, at the end.
     """
     make: Callable[[Any, Path], TextEnvironment]
-    """(config, `<split>.jsonl`) -> an environment over that file's rows; `path.stem` tells the
-    split."""
+    """(config, `<split>.jsonl`) -> an environment over that file's rows; `path.stem` is the name of
+    the split."""
     system: str | None = None
-    """The system message of every prompt, for who talks to the model."""
+    """The system message of every prompt, for whoever talks to the model."""
     metric: str = "success"
     """The figure that the held-out table compares: `success`, `reward`, or a name in the
     `info["metrics"]` of an episode's last step, where every episode has it. A key `metric` of the
     config comes before it."""
     corpus: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
-    """Further figures of all held-out episodes together (BLEU, say), from their records: row,
-    prompt, completion, reward, success, gold, metrics.
+    """Further figures of all held-out episodes together (BLEU, for example), from their records:
+    row, prompt, completion, reward, success, gold, metrics.
     """
     cluster: str = "cluster"
-    """The column of a held-out row that names its problem: rows of one template, say, which a
-    policy gets right or wrong together. Rows without it are problems of their own. Rows with equal
-    prompts are always one problem."""
+    """The column of a held-out row that names its problem: rows of one template, for example, which
+    a policy gets right or wrong together. Rows without it are problems of their own. Rows with
+    equal prompts are always one problem."""
+    spoken_answer: Callable[[str, str], str] | None = None
+    """(answer, language) -> the sentence to speak in its place; None speaks the answer itself."""
+    phrases: Callable[[Path], Sequence[str]] | None = None
+    """(run's folder) -> sentences that a speech recogniser expects in front of a run's model, in
+    small letters, words alone; None expects any sentence."""

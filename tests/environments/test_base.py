@@ -9,6 +9,7 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import gearshift.tasks.registry  # noqa: F401  (registers the tasks' environments)
 from gearshift.environments.base import MAX_CHARACTERS, AnyText, RowEnvironment
 from gearshift.environments.registry import make_environment
 from gearshift.errors import ConfigError, DataError

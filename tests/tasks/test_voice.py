@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError, DataError
-from gearshift.tasks import TASKS, get_task
+from gearshift.tasks.registry import TASKS, get_task
 from gearshift.tasks.voice import task as v
 from gearshift.tasks.voice.answer import spoken_answer
 from gearshift.tasks.voice.grammar import INTENTS, Grammar, grammar, read
 from gearshift.tasks.voice.homes import HOMES
 from gearshift.tasks.voice.noise import spoken
+from gearshift.tasks.voice.phrases import phrases
 
 SMALL = v.VoiceConfig(labelled=40, train=120, pairs=60, pairs_heldout=30, validation=60, test=60)
 Files = dict[str, list[dict[str, Any]]]
@@ -393,3 +394,20 @@ def test_answers_in_words() -> None:
 )
 def test_what_is_no_command_gets_an_apology(text: str) -> None:
     assert spoken_answer(text) == "Sorry, I did not understand that."
+
+
+def test_phrases_are_the_runs_training_requests(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"prompt": [], "utterance": "turn it on"},
+        {"prompt": [], "utterance": "mach an", "language": "de"},
+    ]
+    train = tmp_path / "data" / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = phrases(tmp_path)
+    assert found[0] == "turn it on" and "mach an" not in found and "kitchen" in found
+    train.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(ConfigError, match="English alone"):
+        phrases(tmp_path)
+    with pytest.raises(DataError, match="run of the voice assistant"):
+        phrases(tmp_path / "nowhere")

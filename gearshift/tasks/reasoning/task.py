@@ -20,12 +20,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.environments.base import RowEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import ConfigError, DataError
 from gearshift.rewards.completion_text import without_thoughts
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ _FORMULA = (
 _TRIES = 40
 
 
-class ReasoningConfig(Config):
+class ReasoningConfig(TaskConfig):
     """Which questions, and how many of them."""
 
     name: Literal["reasoning"] = "reasoning"
@@ -375,11 +375,17 @@ def _labelled(row: Row) -> Row:
     return {"messages": [*row["prompt"], {"role": "assistant", "content": answer}]}
 
 
+def make(config: ReasoningConfig, path: Path) -> ReasoningEnvironment:
+    """The environment over the rows of `path`."""
+    return ReasoningEnvironment(path)
+
+
+register("gearshift/Reasoning-v0", ReasoningEnvironment)
 TASK = Task(
     "reasoning",
     ReasoningConfig,
     prepare,
-    lambda config, path: ReasoningEnvironment(path),
+    make,
     SYSTEM["whole"],
     corpus=by_dataset,
 )

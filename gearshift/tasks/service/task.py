@@ -20,8 +20,8 @@ import gymnasium
 from pydantic import Field
 
 from gearshift.environments.base import TextEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
 from gearshift.tasks.service.shop import (
@@ -49,7 +49,7 @@ from gearshift.tasks.service.words import (
     Words,
     split_words,
 )
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 SYSTEM = (
@@ -86,7 +86,7 @@ Row = dict[str, Any]
 _COLUMNS = ("order", "wish", "address", "others", "script")
 
 
-class ServiceConfig(Config):
+class ServiceConfig(TaskConfig):
     """The shop's customers: how many, and what is held out."""
 
     name: Literal["customer_service"] = "customer_service"
@@ -451,11 +451,17 @@ def _drawn(seed: int, rows: int) -> Sequence[Row]:
     return list(islice(draw_rows(split_words(rng, 0.35)[0], rng, set()), rows))
 
 
+def make(config: ServiceConfig, path: Path) -> CustomerServiceEnvironment:
+    """The environment over the rows of `path`."""
+    return CustomerServiceEnvironment(path)
+
+
+register("gearshift/CustomerService-v0", CustomerServiceEnvironment)
 TASK = Task(
     "customer_service",
     ServiceConfig,
     prepare,
-    lambda config, path: CustomerServiceEnvironment(path),
+    make,
     SYSTEM,
     cluster="phrasing",
 )

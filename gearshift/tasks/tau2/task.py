@@ -20,11 +20,11 @@ import gymnasium
 from pydantic import Field
 
 from gearshift.environments.base import TextEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import ConfigError, DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 Domain = Literal["airline", "retail", "mock"]
@@ -36,7 +36,7 @@ _FORM = (
 )
 
 
-class Tau2Config(Config):
+class Tau2Config(TaskConfig):
     """Which of tau2's domains, and how much of it is in the prompt."""
 
     name: Literal["tau2"] = "tau2"
@@ -284,9 +284,15 @@ def _begin(domain: Domain, task: Any) -> Any:
     return world
 
 
+def make(config: Tau2Config, path: Path) -> Tau2Environment:
+    """The environment over the rows of `path`."""
+    return Tau2Environment(path=path, config=config)
+
+
+register("gearshift/Tau2-v0", Tau2Environment)
 TASK = Task(
     "tau2",
     Tau2Config,
     prepare,
-    lambda config, path: Tau2Environment(path=path, config=config),
+    make,
 )

@@ -15,11 +15,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gearshift.environments.base import RowEnvironment
+from gearshift.environments.registry import register
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config, PathText
+from gearshift.runtime.config import PathText
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import Row, read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
 from gearshift.tasks.translation.catalogues import catalogue
 from gearshift.tasks.translation.score import (
     LANGUAGES,
@@ -37,7 +38,7 @@ Sources = Mapping[str, Mapping[str, str]]
 """English message -> language -> translation."""
 
 
-class TranslationConfig(Config):
+class TranslationConfig(TaskConfig):
     """The translator's data: which products' messages, which languages, and how many."""
 
     name: Literal["translation"] = "translation"
@@ -269,11 +270,17 @@ def _sampled(seed: int, rows: int) -> Sequence[Row]:
     return _rows(known, rng.sample(list(known), len(known)), config, "train")
 
 
+def make(config: TranslationConfig, path: Path) -> TranslationEnvironment:
+    """The environment over the rows of `path`."""
+    return TranslationEnvironment(path)
+
+
+register("gearshift/Translation-v0", TranslationEnvironment)
 TASK = Task(
     "translation",
     TranslationConfig,
     prepare,
-    lambda config, path: TranslationEnvironment(path),
+    make,
     SYSTEM,
     metric="chrf",
     corpus=corpus,

@@ -19,12 +19,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gearshift.environments.base import RowEnvironment
-from gearshift.environments.registry import make_environment
+from gearshift.environments.registry import register
 from gearshift.errors import DataError
-from gearshift.runtime.config import Config
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
-from gearshift.tasks.task import Task
+from gearshift.tasks.task import Task, TaskConfig
+from gearshift.tasks.voice.answer import spoken_answer
 from gearshift.tasks.voice.commands import (
     command_text,
     is_exact,
@@ -34,6 +34,7 @@ from gearshift.tasks.voice.commands import (
 )
 from gearshift.tasks.voice.grammar import Grammar, Template, grammar, read
 from gearshift.tasks.voice.noise import hear
+from gearshift.tasks.voice.phrases import phrases
 from gearshift.types import Message
 
 __all__ = ["command_text", "is_exact", "score_command", "voice_reward"]
@@ -50,7 +51,7 @@ HELDOUT = ("validation", "test")
 _TRIES = 60
 
 
-class VoiceConfig(Config):
+class VoiceConfig(TaskConfig):
     """The voice assistant's data: what is written, and how much of it."""
 
     name: Literal["voice_assistant"] = "voice_assistant"
@@ -341,14 +342,21 @@ def _gold(draw: Draw) -> str:
     return command_text(gold)
 
 
-def _make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
+def make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
     """Training hears its noise anew in each episode; other files were noised when written."""
     noise = config.noise if path.stem == "train" else 0.0
-    environment = make_environment("gearshift/VoiceAssistant-v0", path=path, noise=noise)
-    assert isinstance(environment, VoiceAssistantEnvironment)
-    return environment
+    return VoiceAssistantEnvironment(path, noise=noise)
 
 
+register("gearshift/VoiceAssistant-v0", VoiceAssistantEnvironment)
 TASK = Task(
-    "voice_assistant", VoiceConfig, prepare, _make, SYSTEM, corpus=figures, cluster="template"
+    "voice_assistant",
+    VoiceConfig,
+    prepare,
+    make,
+    SYSTEM,
+    corpus=figures,
+    cluster="template",
+    spoken_answer=spoken_answer,
+    phrases=phrases,
 )

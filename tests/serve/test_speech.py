@@ -1,6 +1,5 @@
 """Hearing and speaking: a sentence survives the way there and back, and faults are one line."""
 
-import json
 import shutil
 import wave
 from pathlib import Path
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 from gearshift.errors import ConfigError, DataError
+from gearshift.serve.speech import _says, hear, read_wav, speak
 from gearshift.tasks.voice.homes import HOMES
-from gearshift.tasks.voice.speech import _says, hear, read_wav, run_phrases, speak
 
 PHRASES = (
     "turn on the kitchen lights",
@@ -98,23 +97,6 @@ def test_recordings(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=told):
             hear(path)
-
-
-def test_phrases_are_the_runs_training_requests(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    rows = [
-        {"prompt": [], "utterance": "turn it on"},
-        {"prompt": [], "utterance": "mach an", "language": "de"},
-    ]
-    train = tmp_path / "data" / "train.jsonl"
-    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    phrases = run_phrases(tmp_path)
-    assert phrases[0] == "turn it on" and "mach an" not in phrases and "kitchen" in phrases
-    train.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(ConfigError, match="English alone"):
-        run_phrases(tmp_path)
-    with pytest.raises(DataError, match="run of the voice assistant"):
-        run_phrases(tmp_path / "nowhere")
 
 
 def test_words_that_the_dictionary_lacks() -> None:

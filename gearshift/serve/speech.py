@@ -1,7 +1,5 @@
-"""Speech: a recording to the words in it, and words to a recording.
-
-A room of its own because it leans on programs from outside: pocketsphinx or your own recogniser
-hears, espeak-ng speaks. It knows sounds and sentences, and nothing of what they ask for.
+"""Speech: a recording to the words in it, and words to a recording. It calls programs from outside:
+pocketsphinx or the user's own recogniser hears, espeak-ng speaks. It must not import a task.
 """
 
 from __future__ import annotations
@@ -17,23 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from gearshift.data import load_rows
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.terminal import one_line
 from gearshift.runtime.user_functions import load_function
-from gearshift.tasks.voice.homes import HOMES
-from gearshift.tasks.voice.noise import spoken
 
 RATE = 16000
-"""Samples a second that pocketsphinx's model hears."""
-# Around a recording: near silence, from which a recogniser takes its bearings; and within it the
-# hiss of a room, for digital silence has no logarithm.
-_PAUSE, _HISS = 0.3, 60.0
-# What the sentences count against the sounds.
+"""Samples a second that pocketsphinx's model takes."""
+_PAUSE = 0.3
+"""Seconds of near silence around a recording, by which a recogniser measures the background."""
+_HISS = 60.0
+"""Amplitude of the noise that is added, because digital silence has no logarithm."""
 _WEIGHT = 9.0
-
-
-# Speaking
+"""How much the expected sentences count against the sounds."""
 
 
 def speak(
@@ -52,19 +45,16 @@ def speak(
     command = [program, "-v", name, "-s", str(speed), "-w", str(path), "--stdin"]
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
     if done.returncode or not Path(path).is_file():
-        told = one_line(done.stderr.decode(errors="replace")) or "it says nothing"
-        raise ConfigError(f"espeak-ng does not write {path} in the voice {name}: {told}.")
-
-
-# Hearing
+        reason = one_line(done.stderr.decode(errors="replace")) or "it gives no reason"
+        raise ConfigError(f"espeak-ng does not write {path} in the voice {name}: {reason}.")
 
 
 def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str] = ()) -> str:
     """The words in a WAV file.
 
     `recogniser` is `module:function` or `file.py:function`, called with the file's path; without
-    one pocketsphinx hears, in English. It expects such sentences as `phrases` (their words alone,
-    in such orders), or any English without.
+    one pocketsphinx hears, in English. It expects such sentences as `phrases`, which are words in
+    small letters, in such orders; or any English without them.
 
     Raises `ConfigError` where a part is missing, `DataError` if the file is no WAV of speech.
     """
@@ -85,24 +75,6 @@ def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str]
     decoder.end_utt()
     best = decoder.hyp()
     return " ".join(best.hypstr.split()) if best else ""
-
-
-def run_phrases(run: str | Path) -> tuple[str, ...]:
-    """Sentences to expect in front of a run's model: its training requests and the home's names.
-
-    Raises `DataError` if the folder is no run of the voice assistant, `ConfigError` if it has no
-    English request: pocketsphinx comes with English alone.
-    """
-    path = Path(run) / "data" / "train.jsonl"
-    if not path.is_file():
-        raise DataError(f"There is no {path}; name the folder of a run of the voice assistant.")
-    rows = load_rows(str(path))
-    if not all("utterance" in row for row in rows):
-        raise DataError(f"{path} holds no requests; name a run of the voice assistant.")
-    english = [row["utterance"] for row in rows if row.get("language", "en") == "en"]
-    if not english:
-        raise ConfigError("pocketsphinx hears English alone; name a recogniser for this run.")
-    return (*english, *HOMES["en"].words)
 
 
 def read_wav(path: str | Path) -> np.ndarray[Any, np.dtype[np.int16]]:
@@ -150,7 +122,7 @@ def _decoder(phrases: tuple[str, ...]) -> Any:
     if not phrases:
         return Decoder(**known, dict=listed, lm=get_model_path("en-us/en-us.lm.bin"))
     sounds = _pronunciations(listed)
-    lines = [spoken(phrase, "en").split() for phrase in phrases]
+    lines = [phrase.split() for phrase in phrases]
     words = {w: says for line in lines for w in line if (says := _says(w, sounds))}
     model = ArpaBoLM(
         text="\n".join(" ".join(line) for line in lines if all(w in words for w in line)),

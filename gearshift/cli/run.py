@@ -1,0 +1,167 @@
+"""The commands that train and evaluate: `run`, one for each stage, and `eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gearshift.cli.paths import find_recipe, resolve_folder
+from gearshift.errors import ConfigError
+from gearshift.runtime.terminal import echo, one_line, printable
+
+if TYPE_CHECKING:
+    from gearshift.pipeline.records import Record
+    from gearshift.rollouts.evaluate import Comparison
+
+STAGES = {
+    "run": "data, evaluation and every stage of the recipe",
+    "sft": "supervised fine-tuning",
+    "dpo": "preference learning without RL: DPO and its kin",
+    "reward": "the reward model",
+    "process": "a reward model of steps",
+    "rl": "reinforcement learning",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    for name, what in STAGES.items():
+        command = commands.add_parser(name, help=what, description=f"{what}.".capitalize())
+        command.add_argument(
+            "recipe", help="a YAML file, or the name of a recipe that ships with gearshift"
+        )
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved config and the plan; train nothing",
+        )
+        command.set_defaults(do=run, command=name)
+    evaluation = commands.add_parser(
+        "eval", help="the held-out table: policies side by side, with intervals, wins and losses"
+    )
+    evaluation.add_argument("run", help="a run's folder, or any model")
+    evaluation.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    evaluation.add_argument("--recipe", help="evaluate on this recipe's task; a run brings its own")
+    evaluation.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="validation is what settings are chosen by; test is for the end, and chooses nothing",
+    )
+    evaluation.add_argument(
+        "--show", type=int, default=3, help="this many wins and losses are printed"
+    )
+    evaluation.set_defaults(do=evaluate)
+
+
+def options_first(words: list[str]) -> list[str]:
+    """The words of these commands with options in front: argparse takes no overrides after one."""
+    if not words or (words[0] not in STAGES and words[0] != "eval"):
+        return words
+    command, *rest = words
+    options: list[str] = []
+    others: list[str] = []
+    for i, word in enumerate(rest):
+        is_value = i > 0 and rest[i - 1] in ("--recipe", "--show", "--split")
+        (options if word.startswith("--") or is_value else others).append(word)
+    return [command, *options, *others]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run a recipe, or one of its stages, and print what came of it."""
+    from gearshift.pipeline.recipe import STAGES as ALL
+    from gearshift.pipeline.recipe import Recipe
+    from gearshift.pipeline.run import Run
+    from gearshift.runtime.allocator import keep_freed_memory
+    from gearshift.runtime.config import load
+
+    recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
+    arguments.folder_of_run = Path(recipe.run.dir)
+    command = {"dpo": "preference"}.get(arguments.command, arguments.command)
+    if command in ALL and getattr(recipe, command) is None:
+        raise ConfigError(f"The recipe has no section `{command}`; add one to run that stage.")
+    if arguments.dry_run:
+        from gearshift.pipeline.plan import plan
+
+        echo(plan(recipe))
+        return
+    keep_freed_memory()
+    stages = ALL if command == "run" else (command,)
+    _print_summary(Path(recipe.run.dir), Run(recipe).execute(stages))
+
+
+def _print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    from gearshift.pipeline.records import comparisons, records
+
+    found = records(folder / "validation")
+    _print_table(f"{folder}: validation", found, comparisons(found))
+    if (accuracy := summary["reward_model"]["accuracy"]) is not None:
+        echo(f"reward model: {accuracy:.1%} of held-out pairs in the right order")
+    if (gap := summary["engine"]["logprob_gap"]) is not None:
+        echo(
+            f"engine: the gears' log-probs differ by {gap:.1e} nat on average "
+            f"({summary['engine']['dtype']})"
+        )
+    minutes = sum(summary["seconds"].values()) / 60
+    echo(f"{minutes:.1f} minutes in all; report: {folder / 'report.html'}")
+    if found:
+        echo(f"talk to it: gearshift chat {folder}")
+
+
+def _print_table(title: str, found: Mapping[str, Record], compared: list[Comparison]) -> None:
+    """Each policy's figures in a column, then what changed from one to the next."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gearshift.rollouts.evaluate import span
+
+    if not found:
+        return
+    console = Console(highlight=False)
+    kept = ("metric", "value", "interval", "seconds", "samples", "n", "episodes", "split")
+    metric = next(iter(found.values()))["metric"]
+    others = dict.fromkeys(k for r in found.values() for k in r if k not in kept and k != metric)
+    table = Table(title=Text(printable(title)), title_justify="left")
+    for column in ("", *found):
+        table.add_column(Text(printable(column)), justify="right" if column else "left")
+
+    rows = found.values()
+    lines = {
+        metric: [f"{r['value']:.3f}" for r in rows],
+        "95%": [span(r["interval"]) for r in rows],
+        **{name: [f"{r[name]:.4g}" if name in r else "" for r in rows] for name in others},
+        "problems": [str(r["n"]) for r in rows],
+        "episodes": [str(r["episodes"]) for r in rows],
+    }
+    for name, cells in lines.items():
+        table.add_row(*(Text(printable(cell)) for cell in (name, *cells)))
+    console.print(table)
+    for comparison in compared:
+        echo(str(comparison))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Print the held-out table of a run or a model, and the answers that changed most."""
+    from gearshift.pipeline.heldout import evaluate_run
+    from gearshift.pipeline.records import changed, comparisons
+
+    recipe = find_recipe(arguments.recipe) if arguments.recipe else None
+    if arguments.split == "test":
+        echo("test: these rows are for the end; choose no setting by what they say")
+    run = resolve_folder(arguments.run)
+    title, found = evaluate_run(run, recipe, arguments.overrides, arguments.split)
+    compared = comparisons(found)
+    _print_table(title, found, compared)
+    if not compared:
+        return
+    last = next(c for c in compared if (c.before, c.after) == tuple(found)[-2:])
+    for word, rows in (("better", last.wins), ("worse", last.losses)):
+        shown = changed(found[last.before], found[last.after], rows, arguments.show)
+        for prompt, before, after in shown:
+            echo(f"\n{word}: {one_line(prompt, 160)}")
+            echo(f"  {last.before}: {one_line(before, 160)}")
+            echo(f"  {last.after}: {one_line(after, 160)}")

