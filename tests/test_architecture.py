@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gearshift"
+CORE_OF_TASKS = ("registry", "task", "rows", "gym")
 
 
 def imports(path: Path) -> set[str]:
@@ -99,4 +100,4 @@ def test_commands_and_servers_name_no_task() -> None:
         for path in (PACKAGE / folder).glob("*.py"):
             assert not tasks & set(re.findall(r"\w+", path.read_text(encoding="utf-8"))), path
             known = {name for name in imports(path) if name.startswith("gearshift.tasks")}
-            assert known <= {"gearshift.tasks.registry", "gearshift.tasks.task"}, path
+            assert known <= {f"gearshift.tasks.{core}" for core in CORE_OF_TASKS}, path
