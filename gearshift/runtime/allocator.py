@@ -1,8 +1,8 @@
-"""The C library's allocator, told to keep what it has freed.
+"""How the C library's allocator treats memory that this process has freed.
 
-A training step frees gigabytes of activations and asks for them again in the next one. By default
-glibc gives them back to the system each time, and every page is faulted in anew: on a CPU that
-was a third of the step.
+A training step frees gigabytes of activations and asks for them again in the next step. By default,
+glibc gives them back to the system each time, and the system must then provide every page again: on
+a CPU this was a third of a step's time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc serve large blocks from a heap that never shrinks; False where it is not glibc.
+    """Make glibc serve large blocks from a heap that never shrinks; returns False where the C
+    library is not glibc.
 
-    For the whole process, so it is for programs (the command line), not for libraries, to call.
+    This changes the whole process, so programs (the command line) call it, and libraries do not.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -52,19 +53,19 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def give_back_freed_memory() -> None:
-    """What has been freed goes back to the system; without glibc it only collects garbage."""
+    """Return freed memory to the system. Without glibc this only collects garbage."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def short_of_memory(error: BaseException) -> str:
-    """The reason in words, if an error says that there was no memory left; else nothing."""
+    """The reason, if this error means that memory ran out; else an empty text."""
     text = " ".join(str(error).split())
     said = any(words in text.lower() for words in _NO_MEMORY)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return text or "it was refused"
-    # Of torch, CUDA and safetensors; their classes are not one.
+    # torch, CUDA and safetensors raise errors of different classes for this.
     other = isinstance(error, GearshiftError) and not isinstance(error, ModelError)
     return text[:200] if isinstance(error, Exception) and said and not other else ""
 
@@ -74,11 +75,12 @@ _NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "cannot
 
 
 class HeapGuard:
-    """Gives freed memory back where the heap has grown by `growth` since the second look.
+    """Returns freed memory to the system when the heap has grown by the share `growth` since the
+    second call of `look`.
 
-    Batches of ever new sizes leave holes that the next one does not fit in, and a heap that never
-    shrinks grows by a third in fifty steps. Giving back costs a step a tenth of its time; so it is
-    done every few steps, not at each.
+    Batches of ever new sizes leave holes that the next batch does not fit in, so a heap that never
+    shrinks grows by a third in fifty steps. Returning memory costs a step a tenth of its time, so
+    it happens every few steps only.
     """
 
     def __init__(self, growth: float = 0.15) -> None:
@@ -94,7 +96,7 @@ class HeapGuard:
 
 
 def resident_bytes() -> float:
-    """What this process holds of the host's memory; 0 where the system does not tell."""
+    """The host memory that this process holds, in bytes; 0 where the system does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0.0

@@ -1,5 +1,5 @@
-"""What every rendering of a chat is given beside its messages: arguments of the recipe, and a date
-that stays. They lie on the tokenizer, which everything that renders has.
+"""The arguments that every rendering of a chat gets besides its messages: those of the recipe, and
+a fixed date. They are stored on the tokenizer, because every rendering has the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _DIRECTIVES = (*"aAbBcdDeFgGhHIjmMpRSTuUVwWxXyY", "-d", "-m", "-H", "-I", "-M", 
 def bind_arguments(
     tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], today: date | None
 ) -> None:
-    """Let each rendering have these arguments, and take `today` (None: the day it is now) for the
-    date. Raises `ConfigError` for an argument that the template does not read.
+    """Give these arguments to every rendering with this tokenizer, and `today` (None: the current
+    day) as its date. Raises `ConfigError` for an argument that the template does not read.
     """
     if tokenizer.chat_template:
         renderer.start()
@@ -41,7 +41,7 @@ def bind_arguments(
 def bound_arguments(
     tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """What was bound, as arguments of `apply_chat_template`; nothing where nothing was."""
+    """The bound arguments, as arguments of `apply_chat_template`; empty if nothing was bound."""
     if not hasattr(tokenizer, _ATTRIBUTE):
         return {}
     arguments, today = getattr(tokenizer, _ATTRIBUTE)
@@ -53,9 +53,9 @@ def bound_arguments(
 
 @lru_cache(4)
 def _fixed_date(today: date) -> str:
-    """The start of a template for which it always is the first moment of this day.
+    """The start of a template that makes `strftime_now` always return the first moment of this day.
 
-    A macro, because templates are given plain data only, no functions.
+    It is a macro, because templates get plain data only and no functions.
     """
     now = datetime.combine(today, time())
     parts = {f"%{letter}": now.strftime(f"%{letter}") for letter in _DIRECTIVES}
@@ -63,17 +63,18 @@ def _fixed_date(today: date) -> str:
         "{% macro strftime_now(form) %}{% set ns = namespace(text=form) %}"
         f"{{% for name, value in {json.dumps({**parts, '%%': '%'})}.items() %}}"
         "{% set ns.text = ns.text.replace(name, value) %}{% endfor %}{{ ns.text }}"
-        '{% endmacro %}{{ "" }}'  # a block's end would swallow the template's first newline
+        # without this, the end of the block would remove the template's first newline
+        '{% endmacro %}{{ "" }}'
     )
 
 
 def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether the template's source has this name."""
+    """Whether the template's source contains this name."""
     return re.search(rf"\b{re.escape(name)}\b", template_source(tokenizer)) is not None
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template as it is written; all of them, where there are several by name."""
+    """The text of the template; all of them, joined, if there are several named ones."""
     template = tokenizer.chat_template or ""
     templates = list(template.values()) if isinstance(template, dict) else [template]
     if not all(isinstance(each, str) for each in templates):

@@ -1,8 +1,9 @@
-"""The program in which chat templates are rendered: requests come in, texts go out, until the input
-ends. A rendering that takes too long ends the program; one that takes too much memory is told.
+"""The program that renders chat templates: it reads requests and writes texts until its input ends.
+A rendering that takes too long ends the program; one that takes too much memory is an error in its
+answer.
 
-A template comes with a model from strangers. This file is a program of its own and imports nothing
-of gearshift; `chat_template_renderer` starts it.
+A template comes with a model and may be malicious. So this file is a program of its own and imports
+nothing of gearshift; `chat_template_renderer` starts it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main(seconds: float, memory: int) -> None:
-    """Answer what comes: 8 bytes of length and JSON, both ways. `seconds` of processor time and
-    `memory` bytes are what each rendering may use.
+    """Answer requests; each message, in both directions, is 8 bytes of length and then JSON. Each
+    rendering may use `seconds` of processor time and `memory` bytes.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # macOS has neither the file nor the limit
+    with suppress(OSError, ValueError):  # macOS has neither this file nor this limit
         with open("/proc/self/statm", encoding="ascii") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
@@ -36,7 +37,7 @@ def main(seconds: float, memory: int) -> None:
 
 
 def _timed(request: list[Any], templates: dict[int, str], seconds: float) -> bytes:
-    """The timer's signal ends the program, also in the middle of a call into C."""
+    """The timer's signal ends the program, even in the middle of a call into C."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     answer = _answer(request, templates)
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -64,7 +65,7 @@ def _answer(request: list[Any], templates: dict[int, str]) -> bytes:
 
 
 def _words(error: Exception) -> Any:
-    """What the template says, which may be anything."""
+    """The text of the template's error, which may be any object."""
     try:
         words = str(error)[:2000]
     except Exception:

@@ -1,5 +1,5 @@
-"""Chat templates are rendered in a process of their own: a template is a program of strangers, and
-one that loops or fills memory can only be ended from outside.
+"""Chat templates are rendered in a process of their own. A template is a program by strangers, and
+a process is the only thing that can be ended when the template loops or fills memory.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ from gearshift.types import Message
 SECONDS = 5.0
 """Processor time of one rendering; an ordinary one takes less than a thousandth of it."""
 MEMORY = 512 << 20
-"""Bytes that renderings may use beside the program itself."""
+"""How many bytes renderings may use besides the program itself."""
 LONGEST_SOURCE = 1 << 20
-"""Characters of a template; the longest of known models has less than a tenth."""
+"""How many characters a template may have; the longest of the known models has less than a tenth.
+"""
 _SPARE, _GROWTH = 1 << 20, 8
-"""A text has at most so many characters, and so many for each that goes in."""
+"""A rendered text has at most `_SPARE` characters plus `_GROWTH` for each character of its input.
+"""
 _PATIENCE = 60.0
-"""Seconds until a process that does not answer is ended, however little processor time it got."""
+"""After this many seconds without an answer the process is ended, even if it got little processor
+time.
+"""
 _TRIES, _SHARE = 3, 100
-"""Renderings of one template that may have to be ended: so many, or one of so many."""
+"""How many renderings of one template may have to be ended: this many, or one in this many."""
 _KEPT, _KEPT_SIZE = 256, 1 << 16
-"""Texts that are kept, and the characters of one that is."""
+"""How many texts are cached, and how many characters a cached text may have."""
 
 
 class EndlessTemplateError(DataError):
-    """A template had to be ended: it takes too long or too much for one conversation."""
+    """A rendering had to be ended: the template takes too much time or memory for one
+    conversation.
+    """
 
 
 Rendering = tuple[str, list[tuple[int, int]]]
-"""The text, and where its `{% generation %}` blocks stand."""
+"""The text, and where its `{% generation %}` blocks begin and end."""
 
 _FAULTS = {
     "slow": f"takes more than {SECONDS:g} seconds for one conversation",
@@ -53,22 +59,24 @@ _FAULTS = {
 
 
 class ChatRenderer:
-    """One process for all templates: started when it is needed, and anew where it was ended."""
+    """One process that renders all templates. It starts when it is needed, and again after it was
+    ended.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        """The process that started it: one that is forked needs another."""
+        """The process that started it; a forked process needs another one."""
         self._numbers: dict[str, int] = {}
-        """The templates that it knows."""
+        """The number of each template that the process has received."""
         self._recent: OrderedDict[tuple[str, bytes], Rendering] = OrderedDict()
-        """Preparing a row asks for some of its texts twice."""
+        """The cache: to prepare a row, some of its texts are needed twice."""
         self._counts: dict[str, list[int]] = {}
-        """How often each template was rendered, and had to be ended."""
+        """How often each template was rendered, and how often that had to be ended."""
 
     def start(self) -> None:
-        """Start the process, so that it is ready when the first conversation comes."""
+        """Start the process, so that it is ready for the first conversation."""
         with self._lock:
             if self._process is not None and self._owner == os.getpid():
                 return
@@ -79,15 +87,15 @@ class ChatRenderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd="/",  # this process's own may be gone
+                cwd="/",  # this process's own folder may be gone
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is this process's to answer
+                start_new_session=True,  # only this process answers Ctrl-C
             )
             self._owner, self._numbers = os.getpid(), {}
 
     def forked(self) -> None:
-        """In a process that was forked: the lock may be held by a thread that is not here, and the
-        pipes are the other's alone.
+        """Prepare for use in a forked process: the lock may be held by a thread that does not exist
+        here, and the pipes belong to the parent.
         """
         self._lock = threading.RLock()
         for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
@@ -96,7 +104,7 @@ class ChatRenderer:
                     os.dup2(nothing.fileno(), pipe.fileno(), inheritable=False)
 
     def close(self) -> None:
-        """End the process; the next conversation starts another."""
+        """End the process; the next conversation starts another one."""
         with self._lock:
             process, self._process = self._process, None
             if process is None or self._owner != os.getpid():
@@ -104,7 +112,7 @@ class ChatRenderer:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # what was not sent is lost
+                with suppress(OSError):  # requests that were not sent are lost
                     pipe.close()  # type: ignore[union-attr]
 
     def render(
@@ -115,8 +123,8 @@ class ChatRenderer:
         arguments: Mapping[str, Any],
         marks: bool = False,
     ) -> Rendering:
-        """What the template of model `name` makes of the messages. Raises `DataError` if it refuses
-        them, and `EndlessTemplateError` if it does not end within the bounds above.
+        """Render the messages with the template of the model `name`. Raises `DataError` if the
+        template refuses them, and `EndlessTemplateError` if it exceeds the limits above.
         """
         asked = _request(messages, arguments, marks)
         with self._lock:
@@ -142,11 +150,12 @@ class ChatRenderer:
     def ahead(
         self, source: str, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]
     ) -> None:
-        """Render what will be asked for next, (messages, arguments) each, in one go: a process
-        takes longer to answer than to render.
+        """Render these pairs of (messages, arguments) in one request and cache the texts: the
+        process takes longer to answer than to render.
         """
         with self._lock:
-            if not self._counts.get(source, [0, 1])[1]:  # one that comes to its end
+            # only a template that always came to its end
+            if not self._counts.get(source, [0, 1])[1]:
                 asked = [_request(*each, marks=False) for each in conversations]
                 asked = [each for each in asked if (source, each) not in self._recent]
                 answers = self._answers(source, asked) if asked else []
@@ -162,7 +171,9 @@ class ChatRenderer:
                     self._recent.popitem(last=False)
 
     def _answers(self, source: str, asked: Sequence[bytes]) -> list[list[Any]]:
-        """What the program says. One that somebody else ended is started and asked once more."""
+        """The process's answers. If another program ended the process, it is started and asked once
+        more.
+        """
         answers: list[list[Any]] = []
         for _ in range(2):
             self.start()
@@ -196,7 +207,8 @@ class ChatRenderer:
         except (OSError, ValueError):
             pass
         finally:
-            # Also where this thread is ended here: an answer that waits would be the next one's.
+            # This also holds when an exception ends this thread: a late answer would be taken for
+            # the next one.
             if any(answer[0] in _FAULTS for answer in answers):
                 self.close()
         return answers
@@ -204,11 +216,11 @@ class ChatRenderer:
 
 renderer = ChatRenderer()
 os.register_at_fork(after_in_child=renderer.forked)
-"""The one of this process."""
+"""The renderer of this process."""
 
 
 def _request(messages: Sequence[Message], arguments: Mapping[str, Any], marks: bool) -> bytes:
-    """As JSON."""
+    """The request as JSON."""
     try:
         return json.dumps([messages, arguments, marks], default=_plain).encode()
     except (ValueError, TypeError, RecursionError) as error:
@@ -219,7 +231,9 @@ def _request(messages: Sequence[Message], arguments: Mapping[str, Any], marks: b
 
 
 def _plain(value: Any) -> Any:
-    """What is no JSON, as templates have always been given it: numbers as they are, else a name."""
+    """Turn a value that JSON cannot hold into what templates always got for it: a number as it is,
+    for another value the name of its type.
+    """
     return value.item() if hasattr(value, "item") else f"<{type(value).__name__}>"
 
 

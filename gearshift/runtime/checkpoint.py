@@ -1,7 +1,9 @@
-"""Checkpoints: a step's whole state in one folder that is either complete or not there. No pickle.
+"""Checkpoints: the whole state of a step in one folder, which is either complete or not there. It
+uses no pickle.
 
 A folder `step-000012` holds tensors.safetensors, state.json, and manifest.json with the digests of
-both. It knows nothing of what the state is: optimizers, schedules and generators come as dicts.
+both. This file does not know what the state means: optimizers, schedules and generators hand it
+over as dicts.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.jso
 def save(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write `folder/step-NNNNNN` and prune to the `keep` newest up to this step; returns its path.
+    """Write `folder/step-NNNNNN`, delete all but the `keep` newest checkpoints up to this step, and
+    return the new one's path.
 
-    state: JSON with string keys (`flatten` makes it). Everything is on the disk before the rename
-    that makes it visible, so a crash leaves the checkpoint before. One process writes to a folder.
-    Raises `CheckpointError` if the disk refuses.
+    `state` is JSON with string keys (`flatten` makes it). Everything is on the disk before the
+    rename that makes it visible, so a crash leaves the earlier checkpoint. Only one process may
+    write to a folder. Raises `CheckpointError` if the disk refuses.
     """
     final = folder / f"step-{step:06d}"
     partial, replaced = (final.with_name(f"{final.name}.tmp-{end}") for end in (os.getpid(), "old"))
@@ -46,11 +49,12 @@ def save(
         (partial / _MANIFEST).write_text(json.dumps(sealed(digests)), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
-        if final.exists():  # Damaged, or of a run that was resumed from before it.
+        if final.exists():  # it is damaged, or of a run that was resumed from an earlier step
             final.rename(replaced)
         partial.rename(final)
         sync(folder)
-        # Later steps stay: they may be of a longer run, begun anew in its folder by mistake.
+        # Later steps stay: they may belong to a longer run that was started again in its folder by
+        # mistake.
         upto = [path for number, path in _steps(folder) if number <= step]
         _drop([*upto[keep:], *folder.glob("step-*.tmp-*")])
     except (OSError, SafetensorError) as error:
@@ -63,9 +67,9 @@ def save(
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in `folder`, or None; `load` verifies its content.
 
-    A checkpoint was whole when it got its name: raises `CheckpointError` for one that is not, for a
-    link that leads nowhere, and for what may not be read. A run that took any of them for nothing
-    would go on from an older step, or begin anew, in silence.
+    A checkpoint was complete when it got its name. So this raises `CheckpointError` for an
+    incomplete one, for a link to nothing, and for one that cannot be read: a run that ignored them
+    would silently go on from an older step, or start again.
     """
     steps = _steps(folder)
     for path in (folder, *(path for _, path in steps)):
@@ -81,12 +85,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint, whole or not; -1 if there is none."""
+    """The step of the newest checkpoint, complete or not; -1 if there is none."""
     return next((step for step, _ in _steps(folder)), -1)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and state. Raises `CheckpointError` if a file is not as was written."""
+    """The tensors (on the CPU) and the state. Raises `CheckpointError` if a file has changed since
+    it was written.
+    """
     for name, known in _manifest(path).items():
         with _told(path):
             there = (path / name).is_file()
@@ -101,15 +107,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Take nested dicts, lists and tuples apart into tensors by path and a JSON skeleton.
 
-    For the state of optimizers, schedules, generators: `unflatten` gives the same types back, dict
-    keys included. Raises TypeError, with the path, on anything that is not data.
+    This is for the state of optimizers, schedules and generators: `unflatten` restores the same
+    types, those of dict keys included. Raises TypeError, with the path, on anything that is not
+    data.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _skeleton(state, "", tensors)
 
 
 def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
-    """The state that `flatten` took apart; tensors are those of the mapping, not copies."""
+    """The inverse of `flatten`; its tensors are those of the mapping, not copies."""
     if isinstance(skeleton, list):
         return [unflatten(tensors, item) for item in skeleton]
     if not isinstance(skeleton, dict):
@@ -123,11 +130,13 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 
 
 def _skeleton(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of the state: tensors, tuples and dicts become `{kind: ...}`, the rest is itself."""
+    """The state as JSON: tensors, tuples and dicts become `{kind: ...}`, and the rest stays
+    itself.
+    """
     if state is None or isinstance(state, bool | int | float | str):
         return state
     if isinstance(state, Tensor):
-        # Numbered, because two paths may read alike: the key 1 and the key "1".
+        # The number tells apart two paths that look alike: those of the key 1 and of the key "1".
         name = f"{len(tensors)}{path}"
         tensors[name] = state
         return {"tensor": name}
@@ -144,7 +153,7 @@ def _skeleton(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor on the CPU in a storage of its own: views of one buffer are cut apart."""
+    """Each tensor on the CPU in a storage of its own; views of one buffer are separated."""
     owned: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -158,7 +167,7 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """The digest of each file. Raises `CheckpointError` if it is missing or broken."""
+    """The digest of each file. Raises `CheckpointError` if the manifest is missing or broken."""
     try:
         with _told(path):
             digests = unsealed(json.loads((path / _MANIFEST).read_text(encoding="utf-8")))
@@ -172,7 +181,7 @@ def _manifest(path: Path) -> dict[str, str]:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    """Says what the way out is, and what comes of it."""
+    """An error that names the way out and its consequence."""
     names = [other.name for _, other in _steps(path.parent)]
     older = names[names.index(path.name) + 1 :] if path.name in names else []
     then = f"goes on from {older[0]}" if older else "begins this stage anew"
@@ -183,7 +192,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """One line for what may not be read."""
+    """Turn an error of reading into one line."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -195,7 +204,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of all checkpoints, whole or not, the newest first."""
+    """(step, path) of all checkpoints, complete or not, the newest first."""
     try:
         with _told(folder):
             names = os.listdir(folder)
@@ -211,7 +220,7 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 def _drop(folders: Iterable[Path]) -> None:
     for folder in folders:
-        if folder.is_symlink():  # what it leads to was put there by the user
+        if folder.is_symlink():  # the user put its target there
             folder.unlink()
         elif folder.is_dir():
             shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""Configs: the base class of every component's config, and how YAML and `key=value` words fill it.
+"""The base class of every component's config, and how YAML and `key=value` words fill one.
 
-A wrong recipe is told in one place and one way: the key, what was given, what is wanted. This file
-knows no component: the classes stand beside what they configure.
+All errors in a recipe are explained here, in one form: the key, the given value, what is accepted.
+This file knows no component; the config classes stand beside the components.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ C = TypeVar("C", bound="Config")
 T = TypeVar("T")
 _NEUTRAL = "cannot change what comes of a run"
 Neutral = Annotated[T, _NEUTRAL]
-"""The type of a key that may change while a run is resumed."""
+"""The type of a key whose value may change while a run is resumed."""
 
 
 def _path(text: str) -> str:
@@ -43,18 +43,20 @@ def _path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path)]
-"""The type of a key that names a file or a folder: `~` is the user's home."""
+"""The type of a key that names a file or a folder; `~` is the user's home folder."""
 
 
 class Config(BaseModel):
-    """Base of all configs: unknown keys are errors, a config never changes, docstrings describe."""
+    """The base of all configs. Unknown keys are errors, a config is immutable, and the docstring of
+    a field describes its key.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         use_attribute_docstrings=True,
         frozen=True,
         allow_inf_nan=False,
-        hide_input_in_errors=True,  # it may be a secret
+        hide_input_in_errors=True,  # the value may be a secret
     )
 
     @model_validator(mode="before")
@@ -70,10 +72,10 @@ class Config(BaseModel):
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     """The config in the YAML file at `path` (None: all defaults), changed by `overrides`.
 
-    An override is `key.sub=value` or, into a list, `key.0.sub=value`; its value is one scalar to
-    the last letter, or YAML in brackets, braces or quotes. A key that wants text gets it as it is
-    written. Raises `ConfigError`, one line, on a missing or broken file, a bad override, a bad key,
-    type or value.
+    An override is `key.sub=value` or, for a list, `key.0.sub=value`; its value is one scalar up to
+    its last letter, or YAML in brackets, braces or quotes. A key of type text gets the text as it
+    is written. Raises `ConfigError`, one line, on a missing or broken file, a bad override, or a
+    bad key, type or value.
     """
     tree = _read(path) if path else {}
     for override in overrides:
@@ -82,7 +84,7 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
 
 
 def validated(cls: type[C], tree: dict[str, Any], where: str = "") -> C:
-    """The config that the tree describes. Raises `ConfigError`, one line that begins with `where`,
+    """The config that this tree describes. Raises `ConfigError`, one line that begins with `where`,
     on a bad key, type or value.
     """
     try:
@@ -93,12 +95,12 @@ def validated(cls: type[C], tree: dict[str, Any], where: str = "") -> C:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` reads it back to an equal config."""
+    """The resolved config as YAML; `load` reads it back as an equal config."""
     return to_yaml(config.model_dump(mode="json"))
 
 
 def identity(config: Any) -> Any:
-    """The resolved config as JSON, without the keys that cannot change what comes of it."""
+    """The resolved config as JSON, without the keys that cannot change the result of a run."""
     if isinstance(config, Config):
         fields = type(config).model_fields.items()
         kept = [name for name, field in fields if _NEUTRAL not in field.metadata]
@@ -109,7 +111,7 @@ def identity(config: Any) -> Any:
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
-    """What differs between two identities: `rl.steps was 20 and is 30`."""
+    """The differences between two identities, for example `rl.steps was 20 and is 30`."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = dict.fromkeys([*before, *after])
         dot = f"{key}." if key else ""
@@ -125,7 +127,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
 
 
 def describe_keys(cls: type[BaseModel]) -> list[str]:
-    """A line for each key, `key: type = default  - docstring`; nested keys are dotted."""
+    """One line for each key, `key: type = default - docstring`; nested keys are dotted."""
     lines = []
     for key, field in _leaves(cls):
         default = field.get_default(call_default_factory=True, validated_data={})
@@ -136,7 +138,7 @@ def describe_keys(cls: type[BaseModel]) -> list[str]:
 
 
 def _check_no_secret(value: Any, key: str = "") -> None:
-    """Raises `ValueError` that names the key of an address with a secret."""
+    """Raises `ValueError` with the key of an address that contains a secret."""
     if isinstance(value, str):
         try:
             check_no_secret(value)
@@ -163,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Write one `key.sub=value` into the tree, making the sections on its way."""
+    """Write one `key.sub=value` into the tree, and make the sections that it needs."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     shown = one_line(override, 100)
@@ -193,9 +195,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetails]) -> str:
-    """The first error in words; branches of a union that failed on the same key count as one."""
+    """Explain the first error. Branches of a union that failed at the same key count as one
+    error.
+    """
     by_key: dict[str, list[ErrorDetails]] = {}
-    # A misspelt key often comes with a missing one: the spelling is the better thing to say.
+    # A misspelt key often comes with a missing one; then the spelling is the more useful error.
     for error in sorted(errors, key=lambda e: e["type"] != "extra_forbidden"):
         by_key.setdefault(_dotted(tree, error), []).append(error)
     key, same = next(iter(by_key.items()))
@@ -215,7 +219,7 @@ def _explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetai
 
 
 def _tag_problem(cls: type[BaseModel], key: str, error: ErrorDetails) -> str:
-    """The key that says which of several sections this is, is missing or wrong."""
+    """Explain that the key that selects one of several sections is missing or wrong."""
     which = f"{key}.{error['ctx']['discriminator'].strip(chr(39))}"
     fields = [field for name, field in cls.model_fields.items() if name == key]
     known = [tag for field in fields for tag in _tags(field)]
@@ -228,7 +232,7 @@ def _tag_problem(cls: type[BaseModel], key: str, error: ErrorDetails) -> str:
 
 
 def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:
-    """The sections that a field may hold, by the tag that tells them apart; {} if none does."""
+    """The sections that a field may hold, by the tag that selects one; {} if no tag does."""
     name = field.discriminator
     if not isinstance(name, str):
         return {}
@@ -256,14 +260,15 @@ def _wanted(error: ErrorDetails) -> str:
 
 
 def _nearest(cls: type[BaseModel], tree: dict[str, Any], key: str) -> str:
-    """What the user may have meant by an unknown key."""
+    """Suggest the key that the user may have meant instead of an unknown one."""
     *path, last = key.split(".")
     level: list[type[BaseModel]] = [cls]
     node: Any = tree
     chosen: list[type[BaseModel]] = []
     for part in path:
         fields = [m.model_fields[part] for m in level if part in m.model_fields]
-        # A list's index and a dict's key are not fields: the models inside are already at hand.
+        # A list's index and a dict's key are not fields: the models inside them are already in
+        # `level`.
         level = [m for f in fields for m in _models(f.annotation)] if fields else level
         if isinstance(node, list) and part.isdecimal():
             node = node[int(part)]
@@ -273,20 +278,20 @@ def _nearest(cls: type[BaseModel], tree: dict[str, Any], key: str) -> str:
         chosen = [
             m for f in fields for t, m in _tags(f).items() if said.get(str(f.discriminator)) == t
         ]
-        level = chosen or level  # what another task has is no key here
+        level = chosen or level  # a key of another task is not accepted here
     keys = list(dict.fromkeys(name for model in level for name in model.model_fields))
     near = difflib.get_close_matches(last, keys, n=1)
     if near:
         return f"did you mean `{'.'.join([*path, near[0]])}`?"
     elsewhere = [k for k, _ in _leaves(cls) if k.split(".")[-1] == last]
     if elsewhere and not chosen:
-        where = re.sub(r"\[.*?\]", "", elsewhere[0])  # which of several sections has it
+        where = re.sub(r"\[.*?\]", "", elsewhere[0])  # this part names one of several sections
         return f"did you mean `{where}`?"
     return f"the keys there are {', '.join(keys)}."
 
 
 def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key with its field; a list's elements stand under `0`, a dict's `<name>`."""
+    """Every dotted key with its field; a list's elements stand under `0`, a dict's under `<name>`."""
     for name, field in cls.model_fields.items():
         key, inner = f"{prefix}{name}", _models(field.annotation)
         if inner != [field.annotation]:
@@ -300,14 +305,14 @@ def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configs that a type is made of: `list[A] | B | None` -> A, B."""
+    """The configs in a type: `list[A] | B | None` -> A, B."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in _models(part)]
 
 
 def _type_name(annotation: Any) -> str:
-    """The type as help shows it: `list[str] | none`, `'linear' | 'cosine'`."""
+    """The type as `gearshift keys` shows it: `list[str] | null`, `'linear' | 'cosine'`."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " | ".join(map(repr, parts))
@@ -323,6 +328,6 @@ def _type_name(annotation: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """The value as JSON, cut to what fits a line."""
+    """The value as JSON, cut so that it fits a line."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

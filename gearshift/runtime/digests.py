@@ -1,4 +1,4 @@
-"""What files were when something relied on them, and whether they still are so."""
+"""Digests of files, to tell later whether a file has changed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gearshift.errors import StorageError
 from gearshift.runtime.files import digest, read_json, reading, sync, write_json, writing
 
 Digests = dict[str, str]
-"""By a file's name: its size and the digest of its bytes."""
+"""For each file name: the file's size and the digest of its bytes."""
 _SEAL = "digest"
 _known: dict[tuple[int, ...], str] = {}
-"""Digests by what a file system says of a file, so that none is computed twice."""
+"""A cache: the digest for a file's identity and dates, so that no file is read twice."""
 _GRAIN = 2_000_000_000
-"""Nanoseconds within which a file may change again, and its date stay the same."""
+"""A file may change within this many nanoseconds and keep the same date."""
 
 
 def file_digest(path: Path) -> str:
-    """Size and digest of a file. Raises `StorageError` if it cannot be read."""
+    """The size and the digest of a file. Raises `StorageError` if it cannot be read."""
     with reading(path):
         now = path.stat()
         key = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
@@ -35,7 +35,7 @@ def file_digest(path: Path) -> str:
 
 
 def file_digests(folder: Path, names: Iterable[str]) -> Digests:
-    """Of files that were just written: they are safe on the disk then."""
+    """The digests of files that were just written; it also forces the files onto the disk."""
     paths = {name: folder / name for name in names}
     with writing(folder):
         for path in (*paths.values(), *{path.parent for path in paths.values()}):
@@ -44,7 +44,9 @@ def file_digests(folder: Path, names: Iterable[str]) -> Digests:
 
 
 def describe_difference(path: Path, known: str, whole: bool = True) -> str:
-    """How a file is not as it was, in words; empty if it is. `whole`: not its size alone."""
+    """How a file differs from its known digest, as text; empty if it does not. Without `whole` only
+    the size is compared.
+    """
     if not path.is_file():
         return "it is gone"
     was, now = known.partition(":")[0], str(path.stat().st_size)
@@ -54,7 +56,7 @@ def describe_difference(path: Path, known: str, whole: bool = True) -> str:
 
 
 def check_unchanged(folder: Path, known: Mapping[str, str], way_out: str) -> None:
-    """Raises `StorageError` for a file that is not as it was written."""
+    """Raises `StorageError` for a file that has changed since it was written."""
     for name, was in known.items():
         if how := describe_difference(folder / name, was):
             raise StorageError(
@@ -64,7 +66,7 @@ def check_unchanged(folder: Path, known: Mapping[str, str], way_out: str) -> Non
 
 
 def first_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first file whose marks differ, in words; empty if there is none."""
+    """The first file whose digests differ, as text; empty if there is none."""
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
             how = "is gone" if name not in now else "is new" if name not in before else "changed"
@@ -73,12 +75,14 @@ def first_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a digest of itself in it."""
+    """A JSON object together with a digest of itself."""
     return {**value, _SEAL: _seal(value)}
 
 
 def unsealed(value: Any) -> dict[str, Any] | None:
-    """What was sealed; None if it is not as it was. What an earlier version wrote has no digest."""
+    """The object inside a sealed one; None if it has changed. An object without a digest is
+    accepted as it is.
+    """
     if not isinstance(value, dict):
         return None
     known = value.pop(_SEAL, None)
@@ -86,12 +90,14 @@ def unsealed(value: Any) -> dict[str, Any] | None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with a digest of itself, in the way of `write_json`."""
+    """Write a JSON object together with a digest of itself, as `write_json` writes it."""
     write_json(path, sealed(value))
 
 
 def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises `StorageError` for a file that is broken or changed."""
+    """Read what `write_sealed` wrote. Raises `StorageError` if the file is broken or has
+    changed.
+    """
     value = unsealed(read_json(path, f"put it back as it was, or {way_out}"))
     if value is None:
         raise StorageError(

@@ -1,5 +1,5 @@
-"""How the program ends when something went wrong: one line on standard error, an exit code, and a
-file with the traceback of what nobody foresaw.
+"""How the program exits after an error: one line on standard error, an exit code, and a file with
+the traceback of an unexpected error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gearshift.runtime.terminal import echo, one_line, silence
 from gearshift.runtime.urls import redact_urls
 
 UNEXPECTED_ERROR = 70
-"""Exit code of an error that no code foresaw (EX_SOFTWARE of sysexits.h)."""
+"""The exit code of an unexpected error (EX_SOFTWARE of sysexits.h)."""
 _ADVICE = {
     errno.EMFILE: "; raise the limit (ulimit -n)",
     errno.ENFILE: "; end other programs",
@@ -38,15 +38,16 @@ _ADVICE = {
 _PATIENCE = 1.0
 """Seconds that threads and processes have to end after a signal."""
 _said = threading.Event()
-"""Set once the program has said why it ends."""
+"""Set once the program has printed why it exits."""
 
 
 def exit_on_signals() -> None:
-    """For a program that has nothing to save: a signal ends it with one line, also where a library
-    that is being loaded passes over it; the second one at once. A run's `Interrupt` stands above.
+    """Make a signal end the program with one line; a second signal ends it at once. This is for a
+    program that has nothing to save, and also holds while a library is being loaded that ignores
+    exceptions. While a run's `Interrupt` is open, it handles the signals instead.
     """
     for number in SIGNALS:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as SIGHUP is under nohup
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # SIGHUP is ignored under nohup
             signal.signal(number, partial(_asked, os.getpid()))
 
 
@@ -61,22 +62,23 @@ def _asked(process: int, number: int, frame: FrameType | None) -> None:
 
 
 def remove_signal_handlers(instead: signal.Handlers = signal.SIG_DFL) -> None:
-    """For a program that leaves: no signal raises anything any more."""
+    """Let no signal raise an exception any more; for a program that is about to exit."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, instead)
 
 
 def exit_with_error(error: BaseException, folder: Path | None, alone: bool) -> NoReturn:
-    """Say what went wrong, and exit. `folder`: the run's, where the traceback of an error that no
-    code foresaw is kept. `alone`: the process is this program's own.
+    """Print the error and exit. `folder` is the run's folder, where the traceback of an unexpected
+    error is kept. `alone` says that the process belongs to this program alone.
     """
     if alone:
-        remove_signal_handlers(signal.SIG_IGN)  # it ends already; one more would be a traceback
+        # it is exiting already, and another exception would print a traceback
+        remove_signal_handlers(signal.SIG_IGN)
     if os.environ.get("GEARSHIFT_DEBUG"):
         traceback.print_exception(error)
     if alone and isinstance(error, OSError) and error.filename is None:
-        silence(sys.stdout)  # it may be what refuses
+        silence(sys.stdout)  # standard output may be the cause
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
     line, code = _told(error, folder)
@@ -84,17 +86,17 @@ def exit_with_error(error: BaseException, folder: Path | None, alone: bool) -> N
         echo(f"gearshift: {line}", file=sys.stderr)
     _said.set()
     if alone and short_of_memory(error):
-        _leave(code, patience=0)  # what libraries do at the end needs some
+        _leave(code, patience=0)  # libraries need memory for what they do at exit
     if alone and code > 128:
         threading.Thread(target=_leave, args=(code,), daemon=True).start()
-    elif alone:  # a thread that hangs keeps it
+    elif alone:  # a thread that hangs would keep the process alive
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
 
 
 def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
-    """The line and the exit code."""
+    """The line to print and the exit code."""
     if isinstance(error, InterruptedRunError):
         return one_line(str(error), 2000), 128 + error.signal
     if isinstance(error, GearshiftError):
@@ -119,10 +121,12 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
 
 
 def _kept(error: BaseException, folder: Path | None) -> str:
-    """Where the traceback lies: in the run's folder, or in that for temporary files."""
+    """Write the traceback to the run's folder, or to the folder for temporary files, and say where
+    it is.
+    """
     text = redact_urls("".join(traceback.format_exception(error)))
     places = [folder] if folder and folder.is_dir() else []
-    with suppress(OSError):  # there is none to be written to
+    with suppress(OSError):  # no folder for temporary files can be written to
         places.append(Path(tempfile.gettempdir()))
     for place in places:
         path = place / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
@@ -133,11 +137,11 @@ def _kept(error: BaseException, folder: Path | None) -> str:
 
 
 def _leave(code: int, patience: float = _PATIENCE) -> None:
-    """What does not end by itself, such as a reward function that hangs, is left behind."""
+    """Exit even if something does not end by itself, for example a reward function that hangs."""
     time.sleep(patience)
     for child in multiprocessing.active_children():
         child.kill()
     if not _said.is_set():
-        with suppress(AttributeError, OSError, ValueError):  # `print` may be at work just now
+        with suppress(AttributeError, OSError, ValueError):  # `print` may be running just now
             os.write(sys.__stderr__.fileno(), b"gearshift: stopped.\n")  # type: ignore[union-attr]
     os._exit(code)

@@ -1,5 +1,5 @@
-"""Reading and writing the files of a run: what fails is one line that names the file; what is
-rewritten is never half written, also where the power goes.
+"""Reading and writing the files of a run. An error is one line that names the file. A file is
+replaced as a whole, so it is never half written, even after a power failure.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from gearshift.errors import StorageError
 
 UNFINISHED = ".writing-*"
-"""The names of files that are being written; one that is left over is of a process that died."""
+"""The names of files that are being written; one that is left over belongs to a process that died.
+"""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises `StorageError` for whatever goes wrong inside with a disk or a folder's rights."""
+    """Turn every error of the disk or of permissions inside this context into a `StorageError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -39,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 def reading(
     path: Path, way_out: str = "put it back as it was, or choose another run.dir."
 ) -> Iterator[None]:
-    """Raises `StorageError` for a file of a run that is missing, may not be read, or is broken."""
+    """Raises `StorageError` if a run's file is missing, cannot be read, or is broken."""
     try:
         yield
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -47,7 +48,9 @@ def reading(
 
 
 def write_text(path: Path, text: str) -> None:
-    """A reader sees the old text or the new one, never half; what does not change stays."""
+    """Replace a file's text: a reader sees the old text or the new one. If the text is the same,
+    the file is not touched.
+    """
     # JSON and YAML write what UTF-8 cannot hold, half a surrogate pair, as this escape too.
     content = text.encode("utf-8", errors="backslashreplace")
     partial = path.with_name(UNFINISHED.replace("*", uuid4().hex[:12]))
@@ -68,14 +71,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in the same way."""
+    """Write JSON as `write_text` writes text."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(
     path: Path, way_out: str = "put it back as it was, or choose another run.dir."
 ) -> dict[str, Any]:
-    """The object in a JSON file of a run. Raises `StorageError` if it holds anything else."""
+    """The object in a run's JSON file. Raises `StorageError` if it holds anything else."""
     with reading(path, way_out):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -95,7 +98,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some file systems cannot sync a folder; a file's bytes they can.
+        # Some file systems cannot sync a folder, but they can sync a file.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -103,7 +106,7 @@ def sync(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why, in one line."""
+    """The reason, in one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     return getattr(error, "strerror", None) or " ".join(str(error).split())

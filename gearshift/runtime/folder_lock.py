@@ -1,8 +1,8 @@
-"""One run, one folder: whoever writes into a run's folder holds its lock. The kernel gives it back
-when its process ends, however it ends.
+"""The lock of a run's folder: only one process writes to it. The kernel releases the lock when the
+process ends, in whatever way it ends.
 
-Where a file system has no locks, a file that one process alone can make stands for it, and counts
-for as long as that process lives.
+On a file system without locks, a file that only one process can create replaces the lock; it is
+valid as long as that process lives.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ FALLBACK_LOCK_FILE = "run.lock.held"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _TRIES, _WAIT = 40, 0.05
 _handles: set[int] = set()
-"""Open files of the locks that this process holds."""
+"""The open lock files of this process."""
 
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     pid: int
     since: str
     started: str
-    """When the process began, as its machine counts: its number may be another's by now."""
+    """When the process started, by its machine's clock: a later process may get the same number."""
 
     @staticmethod
     def me() -> LockHolder:
-        """This process, from now on."""
+        """This process, as the holder from now on."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         return LockHolder(socket.gethostname(), os.getpid(), since, _started(os.getpid()))
 
     @staticmethod
     def read(text: bytes) -> LockHolder | None:
-        """None for what is empty, torn, or something else."""
+        """Parse the text of a lock file; None if it is empty, incomplete, or something else."""
         try:
             holder = LockHolder(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -59,11 +59,11 @@ class LockHolder:
         return holder if types == [str, int, str, str] and holder.pid > 0 else None
 
     def text(self) -> bytes:
-        """As `read` takes it."""
+        """The text of a lock file, which `read` parses."""
         return json.dumps(asdict(self)).encode()
 
     def lives(self) -> bool:
-        """Whether the process is there, as far as this machine can tell."""
+        """Whether the process still exists, as far as this machine can see."""
         elsewhere = self.host != socket.gethostname()
         return elsewhere or (self.started != "" and self.started == _started(self.pid))
 
@@ -75,9 +75,9 @@ class LockHolder:
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if it is not there.
+    """Hold the lock of a run's folder; the folder is created if it does not exist.
 
-    Raises `FolderInUseError`, which says who holds it, if another process or thread does.
+    Raises `FolderInUseError`, with the holder's name, if another process or thread holds it.
     """
     with ExitStack() as stack:
         with writing(folder):
@@ -89,14 +89,14 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def _take(path: Path, me: LockHolder, stack: ExitStack) -> bool:
-    """Lock the file until the stack ends; False where the file system has no locks."""
+    """Lock the file until the stack closes; returns False where the file system has no locks."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _handles.add(handle)
     stack.callback(_close, handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        for _ in range(_TRIES):  # who has just locked it is about to write who it is
+        for _ in range(_TRIES):  # the new holder may not have written its name yet
             holder = LockHolder.read(_bytes(path))
             if holder and holder.lives():
                 break
@@ -125,7 +125,7 @@ def _close(handle: int) -> None:
 
 
 def _close_all() -> None:
-    """A fork may outlive this process, and must not keep its locks."""
+    """Close the lock files in a forked child, which may outlive this process."""
     for handle in [*_handles]:
         _close(handle)
 
@@ -134,7 +134,7 @@ os.register_at_fork(after_in_child=_close_all)
 
 
 def _make(path: Path, me: LockHolder, stack: ExitStack) -> None:
-    """Make the file that stands for a lock, until the stack ends."""
+    """Create the file that replaces a lock, and remove it when the stack closes."""
     for tries in range(_TRIES):
         try:
             with path.open("xb") as file:
@@ -144,7 +144,7 @@ def _make(path: Path, me: LockHolder, stack: ExitStack) -> None:
             holder = LockHolder.read(text)
             if holder and holder.lives():
                 break
-            if holder or tries > _TRIES // 2:  # before, it may just be written
+            if holder or tries > _TRIES // 2:  # until then the holder may still be writing it
                 _remove(path, text, me.pid)
             time.sleep(_WAIT)
         else:
@@ -154,8 +154,9 @@ def _make(path: Path, me: LockHolder, stack: ExitStack) -> None:
 
 
 def _remove(path: Path, text: bytes, by: int) -> None:
-    """Take the file with this text away. Of several that would, one alone may: another could
-    already have made its own. A fork of the process that made it has no part in it.
+    """Remove the file if it has this text. Of several processes that try, only one may do so:
+    another could already have created its own file. A fork of the process that created it does
+    nothing.
     """
     claim = path.with_name(f"{path.name}.{hashlib.blake2b(text, digest_size=4).hexdigest()}")
     if os.getpid() != by:
@@ -168,7 +169,7 @@ def _remove(path: Path, text: bytes, by: int) -> None:
 
 
 def _bytes(path: Path) -> bytes:
-    """The first bytes; none where it cannot be read."""
+    """The first bytes of the file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4096)
@@ -177,8 +178,8 @@ def _bytes(path: Path) -> bytes:
 
 
 def _started(pid: int) -> str:
-    """When a process began, told apart from those before a restart of the machine; "" if there is
-    no such process, or its end has only not been noticed yet.
+    """When a process started, unique across restarts of the machine; "" if there is no such
+    process, or it has ended and its parent has not noticed yet.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -189,7 +190,7 @@ def _started(pid: int) -> str:
         pass
     if Path("/proc/self").exists():
         return ""
-    try:  # another system than Linux
+    try:  # systems other than Linux
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""

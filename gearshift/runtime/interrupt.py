@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop: the first at the next safe point, the second at once, the third
-kills. It knows nothing of what a run is.
+"""Signals that ask a run to stop: the first one stops it at the next safe point, the second one at
+once, the third one kills it. This file does not know what a run is.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ SIGNALS = tuple(
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread, wherever it is; `Interrupt` makes an `InterruptedRunError` of it.
+    """Raised in the main thread by a signal; `Interrupt` turns it into an `InterruptedRunError`.
 
-    It is no `Exception`, so that code which passes over errors does not pass over it.
+    It is not an `Exception`, so code that ignores errors does not ignore it.
     """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__()
         self.signal = number
-        """Number of the signal."""
+        """The number of the signal."""
 
 
 class Interrupt:
-    """While it is open, a signal ends what runs inside: at once, or after a step (`between_steps`).
+    """While it is open, a signal ends the code inside: at once, or after a step (`between_steps`).
 
-    One that is opened inside another is the other. Signals belong to the main thread: elsewhere it
-    does nothing. A signal that was ignored before, as SIGHUP is under nohup, stays ignored.
+    An `Interrupt` that is opened inside another one does nothing. Signals belong to the main
+    thread, so it also does nothing in other threads. A signal that was ignored before, as SIGHUP is
+    under nohup, stays ignored.
     """
 
     signal: int = 0
-    """Number of the first signal that came; 0 for none."""
+    """The number of the first signal that came; 0 if none came."""
     where: str = "at once"
-    """What is done now, in words that follow `Stopped`."""
+    """What the run is doing now, in words that follow `Stopped`."""
     rest: str = "the same command goes on from there"
-    """What becomes of it."""
+    """What the user can do after it, in words that end the message."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -52,7 +53,7 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether one came."""
+        """Whether a signal came."""
         return self.signal != 0
 
     def __enter__(self) -> Interrupt:
@@ -63,7 +64,7 @@ class Interrupt:
             return _open
         _open, self._process = self, os.getpid()
         for number in SIGNALS:
-            # None is a handler that was not set from Python, and could not be put back.
+            # None is a handler that was not set from Python; it could not be restored.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._request)
         return self
@@ -74,7 +75,7 @@ class Interrupt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Raises `InterruptedRunError` for a signal that ended what ran inside."""
+        """Raises `InterruptedRunError` if a signal ended the code inside."""
         global _open
         if _open is not self:
             return
@@ -86,8 +87,8 @@ class Interrupt:
 
     @contextmanager
     def between_steps(self, says: str = "") -> Iterator[None]:
-        """Inside, the first signal only sets `signal`, for a loop that looks at it between its
-        steps, and `says` so; the second raises.
+        """Inside, the first signal only sets `signal` and prints `says`, and a loop checks it
+        between its steps; the second signal raises.
         """
         self._patient, self._says = True, says
         try:
@@ -97,7 +98,7 @@ class Interrupt:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Inside, no signal raises: what would be broken in the middle comes to its end."""
+        """Inside, no signal raises an exception, so the code is not cut in the middle."""
         self._held += 1
         try:
             yield
@@ -107,12 +108,12 @@ class Interrupt:
             self.check()
 
     def stop(self, message: str) -> NoReturn:
-        """End here, as a signal has asked."""
+        """End the run here, because a signal asked for it."""
         self._raised = True
         raise InterruptedRunError(message, self.signal)
 
     def check(self) -> None:
-        """End here, if a signal has asked and nothing has looked at it."""
+        """End the run here, if a signal asked for it and no code has noticed yet."""
         if self.requested and not self._raised and not self._held and self is _open:
             self._raised = True
             raise Stopped(self.signal)
@@ -124,7 +125,7 @@ class Interrupt:
             return
         again = self.requested
         if again and number == getattr(signal, "SIGHUP", 0):
-            return  # a terminal that closes sends two
+            return  # a terminal that closes sends two signals
         self.signal = self.signal or number
         if again:
             for each in self._before:
@@ -132,7 +133,7 @@ class Interrupt:
         if self._held or self._raised:
             return
         if self._patient and not again:
-            with suppress(AttributeError, OSError, ValueError):  # `print` may be at work just now
+            with suppress(AttributeError, OSError, ValueError):  # `print` may be running just now
                 os.write(sys.__stderr__.fileno(), self._says.encode())  # type: ignore[union-attr]
             return
         self._raised = True
@@ -145,19 +146,19 @@ _open: Interrupt | None = None
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """For the message of a signal that comes inside: `doing("while saving sft")`."""
+    """Name what runs inside, for the message of a signal: `doing("while saving sft")`."""
     if _open is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     interrupt, before = _open, _open.where
     interrupt.where = what
     yield
-    interrupt.where = before  # not after an exception: its message tells where
+    interrupt.where = before  # not after an exception: its message still needs `where`
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """`Interrupt.shielded` of the one that is open, if there is one."""
+    """Open `Interrupt.shielded` of the open interrupt, if there is one."""
     if _open is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +167,7 @@ def shielded() -> Iterator[None]:
 
 
 def _comes_of_a_signal(error: BaseException | None) -> bool:
-    """Whether an error is `Stopped`, or was raised over it by code in between."""
+    """Whether an error is `Stopped`, or was raised by other code while `Stopped` was handled."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Stopped):

@@ -1,4 +1,5 @@
-"""Figures of a run: one JSON object a line, always; other trackers if asked; seconds by phase.
+"""The metrics of a run: always one JSON object a line; other trackers if the recipe names them; and
+seconds by phase.
 
 Trainers only hand over a dict. Nothing is sent anywhere unless the recipe names a tracker, and a
 tracker's library is imported only then.
@@ -29,17 +30,17 @@ from gearshift.runtime.urls import redact_urls
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
-"""How to log a step's metrics, and how to close."""
+"""A function that logs a step's metrics, and a function that closes the tracker."""
 _STEPS_KNOWN = 64
-"""So many steps back a checkpoint may go on from."""
+"""A run may be resumed from a checkpoint that is at most this many steps old."""
 
 
 Extent = dict[str, Any]
-"""How far a file was written when something relied on it: its bytes, and their digest."""
+"""How much of a file existed at some moment: the number of its bytes, and their digest."""
 
 
 class MetricsLog:
-    """A JSONL file of records by step that a resumed run can take up again."""
+    """A JSONL file of records by step that a resumed run can continue."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,10 +48,14 @@ class MetricsLog:
         self.newest: dict[str, Any] = {}
         """The record that was added last."""
         self._before: dict[int, Extent] = {}
-        """Of the last steps that have lines: how far the file was written before the first."""
+        """For each of the last steps that have lines: how much of the file existed before its first
+        line.
+        """
 
     def append(self, step: int, record: Mapping[str, Any]) -> None:
-        """Add one line; a figure that is not finite becomes null, as JSON has no word for it."""
+        """Add one line; a number that is not finite becomes null, because JSON has no word for
+        it.
+        """
         self.newest = _finite({"step": step, **record})
         text = json.dumps(self.newest, ensure_ascii=False, allow_nan=False)
         # JSON writes what UTF-8 cannot hold, half a surrogate pair, as this escape too.
@@ -62,7 +67,7 @@ class MetricsLog:
             start = file.tell()
             try:
                 left = memoryview(line)
-                while left:  # a disk that is nearly full takes some of it
+                while left:  # a disk that is nearly full accepts only a part
                     left = left[file.write(left) :]
             except OSError:
                 with suppress(OSError):
@@ -72,16 +77,18 @@ class MetricsLog:
         self._hash.update(line)
 
     def synced(self, step: int) -> Extent:
-        """How far the lines of the steps before this one go, once they are safe on the disk."""
+        """How much of the file the steps before this one have written, after forcing it onto the
+        disk.
+        """
         if self.path.exists():
             with writing(self.path):
                 sync(self.path)
         return self._before.get(step) or self._extent()
 
     def begin(self, extent: Extent | None) -> None:
-        """Go on where a run had come to, and drop what it wrote later; or begin anew (None).
+        """Continue after this much of the file, and drop what follows it; None begins a new file.
 
-        Raises `StorageError` if what it had written by then is not there as it was.
+        Raises `StorageError` if that part of the file is not there or has changed.
         """
         self._size, self._hash, self._before = 0, hashlib.blake2b(), {}
         wanted = extent or self._extent()
@@ -113,9 +120,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `MetricsLog`, oldest first. Raises `StorageError` on a line of another kind.
+    """The records of a `MetricsLog`, oldest first. Raises `StorageError` on a line that is no
+    record.
 
-    What follows the last newline is no line: a process that was killed wrote half of it.
+    Text after the last newline is ignored: a process that was killed wrote half of a line.
     """
     records = []
     with reading(path, f"put it back as it was, or delete {path}."):
@@ -141,37 +149,39 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it opens it."""
+    """What a tracker learns about a run when it opens it."""
 
     folder: Path
     name: str
     config: Mapping[str, Any]
     step: int
-    """The first step to come; above 0 in a run that is resumed."""
+    """The first step that will be logged; above 0 in a resumed run."""
     known: dict[str, str]
-    """The tracker's own name of this run, from when it was begun; {} in a new one."""
+    """The tracker's own name for this run, from its first start; {} in a new run."""
 
 
 class Trackers:
-    """The trackers that a recipe names; `log` hands a step's metrics to each.
+    """The trackers that a recipe names; `log` sends a step's metrics to each of them.
 
-    A resumed run goes on in the trackers' run that it began: `trackers.json` in the folder keeps
-    how they call it. One that fails on the way is told, and left out until the stage is started
-    again: it is no part of the run's work.
+    A resumed run continues the run that it began in the trackers: `trackers.json` in its folder
+    keeps their names for it. A tracker that fails is reported and left out until the stage starts
+    again, because the run does not depend on it.
     """
 
     def __init__(
         self, names: Sequence[TrackerName], folder: Path, run_name: str, config: Mapping[str, Any]
     ) -> None:
-        """Raises `ConfigError`, with the pip install, where a tracker's library is missing."""
+        """Raises `ConfigError`, with the pip command, where a tracker's library is missing."""
         self._libraries = {name: _library(name) for name in names}
         self._folder, self._name, self._config = folder, run_name, config
         self._open: dict[TrackerName, _Tracker] = {}
         self.lost: dict[str, int] = {}
-        """Of each tracker that failed: steps that it was not sent."""
+        """For each tracker that failed, how many steps were not sent to it."""
 
     def open(self, step: int) -> None:
-        """Begin, or go on before this step. Raises `ConfigError` where a tracker refuses."""
+        """Begin the run in each tracker, or continue it before this step. Raises `ConfigError`
+        where a tracker refuses.
+        """
         path = self._folder / "trackers.json"
         anew = "put it back as it was, or delete it, and the trackers begin new runs."
         known = read_json(path, anew) if path.exists() else {}
@@ -181,7 +191,7 @@ class Trackers:
             run = TrackedRun(self._folder, self._name, self._config, step, ids)
             try:
                 self._open[name] = _OPEN[name](library, run)
-            except Exception as error:  # each library has its own kinds
+            except Exception as error:  # each library raises its own errors
                 raise ConfigError(
                     f"The tracker {name} does not start ({_first_line(error)}); mend that or "
                     "leave it out."
@@ -190,7 +200,7 @@ class Trackers:
             write_json(path, known)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step's figures."""
+        """Send one step's metrics."""
         for name in self.lost:
             self.lost[name] += 1
         for name, (log, close) in [*self._open.items()]:
@@ -204,7 +214,7 @@ class Trackers:
                     close()
 
     def close(self) -> None:
-        """Flush, and mark the runs as finished."""
+        """Flush the trackers, and mark their runs as finished."""
         for name, (_, close) in [*self._open.items()]:
             try:
                 close()
@@ -235,7 +245,7 @@ def _library(name: TrackerName) -> Any:
 
 
 def _tensorboard(library: Any, run: TrackedRun) -> _Tracker:
-    # What a run wrote after the checkpoint that it goes on from is purged.
+    # This purges what a run wrote after the checkpoint that it is resumed from.
     writer = library.SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)
     writer.add_text("config", f"```\n{json.dumps(run.config, indent=2, default=str)}\n```")
 
@@ -247,7 +257,7 @@ def _tensorboard(library: Any, run: TrackedRun) -> _Tracker:
 
 
 def _trackio(library: Any, run: TrackedRun) -> _Tracker:
-    # A name of its own: two folders may be called alike, and trackio knows runs by their names.
+    # The name is unique: two folders may have the same name, and trackio finds runs by their names.
     name = run.known.setdefault("name", f"{run.name}-{uuid4().hex[:8]}")
     opened = library.init("gearshift", name=name, config=dict(run.config), resume="allow")
     return lambda step, metrics: opened.log(dict(metrics), step=step), opened.finish
@@ -284,24 +294,25 @@ _OPEN: dict[TrackerName, Callable[[Any, TrackedRun], _Tracker]] = {
 
 
 class PhaseTimer:
-    """Seconds by phase, added up until they are taken: `with timer("generate"): ...`."""
+    """Adds up seconds by phase until they are taken: `with timer("generate"): ...`."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what runs inside towards `phase`; phases do not nest."""
+        """Count the time of this context towards `phase`; phases do not nest."""
         start = time.perf_counter()
         try:
             yield
         finally:
             if torch.cuda.is_initialized():
-                # Kernels run on after Python; their time belongs to the phase that launched them.
+                # Kernels still run after Python goes on; their time belongs to the phase that
+                # launched them.
                 torch.cuda.synchronize()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def pop(self) -> dict[str, float]:
-        """The seconds since the last call."""
+        """The seconds since the last call of `pop`."""
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -1,11 +1,12 @@
-"""AdamW on fp32 masters: the optimizer holds full precision, the model holds what it runs in.
+"""AdamW with fp32 master weights: the optimizer keeps full precision, the model keeps the precision
+it runs in.
 
-In bf16 alone, an update of 1e-6 on a weight of 0.1 is lost; the master keeps it until it counts.
-Masters and moments are flat buffers: one pass for the norm, then for each buffer its gradient in
-fp32 and a fused update. The buffers are bounded, so that of the gradient of one micro-batch no
-whole fp32 copy exists, and few, so that they can be moved where the memory of the device is wanted
-for something else. Gradients of several micro-batches are summed in fp32: in bf16 a small one is
-lost beside the sum.
+In bf16 alone, an update of 1e-6 on a weight of 0.1 is lost; the master weight keeps it until it
+counts. Master weights and moments are flat buffers: one pass for the norm, then for each buffer its
+gradient in fp32 and a fused update. The buffers are bounded, so no complete fp32 copy of a
+micro-batch's gradient exists. They are few, so they can be moved when the device's memory is needed
+for something else. Gradients of several micro-batches are summed in fp32, because in bf16 a small
+one is lost beside the sum.
 """
 
 from __future__ import annotations
@@ -22,35 +23,39 @@ from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.config import Config
 
 _BLOCK = 256
-"""Numbers that share a scale in 8-bit moments; the flat buffers are whole blocks."""
+"""How many numbers share a scale in 8-bit moments; the flat buffers consist of whole blocks."""
 _LARGEST = 1 << 25
-"""Numbers in one flat buffer, unless a single parameter has more."""
+"""How many numbers one flat buffer has at most, unless a single parameter has more."""
 
 
 class OptimizerConfig(Config):
-    """AdamW, its schedule, and the clip of the gradient's norm."""
+    """AdamW, its learning-rate schedule, and gradient clipping."""
 
     lr: float = Field(1e-5, gt=0)
-    """Peak learning rate."""
+    """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """How fast the averages of the gradient and of its square forget (beta1 and beta2 of Adam)."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """A small number that Adam adds to the denominator of an update."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay; matrices only, never norms and biases."""
+    """Decoupled weight decay; it applies to matrices only, never to norms and biases."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient is scaled down to this norm."""
+    """A gradient with a larger norm is scaled down to this norm."""
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
         "constant_with_warmup"
     )
-    """How the learning rate goes on after warm-up."""
+    """How the learning rate changes after the warm-up."""
     warmup: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
+    """How many steps the learning rate takes to rise linearly from 0 to its peak."""
     moments: Literal["float32", "8bit"] = "float32"
-    """Precision of the moments; `8bit` (Dettmers et al. 2022, by torchao) takes a quarter."""
+    """The precision of Adam's moments; `8bit` (Dettmers et al. 2022; it needs torchao) takes a
+    quarter of the memory.
+    """
     offload: Literal["never", "while_generating", "always"] = "never"
-    """Masters and moments in the host's memory: while the policy generates, or always, where the
-    update is then computed too. Without a GPU they are there anyway."""
+    """When the master weights and Adam's moments are in the host's memory instead of the GPU's:
+    `while_generating` moves them there while the policy generates; `always` also computes the
+    update there. Without a GPU the key has no effect.
+    """
 
 
 class MasterAdamW:
@@ -61,7 +66,7 @@ class MasterAdamW:
     ) -> None:
         """Raises `ConfigError` where 8-bit moments are asked for without torchao."""
         self.begun = 0
-        """Updates that have begun to write, whether or not they came to their end."""
+        """How many updates have begun to write, whether or not they came to their end."""
         self.parameters = [p for p in parameters if p.requires_grad]
         self.config = config
         device = "cpu" if config.offload == "always" else self.parameters[0].device
@@ -81,7 +86,7 @@ class MasterAdamW:
         )
 
     def accumulate(self) -> None:
-        """Take the gradients of one micro-batch of several into sums in fp32."""
+        """Add the gradients of one of several micro-batches to sums in fp32."""
         for flat in self.flats:
             flat.accumulate(self.device)
 
@@ -99,15 +104,15 @@ class MasterAdamW:
         return norm
 
     def drop_gradients(self) -> None:
-        """Forget them, where no step will be made."""
+        """Forget the gradients when no step will follow."""
         for flat in self.flats:
             flat.sums = None
         for parameter in self.parameters:
             parameter.grad = None
 
     def step(self, norm: float | None = None) -> float:
-        """Clip, update, write the model's parameters in place, clear gradients; returns the norm
-        before the clip (computed, unless the caller knows it).
+        """Clip, update, write the model's parameters in place, clear the gradients, and return the
+        norm before the clip (computed here, unless it is given).
 
         Raises `NumericalError`, and writes nothing, if a gradient is not finite.
         """
@@ -122,14 +127,16 @@ class MasterAdamW:
         self.begun += 1
         for flat in self.flats:
             flat.master.grad = flat.gather(scale)
-            self.optimizer.step()  # of this one: the others have no gradient
+            self.optimizer.step()  # it updates this buffer only: the others have no gradient
             flat.master.grad = None
             flat.scatter()
         self.schedule.step()
         return norm
 
     def rest(self) -> None:
-        """The policy generates now: make room, if that is asked for. `step` takes it back."""
+        """Move the state to the host's memory while the policy generates, if the config says so;
+        `step` moves it back.
+        """
         if self.config.offload == "while_generating":
             self._move(torch.device("cpu"))
 
@@ -139,7 +146,7 @@ class MasterAdamW:
         return float(self.schedule.get_last_lr()[0])
 
     def nbytes(self) -> int:
-        """Masters and moments."""
+        """The bytes of the master weights and moments."""
         moments = (x for state in self.optimizer.state.values() for x in state.values())
         held = [
             *(flat.master for flat in self.flats),
@@ -148,7 +155,7 @@ class MasterAdamW:
         return sum(part.nbytes for x in held for part in _plain(x).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, schedule and fp32 masters."""
+        """The moments, the schedule and the fp32 master weights."""
         state = self.optimizer.state_dict()
         moments = {
             str(i): {k: _plain(x) if isinstance(x, Tensor) else x for k, x in kept.items()}
@@ -161,7 +168,7 @@ class MasterAdamW:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; the model's parameters are written from the masters."""
+        """Load a saved state, and write the model's parameters from the master weights."""
         now = self.optimizer.state_dict()
         now["state"] = {
             int(i): {k: _whole(x) if isinstance(x, dict) else x for k, x in kept.items()}
@@ -201,11 +208,13 @@ class _Flat:
             part.copy_(parameter.detach().flatten())
         self.master.requires_grad_()
         self.sums: Tensor | None = None
-        """Of the gradients of the micro-batches so far, in fp32, where parameters are narrower."""
+        """The sums of the gradients of the micro-batches so far, in fp32, for parameters of less
+        precision.
+        """
 
     def accumulate(self, device: torch.device) -> None:
-        """Add the parameters' gradients to the sums; they have none after. In fp32 they add up by
-        themselves.
+        """Add the parameters' gradients to the sums and clear them. Gradients in fp32 need no sums:
+        torch itself adds them up.
         """
         if all(p.dtype.itemsize >= 4 for p in self.parameters):
             return
@@ -217,7 +226,7 @@ class _Flat:
             parameter.grad = None
 
     def gather(self, scale: float) -> Tensor:
-        """The gradients in fp32 times `scale`, end to end; none are left after."""
+        """The gradients in fp32 times `scale`, end to end; afterwards the parameters have none."""
         flat, self.sums = self.sums, None
         if flat is None:
             flat = torch.zeros_like(self.master)
@@ -238,7 +247,7 @@ class _Flat:
 
 
 def _flats(parameters: list[nn.Parameter], device: torch.device) -> list[_Flat]:
-    """In order, as few buffers as `_LARGEST` allows."""
+    """The parameters in order, in as few buffers as `_LARGEST` allows."""
     runs: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:
@@ -263,7 +272,7 @@ def _adamw(config: OptimizerConfig) -> Any:
 
 
 def _plain(x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that a quantised one is made of, which files can hold."""
+    """The plain tensors inside a quantised one, which a file can hold."""
     if type(x) is Tensor or isinstance(x, nn.Parameter):
         return {"": x.detach()}
     names, attributes = x.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -272,7 +281,7 @@ def _plain(x: Tensor) -> dict[str, Tensor]:
 
 
 def _whole(parts: dict[str, Tensor]) -> Tensor:
-    """What `_plain` took apart."""
+    """The inverse of `_plain`."""
     if "" in parts:
         return parts[""]
     from torchao.optim.subclass_8bit import OptimState8bit

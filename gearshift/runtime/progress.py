@@ -1,7 +1,7 @@
-"""What somebody who waits wants to see: phase, step, tokens per second, time left, a few figures.
+"""The progress of long work: phase, step, tokens per second, the time left, and a few metrics.
 
-On a terminal one live line, elsewhere (a log file, CI) a plain line now and then. No trainer is
-known here.
+On a terminal it is one live line; elsewhere (a log file, CI) it is a plain line now and then. This
+file knows no trainer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _WINDOW = 20
 
 
 class Progress:
-    """Progress over `total_steps`; a context manager. Inside a live one it prints plain lines."""
+    """The progress over `total_steps`; a context manager. Inside another live one it prints plain
+    lines.
+    """
 
     _live: ClassVar[Progress | None] = None
 
@@ -35,13 +37,15 @@ class Progress:
         done: int = 0,
         console: Console | None = None,
     ) -> None:
-        """done: steps that an earlier run did, which say nothing about this one's speed."""
+        """`done` is how many steps an earlier run did; they do not count towards this run's
+        speed.
+        """
         self.total, self.description, self.done = total_steps, one_line(description), done
         self._console = console or Console(stderr=True, quiet=is_quiet())
         self._phase = ""
         self._figures: dict[str, float] = {}
         self._tokens = 0
-        # (when, steps, tokens) of the last advances: speeds are moving averages over them.
+        # (time, steps, tokens) of the last advances: the speeds are moving averages over them.
         self._marks = deque([(monotonic(), done, 0)], maxlen=_WINDOW)
         self._printed = monotonic()
         self._bar: Bar | None = None
@@ -76,12 +80,12 @@ class Progress:
             Progress._live = None
 
     def phase(self, name: str) -> None:
-        """Say what is going on now, such as `generate` or `update`."""
+        """Show what the program is doing now, for example `generate` or `update`."""
         self._phase = name
         self._show()
 
     def advance(self, step: int = 1, tokens: int = 0, **figures: float) -> None:
-        """Count `step` finished steps and their tokens; show these figures from now on."""
+        """Count `step` finished steps and their tokens, and show these metrics from now on."""
         self.done += step
         self._tokens += tokens
         self._figures |= figures

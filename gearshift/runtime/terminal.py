@@ -1,6 +1,8 @@
-"""Text of models, servers, files and users, as a terminal or a log may have it.
+"""Text of models, servers, files and users, made safe for a terminal or a log; and output that may
+be lost.
 
-Whoever prints or keeps such a text passes it through here; nothing else knows what is dangerous.
+Every such text passes through here before it is printed or kept; no other file knows which
+characters are dangerous.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
-# Control characters but newline and tab, line separators, marks that turn the direction of what
-# follows, and halves of surrogate pairs, which UTF-8 cannot write.
+# Control characters except newline and tab, line separators, marks that change the direction of the
+# text after them, and halves of surrogate pairs, which UTF-8 cannot write.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
 def printable(text: str, most: int | None = None) -> str:
-    r"""The text, its control characters written as `\x1b`, cut to `most` characters.
+    r"""The text with its control characters written as `\x1b`, cut to `most` characters.
 
     Newlines and tabs stay. Each character is judged alone, so a stream may be passed in pieces.
     """
     if most is not None and len(text) > most:
-        text = text[:most]  # before the work, which 100 MB would make long
+        text = text[:most]  # cut first: the rest of the work takes long for 100 MB
         return _UNSAFE.sub(_escaped, text)[: max(0, most - 3)] + "..."
     text = _UNSAFE.sub(_escaped, text)
     return text if most is None or len(text) <= most else text[: max(0, most - 3)] + "..."
@@ -37,7 +39,7 @@ def one_line(text: str, most: int = 300) -> str:
 
 
 def echo(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
-    """Print the text, printable, at once; to standard output if no file is given."""
+    """Print the text at once, made printable; to standard output if no file is given."""
     if not _quiet:
         print(printable(text), end=end, file=file or sys.stdout, flush=True)
 
@@ -54,7 +56,7 @@ def quiet(silent: bool = True) -> Iterator[None]:
 
 
 def is_quiet() -> bool:
-    """Whether a `quiet` is open."""
+    """Whether a `quiet` context is open."""
     return _quiet
 
 
@@ -66,7 +68,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def silence(stream: IO[str]) -> None:
-    """Whatever is still written to it, at the interpreter's end too, goes nowhere."""
+    """Discard everything that is still written to this stream, at the interpreter's exit too."""
     with suppress(AttributeError, OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -75,8 +77,8 @@ def silence(stream: IO[str]) -> None:
 
 @contextmanager
 def tolerate_lost_output() -> Iterator[None]:
-    """Inside, a closed or full standard output or error is told once on the other, and raises
-    nothing.
+    """Inside, a standard output or error that is closed or full raises nothing; it is reported once
+    on the other stream, and the run goes on.
     """
     before = sys.stdout, sys.stderr
     steady = _Steady(before[0], before[1], "output"), _Steady(before[1], before[0], "error")
@@ -88,7 +90,7 @@ def tolerate_lost_output() -> Iterator[None]:
 
 
 class _Steady:
-    """A stream that takes what it is given, and drops it once the file beneath refuses."""
+    """A stream that accepts all text, and drops it once the file beneath refuses."""
 
     def __init__(self, stream: IO[str], other: IO[str], name: str) -> None:
         self._stream, self._other, self._name = stream, other, name

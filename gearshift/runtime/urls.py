@@ -1,6 +1,7 @@
-"""Addresses in recipes, and the secrets that are sent to them.
+"""The URLs in recipes, and the secrets that are sent to them.
 
-A recipe is kept, shown and tracked, so no secret stands in one: it names environment variables.
+A recipe is kept, shown and tracked, so it contains no secret: it names environment variables
+instead.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from gearshift.runtime.terminal import one_line
 _NAME = "[A-Z_][A-Z0-9_]*"
 _REFERENCE = re.compile(rf"\$\{{({_NAME})\}}")
 _ADDRESS = re.compile(r"\s*([a-z]+:)?[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-"""How an address begins; a kind may stand before it, as in `judge:http://`."""
+"""How a URL begins; a kind may stand before it, as in `judge:http://`."""
 _IN_TEXT = re.compile(
     r"""([a-z][a-z0-9+.-]*://)(?:[^\s/?#"'<>]*@)?([^\s?#"'<>]*)(?:[?#][^\s"'<>]*)?""", re.IGNORECASE
 )
 _QUERY = re.compile(rf"(?:[\w.-]+=)?\$\{{{_NAME}\}}(?:&(?:[\w.-]+=)?\$\{{{_NAME}\}})*")
-"""Parts of a query whose values are references."""
+"""A query whose values are all references to environment variables."""
 
 
 def checked_variable(name: str) -> str:
-    """The name of an environment variable in capitals, and so hardly a secret itself.
+    """The name of an environment variable, which must be in capitals, so that it is hardly a secret
+    itself.
 
-    Raises `ValueError`, without the name, for another.
+    Raises `ValueError`, without the text itself, for any other text.
     """
     if not re.fullmatch(_NAME, name):
         raise ValueError(
@@ -40,8 +42,8 @@ def checked_variable(name: str) -> str:
 
 
 def check_no_secret(text: str) -> None:
-    """Raises `ValueError`, without what it found, for an address that holds what may be a secret:
-    a user, a password, a fragment, or a query whose values are not written as `${NAME}`.
+    """Raises `ValueError`, without what it found, for a URL that contains a possible secret: a
+    user, a password, a fragment, or a query whose values are not written as `${NAME}`.
     """
     start = _ADDRESS.match(text)
     if not start:
@@ -65,26 +67,26 @@ def check_no_secret(text: str) -> None:
 
 
 def redact_urls(text: str) -> str:
-    """The text with each address in it left without user, password, query and fragment."""
+    """The text, in which each URL loses its user, password, query and fragment."""
     return _IN_TEXT.sub(r"\1\2", text)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a request goes, and what it carries that no text may show."""
+    """Where a request goes, and the secrets that it carries, which no text may show."""
 
     display: str
-    """Without its query."""
+    """The URL without its query, for messages."""
     url: str = field(repr=False)
-    """With the values of the environment variables that it names."""
+    """The URL with the values of its environment variables, for requests."""
     key: str | None = field(repr=False)
     """The bearer token."""
     secrets: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def of(cls, url: str, key: str | None = None) -> Endpoint:
-        """Raises `ConfigError` where a variable that the address names is not set, or it holds what
-        may be a secret.
+        """Raises `ConfigError` if an environment variable that the URL names is not set, or if the
+        URL contains a possible secret.
         """
         try:
             check_no_secret(url)
@@ -102,8 +104,8 @@ class Endpoint:
         return cls(redact_urls(url), sent, key, tuple(longest_first))
 
     def redact(self, text: str, most: int = 300) -> str:
-        """What a server or a library said, in one line, short, and without the secrets that it was
-        sent.
+        """A text from a server or a library, in one line, cut, and without the secrets of the
+        request.
         """
         text = text[: 1 << 20]
         for secret in self.secrets:
@@ -112,6 +114,6 @@ class Endpoint:
 
 
 def _forms(secret: str) -> set[str]:
-    """How a server may write a secret that it was sent."""
+    """The forms in which a server may repeat a secret."""
     plain = base64.b64encode(secret.encode()).decode()
     return {secret, quote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1], plain}

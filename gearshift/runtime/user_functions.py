@@ -1,5 +1,5 @@
-"""A function of the user's by its name: `package.module:function`, `path/to/file.py:function`, or
-`given:function` for one that a call from Python brought along.
+"""Finds a user's function by its name: `package.module:function`, `path/to/file.py:function`, or
+`given:function` for one that a Python call passed in.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gearshift.runtime.terminal import one_line
 from gearshift.runtime.urls import redact_urls
 
 GIVEN = "given:"
-"""What the name of a function begins with that has no module to be imported from."""
+"""The beginning of a function's name if there is no module to import it from."""
 _given: dict[str, Callable[..., Any]] = {}
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name under which `load_function` finds the function: `module:name` where another process
+    """The name under which `load_function` finds this function: `module:name` where another process
     can import it, else `given:name`.
     """
     module = getattr(function, "__module__", None) or ""
@@ -38,7 +38,8 @@ def name_of(function: Callable[..., Any]) -> str:
 def given_functions(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Inside, `load_function` finds these functions by their names, which begin with `given:`.
 
-    Raises `ConfigError` where another run of this process uses one of the names for another one.
+    Raises `ConfigError` where another run of this process uses one of the names for another
+    function.
     """
     for name, function in functions.items():
         if _given.get(name, function) is not function:
@@ -56,7 +57,7 @@ def given_functions(functions: Mapping[str, Callable[..., Any]]) -> Iterator[Non
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
-    """The function that `spec` names; `what` it is for is said in errors ("reward").
+    """The function that `spec` names; errors call it a `what` (for example "reward").
 
     Raises `ConfigError` when there is no such file, module or function, or its import fails.
     """
@@ -82,10 +83,12 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
 
 
 def describe_error(error: BaseException) -> str:
-    """`ValueError: what it says` in one line, without a full stop or the secrets of addresses."""
+    """`ValueError: its text` in one line, without a full stop at the end and without the secrets of
+    URLs.
+    """
     try:
         said = str(error)
-    except Exception:  # it is of a class of the user's
+    except Exception:  # the class may be the user's own
         said = ""
     return one_line(redact_urls(f"{type(error).__name__}: {said[:2000]}")).rstrip(".: ")
 

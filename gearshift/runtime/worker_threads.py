@@ -1,7 +1,7 @@
-"""Threads for other people's code: environments and reward functions that may wait, or hang.
+"""Threads that run other people's code: environments and reward functions, which may wait or hang.
 
-Daemon threads, which the standard executors do not offer: one that hangs must not hold up the
-process's end.
+They are daemon threads, which the standard executors do not offer: a thread that hangs must not
+keep the process alive.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from gearshift.errors import CapacityError
 
 T = TypeVar("T")
 MAX_HUNG_CALLS = 2048
-"""Calls that may hang at a time: a thread cannot be ended from outside, and each keeps some
-memory."""
+"""How many calls may hang at the same time: a thread cannot be ended from outside, and each one
+keeps some memory.
+"""
 _PATIENCE = 0.05
 
 
 @contextmanager
 def exit_in_forks() -> Iterator[None]:
-    """A process that other people's code forks and does not end, ends here: it would go on as a
-    second caller, with the first one's tasks and connections.
+    """End a copy of this process that the code inside forks and does not end itself: it would go on
+    as a second caller, with the tasks and connections of the first.
     """
     caller = os.getpid()
     try:
@@ -42,12 +43,13 @@ def exit_in_forks() -> Iterator[None]:
 
 
 class CallAbandoned(BaseException):
-    """Raised inside a call that was given up, wherever its Python code is by then."""
+    """Raised inside a call that was abandoned, wherever its Python code is at that moment."""
 
 
 def run_with_timeout(seconds: float | None, task: Callable[[], T]) -> T:
-    """What `task` returns or raises, in a thread of its own. Raises `TimeoutError` after so many
-    seconds (None: never), and then makes the task end at the next Python code that it runs.
+    """Run `task` in a thread of its own and return its result or raise its error. After `seconds`
+    (None: never) this raises `TimeoutError`, and the task ends at the next Python code that it
+    runs.
     """
     future: Future[T] = Future()
 
@@ -65,7 +67,7 @@ def run_with_timeout(seconds: float | None, task: Callable[[], T]) -> T:
     thread.start()
     try:
         return future.result(seconds)
-    except BaseException:  # the time is over; or who waits was told to stop
+    except BaseException:  # the time is over, or the waiting thread itself was stopped
         if not future.done() and thread.ident is not None:
             _stop(thread.ident)
         raise
@@ -79,10 +81,10 @@ def _stop(thread: int) -> None:
 
 
 class WorkerThreads:
-    """`count` threads that run what is submitted, in order, and more while those wait.
+    """`count` threads that run submitted calls in order; more are added while those wait.
 
-    What runs there is other people's code. A call that leaves the process in another folder does
-    not take the run along.
+    The calls are other people's code. If a call changes the process's working directory, it is
+    changed back.
     """
 
     def __init__(self, count: int) -> None:
@@ -90,7 +92,7 @@ class WorkerThreads:
         """None ends the thread that takes it."""
         self._lock = threading.Lock()
         self._doing: dict[Future[Any], tuple[int, float]] = {}
-        """The thread in which a call runs, and since when."""
+        """For each running call: its thread, and when it began."""
         self._hung: set[Future[Any]] = set()
         self._count = self._threads = count
         self._taken = time.monotonic()
@@ -99,7 +101,7 @@ class WorkerThreads:
             self._start()
 
     def submit(self, task: Callable[[], Any]) -> Future[Any]:
-        """Run `task` when a thread is free; the future holds what it returns or raises."""
+        """Run `task` when a thread is free; the future holds its result or its error."""
         future: Future[Any] = Future()
         if self._tasks.empty():
             self._taken = time.monotonic()
@@ -107,8 +109,8 @@ class WorkerThreads:
         return future
 
     def close(self) -> None:
-        """End the threads; what stands in line is cancelled. One whose call hangs ends when the
-        call does.
+        """End the threads and cancel the calls in the queue. A thread whose call hangs ends when
+        the call does.
         """
         while not self._tasks.empty():
             with suppress(Empty):
@@ -120,13 +122,13 @@ class WorkerThreads:
             self._tasks.put(None)
 
     def seconds(self, future: Future[Any]) -> float:
-        """How long this call has been running; 0 before it begins and after it ended."""
+        """How long this call has been running; 0 before it begins and after it has ended."""
         _, since = self._doing.get(future, (0, time.monotonic()))
         return time.monotonic() - since
 
     def maybe_add_thread(self) -> None:
-        """One more thread, if nothing that stands in line has been taken for a while: the calls
-        that run may all be waiting for something. It ends when the line does.
+        """Add a thread, if no queued call has begun for a while: the running calls may all be
+        waiting for something. The thread ends when the queue is empty.
         """
         with self._lock:
             if self._tasks.empty() or time.monotonic() - self._taken < _PATIENCE:
@@ -136,15 +138,15 @@ class WorkerThreads:
         self._start()
 
     def abandon(self, future: Future[Any], replace: bool = True) -> None:
-        """Another thread takes the place of the one in which this call hangs (unless `replace` is
-        false). That one ends when the call does; a call that runs Python code is made to, one that
-        waits is not.
+        """Give up a call that hangs, and start another thread in place of its thread (unless
+        `replace` is false). The old thread ends when the call does: a call that runs Python code is
+        interrupted, a call that waits in other code is not.
 
-        Raises `CapacityError` if too many hang.
+        Raises `CapacityError` if too many calls hang.
         """
         with self._lock:
             thread, _ = self._doing.pop(future, (None, 0.0))
-            if thread is None:  # it ended just now, or never began
+            if thread is None:  # it has just ended, or never began
                 return
             self._hung.add(future)
             _stop(thread)
@@ -162,11 +164,12 @@ class WorkerThreads:
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
-        while self._do_next():  # a thread that waits keeps nothing of what it did
+        # a separate function, so that an idle thread keeps nothing of its last call
+        while self._do_next():
             pass
 
     def _do_next(self) -> bool:
-        """Run what is next in line; whether the thread goes on."""
+        """Run the next call of the queue; returns whether the thread goes on."""
         taken = self._take()
         if taken is None:
             return False
@@ -181,7 +184,9 @@ class WorkerThreads:
             self._hung.discard(future)
 
     def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        """What is next in line; None where the thread is one too many and nothing is."""
+        """The next call of the queue; None where the queue is empty and this thread is not
+        needed.
+        """
         try:
             return self._tasks.get(timeout=None if self._needed() else 0.0)
         except Empty:
@@ -190,7 +195,7 @@ class WorkerThreads:
             return None
 
     def _run(self, future: Future[Any], task: Callable[[], Any]) -> bool:
-        """Whether the call came to its end before it was given up, and so the thread goes on."""
+        """Run a call; returns False if it was abandoned meanwhile, and so its thread must end."""
         with self._lock:
             self._taken = time.monotonic()
             self._doing[future] = threading.get_ident(), self._taken
@@ -198,7 +203,8 @@ class WorkerThreads:
         try:
             with exit_in_forks():
                 result = task()
-        except BaseException as raised:  # whatever it is belongs to who waits for the future
+        # whatever it is, the caller who waits for the future gets it
+        except BaseException as raised:
             error = raised
         self._come_back()
         with self._lock:
@@ -211,19 +217,19 @@ class WorkerThreads:
         return True
 
     def _come_back(self) -> None:
-        """To the folder in which the run was, for its paths may begin there."""
+        """Return to the run's working directory, because its paths may be relative."""
         if self._folder and _folder() != self._folder:
             with suppress(OSError):  # it was deleted
                 os.chdir(self._folder)
 
     def _needed(self) -> bool:
-        """Whether the thread stays when nothing stands in line."""
+        """Whether the thread stays when the queue is empty."""
         with self._lock:
             return self._threads <= self._count
 
 
 def _folder() -> str | None:
-    """The one in which this process is, if there still is one."""
+    """The current working directory, if it still exists."""
     try:
         return os.getcwd()
     except OSError:
@@ -231,8 +237,8 @@ def _folder() -> str | None:
 
 
 def end_with_parent() -> None:
-    """In a process for other people's code: it does not outlive its parent, and where memory is
-    short it is killed before its parent is. Linux alone can promise that.
+    """Make this process, which runs other people's code, end when its parent ends; where memory is
+    short, the system kills it before its parent. Only Linux can do this.
     """
     if sys.platform == "linux":
         parent_death_signal = 1

@@ -1,5 +1,5 @@
-"""YAML as people write it: files and `key=value` words to trees whose scalars know their own text,
-so that a key that wants text gets what was written (`007`, `1e3`, `no`, `2026-01-01`).
+"""YAML as people write it. Scalars remember their own text, so that a key of type text gets what
+was written (`007`, `1e3`, `no`, `2026-01-01`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import one_line
 
 MAX_BYTES = 1 << 20
-"""Bytes of a recipe; those that ship have a few thousand."""
+"""How many bytes a recipe may have; the recipes of this project have a few thousand."""
 MAX_DEPTH, MAX_VALUES, MAX_NUMBER_LENGTH = 50, 20_000, 400
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
 class YamlScalar:
-    """A number or a truth value as it stands in the file: what it means, and how it is spelt."""
+    """A number or a truth value of the file: its value, and its text."""
 
     value: bool | int | float
     text: str
@@ -34,7 +34,9 @@ class YamlScalar:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """The value for a field of this type: text where text is wanted, else what it means."""
+    """Convert the value for a field of this type: a text field gets the text, any other field the
+    value.
+    """
     kinds = list(_kinds(annotation))
     if isinstance(value, YamlScalar):
         meant = (bool, Any) if isinstance(value.value, bool) else (bool, int, float, Any)
@@ -47,14 +49,14 @@ def coerce(value: Any, annotation: Any) -> Any:
     if isinstance(value, dict):
         wanted = next((k for k in kinds if typing.get_origin(k) is dict), None)
         if wanted is None and any(hasattr(kind, "model_fields") for kind in kinds):
-            return value  # a section: it fits its own fields
+            return value  # a section converts its own fields
         inside = typing.get_args(wanted)[1] if wanted else Any
         return {key: coerce(v, inside) for key, v in value.items()}
     return value
 
 
 def _kinds(annotation: Any) -> typing.Iterator[Any]:
-    """The types that an annotation allows; a word of a `Literal` is text."""
+    """The types that an annotation allows; a word of a `Literal` counts as text."""
     origin = typing.get_origin(annotation)
     if origin in (Union, types.UnionType):
         for part in typing.get_args(annotation):
@@ -68,16 +70,18 @@ def _kinds(annotation: Any) -> typing.Iterator[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, and those of 1.1 that mean nothing else in it (`yes`, `1_000`)."""
+    """Reads the scalars of YAML 1.2, and those of 1.1 that mean nothing else in 1.2 (`yes`,
+    `1_000`).
+    """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._depth = self._values = 0
         self._sizes: dict[int, int] = {}
-        """Of the nodes that are complete: the values inside, each alias written out."""
+        """For each complete node, how many values it contains when its aliases are written out."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuses what has no end once its aliases are written out, or as good as none."""
+        """Refuse a file that has no end, or hardly one, when its aliases are written out."""
         event = self.peek_event()
         before = self._values
         self._depth += 1
@@ -97,7 +101,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Keys are text; one that is given twice is an error."""
+        """Keys are text; a key that is given twice is an error."""
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
@@ -137,7 +141,7 @@ _SCALARS = {
     "null": r"~|null|Null|NULL|",
     "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
     "int": r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F_]+|0b[01_]+",
-    # YAML 1.1 wants a dot and a signed exponent in a float, so that `1e-5` would be a string.
+    # YAML 1.1 requires a dot and a signed exponent in a float, so `1e-5` would be a text.
     "float": r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
     "merge": r"<<",
@@ -150,7 +154,7 @@ for _kind in ("bool", "int", "float"):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around every text that `_Loader`, or YAML 1.1, takes for something else."""
+    """Puts quotes around every text that `_Loader`, or YAML 1.1, would read as something else."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -160,17 +164,17 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def to_yaml(tree: Any) -> str:
-    """The tree as YAML, which reads back as it is."""
+    """The tree as YAML, which reads back as the same tree."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
-# PyYAML itself meets what a tag such as `!!timestamp` does not fit with the last two.
+# PyYAML itself raises the last two for a value that does not fit its tag, such as `!!timestamp`.
 _BROKEN = (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError)
 
 
 def read_yaml(path: Path) -> Any:
-    """What the YAML file holds. Raises `ConfigError` with the line where it cannot be read."""
+    """The content of a YAML file. Raises `ConfigError`, with the line, if it cannot be read."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -188,8 +192,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_override(override: str, text: str) -> Any:
-    """The value of an override. What begins with a bracket, a brace or a quote is YAML; anything
-    else is one scalar to its last letter, so that no `#` cuts it and no `: ` makes it a section.
+    """The value of an override. A text that begins with a bracket, a brace or a quote is YAML; any
+    other text is one scalar up to its last letter, so a `#` does not cut it and a `: ` does not
+    make it a section.
     """
     text = text.strip()
     try:
