@@ -11,7 +11,10 @@ def test_every_mutation_finds_its_text_and_its_tests() -> None:
         assert mutation.old in source, mutation.name
         for word in mutation.tests.split():
             if word.startswith("tests"):
-                assert (ROOT / word.partition("::")[0]).exists(), mutation.name
+                path, _, name = word.partition("::")
+                assert (ROOT / path).exists(), mutation.name
+                function = f"def {name.partition('[')[0]}("
+                assert not name or function in (ROOT / path).read_text("utf-8"), mutation.name
 
 
 def test_no_two_mutations_have_one_name() -> None:

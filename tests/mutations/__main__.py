@@ -2,8 +2,9 @@
 
     python -m tests.mutations [--only NAME]
 
-Each mutation is made in a copy of the package, where the tests that should catch it are run. Prints
-a line for each and `caught N of M` last; exits non-zero when more than one was missed.
+Each mutation is made in a copy of the package, where the tests that should catch it are run. All
+of them are run once before, as they must pass without it. Prints a line for each and `caught N of
+M` last; exits non-zero when more than one was missed.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in ("gearshift", "tests", "recipes", "docs"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
+        words = {w for m in chosen for w in m.tests.split() if w.startswith("tests")}
+        before = run_tests(" ".join(sorted(words)), copy, patience=None)
+        assert before is not None
+        if before.returncode:
+            raise SystemExit(f"Tests fail without a mutation.\n{before.stdout[-2000:]}")
         for mutation in chosen:
             found = is_caught(mutation, copy)
             caught += found
@@ -66,25 +72,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def is_caught(mutation: Mutation, copy: Path) -> bool:
-    """Whether the tests fail with it; they are known to pass without."""
+    """Whether the tests fail with it."""
     path = copy / "gearshift" / mutation.file
     source = path.read_text(encoding="utf-8")
     if source.count(mutation.old) < 1:
         raise SystemExit(f"{mutation.name}: {mutation.file} has no such text any more.")
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
-        done = subprocess.run(
-            [*command, *mutation.tests.split()],
-            cwd=copy, capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return True
+        done = run_tests(mutation.tests, copy)
     finally:
         path.write_text(source, encoding="utf-8")
+    if done is None:
+        return True
     if done.returncode not in (0, 1):  # 1: tests ran, and some failed
         raise SystemExit(f"{mutation.name}: pytest could not run.\n{done.stdout[-2000:]}")
     return done.returncode == 1
+
+
+def run_tests(
+    tests: str, copy: Path, patience: float | None = PATIENCE
+) -> subprocess.CompletedProcess[str] | None:
+    """pytest on these tests in the copy; None if they hang."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    try:
+        return subprocess.run(
+            [*command, *tests.split()], cwd=copy, capture_output=True, text=True, timeout=patience
+        )
+    except subprocess.TimeoutExpired:
+        return None
 
 
 if __name__ == "__main__":
