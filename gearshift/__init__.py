@@ -12,6 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gearshift.batch import PackedBatch as PackedBatch
+    from gearshift.batch import pack as pack
+    from gearshift.data.chat import render_prompt as render_prompt
     from gearshift.data.sources import DataConfig as DataConfig
     from gearshift.data.sources import SourceConfig as SourceConfig
     from gearshift.engine import Engine as Engine
@@ -29,16 +32,21 @@ if TYPE_CHECKING:
     from gearshift.errors import NumericalError as NumericalError
     from gearshift.errors import StorageError as StorageError
     from gearshift.models.load import ModelConfig as ModelConfig
+    from gearshift.pipeline.api import run as run
     from gearshift.pipeline.api import train_dpo as train_dpo
+    from gearshift.pipeline.api import train_process_reward_model as train_process_reward_model
     from gearshift.pipeline.api import train_reward_model as train_reward_model
     from gearshift.pipeline.api import train_rl as train_rl
     from gearshift.pipeline.api import train_sft as train_sft
     from gearshift.pipeline.inference import evaluate as evaluate
     from gearshift.pipeline.inference import generate as generate
     from gearshift.pipeline.inference import load as load
+    from gearshift.pipeline.inference import score as score
     from gearshift.pipeline.result import RunResult as RunResult
     from gearshift.rollouts.evaluate import Evaluation as Evaluation
+    from gearshift.runtime.optimizer import OptimizerConfig as OptimizerConfig
     from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
+    from gearshift.trainers.process_reward_model import ProcessRewardConfig as ProcessRewardConfig
     from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
     from gearshift.trainers.rl.loop import RLConfig as RLConfig
     from gearshift.trainers.sft import SFTConfig as SFTConfig
@@ -48,6 +56,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "batch": ("PackedBatch", "pack"),
+    "data.chat": ("render_prompt",),
     "data.sources": ("DataConfig", "SourceConfig"),
     "engine": ("Engine", "EngineConfig"),
     "environments.base": ("RowEnvironment", "TextEnvironment"),
@@ -64,11 +74,20 @@ _HOMES = {
         "StorageError",
     ),
     "models.load": ("ModelConfig",),
-    "pipeline.api": ("train_dpo", "train_reward_model", "train_rl", "train_sft"),
-    "pipeline.inference": ("evaluate", "generate", "load"),
+    "pipeline.api": (
+        "run",
+        "train_dpo",
+        "train_process_reward_model",
+        "train_reward_model",
+        "train_rl",
+        "train_sft",
+    ),
+    "pipeline.inference": ("evaluate", "generate", "load", "score"),
     "pipeline.result": ("RunResult",),
     "rollouts.evaluate": ("Evaluation",),
+    "runtime.optimizer": ("OptimizerConfig",),
     "trainers.preference": ("PreferenceConfig",),
+    "trainers.process_reward_model": ("ProcessRewardConfig",),
     "trainers.reward_model": ("RewardModelConfig",),
     "trainers.rl.loop": ("RLConfig",),
     "trainers.sft": ("SFTConfig",),

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gearshift.cli.paths import find_recipe, resolve_folder
+from gearshift.cli.paths import resolve_folder
 from gearshift.errors import ConfigError
+from gearshift.pipeline.shipped import find_recipe
 from gearshift.runtime.terminal import echo, one_line, printable
 
 if TYPE_CHECKING:

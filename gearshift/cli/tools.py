@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift import __version__
-from gearshift.cli.paths import recipe_folder
+from gearshift.pipeline.shipped import recipe_folder
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.terminal import echo
 

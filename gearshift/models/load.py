@@ -311,7 +311,8 @@ def save_model(
     if not (adapted and alone):
         state = {k: v for k, v in merged_state(model).items() if k not in tied}
         model._hf_peft_config_loaded = False  # or only the adapter would be written
-        model.save_pretrained(folder, state_dict=state)
+        with _without_bars():
+            model.save_pretrained(folder, state_dict=state)
         model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -401,11 +402,11 @@ def _from_pretrained(auto: Any, name: str, ours: ModelConfig, **kwargs: Any) -> 
 @contextmanager
 def loading(name: str, what: str = "Model") -> Iterator[None]:
     """Quiet; and what a library cannot do is a `ModelError`."""
-    hf_logging.disable_progress_bar()
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        yield
+        with _without_bars():
+            yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config, a file or code that is not ours may fail in any way
@@ -415,6 +416,18 @@ def loading(name: str, what: str = "Model") -> Iterator[None]:
         ) from error
     finally:
         hf_logging.set_verbosity(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, the library shows no progress of its own; after it, it does again if it did."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def said(error: Exception) -> str:

@@ -15,14 +15,15 @@ from typing import Any
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.pipeline.arguments import Arguments, Data
-from gearshift.pipeline.recipe import STAGES
+from gearshift.pipeline.arguments import Arguments, Data, plain
+from gearshift.pipeline.recipe import STAGES, Recipe
 from gearshift.pipeline.records import format_record
 from gearshift.pipeline.result import RunResult
 from gearshift.pipeline.run import Run
+from gearshift.pipeline.shipped import find_recipe
 from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.allocator import freed_memory_kept
-from gearshift.runtime.config import Config
+from gearshift.runtime.config import Config, read_mapping
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import echo, quiet
 from gearshift.trainers.stage import Callbacks
@@ -82,6 +83,28 @@ def train_reward_model(
     arguments = Arguments("reward", "reward")
     _start(arguments, model, seed)
     _pairs(arguments, "reward", data, heldout)
+    return _run(arguments, config, output, Callbacks(on_step, None, on_checkpoint), verbose)
+
+
+def train_process_reward_model(
+    model: Model,
+    data: Data,
+    *,
+    heldout: Data | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    verbose: bool = True,
+    on_step: OnStep | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    **config: Any,
+) -> RunResult:
+    """Train a reward model of steps: rows with `prompt`, `completions` (the steps) and `labels`.
+
+    `config` holds keys of the recipe's section `process`, and of its others.
+    """
+    arguments = Arguments("process", "process")
+    _start(arguments, model, seed)
+    _pairs(arguments, "process", data, heldout)
     return _run(arguments, config, output, Callbacks(on_step, None, on_checkpoint), verbose)
 
 
@@ -159,6 +182,29 @@ def train_rl(
             arguments.put(f"task.{split}", _heldout_rows(arguments, rows, split))
     if names or reward_weights is not None:
         _put_rewards(arguments, [ENVIRONMENT, *names], reward_weights)
+    callbacks = Callbacks(on_step, on_rollout, on_checkpoint)
+    return _run(arguments, config, output, callbacks, verbose)
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    output: str | Path | None = None,
+    verbose: bool = True,
+    on_step: OnStep | None = None,
+    on_rollout: OnRollout | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    **config: Any,
+) -> RunResult:
+    """Run all stages of a recipe: a YAML file, the name of one that ships with it, or a dict.
+
+    `config` holds keys of the recipe over what it says itself, such as `rl={"steps": 20}`.
+    """
+    arguments = Arguments("run", None)
+    named = isinstance(recipe, str | Path)
+    tree = read_mapping(find_recipe(str(recipe))) if named else plain(recipe)
+    for key, value in tree.items():
+        arguments.put(key, value)
     callbacks = Callbacks(on_step, on_rollout, on_checkpoint)
     return _run(arguments, config, output, callbacks, verbose)
 

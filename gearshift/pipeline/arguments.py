@@ -22,7 +22,7 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN, Given, as_jsonl
 from gearshift.pipeline.recipe import Recipe, RunConfig
-from gearshift.runtime.config import Config, validated
+from gearshift.runtime.config import Config, identity, validated
 from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
 from gearshift.tasks.registry import get_task
@@ -116,8 +116,9 @@ class Arguments:
         """
         given = Given(self.files, self.functions, callbacks)
         if output is None and "dir" not in self.tree.get("run", {}):
-            made = json.dumps([self.tree, self.files, given.digests()], default=str)
-            output = f"runs/{self.kind}-{hashlib.blake2b(made.encode(), digest_size=4).hexdigest()}"
+            made = [identity(validated(Recipe, self.tree)), self.files, given.digests()]
+            text = json.dumps(made, sort_keys=True)
+            output = f"runs/{self.kind}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
         if output is not None:
             self.put("run.dir", os.fspath(output))
         folder = os.path.expanduser(str(self.tree["run"]["dir"]))

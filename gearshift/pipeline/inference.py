@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from gearshift.pipeline.arguments import Arguments, Data
 from gearshift.pipeline.heldout import measure, open_engine
 from gearshift.pipeline.policy import find_policy
 from gearshift.pipeline.task_data import TaskData
+from gearshift.rewards.models import ModelReward
 from gearshift.rollouts.evaluate import Evaluation, Split
 from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import quiet
@@ -73,6 +75,23 @@ def generate(
     return [
         decode(engine.tokenizer, group[0].token_ids, skip_special_tokens=True) for group in groups
     ]
+
+
+def score(
+    model: Model, prompts: Sequence[Prompt], completions: Sequence[str], **config: Any
+) -> list[float | None]:
+    """What a reward model says of each completion of each prompt; None for one that is too long.
+
+    `config` holds keys of the recipe's section `model`, such as `device="cpu"`.
+    """
+    arguments = Arguments("score", "model")
+    name = _put_model(arguments, model)
+    arguments.add(config)
+    recipe, _ = arguments.recipe(os.devnull, Callbacks())
+    scores = ModelReward(recipe.model, Path(name or recipe.model.name))(
+        [_chat(prompt, None) for prompt in prompts], [*completions]
+    )
+    return [None if value is None or math.isnan(value) else value for value in scores]
 
 
 def evaluate(

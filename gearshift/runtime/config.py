@@ -77,7 +77,7 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     is written. Raises `ConfigError`, one line, on a missing or broken file, a bad override, or a
     bad key, type or value.
     """
-    tree = _read(path) if path else {}
+    tree = read_mapping(path) if path else {}
     for override in overrides:
         _apply(tree, override)
     return validated(cls, tree, f"{path}: " if path else "")
@@ -149,8 +149,8 @@ def _check_no_secret(value: Any, key: str = "") -> None:
             _check_no_secret(inner, f"{key}.{name}" if key else str(name))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in the file; an empty file is an empty mapping."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping. Raises `ConfigError`."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is no regular file; name the YAML file itself.")
     if not path.is_file():

@@ -209,3 +209,15 @@ def test_an_environment_of_ones_own(tmp_path: Path) -> None:
     assert result.heldout["rl"]["value"] == 1.0 and result.metrics[0]["reward"] == 0.5
     text = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "id: given:lambda" in text
+
+
+def test_a_whole_recipe_runs_from_python(tmp_path: Path) -> None:
+    section = {"data": rows(tmp_path, CHATS), "batch_size": 2, "epochs": 1}
+    path = recipe(tmp_path, sft=section)
+    first = gearshift.run(path, sft={"epochs": 2})
+    assert len(first.metrics) == 6 and first.folder == tmp_path / "run"
+    tree = yaml.safe_load(path.read_text())
+    again = gearshift.run(tree, output=tmp_path / "other", sft={"epochs": 2})
+    assert same(first.model, again.model)
+    with pytest.raises(ConfigError, match="no file"):
+        gearshift.run(tmp_path / "recipes.yaml")
