@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gearshift import __version__
-from gearshift.pipeline.shipped import recipe_folder
 from gearshift.errors import ConfigError, DataError
+from gearshift.pipeline.shipped import recipe_folder
 from gearshift.runtime.terminal import echo
 
 
