@@ -1,1 +1,3 @@
-"""Where rewards come from: functions, models, judges, addresses, and code that is run."""
+"""Where rewards come from: functions, reward models, judges, servers, and tests that run a
+completion's code.
+"""

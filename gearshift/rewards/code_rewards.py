@@ -1,9 +1,9 @@
-"""Rewards that run the code in a completion, always in the sandbox, against a row's tests.
+"""Rewards that run the code of a completion against its row's tests, always in the sandbox.
 
-A row has `tests`, a list of `{"stdin", "stdout"}` for a whole program; or `assertions`, Python that
-calls the functions that the completion defines (one text, or a list of them), and then perhaps an
-`entry_point`, the name of the function that `def check(candidate)` is for. A row whose tests can be
-put to no program loses its rewards: a 0 would say that the program is wrong.
+A row has `tests`, a list of `{"stdin", "stdout"}` for a whole program; or `assertions`, Python code
+that calls the functions of the completion (one text, or a list of them). With assertions it may
+have an `entry_point`, the name of the function that `def check(candidate)` tests. A row whose tests
+no program could pass loses its rewards: a 0 would say that the program is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def code_reward(
     entry_point: list[Any] | None = None,
     **_: Any,
 ) -> Rewards:
-    """1 if the completion's code passes all of its row's tests, else 0; None for a row without."""
+    """1 if the completion's code passes all tests of its row, else 0; None for a row without
+    tests.
+    """
     said, why = _score(completions, tests, assertions, entry_point, lambda p: float(all(p)))
     code_reward.last_failure = why  # type: ignore[attr-defined]
     return said
@@ -41,7 +43,9 @@ def code_share(
     entry_point: list[Any] | None = None,
     **_: Any,
 ) -> Rewards:
-    """The share of its row's tests that the completion's code passes; None for a row without."""
+    """The share of its row's tests that the completion's code passes; None for a row without
+    tests.
+    """
 
     def share(passed: Iterator[bool]) -> float:
         each = list(passed)
@@ -53,8 +57,8 @@ def code_share(
 
 
 def extract_code(completion: str) -> str:
-    """The last fenced block of Python; else the last that names no language; else the whole text.
-    Thoughts before the answer and blocks without a letter do not count.
+    """The last fenced block of Python; else the last block without a language; else the whole text.
+    Thoughts before the answer and empty blocks do not count.
     """
     answer = without_thoughts(completion)
     blocks = [block for block in code_blocks(answer) if block.content.strip()]
@@ -64,7 +68,7 @@ def extract_code(completion: str) -> str:
 
 
 class _UnusableError(Exception):
-    """A row's tests can be put to no program."""
+    """No program could pass this row's tests."""
 
 
 def _score(
@@ -74,7 +78,7 @@ def _score(
     entry_points: list[Any] | None,
     verdict: Callable[[Iterator[bool]], float],
 ) -> tuple[Rewards, str]:
-    """Each completion's reward, and why one of them was lost."""
+    """The reward of each completion, and why one of them was lost."""
     columns = [column or [None] * len(completions) for column in (tests, assertions, entry_points)]
     lost: list[str] = []
 
@@ -93,7 +97,7 @@ def _score(
 
 
 def _passed(code: str, pairs: Any, texts: Any, entry_point: Any) -> Iterator[bool]:
-    """Each test's verdict, as it is asked for."""
+    """The result of each test; a test runs only when its result is needed."""
     for pair in _list("tests", pairs):
         if not isinstance(pair, dict) or not {"stdin", "stdout"} <= pair.keys():
             raise _UnusableError(
@@ -119,7 +123,7 @@ def _list(column: str, value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    """Standard input or output; a list is its lines."""
+    """A text for standard input or output; a list becomes its lines."""
     if isinstance(value, list):
         return "\n".join(map(_text, value))
     if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool)):
@@ -128,6 +132,8 @@ def _text(value: Any) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """What is compared: blanks at the ends of lines and of the text do not count."""
+    """The lines to compare: spaces at the end of a line and empty space at the end of the text do
+    not count.
+    """
     lines = text.replace("\r\n", "\n").rstrip(" \t\r\n").split("\n")
     return [line.rstrip(" \t\r") for line in lines]

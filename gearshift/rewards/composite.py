@@ -1,4 +1,8 @@
-"""An episode's reward: a weighted sum of the environment's own, reward models, and functions."""
+"""The reward of an episode: a weighted sum of the environment's reward, functions and reward
+models.
+
+This file knows episodes; functions are called in threads while other episodes still run.
+"""
 
 from __future__ import annotations
 
@@ -39,27 +43,28 @@ from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
 DEFAULT_TIMEOUT = 300.0
-"""Seconds for one call of a function, where its source names no others."""
+"""Seconds for one call of a function whose source names no timeout."""
 _MAX_TIMEOUTS = 3
-"""Calls in a row that took their whole time and said nothing, after which the rest of a rollout is
-not asked: each would take as long."""
+"""If this many calls in a row time out, the function is not called for the rest of a rollout: each
+call would take as long.
+"""
 _MAX_FAILURES = 8
-"""Groups in a row at which a function raised, from which the run ends if it never worked."""
+"""If a function raises for this many groups in a row and has never worked, the run ends."""
 _POLL_SECONDS = 0.05
-"""Seconds between looks at a call that has not ended."""
+"""How often a call that has not ended is checked."""
 
 
 @dataclass
 class RunningMeanStd:
-    """Mean and variance of all values so far (Welford 1962)."""
+    """The mean and variance of all values so far (Welford 1962)."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def __call__(self, values: list[float | None]) -> list[float | None]:
-        """Take the values in; then each less the mean, over the standard deviation. What is None or
-        lost stays so, and counts for neither.
+        """Add these values, then subtract the mean from each and divide by the standard deviation.
+        None and missing values stay as they are, and do not count.
         """
         for x in values:
             if x is not None and is_usable(x):
@@ -71,12 +76,13 @@ class RunningMeanStd:
 
 
 class CompositeReward:
-    """Scores trajectories. The environment's reward is always among the parts, with weight 0 if it
-    is not named.
+    """Scores trajectories. The environment's reward is always one of the parts; its weight is 0 if
+    no source names it.
 
-    `missing`: of the last call, by a part's name, the share of the episodes whose reward was lost
-    (the function raised, hung or died, no judge answered, it was not finite); these have no total,
-    if the part has a weight. A part that does not apply to an episode (None) is not missing.
+    `missing` describes the last call: for each part's name, the share of the episodes whose reward
+    was lost (the function raised, hung or died, no judge answered, or the value was not finite). If
+    that part has a weight, such an episode has no total. A part that does not apply to an episode
+    (None) is not missing.
     """
 
     def __init__(
@@ -86,9 +92,9 @@ class CompositeReward:
         reward_model: Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """`reward_model`: the folder that the source `model` means. `tokenizer`: the policy's, so
-        that reward models with the same one score what was sampled. Raises `ConfigError` for an
-        unknown source.
+        """`reward_model` is the folder that the source `model` means. `tokenizer` is the policy's:
+        reward models with the same tokenizer score the sampled tokens themselves. Raises
+        `ConfigError` for an unknown source.
         """
         self._tokenizer = tokenizer
         self._ends = end_token_ids(tokenizer) if tokenizer else frozenset()
@@ -99,8 +105,9 @@ class CompositeReward:
         self.last_failure = ""
         """Why a reward was last lost."""
         self._worked: set[str] = set()
-        """Functions that have scored a group in this run; one that raises has its own faults until
-        then, and afterwards those of the group."""
+        """The functions that have scored a group in this run. If a function raises before that, the
+        function is at fault; later, the group is.
+        """
         self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
         self._limits: list[float] = []
         """Seconds that a call of each function may take."""
@@ -113,19 +120,20 @@ class CompositeReward:
             else:
                 self.functions.append((redact_urls(s.source), _function(s), s.weight))
                 self._limits.append(_limit(self.functions[-1][1]))
-        # Each function has its own threads: a slow one holds up no other.
+        # Each function has its own threads, so a slow one delays no other.
         self._workers = [WorkerThreads(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
         self._silent, self._raised = [0] * len(self.functions), [0] * len(self.functions)
-        """Calls in a row that said nothing in their time; that raised."""
+        """For each function, how many calls in a row timed out, and how many raised."""
         ordered = [s for s in sources if s.source != ENVIRONMENT]
-        ordered.sort(key=lambda s: s.source.split(":")[0] == "model")  # functions, then models
+        # functions first, then models
+        ordered.sort(key=lambda s: s.source.split(":")[0] == "model")
         self._running = {i: RunningMeanStd() for i, s in enumerate(ordered) if s.normalize}
         others = [(name, weight) for name, _, weight in (*self.functions, *self.models)]
         self._weights = [(ENVIRONMENT, self.environment_weight), *others]
 
     def begin(self, group: list[Trajectory]) -> None:
         """Let the functions score a finished group while other episodes still run. Models wait for
-        the whole rollout: they would take the cores from it.
+        the whole rollout, because they would slow it down.
         """
         if group and self.functions:
             self._begun[group[0].group_id] = [
@@ -134,7 +142,7 @@ class CompositeReward:
             ]
 
     def _ask(self, i: int, named: NamedReward, group: list[Trajectory]) -> list[list[float | None]]:
-        """What function `i` says of a group; nothing, if it has been silent for too long."""
+        """The rewards of function `i` for a group; all missing if it has timed out too often."""
         if self._silent[i] >= _MAX_TIMEOUTS:
             return [[REWARD_MISSING] * len(group)]
         began = time.monotonic()
@@ -144,7 +152,7 @@ class CompositeReward:
         return [values]
 
     def _told(self, named: NamedReward, group: list[Trajectory]) -> NamedReward:
-        """An address is told which answers were cut: it may be a reward model's."""
+        """Tell a server which answers were cut, because it may run a reward model."""
         name, function, weight = named
         if isinstance(function, HttpReward):
             function = partial(function, ended=self._ended(group))
@@ -153,11 +161,11 @@ class CompositeReward:
     def __call__(
         self, trajectories: Sequence[Trajectory]
     ) -> tuple[list[Trajectory | None], dict[str, list[float | None]]]:
-        """Each trajectory with its rewards as they count (None where a part is missing), and every
-        part by name.
+        """Each trajectory with its rewards (None where a part is missing), and the rewards of every
+        part by its name.
 
-        The environment's rewards stay at their turns, times their weight; what is added stands at
-        the last token that the policy wrote.
+        The environment's rewards stay at their turns, times their weight; all other rewards are
+        added at the last token that the policy wrote.
         """
         self.missing, self.last_failure = {}, ""
         if not trajectories:
@@ -184,12 +192,12 @@ class CompositeReward:
                 close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What normalisation has seen, and which functions have worked."""
+        """The statistics of normalisation, and which functions have worked."""
         running = {str(i): asdict(running) for i, running in self._running.items()}
         return {"running": running, "worked": sorted(self._worked)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Continue from a saved state."""
         self._running = {int(i): RunningMeanStd(**kept) for i, kept in state["running"].items()}
         self._worked = set(state["worked"])
 
@@ -211,10 +219,11 @@ class CompositeReward:
     def _result(
         self, i: int, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
     ) -> list[float | None]:
-        """What function `i` has said of groups of these sizes; a group at which it raised, or has
-        not answered in time, is lost.
+        """The rewards of function `i` for groups of these sizes; those of a group are missing if
+        the function raised, or has not answered in time.
 
-        Raises its `ConfigError` if it raised at each of the first `_RAISED`.
+        Raises the function's `ConfigError` if it raised for each of the first `_MAX_FAILURES`
+        groups.
         """
         name, function, weight = self.functions[i]
         said: list[float | None] = []
@@ -244,20 +253,20 @@ class CompositeReward:
         return said
 
     def _in_time(self, i: int, call_: Future[Any]) -> bool:
-        """Wait for a call of function `i`; False if it was given up. What runs in processes or asks
-        an address ends by itself.
+        """Wait for a call of function `i`; returns False if it was abandoned. A call in a process
+        or to a server ends by itself.
         """
         workers, limit = self._workers[i], self._limits[i]
         ends = isinstance(self.functions[i][1], _END_BY_THEMSELVES)
         while not wait([call_], timeout=_POLL_SECONDS).done:
             if not ends and workers.seconds(call_) > limit:
-                self._silent[i] += 1  # before the next in line is taken
+                self._silent[i] += 1  # before the next queued call begins
                 workers.abandon(call_)
                 return call_.done()
         return True
 
     def _with(self, trajectory: Trajectory, values: Sequence[float | None]) -> Trajectory:
-        """The trajectory with the sum of its parts, of which the environment's is the first."""
+        """The trajectory with the sum of its parts; the first part is the environment's."""
         own, weights = self.environment_weight, [weight for _, weight in self._weights]
         rewards = [r * own if own else 0.0 for r in trajectory.rewards]
         last = _last_written(trajectory)
@@ -269,7 +278,9 @@ class CompositeReward:
         return replace(trajectory, rewards=rewards, rewarded=given)
 
     def _of_models(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
-        """What the reward models say of these episodes, from the tokens that were written."""
+        """The reward models' scores of these episodes, from the tokens up to the last one that the
+        policy wrote.
+        """
         read = [t.token_ids[: _last_written(t) + 1] for t in trajectories]
         models = self.models
         if self._tokenizer is not None:
@@ -287,7 +298,7 @@ class CompositeReward:
         return results
 
     def _ended(self, trajectories: Sequence[Trajectory]) -> list[bool]:
-        """Whether the last answer of each came to its end; else it was cut."""
+        """Whether the last answer of each episode came to its end; otherwise it was cut."""
         return [
             t.finish_reason == "stop" or t.token_ids[_last_written(t)] in self._ends
             for t in trajectories
@@ -299,13 +310,15 @@ def _all_lost(values: Sequence[float | None]) -> bool:
 
 
 def _last_written(trajectory: Trajectory) -> int:
-    """Where the last token that the policy wrote stands."""
+    """The position of the last token that the policy wrote."""
     last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
     return last
 
 
 def _function(source: RewardSource) -> RewardFunction:
-    """What a source other than the environment and models names, called as the source says."""
+    """The function of a source that is neither the environment nor a model, in the way that the
+    source asks for.
+    """
     name = source.source
     if name.startswith("judge:"):
         url = name.removeprefix("judge:")
@@ -318,11 +331,11 @@ def _function(source: RewardSource) -> RewardFunction:
 
 
 _END_BY_THEMSELVES = (ProcessReward, HttpReward, JudgeReward)
-"""Functions that end by themselves."""
+"""Functions whose calls end by themselves."""
 
 
 def _limit(function: RewardFunction) -> float:
-    """Seconds for a call. The project's own functions bound each thing that they do."""
+    """Seconds for one call. The project's own functions limit each thing that they do."""
     if isinstance(function, _END_BY_THEMSELVES):
         return function.timeout
     own = getattr(function, "__module__", "").startswith("gearshift.")
@@ -345,7 +358,7 @@ def _models(
 def _call(
     functions: Sequence[NamedReward], trajectories: Sequence[Trajectory]
 ) -> list[list[float | None]]:
-    """What each function says of these episodes."""
+    """The rewards of each function for these episodes."""
     names = {name for t in trajectories for name in t.info.columns}
     return call_rewards(
         functions,

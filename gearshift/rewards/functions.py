@@ -1,7 +1,7 @@
-"""Reward functions: how they are named, loaded, called and added up.
+"""Reward functions: how they are loaded, called, checked and added up.
 
-A room of its own because their signature is TRL's and their authors are users: every fault is told
-here, by name. It knows texts and numbers, no model and no environment.
+They have TRL's signature, and users write them, so every failure is reported here with the
+function's name. This file knows texts and numbers; it must not import models or environments.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from gearshift.types import Message
 
 Rewards = Sequence[float | None]
 REWARD_MISSING = math.nan
-"""A reward that should be there and is not: the function hung, its process died, nobody answered.
-None says that a function does not apply and leaves it out of the sum; this leaves the episode out,
-unless the function has weight 0.
+"""A reward that should exist and does not: the function hung, its process died, or no server
+answered. None means that a function does not apply, and leaves it out of the sum; this value leaves
+the episode out, unless the function has weight 0.
 """
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
-"""What every reward function gets besides the columns of the data."""
+"""The arguments that every reward function gets besides the columns of the data."""
 MAX_ROWS = 1024
-"""Completions of one request to an address; more are sent in parts."""
+"""How many completions one request to a server carries; more are sent in parts."""
 MAX_REWARD = 1e18
 """A greater reward counts as one that is not finite: its square overflows in fp32."""
 
@@ -56,8 +56,8 @@ def is_usable(reward: float) -> bool:
 class RewardFunction(Protocol):
     """TRL's signature: `f(prompts, completions, completion_ids=..., **columns)`, sync or async.
 
-    Every argument is a list with one entry a sample (the columns are those of the data); so is what
-    returns, with None where the function does not apply.
+    Every argument is a list with one entry for each sample (the columns are those of the data). The
+    function returns such a list too, with None where it does not apply.
     """
 
     def __call__(
@@ -76,20 +76,20 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 class HttpReward:
-    """A reward behind an address: it is sent `{"prompts", "completions", ...columns}` as JSON and
-    answers `{"rewards": [number or null, ...]}`; what `gearshift serve` does for a reward model.
+    """A reward from a server. The server gets `{"prompts", "completions", ...columns}` as JSON and
+    answers `{"rewards": [number or null, ...]}`, as `gearshift serve` does for a reward model.
 
-    The environment variable `key_env` is sent as a bearer token. An address that does not answer
-    loses these rewards rather than end the run.
+    The value of the environment variable `key_env` is sent as a bearer token. A server that does
+    not answer loses these rewards; it does not end the run.
     """
 
     last_failure = ""
-    """Why it last did not answer."""
+    """Why the server last gave no answer."""
 
     def __init__(
         self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
     ) -> None:
-        """Raises `ConfigError` for an address or a key that cannot be."""
+        """Raises `ConfigError` for an address or a key that cannot be right."""
         host = http_host(url, url)
         self.timeout, self.tries = timeout or 60.0, tries
         key = bearer_key(key_env, "GEARSHIFT_REWARD_KEY")
@@ -108,7 +108,7 @@ class HttpReward:
             part = {name: column and column[at : at + MAX_ROWS] for name, column in body.items()}
             told = self._ask(part)
             if len(told) != len(part["completions"]):
-                return told  # which is told by its number
+                return told  # the caller reports the wrong number
             rewards += told
         return rewards
 
@@ -121,13 +121,13 @@ class HttpReward:
 
 
 def _rewards(answer: Any) -> list[float | None]:
-    """What a server says of each; where it names places that it could not score, these are lost."""
+    """The rewards in a server's answer; those at places that it names as lost are missing."""
     lost = answer.get("lost") or ()
     return [REWARD_MISSING if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
 NamedReward = tuple[str, RewardFunction, float]
-"""Name, function, weight."""
+"""A function with its name and its weight."""
 
 
 def combine_rewards(
@@ -137,9 +137,9 @@ def combine_rewards(
     completion_ids: list[list[int]] | None,
     columns: dict[str, list[Any]],
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Each sample's weighted sum, and each function's own rewards by its name.
+    """The weighted sum of each sample, and each function's own rewards by its name.
 
-    `functions` are (name, function, weight); see `add_up`. Raises what `call` raises.
+    See `weighted_sums` for the sum, and `call_rewards` for the errors.
     """
     results = call_rewards(functions, prompts, completions, completion_ids, columns)
     return weighted_sums([(name, weight) for name, _, weight in functions], results)
@@ -152,11 +152,11 @@ def call_rewards(
     completion_ids: list[list[int]] | None,
     columns: dict[str, list[Any]],
 ) -> list[list[float | None]]:
-    """What each function says of each sample: a number, None, or `REWARD_MISSING`. Each gets copies
-    of the arguments, which are its own to change.
+    """The rewards of each function for each sample: a number, None, or `REWARD_MISSING`. Each
+    function gets its own copies of the arguments, which it may change.
 
-    Raises `ConfigError` naming the function that raises, or that returns anything but one number or
-    None a sample.
+    Raises `ConfigError`, with the function's name, if it raises, or returns anything but one number
+    or None for each sample.
     """
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     results: list[Any] = []
@@ -174,14 +174,14 @@ def call_rewards(
 def _copy(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # an environment's own object, which may have no copies
+    except Exception:  # an environment's own object may not allow copies
         return [*value] if isinstance(value, list) else value
 
 
 @contextmanager
 def _name_failures(name: str) -> Iterator[None]:
-    """Whatever is raised inside becomes the `ConfigError` that names the function; but an order to
-    this thread to stop.
+    """Turn every error of the code inside into a `ConfigError` with the function's name; only an
+    order to this thread to stop passes through.
     """
     try:
         yield
@@ -189,7 +189,7 @@ def _name_failures(name: str) -> Iterator[None]:
         raise
     except BaseException as error:
         main = threading.current_thread() is threading.main_thread()
-        if isinstance(error, KeyboardInterrupt) and main:  # it comes from the keyboard
+        if isinstance(error, KeyboardInterrupt) and main:  # the user pressed Ctrl-C
             raise
         raise _raised_error(name, error) from error
 
@@ -197,8 +197,8 @@ def _name_failures(name: str) -> Iterator[None]:
 def weighted_sums(
     parts: Sequence[tuple[str, float]], results: Sequence[list[float | None]]
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Each sample's `total` of the parts, which are (name, weight); and the parts by name, None
-    where a reward does not apply or is lost.
+    """The `weighted_sum` of each sample, from parts of (name, weight); and the rewards of each part
+    by its name, None where a reward does not apply or is missing.
     """
     weights = [weight for _, weight in parts]
     by_name: dict[str, list[float | None]] = {}
@@ -211,8 +211,8 @@ def weighted_sums(
 def weighted_sum(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The sum of weight * value over the parts that have a weight and apply.
 
-    None if one of these is lost, since a sum without it would count it as 0; or if none of those
-    with a weight applies. Where no part has a weight, the total is 0.
+    None if one of these is missing, because a sum without it would count it as 0; also None if no
+    part with a weight applies. If no part has a weight, the sum is 0.
     """
     if not any(weights):
         return 0.0
@@ -221,7 +221,7 @@ def weighted_sum(weights: Sequence[float], values: Sequence[float | None]) -> fl
 
 
 def _await_all(names: Sequence[str], results: list[Any]) -> None:
-    """Replace the awaitables among the results by what they return; they run side by side."""
+    """Replace the awaitables among the results by their values; they run at the same time."""
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if not waiting:
         return
@@ -229,16 +229,17 @@ def _await_all(names: Sequence[str], results: list[Any]) -> None:
     async def gather() -> list[asyncio.Future[Any]]:
         tasks = [asyncio.ensure_future(results[i]) for i in waiting]
         while (await asyncio.wait(tasks, timeout=_POLL_SECONDS))[1]:
-            pass  # it wakes now and then, for only then can it be told to stop
+            pass  # the loop wakes now and then, because only then can this thread be stopped
         return tasks
 
     run = partial(_run, gather)
-    with _name_failures(", ".join(names[i] for i in waiting)):  # a sys.exit ends the loop for all
+    # a sys.exit in one of them ends the loop for all
+    with _name_failures(", ".join(names[i] for i in waiting)):
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             answers = run()
-        else:  # the caller's own loop, a notebook's, say
+        else:  # the caller has a loop of its own, for example a notebook
             answers = run_with_timeout(None, run)
     for i, answer in zip(waiting, answers, strict=True):
         with _name_failures(names[i]):
@@ -250,12 +251,13 @@ def _run(main: Callable[[], Any]) -> Any:
 
 
 _POLL_SECONDS = 0.5
-"""Seconds between looks at what has not ended."""
+"""How often a call that has not ended is checked."""
 
 
 def _check_rewards(name: str, result: Any, samples: int) -> list[float | None]:
-    """The function's answer as a list of floats and None."""
-    # A text's letters, bytes' codes, a dict's keys and a set's members are no rewards in order.
+    """The function's result as a list of floats and None."""
+    # The letters of a text, the bytes of bytes, the keys of a dict and the members of a set are no
+    # rewards in order.
     if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
         raise ConfigError(
             f"The reward function {name} returned {short_repr(result)};"
@@ -285,10 +287,11 @@ def _check_reward(name: str, value: Any) -> float:
 
 def to_reward(value: Any) -> float:
     """A real number of any type (Decimal, Fraction, NumPy's, a tensor's) as a float;
-    `REWARD_MISSING` if it is beyond what training computes with. Raises `TypeError`, `ValueError`
-    or `RuntimeError` for what is none, a text for example, which `float` would read.
+    `REWARD_MISSING` if training cannot compute with it. Raises `TypeError`, `ValueError` or
+    `RuntimeError` for anything else, also for a text that `float` would read.
     """
-    plain = value.item() if hasattr(value, "item") else value  # a float() of complex ones drops i
+    # float() of a complex number would drop its imaginary part
+    plain = value.item() if hasattr(value, "item") else value
     if not isinstance(plain, SupportsFloat):
         raise TypeError(f"{short_repr(value)} is no number")
     try:
@@ -299,7 +302,7 @@ def to_reward(value: Any) -> float:
 
 
 def _raised_error(name: str, error: BaseException) -> ConfigError:
-    if isinstance(error, ConfigError):  # it says itself what to do
+    if isinstance(error, ConfigError):  # its text already says what to do
         return error
     return ConfigError(
         f"The reward function {name} raised {describe_error(error)}; mend it or take it out."

@@ -1,6 +1,6 @@
-"""Asking an address on the web: JSON there and JSON back, within a time, a size and a few tries.
+"""JSON requests over HTTP, with limits on time, size and the number of tries.
 
-It knows no rewards: who asks says what the answer is read for.
+This file knows no rewards: the caller says how an answer is read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 def bearer_key(named: str | None, default: str) -> str | None:
-    """The key in the environment variable `named`, or if none is named in `default`, where it may
-    be missing. A key goes to the address for which it was named, and to no other.
+    """The key in the environment variable `named`; if None is named, the key in `default`, which
+    may be missing. A key is sent only to the address for which it was named.
 
-    Raises `ConfigError` for a missing variable or one that no header can carry.
+    Raises `ConfigError` if the variable is missing, or its value cannot stand in a header.
     """
     try:
         checked_variable(named or default)
@@ -49,11 +49,13 @@ def bearer_key(named: str | None, default: str) -> str | None:
 
 
 def http_host(source: str, url: str) -> str:
-    """The host of an http address. Raises `ConfigError`, which names the source, for another."""
+    """The host of an http address. Raises `ConfigError`, with the source's name, for any other
+    text.
+    """
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:  # a port that is no number, brackets that do not close
+    except ValueError:  # a port that is no number, or brackets that do not close
         known = None
     if not known or not url.isascii() or re.search(r"\s", url):
         raise ConfigError(f"{redact_urls(source)} has no address; write http://HOST:PORT/PATH.")
@@ -61,7 +63,7 @@ def http_host(source: str, url: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Whether only this machine can reach this host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -69,7 +71,7 @@ def is_loopback(host: str) -> bool:
 
 
 class NoAnswerError(Exception):
-    """An address has not answered, or not what it was asked for, however often it was asked."""
+    """A server did not answer, or its answers did not have what was asked for, in all tries."""
 
 
 def post(
@@ -80,13 +82,13 @@ def post(
     tries: int,
     pause: float = 0.5,
 ) -> T:
-    """What `read` finds in the JSON that a POST is answered with. Asked again, after a pause that
-    doubles (or as long as the answer says, a minute at most), where nobody answers, the server is
-    ill or busy, or `read` finds nothing. A try ends `timeout` seconds after it began, whatever the
-    server has said by then, and no more than `_MOST` bytes are read.
+    """Send a POST and return what `read` finds in the JSON of the answer. The request is repeated
+    if nobody answers, the server is broken or busy, or `read` finds nothing; the pause before it
+    doubles each time (or is what the server asks for, at most a minute). A try ends `timeout`
+    seconds after it began, and reads at most `_MAX_BYTES`.
 
-    Raises `NoAnswerError` after the last try; `ConfigError` where the server refuses. Redirects are
-    refused too: they would carry the key to somebody else.
+    Raises `NoAnswerError` after the last try, and `ConfigError` if the server refuses the request.
+    Redirects are refused too, because they would carry the key to another server.
     """
     headers = {"Content-Type": "application/json"}
     if address.key:
@@ -113,7 +115,8 @@ def post(
             with suppress(*_UNREADABLE):
                 if (found := read(json.loads(told))) is not None:
                     return found
-        if 300 <= status < 500 and status not in _BUSY:  # it won't be otherwise the next time
+        # a repeated request would get the same answer
+        if 300 <= status < 500 and status not in _BUSY:
             said = f"{reason} {told.decode('utf-8', 'replace')}"
             if place := told_of.get("Location"):
                 said = f"It redirects to {place}; name that address. {said}"
@@ -129,7 +132,7 @@ def post(
 
 def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]:
     """Status, reason, headers and body of the answer."""
-    # A proxy sees all that is sent by http, the key too; by https it sees nothing but the host.
+    # An http proxy sees everything that is sent, the key too; an https proxy sees only the host.
     proxies = {scheme: by for scheme, by in getproxies().items() if scheme == "https"}
     opener = build_opener(_NoRedirect, ProxyHandler(proxies))
     try:
@@ -142,11 +145,11 @@ def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]
 
 _BUSY = frozenset({408, 409, 425, 429})
 _IN_PART = 422
-"""Some of what was sent has no answer; `gearshift serve` says which."""
+"""The status for an answer to a part of the request; `gearshift serve` says which part."""
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError)
-"""What reading an answer that is not as agreed raises."""
+"""The errors that `read` raises for an answer of an unexpected form."""
 _MAX_BYTES = 8 << 20
-"""Bytes of an answer that are read: far more than the rewards of the largest group."""
+"""How many bytes of an answer are read: far more than the rewards of the largest group."""
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -158,6 +161,6 @@ def short_repr(value: object) -> str:
     """A value as an error shows it."""
     try:
         text = repr(value)
-    except Exception:  # an integer of thousands of digits, say
+    except Exception:  # for example an integer with thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

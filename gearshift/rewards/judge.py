@@ -1,8 +1,8 @@
-"""A model as judge: it gives an answer a mark, at any address that speaks OpenAI's chat completions
-(vLLM, llama.cpp, Ollama, `gearshift serve`, a hosted API).
+"""A language model as judge: it marks answers, on any server with OpenAI's chat completions (vLLM,
+llama.cpp, Ollama, `gearshift serve`, a hosted API).
 
-A room of its own because what it asks is data that may try to persuade: where the answer begins and
-ends, and what becomes of no mark, is decided here.
+The judge reads text that may try to persuade it. So this file marks where the answer begins and
+ends, and decides what happens when there is no mark.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ Mark the answer: {{"score": N}}, N from {low:g} to {high:g}."""
 class JudgeReward:
     """Marks from a judge, scaled to 0..1.
 
-    The environment variable `key_env` is sent as the bearer token. Where after several tries nobody
-    answers, or an answer has no mark within the scale, the reward is `REWARD_MISSING`.
+    The value of the environment variable `key_env` is sent as the bearer token. If the server gives
+    no answer after several tries, or the answer has no mark within the scale, the reward is
+    `REWARD_MISSING`.
     """
 
     last_failure = ""
@@ -60,9 +61,10 @@ class JudgeReward:
         pause: float = 0.5,
         key_env: str | None = None,
     ) -> None:
-        """`timeout`: seconds for a request; `pause` before the second try, then doubled.
+        """`timeout` is the seconds for one request; `pause` is the pause before the second try,
+        which then doubles.
 
-        Raises `ConfigError` for a scale, a URL or a key that cannot be.
+        Raises `ConfigError` for a scale, a URL or a key that cannot be right.
         """
         http_host(f"judge:{url}", url)
         if not config.model:
@@ -93,18 +95,18 @@ class JudgeReward:
         return [fmean(future.result() for future in futures) for futures in asked]
 
     def close(self) -> None:
-        """End the threads in which it asks."""
+        """End the threads that send the requests."""
         self._workers.close()
 
     def messages(
         self, prompt: list[Message], completion: str, row: dict[str, Any]
     ) -> list[Message]:
-        """What the judge is asked about one answer."""
+        """The messages that ask the judge about one answer."""
         told = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         rubric = re.sub(
             r"\{(\w+)\}", lambda name: str(row.get(name[1], name[0])), self.config.rubric
         )
-        # Nobody writes into an answer the digest of that answer.
+        # An answer cannot contain its own digest, so nobody can fake these lines.
         code = hashlib.sha256(f"{told}\0{completion}".encode()).hexdigest()[:16]
         words = {
             "rubric": rubric,

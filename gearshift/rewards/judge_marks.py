@@ -1,5 +1,5 @@
-"""The mark in a judge's reply. What is not clearly one is none: a wrong mark is trained on, and a
-missing one is asked for again.
+"""Reads the mark in a judge's reply. If it is not clear, there is no mark: a wrong mark would be
+trained on, and for a missing one the judge is asked again.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from typing import Any
 from gearshift.rewards.completion_text import without_thoughts
 
 _NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:\.\d+)?))?"
-# No range, percentage, number with a comma, or second fraction follows.
+# The number must not go on as a range, a percentage, a number with a comma, or a second fraction.
 _NUMBER_ENDS = r"(?!\w|%|[.,]\d|\s*[-\u2013/]\s*\d|\s+(?:to|or)\s+\d)"
 _NUMBER_ONLY = re.compile(rf"\s*{_NUMBER}\s*\.?\s*", re.IGNORECASE)
 _IN_WORDS = re.compile(
     rf"""(?<!["'\w])score[*\s]*[:=][*\s]*{_NUMBER}{_NUMBER_ENDS}""", re.IGNORECASE
 )
-# `{'score': 8}`, or JSON that is broken behind its mark; what stops within the number is neither.
+# `{'score': 8}`, or JSON that is broken after its mark; if it breaks within the number, it does not
+# count.
 _ALMOST_JSON = re.compile(
     rf"""\{{\s*["']score["']\s*:\s*["']?{_NUMBER}["']?\s*[,}}]""", re.IGNORECASE
 )
-# About an object that stands on lines of its own: a fence, or what makes it bold.
+# These characters may stand beside an object that is alone on its lines: a fence, or bold type.
 _DECORATION = " \t`*."
 
 
 def parse_mark(text: str, high: float | None = None) -> float | None:
     """The number that a reply gives; thoughts before it do not count.
 
-    In this order, and the last where there are several: a reply that is a number alone; a JSON
-    object `{"score": N}`, rather one on lines of its own than one within a sentence; `Score: N`.
-    Once JSON has a score, words are not looked at. N is a number, in quotes or not; `N/M` is N if M
-    is the best mark, `high`, and else none. An endless reply has none.
+    The first of these that applies counts, and the last one of its kind: the whole reply is a
+    number; a JSON object `{"score": N}`, and one alone on its lines before one inside a sentence;
+    `Score: N`. If JSON has a score, other text does not count. N is a number, in quotes or not.
+    `N/M` is N if M is the best mark, `high`; otherwise it is no mark. A reply that is too long has
+    no mark.
     """
     text = without_thoughts(text).strip()
     if len(text) > _MAX_LENGTH:
@@ -50,8 +52,8 @@ def parse_mark(text: str, high: float | None = None) -> float | None:
 
 
 def _objects(text: str) -> tuple[list[tuple[tuple[bool, int], Any]], str]:
-    """The scores of the JSON objects in a text, each with (whether it stands on lines of its own,
-    place); and the text without any object. One inside another has no say.
+    """The scores of the JSON objects in a text, each with (whether it is alone on its lines, its
+    position); and the text without the objects. An object inside another one does not count.
     """
     found, rest, place = [], "", 0
     while (start := text.find("{", place)) >= 0:
@@ -70,7 +72,7 @@ def _objects(text: str) -> tuple[list[tuple[tuple[bool, int], Any]], str]:
 
 
 def _closing_brace(text: str, start: int) -> int:
-    """Where the brace at `start` is closed, or the end of the text."""
+    """The position after the brace that closes the one at `start`, or the end of the text."""
     depth = 0
     for brace in re.finditer(r"[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
@@ -80,7 +82,7 @@ def _closing_brace(text: str, start: int) -> int:
 
 
 def _keep_score(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of an object its score alone; one that it names twice is none."""
+    """The score of an object, and nothing else; if the object has two scores, it is None."""
     scores = [value for key, value in pairs if key.strip().lower() == "score"]
     return {"score": scores[0] if len(scores) == 1 else None} if scores else {}
 
@@ -90,7 +92,9 @@ def _no_constant(word: str) -> None:
 
 
 _MAX_LENGTH = 1 << 15
-"""Characters of a reply that may hold a mark: of braces alone, more would take minutes to read."""
+"""How many characters a reply with a mark may have: more braces than this would take minutes to
+read.
+"""
 _DECODER = json.JSONDecoder(object_pairs_hook=_keep_score, parse_constant=_no_constant)
 
 

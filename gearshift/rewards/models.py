@@ -1,4 +1,6 @@
-"""Reward models as reward functions: the score of a conversation and its answer as one sequence."""
+"""Reward models as reward functions: a conversation and its answer are one sequence, which gets a
+score.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ class ModelReward:
     """A reward model as a reward function."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
-        """Raises `ModelError` if the folder holds no classifier."""
+        """Raises `ModelError` if the folder contains no classifier."""
         if writes_text(config, str(folder)):
             raise ModelError(
                 f"{folder} holds a language model, which gives no scores; "
@@ -49,11 +51,11 @@ class ModelReward:
         template_options: Sequence[TemplateOptions | None] | None = None,
         **_: Any,
     ) -> list[float | None]:
-        """`token_ids`: each conversation with its answer as the `policy` read and wrote it; these
-        are scored where the reward model reads the same tokens, and else the texts. `ended`:
-        whether an answer came to its end. `template_options`: tools and what else the template
-        gets. A sequence that is longer than the model takes is
-        `REWARD_MISSING`, and so is a conversation that its template refuses.
+        """`token_ids` are the tokens of each conversation and its answer, as the `policy` read and
+        wrote them; they are scored if the reward model's tokenizer has the same tokens, otherwise
+        the texts are. `ended` says which answers came to their end. `template_options` are the
+        tools and other arguments of the chat template. The score is `REWARD_MISSING` for a sequence
+        that is longer than the model accepts, and for a conversation that its template refuses.
         """
         if token_ids is not None and policy is not None and same_tokens(policy, self.tokenizer):
             sequences = [self._read(ids) for ids in token_ids]
@@ -71,13 +73,13 @@ class ModelReward:
     def _rendered(
         self, samples: Sequence[tuple[list[Message], str, bool, TemplateOptions | None]]
     ) -> list[list[int]]:
-        """Token ids of texts; none where the template refuses a conversation. Raises its
-        `DataError` if it refuses all.
+        """The token ids of these texts; an empty list where the template refuses a conversation.
+        Raises the template's `DataError` if it refuses all of them.
         """
         sequences: list[list[int]] = []
         fault: DataError | None = None
         for prompt, completion, end, options in samples:
-            # What closes an encoder's text is no end that somebody wrote.
+            # An encoder closes every text with a token, which says nothing about the answer's end.
             end = end or not reads_last_token(self.model)
             try:
                 ids = render_reward_input(self.tokenizer, prompt, completion, end, options)
@@ -90,8 +92,8 @@ class ModelReward:
         return sequences
 
     def _read(self, ids: list[int]) -> list[int]:
-        """Up to where Hugging Face reads a decoder's score: the last token that is not the pad. A
-        reward model from elsewhere may have been trained with pad = end.
+        """The tokens up to the place where Hugging Face reads a decoder's score: the last token
+        that is not the pad. A reward model from elsewhere may use its end token as pad.
         """
         pad = self.model.config.get_text_config().pad_token_id
         last = len(ids)
@@ -127,8 +129,8 @@ class Ensemble:
 
 @lru_cache(16)
 def same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether what the policy reads and writes means the same to the other: its tokens have the
-    same ids there, and conversations look the same. The other may have more, such as its own pad.
+    """Whether the policy's tokens mean the same to the other model: they have the same ids, and the
+    chat templates are equal. The other tokenizer may have more tokens, for example its own pad.
     """
     return (
         policy.get_vocab().items() <= other.get_vocab().items()

@@ -1,9 +1,9 @@
-"""A program that nobody trusts, run where it can reach nothing: bubblewrap's namespaces (no
-network, no process of the host, no file but Python's own, nothing writable), a system-call filter
-(no second process, no socket), and limits. It knows programs and what they print, no reward.
+"""Runs a program that may be malicious where it can reach nothing. bubblewrap gives it namespaces
+of its own (no network, no other process, no file except Python's own, nothing writable); a
+system-call filter forbids a second process and sockets; limits bound time and memory.
 
-What keeps a program in stands in this one file and is never optional: where no sandbox can be had,
-nothing runs.
+This file and `seccomp` are all that holds a program, and they are never optional: without a
+sandbox, nothing runs. They know programs and what they print; they must not import rewards.
 """
 
 from __future__ import annotations
@@ -44,21 +44,23 @@ _OUT_OF_TIME = (128 + signal.SIGKILL, 128 + signal.SIGXCPU)
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one program may use. It is one process, whose threads run one after the other where they
-    are started, and writes no files.
+    """What one program may use. It is one process that writes no files; its threads run one after
+    the other, each where it is started.
     """
 
     seconds: float = 5.0
-    """Of the processor, rounded up; by the clock three times as long, since training shares it."""
+    """Processor seconds, rounded up. By the clock it is three times as long, because training uses
+    the processor too.
+    """
     memory_mib: int = 512
-    """Address space."""
+    """Address space, in MiB."""
     output_kib: int = 256
-    """Printed, on each of standard output and error."""
+    """How much it may print to standard output, and to standard error, in KiB."""
     files: int = 32
-    """Open at a time."""
+    """How many files it may have open at the same time."""
 
     def end(self) -> float:
-        """When a program that starts now has to be over, by `time.monotonic`."""
+        """The time at which a program that starts now must have ended, by `time.monotonic`."""
         return time.monotonic() + 3 * self.seconds
 
 
@@ -67,22 +69,23 @@ class Outcome:
     """How a program ended, and what it printed."""
 
     status: Status
-    """`ok`; `error` (an exception, a signal, an exit code other than 0); `timeout`; `output` (it
-    printed too much); `unusable` (the tests cannot be put to any program).
+    """`ok`; `error` (an exception, a signal, or an exit code other than 0); `timeout`; `output` (it
+    printed too much); `unusable` (no program could pass these tests).
     """
     stdout: str = ""
     why: str = ""
-    """The tests are unusable."""
+    """Why the tests are unusable."""
 
 
 class SandboxFailedError(Exception):
-    """The sandbox did not come up this time: nothing is known of the program."""
+    """The sandbox did not start this time, so nothing is known about the program."""
 
 
 def run_sandboxed(code: str, stdin: str = "", limits: SandboxLimits = SandboxLimits()) -> Outcome:
     """Run a Python program.
 
-    Raises `ConfigError` where there is no sandbox, `LostError` if it failed this once.
+    Raises `ConfigError` where there is no sandbox, and `SandboxFailedError` if it failed only this
+    time.
     """
     _check_sandbox_works()
     return _run(code, stdin, limits)
@@ -91,12 +94,12 @@ def run_sandboxed(code: str, stdin: str = "", limits: SandboxLimits = SandboxLim
 def check_sandboxed(
     code: str, tests: str, limits: SandboxLimits = SandboxLimits(), entry_point: str = ""
 ) -> Outcome:
-    """Run tests (`assert f(2) == 4`; any statements, unittest's and pytest's forms) on a program.
+    """Run tests (`assert f(2) == 4`; any statements; unittest's and pytest's forms) on a program.
 
-    Tests and program are in two sandboxes: a name that the tests use and nobody defined is asked
-    for across, by plain data, so the program sees its arguments and never what is expected, nor
-    what compares. `entry_point`: what `check(candidate)` is called with, if the tests do not call
-    it. Raises like `run_sandboxed`.
+    Tests and program are in two sandboxes. A name that the tests use and do not define is requested
+    from the program's sandbox, and plain data crosses. So the program sees its arguments, but
+    neither the expected value nor the comparison. `entry_point` is the argument of
+    `check(candidate)` if the tests do not call it. Raises like `run_sandboxed`.
     """
     _check_sandbox_works()
     with ExitStack() as stack:
@@ -105,7 +108,8 @@ def check_sandboxed(
         program = stack.enter_context(
             _SandboxProcess("serve", {PROGRAM: code}, ask_read, answer_write, limits)
         )
-        long = replace(limits, seconds=3 * limits.seconds)  # tests may be many; the clock is one
+        # there may be many tests; the clock's limit stays the same
+        long = replace(limits, seconds=3 * limits.seconds)
         tester = stack.enter_context(
             _SandboxProcess("check", {TESTS: tests}, answer_read, ask_write, long, entry_point)
         )
@@ -144,7 +148,7 @@ def _run(code: str, stdin: str, limits: SandboxLimits) -> Outcome:
 
 
 class _SandboxProcess:
-    """One process under bubblewrap. Leaving the context ends it, and all that it holds."""
+    """One process under bubblewrap. Leaving the context ends it and everything in it."""
 
     def __init__(
         self,
@@ -189,7 +193,7 @@ class _SandboxProcess:
                 os.close(write)
 
     def wait(self, until: float) -> bool:
-        """Whether it ended by then: bubblewrap holds its status pipe open until its own end."""
+        """Whether it ends before this time: bubblewrap keeps its status pipe open until then."""
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
         while (left := until - time.monotonic()) > 0:
@@ -202,7 +206,7 @@ class _SandboxProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """The program's; None if it never began (bubblewrap failed) or has not ended."""
+        """The program's exit code; None if it never began (bubblewrap failed) or has not ended."""
         words = [json.loads(line) for line in self._told.decode().splitlines()]
         return next((word["exit-code"] for word in words if "exit-code" in word), None)
 
@@ -216,14 +220,16 @@ class _SandboxProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # what it started dies with it: --die-with-parent
+        self._process.kill()  # its own processes die with it: --die-with-parent
         self._process.wait()
         os.close(self._read)
         self._noise.close()
 
 
 def _bwrap_arguments() -> Sequence[str]:
-    """bubblewrap's arguments: new namespaces of every kind, and of files only what Python needs."""
+    """bubblewrap's arguments: new namespaces of every kind, and only the files that Python
+    needs.
+    """
     prefix = os.path.realpath(sys.base_prefix)
     walls = [
         "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
@@ -237,7 +243,7 @@ def _bwrap_arguments() -> Sequence[str]:
             walls += ["--ro-bind", place, place]
     own = _python_path() if prefix in ("/", "/usr") else prefix
     ours = str(Path(sandbox_child.__file__).resolve().parent)
-    walls += ["--dev-bind", "/dev/null", "/dev/null"]  # where programs send what they print
+    walls += ["--dev-bind", "/dev/null", "/dev/null"]  # programs send output there
     return [*walls, "--ro-bind", own, own, "--ro-bind", ours, _CHILD_PATH, "--chdir", "/"]
 
 
@@ -252,7 +258,7 @@ def _limit_arguments(limits: SandboxLimits) -> list[str]:
 
 
 def _readable(stack: ExitStack, content: bytes) -> int:
-    """A descriptor to read `content` from."""
+    """A file descriptor from which `content` can be read."""
     file = stack.enter_context(TemporaryFile())  # noqa: SIM115
     file.write(content)
     file.seek(0)
@@ -268,13 +274,13 @@ def _open_pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _python_path() -> str:
-    """The interpreter itself, outside any virtual environment."""
+    """The path of the interpreter itself, outside any virtual environment."""
     return os.path.realpath(sys.executable)
 
 
 @cache
 def _bwrap_path() -> Path:
-    """bubblewrap, the system's."""
+    """The path of the system's bubblewrap."""
     if found := shutil.which("bwrap"):
         return Path(found)
     raise ConfigError(
@@ -285,8 +291,8 @@ def _bwrap_path() -> Path:
 
 @cache
 def _check_sandbox_works() -> None:
-    """Raises `ConfigError` if this machine lets no sandbox come up."""
-    # Nothing is written inside a sandbox, so each would compile what runs there anew.
+    """Raises `ConfigError` if no sandbox can start on this machine."""
+    # Compile once: a sandbox can write nothing, so each one would compile these files again.
     compileall.compile_dir(os.path.dirname(sandbox_child.__file__), quiet=2, optimize=0)
     try:
         outcome = _run("print(6 * 7)", "", SandboxLimits(seconds=30))

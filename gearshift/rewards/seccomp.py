@@ -1,6 +1,6 @@
-"""The system-call filter of a sandbox, as a program in classic BPF.
+"""The system-call filter of the sandbox, as a program in classic BPF.
 
-Knows system calls by number; it starts no process.
+This file knows numbers of system calls; it starts no process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import struct
 
 from gearshift.errors import ConfigError
 
-# (x86_64, aarch64) numbers of what a lone program that computes has no use for. None: not there.
+# The numbers on (x86_64, aarch64) of the calls that a single program that only computes does not
+# need. None: the call does not exist there.
 _DENIED: dict[str, tuple[int | None, int | None]] = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435),
     "socket": (41, 198), "socketpair": (53, 199),
@@ -36,8 +37,8 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 
 
 def seccomp_filter() -> bytes:
-    """The system-call filter, in classic BPF: another architecture's calls kill, what is denied
-    says EPERM, the rest may pass.
+    """The filter in classic BPF: a call of another architecture kills the process, a denied call
+    fails with EPERM, and all others pass.
     """
     machines = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
     if platform.machine() not in machines:
@@ -49,7 +50,7 @@ def seccomp_filter() -> bytes:
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050001, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    # From here on: is it one of x32's (x86_64's second numbering)? one of the denied?
+    # From here on: does the call belong to x32 (x86_64's second numbering), or is it denied?
     program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
     for number in numbers:
         if number is not None:

@@ -1,7 +1,7 @@
-"""Reward functions in processes of their own, which can be killed: a thread that hangs cannot.
+"""Reward functions in processes, which can be killed; a thread that hangs cannot.
 
 Pebble keeps the pool: it ends the worker of a call that takes too long, and replaces workers that
-died. It knows nothing of environments or models.
+died. This file must not import environments or models.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
 
 _START = 300.0
-"""Seconds that a worker may take to start, besides what its first call takes."""
+"""How many seconds a worker may take to start, in addition to the time of its first call."""
 _functions: dict[str, RewardFunction] = {}
-"""In a worker: what it has loaded."""
+"""The functions that this worker has loaded."""
 
 
 class ProcessReward:
     """The function that `spec` names, called in `processes` workers.
 
-    A call that takes longer than `timeout` seconds (a worker's start does not count), or whose
-    worker dies, gives `REWARD_MISSING` for its samples, and another worker takes its place.
-    Arguments and rewards cross as plain data.
+    If a call takes longer than `timeout` seconds (a worker's start does not count) or its worker
+    dies, its samples get `REWARD_MISSING`, and another worker replaces the old one. Arguments and
+    rewards cross as plain data.
     """
 
     last_failure = ""
@@ -46,7 +46,7 @@ class ProcessReward:
 
     def __init__(self, spec: str, processes: int, timeout: float) -> None:
         """Raises `ConfigError` like `load_reward`."""
-        load_reward(spec)  # a fault is told here, not by each worker
+        load_reward(spec)  # an error is reported here once, not by each worker
         self.spec, self.timeout, self.parallel = spec, timeout, processes
         self._lock = Lock()
         self._pool = self._new_pool()
@@ -56,13 +56,13 @@ class ProcessReward:
     ) -> Rewards:
         given = {**columns, "prompts": prompts, "completions": completions}
         with self._lock:
-            if not self._pool.active:  # it broke: idle workers died
+            if not self._pool.active:  # the pool broke: idle workers died
                 self._pool = self._new_pool()
             future = self._pool.schedule(_score, (self.spec, given), timeout=self.timeout)
         try:
             rewards, fault = future.result(self.timeout + _START)
         except FutureTimeout:
-            future.cancel()  # its worker hangs in its start; else it has ended
+            future.cancel()  # its worker hangs while it starts; otherwise the call has ended
             self.last_failure = f"the reward function {self.spec} took more than {self.timeout:g} s"
         except (ProcessExpired, BrokenProcessPool) as error:
             self.last_failure = f"the process of the reward function {self.spec} died ({error})"
@@ -80,7 +80,7 @@ class ProcessReward:
         pool = ProcessPool(
             self.parallel, initializer=_load, initargs=(self.spec,), context=get_context("spawn")
         )
-        weakref.finalize(self, _end, pool)  # a worker that starts as the run ends is ended too
+        weakref.finalize(self, _end, pool)  # this also ends a worker that starts while the run ends
         return pool
 
 
@@ -91,12 +91,14 @@ def _end(pool: ProcessPool) -> None:
 
 def _load(spec: str) -> None:
     end_with_parent()
-    with contextlib.suppress(ConfigError):  # told by the call
+    with contextlib.suppress(ConfigError):  # the call reports it
         _functions[spec] = load_reward(spec)
 
 
 def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
-    """The rewards; and the fault in words, if there is one, since not every exception can cross."""
+    """The rewards, and the text of an error if there was one: not every exception can cross
+    processes.
+    """
     try:
         function = _functions.get(spec) or load_reward(spec)
         prompts, completions = given.pop("prompts"), given.pop("completions")
@@ -105,5 +107,5 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
             return call_rewards([(spec, function, 1.0)], prompts, completions, ids, given)[0], ""
     except ConfigError as error:
         return [], str(error)
-    except KeyboardInterrupt:  # of its own: the keyboard's does not reach a worker
+    except KeyboardInterrupt:  # the function raised it: Ctrl-C does not reach a worker
         return [], f"The reward function {spec} raised KeyboardInterrupt; mend it or take it out."

@@ -291,7 +291,7 @@ def _nearest(cls: type[BaseModel], tree: dict[str, Any], key: str) -> str:
 
 
 def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key with its field; a list's elements stand under `0`, a dict's under `<name>`."""
+    """Every dotted key with its field; a list's elements are under `0`, a dict's under `<name>`."""
     for name, field in cls.model_fields.items():
         key, inner = f"{prefix}{name}", _models(field.annotation)
         if inner != [field.annotation]:

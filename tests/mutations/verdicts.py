@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "an object of the program says itself what it equals",
         "rewards/sandbox_child/proxies.py",
-        "return self._plain() == other if self._face in _PLAIN else NotImplemented",
+        "return self._plain() == other if self._appearance in _PLAIN else NotImplemented",
         'return self._tester.ask("eq", self, other) is True',
         "tests/rewards/test_verdicts.py",
     ),

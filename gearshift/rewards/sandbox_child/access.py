@@ -1,4 +1,4 @@
-"""What the program may have of the tests' objects that it is given."""
+"""What the program may do with the tests' objects that it receives as arguments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 _OPEN = ("__main__", "io", "_io", "types", "unittest.mock")
-"""Modules of classes whose objects the program may ask for public attributes."""
+"""The program may read and set public attributes of objects whose classes are in these modules."""
 
 
 def allowed_operation(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
-    """Public parts of plain objects, and calls: nothing leads on to the tests' own variables."""
+    """The function for an operation. Calls and public parts of plain objects are allowed, and
+    nothing that leads to the tests' own variables.
+    """
     if what == "call":
         return lambda f, *args, **kwargs: f(*args, **kwargs)
     if what in ("get", "set"):
@@ -26,7 +28,7 @@ def allowed_operation(target: Any, what: str, given: list[Any]) -> Callable[...,
 
 
 def library_name(value: Any) -> tuple[str, str] | None:
-    """The module and name of a function or class that the program's Python has too."""
+    """The module and name of a function or class that also exists in the program's Python."""
     name = getattr(value, "__qualname__", None)
     owner = getattr(value, "__objclass__", value)
     module = getattr(owner, "__module__", None)
@@ -44,8 +46,9 @@ def library_name(value: Any) -> tuple[str, str] | None:
 
 
 def rebuild_recipe(value: Any) -> list[Any] | None:
-    """How the program can make an object of the standard library's itself: what to call, with what,
-    and its state. None for what is not made so: the tests' own objects, iterators, open files.
+    """How the program can build an object of the standard library itself: the function to call, its
+    arguments, and the object's state. None for objects that it cannot build: the tests' own
+    objects, iterators, open files.
     """
     kind = type(value)
     if kind.__module__ in _OPEN or hasattr(kind, "__next__") or not library_name(kind):

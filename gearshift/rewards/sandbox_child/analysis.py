@@ -1,6 +1,6 @@
-"""What the text of the tests says before a program is asked: which builtins' names are the
-program's, what kinds of answers the tests speak of, and whether any program can be put to them. So
-nothing of this is for the program to choose.
+"""Reads the text of the tests before the program answers anything: which names belong to the
+program, what kinds of answers the tests expect, and whether any program could pass. So the program
+cannot influence these decisions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from gearshift.rewards.sandbox_child.program_imports import ReplaceImports
 from gearshift.rewards.sandbox_child.rewrite import RewriteTests
 
 HARD, SOFT = "program ", "program or "
-"""Before a builtin's name where the tests mean the program's (if it has one, where `SOFT`)."""
+"""Prefixes of a builtin's name where the tests mean the program's function of that name: always
+with `HARD`, and with `SOFT` if the program has one.
+"""
 TESTS = "tests"
-"""The file that the tests' code names."""
+"""The file name in the tests' code objects."""
 
 
 _CONVERT = frozenset({
@@ -42,35 +44,39 @@ _HIDDEN = frozenset({
 
 
 class UnusableError(Exception):
-    """No program can be put to these tests."""
+    """No program could pass these tests."""
 
 
 class TestAnalysis(NamedTuple):
-    """The tests, ready to run, and what they say."""
+    """The compiled tests, and what their text says."""
 
     code: CodeType
     raises: frozenset[int]
-    """The lines of their own `raise`."""
+    """The lines of the tests' own `raise` statements."""
     objects: bool
-    """They use attributes that no plain data has, or the program's classes or contexts."""
+    """The tests use attributes that plain data does not have, or the program's classes or context
+    managers.
+    """
     operators: bool
-    """They use what plain data can do (`+`, `in`, `.pop()`) on objects that they make of them."""
+    """The tests use the operations of plain data (`+`, `in`, `.pop()`) on objects of the program's
+    classes.
+    """
     prints: bool
-    """They look at what is printed."""
+    """The tests read what is printed."""
     nan: bool
-    """They ask for what is not a number."""
+    """The tests expect values that are not a number (NaN)."""
     watched: frozenset[str]
-    """Their variables that they look at after a call that may have changed them."""
+    """Variables of the tests that are read after a call that may have changed them."""
     functions: tuple[str, ...]
-    """Functions `test...` that the tests do not call themselves."""
+    """The functions `test...` that the tests do not call themselves."""
     imports: frozenset[str]
-    """Modules."""
+    """The modules that the tests import."""
     in_classes: frozenset[str]
-    """The program's names in the body of a class, where Python asks no `__missing__`."""
+    """The program's names inside a class body, where Python does not call `__missing__`."""
 
 
 def analyze(source: str, entry_point: str = "") -> TestAnalysis:
-    """Raises `UnusableError` for tests that no program can be put to."""
+    """Analyze the tests. Raises `UnusableError` if no program could pass them."""
     try:
         tree = ast.parse(source)
         tree = ast.fix_missing_locations(ReplaceImports(tree, _of_program).visit(tree))
@@ -107,27 +113,31 @@ def analyze(source: str, entry_point: str = "") -> TestAnalysis:
 
 
 def _of_program(node: ast.expr, name: str) -> ast.expr:
-    """A name that is the program's in any case."""
+    """A node for a name that always means the program's."""
     if not isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
         raise UnusableError("they set the program's variables")
     return ast.Name(HARD + name if hasattr(builtins, name) else name, ast.Load())
 
 
 def _compiled(tree: ast.Module, targets: dict[int, str]) -> CodeType:
-    """The tests, rewritten in place."""
+    """The tests as code, after their syntax tree was rewritten."""
     rewritten = ast.fix_missing_locations(RewriteTests(targets).visit(tree))
     return compile(rewritten, TESTS, "exec", dont_inherit=True)
 
 
 def _call_check(tree: ast.Module, entry_point: str) -> None:
-    """`def check(candidate)` that nothing calls is called with the entry point."""
+    """Call a function `check(candidate)` that nothing calls, with the entry point as its
+    argument.
+    """
     defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.args.args]
     if entry_point and "check" in defined and "check" not in names_in(tree):
         tree.body += ast.parse(f"check({entry_point})").body
 
 
 def _refuse(nodes: list[ast.AST], names: Names) -> None:
-    """Raises `UnusableError` for what cannot be had in the sandbox, or asked across two of them."""
+    """Raises `UnusableError` for what a sandbox does not have, or what cannot cross between two of
+    them.
+    """
     guarded = {
         id(n)
         for t in nodes if isinstance(t, ast.Try) and t.handlers
@@ -155,7 +165,7 @@ def _refuse(nodes: list[ast.AST], names: Names) -> None:
 
 
 def _patches(node: ast.AST, names: Names) -> bool:
-    """Whether it changes a module of Python's, which the program has in another process."""
+    """Whether this node changes a module of Python, which the program has in another process."""
     if isinstance(node, ast.Call) and "patch" in (
         name_of(node.func),
         getattr(node.func, "attr", ""),
@@ -170,7 +180,7 @@ def _patches(node: ast.AST, names: Names) -> bool:
 
 
 def _asserts(node: ast.AST) -> bool:
-    """Whether the tests can fail here by their own will."""
+    """Whether the tests can fail at this node."""
     named = getattr(node, "attr", "") or name_of(node)
     return isinstance(node, (ast.Assert, ast.Raise)) or named.startswith(
         ("assert", "fail", "raises", "exit")
@@ -185,8 +195,8 @@ def _imported(node: ast.AST) -> list[str]:
 
 
 def _targets(nodes: list[ast.AST], names: Names, entry_point: str) -> Iterator[tuple[int, str]]:
-    """Where a builtin's name means the program's: in an assertion that would test nothing else, and
-    where a function of the tests is given it.
+    """The places where a builtin's name means the program's function: in an assertion that would
+    otherwise test nothing of the program, and where a function of the tests receives it.
     """
     hard = not any(names.of_program(n) for n in names.read)
     mark = HARD if hard else SOFT
@@ -205,14 +215,14 @@ def _targets(nodes: list[ast.AST], names: Names, entry_point: str) -> Iterator[t
 
 
 def _asserted(node: ast.AST) -> list[ast.expr]:
-    """The arguments of `self.assertEqual(...)` and the like."""
+    """The arguments of `self.assertEqual(...)` and similar calls."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return node.args if node.func.attr.startswith("assert") else []
     return []
 
 
 def _tested(node: ast.expr, names: Names) -> Iterator[ast.Name]:
-    """The builtins that an assertion is about: those called on data that no other makes."""
+    """The builtins that an assertion is about: those whose arguments come from no other call."""
     if isinstance(node, ast.Compare):
         sides = [s for s in (node.left, *node.comparators) if list(_calls(s, names))]
         for side in sides[:1]:
@@ -278,7 +288,7 @@ def _speaks_of_nan(nodes: list[ast.AST], source: str) -> bool:
 
 
 def _watched(nodes: list[ast.AST], names: Names) -> Iterator[str]:
-    """Variables in assertions that hold nothing of the program but through them."""
+    """Variables in assertions through which alone an assertion depends on the program."""
     for node in nodes:
         parts = [node.test] if isinstance(node, ast.Assert) else _asserted(node)
         read = set().union(*map(_read_but_places, parts))
@@ -287,7 +297,7 @@ def _watched(nodes: list[ast.AST], names: Names) -> Iterator[str]:
 
 
 def _read_but_places(node: ast.AST) -> set[str]:
-    """Names that an expression reads, but in the places of `x[...]`."""
+    """The names that an expression reads, without those inside the brackets of `x[...]`."""
     places = {
         n.id for s in ast.walk(node) if isinstance(s, ast.Subscript) for n in ast.walk(s.slice)
         if isinstance(n, ast.Name)

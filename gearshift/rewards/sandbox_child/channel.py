@@ -1,5 +1,5 @@
-"""How the two sandboxes speak: lines of JSON that hold plain data. What is not plain data stays
-where it is and crosses as a number.
+"""How the two sandboxes talk: lines of JSON with plain data. An object that is not plain data stays
+in its process and crosses as a number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _TIMES = frozenset({"date", "datetime", "time", "timedelta"})
 
 
 class Channel:
-    """One end of the two pipes. While it waits for an answer, the other end may ask in turn."""
+    """One end of the two pipes. While it waits for an answer, the other end may send requests
+    itself.
+    """
 
     def __init__(
         self,
@@ -32,12 +34,16 @@ class Channel:
         too_long: Callable[[], Any],
         nan: bool = True,
     ) -> None:
-        """`serve` answers a request; `too_long` is sent where its answer is too long."""
+        """`serve` answers a request; `too_long` gives the answer to send instead of one that is too
+        long.
+        """
         self._nan = nan
         self._gets, self._sends, self._serve, self._too_long = gets, sends, serve, too_long
 
     def send(self, message: Any) -> None:
-        """Raises `ValueError` or `RecursionError` for a line that is too long or too deep."""
+        """Send a message. Raises `ValueError` or `RecursionError` if its line is too long or too
+        deeply nested.
+        """
         with DeepRecursion():
             line = json.dumps(message).encode() + b"\n"
         if len(line) > MAX_LINE:
@@ -46,8 +52,8 @@ class Channel:
         self._sends.flush()
 
     def read(self) -> Any:
-        """Raises `EOFError` at the other's end; `ValueError` for what is no line of JSON or holds a
-        NaN that is not allowed.
+        """Read a message. Raises `EOFError` when the other end is closed; `ValueError` for a line
+        that is not JSON or contains a NaN that is not allowed.
         """
         line = self._gets.readline(MAX_LINE + 1)
         if not line.endswith(b"\n"):
@@ -56,7 +62,7 @@ class Channel:
             return json.loads(line, parse_constant=self._constant)
 
     def wait(self) -> Any:
-        """The answer to what was sent; what the other end asks before it is answered."""
+        """The answer to the last message; requests that come before it are answered first."""
         while True:
             message = self.read()
             if message[0] != "ask":
@@ -77,8 +83,8 @@ class Channel:
 
 
 def encode(value: Any, other: Callable[[Any], Any]) -> Any:
-    """Plain data as JSON: `[kind, content...]` but for None, truth, texts and small numbers.
-    `other` has what is not exactly of a plain type.
+    """Plain data as JSON: `[kind, content...]`, except that None, booleans, texts and small numbers
+    stay as they are. `other` encodes a value whose type is not exactly a plain one.
     """
     kind = type(value)
     if value is None or kind in (bool, str, float) or (kind is int and abs(value) < _EXACT):
@@ -102,7 +108,7 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
 
 def _content(name: str, value: Any, other: Callable[[Any], Any]) -> list[Any]:
     if name == "int":
-        return [hex(value)]  # no limit of digits
+        return [hex(value)]  # decimal text would have a limit of digits
     if name in ("bytes", "bytearray"):
         return [value.hex()]
     if name == "complex":
@@ -115,8 +121,8 @@ def _content(name: str, value: Any, other: Callable[[Any], Any]) -> list[Any]:
 
 
 def decode(value: Any, other: Callable[[str, list[Any]], Any]) -> Any:
-    """What `encode` was given; `other` has the kinds that it does not know. Raises anything where
-    `encode` did not write it.
+    """The inverse of `encode`; `other` decodes the kinds that it does not know. For anything that
+    `encode` did not write, it may raise any error.
     """
     if not isinstance(value, list):
         if isinstance(value, dict):
@@ -173,7 +179,7 @@ def _library(kind: str, rest: list[Any]) -> Any:
 
 
 class DeepRecursion:
-    """The recursion limit that data needs, while the context is open."""
+    """Raises the recursion limit inside, as nested data needs it."""
 
     def __enter__(self) -> None:
         self._before = sys.getrecursionlimit()

@@ -1,5 +1,5 @@
-"""The start of a process in the sandbox, in one of three roles: `run` is the program; `serve`
-answers for the program's names; `check` holds the tests, in a sandbox of its own.
+"""The start of a process in the sandbox, in one of three roles: `run` runs the program; `serve`
+runs it and answers for its names; `check` runs the tests, in a sandbox of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> None:
     _limit(*map(int, numbers))
     entry_point = "".join(sys.argv[6:])
     sys.argv = [PROGRAM]
-    # What Python has outside a sandbox: these two names, and frames that are not ours.
+    # Python outside a sandbox has these two names, and no frames of ours count towards its
+    # recursion limit.
     vars(builtins).update(exit=sys.exit, quit=sys.exit)
     sys.setrecursionlimit(sys.getrecursionlimit() + 20)
     if role == "check":
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _limit(seconds: int, memory: int, output: int, files: int) -> None:
-    """Soft and hard limits alike: without capabilities nobody raises them again."""
+    """Set soft and hard limits alike; without capabilities nothing can raise them again."""
     for what, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, output),
@@ -67,8 +68,8 @@ def _limit(seconds: int, memory: int, output: int, files: int) -> None:
 
 
 def _run_threads_in_turn() -> None:
-    """There are no threads, and programs that want but a deeper stack start one: its work is done
-    where it is started.
+    """Run each thread where it is started: a sandbox has no threads, and many programs start one
+    only to get a deeper stack.
     """
     import threading
 
@@ -82,7 +83,7 @@ def _run_threads_in_turn() -> None:
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Standard input and output, which from here on carry the calls and not what is printed."""
+    """Take standard input and output, which from now on carry messages and not what is printed."""
     pipes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 0)
     os.dup2(2, 1)

@@ -1,4 +1,6 @@
-"""Which names the text of the tests binds, and what comes from the tests alone."""
+"""Which names the tests bind, and which values come from the tests alone. It knows syntax trees
+only.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ PLAIN_NAMES = frozenset(name for kind in _PLAIN for name in dir(kind)) | frozens
 })  # fmt: skip
 """Attributes of plain data."""
 _CLASS = r"_*[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*"
-"""How classes are named."""
+"""The usual form of a class's name."""
 _ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
 """Builtins that can reach any name."""
 
 
 class Names:
-    """Names that the tests bind, to which expressions (None: to anything), and from where."""
+    """The names that the tests bind, and the expressions that they are bound to (None: to
+    anything).
+    """
 
     def __init__(self, read: set[str]) -> None:
         self.read = read
@@ -35,10 +39,10 @@ class Names:
         self.own: set[str] = set()
         """Names of objects that the tests or the standard library made."""
         self.instances: set[str] = set()
-        """Names of objects that the tests make of the program's classes."""
+        """Names of objects that the tests make from the program's classes."""
 
     def free(self, name: str) -> bool:
-        """Whether the tests do not bind it."""
+        """Whether the tests do not bind this name."""
         return name not in self.bound and name not in self.imported and name not in self.caught
 
     def builtin(self, name: str) -> bool:
@@ -50,7 +54,7 @@ class Names:
         )  # fmt: skip
 
     def is_clean(self, node: ast.AST) -> bool:
-        """Whether all names in it come from the tests alone."""
+        """Whether all names in this node come from the tests alone."""
         return all(map(self._from_tests, names_in(node)))
 
     def _from_tests(self, name: str) -> bool:
@@ -58,7 +62,9 @@ class Names:
         return own and name not in _ANYTHING
 
     def is_own(self, node: ast.expr) -> bool:
-        """Whether what it is a part or an answer of is the tests' or the standard library's."""
+        """Whether this attribute, call or item belongs to an object of the tests or of the standard
+        library.
+        """
         while isinstance(node, (ast.Attribute, ast.Call, ast.Subscript, ast.Await)):
             node = node.func if isinstance(node, ast.Call) else node.value
         if not isinstance(node, ast.Name):
@@ -67,11 +73,11 @@ class Names:
         return node.id in own or self.builtin(node.id)
 
     def is_class(self, name: str) -> bool:
-        """Whether the program is to have a class of this name."""
+        """Whether this name must be a class of the program."""
         return self.of_program(name) and re.fullmatch(_CLASS, name) is not None
 
     def is_instance(self, node: ast.AST | None) -> bool:
-        """Whether it is made by calling one of the program's classes."""
+        """Whether this object is made by a call of one of the program's classes."""
         if isinstance(node, ast.Call):
             return self.is_class(name_of(node.func))
         if isinstance(node, (ast.Tuple, ast.List)):
@@ -85,7 +91,7 @@ class Names:
 
 
 def _own_attribute(node: ast.AST | None) -> str:
-    """`self.x`; empty for any other."""
+    """`self.x` as a text; empty for any other node."""
     if isinstance(node, ast.Attribute) and name_of(node.value) == "self":
         return f"self.{node.attr}"
     return ""
@@ -96,12 +102,12 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def name_of(node: ast.AST) -> str:
-    """The name that a node is; empty for any other."""
+    """The name that this node is; empty for any other node."""
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def collect(nodes: list[ast.AST]) -> Names:
-    """The names of a text."""
+    """The names of the tests."""
     names = Names(read=set(map(name_of, nodes)))
 
     def bind(target: ast.AST, value: ast.expr | None) -> None:
@@ -136,7 +142,9 @@ def collect(nodes: list[ast.AST]) -> Names:
 
 
 def _settle(names: Names) -> None:
-    """Take out of the clean and the own names, until none is left, what comes from the program."""
+    """Remove from `clean` and `own` the names whose values come from the program, until nothing
+    changes.
+    """
     names.clean, names.own = set(names.bound), set(names.bound)
     while True:
         clean, own = names.clean, names.own

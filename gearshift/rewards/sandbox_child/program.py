@@ -1,5 +1,7 @@
-"""The program's side: it does what the tests ask of the program's names and objects. The program is
-in the same process and can change all of this; then only its own answers are others.
+"""The program's side of the channel: it does what the tests ask of the program's names and objects.
+
+The program runs in the same process and could change all of this code. That gives it nothing: only
+its own answers change.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def plain_data(value: Any) -> Any:
 
 
 def update_in_place(old: Any, new: Any) -> Any:
-    """`old`, made equal to `new` in place where it can be."""
+    """Make `old` equal to `new`, in place where possible, and return the result."""
     if type(old) is not type(new):
         return new
     if isinstance(old, list):
@@ -88,7 +90,9 @@ OPERATIONS: dict[str, Any] = {
 
 
 class TestsObject:
-    """An object of the tests, as the program sees it: a function, or an object's public part."""
+    """An object of the tests, as the program sees it: a function, or the public part of an
+    object.
+    """
 
     def __init__(self, server: Server, number: int, name: str) -> None:
         self.__dict__.update(_server=server, _number=number, __name__=name)
@@ -125,17 +129,17 @@ class TestsObject:
 
 class Server:
     def __init__(self, module: ModuleType, gets: BinaryIO, sends: BinaryIO) -> None:
-        self.wire = Channel(gets, sends, self.serve, self._too_long)
+        self.channel = Channel(gets, sends, self.serve, self._too_long)
         self.module = module
         self.objects = self.prints = False
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
-        self.theirs: dict[int, TestsObject] = {}
+        self.tests_objects: dict[int, TestsObject] = {}
 
     def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Of the tests, in the midst of an answer."""
-        self.wire.send(["ask", self._request(what, args, kwargs)])
-        kind, *rest = self.wire.wait()
+        """Ask the tests, in the middle of an answer to them."""
+        self.channel.send(["ask", self._request(what, args, kwargs)])
+        kind, *rest = self.channel.wait()
         if kind == "value":
             return decode(rest[0], self._received)
         if kind == "stop":
@@ -171,7 +175,7 @@ class Server:
             stopped = what == "next"
             answer = ["stop", self._encode(stop.value)] if stopped else self._raised(stop)
             value = None
-        except BaseException as error:  # an exit too: the tests may ask for it
+        except BaseException as error:  # also an exit, because the tests may expect one
             answer, value = self._raised(error), None
         finally:
             sys.stdout = before
@@ -180,7 +184,7 @@ class Server:
         return [*answer, printed.getvalue(), changed, same]
 
     def _too_long(self) -> Any:
-        """What is too long is an object that stays here."""
+        """The answer if another one is too long: an object that stays here."""
         return ["value", self._keep(object()), "", {}, []]
 
     def _do(self, what: str, given: list[Any], named: dict[str, Any]) -> Any:
@@ -191,7 +195,7 @@ class Server:
         return self.module.__dict__[given[0]]
 
     def _encode(self, value: Any) -> Any:
-        """What cannot be written (too deep, say) stays here."""
+        """Encode a value; one that cannot be encoded (for example too deeply nested) stays here."""
         try:
             with DeepRecursion():
                 return encode(value, self._other)
@@ -209,7 +213,7 @@ class Server:
         return ["raised", [_names(type(error)), args, more, text, token]]
 
     def _other(self, value: Any) -> Any:
-        """What is not exactly plain data, as it crosses."""
+        """Encode a value whose type is not exactly a plain one."""
         kind = type(value)
         if kind is TestsObject:
             return ["yours", value._number]
@@ -237,8 +241,8 @@ class Server:
             if has
         ]
         base = next((base.__name__ for base in BASES if issubclass(kind, base)), "")
-        face = kind.__name__ if kind.__name__ in ("generator", "function") else base
-        return ["mine", self.numbers[id(value)], abilities, face]
+        appearance = kind.__name__ if kind.__name__ in ("generator", "function") else base
+        return ["mine", self.numbers[id(value)], abilities, appearance]
 
     def _received(self, kind: str, rest: list[Any]) -> Any:
         if kind == "yours":
@@ -258,20 +262,20 @@ class Server:
             return made
         if kind == "error":
             return self.module.__dict__[rest[0]]
-        return self.theirs.setdefault(rest[0], TestsObject(self, *rest))
+        return self.tests_objects.setdefault(rest[0], TestsObject(self, *rest))
 
 
 def _names(kind: type) -> list[list[Any]]:
-    """The names of a class and what it derives from, each with whether Python has it."""
+    """The names of a class and of its base classes, each with whether Python itself has it."""
     return [[k.__name__, k.__module__ == "builtins"] for k in kind.__mro__[:50]]
 
 
 def serve(module: ModuleType, gets: BinaryIO, sends: BinaryIO) -> None:
-    """Answer until the tests are over."""
+    """Answer until the tests have ended."""
     server = Server(module, gets, sends)
     while True:
         try:
-            message = server.wire.read()
+            message = server.channel.read()
         except EOFError:
             return
-        server.wire.answer(message[1])
+        server.channel.answer(message[1])

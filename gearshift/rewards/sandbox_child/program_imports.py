@@ -1,4 +1,6 @@
-"""Tests that import the program (`from solution import f`): what they import is the program's."""
+"""Imports of the program in the tests (`from solution import f`): the imported names become the
+program's. It knows syntax trees only.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from collections.abc import Callable
 MODULES = frozenset({
     "solution", "solutions", "submission", "program", "main", "__main__", "your_module",
 })  # fmt: skip
-"""What tests call the program's module."""
+"""Names by which tests call the program's module."""
 
 
 class ReplaceImports(ast.NodeTransformer):
-    """Takes such imports out of the tests, and has the program's own names in their place."""
+    """Removes such imports from the tests, and puts the program's own names in their place."""
 
     def __init__(self, tree: ast.Module, of_program: Callable[[ast.expr, str], ast.expr]) -> None:
-        """`of_program`: what stands in place of an expression that is a name of the program."""
+        """`of_program` makes the node that replaces a name of the program."""
         self._of_program = of_program
         self._modules: set[str] = set()
         self._names: dict[str, str] = {}

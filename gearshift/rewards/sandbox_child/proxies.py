@@ -1,7 +1,9 @@
-"""Objects of the program as the tests hold them: a number, and what can be asked of it.
+"""Proxies: what the tests hold in place of the program's objects. A proxy has the object's number,
+and passes operations on to it.
 
-An object never equals plain data, whatever its `__eq__` would say: what is expected never reaches
-the program. (One whose class derives from a plain type is compared here, by the data in it.)
+A proxy never equals plain data, whatever the object's `__eq__` says, because the expected value
+must not reach the program. An object whose class derives from a plain type is compared here, by its
+data.
 """
 
 from __future__ import annotations
@@ -31,24 +33,26 @@ _OF_ANY = frozenset(
 _LIKE = {"": object, "generator": types.GeneratorType, "function": types.FunctionType}
 _PLAIN = {base.__name__: base for base in BASES}
 APPEARANCES: dict[str, type] = {**_LIKE, **_PLAIN}
-"""What `isinstance` sees an object as: a generator, a function, plain data that it derives from."""
+"""What `isinstance` takes an object for: a generator, a function, or the plain type that it derives
+from.
+"""
 
 
 class Proxy:
-    """What any object can be asked."""
+    """The operations of every object."""
 
-    __slots__ = ("_face", "_tester", "_thing")
+    __slots__ = ("_appearance", "_tester", "_number")
 
-    def __init__(self, number: int, tester: Any, face: str) -> None:
-        for name, value in (("_thing", number), ("_tester", tester), ("_face", face)):
+    def __init__(self, number: int, tester: Any, appearance: str) -> None:
+        for name, value in (("_number", number), ("_tester", tester), ("_appearance", appearance)):
             object.__setattr__(self, name, value)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return APPEARANCES[self._face]
+        return APPEARANCES[self._appearance]
 
     def __getattribute__(self, name: str) -> Any:
-        if name in _OF_ANY:  # this object has it too
+        if name in _OF_ANY:  # the proxy itself has these attributes too
             return self._tester.ask("get", self, name)
         return object.__getattribute__(self, name)
 
@@ -57,7 +61,7 @@ class Proxy:
             return True
         if is_proxy(other):
             return self._tester.ask("eq", self, other) is True
-        return self._plain() == other if self._face in _PLAIN else NotImplemented
+        return self._plain() == other if self._appearance in _PLAIN else NotImplemented
 
     def _plain(self) -> Any:
         return self._tester.ask("plain", self)
@@ -98,7 +102,7 @@ class IteratorProxy:
 
 
 class CallableProxy:
-    """A function, a class, or what else can be called."""
+    """A function, a class, or another object that can be called."""
 
     __slots__ = ()
     _tester: Any
@@ -121,7 +125,9 @@ class ClassProxy:
 
 
 class ObjectProxy:
-    """An object of which the tests speak as an object: operators, places, attributes, contexts."""
+    """An object that the tests use as an object: with operators, items, attributes, or as a context
+    manager.
+    """
 
     __slots__ = ()
     _tester: Any
@@ -152,7 +158,7 @@ class ObjectProxy:
         return self._tester.ask("enter", self)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        """Only what the tests raise by a statement of their own is for the program to swallow."""
+        """The program may only swallow an exception that a `raise` of the tests caused."""
         swallowed = bool(self._tester.ask("exit", self, kind, error, None))
         return swallowed and error is not None and self._tester.raised_by_tests(error)
 
@@ -166,8 +172,9 @@ def _unary(what: str) -> Any:
 
 
 def _binary(what: str, swapped: bool) -> Any:
-    """An operator, between an object and plain data where the tests mean one of the program's
-    classes: else it could answer `f(2) - 4` with what the tests wait for.
+    """An operator between an object and plain data. It is allowed only if the tests mean one of the
+    program's classes: otherwise the object could answer `f(2) - 4` with the value that the tests
+    expect.
     """
 
     def operate(self: Any, other: Any) -> Any:
@@ -182,7 +189,7 @@ def _ordered(what: str) -> Any:
     def compare(self: Any, other: Any) -> Any:
         if is_proxy(other):
             return self._tester.ask(what, self, other) is True
-        if self._face in _PLAIN:
+        if self._appearance in _PLAIN:
             return getattr(operator, what)(self._plain(), other)
         return NotImplemented
 
@@ -205,7 +212,7 @@ for _name in OPERATORS:
 
 @cache
 def proxy_class(abilities: tuple[str, ...], objects: bool) -> type[Proxy]:
-    """The class of things with these abilities."""
+    """The class of proxies for objects with these abilities."""
     bases: list[type] = []
     bases += [ClassProxy] if "class" in abilities else []
     bases += [IteratorProxy] if "next" in abilities else []

@@ -10,12 +10,14 @@ import ast
 from gearshift.rewards.sandbox_child.name_analysis import name_of
 
 COMPARE, TYPE, STOP, NEXT, SEEN = " compare", " type", " stop", " next", " seen"
-"""Names that the rewritten tests use, which no program can have."""
+"""Names that the rewritten tests use, and that no program can define."""
 _ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
 class RewriteTests(ast.NodeTransformer):
-    """Comparisons of order, `type(x)`, `StopIteration` and builtins that the program is to have."""
+    """Replaces comparisons of order, `type(x)`, `StopIteration`, and the builtins that the program
+    defines.
+    """
 
     def __init__(self, targets: dict[int, str]) -> None:
         self._targets = targets
@@ -67,12 +69,12 @@ class RewriteTests(ast.NodeTransformer):
 
 
 def _seen() -> ast.Expr:
-    """The statement that tells that an exception was caught."""
+    """The statement that records that an exception was caught."""
     return ast.Expr(ast.Call(ast.Name(SEEN, ast.Load()), [], []))
 
 
 def _or_stop(node: ast.expr) -> ast.expr:
-    """`StopIteration` as what is caught: the program's is a class of its own."""
+    """`StopIteration` in an `except`; the program's `StopIteration` has a class of its own."""
     if name_of(node) != "StopIteration":
         return node
     return ast.Tuple([node, ast.Name(STOP, ast.Load())], ast.Load())

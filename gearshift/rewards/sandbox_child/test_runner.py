@@ -1,6 +1,6 @@
-"""Tests in functions and classes, as unittest and pytest run them; and the part of pytest that such
-tests use (`raises`, `approx`, `mark.parametrize`, fixtures, `capsys`), for the sandbox has the
-standard library alone.
+"""Runs tests in functions and classes as unittest and pytest do. It has the part of pytest that
+such tests use (`raises`, `approx`, `mark.parametrize`, fixtures, `capsys`), because a sandbox has
+the standard library only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 from gearshift.rewards.sandbox_child.analysis import TestAnalysis, UnusableError
 
 _RAN, _RAN_CASES = " ran", " ran cases"
-"""Names that no tests have: these have begun."""
+"""Names that no tests have; they record that the tests have begun."""
 
 
 def prepare(space: dict[str, Any], read: TestAnalysis) -> None:
-    """Before the tests run: `pytest`, and `unittest.main` that runs their classes."""
+    """Before the tests run: make `pytest` importable, and let `unittest.main` run their classes."""
     if "pytest" in read.imports:
         pytest: Any = ModuleType("pytest")
         pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
@@ -35,7 +35,9 @@ def prepare(space: dict[str, Any], read: TestAnalysis) -> None:
 
 
 def run(space: dict[str, Any], read: TestAnalysis) -> int:
-    """What the tests define and do not run themselves. Raises what they raise; 0 else."""
+    """Run the tests that are defined and that the text does not run itself. It raises what they
+    raise, and returns 0 otherwise.
+    """
     if space.get(_RAN):
         return 0
     space[_RAN] = True
@@ -79,8 +81,10 @@ def _run_function(test: Any, space: dict[str, Any]) -> None:
 
 
 def _arguments(test: Any, known: dict[str, Any], space: Any, after: ExitStack) -> dict[str, Any]:
-    """What a test or a fixture wants: from `known`, or of fixtures, which are added to it."""
-    import inspect  # slow, and most tests have no functions
+    """The arguments of a test or a fixture: from `known`, or from fixtures, whose values are added
+    to it.
+    """
+    import inspect  # importing it is slow, and most tests have no functions
 
     wanted = [p.name for p in inspect.signature(test).parameters.values() if p.default is p.empty]
     for name in wanted:
@@ -115,7 +119,9 @@ class _Printed(NamedTuple):
 
 
 class _Capsys:
-    """What was printed since the last look. (Tests that look at standard error are refused.)"""
+    """The text that was printed since the last call. (Tests that read standard error are
+    refused.)
+    """
 
     def __init__(self) -> None:
         self.readouterr()
@@ -129,7 +135,7 @@ class _Capsys:
 
 
 class _Param(list[Any]):
-    """`pytest.param`: one row of a test's values."""
+    """`pytest.param`: the values of one row of a test."""
 
     def __init__(self, *values: Any, id: str = "") -> None:
         super().__init__(values)
@@ -144,7 +150,7 @@ def _not_here(name: str) -> NoReturn:
 
 
 def _label(*args: Any, **_: Any) -> Any:
-    """A mark that changes nothing here, with arguments or without."""
+    """A mark without an effect here, with arguments or without."""
     return args[0] if args and callable(args[0]) else lambda test: test
 
 
@@ -168,7 +174,7 @@ class _Mark:
 
 
 class raises:  # noqa: N801 - pytest's name
-    """Passes if the block raises one of these, with a text in which `match` is found."""
+    """Passes if the block raises one of these exceptions, with a text in which `match` is found."""
 
     def __init__(self, expected: Any, function: Any = None, *args: Any, match: str = "", **kw: Any):
         self.expected, self.match = expected, match
@@ -195,7 +201,9 @@ class raises:  # noqa: N801 - pytest's name
 
 
 class Approx:
-    """Equal within 1e-6 of the expected, or 1e-12: numbers, and lists and dicts of them."""
+    """Equal within a relative 1e-6 of the expected value, or within 1e-12: numbers, and lists and
+    dicts of them.
+    """
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -1,9 +1,10 @@
-"""The tests' side, which gives the verdict. A name that the tests use and nobody else has is the
-program's: it is asked for across the pipes, with plain data.
+"""The tests' side of the channel, which gives the verdict. A name that the tests use and do not
+define belongs to the program, and is requested through the channel.
 
-A program is wrong unless the tests come to their end; an answer that is no plain data is an object
-(see `things`), which never equals any. The tests are unusable, which the text alone decides, if no
-program can be put to them: they do not parse, need what a sandbox lacks, or never ask the program.
+A program is wrong unless the tests come to their end. An answer that is not plain data becomes a
+proxy (see `proxies`), which equals no plain data. The tests are unusable if no program could pass
+them: they do not parse, they need what a sandbox does not have, or they never ask the program.
+Their text alone decides this.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _MUTABLE = (list, dict, set, bytearray)
 
 
 class StopError(Exception):
-    """A `StopIteration` of the program: it ends no loop of the tests."""
+    """The program's `StopIteration`, as a class that ends no loop of the tests."""
 
     value: Any = None
 
@@ -38,7 +39,7 @@ _STOPS = (StopIteration, StopAsyncIteration, GeneratorExit)
 
 
 class Space(dict[str, Any]):
-    """The tests' names; what they do not have is the program's."""
+    """The tests' global names; any other name is requested from the program."""
 
     def __init__(self, tester: Tester, **names: Any) -> None:
         super().__init__(names)
@@ -59,52 +60,54 @@ class Space(dict[str, Any]):
 
 
 class Tester:
-    """One end of the pipes, and all that the tests and the program know of each other."""
+    """One end of the channel, with all that the tests and the program know of each other."""
 
     def __init__(self, read: TestAnalysis, gets: BinaryIO, sends: BinaryIO) -> None:
         self.read = read
-        self._wire = Channel(gets, sends, self._serve, self._wrong, read.nan)
+        self._channel = Channel(gets, sends, self._serve, self._wrong, read.nan)
         self.asked = False
         self.failed = False
-        """An assertion in a function that the program called did not hold."""
+        """An assertion failed in a function of the tests that the program called."""
         self.raised: list[BaseException] = []
-        """By the program."""
+        """The exceptions that the program raised."""
         self._unseen = False
-        """The last of these has come to no `except`, or the like, of the tests."""
+        """The last of these exceptions has not been caught by the tests."""
         self._thrown: list[BaseException] = []
-        """By functions of the tests that the program called."""
-        self._things: dict[int, Proxy] = {}
+        """The exceptions of functions of the tests that the program called."""
+        self._proxies: dict[int, Proxy] = {}
         self._given: list[Any] = []
-        """Objects of the tests that the program knows, by number."""
+        """The objects of the tests that the program knows, by number."""
         self._numbers: dict[int, int] = {}
         self._errors: dict[str, type[BaseException]] = {}
         self._parts: list[tuple[Any, str, Any, Any]] = []
-        """Data that the tests got as an attribute: of what, its name, itself, what it was."""
+        """Data that the tests got as an attribute: the object, the attribute's name, the data, and
+        its encoded form at that time.
+        """
 
     def settle(self) -> None:
         self.ask("settle", self.read.objects, self.read.prints)
         self.asked = False
 
     def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
-        """What the program answers, or raises. One that does not answer is wrong, here and now: the
-        tests' own code does not get to see it.
+        """What the program answers, or raises. A program that does not answer is wrong at once,
+        before the tests' own code can react.
         """
         self.asked = True
         self._give_back()
-        if what != "name":  # which an `except` asks for
+        if what != "name":  # the expression of an `except` may ask for a name
             self.seen(must=True)
         watched = self._watched(args) if what == "call" else []
         try:
             given = [encode(a, self._other) for a in args]
             named = {k: encode(v, self._other) for k, v in kwargs.items()}
-            self._wire.send(["ask", [what, given, named, watched]])
+            self._channel.send(["ask", [what, given, named, watched]])
         except (RecursionError, ValueError):
             unusable("they pass what is nested too deep, or too long")
         except OSError:
             self._wrong()
         error: BaseException | None
         try:
-            answer, content, printed, changed, same = self._wire.wait()
+            answer, content, printed, changed, same = self._channel.wait()
             for place in watched:
                 update_in_place(args[place], decode(changed[str(place)], self._received))
             if printed:
@@ -126,8 +129,8 @@ class Tester:
         return value
 
     def _give_back(self) -> None:
-        """What the tests have changed in an attribute's data (`board.cells[0] = 1`), the program's
-        object is to have.
+        """Send data of an attribute that the tests have changed (`board.cells[0] = 1`) back to the
+        program's object.
         """
         parts, self._parts = self._parts, []
         for owner, name, value, before in parts:
@@ -138,8 +141,9 @@ class Tester:
                 self._parts.append((owner, name, value, now))
 
     def seen(self, must: bool = False) -> None:
-        """The tests have caught what the program raised. (`must`: else Python has swallowed it, as
-        `hasattr` does, and they go on as if it had answered.)
+        """Record that the tests have caught the program's exception. With `must`, a program whose
+        exception was not caught is wrong: Python swallowed it, for example in `hasattr`, and the
+        tests would take it for an answer.
         """
         if must and self._unseen:
             self._wrong()
@@ -149,7 +153,7 @@ class Tester:
         os._exit(FAILED)
 
     def raised_by_tests(self, error: BaseException) -> bool:
-        """By a statement of their own."""
+        """Whether a `raise` of the tests' own caused this exception."""
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
@@ -157,7 +161,7 @@ class Tester:
         return bool(own and trace and trace.tb_lineno in self.read.raises)
 
     def _watched(self, args: Any) -> list[int]:
-        """Which arguments are variables that the tests look at afterwards."""
+        """The positions of arguments that are variables which the tests read later."""
         held: set[int] = set()
         frame = sys._getframe(2) if self.read.watched else None
         while frame:
@@ -168,9 +172,9 @@ class Tester:
         return [i for i, a in enumerate(args) if id(a) in held and type(a) in _MUTABLE]
 
     def _other(self, value: Any) -> Any:
-        """What is not plain data, as the program gets it."""
+        """Encode a value that is not plain data."""
         if is_proxy(value):
-            return ["yours", value._thing]
+            return ["yours", value._number]
         if isinstance(value, type) and value in self._errors.values():
             return ["error", value.__name__]
         if isinstance(value, (int, float, str, bytes)):
@@ -194,15 +198,15 @@ class Tester:
         if form == "error":
             return self._error_class(rest[0])
         assert form == "mine"
-        number, abilities, face = rest
-        assert face in APPEARANCES
-        if number not in self._things:
+        number, abilities, appearance = rest
+        assert appearance in APPEARANCES
+        if number not in self._proxies:
             made = proxy_class(tuple(abilities), self.read.objects)
-            self._things[number] = made(number, self, face)
-        return self._things[number]
+            self._proxies[number] = made(number, self, appearance)
+        return self._proxies[number]
 
     def _error_class(self, names: list[list[Any]]) -> type[BaseException]:
-        """A class of exceptions: Python's own, or one that stands for the program's."""
+        """A class of exceptions: Python's own, or one that replaces the program's."""
         (name, known), *bases = names
         if known:
             found = getattr(builtins, name)
@@ -223,7 +227,7 @@ class Tester:
         given = [decode(a, self._received) for a in args]
         try:
             error = found(*given)
-        except Exception:  # it wants other arguments
+        except Exception:  # its constructor needs other arguments
             error = found.__new__(found)
             error.args = (str(text),)
         if not names[0][1]:
@@ -237,7 +241,7 @@ class Tester:
         return error
 
     def _serve(self, request: Any) -> Any:
-        """What the program asks of an object of the tests that it was given."""
+        """Answer what the program asks of an object of the tests that it received."""
         try:
             what, args, kwargs = request
             target, *given = (decode(a, self._received) for a in args)
@@ -260,7 +264,7 @@ class Tester:
 
 
 def _next(iterator: Any) -> Any:
-    """`next(iterator)`, which for one of the program ends no loop of the tests."""
+    """`next(iterator)`, in a form in which an iterator of the program ends no loop of the tests."""
     try:
         return next(iterator)
     except StopIteration as stop:
@@ -272,8 +276,8 @@ def _next(iterator: Any) -> Any:
 
 
 def _compare(left: Any, names: tuple[str, ...], *others: Any) -> Any:
-    """A comparison of order, in which what is not a number makes the program wrong: a test that it
-    passes by negation has not seen it.
+    """A comparison of order. With NaN the program is wrong: a negated test would pass without
+    having compared anything.
     """
     result: Any = True
     for name, right in zip(names, others, strict=True):
@@ -299,7 +303,7 @@ def unusable(why: str) -> NoReturn:
 
 
 def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoReturn:
-    """End the process with the verdict."""
+    """Run the tests and end the process with the verdict as its exit code."""
     sys.setrecursionlimit(DEEP_RECURSION)
     try:
         read = analysis.analyze(source, entry_point)
