@@ -41,7 +41,7 @@ from.
 class Proxy:
     """The operations of every object."""
 
-    __slots__ = ("_appearance", "_tester", "_number")
+    __slots__ = ("_appearance", "_number", "_tester")
 
     def __init__(self, number: int, tester: Any, appearance: str) -> None:
         for name, value in (("_number", number), ("_tester", tester), ("_appearance", appearance)):
