@@ -77,16 +77,16 @@ def main() -> None:
         }
         if vllm is not None:
             subjects["vllm"] = lambda p=prompts, n=lengths: vllm.run(p, n)
-        engine.timing()
+        engine.take_stats()
         samples = in_turn(subjects, rounds)
-        done = engine.timing()
+        done = engine.take_stats()
         told: dict[str, Any] = {
             "tokens": sum(lengths),
             "tokens_per_second": {k: sum(lengths) / median(v) for k, v in samples.items()},
             "seconds": samples,
             "ratio_vs_hf": ratio(samples, "gearshift", "transformers"),
             "ratio_vs_hf_continuous": ratio(samples, "gearshift", "continuous"),
-            "roofline_fraction": engine.roofline_fraction(done),
+            "roofline_fraction": done.roofline_fraction(engine.model, engine.loop.position_bytes),
             "decode_ms_per_step": 1e3 * done.decode_seconds / done.decode_steps,
         }
         if vllm is not None:

@@ -25,8 +25,9 @@ class KVCache:
     attention reads them. Block 0 is nobody's: it takes writes that nobody reads.
     """
 
-    def __init__(self) -> None:
-        self.blocks = 0
+    def __init__(self, limit: int | None = None) -> None:
+        """`limit`: blocks that it has at most."""
+        self.blocks, self._limit = 0, limit
         self.moves = 0
         """Grows when the layers' stores move."""
         self._layers: dict[int, Tensor] = {}
@@ -51,6 +52,7 @@ class KVCache:
 
     def grow(self, blocks: int) -> None:
         """Have at least this many blocks; what is held stays."""
+        blocks = blocks if self._limit is None else min(blocks, self._limit)
         more = blocks - self.blocks
         if more <= 0:
             return

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,29 +21,13 @@ from gearshift.engine.block_cache import KVCache
 from gearshift.engine.decoder import Decoder
 from gearshift.engine.sampler import adjusts, sample
 from gearshift.engine.sequence import Decode, Sequence
+from gearshift.engine.stats import GenerationStats
 from gearshift.errors import NumericalError
 from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.runtime.seeding import philox_uniform
 
 _AHEAD = 64
 """Tokens that uniforms are drawn ahead for: many cost what one does."""
-
-
-@dataclass(slots=True)
-class GenerationStats:
-    """What the scheduler has done, since it was last set to zero."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    prefill_tokens: int = 0
-    """Prompt tokens computed; those whose keys were known are not among them."""
-    shared_tokens: int = 0
-    """Prompt tokens that were not computed, because their keys were there."""
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    decode_positions: int = 0
-    """Cached positions that decoding looked at, over all steps and rows."""
-    preemptions: int = 0
 
 
 class Scheduler:
@@ -59,7 +42,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         decode_steps_per_sync: int,
         device: torch.device,
-        timing: GenerationStats,
+        stats: GenerationStats,
     ) -> None:
         """`decode` turns tokens into text; `decode_steps_per_sync` tokens are drawn between two
         looks.
@@ -72,12 +55,15 @@ class Scheduler:
             max_num_batched_tokens,
             decode_steps_per_sync,
         )
-        self.timing = timing
+        self.stats = stats
         self.weights_version = 0
 
-    def add(self, group: list[Sequence]) -> None:
-        """Queue the completions of one prompt."""
-        self.waiting.append(deque(group))
+    def add(self, groups: list[list[Sequence]]) -> None:
+        """Queue the completions of prompts, each group those of one."""
+        self.waiting += map(deque, groups)
+        live = len(self.live) + sum(map(len, self.waiting))
+        longest = max(len(s.prompt) + s.params.max_new_tokens for group in groups for s in group)
+        self.cache.grow(min(live, self.max_num_seqs) * -(-longest // BLOCK))
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is. One that has ended stays as it is."""
@@ -92,14 +78,20 @@ class Scheduler:
         self.waiting = deque(group for group in self.waiting if group)
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """All that wait or run."""
+        return self.live + [sequence for group in self.waiting for sequence in group]
+
+    @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.live
 
-    def step(self) -> None:
+    def step(self, weights_version: int) -> None:
         """One token for every live sequence (or several, where nothing must be looked at between
         them); then new ones are admitted, with their first.
         """
+        self.weights_version = weights_version
         began = time.perf_counter()
         if self.live:
             self._make_room()
@@ -107,8 +99,8 @@ class Scheduler:
         decoded = time.perf_counter()
         while batch := self._next_batch():
             self._prefill(batch)
-        self.timing.decode_seconds += decoded - began
-        self.timing.prefill_seconds += time.perf_counter() - decoded
+        self.stats.decode_seconds += decoded - began
+        self.stats.prefill_seconds += time.perf_counter() - decoded
 
     # Live sequences
 
@@ -131,14 +123,14 @@ class Scheduler:
         logits, tokens, logprobs = self.decoder.steps(
             newest[0], newest[1], self._table(live), temperature, uniforms
         )
-        self.timing.decode_steps += steps
-        self.timing.decode_positions += steps * sum(s.length for s in live)
+        self.stats.decode_steps += steps
+        self.stats.decode_positions += steps * sum(s.length for s in live)
         if any(adjusts(s.params) for s in live):
             self._sample(live, logits, uniforms)
         else:
             rows = tokens.tolist(), logprobs.tolist(), logprobs.tolist()
             self._append(live, zip(*rows, strict=True))
-        self.timing.decode_tokens += sum(len(s.token_ids) for s in live) - written
+        self.stats.decode_tokens += sum(len(s.token_ids) for s in live) - written
 
     def _steps(self) -> int:
         """How many tokens can be drawn before anybody looks: `decode_steps_per_sync`, if none needs
@@ -233,7 +225,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
         self.waiting.appendleft(deque([sequence]))
-        self.timing.preemptions += 1
+        self.stats.preemptions += 1
 
     # Admission
 
@@ -280,12 +272,14 @@ class Scheduler:
                 self.waiting.popleft()
             batch.append((members, len(known) * BLOCK))
             tokens += new
-            self.timing.shared_tokens += len(members) * len(first) - new
-            self.timing.prefill_tokens += new
+            self.stats.shared_tokens += len(members) * len(first) - new
+            self.stats.prefill_tokens += new
         return batch
 
     def _prefill(self, batch: list[tuple[list[Sequence], int]]) -> None:
         leaders = [members[0] for members, _ in batch]
+        admitted = [sequence for members, _ in batch for sequence in members]
+        self.live += admitted
         ids = [
             torch.tensor(leader.tokens[known:])
             for leader, (_, known) in zip(leaders, batch, strict=True)
@@ -313,8 +307,6 @@ class Scheduler:
         if copies:
             sources, targets = zip(*copies, strict=True)
             self.cache.copy(sources, targets)
-        admitted = [sequence for members, _ in batch for sequence in members]
-        self.live += admitted
         sizes = torch.tensor([len(members) for members, _ in batch])
         logits = logits.repeat_interleave(sizes.to(device), 0)
         self._sample(admitted, logits, self._uniforms(admitted, 1))

@@ -5,13 +5,12 @@ before it runs beside others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from numbers import Integral
 from operator import index
 from typing import Any
 
-from gearshift.errors import ConfigError, DataError, GearshiftError
+from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
 from gearshift.types import Completion, FinishReason, SamplingParams
 
 Decode = Callable[[list[int]], str]
@@ -48,6 +47,12 @@ class Sequence:
     def tokens(self) -> list[int]:
         """Prompt and completion so far."""
         return self.prompt + self.token_ids
+
+    def with_sample(self, sample_index: int) -> Sequence:
+        """Another completion of this request, not begun."""
+        return Sequence(
+            self.prompt, self.params, self.request_id, sample_index, self.seed, self.end_tokens
+        )
 
     def append(
         self, token: int, logprob: float, drawn_logprob: float, version: int, decode: Decode
@@ -98,19 +103,75 @@ class Sequence:
         return any(stop in text for stop in self.params.stop)
 
 
-def checked_prompt(place: int, prompt: Ordered[int], vocabulary: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class SamplingLimits:
+    """What a completion may be, and what ends it."""
+
+    vocabulary: int
+    max_length: int
+    """Longest prompt plus completion."""
+    cache_tokens: int | None
+    """Tokens that the configured cache holds."""
+    seed: int
+    """For requests that give none."""
+    end_tokens: frozenset[int]
+
+    def sequence(
+        self,
+        token_ids: Iterable[int],
+        params: SamplingParams,
+        request_id: int,
+        sample_index: int = 0,
+        name: str = "The prompt",
+    ) -> Sequence:
+        """A completion to be sampled; `name` is the prompt's, for errors.
+
+        Raises `CapacityError` for a prompt that is empty or leaves no room for what `params` ask;
+        `DataError` and `ConfigError` for tokens that are not in the vocabulary.
+        """
+        prompt = check_prompt(name, token_ids, self.vocabulary)
+        request_id = check_id(request_id)
+        check_params(params, self.vocabulary)
+        self._check_room(name, len(prompt), params.max_new_tokens)
+        seed = self.seed if params.seed is None else params.seed
+        ends = self.end_tokens | frozenset(params.stop_token_ids)
+        return Sequence(prompt, params, request_id, sample_index, seed, ends)
+
+    def group(
+        self, token_ids: Iterable[int], params: SamplingParams, request_id: int, name: str
+    ) -> list[Sequence]:
+        """`params.n` completions of one prompt."""
+        one = self.sequence(token_ids, params, request_id, 0, name)
+        return [one, *(one.with_sample(i) for i in range(1, params.n))]
+
+    def _check_room(self, name: str, length: int, new: int) -> None:
+        if length == 0:
+            raise CapacityError(f"{name} is empty; give at least one token.")
+        limits = {
+            "the limit": self.max_length,
+            "the cache, engine.kv_cache_tokens": self.cache_tokens,
+        }
+        for what, limit in limits.items():
+            if limit is not None and length + new > limit:
+                raise CapacityError(
+                    f"{name} has {length} tokens, and with max_new_tokens={new} passes {what} of "
+                    f"{limit}; shorten the prompt or lower max_new_tokens."
+                )
+
+
+def check_prompt(name: str, prompt: Iterable[int], vocabulary: int) -> list[int]:
     """The prompt's token ids. Raises `DataError` for what is no token of the vocabulary."""
     if isinstance(prompt, str | bytes):
-        raise DataError(f"Prompt {place} is a text; encode it first, a prompt is token ids.")
+        raise DataError(f"{name} is a text; encode it first, a prompt is token ids.")
     if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
-        raise DataError(f"Prompt {place} is {prompt!r}; give a list of prompts, each of token ids.")
+        raise DataError(f"{name} is {prompt!r}; give a list of prompts, each of token ids.")
     ids = list(prompt)
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary:
         return ids
     for token in ids:
         if not _is_token(token, vocabulary):
             raise DataError(
-                f"Prompt {place} holds {token!r}, which is no token id from 0 to {vocabulary - 1}; "
+                f"{name} holds {token!r}, which is no token id from 0 to {vocabulary - 1}; "
                 "encode it with this model's tokenizer."
             )
     return list(map(index, ids))
@@ -133,7 +194,7 @@ def check_params(params: SamplingParams, vocabulary: int) -> None:
         raise ConfigError("sampling bad_words ends with every token; leave one to be sampled.")
 
 
-def checked_id(request_id: Any) -> int:
+def check_id(request_id: Any) -> int:
     """A request's number. Raises `ConfigError` for one that seeds no samples."""
     if not _is_token(request_id, 2**63):
         raise ConfigError(f"The request id {request_id!r} is no whole number in [0, 2^63).")

@@ -1,21 +1,65 @@
-"""How fast this machine could decode: its measured bandwidth and product rate against the bytes and
-products that a step cannot do without (Williams et al. 2009, the roofline model).
+"""What generation did and how long it took, beside how fast this machine could decode: its measured
+bandwidth and product rate against the bytes and products that a step cannot do without (Williams et
+al. 2009, the roofline model).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from statistics import median
 
 import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """What was done since these figures were last taken."""
+
+    shift_seconds: float = 0.0
+    """Shifts from one gear to the other."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prefill_tokens: int = 0
+    """Prompt tokens computed; those whose keys were cached are not among them."""
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed, because their keys were cached."""
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    decode_positions: int = 0
+    """Cached positions that decoding read, over all steps and rows."""
+    preemptions: int = 0
+
+    def take(self) -> GenerationStats:
+        """A copy; these figures begin anew."""
+        done = replace(self)
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+        return done
+
+    def roofline_fraction(self, model: PreTrainedModel, position_bytes: float) -> float:
+        """The time that decoding must take on this machine over the time it took: weights and
+        cached positions read once a step, or their products, whichever takes longer.
+        """
+        if not self.decode_steps:
+            return float("nan")
+        embedding = model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        # Of an input embedding that is not the head too, decoding reads a few rows.
+        unread = None if head is None or head.weight is embedding else embedding
+        used = [p for p in model.parameters() if p is not unread]
+        weights, elements = sum(p.nbytes for p in used), sum(p.numel() for p in used)
+        read = self.decode_steps * weights + self.decode_positions * position_bytes
+        roofline = measure(next(model.parameters()).device, model.dtype)
+        return roofline.seconds(read, 2.0 * elements * self.decode_tokens) / self.decode_seconds
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of one device and type."""
+    """What one device reaches in one precision."""
 
     bytes_per_second: float
     flops_per_second: float

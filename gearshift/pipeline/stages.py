@@ -28,7 +28,8 @@ from gearshift.pipeline.recipe import StageName
 from gearshift.pipeline.records import records
 from gearshift.pipeline.stage_data import Row, mix, render_rows, render_sources
 from gearshift.rewards.composite import CompositeReward
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.metrics import read_metrics

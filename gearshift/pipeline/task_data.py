@@ -123,7 +123,7 @@ class TaskData:
         return Collector(
             EnvironmentProcesses(make) if processes else make,
             engine.tokenizer,
-            engine,
+            engine.loop,
             workers=processes or WORKERS,
             timeout=rl.episode_timeout if rl else EPISODE_TIMEOUT,
         )

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from gearshift.data.overlap import prompt_text
 from gearshift.errors import ConfigError, DataError
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.rollouts.intervals import (
     Interval,
     interval,

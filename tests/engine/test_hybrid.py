@@ -193,7 +193,7 @@ def test_weights_that_change_under_a_running_request_end_it() -> None:
         next(running)
         one.model.load_state_dict(one.model.state_dict())
         with pytest.raises(GearshiftError, match="weights changed while requests were running"):
-            one.step()
+            one.loop.step()
         assert len(one.generate(PROMPTS, SamplingParams(max_new_tokens=2))) == len(PROMPTS)
 
 

@@ -32,7 +32,7 @@ def score(engine: Engine) -> Any:
 
 
 def step(engine: Engine) -> None:
-    engine.step()
+    engine.loop.step()
 
 
 USES: list[Callable[[Engine], Any]] = [write, score, step, Engine.weights_changed]
@@ -86,9 +86,8 @@ def test_a_step_inside_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     engine = Engine(tiny_model(), tiny_tokenizer())
     with engine.generating():
         stream = engine.stream(PROMPTS[0], PARAMS)
-        assert engine._scheduler is not None
-        scheduler = engine._scheduler
-        monkeypatch.setattr(scheduler, "step", engine.step)
+        next(stream)
+        monkeypatch.setattr(engine.loop._scheduler, "step", lambda _: engine.loop.step())
         with pytest.raises(GearshiftError, match="called itself"):
             next(stream)
     assert write(engine)

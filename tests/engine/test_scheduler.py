@@ -20,8 +20,8 @@ def engine(**config: object) -> Engine:
 
 
 def available(e: Engine) -> tuple[int, int]:
-    assert e._scheduler is not None
-    return e._scheduler.cache.available, e._scheduler.cache.blocks
+    assert e.loop._scheduler is not None
+    return e.loop._scheduler.cache.available, e.loop._scheduler.cache.blocks
 
 
 def test_a_cache_too_small_for_all_puts_sequences_back() -> None:
@@ -29,8 +29,8 @@ def test_a_cache_too_small_for_all_puts_sequences_back() -> None:
     small, large = engine(kv_cache_tokens=7 * 16), engine()
     with small.generating(), large.generating():
         ours, theirs = small.generate(PROMPTS, params), large.generate(PROMPTS, params)
-    assert small.timing().preemptions > 0
-    assert large.timing().preemptions == 0
+    assert small.take_stats().preemptions > 0
+    assert large.take_stats().preemptions == 0
     assert [[c.token_ids for c in g] for g in ours] == [[c.token_ids for c in g] for g in theirs]
     free, blocks = available(small)
     assert free == blocks == 7
@@ -49,28 +49,28 @@ def test_a_common_beginning_is_computed_once() -> None:
     e = engine()
     with e.generating():
         together = e.generate(prompts, params)
-        told = e.timing()
+        told = e.take_stats()
         assert told.prefill_tokens == 50 + 4 * 2
         assert told.shared_tokens == 10 * 50 - told.prefill_tokens
         e.generate(prompts, params)
-        assert e.timing().prefill_tokens == 5 * 2
+        assert e.take_stats().prefill_tokens == 5 * 2
     lone = engine()
     with lone.generating():
         for i, prompt in enumerate(prompts):
             lone.weights_changed()  # forgets
             [alone] = lone.generate([prompt], params, [i])
             assert [c.token_ids for c in alone] == [c.token_ids for c in together[i]]
-            assert lone.timing().prefill_tokens == 50
+            assert lone.take_stats().prefill_tokens == 50
 
 
 def test_a_conversation_goes_on_from_its_cache() -> None:
     e, params = engine(), SamplingParams(max_new_tokens=40, temperature=0.0)
     with e.generating():
         [[first]] = e.generate([[5] * 20], params)
-        e.timing()
+        e.take_stats()
         turn = [*([5] * 20), *first.token_ids, 7, 8]
         [[second]] = e.generate([turn], params)
-        assert e.timing().prefill_tokens <= 16 + 3
+        assert e.take_stats().prefill_tokens <= 16 + 3
         e.weights_changed()
         [[anew]] = e.generate([turn], params)
     assert second.token_ids == anew.token_ids
@@ -136,7 +136,7 @@ def test_a_write_that_nobody_announced_is_noticed() -> None:
     version = e.weights_version
     with e.generating():
         ours = e.generate([prompt], params)[0][0].token_ids
-        assert e.weights_version == version + 1 and e.timing().prefill_tokens > 0
+        assert e.weights_version == version + 1 and e.take_stats().prefill_tokens > 0
         e.weights_changed()
         assert ours == e.generate([prompt], params)[0][0].token_ids
 
@@ -166,8 +166,8 @@ def test_an_error_in_the_middle_loses_nothing_but_its_requests(
             if calls == (1 if when == "prefill" else 4):
                 raise KeyboardInterrupt
 
-        assert e._scheduler is not None
-        decoder = e._scheduler.decoder
+        assert e.loop._scheduler is not None
+        decoder = e.loop._scheduler.decoder
         name = "_logits" if when == "prefill" else "steps"
         forward = getattr(decoder, name)
         monkeypatch.setattr(decoder, name, lambda *a: (interrupted(), forward(*a))[1])
@@ -202,7 +202,7 @@ def test_a_soak_of_ten_thousand_requests() -> None:
                 running[i] = e.stream(prompt, params, request_id=i)
             if not running:
                 break
-            e.step()
+            e.loop.step()
             if rng.random() < 0.3:
                 running[rng.choice(list(running))].abort()
             for i in [i for i, s in running.items() if s._sequence.finish_reason is not None]:
@@ -210,7 +210,7 @@ def test_a_soak_of_ten_thousand_requests() -> None:
     assert len(ended) == 10_000
     free, blocks = available(e)
     assert free == blocks == 24
-    told = e.timing()
+    told = e.take_stats()
     assert told.preemptions > 0 and told.shared_tokens > 0
     reasons = [c.finish_reason for c in ended.values()]
     assert {"stop", "length", "abort"} <= set(reasons)

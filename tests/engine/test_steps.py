@@ -79,9 +79,9 @@ def test_steps_drawn_ahead_are_the_same_steps(kv_cache_tokens: int | None) -> No
         with e.generating():
             groups.append(e.generate(PROMPTS, params))
     assert groups[0] == groups[1]
-    steps = [e.timing().decode_tokens for e in (one, ahead)]
+    steps = [e.take_stats().decode_tokens for e in (one, ahead)]
     assert kv_cache_tokens is not None or steps[0] == steps[1]
-    scheduler = ahead._scheduler
+    scheduler = ahead.loop._scheduler
     assert scheduler is not None
     assert scheduler.cache.available == scheduler.cache.blocks
 

@@ -347,7 +347,7 @@ def engine() -> Engine:
 
 
 def heldout(engine: Engine, config: t.GymConfig, path: Path) -> float:
-    collector = Collector(lambda: t.make(config, path), engine.tokenizer, engine)
+    collector = Collector(lambda: t.make(config, path), engine.tokenizer, engine.loop)
     with engine.generating():
         starts = starts_of("validation", config.validation)
         return evaluate(collector, starts, 1, metric=config.metric).value

@@ -19,7 +19,8 @@ from gearshift.environments.worker_processes import (
     ProcessError,
 )
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.types import SamplingParams
 from tests.environments.dies import Dies
 from tests.zoo import random_model
@@ -125,7 +126,7 @@ def test_the_process_of_an_episode_that_was_lost_ends(
             pids.append(self._pid)
             return super().step(action)
 
-    collector = Collector(partial(Noted, separate.connect), engine.tokenizer, engine)
+    collector = Collector(partial(Noted, separate.connect), engine.tokenizer, engine.loop)
     with engine.generating():
         assert collector.collect([EpisodeSpec(0, 0, 3)], SamplingParams(max_new_tokens=4)) == []
     assert gone(pids[0])
@@ -137,7 +138,7 @@ def test_deaths_and_hangs_cost_their_own_episodes_and_the_rest_are_those_of_thre
 ) -> None:
     found = []
     for make, rows in ((Dies, [0]), (separate, range(7))):
-        collector = Collector(make, engine.tokenizer, engine, timeout=1.0)
+        collector = Collector(make, engine.tokenizer, engine.loop, timeout=1.0)
         starts = [EpisodeSpec(row, seed=row, row=row) for row in rows]
         with engine.generating():
             episodes = collector.collect(starts, SamplingParams(n=2, max_new_tokens=4))

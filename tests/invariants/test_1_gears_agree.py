@@ -48,7 +48,7 @@ def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
     prompts = [*PROMPTS, PROMPTS[2] * 2, PROMPTS[2] + [9, 8, 7]]
     with engine.generating():
         groups = engine.generate(prompts, SamplingParams(n=3, max_new_tokens=24))
-    assert engine.timing().shared_tokens > 0
+    assert engine.take_stats().shared_tokens > 0
     with engine.training(), torch.no_grad():
         scores = engine.logprobs(pack_completions(prompts, groups))
     assert (scores.logprobs - sampled_logprobs(groups)).abs().max() <= 1e-5

@@ -130,7 +130,7 @@ def test_the_check_leaves_nothing_behind() -> None:
     e = engine(zoo_model("llama").to(torch.bfloat16))
     held = e.memory()
     assert held["cache"] == held["steps"] == held["prepacked"] == held["gradients"] == 0
-    assert (e.weights_version, e.gear, e.timing().prefill_tokens) == (0, None, 0)
+    assert (e.weights_version, e.gear, e.take_stats().prefill_tokens) == (0, None, 0)
     with e.generating():
         assert e.weights_version == 0
 

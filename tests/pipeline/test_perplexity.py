@@ -9,7 +9,8 @@ from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.pipeline.heldout import perplexity
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.rollouts.evaluate import evaluate
 from tests.gyms import SayLetters
 
@@ -18,7 +19,7 @@ from tests.gyms import SayLetters
 def test_only_sampled_tokens_count(longest: int) -> None:
     """Under the slow obvious way: one episode at a time through the plain model."""
     engine = Engine(tiny_model(), tiny_tokenizer())
-    collector = Collector(SayLetters, engine.tokenizer, engine)
+    collector = Collector(SayLetters, engine.tokenizer, engine.loop)
     starts = [EpisodeSpec(i, seed=i) for i in range(4)]
     with engine.generating():
         samples = evaluate(collector, starts, longest, metric="reward").samples

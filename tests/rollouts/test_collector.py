@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from gearshift.engine import Engine
 from gearshift.errors import CapacityError, DataError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, EpisodeSpec, request_id
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec, request_id
 from gearshift.rollouts.evaluate import evaluate, starts_of
 from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import SamplingParams, Trajectory
@@ -38,7 +39,7 @@ def test_what_is_sampled_does_not_depend_on_how_long_environments_take(
 
     ends = []
     for environment in (TwoTurns, Slow):
-        collector = Collector(environment, engine.tokenizer, engine)
+        collector = Collector(environment, engine.tokenizer, engine.loop)
         with engine.generating():
             ends.append(
                 collector.collect(
@@ -64,7 +65,7 @@ def test_an_environment_that_hangs_costs_its_own_episode(engine: Engine) -> None
             self.messages = [{"role": "user", "content": word}]
             return word
 
-    collector = Collector(Hangs, engine.tokenizer, engine, workers=1, timeout=0.3)
+    collector = Collector(Hangs, engine.tokenizer, engine.loop, workers=1, timeout=0.3)
     params = SamplingParams(n=1, max_new_tokens=4)
     for _ in range(2):  # and the next rollout has a thread to run in
         with engine.generating():
@@ -92,7 +93,7 @@ def test_a_group_is_told_of_while_others_still_write(engine: Engine) -> None:
     def hear(group: list[Trajectory]) -> None:
         told.append((group[0].group_id, running.count(1)))
 
-    collector = Collector(Ends, engine.tokenizer, engine)
+    collector = Collector(Ends, engine.tokenizer, engine.loop)
     # Token 40 ends each turn: the second turn of row 1 begins after its first.
     params = SamplingParams(n=1, max_new_tokens=64, stop_token_ids=tuple(range(3, 200)))
     with engine.generating():
@@ -109,7 +110,7 @@ def test_environments_wait_at_the_same_time(engine: Engine) -> None:
             meeting.wait()  # none of three returns before all are inside
             return super().step(action)
 
-    collector = Collector(Meets, engine.tokenizer, engine, workers=3)
+    collector = Collector(Meets, engine.tokenizer, engine.loop, workers=3)
     with engine.generating():
         episodes = collector.collect(
             [EpisodeSpec(0, seed=0)], SamplingParams(n=3, max_new_tokens=4)
@@ -122,13 +123,13 @@ def test_a_conversation_that_outgrows_the_model_ends_there(engine: Engine) -> No
         def step(self, action: str) -> tuple:
             return "and then? " * 100, 0.5, False, False, {}
 
-    collector = Collector(Talks, engine.tokenizer, engine)
+    collector = Collector(Talks, engine.tokenizer, engine.loop)
     with engine.generating():
         params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
         episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
     assert [t.finish_reason for t in episodes] == ["length"] * 2
     assert all(t.reward == 0.5 for t in episodes) and not collector.failures
-    assert engine._scheduler is not None and engine._scheduler.idle
+    assert engine.loop.idle
 
 
 def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
@@ -141,7 +142,7 @@ def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
             said = [{"role": "user", "content": "and then? " * 4}]
             return said[0]["content"], 0.5, False, False, {"messages": [*said, *said]}
 
-    collector = Collector(Talks, engine.tokenizer, engine)
+    collector = Collector(Talks, engine.tokenizer, engine.loop)
     with engine.generating():
         params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
         episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
@@ -157,7 +158,7 @@ def test_rewards_are_asked_for_by_the_conversation_before_the_answer(
 
 def test_each_token_names_the_weights_that_sampled_it(engine: Engine) -> None:
     engine.weights_changed()
-    collector = Collector(TwoTurns, engine.tokenizer, engine)
+    collector = Collector(TwoTurns, engine.tokenizer, engine.loop)
     params = SamplingParams(n=2, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
     with engine.generating():
         episodes = collector.collect([EpisodeSpec(0, seed=0)], params)
@@ -175,7 +176,7 @@ def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
             self.messages = [{"role": "user", "content": word}]
             return word
 
-    collector = Collector(Long, engine.tokenizer, engine)
+    collector = Collector(Long, engine.tokenizer, engine.loop)
     heard: list[int] = []
     with engine.generating():
         starts = [EpisodeSpec(g, seed=0, row=g) for g in range(3)]
@@ -184,7 +185,7 @@ def test_a_prompt_that_leaves_no_place_for_an_answer_costs_its_own_group(
     assert [t.group_id for t in episodes] == [0, 0, 2, 2] and sorted(heard) == [0, 2, 2]
     assert (collector.failures, collector.overlong) == (2, 2)
     assert "tokens" in collector.last_failure
-    assert engine._scheduler is not None and engine._scheduler.idle
+    assert engine.loop.idle
     assert list(collector.unusable_rows(3, 400)) == [1]
     assert list(collector.unusable_rows(3, 1)) == [0, 1, 2]
 
@@ -205,7 +206,7 @@ def test_episodes_that_start_otherwise_than_their_group_are_left_out(
             self.messages = [{"role": "user", "content": word}]
             return word
 
-    collector = Collector(Restless, engine.tokenizer, engine)
+    collector = Collector(Restless, engine.tokenizer, engine.loop)
     with engine.generating():
         episodes = collector.collect(
             [EpisodeSpec(0, seed=0)], SamplingParams(n=4, max_new_tokens=2)
@@ -222,7 +223,7 @@ def test_what_an_environment_must_say(engine: Engine, rewarded: Any, reward: Any
             observation, _, *rest = super().step(action)
             return observation, reward, *rest
 
-    collector = Collector(Says, engine.tokenizer, engine)
+    collector = Collector(Says, engine.tokenizer, engine.loop)
     params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
     with engine.generating():
         episodes = collector.collect([EpisodeSpec(0, seed=0)], params, rewarded=rewarded)
@@ -274,7 +275,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_costs_its_own_episode_and_is_no_zero_reward(engine: Engine, fault: str) -> None:
-    collector = Collector(partial(Misbehaves, fault), engine.tokenizer, engine, timeout=0.5)
+    collector = Collector(partial(Misbehaves, fault), engine.tokenizer, engine.loop, timeout=0.5)
     params = SamplingParams(n=2, max_new_tokens=4)
     for failures in (2, 4):  # nor does what it broke reach the next rollout
         with engine.generating():
@@ -283,16 +284,16 @@ def test_a_fault_costs_its_own_episode_and_is_no_zero_reward(engine: Engine, fau
             )
         assert [t.group_id for t in episodes] == [0, 0, 2, 2]
         assert collector.failures == 2 * failures and FAULTS[fault] in collector.last_failure
-    assert engine._scheduler is not None and engine._scheduler.idle
+    assert engine.loop.idle
 
 
 def test_a_heldout_evaluation_ends_where_environments_hang(engine: Engine) -> None:
-    collector = Collector(partial(Misbehaves, "hang"), engine.tokenizer, engine, timeout=0.3)
+    collector = Collector(partial(Misbehaves, "hang"), engine.tokenizer, engine.loop, timeout=0.3)
     began = time.monotonic()
     with engine.generating():
         result = evaluate(collector, starts_of("validation", 2, range(2)), 4)
         with pytest.raises(DataError, match="it took longer"):
-            all_hang = Collector(AllHang, engine.tokenizer, engine, timeout=0.3)
+            all_hang = Collector(AllHang, engine.tokenizer, engine.loop, timeout=0.3)
             evaluate(all_hang, starts_of("validation", 40, range(40)), 4)
     assert (result.n, result.episodes, result.failures) == (2, 2, 1)
     assert time.monotonic() - began < 15  # forty hang beside each other, not four after four
@@ -314,7 +315,7 @@ def test_environments_that_wait_do_not_stall_the_others(engine: Engine) -> None:
             meeting.wait()
             return super().step(action)
 
-    collector = Collector(Meets, engine.tokenizer, engine, workers=1)
+    collector = Collector(Meets, engine.tokenizer, engine.loop, workers=1)
     with engine.generating():
         episodes = collector.collect(
             [EpisodeSpec(0, seed=0)], SamplingParams(n=6, max_new_tokens=4)
@@ -332,7 +333,7 @@ def test_environments_that_say_nothing_of_messages_are_heard(engine: Engine) -> 
             said = [{"role": "tool", "content": "42"}, {"role": "user", "content": observation}]
             return observation, *rest, {**info, "messages": said}
 
-    collector = Collector(Plain, engine.tokenizer, engine)
+    collector = Collector(Plain, engine.tokenizer, engine.loop)
     with engine.generating():
         params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=tuple(range(3, 259)))
         [episode] = collector.collect([EpisodeSpec(0, seed=0)], params)
@@ -388,7 +389,7 @@ def test_an_environment_that_cannot_be_made_costs_its_episode(engine: Engine) ->
             sys.exit("no more")
         return TwoTurns()
 
-    collector = Collector(make, engine.tokenizer, engine)
+    collector = Collector(make, engine.tokenizer, engine.loop)
     for n, left in ((4, 2), (6, 6)):
         params = SamplingParams(n=n, max_new_tokens=4)
         with engine.generating():
@@ -396,7 +397,7 @@ def test_an_environment_that_cannot_be_made_costs_its_episode(engine: Engine) ->
     assert collector.failures == 2 and collector.last_failure == "SystemExit: no more"
     wrong.add(len(made) + 1)
     with pytest.raises(SystemExit):
-        Collector(make, engine.tokenizer, engine).collect([EpisodeSpec(0, 0)], params)
+        Collector(make, engine.tokenizer, engine.loop).collect([EpisodeSpec(0, 0)], params)
 
 
 def test_a_thread_that_waits_keeps_nothing_of_what_it_did() -> None:
@@ -418,7 +419,7 @@ def test_rows_that_hang_are_left_to_the_rollout(engine: Engine) -> None:
                 threading.Event().wait()
             return super().reset(seed=seed, options=options)
 
-    collector = Collector(Hangs, engine.tokenizer, engine, timeout=0.3)
+    collector = Collector(Hangs, engine.tokenizer, engine.loop, timeout=0.3)
     assert list(collector.unusable_rows(5, most=1)) == [0, 2]
 
 

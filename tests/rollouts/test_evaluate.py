@@ -13,7 +13,8 @@ from gearshift.engine import Engine
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, episode_info
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import episode_info
 from gearshift.rollouts.evaluate import compare, evaluate, sample, span, starts_of, value_of
 from gearshift.types import EpisodeInfo, Trajectory
 from tests.zoo import random_model
@@ -92,7 +93,7 @@ class Fails(RowEnvironment):
 
 def test_failed_episodes_count_in_the_success_rate() -> None:
     engine = Engine(random_model("llama"), tiny_tokenizer())
-    collector = Collector(Fails, engine.tokenizer, engine)
+    collector = Collector(Fails, engine.tokenizer, engine.loop)
     starts = starts_of("test", 8, range(8))
     assert all(start.seed >= 2**31 for start in starts), "no seed of training"
     with engine.generating():

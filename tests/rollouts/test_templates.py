@@ -6,7 +6,8 @@ import pytest
 
 from gearshift.engine import Engine
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.tasks.rows import RowsEnvironment, write_rows
 from gearshift.types import SamplingParams
 from tests.gyms import TwoTurns
@@ -36,7 +37,7 @@ def test_an_engine_is_made_and_ends_with_eos(template: str) -> None:
 
 def test_each_turn_begins_in_the_reasoning_that_the_prompt_opens() -> None:
     made = engine(OPENED)
-    collector = Collector(TwoTurns, made.tokenizer, made)
+    collector = Collector(TwoTurns, made.tokenizer, made.loop)
     with made.generating():
         episodes = collector.collect(
             [EpisodeSpec(0, seed=0)], SamplingParams(n=4, max_new_tokens=8)
@@ -57,7 +58,7 @@ def test_a_rows_tools_and_arguments_reach_the_template(tmp_path: Path) -> None:
     collector = Collector(
         lambda: RowsEnvironment(path, lambda completions, **_: [1.0] * len(completions)),
         made.tokenizer,
-        made,
+        made.loop,
     )
     with made.generating():
         [episode] = collector.collect([EpisodeSpec(0, 0, 0)], SamplingParams(max_new_tokens=2))

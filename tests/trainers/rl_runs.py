@@ -77,7 +77,7 @@ def trainer(
     return RLTrainer(
         config,
         engine,
-        Collector(environment, engine.tokenizer, engine),
+        Collector(environment, engine.tokenizer, engine.loop),
         rows=None,
         score=OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),

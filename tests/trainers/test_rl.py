@@ -12,7 +12,8 @@ from gearshift.data import Mixture
 from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.rl.batching import pack_trajectories, place_rewards
 from gearshift.trainers.rl.loop import RLTrainer
@@ -120,7 +121,7 @@ def test_a_rollout_without_any_reward_says_why(tmp_path: Path) -> None:
 
 def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
     engine = Engine(random_model("llama"), tiny_tokenizer())
-    collector = Collector(TwoTurns, engine.tokenizer, engine)
+    collector = Collector(TwoTurns, engine.tokenizer, engine.loop)
     with engine.generating():
         episodes = collector.collect(
             [EpisodeSpec(3, seed=0)], SamplingParams(n=6, max_new_tokens=40)

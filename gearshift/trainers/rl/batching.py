@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gearshift.batch import PackedBatch, pack_groups
-from gearshift.engine import Engine
+from gearshift.rollouts.backend import GenerationBackend
 from gearshift.types import Trajectory
 
 Parts = dict[str, list[float | None]]
@@ -130,19 +130,9 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[s
     return metrics
 
 
-def describe_generation(engine: Engine) -> dict[str, float]:
+def describe_generation(backend: GenerationBackend) -> dict[str, float]:
     """Where the generation gear's time went in this step."""
-    done, shift = engine.timing(), engine.shift_seconds
-    engine.shift_seconds = 0.0
-    return {
-        "engine/shift_seconds": shift,
-        "engine/prefill_seconds": done.prefill_seconds,
-        "engine/decode_seconds": done.decode_seconds,
-        "engine/decode_tokens_per_second": done.decode_tokens / max(done.decode_seconds, 1e-9),
-        "engine/roofline_fraction": engine.roofline_fraction(done),
-        "engine/shared_tokens": float(done.shared_tokens),
-        "engine/preemptions": float(done.preemptions),
-    }
+    return {f"engine/{name}": value for name, value in backend.stats().items()}
 
 
 def record(trajectory: Trajectory) -> dict[str, Any]:

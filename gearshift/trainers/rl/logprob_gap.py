@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gearshift.engine import Engine
-from gearshift.rollouts.collector import Collector, EpisodeSpec
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.trainers.rl.batching import pack_trajectories
 from gearshift.types import SamplingParams
 

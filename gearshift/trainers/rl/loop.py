@@ -56,7 +56,8 @@ from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.models.runner import ModelRunner
 from gearshift.rewards.config import RewardSource
-from gearshift.rollouts.collector import Collector, EpisodeSpec, Rewarded
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec, Rewarded
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.seeding import generator, named_seed
@@ -378,7 +379,9 @@ class RLTrainer:
                 metrics |= learned
             self.left_out.rollout(self.config.prompts, tokens)
             metrics |= self.left_out.metrics()
-            metrics |= describe_generation(self.engine) | self.adapt(metrics, len(trajectories))
+            metrics |= describe_generation(self.engine.loop) | self.adapt(
+                metrics, len(trajectories)
+            )
             self.stage.log(step, metrics, tokens)
             if self.left_out.hopeless:
                 if self.left_out.learned:  # these rollouts changed nothing, and are run again

@@ -1,0 +1,356 @@
+"""The one owner that steps the engine: whatever asks for completions asks this loop.
+
+    completion = await loop.generate(prompt, SamplingParams(), request_id=7)
+    async for token in loop.stream(prompt, SamplingParams(), request_id=8): ...
+
+All requests that are on their way advance together, a token each, in one step. Synchronous calls
+step in their own thread until they have what they want. Awaiting calls share a task of the event
+loop that they run in: it makes a step, lets the others go on, and ends when nothing is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from gearshift.engine.scheduler import Scheduler
+from gearshift.engine.sequence import SamplingLimits, Sequence
+from gearshift.errors import GearshiftError
+from gearshift.kernels.specs import BLOCK
+from gearshift.types import Completion, SamplingParams
+
+Group = list[Sequence]
+"""Completions of one prompt, which is computed once."""
+
+
+class SteppedEngine(Protocol):
+    """What the loop asks of its engine."""
+
+    weights_version: int
+
+    @property
+    def limits(self) -> SamplingLimits:
+        """What a completion may be."""
+
+    def check_owner(self) -> None:
+        """Raises `GearshiftError` unless this thread may use the engine."""
+
+    def check_generating(self) -> None:
+        """The same, and the engine must be in its generation gear."""
+
+    def prepare_generation(self) -> None:
+        """Take notice of what was done to the weights, and prepack them."""
+
+    def check_weights(self) -> None:
+        """Raises `GearshiftError` if the weights have changed while requests run."""
+
+    def new_scheduler(self) -> Scheduler:
+        """One with an empty cache."""
+
+    def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
+        """See `GenerationBackend`."""
+
+    def named_stats(self) -> dict[str, float]:
+        """See `GenerationBackend.stats`."""
+
+
+class EngineLoop:
+    """Runs an engine's requests. It is a `GenerationBackend`."""
+
+    exact = True
+
+    def __init__(self, engine: SteppedEngine) -> None:
+        self._engine = engine
+        self._scheduler: Scheduler | None = None
+        self._arrivals: list[Group] = []
+        """What the next step gives to the scheduler."""
+        self._dropped: deque[Sequence] = deque()
+        """Requests whose streams were thrown away; any thread may do that, at any time."""
+        self._waiters: dict[asyncio.Future[None], tuple[Sequence, int | None]] = {}
+        """What is awaited: more tokens of a sequence than so many, or (None) its end."""
+        self._driver: asyncio.Task[None] | None = None
+        self._stepping = False
+
+    # Awaiting callers
+
+    async def generate(
+        self, token_ids: Iterable[int], params: SamplingParams, request_id: int, sample: int = 0
+    ) -> Completion:
+        """One completion; see `GenerationBackend`. Requests that arrive in one tick of the event
+        loop with the same prompt and id are one group.
+        """
+        sequence = self._enqueue(token_ids, params, request_id, sample)
+        try:
+            while not sequence.has_ended():
+                await self._progress(sequence, None)
+        finally:
+            self.drop(sequence)  # if this call is cancelled
+        return sequence.completion()
+
+    def stream(
+        self,
+        token_ids: Iterable[int],
+        params: SamplingParams | None = None,
+        request_id: int = 0,
+        sample: int = 0,
+    ) -> Stream:
+        """The tokens of one completion as they are sampled, for `for` or for `async for`."""
+        params = params or SamplingParams()
+        return Stream(self, self._enqueue(token_ids, params, request_id, sample))
+
+    # Synchronous callers
+
+    def complete(
+        self, requests: Iterable[tuple[Iterable[int], SamplingParams, int]]
+    ) -> list[list[Completion]]:
+        """`params.n` completions of each (prompt, params, request id). Others run beside them."""
+        self._engine.check_generating()
+        groups = [
+            self._engine.limits.group(token_ids, params, request_id, f"Prompt {place}")
+            for place, (token_ids, params, request_id) in enumerate(requests)
+        ]
+        if self.idle:
+            self._engine.prepare_generation()
+        self._arrivals += groups
+        try:
+            while not all([s.has_ended() for group in groups for s in group]):
+                self.step()
+        except BaseException:  # an interrupt too: what nobody waits for must not run on
+            for sequence in (s for group in groups for s in group):
+                self.abort(sequence)
+            raise
+        return [[s.completion() for s in group] for group in groups]
+
+    # The rest of `GenerationBackend`
+
+    async def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
+        """See `Engine.update_weights`."""
+        self._engine.update_weights(weights, version)
+
+    def stats(self) -> dict[str, float]:
+        """What generation did since the last call, by name."""
+        return self._engine.named_stats()
+
+    # The owner
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        self._abort_dropped()
+        return not self._arrivals and (self._scheduler is None or self._scheduler.idle)
+
+    def step(self) -> None:
+        """One token for every request on its way. Only callers in this module use it.
+
+        An error or an interrupt in the middle ends every request, and the next one begins anew.
+        """
+        self._engine.check_generating()
+        if self._stepping:
+            raise GearshiftError("A step called itself, by way of the tokenizer or a hook.")
+        self._stepping = True
+        try:
+            self._engine.check_weights()
+            self._admit()
+            if self._scheduler is None or self._scheduler.idle:
+                raise GearshiftError("No request is running; send one first.")
+            self._scheduler.step(self._engine.weights_version)
+        except BaseException as error:
+            self._end_all(error)
+            raise
+        finally:
+            self._stepping = False
+        self._wake()
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a request where it stands, if it has not ended. Its part of the cache is free."""
+        if sequence.finish_reason is None:
+            self._engine.check_owner()
+            self._abort(sequence)
+            self._wake()
+
+    def drop(self, sequence: Sequence) -> None:
+        """End a request soon, before the next step or the next change of the weights. Any thread
+        may call this.
+        """
+        if sequence.finish_reason is None:
+            self._dropped.append(sequence)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self._scheduler.cache.bytes() if self._scheduler else 0
+
+    @property
+    def position_bytes(self) -> float:
+        """Bytes of one position of the cache; not a number where there is none."""
+        if self._scheduler is None:
+            return float("nan")
+        cache = self._scheduler.cache
+        return cache.bytes() / max(1, cache.blocks * BLOCK)
+
+    def reset_prefix_cache(self) -> None:
+        """What was computed is of no use any more: the weights have changed."""
+        if self._scheduler is not None:
+            self._scheduler.cache.forget()
+
+    def forget_captures(self) -> None:
+        """Capture the decode steps anew: the weights lie elsewhere."""
+        if self._scheduler is not None:
+            self._scheduler.decoder.forget()
+
+    def release(self) -> None:
+        """Give the cache back. Raises `GearshiftError` while requests are on their way."""
+        if not self.idle:
+            raise GearshiftError("Requests are running; let them end, or abort them.")
+        self._scheduler = None
+
+    def _enqueue(
+        self, token_ids: Iterable[int], params: SamplingParams, request_id: int, sample: int
+    ) -> Sequence:
+        self._engine.check_generating()
+        sequence = self._engine.limits.sequence(token_ids, params, request_id, sample)
+        if self.idle:
+            self._engine.prepare_generation()
+        for group in reversed(self._arrivals):
+            if group[0].request_id == request_id and group[0].prompt == sequence.prompt:
+                group.append(sequence)
+                return sequence
+        self._arrivals.append([sequence])
+        return sequence
+
+    def _admit(self) -> None:
+        """Give the scheduler what has arrived."""
+        self._abort_dropped()
+        if not self._arrivals:
+            return
+        if self._scheduler is None:
+            self._scheduler = self._engine.new_scheduler()
+        self._scheduler.add(self._arrivals)
+        self._arrivals = []
+
+    def _abort(self, sequence: Sequence) -> None:
+        if self._scheduler is not None:
+            self._scheduler.abort(sequence)
+        for group in self._arrivals:
+            if sequence in group:
+                group.remove(sequence)
+                sequence.finish_reason = "abort"
+        self._arrivals = [group for group in self._arrivals if group]
+
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            self._abort(self._dropped.popleft())
+
+    def _end_all(self, error: BaseException) -> None:
+        """An error came in the middle of a step: what has been computed cannot be trusted."""
+        ended = GearshiftError("An earlier error ended this request; send it again.")
+        waiting = [s for group in self._arrivals for s in group]
+        for sequence in waiting + (self._scheduler.sequences if self._scheduler else []):
+            sequence.fail(ended)
+        self._scheduler, self._arrivals = None, []
+        self._fail_waiters(error if isinstance(error, Exception) else ended)
+
+    # Waiting
+
+    async def _progress(self, sequence: Sequence, seen: int | None) -> None:
+        """Until the sequence has more tokens than `seen` (None: any number), or has ended."""
+        loop = asyncio.get_running_loop()
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
+            self._driver = loop.create_task(self._drive())
+            self._driver.add_done_callback(_retrieve)
+        future = loop.create_future()
+        self._waiters[future] = sequence, seen
+        try:
+            await future
+        finally:
+            self._waiters.pop(future, None)
+
+    async def _drive(self) -> None:
+        """Make steps while something is awaited. Between two, everything else that is ready goes
+        on, so that requests of one tick arrive together.
+        """
+        while True:
+            await asyncio.sleep(0)
+            if not self._waiters:
+                return
+            try:
+                self.step()
+            except Exception as error:  # it belongs to those who wait
+                self._fail_waiters(error)
+
+    def _wake(self) -> None:
+        for future, (sequence, seen) in list(self._waiters.items()):
+            more = seen is not None and len(sequence.token_ids) > seen
+            if (more or sequence.finish_reason is not None) and not future.done():
+                future.set_result(None)
+
+    def _fail_waiters(self, error: Exception) -> None:
+        for future in self._waiters:
+            if not future.done():
+                future.set_exception(error)
+        self._waiters.clear()
+
+
+class Stream:
+    """The tokens of one completion as they are sampled; other requests run on meanwhile.
+
+    A stream that is thrown away half-read ends its request.
+    """
+
+    def __init__(self, loop: EngineLoop, sequence: Sequence) -> None:
+        self._loop, self._sequence, self._read = loop, sequence, 0
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> int:
+        while not self._has_more():
+            if self.ended:
+                raise StopIteration
+            self._loop.step()
+        return self._next()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> int:
+        while not self._has_more():
+            if self.ended:
+                raise StopAsyncIteration
+            await self._loop._progress(self._sequence, self._read)
+        return self._next()
+
+    def __del__(self) -> None:
+        self._loop.drop(self._sequence)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last token was sampled. Raises the error that ended it, if one did."""
+        return self._sequence.has_ended()
+
+    @property
+    def completion(self) -> Completion:
+        """What was sampled so far; `finish_reason` is `abort` until it has ended by itself."""
+        return self._sequence.completion()
+
+    def abort(self) -> None:
+        """End the request here; its part of the cache is free at once."""
+        self._loop.abort(self._sequence)
+
+    def _has_more(self) -> bool:
+        return self._read < len(self._sequence.token_ids)
+
+    def _next(self) -> int:
+        self._read += 1
+        return self._sequence.token_ids[self._read - 1]
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """An interrupt that ended the task has reached its event loop already; nothing logs it."""
+    if not task.cancelled():
+        task.exception()

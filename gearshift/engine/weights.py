@@ -1,0 +1,81 @@
+"""The weights as the engine sees them: what was done to them since, and others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gearshift.errors import ModelError
+from gearshift.models.adapters import adapted_layers, switched
+from gearshift.models.load import ModelConfig, load_policy
+
+
+class WeightsWatch:
+    """Compares a model's parameters with what they were."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._parameters: list[nn.Parameter] = []
+        self._adapted: list[nn.Module] = []
+        self._addresses: list[int] = []
+        self._state: tuple[object, ...] = ()
+        self.moved()
+        self.accept()
+
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the precision of the weights."""
+        return next(self._model.parameters()).device, self._model.dtype
+
+    def moved(self) -> bool:
+        """Whether any parameter lies elsewhere in memory than at the last call; captured steps read
+        them there.
+        """
+        before = self._addresses
+        self._parameters = list(self._model.parameters())
+        self._adapted = [layer for _, layer in adapted_layers(self._model)]
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        return self._addresses != before
+
+    def written(self) -> bool:
+        """Whether the weights differ from those of the last `accept`: after every in-place write to
+        a parameter (but through `.data`), and after an adapter is switched, scaled or merged.
+        """
+        return self._written_state() != self._state
+
+    def accept(self) -> None:
+        """The weights as they are now are known."""
+        self._state = self._written_state()
+
+    def _written_state(self) -> tuple[object, ...]:
+        written = sum(p._version for p in self._parameters)
+        return written, *map(switched, self._adapted)
+
+
+@torch.no_grad()
+def copy_weights(model: PreTrainedModel, weights: Path | Mapping[str, Tensor]) -> None:
+    """Write the weights of a saved model's folder, or tensors by parameters' names, into the model.
+
+    Raises `ModelError` if they are not all of the model's, each with its shape; nothing is written
+    then.
+    """
+    if isinstance(weights, Path):
+        dtype = str(model.dtype).removeprefix("torch.")
+        config = ModelConfig.model_validate({"name": str(weights), "dtype": dtype, "device": "cpu"})
+        weights = dict(load_policy(config).named_parameters())
+    own = dict(model.named_parameters())
+    for name in sorted(own.keys() ^ weights.keys()):
+        which = "lack" if name in own else "have"
+        raise ModelError(f"The new weights {which} `{name}`; give those of this very model.")
+    for name, parameter in own.items():
+        if weights[name].shape != parameter.shape:
+            raise ModelError(
+                f"The new weights have `{name}` of shape {tuple(weights[name].shape)}, and the "
+                f"model of {tuple(parameter.shape)}; give those of this very model."
+            )
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])

@@ -1,0 +1,41 @@
+"""What rollouts ask of a program that samples completions. The engine is one such program; this
+module knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from gearshift.types import Completion, SamplingParams
+
+
+class GenerationBackend(Protocol):
+    """Samples completions with one model, many at a time."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether `Completion.logprobs` are those that training computes, to rounding. Where they
+        are not, the loss corrects for it by importance weights."""
+
+    async def generate(
+        self, token_ids: Sequence[int], params: SamplingParams, request_id: int, sample: int = 0
+    ) -> Completion:
+        """One completion of a prompt. `params.n` is not read; `sample` numbers the completions of
+        one prompt and request id.
+
+        What is sampled is a function of the seed, the request id and the sample, and of the weights
+        and the prompt. Cancelling the call ends the request. Raises `CapacityError` for a prompt
+        that leaves no room for `params.max_new_tokens` more.
+        """
+
+    async def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
+        """Take the weights of a saved model's folder, or tensors by their parameters' names, and
+        give what they sample this version. No request may run meanwhile.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """Figures of what was done since the last call, by name."""
