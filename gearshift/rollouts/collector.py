@@ -162,8 +162,8 @@ class Collector:
         begun = await asyncio.gather(
             *(
                 self._attempt(
+                    partial(begin_episode, environment, start, i, self._chat, rewarded, self._pool),
                     environment,
-                    begin_episode(environment, start, i, self._chat, rewarded, self._pool),
                 )
                 for i, environment in enumerate(environments)
             )
@@ -172,8 +172,11 @@ class Collector:
         # All of them ask for their first completion in one tick, so their prompt is computed once.
         trajectories = await asyncio.gather(
             *(
-                self._attempt(e.environment, run_episode(e, self._backend, params, self._pool))
-                for e in episodes
+                self._attempt(
+                    partial(run_episode, episode, self._backend, params, self._pool),
+                    episode.environment,
+                )
+                for episode in episodes
             )
         )
         ended = [
@@ -200,11 +203,11 @@ class Collector:
         return [episode for episode in group if tuple(episode.token_ids) == prompt]
 
     async def _attempt(
-        self, environment: TextEnvironment, coroutine: Coroutine[Any, Any, T]
+        self, run: Callable[[], Coroutine[Any, Any, T]], environment: TextEnvironment
     ) -> T | None:
-        """What the coroutine returns; None if its episode fails, which is counted."""
+        """What `run` returns; None if the environment's episode fails, which is counted."""
         try:
-            return await coroutine
+            return await run()
         except EpisodeError as failure:
             self.overlong += isinstance(failure, PromptTooLongError)
             self._lose(environment, str(failure))

@@ -31,9 +31,11 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_exception_handler(lambda *_: None)  # the error that ended the coroutine is raised
+    cancelled: set[asyncio.Task[Any]] = set()  # a second time would break off what cleans up
     while tasks := asyncio.all_tasks(loop):
-        for task in tasks:
+        for task in tasks - cancelled:
             task.cancel()
+        cancelled |= tasks
         with suppress(BaseException):  # an interrupt that reached a task is raised once more here
             loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 

@@ -26,7 +26,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a collector's threads stay",
-        "rollouts/collector.py",
+        "rollouts/environment_pool.py",
         "        self._workers.close()\n        if isinstance",
         "        if isinstance",
         "tests/reliability/test_many_runs.py::test_a_run_that_fails_leaves_nothing_open",

@@ -82,8 +82,8 @@ MUTATIONS = (
     ),
     Mutation(
         "an environment that cannot be made ends the run",
-        "rollouts/collector.py",
-        "            if not self._made:\n                raise\n",
+        "rollouts/environment_pool.py",
+        "            if not self._made_one:\n                raise\n",
         "            raise\n",
         "tests/rollouts/test_collector.py::test_an_environment_that_cannot_be_made_costs_its_episode",
     ),
@@ -96,9 +96,9 @@ MUTATIONS = (
     ),
     Mutation(
         "each lost episode leaves a process behind",
-        "rollouts/collector.py",
-        "            lost.close()\n",
-        "",
+        "rollouts/environment_pool.py",
+        "            environment.close()\n            self",
+        "            self",
         "tests/environments/test_worker_processes.py::test_the_process_of_an_episode_that_was_lost_ends",
     ),
 )

@@ -83,18 +83,17 @@ MUTATIONS = (
     ),
     Mutation(
         "turns are decoded and tokenised again",
-        "rollouts/collector.py",
-        "        text = self._text(episode)\n        episode.rewards",
-        "        text = self._text(episode)\n"
-        "        again = self._tokenizer(text)['input_ids']\n"
-        "        n = len(episode.token_ids) - episode.turn_start\n"
-        "        episode.token_ids[episode.turn_start:] = (again + [0] * n)[:n]\n"
-        "        episode.rewards",
+        "rollouts/episode.py",
+        "        return self.completion\n",
+        "        n = len(completion.token_ids)\n"
+        "        again = self.chat._tokenizer(self.completion)['input_ids']\n"
+        "        self.token_ids[-n:] = (again + [0] * n)[:n]\n"
+        "        return self.completion\n",
         "tests/trainers/test_rl.py -k two_turns",
     ),
     Mutation(
         "stale weights: the cache of an older version is used",
-        "engine/hybrid.py",
+        "engine/loop.py",
         "self._scheduler.cache.forget()",
         "pass",
         "tests/invariants/test_6_gears_and_updates.py tests/engine/test_hybrid.py",
@@ -208,9 +207,9 @@ MUTATIONS = (
     ),
     Mutation(
         "an environment's failure becomes a reward of zero",
-        "rollouts/collector.py",
-        'if e.finish_reason != "abort"',
-        "if True",
+        "rollouts/episode.py",
+        '            raise EpisodeError("the environment gave no reward")\n',
+        "            pass\n",
         "tests/rollouts/test_collector.py",
     ),
     Mutation(

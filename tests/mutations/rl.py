@@ -92,9 +92,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a prompt too long at its turn ends the run",
-        "rollouts/collector.py",
-        "        except CapacityError as error:\n            for episode in",
-        "        except ZeroDivisionError as error:\n            for episode in",
+        "rollouts/episode.py",
+        "            if episode.turn == 0:\n",
+        "            if False:\n",
         "tests/rollouts/test_collector.py -k no_place",
     ),
     Mutation(
@@ -106,14 +106,14 @@ MUTATIONS = (
     ),
     Mutation(
         "rewards are asked for a prompt that ends with the answer",
-        "rollouts/collector.py",
-        "        del self.messages[self.said :]\n",
+        "rollouts/episode.py",
+        "        del self.messages[self.answered_messages :]\n",
         "",
         "tests/rollouts/test_collector.py -k conversation_before",
     ),
     Mutation(
         "from turn 256 on random numbers repeat",
-        "rollouts/collector.py",
+        "rollouts/episode.py",
         "return (turn >> 8) << 56 | group << 24 | (turn & 255) << 16 | sample",
         "return group << 24 | turn << 16 | sample",
         "tests/rollouts/test_collector.py -k turn_256",
