@@ -303,3 +303,14 @@ def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> Pack
         parents=torch.tensor(parents, dtype=torch.int64),
         loss_mask=torch.tensor(masks, dtype=torch.bool),
     )
+
+
+def chunks_by_tokens(lengths: Sequence[int], micro_batch_tokens: int) -> Iterator[slice]:
+    """Slices of consecutive sequences whose padded size (longest x count) stays within
+    `micro_batch_tokens`; each has one sequence at least.
+    """
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > micro_batch_tokens:
+            yield slice(first, i)
+            first = i

@@ -47,6 +47,10 @@ class Mixture(Generic[T]):
         """Examples in an epoch: as many as the sources have rows."""
         return self._ends[-1]
 
+    def rows(self) -> list[T]:
+        """Every row of every source once."""
+        return [row for source in self._sources for row in source]
+
     def example_at(self, position: int) -> T:
         """The example at this place of the endless order."""
         epoch, place = divmod(position, len(self))

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError
 from gearshift.models.adapters import add_adapter
+from gearshift.models.classifier import use_own_pad
 from gearshift.models.embedded import source_of
-from gearshift.models.load import load_policy, save_model
+from gearshift.models.load import load_classifier, load_policy, load_tokenizer, save_model
 from gearshift.models.made import DONE, made_of
+from gearshift.models.runner import ModelRunner
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
 from gearshift.pipeline.memory import (
@@ -38,11 +40,15 @@ from gearshift.runtime.interrupt import doing
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
 from gearshift.trainers.preference import PreferenceConfig
+from gearshift.trainers.process_reward_model import ProcessRewardConfig
+from gearshift.trainers.reward_model import RewardModelConfig
 from gearshift.trainers.rl.loop import RLConfig
 from gearshift.trainers.sft import SFTConfig
 from gearshift.trainers.stage import Stage, StageConfig
 
-Fitted = TypeVar("Fitted", SFTConfig, PreferenceConfig, RLConfig)
+Fitted = TypeVar(
+    "Fitted", SFTConfig, PreferenceConfig, RewardModelConfig, ProcessRewardConfig, RLConfig
+)
 
 
 @dataclass
@@ -119,6 +125,25 @@ class Context:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(named_seed(self.seed, "adapter"))
                 add_adapter(model, self.recipe.model.lora)
+        config, recompute = self._fit(config, model)
+        return config, open_engine(self.recipe, start, model, recompute)
+
+    def open_classifier(
+        self, config: Fitted, start: str | None, of_tokens: bool = False
+    ) -> tuple[Fitted, ModelRunner, PreTrainedTokenizerBase]:
+        """The classifier that a stage trains, of sequences or `of_tokens`, with a fresh head; its
+        tokenizer, and the stage's config as `open_policy` has it.
+        """
+        model = load_classifier(self.recipe.model, start, of_tokens=of_tokens, fresh_head=True)
+        tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
+        use_own_pad(model, tokenizer)
+        config, _ = self._fit(config, model)
+        return config, ModelRunner(model, described_form=not of_tokens), tokenizer
+
+    def _fit(self, config: Fitted, model: PreTrainedModel) -> tuple[Fitted, bool]:
+        """The config with the sizes that it leaves to the memory; and whether to compute layers
+        again in the backward pass.
+        """
         shape = Shape.of(model, model.dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora, engine = self.recipe.model.lora is not None, self.recipe.engine
@@ -131,7 +156,7 @@ class Context:
             self.echo(f"memory: {short}")
         if not config.micro_batch_tokens:
             config = config.model_copy(update={"micro_batch_tokens": tokens})
-        return config, open_engine(self.recipe, start, model, recompute)
+        return config, recompute
 
     def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""

@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gearshift.data import to_preference, to_stepwise, to_supervised, to_unpaired
 from gearshift.data.text import decode
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError, ModelError
-from gearshift.models.classifier import context, use_own_pad
-from gearshift.models.load import load_classifier, load_policy, load_tokenizer, writes_text
+from gearshift.models.classifier import context
+from gearshift.models.load import load_policy, load_tokenizer, writes_text
 from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_same_tokens
 from gearshift.pipeline.context import Context
@@ -38,15 +38,16 @@ from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
     Judged,
     PreferenceConfig,
-    PreferenceTrainer,
+    PreferenceLoss,
     render_judged,
+    train_preference,
 )
 from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     Steps,
     render_steps,
     step_accuracy,
-    train_process_model,
+    train_process_reward_model,
 )
 from gearshift.trainers.reward_model import (
     Pair,
@@ -86,40 +87,38 @@ def preference(config: PreferenceConfig, run: Context) -> Result:
         examples = [to_unpaired(r) for r in rows]
         return render_judged(examples, engine.tokenizer, max_length, engine.max_length)
 
-    sources = render_sources(config.data, run, render)
+    rows = mix(config.data, run, render_sources(config.data, run, render))
     heldout = render_rows(config.heldout, run, render)
-    rows = mix(config.data, run, sources)
     reference = None
     if config.reference == "each_step" and config.loss in NEEDS_REFERENCE:
         reference = load_reference(run, engine, start)
-    trainer = PreferenceTrainer(config, engine, reference)
-    if reference is None:
-        trainer.precompute([row for source in sources for row in source])
-    trainer.precompute(heldout)
+    loss = PreferenceLoss(config, engine, reference)
+    loss.precompute(heldout)
     stage = run.begin_stage("preference", config.steps(len(rows)), config, start)
-    trainer.train(rows, stage)
+    train_preference(config, engine, rows, stage, reference)
     how = f"preference learning ({config.loss})"
     run.save(stage.folder, engine.model, engine.tokenizer, how, start)
     run.heldout("preference", lambda: engine)
-    accuracy = trainer.accuracy(heldout) if heldout else None
+    accuracy = loss.accuracy(heldout) if heldout else None
     return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
 
 
 def reward(config: RewardModelConfig, run: Context) -> Result:
     """A reward model, from `config.model` or from the newest policy."""
     start = config.model or run.newest_policy(before="reward")
-    model, tokenizer = _classifier(run, start)
+    config, runner, tokenizer = run.open_classifier(config, start)
+    longest = config.max_length, context(runner.model)
 
     def render(rows: list[Row]) -> list[Pair]:
         examples = [to_preference(r) for r in rows]
-        return render_pairs(examples, tokenizer, config.max_length, context(model))
+        return render_pairs(examples, tokenizer, *longest)
 
     pairs = mix(config.data, run, render_sources(config.data, run, render))
     heldout = render_rows(config.heldout, run, render)
     stage = run.begin_stage("reward", config.steps(len(pairs)), config, start)
-    train_reward_model(config, model, pairs, stage)
-    run.save(stage.folder, model, tokenizer, "reward modelling (Bradley-Terry)", start)
-    accuracy = pair_accuracy(model, heldout) if heldout else None
+    train_reward_model(config, runner, pairs, stage)
+    run.save(stage.folder, runner.model, tokenizer, "reward modelling (Bradley-Terry)", start)
+    accuracy = pair_accuracy(runner.model, heldout) if heldout else None
     return {
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
@@ -131,19 +130,19 @@ def reward(config: RewardModelConfig, run: Context) -> Result:
 def process(config: ProcessRewardConfig, run: Context) -> Result:
     """A reward model of steps, from `config.model` or from the newest policy."""
     start = config.model or run.newest_policy(before="process")
-    model, tokenizer = _classifier(run, start, of_tokens=True)
+    config, runner, tokenizer = run.open_classifier(config, start, of_tokens=True)
+    separator, longest = config.separator, (config.max_length, context(runner.model))
 
     def render(rows: list[Row]) -> list[Steps]:
         examples = [to_stepwise(r) for r in rows]
-        lengths = config.max_length, context(model)
-        return render_steps(examples, tokenizer, config.separator, *lengths)
+        return render_steps(examples, tokenizer, separator, *longest)
 
     rows = mix(config.data, run, render_sources(config.data, run, render))
     heldout = render_rows(config.heldout, run, render)
     stage = run.begin_stage("process", config.steps(len(rows)), config, start)
-    train_process_model(config, model, rows, stage)
-    run.save(stage.folder, model, tokenizer, "process reward modelling", start)
-    accuracy = step_accuracy(model, heldout) if heldout else None
+    train_process_reward_model(config, runner, rows, stage)
+    run.save(stage.folder, runner.model, tokenizer, "process reward modelling", start)
+    accuracy = step_accuracy(runner, heldout) if heldout else None
     return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
 
 
@@ -209,15 +208,6 @@ STAGE_FUNCTIONS: dict[StageName, Callable[[Any, Context], Result]] = {
 
 def _render_supervised(rows: list[Row], engine: Engine, max_length: int) -> list[Rendered]:
     return render_examples([to_supervised(r) for r in rows], engine, max_length)
-
-
-def _classifier(
-    run: Context, start: str | None, of_tokens: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = load_classifier(run.recipe.model, start, of_tokens=of_tokens, fresh_head=True)
-    tokenizer = load_tokenizer(run.recipe.model, start, of_policy=False)
-    use_own_pad(model, tokenizer)
-    return model, tokenizer
 
 
 def usable_rows(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,20 +29,20 @@ from gearshift.data import (
     Mixture,
     PreferenceExample,
     UnpairedExample,
-    errors_at,
     render_completion,
 )
 from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
+from gearshift.trainers.stage import Stage
+from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 
 
-class PreferenceConfig(EpochsConfig):
+class PreferenceConfig(SupervisedStageConfig):
     """Learning from judged completions, in place of the reward model and RL."""
 
     data: DataConfig = DataConfig()
@@ -57,22 +58,19 @@ class PreferenceConfig(EpochsConfig):
     margin: float = Field(0.0, ge=0)
     """`simpo`: by how much the chosen side should win."""
     desirable_weight: float = Field(1.0, gt=0)
-    """`kto`: of good completions."""
+    """`kto`: weight of good completions."""
     undesirable_weight: float = Field(1.0, gt=0)
-    """`kto`: of bad ones."""
+    """`kto`: weight of bad completions."""
     supervised_weight: float = Field(0.0, ge=0)
-    """Of the chosen completion's mean token loss, beside the preference loss; `orpo` has it at 1 by
-    definition."""
+    """Weight of the chosen completion's mean token loss, which is added to the preference loss; for
+    `orpo` it is 1 by definition."""
     reference: Literal["precompute", "each_step"] = "precompute"
-    """Reference log-probs: all before the first step, without a second copy of the weights; or at
-    each step, which is cheaper where few of the rows are used."""
-    max_length: int = Field(1024, ge=2)
-    """Longer rows are refused, or left out (`data.overlong`)."""
-    micro_batch_tokens: int = Field(4096, ge=0)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
-    memory has room for when the stage begins."""
+    """When the reference's log-probs are computed: all before the first step, without a second copy
+    of the weights; or at each step, which is cheaper where few of the rows are used."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="linear")
     """AdamW and its schedule."""
+
+    sequences_in_row: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _enough_rows(self) -> Self:
@@ -106,19 +104,18 @@ def render_judged(
 ) -> list[Judged]:
     """Token ids of each row; raises `DataError` for one that is too long."""
     rows = []
-    for i, example in enumerate(examples):
+    for number, example in enumerate(examples, start=1):
         if isinstance(example, PreferenceExample):
             answers, good = [example.chosen, example.rejected], [True, False]
         else:
             answers, good = [example.completion], [example.good]
-        with errors_at(example.where or f"Row {i + 1}"):
-            check_size(example, max_length, context)
+        with row_limits(example, number, max_length, context) as check_length:
             sides = [
                 render_completion(tokenizer, example.prompt, answer, example.options)
                 for answer in answers
             ]
             prompt = sides[0][0]
-            check_length(len(prompt) + max(len(ids) for _, ids in sides), max_length, context)
+            check_length(len(prompt) + max(len(ids) for _, ids in sides))
         rows.append(Judged(prompt, [ids for _, ids in sides], good))
     for row, after in zip(rows, [*rows[1:], *rows[:1]], strict=True):
         row.other = after.completions[0][: min(max_length, context) - len(row.prompt)]
@@ -136,47 +133,49 @@ def judged_batch(rows: Sequence[Judged], other: bool = False) -> PackedBatch:
 Micro = tuple[PackedBatch, Sequence[Judged]]
 
 
-class PreferenceTrainer:
-    """The policy, its reference, and the loss between them."""
+def train_preference(
+    config: PreferenceConfig,
+    engine: Engine,
+    rows: Mixture[Judged],
+    stage: Stage,
+    reference: ModelRunner | None = None,
+) -> None:
+    """Train the engine's model in place on judged rows. Without a `reference` the policy as it
+    starts is the reference, and what it says of all rows is computed before the first step; a
+    `reference` is run at each step, and with adapters is the policy's own runner.
+    """
+    loss = PreferenceLoss(config, engine, reference)
+    optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
+    stage.track(model=engine.model, optimizer=optimizer)
+    if reference is None:
+        loss.precompute(rows.rows())
+    for step in stage.steps(on_resume=engine.weights_changed):
+        batch = config.batch(rows, step)
+        if config.loss in NEEDS_REFERENCE and reference is not None:
+            loss.ask_reference(batch)
+        with stage.phase("train"), engine.training():
+            baseline = loss.kl(batch) if config.loss == "kto" else torch.zeros(())
+            loss_of = partial(loss.loss_of, batch=batch, baseline=baseline)
+            metrics = update(loss.micros(batch), loss_of, optimizer)
+        engine.weights_changed()
+        if config.loss == "kto":
+            metrics["kl"] = float(baseline)
+        stage.log(step, metrics, tokens=sum(map(len, batch)))
+
+
+class PreferenceLoss:
+    """The loss between a policy and its reference on judged rows."""
 
     def __init__(
-        self,
-        config: PreferenceConfig,
-        engine: Engine,
-        reference: ModelRunner | None = None,
+        self, config: PreferenceConfig, engine: Engine, reference: ModelRunner | None = None
     ) -> None:
-        """`reference` is needed for `reference: each_step`; the policy's own runner, where it has
-        adapters.
-        """
+        """Without a `reference` the policy is its own: see `precompute`."""
         self.config, self.engine, self.reference = config, engine, reference
 
-    def train(self, rows: Mixture[Judged], stage: Stage) -> None:
-        """All updates. What the reference thinks must be known before (`precompute`), or can be
-        asked at each step.
-        """
-        config = self.config
-        optimizer = MasterAdamW(self.engine.model.parameters(), config.optimizer, stage.total)
-        stage.track(model=self.engine.model, optimizer=optimizer)
-        for step in stage.steps(on_resume=self.engine.weights_changed):
-            chosen = config.batch(rows, step)
-            if config.loss in NEEDS_REFERENCE and self.reference is not None:
-                self.ask_reference(chosen)
-            with stage.phase("train"), self.engine.training():
-                baseline = self.kl(chosen) if config.loss == "kto" else torch.zeros(())
-
-                def loss_of(
-                    micro: Micro, rows: list[Judged] = chosen, baseline: Tensor = baseline
-                ) -> tuple[Tensor, dict[str, Tensor]]:
-                    return self.loss_of(micro, rows, baseline)
-
-                metrics = update(self.micros(chosen), loss_of, optimizer)
-            self.engine.weights_changed()
-            if config.loss == "kto":
-                metrics["kl"] = float(baseline)
-            stage.log(step, metrics, tokens=sum(map(len, chosen)))
-
     def precompute(self, rows: Sequence[Judged]) -> None:
-        """What the reference thinks of all these rows, while the policy still is the reference."""
+        """Keep in all these rows what the reference says of them, while the policy still is the
+        reference.
+        """
         if self.config.loss in NEEDS_REFERENCE:
             size = self.config.batch_size
             for first in range(0, len(rows), size):
@@ -194,9 +193,9 @@ class PreferenceTrainer:
 
         with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
             for micro, some in self.micros(rows):
-                told = iter(sums(micro))
+                values = iter(sums(micro))
                 for row in some:
-                    row.reference = [next(told) for _ in row.completions]
+                    row.reference = [next(values) for _ in row.completions]
             if self.config.loss == "kto":
                 for micro, some in self.micros(rows, other=True):
                     for row, value in zip(some, sums(micro), strict=True):
@@ -225,7 +224,9 @@ class PreferenceTrainer:
     def loss_of(
         self, micro: Micro, batch: Sequence[Judged], baseline: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of one micro-batch, divided by the whole batch's count, so that they add up."""
+        """The loss and metrics of one micro-batch, divided by the whole batch's counts, so that
+        those of the micro-batches add up.
+        """
         config = self.config
         packed, rows = micro
         scores = self.engine.logprobs(packed)
@@ -283,9 +284,9 @@ class PreferenceTrainer:
                 scores = self.engine.logprobs(packed)
                 counts = packed.counts[packed.counts > 0].to(scores.logprobs.device)
                 sums = row_sums(scores.logprobs, counts)
-                told = iter((sums / counts if rows[0].reference is None else sums).tolist())
+                values = iter((sums / counts if rows[0].reference is None else sums).tolist())
                 for row in rows:
                     known = row.reference or [0.0, 0.0]
-                    chosen, rejected = (next(told) - value for value in known)
+                    chosen, rejected = (next(values) - value for value in known)
                     wins.append(chosen > rejected)
         return fmean(wins)

@@ -10,22 +10,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import step_loss
-from gearshift.data import DataConfig, Mixture, StepwiseExample, errors_at
+from gearshift.batch import chunks_by_tokens
+from gearshift.data import DataConfig, Mixture, StepwiseExample
 from gearshift.data.reward_input import encode_plain, names_special_token, render_literal_prompt
 from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
+from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.trainers.stage import Stage
+from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 
-class ProcessRewardConfig(EpochsConfig):
+class ProcessRewardConfig(SupervisedStageConfig):
     """A reward model of steps."""
 
     data: DataConfig = DataConfig()
@@ -33,15 +34,10 @@ class ProcessRewardConfig(EpochsConfig):
     heldout: DataConfig = DataConfig()
     """Rows that only measure accuracy."""
     model: PathText | None = None
-    """Backbone: a folder or name, decoder or encoder; None starts from the policy so far."""
+    """The backbone: a folder or a name, a decoder or an encoder; null starts from the newest
+    policy."""
     separator: str = "\n"
-    """Stands after each step; its last token carries the step's logit."""
-    max_length: int = Field(1024, ge=2)
-    """Longer rows are refused, or left out (`data.overlong`)."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Padded tokens in one micro-batch; bounds memory, does not change the gradient."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
-    """AdamW and its schedule."""
+    """The text after each step; its last token carries the step's logit."""
 
 
 class Steps(NamedTuple):
@@ -63,15 +59,14 @@ def render_steps(
     `max_length`, or than the model's `context`.
     """
     rows = []
-    for i, example in enumerate(examples):
-        with errors_at(example.where or f"Row {i + 1}"):
-            check_size(example, max_length, context)
+    for number, example in enumerate(examples, start=1):
+        with row_limits(example, number, max_length, context) as check_length:
             ids = render_literal_prompt(tokenizer, example.prompt, example.options)
             ends: list[int] = []
             for step in example.steps:
                 ids = [*ids, *_step(tokenizer, step, separator)]
                 ends.append(len(ids) - 1)
-            check_length(len(ids), max_length, context)
+            check_length(len(ids))
         rows.append(Steps(ids, ends, example.labels))
     return rows
 
@@ -85,11 +80,11 @@ def _step(tokenizer: PreTrainedTokenizerBase, step: str, separator: str) -> list
     return ids
 
 
-def train_process_model(
-    config: ProcessRewardConfig, model: PreTrainedModel, rows: Mixture[Steps], stage: Stage
+def train_process_reward_model(
+    config: ProcessRewardConfig, runner: ModelRunner, rows: Mixture[Steps], stage: Stage
 ) -> None:
-    """Train the token classifier in place."""
-    runner = ModelRunner(model, described_form=False)
+    """Train the runner's token classifier in place."""
+    model = runner.model
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer)
     model.train()
@@ -121,9 +116,9 @@ def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def step_accuracy(model: PreTrainedModel, rows: Sequence[Steps], at_once: int = 8) -> float:
+def step_accuracy(runner: ModelRunner, rows: Sequence[Steps], at_once: int = 8) -> float:
     """Fraction of steps that are judged rightly."""
-    runner, right = ModelRunner(model, described_form=False), []
+    right = []
     for first in range(0, len(rows), at_once):
         logits_S, labels_S = step_logits(runner, rows[first : first + at_once])
         right += ((logits_S > 0) == labels_S).tolist()

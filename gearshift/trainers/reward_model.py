@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
-from gearshift.batch import PackedBatch, pack_groups
-from gearshift.data import DataConfig, Mixture, PreferenceExample, errors_at
+from gearshift.batch import PackedBatch, chunks_by_tokens, pack_groups
+from gearshift.data import DataConfig, Mixture, PreferenceExample
 from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size, chunks_by_tokens
+from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.trainers.stage import Stage
+from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 
@@ -40,7 +41,7 @@ class Pair(NamedTuple):
         return self.chosen, self.rejected
 
 
-class RewardModelConfig(EpochsConfig):
+class RewardModelConfig(SupervisedStageConfig):
     """Step 2: the reward model."""
 
     data: DataConfig = DataConfig()
@@ -48,16 +49,12 @@ class RewardModelConfig(EpochsConfig):
     heldout: DataConfig = DataConfig()
     """Pairs that only measure accuracy."""
     model: PathText | None = None
-    """Backbone: a folder or name, decoder or encoder; None starts from the stage before."""
-    max_length: int = Field(1024, ge=2)
-    """Longer pairs are refused, or left out (`data.overlong`)."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Tokens in one micro-batch (padded ones, where the backbone is not described); bounds memory,
-    does not change the gradient."""
+    """The backbone: a folder or a name, a decoder or an encoder; null starts from the stage
+    before."""
     center: float = Field(0.0, ge=0)
     """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
-    """AdamW and its schedule."""
+
+    sequences_in_row: ClassVar[int] = 2
 
 
 def render_pairs(
@@ -70,49 +67,45 @@ def render_pairs(
     `max_length`, or than the model's `context`.
     """
     pairs = []
-    for i, example in enumerate(examples):
+    for number, example in enumerate(examples, start=1):
         sides = []
-        with errors_at(example.where or f"Pair {i + 1}"):
-            check_size(example, max_length, context)
+        with row_limits(example, number, max_length, context) as check_length:
             for answer in (example.chosen, example.rejected):
                 sides.append(
                     render_reward_input(tokenizer, example.prompt, answer, options=example.options)
                 )
-            check_length(max(map(len, sides)), max_length, context)
+            check_length(max(map(len, sides)))
         pairs.append(Pair(sides[0], sides[1], example.margin))
     return pairs
 
 
-class PairScorer:
-    """Scores of pairs, chosen then rejected, with gradients.
-
-    A described decoder computes once what both sides begin with; any other model runs on padded
-    rows, through its own modules. Both read the state of the last token.
+def micro_batches(
+    runner: ModelRunner, pairs: Sequence[Pair], micro_batch_tokens: int
+) -> list[list[Pair]]:
+    """The pairs in micro-batches of at most so many tokens, one pair at least; of padded tokens,
+    where the runner pads.
     """
+    ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
+    if not runner.shares_prompts:
+        lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
+        return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
+    micros: list[list[Pair]] = []
+    held = 0
+    for pair in ordered:
+        size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
+        if not micros or held + size > micro_batch_tokens:
+            micros.append([])
+            held = 0
+        micros[-1].append(pair)
+        held += size
+    return micros
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.runner = ModelRunner(model)
 
-    def micros(self, pairs: Sequence[Pair], micro_batch_tokens: int) -> list[list[Pair]]:
-        """The pairs in micro-batches of at most so many (padded) tokens, one pair at least."""
-        ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
-        if not self.runner.shares_prompts:
-            lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
-            return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
-        micros: list[list[Pair]] = []
-        held = 0
-        for pair in ordered:
-            size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
-            if not micros or held + size > micro_batch_tokens:
-                micros.append([])
-                held = 0
-            micros[-1].append(pair)
-            held += size
-        return micros
-
-    def __call__(self, pairs: Sequence[Pair]) -> Tensor:
-        """[2P] float32."""
-        return self.runner.scores(_packed(pairs).to(self.runner.model.device))
+def score_pairs(runner: ModelRunner, pairs: Sequence[Pair]) -> Tensor:
+    """[2 * pairs] float32, with gradients: each pair's chosen score, then its rejected one. What
+    both sides begin with is computed once, where the runner can.
+    """
+    return runner.scores(_packed(pairs).to(runner.model.device))
 
 
 def _shared(pair: Pair) -> int:
@@ -132,11 +125,11 @@ def _packed(pairs: Sequence[Pair]) -> PackedBatch:
 
 
 def train_reward_model(
-    config: RewardModelConfig, model: PreTrainedModel, pairs: Mixture[Pair], stage: Stage
+    config: RewardModelConfig, runner: ModelRunner, pairs: Mixture[Pair], stage: Stage
 ) -> None:
-    """Train the classifier in place."""
+    """Train the runner's classifier in place."""
+    model = runner.model
     model.train()
-    scores_of = PairScorer(model)
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer)
 
@@ -144,7 +137,7 @@ def train_reward_model(
         batch = config.batch(pairs, step)
 
         def loss_of(some: list[Pair], total: int = len(batch)) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = scores_of(some)
+            scores = score_pairs(runner, some)
             chosen_P, rejected_P = scores[0::2], scores[1::2]
             share = len(some) / total
             margin_P = torch.tensor([pair.margin for pair in some], device=scores.device)
@@ -153,7 +146,8 @@ def train_reward_model(
             return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
 
         with stage.phase("train"):
-            metrics = update(scores_of.micros(batch, config.micro_batch_tokens), loss_of, optimizer)
+            micros = micro_batches(runner, batch, config.micro_batch_tokens)
+            metrics = update(micros, loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
     model.eval()
 

@@ -19,7 +19,6 @@ from gearshift.data import (
     DataConfig,
     Mixture,
     TextExample,
-    errors_at,
     render_conversation,
     render_text,
 )
@@ -27,22 +26,18 @@ from gearshift.data.chat import Rendered as Rendered
 from gearshift.engine import Engine
 from gearshift.errors import DataError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.stage import EpochsConfig, Stage, check_length, check_size
+from gearshift.trainers.stage import Stage
+from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 
-class SFTConfig(EpochsConfig):
+class SFTConfig(SupervisedStageConfig):
     """Step 1: supervised fine-tuning."""
 
     data: DataConfig = DataConfig()
-    """Examples; `text`, `messages`, `prompt`/`completion`, ShareGPT or Alpaca rows."""
+    """Examples: `text`, `messages`, `prompt`/`completion`, ShareGPT or Alpaca rows."""
     epochs: float = Field(3.0, gt=0)
-    """Passes over the examples."""
-    max_length: int = Field(1024, ge=2)
-    """Longer examples are refused, or left out (`data.overlong`)."""
-    micro_batch_tokens: int = Field(4096, ge=0)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
-    memory has room for when the stage begins."""
+    """Passes over the rows."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
     """AdamW and its schedule."""
 
@@ -55,17 +50,15 @@ def render_examples(
     to train on.
     """
     rendered: list[Rendered] = []
-    for i, example in enumerate(examples):
-        with errors_at(example.where or f"Example {i + 1}"):
-            check_size(example, max_length, engine.max_length)
+    for number, example in enumerate(examples, start=1):
+        with row_limits(example, number, max_length, engine.max_length) as check_length:
             if isinstance(example, TextExample):
                 some = [render_text(engine.tokenizer, example.text)]
             else:
                 some = render_conversation(
                     engine.tokenizer, example.messages, example.options, example.untrained
                 )
-            longest = max(len(ids) for ids, _ in some)
-            check_length(longest, max_length, engine.max_length)
+            check_length(max(len(ids) for ids, _ in some))
             if not all(any(mask) for _, mask in some):
                 raise DataError("there are no assistant words to train on; add a reply or drop it.")
         rendered += some

@@ -9,20 +9,17 @@ repeats the run that was cut.
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
 
-from gearshift.data import Mixture
-from gearshift.data.rows import text_size
-from gearshift.errors import CheckpointError, GearshiftError, OverlongError
+from gearshift.errors import CheckpointError, GearshiftError
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
@@ -77,29 +74,6 @@ class Callbacks:
             self.on_rollout(step, rollouts.newest["episodes"])
         if self.on_checkpoint and saved:
             self.on_checkpoint(step + 1, saved)
-
-
-class EpochsConfig(StageConfig):
-    """A stage that passes over rows."""
-
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the rows."""
-    batch_size: int = Field(16, ge=1)
-    """Rows in one update; the last update of all takes what is left."""
-
-    def seen(self, rows: int) -> int:
-        """Rows that are learned from in all, each as often as it is seen."""
-        return max(1, math.ceil(round(self.epochs * rows, 6)))
-
-    def steps(self, rows: int) -> int:
-        """Updates in all."""
-        return math.ceil(self.seen(rows) / self.batch_size)
-
-    def batch(self, rows: Mixture[Row], step: int) -> list[Row]:
-        """The rows of one update."""
-        first = step * self.batch_size
-        end = min(first + self.batch_size, self.seen(len(rows)))
-        return [rows.example_at(i) for i in range(first, end)]
 
 
 class Stateful(Protocol):
@@ -346,39 +320,3 @@ class Stage:
         if not lines and state["total"] != self.total:
             lines = [f"the data made {state['total']} steps and make {self.total}"]
         return "; ".join(lines)
-
-
-def check_length(tokens: int, max_length: int, context: int) -> None:
-    """Raises `OverlongError` for a row that is longer than the stage or its model takes."""
-    if tokens > min(max_length, context):
-        most = f"max_length={max_length}; raise it, drop the row,"
-        if context < max_length:
-            most = f"the {context} of the model; shorten or drop the row,"
-        raise OverlongError(f"it has {tokens} tokens, over {most} or set the data's overlong=drop.")
-
-
-def check_size(example: Any, max_length: int, context: int) -> None:
-    """The same for one that has so many characters that it need not be tokenized, which would take
-    minutes and gigabytes. Text has about four characters a token.
-    """
-    size = text_size([getattr(example, f.name) for f in fields(example) if f.name != "where"])
-    if size > max(_SMALL, _LONG_TOKEN * min(max_length, context)):
-        raise OverlongError(
-            f"it has {size:,} characters, far over what {min(max_length, context)} tokens hold; "
-            "shorten or drop the row, or set the data's overlong=drop."
-        )
-
-
-_SMALL, _LONG_TOKEN = 1 << 20, 32
-"""Characters that are always counted in tokens, and those of an uncommonly long token."""
-
-
-def chunks_by_tokens(lengths: Sequence[int], micro_batch_tokens: int) -> Iterator[slice]:
-    """Consecutive runs whose padded size (longest x count) stays within `micro_batch_tokens`, one
-    item at least.
-    """
-    first = 0
-    for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > micro_batch_tokens:
-            yield slice(first, i)
-            first = i

@@ -19,9 +19,10 @@ from gearshift.data.reward_input import render_reward_input
 from gearshift.errors import CapacityError
 from gearshift.models.classifier import context, padded_scores, use_own_pad
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rewards.models import ModelReward
-from gearshift.trainers.reward_model import Pair, PairScorer
+from gearshift.trainers.reward_model import Pair, score_pairs
 from gearshift.trainers.rl.critic import TokenCritic, load_critic
 from tests.zoo import hf_scores, random_model
 
@@ -82,7 +83,7 @@ def test_one_value_everywhere(policy: Path, tmp_path: Path) -> None:
         wanted = pytest.approx([float(model.score(state)) for state in states], abs=1e-5)
     use_own_pad(model, tokenizer)
     with torch.no_grad():
-        assert PairScorer(model)([Pair(*rows)]).tolist() == wanted
+        assert score_pairs(ModelRunner(model), [Pair(*rows)]).tolist() == wanted
         assert padded_scores(model, rows).tolist() == wanted
     assert hf_scores(model, rows) == wanted
     saved = tmp_path / "reward"

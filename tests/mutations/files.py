@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "epochs: the rows that are left are not learned from",
-        "trainers/stage.py",
+        "trainers/supervised.py",
         "return math.ceil(self.seen(rows) / self.batch_size)",
         "return max(1, self.seen(rows) // self.batch_size)",
         "tests/trainers/test_epochs.py",

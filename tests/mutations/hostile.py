@@ -86,8 +86,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megabytes in a row are tokenized before they are refused",
-        "trainers/stage.py",
-        "if size > max(_SMALL, _LONG_TOKEN * min(max_length, context)):",
+        "trainers/supervised.py",
+        "if size > max(_UNCOUNTED_SIZE, _LONG_TOKEN * min(max_length, context)):",
         "if size < 0:",
         "tests/test_bad_input.py -k megabytes",
     ),

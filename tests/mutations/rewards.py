@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation(
         "a pair longer than the reward model's context is found in the middle of training",
         "pipeline/stages.py",
-        "render_pairs(examples, tokenizer, config.max_length, context(model))",
-        "render_pairs(examples, tokenizer, config.max_length)",
+        "longest = config.max_length, context(runner.model)\n",
+        "longest = (config.max_length,)\n",
         "tests/trainers/test_reward.py::test_rows_longer_than_the_model_takes",
     ),
     Mutation(

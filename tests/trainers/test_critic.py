@@ -12,6 +12,7 @@ from gearshift.cli.main import main
 from gearshift.data import Mixture
 from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.load import load_classifier, load_tokenizer, save_model
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.reward_model import (
@@ -94,7 +95,7 @@ def test_an_encoder_reward_model_learns(encoder: str, tmp_path: Path) -> None:
         {"epochs": 4, "batch_size": 8, "save_every": 0, "optimizer": {"lr": 3e-3}}
     )
     stage = Stage("reward", tmp_path / "run", config.steps(32), 0, config)
-    train_reward_model(config, model, Mixture([pairs[:32]], [1.0], seed=0), stage)
+    train_reward_model(config, ModelRunner(model), Mixture([pairs[:32]], [1.0], seed=0), stage)
     assert pair_accuracy(model, pairs[32:]) == 1.0
 
 

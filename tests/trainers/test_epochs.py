@@ -16,13 +16,19 @@ from torch import nn
 from gearshift.data import Mixture
 from gearshift.engine import Engine
 from gearshift.models.load import ModelConfig, load_classifier, load_policy
+from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.preference import Judged, PreferenceConfig, PreferenceTrainer
-from gearshift.trainers.process_reward_model import ProcessRewardConfig, Steps, train_process_model
+from gearshift.trainers.preference import Judged, PreferenceConfig, train_preference
+from gearshift.trainers.process_reward_model import (
+    ProcessRewardConfig,
+    Steps,
+    train_process_reward_model,
+)
 from gearshift.trainers.reward_model import Pair, RewardModelConfig, train_reward_model
 from gearshift.trainers.sft import SFTConfig, train_sft
-from gearshift.trainers.stage import EpochsConfig, Stage
+from gearshift.trainers.stage import Stage
+from gearshift.trainers.supervised import SupervisedStageConfig
 
 
 @given(
@@ -32,7 +38,7 @@ from gearshift.trainers.stage import EpochsConfig, Stage
     seed=st.integers(0, 9),
 )
 def test_rows_times_epochs_are_seen(rows: int, batch_size: int, tenths: int, seed: int) -> None:
-    config = EpochsConfig(epochs=tenths / 10, batch_size=batch_size)
+    config = SupervisedStageConfig(epochs=tenths / 10, batch_size=batch_size)
     mixture = Mixture([range(rows)], [1.0], seed)
     steps = config.steps(rows)
     assert steps == ceil(Fraction(tenths * rows, 10 * batch_size))
@@ -75,10 +81,8 @@ def preference(count: int, size: int, folder: Path) -> nn.Module:
     config = PreferenceConfig.model_validate({**SETTINGS, "batch_size": size})
     rows = [Judged(ids[:2], [ids[2:], [13, 15]], [True, False]) for ids in IDS[:count]]
     gears = engine()
-    trainer = PreferenceTrainer(config, gears)
-    trainer.precompute(rows)
     stage = Stage("s", folder, config.steps(count), 0, config)
-    trainer.train(Mixture([rows], [1.0], 0), stage)
+    train_preference(config, gears, Mixture([rows], [1.0], 0), stage)
     return gears.model
 
 
@@ -86,7 +90,8 @@ def reward(count: int, size: int, folder: Path) -> nn.Module:
     config = RewardModelConfig.model_validate({**SETTINGS, "batch_size": size})
     rows = Mixture([[Pair(ids, [*ids[:2], 13, 15]) for ids in IDS[:count]]], [1.0], 0)
     model = load_classifier(TINY)
-    train_reward_model(config, model, rows, Stage("s", folder, config.steps(count), 0, config))
+    stage = Stage("s", folder, config.steps(count), 0, config)
+    train_reward_model(config, ModelRunner(model), rows, stage)
     return model
 
 
@@ -95,7 +100,8 @@ def process(count: int, size: int, folder: Path) -> nn.Module:
     steps = [Steps(ids, [1, len(ids) - 1], [True, False]) for ids in IDS[:count]]
     rows = Mixture([steps], [1.0], 0)
     model = load_classifier(TINY, of_tokens=True)
-    train_process_model(config, model, rows, Stage("s", folder, config.steps(count), 0, config))
+    stage = Stage("s", folder, config.steps(count), 0, config)
+    train_process_reward_model(config, ModelRunner(model, described_form=False), rows, stage)
     return model
 
 

@@ -21,14 +21,15 @@ from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.preference import (
     Judged,
     PreferenceConfig,
-    PreferenceTrainer,
+    PreferenceLoss,
     render_judged,
+    train_preference,
 )
 from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     render_steps,
     step_accuracy,
-    train_process_model,
+    train_process_reward_model,
 )
 from gearshift.trainers.stage import Stage
 from tests.trainers.rl_runs import TINY
@@ -117,7 +118,7 @@ def test_packed_is_one_by_one(loss: str, micro_batch_tokens: int) -> None:
     engine, reference = moved_engine(), load_policy(TINY)
     examples = single(8) if loss == "kto" else pairs(8)
     rows = render_judged(examples, engine.tokenizer, 512)
-    trainer = PreferenceTrainer(config, engine, ModelRunner(reference))
+    trainer = PreferenceLoss(config, engine, ModelRunner(reference))
     trainer.ask_reference(rows)
     with engine.training():
         baseline = trainer.kl(rows) if loss == "kto" else torch.zeros(())
@@ -146,12 +147,10 @@ def run(tmp_path: Path, loss: str, examples: Any, **changes: Any) -> tuple[Any, 
     rows = render_judged(examples, engine.tokenizer, 512)
     each_step = config.reference == "each_step"
     reference = ModelRunner(load_policy(TINY)) if each_step else None
-    trainer = PreferenceTrainer(config, engine, reference)
-    if reference is None:
-        trainer.precompute(rows)
     mixture = Mixture([rows], [1.0], seed=0)
-    trainer.train(mixture, Stage("preference", tmp_path, config.steps(len(rows)), 0, config))
-    return trainer, rows
+    stage = Stage("preference", tmp_path, config.steps(len(rows)), 0, config)
+    train_preference(config, engine, mixture, stage, reference)
+    return PreferenceLoss(config, engine, reference), rows
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo"])
@@ -159,7 +158,7 @@ def test_it_learns_what_is_preferred(tmp_path: Path, loss: str) -> None:
     beta = 0.1 if loss == "ipo" else 0.5  # its margin to reach is 1 / (2 beta)
     trainer, _ = run(tmp_path, loss, single() if loss == "kto" else pairs(), beta=beta)
     heldout = render_judged(pairs(36)[24:], trainer.engine.tokenizer, 512)
-    before = PreferenceTrainer(trainer.config, Engine(tiny_model(), tiny_tokenizer()))
+    before = PreferenceLoss(trainer.config, Engine(tiny_model(), tiny_tokenizer()))
     before.precompute(heldout)
     assert trainer.accuracy(heldout) > 0.9
     metrics = read_metrics(tmp_path / "metrics.jsonl")
@@ -222,10 +221,10 @@ def test_a_process_model_learns_which_steps_are_right(tmp_path: Path) -> None:
     for row in rows:
         assert len(row.ends) == 3 and row.ends[-1] == len(row.ids) - 1
         assert all(tokenizer.decode([row.ids[e]]) == "\n" for e in row.ends)
-    model = load_classifier(TINY, of_tokens=True)
+    runner = ModelRunner(load_classifier(TINY, of_tokens=True), described_form=False)
     stage = Stage("process", tmp_path, config.steps(32), 0, config)
-    train_process_model(config, model, Mixture([rows[:32]], [1.0], seed=0), stage)
-    assert step_accuracy(model, rows[32:]) > 0.9
+    train_process_reward_model(config, runner, Mixture([rows[:32]], [1.0], seed=0), stage)
+    assert step_accuracy(runner, rows[32:]) > 0.9
 
 
 def test_kto_needs_more_than_one_row() -> None:

@@ -11,7 +11,8 @@ import torch
 from gearshift.cli.main import main
 from gearshift.models.classifier import padded_scores
 from gearshift.models.load import load_classifier
-from gearshift.trainers.reward_model import Pair, PairScorer
+from gearshift.models.runner import ModelRunner
+from gearshift.trainers.reward_model import Pair, micro_batches, score_pairs
 from tests.trainers.rl_runs import TINY
 
 PAIRS = [
@@ -25,14 +26,14 @@ PAIRS = [
 def test_packed_scores_are_padded_scores(micro_batch_tokens: int) -> None:
     model, plain = load_classifier(TINY), load_classifier(TINY)
     plain.config.pad_token_id = 0
-    scorer = PairScorer(model)
-    assert scorer.runner.form == "described"
+    runner = ModelRunner(model)
+    assert runner.form == "described"
     weights = {id(p): float(i + 1) for i, p in enumerate(PAIRS)}
-    micros = scorer.micros(PAIRS, micro_batch_tokens)
+    micros = micro_batches(runner, PAIRS, micro_batch_tokens)
     assert sorted(id(p) for m in micros for p in m) == sorted(weights)
     assert len(micros) > 1 or micro_batch_tokens > 8
     for micro in micros:
-        scores = scorer(micro)
+        scores = score_pairs(runner, micro)
         padded = padded_scores(plain, [side for pair in micro for side in pair.sides])
         assert torch.allclose(scores, padded, atol=1e-5)
         factor = torch.tensor([weights[id(p)] * s for p in micro for s in (1.0, -0.5)])

@@ -1,0 +1,93 @@
+"""What the stages that learn from rows have in common: their keys, the rows of an update, and the
+check that a row is not too long. It must not import a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import Field
+
+from gearshift.data import DataConfig, Mixture, errors_at
+from gearshift.data.rows import text_size
+from gearshift.errors import OverlongError
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.stage import StageConfig
+
+Row = TypeVar("Row")
+_UNCOUNTED_SIZE = 1 << 20
+"""A row of at most so many characters is always tokenized before it is called too long."""
+_LONG_TOKEN = 32
+"""Characters of an uncommonly long token; text has about four characters a token."""
+
+
+class SupervisedStageConfig(StageConfig):
+    """A stage that passes over rows."""
+
+    data: DataConfig = DataConfig()
+    """The rows to learn from."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the rows."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in one update; the last update of all takes what is left."""
+    max_length: int = Field(1024, ge=2)
+    """Rows with more tokens are an error, or are left out (`data.overlong`)."""
+    micro_batch_tokens: int = Field(4096, ge=0)
+    """Tokens in one micro-batch, which bounds the memory and does not change the gradient. 0: as
+    many as the memory has room for when the stage begins."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
+    """AdamW and its schedule."""
+
+    sequences_in_row: ClassVar[int] = 1
+
+    def seen(self, rows: int) -> int:
+        """Rows that are learned from in all, each as often as it is seen."""
+        return max(1, math.ceil(round(self.epochs * rows, 6)))
+
+    def steps(self, rows: int) -> int:
+        """Updates in all."""
+        return math.ceil(self.seen(rows) / self.batch_size)
+
+    def batch(self, rows: Mixture[Row], step: int) -> list[Row]:
+        """The rows of one update."""
+        first = step * self.batch_size
+        end = min(first + self.batch_size, self.seen(len(rows)))
+        return [rows.example_at(i) for i in range(first, end)]
+
+
+@contextmanager
+def row_limits(
+    example: Any, number: int, max_length: int, context: int
+) -> Iterator[Callable[[int], None]]:
+    """Inside, a row becomes tokens, and errors name it: the place that it is from, or its number.
+    Gives the function that takes its number of tokens and raises `OverlongError` if they are more
+    than the stage's `max_length` or the model's `context`.
+    """
+    with errors_at(example.where or f"Row {number}"):
+        _check_size(example, max_length, context)
+        yield partial(_check_length, max_length=max_length, context=context)
+
+
+def _check_length(tokens: int, max_length: int, context: int) -> None:
+    if tokens > min(max_length, context):
+        most = f"max_length={max_length}; raise it, drop the row,"
+        if context < max_length:
+            most = f"the {context} of the model; shorten or drop the row,"
+        raise OverlongError(f"it has {tokens} tokens, over {most} or set the data's overlong=drop.")
+
+
+def _check_size(example: Any, max_length: int, context: int) -> None:
+    """Raises `OverlongError` for a row that has so many characters that it cannot fit: to tokenize
+    it would take minutes and gigabytes.
+    """
+    size = text_size([getattr(example, f.name) for f in fields(example) if f.name != "where"])
+    if size > max(_UNCOUNTED_SIZE, _LONG_TOKEN * min(max_length, context)):
+        raise OverlongError(
+            f"it has {size:,} characters, far over what {min(max_length, context)} tokens hold; "
+            "shorten or drop the row, or set the data's overlong=drop."
+        )
