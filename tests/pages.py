@@ -14,6 +14,7 @@ import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -69,14 +70,16 @@ def run_page(page: Path, folder: Path, environment: dict[str, str]) -> list[str]
     """
     printed = [""]
     for block in blocks(page):
-        if block.language in ("python", "yaml") and block.title:
+        if block.language in ("python", "yaml", "toml") and block.title:
             text = block.text.replace("name: embedded", "name: tiny")
             (folder / block.title).write_text(text, encoding="utf-8")
+            if block.title == "pyproject.toml":
+                install(folder, tomllib.loads(text)["project"])
+                path = os.pathsep.join([str(folder), environment["PYTHONPATH"]])
+                environment = {**environment, "PYTHONPATH": path}
         elif block.language == "sh" and block.title != "once":
-            # As a user's shell: what PYTHONPATH a command sets, it adds to the program's.
-            text = block.text.replace("PYTHONPATH=.", "PYTHONPATH=.:$PYTHONPATH")
             done = subprocess.run(
-                ["bash", "-e", "-c", text], cwd=folder, env=environment, text=True,
+                ["bash", "-e", "-c", block.text], cwd=folder, env=environment, text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 timeout=600,
             )  # fmt: skip
@@ -86,6 +89,16 @@ def run_page(page: Path, folder: Path, environment: dict[str, str]) -> list[str]
             for line in block.text.splitlines():
                 assert line in printed[-1].splitlines(), f"not printed: {line}\n{printed[-1]}"
     return printed
+
+
+def install(folder: Path, project: dict[str, Any]) -> None:
+    """What `pip install --editable` writes, into the folder itself: its entry points."""
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    for group, points in project["entry-points"].items():
+        lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

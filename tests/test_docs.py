@@ -11,6 +11,7 @@ import yaml
 from gearshift.cli.main import make_parser
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import describe_keys
+from gearshift.tasks.registry import TASKS
 from tests.pages import DOCS, PAGES, ROOT, blocks
 
 SECTIONS = tuple(name for name in Recipe.model_fields if name != "task")  # its keys are its own
@@ -90,7 +91,10 @@ def test_keys_of_recipes_in_a_page_are_there(page: Path) -> None:
 def test_whole_recipes_in_a_page_are_right(page: Path) -> None:
     for block in blocks(page):
         if block.language == "yaml" and block.title:
-            Recipe.model_validate(yaml.load(block.text, yaml.CSafeLoader))
+            tree = yaml.load(block.text, yaml.CSafeLoader)
+            if tree["task"]["name"] not in TASKS:  # the page makes that task
+                del tree["task"]
+            Recipe.model_validate(tree)
 
 
 @pages

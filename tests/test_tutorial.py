@@ -18,9 +18,10 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_environment_of_ones_own_runs(tmp_path: Path) -> None:
+def test_an_environment_and_a_task_of_ones_own_run(tmp_path: Path) -> None:
     run_page(DOCS / "environments.md", tmp_path, programs(tmp_path / "bin"))
-    assert (tmp_path / "runs/backwards/rl/model.safetensors").exists()
+    for run in ("backwards", "greetings"):
+        assert (tmp_path / "runs" / run / "rl" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
