@@ -24,7 +24,7 @@ from gearshift.batch import PackedBatch, pack_groups
 from gearshift.engine import Engine
 from gearshift.kernels.reference import Kernels
 from gearshift.models.attention import ATTENTION
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.types import Completion
 
 VOCABULARY = 259
@@ -132,4 +132,4 @@ def sampled_logprobs(groups: Sequence[Sequence[Completion]]) -> torch.Tensor:
 
 def hf_scores(classifier: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
     """Each sequence's score by Hugging Face's own modules, on padded rows."""
-    return ModelRunner(classifier, described_form=False).score_all(rows)
+    return ModelRunner(classifier, undescribed=EXACT).score_all(rows)

@@ -28,6 +28,9 @@ def add_commands(commands: Any) -> None:
     doctor_command = commands.add_parser(
         "doctor", help="what this machine has, and what is missing"
     )
+    doctor_command.add_argument(
+        "model", nargs="?", help="a folder or a name: say how this model would run"
+    )
     doctor_command.set_defaults(do=doctor)
 
 
@@ -70,7 +73,7 @@ def keys(arguments: argparse.Namespace) -> None:
     echo("\n".join(lines))
 
 
-def doctor(_: argparse.Namespace) -> None:
+def doctor(arguments: argparse.Namespace) -> None:
     """Print what this machine has, and what is missing."""
     import importlib.metadata
     import platform
@@ -107,3 +110,7 @@ def doctor(_: argparse.Namespace) -> None:
     echo(f"tasks        {', '.join(TASKS)}")
     for problem in PROBLEMS.values():
         echo(problem)
+    if arguments.model:
+        from gearshift.pipeline.forms import form_of
+
+        echo(f"model        {form_of(str(Path(arguments.model).expanduser()))}")

@@ -29,8 +29,17 @@ def hidden_states(
     return hidden
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether the model has some dropout, be it on or off."""
+    dropped = any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    return dropped or _attention_dropout(model) > 0
+
+
 def has_active_dropout(model: PreTrainedModel) -> bool:
-    """Whether some dropout of this model is switched on now."""
-    attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+    """Whether some dropout of this model is on now."""
     dropped = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
-    return dropped or bool(model.training and attention)
+    return dropped or bool(model.training and _attention_dropout(model))
+
+
+def _attention_dropout(model: PreTrainedModel) -> float:
+    return getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0

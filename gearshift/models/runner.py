@@ -31,7 +31,7 @@ from gearshift.models.classifier import (
 from gearshift.models.describe import Plan, described, head_of
 from gearshift.models.exact import Limit
 from gearshift.models.fused import AliasedWeights
-from gearshift.models.hf_forward import has_active_dropout, hidden_states
+from gearshift.models.hf_forward import has_active_dropout, has_dropout, hidden_states
 from gearshift.models.layers import packed_states
 from gearshift.models.logprobs import TokenScores, token_logprobs
 from gearshift.models.units import make_unit, run_in
@@ -40,6 +40,9 @@ from gearshift.models.vocabulary import vocabulary_size
 Form = Literal["described", "hugging_face"]
 Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
 """Token sequences to the logits of each one's last tokens, as a generating engine computes them."""
+EXACT = "its scores are to be exactly those of Hugging Face's forward"
+"""Why a classifier that is only asked runs through Hugging Face's modules."""
+OF_TOKENS = "the logits of a token classifier are not described"
 
 
 class ModelRunner:
@@ -55,7 +58,7 @@ class ModelRunner:
         *,
         value_head: nn.Module | None = None,
         recompute: bool = False,
-        described_form: bool = True,
+        undescribed: str | None = None,
         fuse: bool = True,
         decode: Decode | None = None,
     ) -> None:
@@ -66,21 +69,24 @@ class ModelRunner:
             value_head: reads `values` from the hidden states.
             recompute: keep only each layer's input, and compute the layer again in the backward
                 pass. For described architectures.
-            described_form: False runs a described architecture, too, through Hugging Face's
-                modules, so that a classifier's scores are theirs to the bit.
+            undescribed: a reason to run Hugging Face's modules, though the architecture may be
+                described.
             fuse: see `FusedLinear`.
             decode: compare what a generating engine computes, too.
         """
         self.model, self.value_head, self.recompute = model, value_head, recompute
         self.plan: Plan | None = None
-        self.why: str | None = "its numbers are to be exactly those of Hugging Face's forward"
+        self.why = undescribed
         """Why the model is not described; None where it is."""
-        if described_form:
+        if undescribed is None:
             self.plan, self.why = described(model)
         self.head, linear = _heads(model)
+        if self.plan is not None and linear is None:
+            self.plan, self.why = None, "it has no linear head on its hidden states"
         make_unit(model)
         self.weights: AliasedWeights | None = None
-        if self.plan is not None and linear is not None:
+        if self.plan is not None:
+            assert linear is not None
             self.weights = AliasedWeights(self.plan, linear, fuse)
             for layer in self.plan.layers:
                 make_unit(layer.unit)
@@ -200,10 +206,12 @@ class ModelRunner:
 
 
 def form_line(role: str, model: PreTrainedModel, why: str | None) -> str:
-    """One line: how the model of this role runs, and why. `why`: it is not described."""
-    if why is None:
-        return f"{role}: described layers ({model.config.model_type})"
-    return f"{role}: Hugging Face's modules, slower, because {why}"
+    """One line that says how the model of this role runs, and why. `why` it is not described."""
+    modules = "Hugging Face's modules, about 2 times slower,"
+    if why is not None:
+        return f"{role}: {modules} because {why}"
+    line = f"{role}: described layers ({model.config.model_type})"
+    return f"{line}; {modules} where its dropout is on" if has_dropout(model) else line
 
 
 def _heads(model: PreTrainedModel) -> tuple[Head | None, nn.Module | None]:

@@ -19,7 +19,7 @@ from gearshift.models.classifier import use_own_pad
 from gearshift.models.embedded import source_of
 from gearshift.models.load import load_classifier, load_policy, load_tokenizer, save_model
 from gearshift.models.made import DONE, made_of
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
 from gearshift.pipeline.memory import (
@@ -65,6 +65,7 @@ class Context:
     """The rows that the run trains on, which its held-out figures leave out."""
     stage: Stage | None = None
     """The stage that runs now."""
+    _shown: set[str] = field(default_factory=set)
     made: dict[str, Digests] = field(default_factory=dict)
     """Digests of what the stage that runs now is made from."""
 
@@ -126,7 +127,9 @@ class Context:
                 torch.manual_seed(named_seed(self.seed, "adapter"))
                 add_adapter(model, self.recipe.model.lora)
         config, recompute = self._fit(config, model)
-        return config, open_engine(self.recipe, start, model, recompute)
+        engine = open_engine(self.recipe, start, model, recompute)
+        self.show_form("policy", engine.runner)
+        return config, engine
 
     def open_classifier(
         self, config: Fitted, start: str | None, of_tokens: bool = False
@@ -138,7 +141,19 @@ class Context:
         tokenizer = load_tokenizer(self.recipe.model, start, of_policy=False)
         use_own_pad(model, tokenizer)
         config, _ = self._fit(config, model)
-        return config, ModelRunner(model, described_form=not of_tokens), tokenizer
+        runner = ModelRunner(model, undescribed=OF_TOKENS if of_tokens else None)
+        self.show_form("process reward model" if of_tokens else "reward model", runner)
+        return config, runner, tokenizer
+
+    def show_form(self, role: str, runner: ModelRunner) -> ModelRunner:
+        """Print how the model of this role runs, unless the same line was printed before; returns
+        the runner.
+        """
+        line = runner.form_line(role)
+        if line not in self._shown:
+            self._shown.add(line)
+            self.echo(line)
+        return runner
 
     def _fit(self, config: Fitted, model: PreTrainedModel) -> tuple[Fitted, bool]:
         """The config with the sizes that it leaves to the memory; and whether to compute layers

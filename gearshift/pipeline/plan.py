@@ -7,11 +7,11 @@ How the memory is predicted is in `trainers/memory.py`.
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gearshift.errors import ModelError
 from gearshift.models.adapters import AdapterConfig
-from gearshift.models.load import load_config, resolve_device, resolve_dtype, said
+from gearshift.models.load import resolve_device, resolve_dtype
+from gearshift.pipeline.forms import forms, shapes
 from gearshift.pipeline.memory import (
     GIB,
     Shape,
@@ -27,7 +27,7 @@ from gearshift.runtime.config import dump
 
 def plan(recipe: Recipe) -> str:
     """The resolved config, the stages in order, and the memory of the largest, as text."""
-    model = _shapes(recipe)
+    model = shapes(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
     device = resolve_device(recipe.model.device)
     dtype = resolve_dtype(recipe.model.dtype, device)
@@ -38,21 +38,12 @@ def plan(recipe: Recipe) -> str:
         f"in {str(dtype).removeprefix('torch.')} on {device}",
         "# Plan:",
         *(f"#   {line}" for line in _stages(recipe)),
+        "# Models:",
+        *(f"#   {line}" for line in forms(recipe, model)),
         "# Memory at the peak:",
         *(f"#   {line}" for line in _memory(recipe, model, dtype)),
     ]
     return "\n".join(lines)
-
-
-def _shapes(recipe: Recipe) -> PreTrainedModel:
-    config = load_config(recipe.model)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config that is not ours may fail in any way
-        raise ModelError(
-            f"Model {recipe.model.name!r} cannot be built ({said(error)}); name a language model."
-        ) from error
 
 
 def _stages(recipe: Recipe) -> list[str]:

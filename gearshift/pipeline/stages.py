@@ -118,7 +118,7 @@ def reward(config: RewardModelConfig, run: Context) -> Result:
     stage = run.begin_stage("reward", config.steps(len(pairs)), config, start)
     train_reward_model(config, runner, pairs, stage)
     run.save(stage.folder, runner.model, tokenizer, "reward modelling (Bradley-Terry)", start)
-    accuracy = pair_accuracy(runner.model, heldout) if heldout else None
+    accuracy = pair_accuracy(runner, heldout) if heldout else None
     return {
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
@@ -251,6 +251,7 @@ def load_value_model(config: RLConfig, run: Context, engine: Engine, start: str 
             "train the reward stage, or set rl.critic=null to start from the policy."
         )
     critic = load_critic(model, folder or start, partial(decode, engine.tokenizer))
+    run.show_form("critic", critic.runner)
     if folder and isinstance(critic, TokenCritic):
         _check_reads(f"rl.critic: {folder}", critic.trunk, run, folder, engine)
     return critic
@@ -265,10 +266,11 @@ def load_reference(
     if named:
         teacher = load_policy(run.recipe.model, named).requires_grad_(False)
         _check_reads(f"rl.kl.reference: {named}", teacher, run, named, engine)
-        return ModelRunner(teacher)
+        return run.show_form("reference", ModelRunner(teacher))
     if run.recipe.model.lora:
-        return engine.runner
-    return ModelRunner(load_policy(run.recipe.model, start).requires_grad_(False))
+        return run.show_form("reference", engine.runner)
+    reference = load_policy(run.recipe.model, start).requires_grad_(False)
+    return run.show_form("reference", ModelRunner(reference))
 
 
 def _check_reads(

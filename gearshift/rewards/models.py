@@ -18,7 +18,7 @@ from gearshift.data.reward_input import render_reward_input
 from gearshift.errors import DataError, ModelError
 from gearshift.models.classifier import context, reads_last_token
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, writes_text
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
 from gearshift.rewards.functions import REWARD_MISSING, is_usable
 from gearshift.types import Message
@@ -37,8 +37,7 @@ class ModelReward:
         self.model = load_classifier(config, str(folder))
         self.tokenizer = load_tokenizer(config, str(folder), of_policy=False)
         check_vocabulary(self.model, self.tokenizer)
-        # What another program that loads the folder computes, to the bit.
-        self.runner = ModelRunner(self.model, described_form=False)
+        self.runner = ModelRunner(self.model, undescribed=EXACT)
 
     def __call__(
         self,

@@ -14,13 +14,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
 from gearshift.batch import PackedBatch, chunks_by_tokens, pack_groups
 from gearshift.data import DataConfig, Mixture, PreferenceExample
 from gearshift.data.reward_input import render_reward_input
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.stage import Stage
@@ -152,8 +152,8 @@ def train_reward_model(
     model.eval()
 
 
-def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> float:
-    """Fraction of pairs whose chosen side scores higher."""
-    runner = ModelRunner(model, described_form=False)
-    scores = runner.score_all([side for pair in pairs for side in pair.sides])
+def pair_accuracy(runner: ModelRunner, pairs: Sequence[Pair]) -> float:
+    """Fraction of pairs whose chosen side scores higher, as Hugging Face's forward scores them."""
+    exact = ModelRunner(runner.model, undescribed=EXACT)
+    scores = exact.score_all([side for pair in pairs for side in pair.sides])
     return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

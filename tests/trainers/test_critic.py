@@ -95,8 +95,9 @@ def test_an_encoder_reward_model_learns(encoder: str, tmp_path: Path) -> None:
         {"epochs": 4, "batch_size": 8, "save_every": 0, "optimizer": {"lr": 3e-3}}
     )
     stage = Stage("reward", tmp_path / "run", config.steps(32), 0, config)
-    train_reward_model(config, ModelRunner(model), Mixture([pairs[:32]], [1.0], seed=0), stage)
-    assert pair_accuracy(model, pairs[32:]) == 1.0
+    runner = ModelRunner(model)
+    train_reward_model(config, runner, Mixture([pairs[:32]], [1.0], seed=0), stage)
+    assert pair_accuracy(runner, pairs[32:]) == 1.0
 
 
 def test_a_critic_starts_from_any_policy_or_reward_model(tmp_path: Path) -> None:

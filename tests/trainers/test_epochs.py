@@ -16,7 +16,7 @@ from torch import nn
 from gearshift.data import Mixture
 from gearshift.engine import Engine
 from gearshift.models.load import ModelConfig, load_classifier, load_policy
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.trainers.preference import Judged, PreferenceConfig, train_preference
@@ -101,7 +101,7 @@ def process(count: int, size: int, folder: Path) -> nn.Module:
     rows = Mixture([steps], [1.0], 0)
     model = load_classifier(TINY, of_tokens=True)
     stage = Stage("s", folder, config.steps(count), 0, config)
-    train_process_reward_model(config, ModelRunner(model, described_form=False), rows, stage)
+    train_process_reward_model(config, ModelRunner(model, undescribed=OF_TOKENS), rows, stage)
     return model
 
 

@@ -14,7 +14,7 @@ from gearshift.data import Mixture, PreferenceExample, UnpairedExample, to_stepw
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_classifier, load_policy
-from gearshift.models.runner import ModelRunner
+from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.config import load
 from gearshift.runtime.metrics import read_metrics
@@ -221,7 +221,7 @@ def test_a_process_model_learns_which_steps_are_right(tmp_path: Path) -> None:
     for row in rows:
         assert len(row.ends) == 3 and row.ends[-1] == len(row.ids) - 1
         assert all(tokenizer.decode([row.ids[e]]) == "\n" for e in row.ends)
-    runner = ModelRunner(load_classifier(TINY, of_tokens=True), described_form=False)
+    runner = ModelRunner(load_classifier(TINY, of_tokens=True), undescribed=OF_TOKENS)
     stage = Stage("process", tmp_path, config.steps(32), 0, config)
     train_process_reward_model(config, runner, Mixture([rows[:32]], [1.0], seed=0), stage)
     assert step_accuracy(runner, rows[32:]) > 0.9

@@ -32,6 +32,9 @@ Decode = Callable[[list[int]], str]
 class Critic(Protocol):
     """What the loop asks of a critic."""
 
+    runner: ModelRunner
+    """Runs its model."""
+
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds of it."""
