@@ -38,7 +38,8 @@ from gearshift.models.runner import ModelRunner
 from gearshift.runtime.allocator import keep_freed_memory
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl.batching import pack_trajectories
-from gearshift.trainers.rl.loop import RLConfig, RLTrainer
+from gearshift.trainers.rl.config import RLConfig
+from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.sft import supervised_batch, supervised_loss
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import update
@@ -171,11 +172,16 @@ class Ours:
         self.engine = Engine(load_policy(model), load_tokenizer(model), seed=seed)
         self.engine.end_tokens = frozenset()  # each completion has its own length
         config = RLConfig.model_validate({
-            "prompts": len(prompts), "group_size": GROUP, "max_new_tokens": max_new, "steps": 10**6,
-            "advantage": "grpo", "loss": "ppo_clip", "save_every": 0,
-            "micro_batch_tokens": MAX_TOKENS,
+            "rollout": {
+                "prompts": len(prompts), "group_size": GROUP, "max_new_tokens": max_new,
+            },
+            "steps": 10**6, "save_every": 0,
+            "advantage": {"name": "grpo"}, "loss": {"name": "ppo_clip"},
             "kl": {"beta": beta, "estimator": "k3", "where": "loss"},
-            "optimizer": {"lr": lr, "warmup": 0, "betas": (0.9, 0.999)},
+            "update": {
+                "micro_batch_tokens": MAX_TOKENS,
+                "optimizer": {"lr": lr, "warmup": 0, "betas": (0.9, 0.999)},
+            },
         })  # fmt: skip
         self.folder = tempfile.TemporaryDirectory()
         self.trainer = RLTrainer(

@@ -28,7 +28,7 @@ result = train_rl(
     algorithm="rloo",
     output="runs/guess",
     steps=2,
-    rl={"prompts": 4, "group_size": 4, "max_new_tokens": 8},
+    rollout={"prompts": 4, "group_size": 4, "max_new_tokens": 8},
     eval={"limit": 16, "max_new_tokens": 8},
 )
 print({policy: figures["success"] for policy, figures in result.heldout.items()})

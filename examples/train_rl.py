@@ -29,7 +29,7 @@ result = train_rl(
     algorithm="grpo",
     output="runs/dates_rl",
     steps=4,
-    rl={"prompts": 8, "group_size": 8, "max_new_tokens": 16},
+    rollout={"prompts": 8, "group_size": 8, "max_new_tokens": 16},
     on_step=lambda step, metrics: print(f"step {step}: reward {metrics['reward']:.2f}"),
 )
 for policy, figures in result.heldout.items():

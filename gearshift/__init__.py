@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
     from gearshift.trainers.process_reward_model import ProcessRewardConfig as ProcessRewardConfig
     from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
-    from gearshift.trainers.rl.loop import RLConfig as RLConfig
+    from gearshift.trainers.rl.config import RLConfig as RLConfig
     from gearshift.trainers.sft import SFTConfig as SFTConfig
     from gearshift.types import Completion as Completion
     from gearshift.types import SamplingParams as SamplingParams
@@ -89,7 +89,7 @@ _HOMES = {
     "trainers.preference": ("PreferenceConfig",),
     "trainers.process_reward_model": ("ProcessRewardConfig",),
     "trainers.reward_model": ("RewardModelConfig",),
-    "trainers.rl.loop": ("RLConfig",),
+    "trainers.rl.config": ("RLConfig",),
     "trainers.sft": ("SFTConfig",),
     "types": ("Completion", "SamplingParams"),
 }

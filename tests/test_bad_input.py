@@ -24,11 +24,12 @@ BAD_WORDS = [
     (["run", RECIPE, "rl.steps=0"], "rl.steps"),
     (["run", RECIPE, "rl.steps"], "rl.steps"),
     (["run", RECIPE, "rl.advantage=grop"], "rl.advantage"),
-    (["run", RECIPE, "rl.loss=ppo"], "rl.loss"),
+    (["run", RECIPE, "rl.advantage.name=grop"], "rl.advantage.name"),
+    (["run", RECIPE, "rl.loss.name=ppo"], "rl.loss"),
     (["run", RECIPE, "rl.kl.estimator=k4"], "rl.kl.estimator"),
-    (["run", RECIPE, "rl.optimizer.lr=-1"], "rl.optimizer.lr"),
-    (["run", RECIPE, "rl.temperature=0"], "rl.temperature"),
-    (["run", RECIPE, "rl.top_p=1.5"], "rl.top_p"),
+    (["run", RECIPE, "rl.update.optimizer.lr=-1"], "rl.update.optimizer.lr"),
+    (["run", RECIPE, "rl.rollout.temperature=0"], "rl.rollout.temperature"),
+    (["run", RECIPE, "rl.rollout.top_p=1.5"], "rl.rollout.top_p"),
     (["run", RECIPE, "model.dtype=float16"], "model.dtype"),
     (["run", RECIPE, "model.name=./no/such/folder"], "no/such/folder"),
     (["run", RECIPE, "model.device=cuda:77"], "cuda:77"),
@@ -42,7 +43,10 @@ BAD_WORDS = [
     (["run", RECIPE, "sft=null", "reward=null", "rl.rewards=[{source: model}]"], "reward model"),
     (["run", RECIPE, "sft=null", "reward=null", "rl.rewards=[{source: 'json:nope'}]"], "nope"),
     (["run", RECIPE, "sft=null", "reward=null", "rl.rewards=[{source: 'nomod:f'}]"], "nomod"),
-    (["run", RECIPE, "sft=null", "reward=null", "rl.max_new_tokens=600"], "max_new_tokens=600"),
+    (
+        ["run", RECIPE, "sft=null", "reward=null", "rl.rollout.max_new_tokens=600"],
+        "max_new_tokens=600",
+    ),
     (["chat", "runs/no_such_run"], "no_such_run"),
     (["recipes", "no_such_recipe"], "no_such_recipe"),
     (["keys", "no_such_key"], "no_such_key"),
@@ -181,7 +185,7 @@ def test_links_and_home_stand_for_what_they_lead_to(
     assert find_policy("~/newest")[0] == str(tmp_path / "newest" / "sft")
     words = [
         "model.name=~/m", "sft.data.sources=[{path: ~/a.jsonl}]", "reward.model=~/r",
-        "rl.kl.reference=~/t", "rl.critic=~/c", "run.dir=~/run #2",
+        "rl.kl.reference=~/t", "rl.value={kind: critic, init_from: ~/c}", "run.dir=~/run #2",
         "rl.rewards=[{source: 'model:~/x,~/y'}, {source: ~/f.py:g}, {source: environment}]",
     ]  # fmt: skip
     named = load(Recipe, None, words).model_dump_json()

@@ -10,7 +10,7 @@ import yaml
 
 from gearshift.cli.main import make_parser
 from gearshift.pipeline.recipe import Recipe
-from gearshift.runtime.config import describe_keys
+from gearshift.runtime.keys import describe_keys
 from gearshift.tasks.registry import TASKS
 from tests.pages import DOCS, PAGES, ROOT, blocks
 
@@ -21,7 +21,10 @@ HISTORY = ("log.md", "results.md")
 
 def keys() -> set[str]:
     """Every key of a recipe, and every section of keys."""
-    found = {re.split(r"[ =:]", line.strip())[0] for line in describe_keys(Recipe)}
+    found = {
+        re.sub(r"\[.*?\]|\.0(?=\.)", "", re.split(r"[ =:]", line.strip())[0])
+        for line in describe_keys(Recipe)
+    }
     sections = {".".join(key.split(".")[:i]) for key in found for i in range(1, key.count(".") + 1)}
     return found | sections
 

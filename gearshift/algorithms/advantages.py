@@ -16,10 +16,13 @@ from torch import Tensor
 
 
 class Advantages(NamedTuple):
-    """What the policy loss weights tokens with, and what a value net should have predicted."""
+    """What the policy loss weights tokens with."""
 
     advantages_NA: Tensor
-    returns_NA: Tensor
+    returns_NA: Tensor | None = None
+    """What a value net should have predicted; None where the advantage has no use for one."""
+    baseline: float | None = None
+    """The moving average of returns, this rollout's among them, where the advantage keeps one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,13 @@ class Rollout:
     """The moving average of returns so far; None before the first."""
     greedy_N: Tensor | None = None
     """The return of the greedy completion of each one's prompt, where it was sampled."""
-    gamma: float = 1.0
-    """Discount from token to token."""
-    lam: float = 0.95
-    """Of GAE."""
     given_NA: Tensor | None = None
     """True where a reward was given, one of 0 too; None: where it is not 0."""
 
 
-AdvantageFn = Callable[[Rollout], Advantages]
-"""One signature for all, so that the loop is blind to the method. Raises ValueError where what it
-needs is missing."""
+AdvantageFn = Callable[..., Advantages]
+"""(rollout, and the advantage's own numbers) -> advantages; the loop is blind to the method. Raises
+ValueError where what it needs is missing."""
 
 
 def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
@@ -60,7 +59,7 @@ def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
     return out_NA
 
 
-def reinforce_baseline(
+def value_baseline(
     rewards_NA: Tensor, values_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0
 ) -> Advantages:
     """A_t = G_t - V(s_t): REINFORCE with a learned baseline (Williams 1992; Sutton and Barto,
@@ -196,30 +195,36 @@ def _by_group(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tenso
     return sum_N, size_N, index_N
 
 
-def _reward_less(baseline_N: Tensor | float, rollout: Rollout) -> Advantages:
+def _reward_less(baseline_N: Tensor | float, rollout: Rollout, gamma: float) -> Advantages:
     """G_t less a baseline for each completion."""
-    returns_NA = returns(rollout.rewards_NA, rollout.mask_NA, rollout.gamma)
+    returns_NA = returns(rollout.rewards_NA, rollout.mask_NA, gamma)
     baseline = baseline_N[:, None] if isinstance(baseline_N, Tensor) else baseline_N
-    return Advantages((returns_NA - baseline).masked_fill(~rollout.mask_NA, 0.0), returns_NA)
+    return Advantages((returns_NA - baseline).masked_fill(~rollout.mask_NA, 0.0))
 
 
-def _reinforce(rollout: Rollout) -> Advantages:
-    values_NA = _needed(rollout.values_NA, "reinforce", "values")
-    return reinforce_baseline(rollout.rewards_NA, values_NA, rollout.mask_NA, rollout.gamma)
+def _none(rollout: Rollout, gamma: float = 1.0) -> Advantages:
+    return _reward_less(0.0, rollout, gamma)
 
 
-def _gae(rollout: Rollout) -> Advantages:
+def _value_baseline(rollout: Rollout, gamma: float = 1.0) -> Advantages:
+    values_NA = _needed(rollout.values_NA, "value_baseline", "values")
+    return value_baseline(rollout.rewards_NA, values_NA, rollout.mask_NA, gamma)
+
+
+def _gae(rollout: Rollout, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
     values_NA = _needed(rollout.values_NA, "gae", "values")
-    return gae(rollout.rewards_NA, values_NA, rollout.mask_NA, rollout.gamma, rollout.lam)
+    return gae(rollout.rewards_NA, values_NA, rollout.mask_NA, gamma, lam)
 
 
-def _remax(rollout: Rollout) -> Advantages:
+def _remax(rollout: Rollout, gamma: float = 1.0) -> Advantages:
     """r - r of the greedy completion (Li et al. 2023)."""
-    return _reward_less(_needed(rollout.greedy_N, "remax", "greedy returns"), rollout)
+    return _reward_less(_needed(rollout.greedy_N, "remax", "greedy returns"), rollout, gamma)
 
 
-def _moving_average(rollout: Rollout) -> Advantages:
-    return _reward_less(rollout.baseline or 0.0, rollout)
+def _moving_average(rollout: Rollout, gamma: float = 1.0, decay: float = 0.9) -> Advantages:
+    mean = float(rollout.rewards_NA.sum(1).mean())
+    after = moving_average(rollout.baseline, mean, decay)
+    return _reward_less(rollout.baseline or 0.0, rollout, gamma)._replace(baseline=after)
 
 
 def _needed(value: Tensor | None, name: str, what: str) -> Tensor:
@@ -235,23 +240,20 @@ def _of_sequences(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Advantag
         rewards_NA, mask_NA = rollout.rewards_NA, rollout.mask_NA
         total_N = rewards_NA.masked_fill(~mask_NA, 0.0).sum(1)
         advantages_N = score(total_N, rollout.group_N, mask_NA.sum(1))
-        return Advantages(
-            broadcast(advantages_N, mask_NA), returns(rewards_NA, mask_NA, rollout.gamma)
-        )
+        return Advantages(broadcast(advantages_N, mask_NA))
 
     return fn
 
 
 def _grpo_turns(rollout: Rollout) -> Advantages:
     return Advantages(
-        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N, rollout.given_NA),
-        returns(rollout.rewards_NA, rollout.mask_NA, rollout.gamma),
+        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N, rollout.given_NA)
     )
 
 
 ADVANTAGES: dict[str, AdvantageFn] = {
-    "returns": lambda rollout: _reward_less(0.0, rollout),
-    "reinforce": _reinforce,
+    "none": _none,
+    "value_baseline": _value_baseline,
     "moving_average": _moving_average,
     "gae": _gae,
     "rloo": _of_sequences(lambda rewards_N, group_N, _: rloo(rewards_N, group_N)),
@@ -264,7 +266,7 @@ ADVANTAGES: dict[str, AdvantageFn] = {
 }
 """By the name that a recipe gives."""
 
-NEEDS_VALUES = frozenset({"reinforce", "gae"})
+NEEDS_VALUES = frozenset({"value_baseline", "gae"})
 """Those that a value net must feed."""
 NEEDS_GREEDY = frozenset({"remax"})
 """Those that need a greedy completion of each prompt."""

@@ -18,21 +18,6 @@ from gearshift.algorithms.normalize import row_sums
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
-class Limits(NamedTuple):
-    """How far a ratio may move a loss. Each loss reads its own."""
-
-    clip_low: float = 0.2
-    """The ratio stays above 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio stays below 1 + clip_high."""
-    dual_clip: float | None = None
-    """PPO: where A < 0 the loss is at most -dual_clip * A; above 1."""
-    tau_positive: float = 1.0
-    """SAPO: sharpness of the gate where A > 0."""
-    tau_negative: float = 1.05
-    """SAPO: sharpness of the gate elsewhere."""
-
-
 class PolicyLoss(NamedTuple):
     """[M] losses to be weighted and summed, and [M] figures to be averaged by the same weights."""
 
@@ -40,8 +25,8 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-PolicyLossFn = Callable[[Tensor, Tensor, Tensor, Tensor, Limits], PolicyLoss]
-"""(logprobs_M, old_logprobs_M, advantages_M, counts_N, limits) -> losses."""
+PolicyLossFn = Callable[..., PolicyLoss]
+"""(logprobs_M, old_logprobs_M, advantages_M, counts_N, and the loss's own numbers) -> losses."""
 
 
 def reinforce(
@@ -49,7 +34,6 @@ def reinforce(
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
     counts_N: Tensor,
-    limits: Limits,
 ) -> PolicyLoss:
     """-A * log p: its gradient is the policy gradient (Williams 1992). No ratio, so one update a
     rollout is meant.
@@ -63,13 +47,15 @@ def ppo_clip(
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
     counts_N: Tensor,
-    limits: Limits,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) (Schulman et al. 2017); with
     `dual_clip`, where A < 0 at most -dual_clip * A (Ye et al. 2020).
     """
     log_ratio_M = logprobs_M - old_logprobs_M.detach()
-    return _clipped(log_ratio_M, advantages_M.detach(), limits)
+    return _clipped(log_ratio_M, advantages_M.detach(), clip_low, clip_high, dual_clip)
 
 
 def gspo(
@@ -77,7 +63,8 @@ def gspo(
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
     counts_N: Tensor,
-    limits: Limits,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> PolicyLoss:
     """PPO's clip with one ratio a completion, s = exp(mean of log p - log p_old) (Zheng et al.
     2025).
@@ -88,7 +75,7 @@ def gspo(
     log_ratio_M = logprobs_M - old_logprobs_M.detach()
     mean_N = row_sums(log_ratio_M.detach(), counts_N) / counts_N.clamp(min=1)
     log_s_M = torch.repeat_interleave(mean_N, counts_N) + (logprobs_M - logprobs_M.detach())
-    return _clipped(log_s_M, advantages_M.detach(), limits)
+    return _clipped(log_s_M, advantages_M.detach(), clip_low, clip_high)
 
 
 def cispo(
@@ -96,13 +83,14 @@ def cispo(
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
     counts_N: Tensor,
-    limits: Limits,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
 ) -> PolicyLoss:
     """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * log p: the weight is clipped, and no
     token loses its gradient (MiniMax-M1, 2025).
     """
     ratio_M = torch.exp(logprobs_M - old_logprobs_M).detach()
-    weight_M = ratio_M.clamp(1.0 - limits.clip_low, 1.0 + limits.clip_high)
+    weight_M = ratio_M.clamp(1.0 - clip_low, 1.0 + clip_high)
     metrics = {"ratio": ratio_M, "clip_fraction": (weight_M != ratio_M).float()}
     return PolicyLoss(-weight_M * advantages_M.detach() * logprobs_M, metrics)
 
@@ -112,14 +100,15 @@ def sapo(
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
     counts_N: Tensor,
-    limits: Limits,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
 ) -> PolicyLoss:
     """-A * sigmoid(tau (ratio - 1)) * 4 / tau, tau by the sign of A (Gao et al. 2025): the gate's
     slope is 1 at ratio 1 and falls off smoothly on both sides.
     """
     advantages_M = advantages_M.detach()
     ratio_M = torch.exp(logprobs_M - old_logprobs_M.detach())
-    tau_M = torch.where(advantages_M > 0, limits.tau_positive, limits.tau_negative)
+    tau_M = torch.where(advantages_M > 0, tau_positive, tau_negative)
     gate_M = torch.sigmoid(tau_M * (ratio_M - 1.0)) * 4.0 / tau_M
     return PolicyLoss(-advantages_M * gate_M, {"ratio": ratio_M.detach()})
 
@@ -176,14 +165,20 @@ def mismatch(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor) -> dict[str, Te
     return {"ratio": torch.exp(log_ratio_M), "kl": torch.expm1(log_ratio_M) - log_ratio_M}
 
 
-def _clipped(log_ratio_M: Tensor, advantages_M: Tensor, limits: Limits) -> PolicyLoss:
-    low, high = 1.0 - limits.clip_low, 1.0 + limits.clip_high
+def _clipped(
+    log_ratio_M: Tensor,
+    advantages_M: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    low, high = 1.0 - clip_low, 1.0 + clip_high
     ratio_M = torch.exp(log_ratio_M)
     clipped_M = ratio_M.clamp(low, high)
     gain_M = torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
     outside_M = ((ratio_M < low) & (advantages_M < 0)) | ((ratio_M > high) & (advantages_M > 0))
-    if limits.dual_clip is not None:
-        floor_M = limits.dual_clip * advantages_M
+    if dual_clip is not None:
+        floor_M = dual_clip * advantages_M
         outside_M = outside_M | ((advantages_M < 0) & (gain_M < floor_M))
         gain_M = torch.where(advantages_M < 0, torch.maximum(gain_M, floor_M), gain_M)
     metrics = {

@@ -63,7 +63,7 @@ def recipes(arguments: argparse.Namespace) -> None:
 def keys(arguments: argparse.Namespace) -> None:
     """Print every key of a recipe."""
     from gearshift.pipeline.recipe import Recipe
-    from gearshift.runtime.config import describe_keys
+    from gearshift.runtime.keys import describe_keys
 
     lines = [line for line in describe_keys(Recipe) if line.startswith(arguments.prefix)]
     if not lines:

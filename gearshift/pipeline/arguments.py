@@ -23,6 +23,7 @@ from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN, Given, as_jsonl
 from gearshift.pipeline.recipe import Recipe, RunConfig
 from gearshift.runtime.config import Config, identity, validated
+from gearshift.runtime.keys import models_of
 from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
 from gearshift.tasks.registry import get_task
@@ -57,8 +58,8 @@ class Arguments:
         node[last] = _over(node.get(last), plain(value))
 
     def add(self, config: Mapping[str, Any]) -> None:
-        """Write the caller's keys. A key may leave out its section where that is the stage, the
-        task, the model or the run; `"a.b"` is the key `b` of the section `a`.
+        """Write the caller's keys. A key may leave out its section where that is the stage, a part
+        of the stage, the task, the model or the run; `"a.b"` is the key `b` of the section `a`.
         """
         for key, value in config.items():
             self.put(self._whole(key), value)
@@ -129,9 +130,7 @@ class Arguments:
         if first in Recipe.model_fields:
             return key
         homes: dict[str | None, Iterable[str]] = {
-            self.section: _keys(
-                Recipe.model_fields[self.section].annotation if self.section else ()
-            ),
+            **(_homes(self.section) if self.section else {}),
             "task": _task_keys(self.tree.get("task")),
             "model": ModelConfig.model_fields,
             "run": RunConfig.model_fields,
@@ -183,11 +182,14 @@ def _items(data: Any, name: str) -> list[Any]:
     return list(data)
 
 
-def _keys(annotation: Any) -> list[str]:
-    """The keys of a section whose type is this, or one of these."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [*annotation.model_fields]
-    return [key for part in typing.get_args(annotation) for key in _keys(part)]
+def _homes(stage: str) -> dict[str | None, Iterable[str]]:
+    """The keys of a stage, and those of its sections that have one kind."""
+    [config] = models_of(Recipe.model_fields[stage].annotation)
+    homes: dict[str | None, Iterable[str]] = {stage: config.model_fields}
+    for name, field in config.model_fields.items():
+        if isinstance(field.default, BaseModel) and not field.discriminator:
+            homes[f"{stage}.{name}"] = type(field.default).model_fields
+    return homes
 
 
 def _task_keys(task: Any) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from gearshift.pipeline.memory import (
     parts_of,
     resident,
     shortage,
+    updates_of,
     with_total,
 )
 from gearshift.pipeline.provenance import Trained, functions_of, made_from
@@ -42,7 +43,7 @@ from gearshift.runtime.terminal import echo
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 from gearshift.trainers.stage import Stage, StageConfig
 
@@ -169,8 +170,11 @@ class Context:
         parts["activations"] = tokens * shape.token(recompute)
         if short := shortage(with_total(parts)["total"], free):
             self.echo(f"memory: {short}")
-        if not config.micro_batch_tokens:
-            config = config.model_copy(update={"micro_batch_tokens": tokens})
+        if not updates_of(config).micro_batch_tokens:
+            chosen: dict[str, Any] = {"micro_batch_tokens": tokens}
+            if isinstance(config, RLConfig):
+                chosen = {"update": config.update.model_copy(update=chosen)}
+            config = config.model_copy(update=chosen)
         return config, recompute
 
     def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:

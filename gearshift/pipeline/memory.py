@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.algorithms.advantages import NEEDS_VALUES
 from gearshift.engine import EngineConfig
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.preference import NEEDS_REFERENCE, PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig, UpdateConfig
 from gearshift.trainers.sft import SFTConfig
 
 GIB = 2**30
@@ -114,21 +113,22 @@ def parts_of(
 ) -> dict[str, float]:
     """Bytes by purpose of a stage, but for activations. `trained`: parameters that learn."""
     on_cpu = device.type == "cpu"
-    cut = not 0 < tokens_of(config) <= config.micro_batch_tokens  # into several micro-batches
-    parts = _learning(shape, config.optimizer, trained, device, cut)
+    update = updates_of(config)
+    cut = not 0 < tokens_of(config) <= update.micro_batch_tokens  # into several micro-batches
+    parts = _learning(shape, update.optimizer, trained, device, cut)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
     if isinstance(config, RLConfig):
-        rows = min(engine.max_num_seqs, config.prompts * config.group_size)
-        length = config.max_new_tokens + _PROMPT
+        rows = min(engine.max_num_seqs, config.rollout.prompts * config.rollout.group_size)
+        length = config.rollout.max_new_tokens + _PROMPT
         parts[f"KV cache of {rows} rows x {length} tokens"] = shape.cache(rows, length)
         parts["logits of a decode step"] = 6.0 * rows * shape.vocabulary
         if on_cpu and engine.prepack_weights and shape.item == 2:
             parts["packed weights"] = float(shape.weights)
         if config.kl.beta > 0 and not adapters:
             parts["reference"] = 1.3 * shape.weights
-        if config.value == "critic" and config.advantage in NEEDS_VALUES:
-            critic = _learning(shape, config.value_optimizer, shape.parameters, device, cut)
+        if config.value and config.value.kind == "critic":
+            critic = _learning(shape, config.value.optimizer, shape.parameters, device, cut)
             parts["critic, its gradients and its optimizer"] = sum(critic.values())
     elif isinstance(config, PreferenceConfig):
         copied = config.reference == "each_step" and config.loss in NEEDS_REFERENCE
@@ -137,11 +137,19 @@ def parts_of(
     return parts
 
 
+def updates_of(
+    config: StageWithOptimizer,
+) -> SFTConfig | PreferenceConfig | RewardModelConfig | ProcessRewardConfig | UpdateConfig:
+    """The section that has the stage's optimizer and the size of its micro-batches."""
+    return config.update if isinstance(config, RLConfig) else config
+
+
 def tokens_of(config: StageWithOptimizer) -> int:
     """Tokens of one update at most: no micro-batch is larger."""
     if isinstance(config, RLConfig):
-        rollout = config.prompts * (_PROMPT + config.group_size * config.max_new_tokens)
-        return -(-rollout // config.minibatches)
+        rollout = config.rollout
+        tokens = rollout.prompts * (_PROMPT + rollout.group_size * rollout.max_new_tokens)
+        return -(-tokens // config.update.minibatches)
     sides = 2 if isinstance(config, PreferenceConfig | RewardModelConfig) else 1
     return sides * config.batch_size * config.max_length
 
@@ -257,13 +265,13 @@ def micro_batch(
     """
     padded = isinstance(config, ProcessRewardConfig)
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
-    most = tokens_of(config)
+    most, asked = tokens_of(config), updates_of(config).micro_batch_tokens
     again = engine.recompute
     if again is None:
-        wanted = min(config.micro_batch_tokens or 4096, most)
+        wanted = min(asked or 4096, most)
         again = not padded and room < wanted * shape.token()
-    if config.micro_batch_tokens:
-        return min(config.micro_batch_tokens, most), again
+    if asked:
+        return min(asked, most), again
     return max(1, min(most, 65_536, int(room / shape.token(again, padded)))), again
 
 

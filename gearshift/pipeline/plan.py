@@ -70,9 +70,9 @@ def _stages(recipe: Recipe) -> list[str]:
     if recipe.rl:
         rl = recipe.rl
         lines.append(
-            f"rl: {rl.steps} steps of {rl.prompts} prompts x {rl.group_size} completions, "
-            f"advantage {rl.advantage}, loss {rl.loss}, "
-            f"{rl.epochs * rl.minibatches} updates a step, "
+            f"rl: {rl.steps} steps of {rl.rollout.prompts} prompts x {rl.rollout.group_size} "
+            f"completions, advantage {rl.advantage.name}, loss {rl.loss.name}, "
+            f"{rl.updates_a_step} updates a step, "
             f"KL {rl.kl.estimator} x {rl.kl.beta:g} in the {rl.kl.where}"
         )
     return lines or ["nothing: the recipe has no stage"]

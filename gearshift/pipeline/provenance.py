@@ -17,7 +17,7 @@ from gearshift.models.made import DONE, made_of
 from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
 from gearshift.runtime.digests import Digests, check_unchanged, file_digest, read_sealed
 from gearshift.tasks.registry import get_task
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.stage import StageConfig
 from gearshift.types import Message
 
@@ -37,7 +37,7 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
     them. `start` is the model that the stage starts from; None is the recipe's.
     """
     found: Digests = {}
-    mix = getattr(config, "supervised", None)
+    mix = getattr(config, "sft_mix", None)
     for owner, key in ((config, "data"), (config, "heldout"), (mix, "data")):
         data: DataConfig = getattr(owner, key, DataConfig())
         for source in data.sources:
@@ -50,7 +50,7 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
     if isinstance(config, RLConfig):
         path = prepared(run / "data", "train")
         found |= {f"data/{path.name}": file_digest(path)} if path.exists() else {}
-        models += [config.critic, config.kl.reference if config.kl.beta else None]
+        models += [getattr(config.value, "init_from", None), config.kl.reference]
         for part in config.rewards:
             kind, _, folders = part.source.partition(":")
             models += (folders or "reward").split(",") if kind == "model" else []
@@ -111,8 +111,8 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
         config = getattr(recipe, name)
         if config is None or (begun and not (run / name).is_dir()):
             continue
-        data = config.supervised.data if name == "rl" else config.data
-        found += _source_rows(data, run, run / name, begun)
+        if rows_of := config.sft_mix if name == "rl" else config:
+            found += _source_rows(rows_of.data, run, run / name, begun)
         if name == "rl" and recipe.task and (path := prepared(run / "data", "train")).exists():
             rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
             found += rows

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,7 +23,7 @@ from gearshift.tasks.registry import AnyTaskConfig, check_task
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.presets import Algorithm, expand
 from gearshift.trainers.sft import SFTConfig
 
@@ -94,13 +94,29 @@ class Recipe(Config):
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
 
+    @classmethod
+    def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The tree with its algorithm in the section that it is about."""
+        return expand(tree)
+
     @model_validator(mode="before")
     @classmethod
-    def _with_algorithm(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        check_task(tree.get("task"))
-        return expand(tree)
+    def _has_a_task(cls, tree: Any) -> Any:
+        check_task(tree.get("task") if isinstance(tree, dict) else None)
+        return tree
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if not self.rl:
+            return self
+        if self.rl.algorithm != self.algorithm:
+            raise ValueError(
+                f"algorithm is {self.algorithm} and rl.algorithm is {self.rl.algorithm}; "
+                "name one of them."
+            )
+        if self.rl.sft_mix and not self.rl.sft_mix.data.sources:
+            raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")
+        return self
 
 
 def today() -> datetime.date:

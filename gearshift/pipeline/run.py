@@ -101,10 +101,11 @@ class Run:
                 if run.stage:
                     interrupt.rest = run.stage.keep()
                 if reason:
+                    section = "rl.update" if name == "rl" else name
                     raise CapacityError(
                         f"{name}: the memory does not suffice ({one_line(reason)}); lower "
-                        f"{name}.micro_batch_tokens, end other programs, or take a smaller model; "
-                        f"{interrupt.rest}."
+                        f"{section}.micro_batch_tokens, end other programs, or take a smaller "
+                        f"model; {interrupt.rest}."
                     ) from error
                 raise
             finally:

@@ -56,9 +56,11 @@ from gearshift.trainers.reward_model import (
     render_pairs,
     train_reward_model,
 )
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.rl.logprob_gap import logprob_gap
-from gearshift.trainers.rl.loop import RLConfig, RLTrainer
+from gearshift.trainers.rl.loop import RLTrainer
+from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
 from gearshift.types import SamplingParams
 
@@ -161,22 +163,24 @@ def rl(config: RLConfig, run: Context) -> Result:
             config.rewards, run.recipe.model, run.folder / "reward", engine.tokenizer
         )
         opened.enter_context(closing(score))
-        mixed = config.supervised
-        render = partial(_render_supervised, engine=engine, max_length=mixed.max_length)
+        rows = usable_rows(config, run, collector, engine)
+        stage = run.begin_stage("rl", config.steps, config, start)
+        critic, examples = None, None
+        if isinstance(config.value, CriticConfig):
+            critic = load_value_model(config.value, run, engine, start)
+        if mixed := config.sft_mix:
+            render = partial(_render_supervised, engine=engine, max_length=mixed.max_length)
+            examples = mix(mixed.data, run, render_sources(mixed.data, run, render))
         trainer = RLTrainer(
             config,
             engine,
             collector,
-            usable_rows(config, run, collector, engine),
+            rows,
             score,
-            run.begin_stage("rl", config.steps, config, start),
+            stage,
             reference=reference,
-            critic=load_value_model(config, run, engine, start)
-            if config.value == "critic"
-            else None,
-            examples=mix(mixed.data, run, render_sources(mixed.data, run, render))
-            if mixed.data.sources
-            else None,
+            critic=critic,
+            examples=examples,
         )
         trainer.train()
     folder = run.folder / "rl"
@@ -186,7 +190,7 @@ def rl(config: RLConfig, run: Context) -> Result:
     run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
     if left_out := trainer.left_out.told():
         run.echo(f"rl: {left_out}")
-    how = f"reinforcement learning ({config.advantage})"
+    how = f"reinforcement learning ({config.advantage.name})"
     run.save(folder, engine.model, engine.tokenizer, how, start)
     run.heldout("rl", lambda: engine)
     with doing("while measuring what rl has made"):
@@ -220,40 +224,42 @@ def usable_rows(
     if count is None:
         return None
     longest = min(engine.max_length, engine.config.kv_cache_tokens or engine.max_length)
-    if config.max_new_tokens >= longest:
+    if config.rollout.max_new_tokens >= longest:
         raise ConfigError(
-            f"rl.max_new_tokens={config.max_new_tokens} leaves no place for a prompt in "
-            f"{longest} tokens; lower it."
+            f"rl.rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no place for a "
+            f"prompt in {longest} tokens; lower it."
         )
-    unusable = collector.unusable_rows(count, longest - config.max_new_tokens)
+    unusable = collector.unusable_rows(count, longest - config.rollout.max_new_tokens)
     if not unusable:
         return range(count)
     row, why = next(iter(unusable.items()))
     message = f"{path}, line {row + 1}: {why}; {len(unusable)} of {count} rows cannot be used"
-    if config.overlong_prompts == "error" or len(unusable) == count:
-        drop = "" if len(unusable) == count else ", or set rl.overlong_prompts=drop"
-        raise DataError(f"{message}. Shorten them or lower rl.max_new_tokens{drop}.")
+    if config.rollout.overlong_prompts == "error" or len(unusable) == count:
+        drop = "" if len(unusable) == count else ", or set rl.rollout.overlong_prompts=drop"
+        raise DataError(f"{message}. Shorten them or lower rl.rollout.max_new_tokens{drop}.")
     run.echo(f"rl: {message}, and are left out")
     return [i for i in range(count) if i not in unusable]
 
 
-def load_value_model(config: RLConfig, run: Context, engine: Engine, start: str | None) -> Critic:
-    """The critic that `rl.critic` names: a folder, this run's reward model, or (null) the policy as
+def load_value_model(
+    config: CriticConfig, run: Context, engine: Engine, start: str | None
+) -> Critic:
+    """The critic that `init_from` names: a folder, this run's reward model, or (null) the policy as
     it starts.
     """
-    model, named = run.recipe.model, config.critic
+    model, key, named = run.recipe.model, "rl.value.init_from", config.init_from
     folder = str(run.folder / "reward") if named == "reward" else named
     if folder and not Path(folder).is_dir():
-        raise ConfigError(f"rl.critic: there is no model in {folder}; train it first.")
+        raise ConfigError(f"{key}: there is no model in {folder}; train it first.")
     if folder and named == "reward" and writes_text(model, folder):
         raise ModelError(
-            f"rl.critic: {folder} holds a language model, which has no trained score head; "
-            "train the reward stage, or set rl.critic=null to start from the policy."
+            f"{key}: {folder} holds a language model, which has no trained score head; "
+            "train the reward stage, or leave init_from out to start from the policy."
         )
     critic = load_critic(model, folder or start, partial(decode, engine.tokenizer))
     run.show_form("critic", critic.runner)
     if folder and isinstance(critic, TokenCritic):
-        _check_reads(f"rl.critic: {folder}", critic.trunk, run, folder, engine)
+        _check_reads(f"{key}: {folder}", critic.trunk, run, folder, engine)
     return critic
 
 
@@ -293,7 +299,7 @@ def _measure_gap(config: RLConfig, run: Context, engine: Engine) -> dict[str, An
     policy.
     """
     rows = run.task.rows("validation")
-    params = SamplingParams(n=2, max_new_tokens=config.max_new_tokens)
+    params = SamplingParams(n=2, max_new_tokens=config.rollout.max_new_tokens)
     starts = [EpisodeSpec(i, i, None if rows is None else i) for i in range(min(16, rows or 16))]
     with run.task.collector(engine, "validation") as collector:
         gap = logprob_gap(engine, collector, starts, params)

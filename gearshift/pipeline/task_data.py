@@ -125,7 +125,7 @@ class TaskData:
             engine.tokenizer,
             engine.loop,
             workers=processes or WORKERS,
-            timeout=rl.episode_timeout if rl else EPISODE_TIMEOUT,
+            timeout=rl.rollout.timeout if rl else EPISODE_TIMEOUT,
         )
 
 

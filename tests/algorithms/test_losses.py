@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from gearshift.algorithms.policy_losses import (
     POLICY_LOSSES,
     ImportanceMode,
-    Limits,
     importance_weights,
     mismatch,
     value_loss,
@@ -46,13 +45,21 @@ ORACLES = {
 }
 
 
+NUMBERS: dict[str, dict[str, float]] = {
+    "reinforce": {},
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.28},
+    "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
+    "cispo": {"clip_low": 0.2, "clip_high": 0.28},
+    "sapo": {"tau_positive": 0.9, "tau_negative": 1.3},
+}
+
+
 @pytest.mark.parametrize("name", sorted(ORACLES))
 @given(TOKENS)
 def test_losses_of_tokens(name: str, tokens: list[tuple[float, float, float]]) -> None:
     lp, old, a = tensors(tokens)
-    limits = Limits(0.2, 0.28, 1.5 if name == "dual_clip" else None, 0.9, 1.3)
     loss = POLICY_LOSSES["ppo_clip" if name == "dual_clip" else name]
-    out = loss(lp, old, a, torch.tensor([len(tokens)]), limits)
+    out = loss(lp, old, a, torch.tensor([len(tokens)]), **NUMBERS[name])
     out.loss_M.sum().backward()
     expected = [ORACLES[name](*t) for t in tokens]
     assert torch.allclose(out.loss_M, torch.tensor([e[0] for e in expected]).double(), atol=1e-9)
@@ -73,7 +80,7 @@ def test_gspo(
     lp, old, a = tensors(tokens)
     # an empty completion between others is no completion
     counts_N = torch.tensor([counts[0], 0, *counts[1:]])
-    out = POLICY_LOSSES["gspo"](lp, old, a, counts_N, Limits(clip, 2 * clip))
+    out = POLICY_LOSSES["gspo"](lp, old, a, counts_N, clip_low=clip, clip_high=2 * clip)
     weights = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in counts])
     (weights * out.loss_M).sum().backward()
     expected = [
@@ -92,7 +99,7 @@ def test_gspo(
 def test_figures_of_each_token(name: str, tokens: list[tuple[float, float, float]]) -> None:
     lp, old, a = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
     counts = torch.ones(len(tokens)).long()  # where gspo's ratio is the token's
-    metrics = POLICY_LOSSES[name](lp, old, a, counts, Limits()).metrics
+    metrics = POLICY_LOSSES[name](lp, old, a, counts).metrics
     ratio = [math.exp(x - y) for x, y, _ in tokens]
     assert torch.allclose(metrics["ratio"], torch.tensor(ratio).double(), atol=1e-9)
     if name == "ppo_clip":
@@ -104,7 +111,7 @@ def test_figures_of_each_token(name: str, tokens: list[tuple[float, float, float
 def test_on_policy_every_loss_has_the_policy_gradient(name: str) -> None:
     lp = torch.randn(9, dtype=torch.float64, requires_grad=True)
     a = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    out = POLICY_LOSSES[name](lp, lp.detach(), a, torch.tensor([4, 0, 5]), Limits())
+    out = POLICY_LOSSES[name](lp, lp.detach(), a, torch.tensor([4, 0, 5]))
     out.loss_M.sum().backward()
     assert torch.allclose(lp.grad, -a.detach())
     assert a.grad is None  # advantages are constants

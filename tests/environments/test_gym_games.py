@@ -21,7 +21,7 @@ from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.evaluate import evaluate, starts_of
 from gearshift.tasks import gym as t
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from tests.gyms import SayLetters
 from tests.trainers.rl_runs import trainer
 from tests.zoo import random_model
@@ -357,7 +357,7 @@ def test_heldout_seeds_are_in_no_training(engine: Engine, tmp_path: Path) -> Non
     config = t.GymConfig(id="tests/Seeds-v0", labelled=20, validation=20)
     Seeds.seen = []
     t.prepare(config, 0, tmp_path)
-    it = trainer(RLConfig(prompts=20), tmp_path, lambda: t.make(config, tmp_path))  # type: ignore[arg-type]
+    it = trainer(RLConfig(rollout={"prompts": 20}), tmp_path, lambda: t.make(config, tmp_path))  # type: ignore[arg-type]
     used = {*Seeds.seen, *(start.seed for start in it.starts(0))}
     assert len(used) == 40 and None not in used
     Seeds.seen = []

@@ -11,7 +11,7 @@ from gearshift.runtime.metrics import read_metrics
 from tests.trainers.rl_runs import small, trainer
 
 
-@pytest.mark.parametrize("advantage", ["reinforce", "grpo"])
+@pytest.mark.parametrize("advantage", ["value_baseline", "grpo"])
 def test_first_update_is_on_policy(tmp_path: Path, advantage: str) -> None:
     model = tiny_model()
     model.config.attention_dropout = 0.5
@@ -19,8 +19,8 @@ def test_first_update_is_on_policy(tmp_path: Path, advantage: str) -> None:
         layer.self_attn.attention_dropout = 0.5
     config = small(
         steps=2,
-        advantage=advantage,
-        loss="ppo_clip",
+        advantage={"name": advantage},
+        loss={"name": "ppo_clip"},
         kl={"beta": 0.1, "estimator": "k3", "where": "loss"},
     )
     trainer(config, tmp_path, model=model).train()
@@ -34,7 +34,9 @@ def test_first_update_is_on_policy(tmp_path: Path, advantage: str) -> None:
 
 
 def test_several_updates_of_one_rollout_leave_the_old_policy(tmp_path: Path) -> None:
-    config = small(steps=1, epochs=2, minibatches=2, loss="ppo_clip", kl={"beta": 0})
+    config = small(
+        steps=1, update={"epochs": 2, "minibatches": 2}, loss={"name": "ppo_clip"}, kl={"beta": 0}
+    )
     trainer(config, tmp_path).train()
     [metrics] = read_metrics(tmp_path / "metrics.jsonl")
     assert abs(metrics["ratio"] - 1.0) > 1e-4

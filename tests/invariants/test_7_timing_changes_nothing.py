@@ -40,9 +40,13 @@ def test_how_fast_environments_answer_changes_nothing(tmp_path: Path, kind: str)
     ):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     config = small(
-        steps=2, prompts=4, importance="token_truncate", importance_cap=1.0, epochs=2,
-        loss="ppo_clip", kl={"beta": 0},
-    )  # fmt: skip
+        steps=2,
+        rollout={"prompts": 4},
+        importance={"mode": "token_truncate", "cap": 1.0},
+        update={"epochs": 2},
+        loss={"name": "ppo_clip"},
+        kl={"beta": 0},
+    )
     ends = []
     for nth in range(2):
         model = tiny_model()

@@ -34,14 +34,14 @@ MUTATIONS = (
     Mutation(
         "truncated completions are learned from though they are masked",
         "trainers/rl/loop.py",
-        'if config.truncated == "mask":',
+        "if config.shaping.mask_truncated_completions:",
         "if False:",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
         "truncated completions pay no penalty",
         "trainers/rl/loop.py",
-        "rewards_NA[last_N] -= config.missing_end_penalty * cut_N",
+        "rewards_NA[last_N] -= config.missing_eos_penalty * cut_N",
         "pass",
         "tests/trainers/test_guards.py",
     ),
@@ -165,7 +165,7 @@ MUTATIONS = (
     Mutation(
         "training scores at temperature 1 what was sampled at another",
         "trainers/rl/loop.py",
-        "scores = self.engine.logprobs(batch, config.temperature, self.head)",
+        "scores = self.engine.logprobs(batch, config.rollout.temperature, self.head)",
         "scores = self.engine.logprobs(batch, 1.0, self.head)",
         "tests/trainers/test_guards.py",
     ),

@@ -115,14 +115,16 @@ def test_rl_is_the_recipe(tmp_path: Path) -> None:
         "    return [float(len(text) % 3) for text in completions]\n"
     )
     prompts = rows(tmp_path, [{"prompt": text} for text in PROMPTS])
-    sizes = {"steps": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 8}
+    rollout = {"prompts": 2, "group_size": 2, "max_new_tokens": 8}
     task = {
         "name": "data",
         "train": prompts["sources"],
         "reward": f"{tmp_path / 'rewards.py'}:short",
     }
     ends = {"max_new_tokens": 8}
-    path = recipe(tmp_path, task=task, algorithm="dr_grpo", rl=sizes, eval=ends)
+    path = recipe(
+        tmp_path, task=task, algorithm="dr_grpo", rl={"steps": 2, "rollout": rollout}, eval=ends
+    )
     main(["rl", str(path)])
     result = gearshift.train_rl(
         "tiny",
@@ -130,7 +132,8 @@ def test_rl_is_the_recipe(tmp_path: Path) -> None:
         lambda completions, **columns: short([], completions),
         "dr_grpo",
         output=tmp_path / "api",
-        rl=sizes,
+        steps=2,
+        rollout=rollout,
         eval=ends,
         **TINY,
     )
@@ -204,7 +207,7 @@ def test_an_environment_of_ones_own(tmp_path: Path) -> None:
         output=tmp_path / "run",
         steps=1,
         eval={"limit": 2, "max_new_tokens": 4},
-        **{"rl.prompts": 2, "group_size": 2, "max_new_tokens": 4, **TINY},
+        **{"rollout.prompts": 2, "group_size": 2, "max_new_tokens": 4, **TINY},
     )
     assert result.heldout["rl"]["value"] == 1.0 and result.metrics[0]["reward"] == 0.5
     text = (tmp_path / "run" / "recipe.yaml").read_text()

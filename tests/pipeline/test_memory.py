@@ -20,7 +20,7 @@ from gearshift.pipeline.memory import (
     with_total,
 )
 from gearshift.runtime.optimizer import OptimizerConfig
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +51,10 @@ def test_as_many_tokens_as_fit_and_no_more() -> None:
 
 
 def test_a_micro_batch_is_no_larger_than_the_update() -> None:
-    config = RLConfig(micro_batch_tokens=0, prompts=2, group_size=2, max_new_tokens=16)
+    config = RLConfig(
+        update={"micro_batch_tokens": 0},
+        rollout={"prompts": 2, "group_size": 2, "max_new_tokens": 16},
+    )
     parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, CPU)
     tokens, again = micro_batch(config, EngineConfig(), LLAMA_1B, parts, 1e15)
     assert tokens == tokens_of(config) == 2 * (128 + 2 * 16) and not again
@@ -75,7 +78,7 @@ def test_what_adapters_offload_and_8_bits_save() -> None:
     everything = sum(parts_of(plain, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
     adapters = sum(parts_of(plain, engine, LLAMA_1B, 10_000_000, GPU, adapters=True).values())
     for change in ({"moments": "8bit"}, {"offload": "always"}):
-        config = RLConfig(optimizer=OptimizerConfig.model_validate(change))
+        config = RLConfig(update={"optimizer": OptimizerConfig.model_validate(change)})
         less = sum(parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
         assert adapters < less < everything
 
@@ -96,7 +99,12 @@ def test_a_recipe_that_leaves_it_open_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
-    overrides = ["sft.micro_batch_tokens=0", "rl.micro_batch_tokens=0", "reward=null", "rl.steps=1"]
+    overrides = [
+        "sft.micro_batch_tokens=0",
+        "rl.update.micro_batch_tokens=0",
+        "reward=null",
+        "rl.steps=1",
+    ]
     main(["run", recipe, "--dry-run", *overrides])
     out = capsys.readouterr().out
     assert "sft: " in out and "GiB  total" in out and "activations of" in out

@@ -23,7 +23,7 @@ def recipe(*changes: str) -> Recipe:
     "change",
     [
         "rl.save_every=7", "rl.keep=3", "rl.trackers=[tensorboard]", "sft.save_every=0",
-        "run.dir=elsewhere", "preference=null", "rl.overlong_prompts=drop",
+        "run.dir=elsewhere", "preference=null", "rl.rollout.overlong_prompts=drop",
         "sft.data.overlong=drop",
     ],
 )  # fmt: skip
@@ -58,8 +58,8 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text + "model: {name: tiny}\nsft: {epochs: 1}\n")
     write_json(tmp_path / "data" / "done.json", {})
     claim(tmp_path, dated(recipe(), tmp_path))
-    with pytest.raises(ConfigError, match=r"`rl\.prompts` was 8 and is 9"):
-        claim(tmp_path, recipe("rl.prompts=9"))
+    with pytest.raises(ConfigError, match=r"`rl\.rollout\.prompts` was 8 and is 9"):
+        claim(tmp_path, recipe("rl.rollout.prompts=9"))
 
 
 def test_a_folder_in_which_nothing_was_made_may_be_another_recipes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def run(folder: Path, *words: str) -> tuple[str, list[dict[str, Any]], bytes]:
     """What it said, its metrics and its weights."""
     command = [
         sys.executable, "-m", "gearshift", "run", TINY, f"run.dir={folder}", "sft=null",
-        "reward=null", "rl.steps=4", "rl.prompts=4", "rl.optimizer.lr=1e-3", *words,
+        "reward=null", "rl.steps=4", "rl.rollout.prompts=4", "rl.update.optimizer.lr=1e-3", *words,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -52,7 +52,7 @@ def test_rewards_that_fail_cost_their_groups(tmp_path: Path) -> None:
 def test_environments_that_die_cost_their_episodes(tmp_path: Path) -> None:
     words = (
         f'task={{name: gym, id: "{HERE}:Dying-v0", validation: 6, test: 6}}',
-        "environment.processes=2", "rl.episode_timeout=2",
+        "environment.processes=2", "rl.rollout.timeout=2",
     )  # fmt: skip
     said, metrics, weights = run(tmp_path / "one", *words)
     assert f"{metrics[-1]['environment/failures']:.0f} lost to the environment" in said
@@ -72,7 +72,8 @@ def test_a_function_that_never_works_ends_the_run_in_one_line(tmp_path: Path) ->
     ):
         command = [
             sys.executable, "-m", "gearshift", "run", TINY, f"run.dir={tmp_path}/run{len(source)}",
-            "sft=null", "reward=null", "rl.steps=9", "rl.prompts=4", f"rl.rewards=[{source}]",
+            "sft=null", "reward=null", "rl.steps=9", "rl.rollout.prompts=4",
+            f"rl.rewards=[{source}]",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=500)
         lines = [line for line in done.stderr.splitlines() if line.startswith("gearshift: ")]

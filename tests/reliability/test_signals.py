@@ -158,7 +158,7 @@ def hanging(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str
         f"rl.rewards=[{{source: '{tmp_path / 'hanging.py'}:hang', timeout: 3000, "
         f"processes: {request.param}}}]"
     )
-    yield ["sft=null", "reward=null", "eval.limit=2", "rl.steps=4", "rl.prompts=1", source]
+    yield ["sft=null", "reward=null", "eval.limit=2", "rl.steps=4", "rl.rollout.prompts=1", source]
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ from gearshift.runtime.config import (
     Config,
     Neutral,
     PathText,
-    describe_keys,
     differences,
     dump,
     identity,
     load,
 )
+from gearshift.runtime.keys import describe_keys
 
 
 class Optimizer(Config):

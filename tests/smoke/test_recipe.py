@@ -92,7 +92,7 @@ def test_the_reward_model_can_be_the_reward(run: Path, tmp_path: Path) -> None:
     """A second recipe: the proxy alone is optimised, and the verifier's score is still logged."""
     folder = tmp_path / "proxy"
     main([
-        "run", RECIPE, f"run.dir={folder}", "sft=null", "reward=null", "rl.advantage=rloo",
+        "run", RECIPE, f"run.dir={folder}", "sft=null", "reward=null", "rl.advantage.name=rloo",
         f"rl.rewards=[{{source: 'model:{run / 'reward'}'}}]",
     ])  # fmt: skip
     rows = [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
@@ -137,12 +137,12 @@ def test_ppo_as_deepspeed_chat_runs_it(run: Path, tmp_path: Path) -> None:
     """A critic from the reward model, several mini-batches, ptx, and the policy's average."""
     folder = tmp_path / "ppo"
     main([
-        "run", RECIPE, f"run.dir={folder}", "algorithm=ppo", "rl.critic=reward",
-        "rl.rewards=[{source: model, normalize: true}]", "rl.minibatches=2", "rl.ema=0.9",
-        "rl.kl.beta=0.1", "rl.supervised.data.sources=[{path: 'task:labelled'}]",
+        "run", RECIPE, f"run.dir={folder}", "algorithm=ppo", "rl.value.init_from=reward",
+        "rl.rewards=[{source: model, normalize: true}]", "rl.update={minibatches: 2, ema: 0.9}",
+        "rl.kl.beta=0.1", "rl.sft_mix.data.sources=[{path: 'task:labelled'}]",
     ])  # fmt: skip
     first = json.loads((folder / "rl" / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"value/loss", "clip_fraction", "supervised/loss", "kl"} <= set(first)
+    assert {"value/loss", "clip_fraction", "sft_mix/loss", "kl"} <= set(first)
     policy = AutoModelForCausalLM.from_pretrained(folder / "rl").state_dict()
     average = AutoModelForCausalLM.from_pretrained(folder / "rl" / "ema").state_dict()
     assert any(not policy[k].equal(average[k]) for k in policy)

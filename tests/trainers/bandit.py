@@ -14,19 +14,17 @@ from gearshift.engine import Engine
 from gearshift.models.hf_forward import hidden_states
 from gearshift.models.load import load_policy
 from gearshift.trainers.rl import presets
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.config import RLConfig
 from tests.gyms import Bandit, arm
-from tests.trainers.rl_runs import TINY, trainer
+from tests.trainers.rl_runs import TINY, merged, trainer
 
 PROMPT = [{"role": "user", "content": "pull"}]
-BASE = {
+BASE: dict[str, Any] = {
     "steps": 40,
-    "prompts": 4,
-    "group_size": 8,
-    "max_new_tokens": 1,
+    "rollout": {"prompts": 4, "group_size": 8, "max_new_tokens": 1},
     "save_every": 0,
-    "optimizer": {"lr": 5e-3, "warmup": 0},
-    "value_optimizer": {"lr": 1e-2},
+    "update": {"optimizer": {"lr": 5e-3, "warmup": 0}},
+    "value": {"optimizer": {"lr": 1e-2}},
 }
 
 
@@ -34,15 +32,14 @@ def preset_config(name: str, **changes: Any) -> RLConfig:
     """The preset with the bandit's sizes; a weak KL, where it has one, so that the best arm is the
     optimum.
     """
-    changes = {**BASE, **changes}
+    changes = {"advantage": {"name": presets.RL[name]["advantage"]["name"]}, **changes}
+    changes = merged(BASE, changes)
     if name != "distill" and "beta" not in changes.get("kl", {}):
         kl = presets.RL[name].get("kl", {})
         changes["kl"] = {"beta": 1e-3} if kl != {"beta": 0.0} else {}
     if name == "remax":
-        changes |= {"group_size": 1, "prompts": 32}
-    changes["value_optimizer"] = BASE["value_optimizer"]
-    tree = presets.expand({"algorithm": name, "rl": changes})["rl"]
-    return RLConfig.model_validate(tree)
+        changes["rollout"] |= {"group_size": 1, "prompts": 32}
+    return RLConfig.model_validate({"algorithm": name, **changes})
 
 
 def probabilities(engine: Engine, model: PreTrainedModel | None = None) -> torch.Tensor:

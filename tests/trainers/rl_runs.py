@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gearshift.algorithms.advantages import NEEDS_VALUES
 from gearshift.data import Mixture
 from gearshift.engine import Engine, EngineConfig
 from gearshift.environments.base import TextEnvironment
@@ -11,29 +12,40 @@ from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
+from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic, load_critic
-from gearshift.trainers.rl.loop import RLConfig, RLTrainer
+from gearshift.trainers.rl.loop import RLTrainer
+from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
 from gearshift.types import Trajectory
 from tests.gyms import SayLetters
 
+SMALL: dict[str, Any] = {
+    "steps": 4,
+    "rollout": {"prompts": 2, "group_size": 4, "max_new_tokens": 8},
+    "save_every": 0,
+    "update": {"optimizer": {"lr": 1e-2, "warmup": 0}},
+    "value": {"optimizer": {"lr": 1e-2}},
+}
 TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
 
 
 def small(**changes: Any) -> RLConfig:
     """Two prompts, four completions of at most eight tokens."""
-    settings: dict[str, Any] = {
-        "steps": 4,
-        "prompts": 2,
-        "group_size": 4,
-        "max_new_tokens": 8,
-        "save_every": 0,
-        "optimizer": {"lr": 1e-2, "warmup": 0},
-        "value_optimizer": {"lr": 1e-2},
-        **changes,
+    return RLConfig.model_validate(merged(SMALL, changes))
+
+
+def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the keys of their sections changed; a value net's only where there is one."""
+    sections = {
+        name: {**section, **changes.get(name, {})} if isinstance(section, dict) else section
+        for name, section in settings.items()
     }
-    return RLConfig.model_validate(settings)
+    advantage = changes.get("advantage", {}).get("name", "value_baseline")
+    if advantage not in NEEDS_VALUES:
+        sections.pop("value", None)
+    return {**changes, **sections, **{k: v for k, v in changes.items() if not isinstance(v, dict)}}
 
 
 class OwnReward:
@@ -82,6 +94,7 @@ def trainer(
         score=OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=ModelRunner(reference) if reference is not None else None,
-        critic=critic or (load_critic(TINY, None, str) if config.value == "critic" else None),
+        critic=critic
+        or (load_critic(TINY, None, str) if isinstance(config.value, CriticConfig) else None),
         examples=examples,
     )

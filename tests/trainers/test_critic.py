@@ -75,9 +75,12 @@ def test_an_encoder_values_the_prompt_and_nothing_else(encoder: str) -> None:
 
 def test_an_encoder_critic_learns(encoder: str, tmp_path: Path) -> None:
     config = small(
-        steps=25, prompts=4, value="critic", advantage="reinforce", kl={"beta": 0.0},
-        value_optimizer={"lr": 3e-3},
-    )  # fmt: skip
+        steps=25,
+        rollout={"prompts": 4},
+        value={"kind": "critic", "optimizer": {"lr": 3e-3}},
+        advantage={"name": "value_baseline"},
+        kl={"beta": 0.0},
+    )
     critic = load_critic(TINY, encoder, tiny_tokenizer().decode)
     trainer(config, tmp_path / "run", critic=critic).train()
     errors = [m["value/loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
@@ -124,8 +127,8 @@ def test_a_critic_must_take_the_longest_episode(
     save_model(tmp_path / "short", random_model("llama"), tiny_tokenizer(), "a card")
     recipe = Path(__file__).parents[1] / "smoke" / "tiny.yaml"
     words = ["rl", str(recipe), f"run.dir={tmp_path / 'run'}", "sft=null", "reward=null"]
-    for key in ("rl.critic", "rl.kl.reference"):
-        value = ["rl.advantage=gae", "rl.value=critic"] if key == "rl.critic" else ["rl.kl.beta=1"]
+    critic = ["rl.advantage.name=gae", "rl.value.kind=critic"]
+    for key, value in (("rl.value.init_from", critic), ("rl.kl.reference", ["rl.kl.beta=1"])):
         with pytest.raises(SystemExit):
             main([*words, *value, f"{key}={tmp_path / 'short'}", f"run.dir={tmp_path / key}"])
         told = capsys.readouterr().err

@@ -49,7 +49,9 @@ def gradient(it: RLTrainer, trajectories: list[Trajectory]) -> torch.Tensor:
 
 def test_cut_completions_that_are_masked_teach_nothing(tmp_path: Path) -> None:
     """Changing what a cut completion says changes nothing; what is left has the whole weight."""
-    config = small(advantage="rloo", truncated="mask", kl=NO_KL)
+    config = small(
+        advantage={"name": "rloo"}, shaping={"mask_truncated_completions": True}, kl=NO_KL
+    )
     cut = episodes([False, True, False, False], [1.0, 0.0, 0.5, 0.0])
     other = list(cut)
     other[1] = replace(cut[1], token_ids=[*cut[1].token_ids[:3], 99, 98, 97, 96])
@@ -57,12 +59,18 @@ def test_cut_completions_that_are_masked_teach_nothing(tmp_path: Path) -> None:
         gradient(trainer(config, tmp_path / n), x) for n, x in (("a", cut), ("b", other))
     )
     assert torch.equal(ours, theirs) and ours.norm() > 0
-    kept = gradient(trainer(small(advantage="rloo", kl=NO_KL), tmp_path / "c"), cut)
+    kept = gradient(trainer(small(advantage={"name": "rloo"}, kl=NO_KL), tmp_path / "c"), cut)
     assert not torch.allclose(ours, kept)
 
 
 def test_a_rollout_of_nothing_but_cut_completions_changes_nothing(tmp_path: Path) -> None:
-    config = small(steps=2, advantage="rloo", truncated="mask", max_new_tokens=1, kl=NO_KL)
+    config = small(
+        steps=2,
+        advantage={"name": "rloo"},
+        shaping={"mask_truncated_completions": True},
+        rollout={"max_new_tokens": 1},
+        kl=NO_KL,
+    )
     it = trainer(config, tmp_path)
     before = [p.clone() for p in it.engine.model.parameters()]
     it.train()
@@ -71,7 +79,10 @@ def test_a_rollout_of_nothing_but_cut_completions_changes_nothing(tmp_path: Path
 
 
 def test_what_length_costs(tmp_path: Path) -> None:
-    config = small(missing_end_penalty=0.5, reward_clip=1.0, max_new_tokens=5, overlong_buffer=0.4)
+    config = small(
+        shaping={"missing_eos_penalty": 0.5, "clip": 1.0, "overlong_buffer": 0.4},
+        rollout={"max_new_tokens": 5},
+    )
     rewards_NA, _ = trainer(config, tmp_path).shaped(episodes([True, False], [3.0, 0.25]))
     # clipped to 1; four of five tokens are one into the two that cost: half of 1
     assert rewards_NA.tolist() == [[0, 0, 0, 1.0 - 0.5 - 0.5], [0, 0, 0, 0.25 - 0.5]]
@@ -94,7 +105,7 @@ def turns(
 
 def test_each_turn_has_its_own_limit(tmp_path: Path) -> None:
     """Three turns of 4 under 8 cost nothing; of one at its limit the turn's own end costs 1."""
-    config = small(max_new_tokens=8, overlong_buffer=0.5)
+    config = small(rollout={"max_new_tokens": 8}, shaping={"overlong_buffer": 0.5})
     it = trainer(config, tmp_path)
     rewards_NA, _ = it.shaped([turns([4, 4, 4], [0, 0, 1]), turns([8, 6, 1], [0, 1, 0])])
     assert rewards_NA[0].tolist() == [0] * 11 + [1, 0, 0, 0]
@@ -104,7 +115,11 @@ def test_each_turn_has_its_own_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["batch", "group"])
 def test_advantages_are_whitened_by_what_counts(tmp_path: Path, how: str) -> None:
     """A masked completion, whatever it earned, is in no statistic but its group's baseline."""
-    config = small(advantage="returns", truncated="mask", whiten=how, kl=NO_KL)
+    config = small(
+        advantage={"name": "none", "whiten": how},
+        shaping={"mask_truncated_completions": True},
+        kl=NO_KL,
+    )
     cut = episodes([False, True, False, False], [1.0, 100.0, 0.5, 0.0])
     batch, _ = trainer(config, tmp_path / "cut").with_advantages(pack_trajectories(cut, 4096), cut)
     kept = [t for t in cut if t.finish_reason == "stop"]
@@ -117,7 +132,7 @@ def test_advantages_are_whitened_by_what_counts(tmp_path: Path, how: str) -> Non
 
 def test_a_turns_reward_of_0_is_a_reward(tmp_path: Path) -> None:
     """Turns of 1 and 0, 0 and 0: mean 1/4, not 1; where the environment gave none, none counts."""
-    config = small(advantage="grpo_turns", kl=NO_KL)
+    config = small(advantage={"name": "grpo_turns"}, kl=NO_KL)
     both = [turns([2, 2], [1.0, 0.0]), turns([2, 2], [0.0, 0.0])]
     batch, _ = trainer(config, tmp_path / "a").with_advantages(pack_trajectories(both, 4096), both)
     std = 0.5 + 1e-4  # of 1, 0, 0, 0
@@ -140,10 +155,14 @@ def test_the_policys_schedule_begins_when_the_policy_does(tmp_path: Path, schedu
     nothing.
     """
     own = {"lr": 1e-2, "warmup": 2, "schedule": schedule}
-    config = small(steps=8, critic_warmup=3, minibatches=2, optimizer=own, kl=NO_KL)
+    config = small(
+        steps=8, value={"warmup": 3}, update={"minibatches": 2, "optimizer": own}, kl=NO_KL
+    )
     it = trainer(config, tmp_path / "warmed")
     it.train()
-    plain = trainer(small(steps=5, minibatches=2, optimizer=own, kl=NO_KL), tmp_path / "plain")
+    plain = trainer(
+        small(steps=5, update={"minibatches": 2, "optimizer": own}, kl=NO_KL), tmp_path / "plain"
+    )
     plain.train()
     rates = [
         [m["learning_rate"] for m in read_metrics(tmp_path / name / "metrics.jsonl")]
@@ -154,7 +173,12 @@ def test_the_policys_schedule_begins_when_the_policy_does(tmp_path: Path, schedu
 
 
 def test_minibatches_of_nothing_but_cut_completions_are_left_out(tmp_path: Path) -> None:
-    config = small(advantage="rloo", truncated="mask", minibatches=2, kl=NO_KL)
+    config = small(
+        advantage={"name": "rloo"},
+        shaping={"mask_truncated_completions": True},
+        update={"minibatches": 2},
+        kl=NO_KL,
+    )
     cut = [replace(t, group_id=1) for t in episodes([True, True], [1.0, 0.0])]
     whole = episodes([False, False], [1.0, 0.0])
     it = trainer(config, tmp_path)
@@ -180,7 +204,9 @@ class Sometimes(SayLetters):
 
 
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path: Path) -> None:
-    config = small(steps=3, prompts=3, advantage="grpo", dynamic_sampling=4, kl=NO_KL)
+    config = small(
+        steps=3, rollout={"prompts": 3, "replace_zero_std": 4}, advantage={"name": "grpo"}, kl=NO_KL
+    )
     it = trainer(config, tmp_path, environment=Sometimes)
     for step in range(3):
         with torch.no_grad():
@@ -197,9 +223,12 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(
 ) -> None:
     kl = {"beta": 1.0, "estimator": estimator, "where": "loss", "ratio": ratio}
     config = small(
-        steps=30, prompts=4, group_size=8, max_new_tokens=1, advantage="rloo", kl=kl,
-        optimizer={"lr": 3e-3, "warmup": 0},
-    )  # fmt: skip
+        steps=30,
+        rollout={"prompts": 4, "group_size": 8, "max_new_tokens": 1},
+        advantage={"name": "rloo"},
+        kl=kl,
+        update={"optimizer": {"lr": 3e-3, "warmup": 0}},
+    )
 
     class Nothing(Bandit):
         def step(self, action: str) -> tuple:
@@ -217,7 +246,7 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(
 
 def test_beta_follows_its_target(tmp_path: Path) -> None:
     kl = {"beta": 1e-3, "estimator": "k1", "where": "reward", "target": 1e-3, "horizon": 8}
-    it = trainer(small(steps=6, kl=kl, optimizer={"lr": 3e-2, "warmup": 0}), tmp_path)
+    it = trainer(small(steps=6, kl=kl, update={"optimizer": {"lr": 3e-2, "warmup": 0}}), tmp_path)
     it.train()
     betas = [m["kl/beta"] for m in read_metrics(tmp_path / "metrics.jsonl")]
     assert betas[0] == 1e-3 and betas[-1] > betas[1]
@@ -225,7 +254,9 @@ def test_beta_follows_its_target(tmp_path: Path) -> None:
 
 
 def test_training_scores_at_the_temperature_of_sampling(tmp_path: Path) -> None:
-    it = trainer(small(steps=1, temperature=1.7, kl=NO_KL, advantage="rloo"), tmp_path)
+    it = trainer(
+        small(steps=1, rollout={"temperature": 1.7}, kl=NO_KL, advantage={"name": "rloo"}), tmp_path
+    )
     it.train()
     [metrics] = read_metrics(tmp_path / "metrics.jsonl")
     assert metrics["sampling/logprob_gap"] <= 1e-5 and metrics["sampling/kl"] <= 1e-6
@@ -248,7 +279,7 @@ def test_supervised_micro_batches_add_up_to_one_mean() -> None:
 
 def test_a_critic_warms_up_before_the_policy_moves(tmp_path: Path) -> None:
     for value in ("head", "critic"):
-        config = small(steps=3, value=value, critic_warmup=3, kl=NO_KL)
+        config = small(steps=3, value={"kind": value, "warmup": 3}, kl=NO_KL)
         it = trainer(config, tmp_path / value)
         policy = [p.clone() for p in it.engine.model.parameters()]
         it.train()
@@ -259,7 +290,9 @@ def test_a_critic_warms_up_before_the_policy_moves(tmp_path: Path) -> None:
 
 
 def test_the_average_of_the_policy(tmp_path: Path) -> None:
-    it = trainer(small(steps=3, ema=0.5, kl=NO_KL, advantage="rloo"), tmp_path)
+    it = trainer(
+        small(steps=3, update={"ema": 0.5}, kl=NO_KL, advantage={"name": "rloo"}), tmp_path
+    )
     assert it.average is not None
     average = [p.detach().clone() for p in it.engine.model.parameters()]
     plain = it.average.update

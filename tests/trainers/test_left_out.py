@@ -47,12 +47,12 @@ def weights(run: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in run.engine.model.parameters()])
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "reinforce", "moving_average"])
+@pytest.mark.parametrize("advantage", ["rloo", "value_baseline", "moving_average"])
 def test_a_rollout_of_which_nothing_is_left_updates_nothing_and_the_run_goes_on(
     tmp_path: Path, advantage: str
 ) -> None:
     it = trainer(
-        small(steps=4, advantage=advantage, kl=NO_KL), tmp_path,
+        small(steps=4, advantage={"name": advantage}, kl=NO_KL), tmp_path,
         environment=failing(lambda n: 8 <= n < 16),
     )  # fmt: skip
     seen = []
@@ -93,7 +93,12 @@ class Outage(OwnReward):
 
 
 def with_outage(folder: Path, rollouts: range) -> Any:
-    it = trainer(small(steps=8, prompts=16, group_size=1, advantage="returns", kl=NO_KL), folder)
+    it = trainer(
+        small(
+            steps=8, rollout={"prompts": 16, "group_size": 1}, advantage={"name": "none"}, kl=NO_KL
+        ),
+        folder,
+    )
     it.score = Outage(rollouts)
     return it
 
@@ -128,7 +133,7 @@ def test_what_is_alone_in_its_group_has_no_baseline_and_is_left_out(
     tmp_path: Path, advantage: str
 ) -> None:
     """Three of the first group's four fail."""
-    config = small(steps=1, advantage=advantage, kl=NO_KL)
+    config = small(steps=1, advantage={"name": advantage}, kl=NO_KL)
     it = trainer(config, tmp_path, environment=failing(lambda n: n < 3))
     kept, _ = it.rollout(0)
     assert len({t.group_id for t in kept}) == 1 and len(kept) == 4
@@ -171,7 +176,11 @@ def test_a_prompt_too_long_at_its_turn_costs_its_own_group(tmp_path: Path) -> No
                 self.messages = [{"role": "user", "content": "long " * 200}]
             return self.messages[0]["content"]
 
-    it = trainer(small(steps=6, advantage="grpo", minibatches=2, kl=NO_KL), tmp_path, Long)
+    it = trainer(
+        small(steps=6, advantage={"name": "grpo"}, update={"minibatches": 2}, kl=NO_KL),
+        tmp_path,
+        Long,
+    )
     it.train()
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     lost = metrics[-1]["left_out/overlong_prompt"]
@@ -192,17 +201,17 @@ def test_fewer_groups_than_minibatches_are_fewer_updates() -> None:
         cut = minibatches(batch, count, torch.Generator())
         assert [int(mini.loss_mask.sum()) for mini in cut] == wanted
     with pytest.raises(ValueError, match="minibatches=3 cannot be made of prompts=2"):
-        small(minibatches=3)
+        small(update={"minibatches": 3})
 
 
 def test_a_greedy_episode_that_was_lost_leaves_its_group_out(tmp_path: Path) -> None:
     """The eight sampled episodes are reset first; then the greedy one of each group."""
-    config = small(steps=2, advantage="remax", kl=NO_KL)
+    config = small(steps=2, advantage={"name": "remax"}, kl=NO_KL)
     it = trainer(config, tmp_path, environment=failing(lambda n: n == 8))
     it.train()
     assert it.left_out.counts == {"environment": 1, "no_greedy": 4}
     none = trainer(
-        small(steps=2, advantage="remax", kl=NO_KL), tmp_path / "none",
+        small(steps=2, advantage={"name": "remax"}, kl=NO_KL), tmp_path / "none",
         environment=failing(lambda n: n in (8, 9)),
     )  # fmt: skip
     none.train()
@@ -211,7 +220,7 @@ def test_a_greedy_episode_that_was_lost_leaves_its_group_out(tmp_path: Path) -> 
 
 
 def test_a_reward_that_is_lost_leaves_its_episode_out(tmp_path: Path) -> None:
-    it = trainer(small(steps=1, advantage="grpo", kl=NO_KL), tmp_path)
+    it = trainer(small(steps=1, advantage={"name": "grpo"}, kl=NO_KL), tmp_path)
     plain = type(it.score).__call__
 
     class Loses(type(it.score)):  # type: ignore[misc]
@@ -244,7 +253,11 @@ task:
   reward: {reward}
 sft: null
 reward: null
-rl: {{steps: 2, prompts: 2, group_size: 2, max_new_tokens: 8, advantage: rloo, kl: {{beta: 0}}}}
+rl:
+  steps: 2
+  rollout: {{prompts: 2, group_size: 2, max_new_tokens: 8}}
+  advantage: {{name: rloo}}
+  kl: {{beta: 0}}
 eval: {{max_new_tokens: 8}}
 """
 
@@ -276,9 +289,12 @@ def test_prompts_that_are_too_long_are_told_before_the_first_step_or_left_out(
     with pytest.raises(SystemExit):
         main(["rl", path])
     told = capsys.readouterr().err
-    assert "train.jsonl, line 8: the prompt has 2" in told and "rl.overlong_prompts=drop" in told
+    assert (
+        "train.jsonl, line 8: the prompt has 2" in told
+        and "rl.rollout.overlong_prompts=drop" in told
+    )
     assert "Traceback" not in told and not (tmp_path / "run" / "rl" / "metrics.jsonl").exists()
-    main(["rl", path, "rl.overlong_prompts=drop", f"run.dir={tmp_path / 'other'}"])
+    main(["rl", path, "rl.rollout.overlong_prompts=drop", f"run.dir={tmp_path / 'other'}"])
     assert "2 of 22 rows cannot be used, and are left out" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "other" / "rl" / "metrics.jsonl")
     assert [m["left_out/overlong_prompt"] for m in metrics] == [0, 0]

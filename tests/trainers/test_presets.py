@@ -24,7 +24,7 @@ def test_a_preset_learns_the_bandit(tmp_path: Path, name: str) -> None:
 def test_distillation_brings_the_policy_to_the_teacher(tmp_path: Path) -> None:
     teacher = bandit.teacher()
     it = trainer(
-        bandit.preset_config("distill", steps=60, prompts=16),
+        bandit.preset_config("distill", steps=60, rollout={"prompts": 16}),
         tmp_path, environment=Bandit, reference=teacher,
     )  # fmt: skip
 
@@ -41,9 +41,9 @@ def test_what_the_recipe_says_lies_over_the_preset() -> None:
     tree = {"algorithm": "grpo", "rl": {"steps": 3, "kl": {"beta": 0.5}}}
     recipe = Recipe.model_validate(tree)
     assert recipe.rl is not None
-    assert (recipe.rl.advantage, recipe.rl.kl.beta) == ("grpo", 0.5)
+    assert (recipe.rl.advantage.name, recipe.rl.kl.beta) == ("grpo", 0.5)
     assert (recipe.rl.kl.estimator, recipe.rl.kl.where) == ("k3", "loss")
-    assert recipe.rl.aggregation == "sequence_mean"
+    assert recipe.rl.loss.aggregation == "sequence_mean"
 
 
 def test_every_preset_is_a_valid_recipe_that_survives_being_written(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_dry_run_shows_what_a_preset_stands_for(capsys: pytest.CaptureFixture[st
     recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
     main(["run", recipe, "algorithm=dapo", "--dry-run"])
     out = capsys.readouterr().out
-    assert "algorithm: dapo" in out and "clip_high: 0.28" in out and "dynamic_sampling: 2" in out
+    assert "algorithm: dapo" in out and "clip_high: 0.28" in out and "replace_zero_std: 2" in out
 
 
 def test_a_stage_set_to_null_stays_out() -> None:
@@ -83,7 +83,7 @@ def test_an_unknown_algorithm_is_told() -> None:
 
 def test_keys_that_contradict_each_other_are_told() -> None:
     for overrides, said in (
-        (["algorithm=grpo", "rl.group_size=1"], "group_size must be 2"),
+        (["algorithm=grpo", "rl.rollout.group_size=1"], "group_size must be 2"),
         (["algorithm=grpo", "rl.kl.estimator=k1"], "k1 has no gradient in the loss"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -71,7 +71,12 @@ def stop_after(run: RLTrainer, step: int) -> None:
 
 @pytest.mark.parametrize("value", ["head", "critic"])
 def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None:
-    config = small(steps=20, value=value, epochs=2, minibatches=2, loss="ppo_clip")
+    config = small(
+        steps=20,
+        value={"kind": value},
+        update={"epochs": 2, "minibatches": 2},
+        loss={"name": "ppo_clip"},
+    )
     straight = trainer(config, tmp_path / "straight")
     straight.train()
 
@@ -86,9 +91,14 @@ def test_seven_and_thirteen_steps_are_twenty(tmp_path: Path, value: str) -> None
 
 def test_it_is_so_in_bf16_with_many_micro_batches_and_a_warm_up(tmp_path: Path) -> None:
     config = small(
-        steps=8, micro_batch_tokens=16, critic_warmup=2, kl={"beta": 0},
-        optimizer={"lr": 1e-2, "warmup": 2, "schedule": "cosine"},
-    )  # fmt: skip
+        steps=8,
+        update={
+            "micro_batch_tokens": 16,
+            "optimizer": {"lr": 1e-2, "warmup": 2, "schedule": "cosine"},
+        },
+        value={"warmup": 2},
+        kl={"beta": 0},
+    )
     ends = []
     for name, stop in (("straight", None), ("cut", 1), ("cut", 4), ("cut", None)):
         run = trainer(config, tmp_path / name, model=tiny_model().bfloat16())
@@ -149,7 +159,7 @@ def cut_at(run: RLTrainer, step: int, place: str) -> None:
         collect = run.collector.collect
 
         def collected(starts: Any, *args: Any, **kwargs: Any) -> Any:
-            if starts[0].group_id == step * run.config.prompts:
+            if starts[0].group_id == step * run.config.rollout.prompts:
                 raise CutError
             return collect(starts, *args, **kwargs)
 
@@ -183,8 +193,12 @@ def test_what_ends_a_step_in_the_middle_loses_no_finished_one(
 ) -> None:
     """Unless weights of the unfinished one are written: then the checkpoint before stands."""
     config = small(
-        steps=5, save_every=2, advantage="moving_average", minibatches=2, kl={"beta": 0},
-    )  # fmt: skip
+        steps=5,
+        save_every=2,
+        advantage={"name": "moving_average"},
+        update={"minibatches": 2},
+        kl={"beta": 0},
+    )
     straight = trainer(config, tmp_path / "straight")
     straight.train()
     run = trainer(config, tmp_path / "cut")

@@ -26,22 +26,24 @@ from tests.zoo import random_model
 @pytest.mark.parametrize(
     "method",
     [
-        {"advantage": "reinforce"},
-        {"advantage": "reinforce", "value": "critic"},
-        {"advantage": "gae", "loss": "ppo_clip", "epochs": 2},
-        {"advantage": "rloo"},
-        {"advantage": "rloo", "positive_only": True},
+        {"advantage": {"name": "value_baseline"}},
+        {"advantage": {"name": "value_baseline"}, "value": {"kind": "critic"}},
+        {"advantage": {"name": "gae"}, "loss": {"name": "ppo_clip"}, "update": {"epochs": 2}},
+        {"advantage": {"name": "rloo"}},
+        {"advantage": {"name": "rloo", "positive_only": True}},
         {
-            "advantage": "grpo",
-            "loss": "ppo_clip",
+            "advantage": {"name": "grpo"},
+            "loss": {"name": "ppo_clip"},
             "kl": {"beta": 0.01, "estimator": "k3", "where": "loss"},
         },
-        {"advantage": "dr_grpo", "aggregation": "sequence_mean"},
+        {"advantage": {"name": "dr_grpo"}, "loss": {"aggregation": "sequence_mean"}},
     ],
-    ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)),
+    ids=lambda m: "-".join(str(v) for s in m.values() for v in s.values() if isinstance(v, str)),
 )
 def test_it_learns(tmp_path: Path, method: dict[str, object]) -> None:
-    config = small(steps=40, prompts=4, group_size=8, **{"kl": {"beta": 0}, **method})
+    config = small(
+        steps=40, rollout={"prompts": 4, "group_size": 8}, **{"kl": {"beta": 0}, **method}
+    )
     trainer(config, tmp_path).train()
     rewards = [m["reward"] for m in read_metrics(tmp_path / "metrics.jsonl")]
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.3
@@ -53,7 +55,12 @@ def test_what_is_not_computed_does_not_change_the_update(
     """Completions of advantage 0 are left out: the weights end as if they had been computed."""
     ends = []
     linear = {"lr": 0.1, "eps": 1.0}  # linear in the gradient, unlike AdamW's first step
-    config = small(steps=3, advantage="rloo", positive_only=True, kl={"beta": 0}, optimizer=linear)
+    config = small(
+        steps=3,
+        advantage={"name": "rloo", "positive_only": True},
+        kl={"beta": 0},
+        update={"optimizer": linear},
+    )
     for folder in ("skipped", "computed"):
         run = trainer(config, tmp_path / folder)
         run.train()
@@ -68,7 +75,13 @@ def test_labelled_examples_add_their_weighted_gradient(tmp_path: Path) -> None:
     examples = Mixture([rendered], [1.0], seed=0)
     linear = {"lr": 10.0, "eps": 1e3, "max_grad_norm": 1e9}  # AdamW's first step is then linear
     mix = {"weight": 0.5, "batch_size": 2}
-    config = small(steps=1, kl={"beta": 0}, optimizer=linear, advantage="rloo", supervised=mix)
+    config = small(
+        steps=1,
+        kl={"beta": 0},
+        update={"optimizer": linear},
+        advantage={"name": "rloo"},
+        sft_mix=mix,
+    )
     ends = []
     for name, given in (("mixed", examples), ("alone", None)):
         run = trainer(config, tmp_path / name, examples=given)
@@ -93,8 +106,7 @@ def test_a_large_beta_holds_the_policy_near_the_reference(tmp_path: Path) -> Non
     for beta in (0.001, 1.0):
         config = small(
             steps=15,
-            prompts=4,
-            group_size=8,
+            rollout={"prompts": 4, "group_size": 8},
             kl={"beta": beta, "estimator": "k1", "where": "reward"},
         )
         trainer(config, tmp_path / str(beta)).train()
@@ -149,7 +161,11 @@ def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
         # A large eps makes AdamW linear in the gradient; its first step is else the gradient's
         # sign.
         linear = {"lr": 0.1, "eps": 1.0}
-        config = small(steps=3, micro_batch_tokens=tokens, optimizer=linear, value_optimizer=linear)
+        config = small(
+            steps=3,
+            update={"micro_batch_tokens": tokens, "optimizer": linear},
+            value={"optimizer": linear},
+        )
         run = trainer(config, tmp_path / str(tokens))
         run.train()
         ends.append(torch.cat([p.detach().flatten() for p in run.engine.model.parameters()]))

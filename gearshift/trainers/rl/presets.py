@@ -1,7 +1,8 @@
-"""`algorithm: NAME` in a recipe: the keys that a published method stands for.
+"""Published methods by name, `algorithm: NAME`: the keys that each stands for.
 
-A preset lies under what the recipe says itself, so that any key may be overridden; `--dry-run`
-shows the result. `docs/algorithms.md` has a row for each, with its paper.
+A preset lies under what is said beside it, so that any key may be overridden; `--dry-run` shows the
+result. `docs/algorithms.md` has a row for each, with its paper. This file knows names and keys, and
+must import no config.
 """
 
 from __future__ import annotations
@@ -9,67 +10,88 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Algorithm = Literal[
+from gearshift.algorithms.advantages import NEEDS_VALUES
+
+RLAlgorithm = Literal[
     "reinforce", "reinforce_ma", "ppo", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo",
     "reinforce_pp", "reinforce_pp_baseline", "remax", "opo", "raft", "distill",
-    "dpo", "cdpo", "ipo", "kto", "orpo", "simpo",
 ]  # fmt: skip
+Algorithm = Literal[RLAlgorithm, "dpo", "cdpo", "ipo", "kto", "orpo", "simpo"]
 
 _NO_KL = {"beta": 0.0}
 _K1_IN_REWARD = {"estimator": "k1", "where": "reward"}
+_REINFORCE = {"name": "reinforce"}
+_PPO = {"name": "ppo_clip"}
 
 RL: dict[str, dict[str, Any]] = {
-    "reinforce": {"advantage": "reinforce", "loss": "reinforce", "kl": _K1_IN_REWARD},
-    "reinforce_ma": {"advantage": "moving_average", "loss": "reinforce", "kl": _K1_IN_REWARD},
-    "ppo": {
-        "advantage": "gae", "gamma": 1.0, "lam": 0.95, "whiten": "batch", "loss": "ppo_clip",
-        "clip_low": 0.2, "clip_high": 0.2, "value": "critic", "value_clip": 0.2,
-        "value_optimizer": {"lr": 5e-6}, "reward_clip": 5.0, "kl": {"beta": 0.1, **_K1_IN_REWARD},
+    "reinforce": {
+        "advantage": {"name": "value_baseline"}, "loss": _REINFORCE, "kl": _K1_IN_REWARD,
     },
-    "rloo": {"advantage": "rloo", "loss": "reinforce", "kl": _K1_IN_REWARD},
+    "reinforce_ma": {
+        "advantage": {"name": "moving_average"}, "loss": _REINFORCE, "kl": _K1_IN_REWARD,
+    },
+    "ppo": {
+        "advantage": {"name": "gae", "gamma": 1.0, "lam": 0.95, "whiten": "batch"},
+        "loss": {**_PPO, "clip_low": 0.2, "clip_high": 0.2},
+        "value": {"kind": "critic", "clip": 0.2, "optimizer": {"lr": 5e-6}},
+        "shaping": {"clip": 5.0},
+        "kl": {"beta": 0.1, **_K1_IN_REWARD},
+    },
+    "rloo": {"advantage": {"name": "rloo"}, "loss": _REINFORCE, "kl": _K1_IN_REWARD},
     "grpo": {
-        "advantage": "grpo", "loss": "ppo_clip", "aggregation": "sequence_mean",
+        "advantage": {"name": "grpo"}, "loss": {**_PPO, "aggregation": "sequence_mean"},
         "kl": {"beta": 0.04, "estimator": "k3", "where": "loss"},
     },
     "dr_grpo": {
-        "advantage": "dr_grpo", "loss": "ppo_clip", "aggregation": "fixed_length", "kl": _NO_KL,
+        "advantage": {"name": "dr_grpo"}, "loss": {**_PPO, "aggregation": "fixed_length"},
+        "kl": _NO_KL,
     },
     "dapo": {
-        "advantage": "grpo", "loss": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28,
-        "aggregation": "token_mean", "overlong_buffer": 0.2, "dynamic_sampling": 2, "kl": _NO_KL,
+        "advantage": {"name": "grpo"},
+        "loss": {**_PPO, "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
+        "shaping": {"overlong_buffer": 0.2}, "rollout": {"replace_zero_std": 2}, "kl": _NO_KL,
     },
     "gspo": {
-        "advantage": "grpo", "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4,
-        "aggregation": "sequence_mean", "kl": _NO_KL,
+        "advantage": {"name": "grpo"},
+        "loss": {
+            "name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean",
+        },
+        "kl": _NO_KL,
     },
     "cispo": {
-        "advantage": "grpo", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0,
-        "aggregation": "token_mean", "kl": _NO_KL,
+        "advantage": {"name": "grpo"},
+        "loss": {"name": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token_mean"},
+        "kl": _NO_KL,
     },
     "sapo": {
-        "advantage": "grpo", "loss": "sapo", "tau_positive": 1.0, "tau_negative": 1.05,
-        "aggregation": "sequence_mean", "kl": _NO_KL,
+        "advantage": {"name": "grpo"},
+        "loss": {
+            "name": "sapo", "tau_positive": 1.0, "tau_negative": 1.05,
+            "aggregation": "sequence_mean",
+        },
+        "kl": _NO_KL,
     },
     "reinforce_pp": {
-        "advantage": "returns", "whiten": "batch", "loss": "ppo_clip",
+        "advantage": {"name": "none", "whiten": "batch"}, "loss": _PPO,
         "kl": {"beta": 0.01, **_K1_IN_REWARD},
     },
     "reinforce_pp_baseline": {
-        "advantage": "dr_grpo", "whiten": "batch", "loss": "ppo_clip",
+        "advantage": {"name": "dr_grpo", "whiten": "batch"}, "loss": _PPO,
         "kl": {"beta": 0.01, "estimator": "k2", "where": "loss"},
     },
     "remax": {
-        "advantage": "remax", "group_size": 1, "loss": "reinforce", "kl": _K1_IN_REWARD,
+        "advantage": {"name": "remax"}, "rollout": {"group_size": 1}, "loss": _REINFORCE,
+        "kl": _K1_IN_REWARD,
     },
-    "opo": {"advantage": "opo", "loss": "reinforce", "kl": _NO_KL},
-    "raft": {"advantage": "best_of_n", "loss": "reinforce", "kl": _NO_KL},
+    "opo": {"advantage": {"name": "opo"}, "loss": _REINFORCE, "kl": _NO_KL},
+    "raft": {"advantage": {"name": "best_of_n"}, "loss": _REINFORCE, "kl": _NO_KL},
     "distill": {
-        "advantage": "returns", "gamma": 0.0, "loss": "reinforce",
+        "advantage": {"name": "none", "gamma": 0.0}, "loss": _REINFORCE,
         "kl": {"beta": 1.0, **_K1_IN_REWARD},
         "rewards": [{"source": "environment", "weight": 0.0}],
     },
 }  # fmt: skip
-"""Of the section `rl`."""
+"""The keys of the section `rl`."""
 
 PREFERENCE: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "dpo", "beta": 0.1},
@@ -79,27 +101,61 @@ PREFERENCE: dict[str, dict[str, Any]] = {
     "orpo": {"loss": "orpo", "beta": 0.1},
     "simpo": {"loss": "simpo", "beta": 2.0, "margin": 1.0},
 }
-"""Of the section `preference`, which then stands in place of `rl`. Where it names no data, it takes
-those of `reward`, in place of it."""
+"""The keys of the section `preference`, which then stands in place of `rl`. Where it names no data,
+it takes the data of `reward`, in place of it."""
+
+_PLAIN = {
+    "advantage": {"name": "value_baseline"}, "loss": _REINFORCE, "value": {"kind": "head"},
+}  # fmt: skip
 
 
-def expand(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's tree with the keys of its `algorithm` filled in, where it does not set them."""
-    name = recipe.get("algorithm")
-    if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
-        return {**recipe, "rl": _under(RL[name], recipe.get("rl", {}))}
+def filled(rl: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `rl` with the keys of its `algorithm` filled in where it does not set them, and
+    with the kinds of its advantage, its loss and the value net that this advantage needs.
+
+    A section of another kind than the preset's stands alone.
+    """
+    name = rl.get("algorithm")
+    preset = RL.get(name, {}) if isinstance(name, str) else {}
+    own = {key: value for key, value in rl.items() if key != "value" or value is not None}
+    tree = _under(_under(_PLAIN, preset), own)
+    if kind_of(tree["advantage"], "name") not in NEEDS_VALUES:
+        tree["value"] = own.get("value")
+    return tree
+
+
+def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's tree with its `algorithm` where it belongs: in `rl`, which fills in the keys; or
+    as the keys of `preference`.
+    """
+    name, rl = recipe.get("algorithm"), recipe.get("rl", {})
+    if name is None and isinstance(rl, Mapping):
+        name = rl.get("algorithm")
+    if not isinstance(name, str):
+        return dict(recipe)
+    if name in RL and isinstance(rl, Mapping):  # a stage set to null stays out
+        return {**recipe, "algorithm": name, "rl": {"algorithm": name, **rl}}
     if name in PREFERENCE:
         own, reward = recipe.get("preference") or {}, recipe.get("reward") or {}
         if not own.get("data"):  # the reward model's pairs, which it is not needed for then
             own = {**own, **{k: reward[k] for k in ("data", "heldout") if k in reward}}
             recipe = {**recipe, "reward": None}
         return {**recipe, "preference": _under(PREFERENCE[name], own), "rl": None}
-    return recipe
+    return dict(recipe)
+
+
+def kind_of(section: Any, tag: str) -> str | None:
+    """What a section, written or made, says that it is."""
+    kind = section.get(tag) if isinstance(section, Mapping) else getattr(section, tag, None)
+    return kind if isinstance(kind, str) else None
 
 
 def _under(preset: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**preset, **own}
     for key, value in preset.items():
-        if isinstance(value, Mapping) and isinstance(own.get(key), Mapping):
-            merged[key] = _under(value, own[key])
+        said = own.get(key)
+        if not (isinstance(value, Mapping) and isinstance(said, Mapping)):
+            continue
+        if all(said.get(tag, value.get(tag)) == value.get(tag) for tag in ("name", "kind")):
+            merged[key] = _under(value, said)
     return merged

@@ -1,0 +1,251 @@
+"""The section `rl` of a recipe, in parts: what is sampled, what is rewarded, how rewards become
+weights of tokens, how the policy learns from them. It must import no trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from gearshift.algorithms.advantages import NEEDS_GROUPS, NEEDS_VALUES
+from gearshift.algorithms.policy_losses import ImportanceMode
+from gearshift.data import DataConfig
+from gearshift.rewards.config import RewardSource
+from gearshift.runtime.config import Config, Neutral, PathText
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.rl.methods import (
+    Advantage,
+    PolicyLoss,
+    ReinforceLoss,
+    ReturnAdvantage,
+    ValueNet,
+)
+from gearshift.trainers.rl.presets import RLAlgorithm, filled
+from gearshift.trainers.stage import StageConfig
+from gearshift.types import SamplingParams
+
+
+class RolloutConfig(Config):
+    """What a step samples."""
+
+    prompts: int = Field(8, ge=1)
+    """Prompts in one rollout."""
+    group_size: int = Field(8, ge=1, le=1 << 16)
+    """Completions of each prompt."""
+    temperature: float = Field(1.0, ge=1e-5, le=1e5)
+    """Temperature of sampling, and so of the policy that is trained."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling keeps the smallest set of tokens with this probability. Below 1 the sampler is not
+    the policy that is trained; ratios stay about the untruncated policy."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Most tokens of one turn's completion."""
+    replace_zero_std: int = Field(0, ge=0)
+    """Most further rollouts of a step that replace groups whose rewards are all equal (DAPO's
+    dynamic sampling)."""
+    # A run that went on under `error` had no such row, so `drop` changes nothing of it.
+    overlong_prompts: Neutral[Literal["error", "drop"]] = "error"
+    """What happens to rows whose prompt leaves no place for `max_new_tokens`, or that the chat
+    template refuses: the run stops before its first step, or goes on without them. Where the
+    environment has no rows, an episode with such a prompt is left out when it comes."""
+    timeout: float | None = Field(300.0, gt=0)
+    """Seconds for one answer of the environment; an environment that takes longer loses its
+    episode. null waits for ever."""
+
+    @field_validator("replace_zero_std")
+    @classmethod
+    def _compares(cls, rounds: int, info: ValidationInfo) -> int:
+        if rounds and info.data.get("group_size") == 1:
+            raise ValueError("rewards are compared inside a group; set group_size above 1.")
+        return rounds
+
+
+class ShapingConfig(Config):
+    """What changes the rewards before the advantage reads them."""
+
+    clip: float | None = Field(None, gt=0)
+    """Rewards are kept within this distance of zero, before the KL is subtracted; null keeps them
+    as they are."""
+    mask_truncated_completions: bool = False
+    """Leave completions that reached `max_new_tokens` out of the loss (DAPO's overlong
+    filtering)."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """This is subtracted from the reward of a completion that reached `max_new_tokens`."""
+    overlong_buffer: float = Field(0.0, ge=0, le=1)
+    """The last part of `max_new_tokens`, of this size, costs up to 1 in each turn (DAPO's soft
+    punishment)."""
+
+
+class KLConfig(Config):
+    """How the policy is kept near the reference."""
+
+    beta: float = Field(0.02, ge=0)
+    """Weight of the KL; at 0 no reference model is kept."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How the KL is estimated from sampled tokens; in the loss use k2, or `ratio` with k1 or k3."""
+    where: Literal["reward", "loss"] = "reward"
+    """Subtract it from each token's reward, or add it to the loss."""
+    ratio: bool = False
+    """In the loss, multiply the estimate by the ratio to the policy that sampled, so that the
+    gradient is that of KL(policy, reference), on policy or off. Without it k3 pulls towards the
+    reference by another divergence's gradient, and is biased off policy."""
+    reference: PathText | None = None
+    """The reference policy, of the same vocabulary: a folder or name (a teacher to distil from);
+    null is the policy as it starts."""
+    target: float | None = Field(None, gt=0)
+    """KL in nats a completion that beta is adapted to (Ziegler et al. 2019); null keeps beta."""
+    horizon: int = Field(10_000, ge=1)
+    """Completions over which beta adapts to `target`."""
+
+    @field_validator("ratio", "reference", "target", "horizon")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        name, known = str(info.field_name), info.data
+        if value == cls.model_fields[name].default:
+            return value
+        if name == "ratio" and known.get("where") == "reward":
+            raise ValueError("it multiplies a KL in the loss; set where=loss, or leave it out.")
+        if name != "ratio" and known.get("beta") == 0:
+            raise ValueError("beta is 0, so there is no KL; set kl.beta, or leave it out.")
+        if name == "horizon" and known.get("target") is None:
+            raise ValueError("only a target adapts beta; set kl.target, or leave it out.")
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Self:
+        if self.beta and (self.where, self.estimator, self.ratio) == ("loss", "k1", False):
+            raise ValueError(
+                "k1 has no gradient in the loss; take estimator=k2, or ratio=true, or where=reward."
+            )
+        return self
+
+
+class ImportanceConfig(Config):
+    """A correction for a sampler that is not the policy: another program, or older weights."""
+
+    mode: ImportanceMode
+    """Truncate or mask the ratio of policy to sampler, of each token or of each completion."""
+    cap: float = Field(2.0, ge=1)
+    """A ratio above this is truncated, or masked (as is one below 1 / cap)."""
+
+
+class SFTMixConfig(Config):
+    """Labelled examples that each update learns from besides the rollout, so that what supervised
+    tuning taught is not lost (PPO-ptx; Ouyang et al. 2022).
+    """
+
+    data: DataConfig = DataConfig()
+    """The labelled examples."""
+    weight: float = Field(1.0, gt=0)
+    """Weight of their mean token loss, beside the policy loss."""
+    batch_size: int = Field(8, ge=1)
+    """Examples beside each update."""
+    max_length: int = Field(1024, ge=2)
+    """Most tokens of an example; longer examples are refused."""
+
+
+class UpdateConfig(Config):
+    """How a rollout becomes optimizer steps."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over one rollout."""
+    minibatches: int = Field(1, ge=1)
+    """Updates in one pass, at most one for each prompt."""
+    micro_batch_tokens: int = Field(4096, ge=0)
+    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
+    memory has room for when the stage begins."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
+    """The optimizer of the policy."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
+
+
+class RLConfig(StageConfig):
+    """Step 3: reinforcement learning."""
+
+    algorithm: Neutral[RLAlgorithm | None] = Field(None, exclude=True)
+    """A published method by name: fills in the keys that it stands for. The same as the recipe's
+    own `algorithm`."""
+    steps: int = Field(60, ge=1)
+    """Rollouts, each followed by its updates."""
+    rollout: RolloutConfig = RolloutConfig()
+    """What a step samples."""
+    rewards: tuple[RewardSource, ...] = (RewardSource(),)
+    """What is rewarded; the environment's own reward is logged in any case."""
+    shaping: ShapingConfig = ShapingConfig()
+    """What changes the rewards before the advantage reads them."""
+    advantage: Advantage = Field(ReturnAdvantage(name="value_baseline"), discriminator="name")
+    """How rewards become weights of tokens."""
+    loss: PolicyLoss = Field(ReinforceLoss(), discriminator="name")
+    """The policy loss."""
+    value: ValueNet | None = Field(None, discriminator="kind")
+    """The value net of an advantage that needs one (`value_baseline`, `gae`); null is the preset's,
+    or else a head on the policy."""
+    kl: KLConfig = KLConfig()
+    """Penalty on the distance to the reference policy."""
+    importance: ImportanceConfig | None = None
+    """A correction for a sampler that is not the policy; null has none."""
+    sft_mix: SFTMixConfig | None = None
+    """Labelled examples mixed into each update; null mixes none in."""
+    update: UpdateConfig = UpdateConfig()
+    """How a rollout becomes optimizer steps."""
+
+    @classmethod
+    def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The tree with what its `algorithm` stands for."""
+        return filled(tree)
+
+    @field_validator("advantage")
+    @classmethod
+    def _has_groups(cls, advantage: Any, info: ValidationInfo) -> Any:
+        rollout = info.data.get("rollout")
+        if rollout and rollout.group_size == 1 and advantage.name in NEEDS_GROUPS:
+            raise ValueError(
+                f"{advantage.name} compares completions of one prompt; "
+                "rollout.group_size must be 2 or more."
+            )
+        return advantage
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _is_asked_for(cls, value: Any, info: ValidationInfo) -> Any:
+        advantage = info.data.get("advantage")
+        if value is None or advantage is None:
+            return None
+        if advantage.name not in NEEDS_VALUES:
+            raise ValueError(
+                f"the advantage {advantage.name} uses no values; leave it out, or take "
+                "advantage.name=gae or value_baseline."
+            )
+        return value
+
+    @field_validator("update")
+    @classmethod
+    def _has_prompts(cls, update: UpdateConfig, info: ValidationInfo) -> UpdateConfig:
+        rollout = info.data.get("rollout")
+        if rollout and update.minibatches > rollout.prompts:
+            raise ValueError(
+                f"minibatches={update.minibatches} cannot be made of prompts={rollout.prompts}; "
+                "a minibatch has one prompt at least."
+            )
+        return update
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in all."""
+        return self.steps * self.updates_a_step
+
+    @property
+    def updates_a_step(self) -> int:
+        """Optimizer steps after one rollout."""
+        return self.update.epochs * self.update.minibatches
+
+    def sampling(self) -> SamplingParams:
+        """How rollouts are sampled."""
+        rollout = self.rollout
+        return SamplingParams(
+            n=rollout.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_new_tokens=rollout.max_new_tokens,
+        )
