@@ -1,6 +1,4 @@
-"""The floors of the house: imports run downwards only, and no two packages of one floor import each
-other.
-"""
+"""Imports run downwards only, and no two packages of one layer import each other."""
 
 import ast
 import importlib
