@@ -12,6 +12,7 @@ from gearshift.models.describe import described
 from gearshift.models.load import ModelConfig, load_config, said
 from gearshift.models.runner import EXACT, form_line
 from gearshift.pipeline.recipe import Recipe
+from gearshift.trainers.rl.methods import CriticConfig
 
 
 def shapes(config: ModelConfig, name: str | None = None, policy: bool = True) -> PreTrainedModel:
@@ -43,8 +44,8 @@ def forms(recipe: Recipe, policy: PreTrainedModel) -> list[str]:
         models["reward model"] = recipe.reward.model
     if recipe.rl and recipe.rl.kl.beta > 0:
         models["reference"] = recipe.rl.kl.reference
-    if recipe.rl and recipe.rl.value == "critic":
-        models["critic"] = recipe.rl.critic
+    if recipe.rl and isinstance(recipe.rl.value, CriticConfig):
+        models["critic"] = recipe.rl.value.init_from
     lines = []
     for role, name in models.items():
         if name == "reward":  # this run's reward model
