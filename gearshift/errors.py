@@ -25,6 +25,10 @@ class CapacityError(GearshiftError):
     """A request does not fit: a prompt longer than the cache, a sequence longer than the model."""
 
 
+class KernelError(GearshiftError):
+    """The compiled kernels do not belong to the code that calls them."""
+
+
 class CheckpointError(GearshiftError):
     """A checkpoint is missing, broken, or belongs to another configuration."""
 

@@ -1,9 +1,9 @@
-"""Functions compiled for this CPU, on bare memory: `kernels.cpp`, built at first use.
+"""Compiles the C++ kernels of `cpp/` for this CPU at first use, loads them, and calls them.
 
-It takes a C++ compiler (g++ or clang++) and some seconds, once for each machine and source; the
-library lies in the cache folder, and is loaded from there if it is whole and nobody else can have
-written it. Without a compiler tensor functions run instead, slower and equally right. A function
-here checks nothing: its callers give contiguous tensors of one type.
+The build takes a C++ compiler (g++ or clang++) and some seconds, once for each machine and source.
+The library lies in the cache folder, and is loaded from there if it is whole and only this user can
+have written it. Without a compiler tensor functions run instead, slower and equally right. A kernel
+gets bare addresses and checks nothing: its callers give contiguous tensors of one type.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,30 +26,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+from gearshift.errors import KernelError
+from gearshift.kernels.specs import BLOCK
+
+_SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
+    "-ffp-contract=off", "-fopenmp", "-fPIC", f"-DBLOCK_SIZE={BLOCK}",
 )  # fmt: skip
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
 _ARGUMENTS = {
     "add_norm": "PPPPPPqqdqq",
-    "rotate_and_write": "PPPPPqqqqq",
+    "add_norm_backward": "PPPPPqqdq",
+    "apply_rotary": "PPPqqqqqd",
+    "apply_rotary_and_write": "PPPPPqqqqq",
+    "act_and_mul": "PPqqq",
+    "act_and_mul_backward": "PPPqqq",
     "attend": "PqPPPPPqqqqqdqd",
-    "gate": "PPqqq",
-    "draw": "PPPPPqq",
-    "norm_backward": "PPPPPqqdq",
-    "gate_backward": "PPPqqq",
-    "rotate": "PPPqqqqqd",
-    "score": "PPPPPqqd",
-    "score_backward": "PPPPPPqqd",
     "packed_attend": "PPPPPPPPqqqqqqqdq",
     "packed_attend_backward": "PPPPPPPPPPPPqqqqqqqdq",
-    "pack": "PPqq",
-    "multiply": "PPPPqqq",
-    "multiply_rows": "PPPPqqqqq",
+    "linear": "PPPPqqqqq",
+    "prepack": "PPqq",
+    "prepacked_linear": "PPPPqqq",
+    "token_logprobs": "PPPPPqqd",
+    "token_logprobs_backward": "PPPPPPqqd",
+    "sample": "PPPPPqq",
 }
-"""Of each function, as `struct` spells them: pointers, integers, floats, eight bytes each."""
+"""The arguments of each kernel, as `struct` names them: pointers (P), integers (q) and floats (d),
+eight bytes each. The library names its own, and `_load` compares them."""
 
 _DIGEST_SIZE = 32
 
@@ -63,33 +68,35 @@ def cache_folder() -> Path:
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether functions for tensors of this type and place are there."""
+    """Whether there are compiled kernels for tensors of this type and device."""
     return tensor.device.type == "cpu" and tensor.dtype in _SUFFIX and library() is not None
 
 
 def has(name: str, dtype: torch.dtype) -> bool:
-    """Whether this CPU has the function for that type, which not all have."""
+    """Whether this CPU has the kernel for that type. Some kernels need instructions that not every
+    CPU has.
+    """
     return dtype in _SUFFIX and hasattr(library(), f"{name}_{_SUFFIX[dtype]}")
 
 
 def call(name: str, dtype: torch.dtype, *arguments: float) -> None:
-    """Run the function of that name for that type."""
+    """Run the kernel of that name for that type."""
     function, slots = prepared(name, dtype, *arguments)
     function(slots)
 
 
 def prepared(name: str, dtype: torch.dtype, *arguments: float) -> tuple[Any, bytes]:
-    """The function, and its arguments as it takes them."""
+    """The kernel, and its arguments in the form that it takes."""
     return _function(name, dtype), struct.pack(_ARGUMENTS[name], *arguments)
 
 
 def replay() -> Any:
-    """The function that runs a table of (function, arguments)."""
+    """The function that runs a table of (kernel, arguments)."""
     return library().replay  # type: ignore[union-attr]
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """Where its memory begins; 0 for none."""
+    """The address of a tensor's memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -102,19 +109,25 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 @lru_cache(1)
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None (and one warning) where they cannot be had."""
+    """The compiled kernels, or None (and one warning) where they cannot be had. Raises
+    `KernelError` if they take other arguments than this module gives them.
+    """
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None or platform.system() != "Linux":
         log.warning("No C++ compiler here: tensor functions run instead of compiled ones, slower.")
         return None
     # The processor is part of the name: a home folder may be shared by machines that differ.
-    built_for = f"{_FLAGS}{compiler}{_processor()}".encode() + _SOURCE.read_bytes()
+    built_for = f"{_FLAGS}{compiler}{_processor()}".encode()
+    for source in sorted(_SOURCES.iterdir()):
+        built_for += source.name.encode() + source.read_bytes()
     path = cache_folder() / f"kernels-{hashlib.blake2b(built_for, digest_size=8).hexdigest()}.so"
     try:
         return _cached(compiler, path) or _for_this_process(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        log.warning("kernels.cpp could not be compiled, tensor functions run instead: %s", told)
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning(
+            "The C++ kernels could not be compiled, so tensor functions run instead: %s", reason
+        )
         return None
 
 
@@ -136,7 +149,7 @@ def _cached(compiler: str, path: Path) -> ctypes.CDLL | None:
             if path.exists():
                 log.warning("%s is damaged and is built anew.", path)
             _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _load(path)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning(
             "The kernels cannot be kept in %s (%s); they are built for this process alone.",
@@ -150,7 +163,25 @@ def _for_this_process(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.so")
         _compile(compiler, path)
-        return ctypes.CDLL(str(path))  # what is mapped stays when its file goes
+        return _load(path)  # what is mapped stays when its file goes
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """The library, once its kernels take what `_ARGUMENTS` says; with other arguments they would
+    read and write anywhere.
+    """
+    loaded = ctypes.CDLL(str(path))
+    loaded.signatures.restype = ctypes.c_char_p
+    for line in loaded.signatures().decode().splitlines():
+        function, arguments = line.split(" ")
+        given = _ARGUMENTS.get(function.rpartition("_")[0])
+        if given != arguments:
+            raise KernelError(
+                f"The compiled kernel {function} takes the arguments {arguments}, but build.py "
+                f"gives {given}: {_SOURCES} and build.py are of different versions, so install "
+                "Gearshift again."
+            )
+    return loaded
 
 
 def _only_ours(path: Path) -> bool:
@@ -176,12 +207,19 @@ def _digest(built: bytes) -> bytes:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
+    """One library of all sources. They are compiled at the same time, for this takes long."""
+
+    def run(*arguments: str) -> None:
         subprocess.run(
-            [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
-            check=True, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            [compiler, *_FLAGS, *arguments], check=True, capture_output=True, text=True, timeout=300
+        )
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = {str(s): str(Path(folder, s.stem + ".o")) for s in _SOURCES.glob("*.cpp")}
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lambda of: run("-c", of, "-o", objects[of]), objects))
+        built = Path(folder) / path.name
+        run("-shared", *sorted(objects.values()), "-o", str(built))
         with built.open("r+b") as file:
             digest = _digest(file.read())
             file.write(digest)

@@ -85,8 +85,8 @@ class CPUKernels(Kernels):
         self._memory = _Memory()
         self._calls: list[tuple[int, bytes]] | None = None
         """Those of the recording that is being made."""
-        self._multiplies = build.has("multiply", dtype)
-        self._in_rows = build.has("multiply_rows", torch.float32)
+        self._multiplies = build.has("prepacked_linear", dtype)
+        self._in_rows = build.has("linear", torch.float32)
 
     def workspace_bytes(self) -> int:
         return self._memory.bytes()
@@ -150,7 +150,7 @@ class CPUKernels(Kernels):
         K = store.shape[2]
         cos, sin = rotary or (None, None)
         self._call(
-            "rotate_and_write", qkv.data_ptr(), pointer(cos), pointer(sin), store.data_ptr(),
+            "apply_rotary_and_write", qkv.data_ptr(), pointer(cos), pointer(sin), store.data_ptr(),
             metadata.slot_mapping.data_ptr(), T, heads - 2 * K, K, D,
             0 if cos is None else cos.shape[-1],
         )  # fmt: skip
@@ -175,7 +175,7 @@ class CPUKernels(Kernels):
             gated: Tensor = GateFunction.apply(both, gate)
             return gated
         out = self._empty((both.shape[0], both.shape[1] // 2))
-        self._call("gate", *gate_arguments(both, out, gate))
+        self._call("act_and_mul", *gate_arguments(both, out, gate))
         return out
 
     def attend_packed(
@@ -212,7 +212,7 @@ class CPUKernels(Kernels):
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         out = self._empty((len(x), N), torch.float32)
         self._call(
-            "multiply_rows", x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(),
+            "linear", x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(),
             len(x), N, K, *weight.stride(), dtype=torch.float32,
         )  # fmt: skip
         return out
@@ -233,7 +233,7 @@ class CPUKernels(Kernels):
         logprobs: Tensor,
     ) -> None:
         self._call(
-            "draw", logits.data_ptr(), temperature.data_ptr(), uniforms.data_ptr(),
+            "sample", logits.data_ptr(), temperature.data_ptr(), uniforms.data_ptr(),
             tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, dtype=logits.dtype,
         )  # fmt: skip
 
@@ -259,13 +259,15 @@ class _PrepackedLinear:
 
     def prepack(self, weight: Tensor) -> None:
         weight = weight.contiguous()
-        self._kernels._call("pack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in)
+        self._kernels._call(
+            "prepack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         out = self._kernels._empty((x.shape[0], self._out))
         self._kernels._call(
-            "multiply", x.data_ptr(), self._packed.data_ptr(), pointer(bias), out.data_ptr(),
-            x.shape[0], self._out, self._in,
+            "prepacked_linear", x.data_ptr(), self._packed.data_ptr(), pointer(bias),
+            out.data_ptr(), x.shape[0], self._out, self._in,
         )  # fmt: skip
         return out

@@ -64,7 +64,7 @@ class AddNorm(torch.autograd.Function):
         grad = torch.zeros_like(total) if total_grad is None else total_grad.clone()
         weight_grad = torch.zeros(torch.get_num_threads(), C)
         build.call(
-            "norm_backward", total.dtype,
+            "add_norm_backward", total.dtype,
             total.data_ptr(), weight.data_ptr(), out_grad.contiguous().data_ptr(),
             grad.data_ptr(), weight_grad.data_ptr(), T, C, ctx.norm.eps, ctx.norm.offset,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float) -
     T, heads, D = qkv.shape
     out = qkv.clone(memory_format=torch.contiguous_format)
     build.call(
-        "rotate", out.dtype,
+        "apply_rotary", out.dtype,
         out.data_ptr(), cos.data_ptr(), sin.data_ptr(), T, heads - kv_heads, heads, D,
         cos.shape[-1], sign,
     )  # fmt: skip
@@ -105,7 +105,7 @@ class GateFunction(torch.autograd.Function):
         ctx.gate = gate
         ctx.save_for_backward(both)
         out = both.new_empty((both.shape[0], both.shape[1] // 2))
-        build.call("gate", both.dtype, *gate_arguments(both, out, gate))
+        build.call("act_and_mul", both.dtype, *gate_arguments(both, out, gate))
         return out
 
     @staticmethod
@@ -113,7 +113,7 @@ class GateFunction(torch.autograd.Function):
         [both] = ctx.saved_tensors
         out, grad = torch.empty_like(both), grad.contiguous()
         build.call(
-            "gate_backward", both.dtype,
+            "act_and_mul_backward", both.dtype,
             both.data_ptr(), grad.data_ptr(), out.data_ptr(), *grad.shape,
             ctx.gate == "gelu_tanh",
         )  # fmt: skip
@@ -177,7 +177,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs_C, entropy_C, norm_C = torch.empty(3, C)
         targets_C = targets_C.contiguous()
         build.call(
-            "score", logits_CV.dtype, logits_CV.data_ptr(), targets_C.data_ptr(),
+            "token_logprobs", logits_CV.dtype, logits_CV.data_ptr(), targets_C.data_ptr(),
             logprobs_C.data_ptr(), entropy_C.data_ptr(), norm_C.data_ptr(), C, V, temperature,
         )  # fmt: skip
         ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, entropy_C, norm_C)
@@ -197,7 +197,7 @@ class TokenLogprobs(torch.autograd.Function):
             None if entropy_grad_C is None else entropy_grad_C.contiguous(),
         ]
         build.call(
-            "score_backward", grad_CV.dtype, grad_CV.data_ptr(), targets_C.data_ptr(),
+            "token_logprobs_backward", grad_CV.dtype, grad_CV.data_ptr(), targets_C.data_ptr(),
             entropy_C.data_ptr(), norm_C.data_ptr(), *map(build.pointer, given), C, V,
             ctx.temperature,
         )  # fmt: skip

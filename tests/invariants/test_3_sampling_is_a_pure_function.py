@@ -62,8 +62,8 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow if "modules" in n else ()) for n 
 def test_what_is_computed_together_does_not_matter(name: str) -> None:
     """All at once; each alone; few rows, a small cache and preemption."""
     model = MODELS[name]()
-    if not build.has("multiply_rows", torch.float32) or (
-        "bf16" in name and not build.has("multiply", torch.bfloat16)
+    if not build.has("linear", torch.float32) or (
+        "bf16" in name and not build.has("prepacked_linear", torch.bfloat16)
     ):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     params = SamplingParams(n=2, max_new_tokens=24)

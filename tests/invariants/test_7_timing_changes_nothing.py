@@ -35,8 +35,8 @@ class Unsteady(TwoTurns):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp32 adapter", "bf16 adapter"])
 def test_how_fast_environments_answer_changes_nothing(tmp_path: Path, kind: str) -> None:
-    if not build.has("multiply_rows", torch.float32) or (
-        "bf16" in kind and not build.has("multiply", torch.bfloat16)
+    if not build.has("linear", torch.float32) or (
+        "bf16" in kind and not build.has("prepacked_linear", torch.bfloat16)
     ):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     config = small(

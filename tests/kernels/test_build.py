@@ -1,6 +1,8 @@
 """A kernel in the cache is loaded only if it is whole and the user's own; else it is built anew."""
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from gearshift.errors import KernelError
 from gearshift.kernels import build
 
-SOURCE = 'extern "C" int answer() { return 42; }\n'
+SOURCE = """
+#include "common.h"
+extern "C" int answer() { return 42; }
+"""
+TWICE = """
+#include "common.h"
+void twice(const float*, float) {}
+EXPORT(twice, bf16, twice)
+"""
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 
@@ -18,9 +29,11 @@ pytestmark = pytest.mark.skipif(build.library() is None, reason="no compiled ker
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a source that compiles at once."""
-    source = tmp_path / "small.cpp"
-    source.write_text(SOURCE)
-    monkeypatch.setattr(build, "_SOURCE", source)
+    sources = tmp_path / "cpp"
+    sources.mkdir()
+    shutil.copy(build._SOURCES / "common.h", sources)
+    (sources / "small.cpp").write_text(SOURCE)
+    monkeypatch.setattr(build, "_SOURCES", sources)
     folder = tmp_path / "cache"
     monkeypatch.setenv("GEARSHIFT_CACHE", str(folder))
     yield folder
@@ -35,7 +48,7 @@ def answer() -> int:
     """What the library says when it is loaded by a new process, which a bad one would end."""
     code = (
         "import sys; from pathlib import Path; from gearshift.kernels import build\n"
-        f"build._SOURCE = Path({str(build._SOURCE)!r})\n"
+        f"build._SOURCES = Path({str(build._SOURCES)!r})\n"
         "sys.stdout.write(str(build.library.__wrapped__().answer()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -63,7 +76,7 @@ def test_a_damaged_library_is_told_and_built_anew(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[bytes] = []  # for to damage what this process has mapped would end it
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
+    monkeypatch.setattr(build, "_load", lambda path: loaded.append(path.read_bytes()))
     build.library.__wrapped__()
     whole = loaded.pop()
     for damage in DAMAGES:
@@ -119,3 +132,36 @@ def test_no_place_at_all(
     monkeypatch.setattr(build.tempfile, "tempdir", str(cache))
     assert build.library.__wrapped__() is None
     assert "tensor functions run instead" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", ["int64_t, double", "double, int64_t*", "int64_t*", ""])
+def test_a_kernel_that_takes_other_arguments_is_an_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.setitem(build._ARGUMENTS, "twice", "Pd")
+    source = build._SOURCES / "small.cpp"
+    source.write_text(
+        '#include "common.h"\nvoid twice(const float*, float) {}\nEXPORT(twice, bf16, twice)'
+    )
+    assert build.library.__wrapped__().twice_bf16
+    source.write_text(source.read_text().replace("const float*, float", arguments))
+    with pytest.raises(KernelError, match=r"kernel twice_bf16 takes the arguments .* gives Pd"):
+        build.library.__wrapped__()
+
+
+def test_a_kernel_that_nothing_calls_is_an_error(cache: Path) -> None:
+    (build._SOURCES / "small.cpp").write_text(
+        '#include "common.h"\nvoid twice() {}\nEXPORT(twice, bf16, twice)'
+    )
+    with pytest.raises(KernelError, match="twice_bf16"):
+        build.library.__wrapped__()
+
+
+def test_each_kernel_of_the_library_names_its_arguments() -> None:
+    library = build.library()
+    library.signatures.restype = ctypes.c_char_p
+    named = {line.split(" ")[0] for line in library.signatures().decode().splitlines()}
+    assert {f"{name}_float" for name in ("add_norm", "attend", "sample")} <= named
+    for name in build._ARGUMENTS:
+        for dtype, suffix in build._SUFFIX.items():
+            assert build.has(name, dtype) == (f"{name}_{suffix}" in named)

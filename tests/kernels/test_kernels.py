@@ -187,7 +187,7 @@ def test_packed_products(rows: int, out: int, size: int) -> None:
 def test_a_packed_product_does_not_depend_on_the_rows_beside(out: int, size: int) -> None:
     weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (203, size), (out,)))
     product = fast(torch.bfloat16).prepacked_linear(weight, 32)
-    if product is None or not build.has("multiply", torch.bfloat16):
+    if product is None or not build.has("prepacked_linear", torch.bfloat16):
         pytest.skip("this CPU has no bf16 dot products")
     whole = product(x, bias)
     for a, b in [(0, 1), (3, 20), (100, 132), (150, 203)]:
@@ -258,7 +258,7 @@ def test_fp32_products_do_not_depend_on_the_rows_beside(
     together = kernels.linear(x, weight, added)
     exact = torch.nn.functional.linear(x.double(), weight.double(), None)
     assert (together - (exact if added is None else exact + added)).abs().max() < 1e-3
-    if not build.has("multiply_rows", torch.float32):
+    if not build.has("linear", torch.float32):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     assert torch.equal(together, kernels.linear(x, weight.t().contiguous().t(), added))
     for i in range(rows):
@@ -277,7 +277,7 @@ def test_fp32_products_of_what_does_not_fit_are_refused_and_a_broadcast_bias_is_
 @pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "mish", "elu", "selu"])
 def test_alone_an_activation_does_not_depend_on_the_rows_beside(name: str) -> None:
     kernels = fast(torch.float32)
-    if not build.has("multiply_rows", torch.float32):
+    if not build.has("linear", torch.float32):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     x, act = 3 * torch.randn(64, 7), getattr(torch.nn.functional, name)
     with kernels.batch_invariant():
