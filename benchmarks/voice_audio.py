@@ -28,9 +28,10 @@ from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.rollouts.intervals import interval
 from gearshift.serve.speech import hear, speak
 from gearshift.tasks.rows import read_rows
+from gearshift.tasks.voice.commands import is_exact
 from gearshift.tasks.voice.noise import spoken, word_error_rate
 from gearshift.tasks.voice.phrases import phrases as run_phrases
-from gearshift.tasks.voice.task import SYSTEM, is_exact
+from gearshift.tasks.voice.task import SYSTEM
 from gearshift.types import SamplingParams
 
 VOICES = (("en-us", 150), ("en-us+f3", 140), ("en-us+m3", 160), ("en-gb", 140))

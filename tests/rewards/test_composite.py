@@ -358,7 +358,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
-    far, near = "http://127.0.0.1:9/score", "gearshift.tasks.voice.task:voice_reward"
+    far, near = "http://127.0.0.1:9/score", "gearshift.tasks.voice.commands:voice_reward"
     monkeypatch.setattr(composite, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
     asked = source(f"{far}?token=${{TOKEN}}")

@@ -233,7 +233,7 @@ def test_load_reward(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def short(completions, **_):\n    return [-len(c) for c in completions]\n")
     assert load_reward(f"{file}:short")(prompts=PROMPTS, completions=TEXTS) == [-3, -5]
-    assert load_reward("gearshift.tasks.voice.task:voice_reward").__name__ == "voice_reward"
+    assert load_reward("gearshift.tasks.voice.commands:voice_reward").__name__ == "voice_reward"
 
 
 def test_load_reward_says_what_is_missing(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_lost_are_left_out_and_counted_and_the_rest_run_side_by_side(
 
 
 def test_a_timeout_takes_a_process() -> None:
-    wanted = RewardSource(source="gearshift.tasks.voice.task:voice_reward", timeout=1.0)
+    wanted = RewardSource(source="gearshift.tasks.voice.commands:voice_reward", timeout=1.0)
     model = ModelConfig(name="tiny", dtype="float32", device="cpu")
     [(_, function, _)] = CompositeReward([wanted], model, Path()).functions
     assert isinstance(function, ProcessReward) and function.parallel == 1

@@ -8,6 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from gearshift.errors import ConfigError, DataError
+from gearshift.tasks.reasoning import scores
 from gearshift.tasks.reasoning import task as r
 
 pytest.importorskip("reasoning_gym")
@@ -90,8 +91,8 @@ def test_the_right_answer_is_right_after_the_file(name: str, tmp_path: Path) -> 
 
 def test_frozen_values_come_back_as_they_were() -> None:
     value = {"a": (1, [2, (3,)]), "b": {4: "x", "tuple": [5]}, "c": None}
-    frozen = json.loads(json.dumps(r.freeze(value)))
-    assert r.thaw(frozen) == value and isinstance(r.thaw(frozen)["a"][1][1], tuple)
+    frozen = json.loads(json.dumps(scores.freeze(value)))
+    assert scores.thaw(frozen) == value and isinstance(scores.thaw(frozen)["a"][1][1], tuple)
 
 
 def row_of(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -115,9 +116,9 @@ def row_of(name: str, tmp_path: Path) -> dict[str, Any]:
 )
 def test_an_answer_is_never_run(name: str, attack: str, tmp_path: Path) -> None:
     row, target = row_of(name, tmp_path / "data"), tmp_path / "touched"
-    assert r.score(row, attack.replace("PATH", repr(str(target)))) == 0.0
+    assert scores.score(row, attack.replace("PATH", repr(str(target)))) == 0.0
     assert not target.exists()
-    assert r.score(row, row["gold"]) == 1.0
+    assert scores.score(row, row["gold"]) == 1.0
 
 
 def test_powers_that_would_never_end_are_refused(tmp_path: Path) -> None:
@@ -130,14 +131,14 @@ def test_powers_that_would_never_end_are_refused(tmp_path: Path) -> None:
         "x**x**x**9**9",
         "9" * 4000,
     ):
-        assert r.score(row, answer) == 0.0, answer
-    assert r._harmless("polynomial_multiplication", "3*x**12 - (y + 1)^2*sin(x)/2")
+        assert scores.score(row, answer) == 0.0, answer
+    assert scores._harmless("polynomial_multiplication", "3*x**12 - (y + 1)^2*sin(x)/2")
 
 
 def test_a_scorer_that_stumbles_over_an_answer_gives_nothing_for_it(tmp_path: Path) -> None:
     row = row_of("prime_factorization", tmp_path)
-    assert r.score(row, "purple") == 0.0  # the scorer raises ValueError
-    assert r.score({**row, "entry": r.freeze({"answer": "two"})}, "purple") is None
+    assert scores.score(row, "purple") == 0.0  # the scorer raises ValueError
+    assert scores.score({**row, "entry": scores.freeze({"answer": "two"})}, "purple") is None
 
 
 def test_faults_of_the_recipe_are_one_line(tmp_path: Path) -> None:

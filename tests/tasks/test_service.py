@@ -21,8 +21,11 @@ from gearshift.data import render_completion
 from gearshift.errors import DataError
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
 from gearshift.rewards.composite import ModelReward
+from gearshift.tasks.service import customers as c
+from gearshift.tasks.service import environment as e
 from gearshift.tasks.service import replies as r
 from gearshift.tasks.service import task as s
+from gearshift.tasks.service.reply_judge import judge
 from gearshift.tasks.service.shop import (
     Case,
     Order,
@@ -30,6 +33,8 @@ from gearshift.tasks.service.shop import (
     Wish,
     outcome_text,
     tells,
+    to_row,
+    tool_line,
 )
 
 SMALL = s.ServiceConfig(labelled=12, train=80, validation=60, test=48)
@@ -67,24 +72,24 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return load(r.prepare(SMALL_REPLIES, 3, tmp_path_factory.mktemp("replies")))
 
 
-def begin(case: Case, **script: Any) -> s.CustomerServiceEnvironment:
+def begin(case: Case, **script: Any) -> e.CustomerServiceEnvironment:
     """An episode with the customer of this case, who gives the order number unless told not to."""
-    said = s.Script(
+    said = c.Script(
         **{"problem": "Help!", "number": "A123.", "given": True, "yes": "Yes.", **script}
     )
     row = {
-        "order": s.to_row(case.order),
+        "order": to_row(case.order),
         "wish": case.wish,
         "address": case.address,
-        "others": [s.to_row(LAMP)],
-        "script": {name: getattr(said, name) for name in s.Script.__slots__},
+        "others": [to_row(LAMP)],
+        "script": {name: getattr(said, name) for name in c.Script.__slots__},
     }
-    environment = s.CustomerServiceEnvironment.of([row])
+    environment = e.CustomerServiceEnvironment.of([row])
     environment.reset(options={"row": 0})
     return environment
 
 
-def play(environment: s.CustomerServiceEnvironment, *turns: str) -> tuple[float, bool, list[str]]:
+def play(environment: e.CustomerServiceEnvironment, *turns: str) -> tuple[float, bool, list[str]]:
     """What the turns earn, whether the problem was solved at an end, and what was answered."""
     total, heard, over, success = 0.0, [], False, False
     for turn in turns:
@@ -146,18 +151,18 @@ def test_wrong_words_do_not_tell_the_outcome(text: str) -> None:
 def test_the_expert_solves_every_problem_and_earns_one(
     folder: Path, files: Files, split: str
 ) -> None:
-    environment = s.CustomerServiceEnvironment(folder / f"{split}.jsonl")
+    environment = e.CustomerServiceEnvironment(folder / f"{split}.jsonl")
     for i in range(len(files[split])):
         environment.reset(options={"row": i})
-        turns = s.expert_turns(environment.case, environment.script)
+        turns = c.expert_turns(environment.case, environment.script)
         assert len(turns) <= 5
         total, solved, _ = play(environment, *turns)
         assert solved and total == pytest.approx(1.0), files[split][i]
 
 
 def test_refusing_everybody_or_granting_everything_solves_few_problems(folder: Path) -> None:
-    def solved(turns: Callable[[s.CustomerServiceEnvironment], list[str]]) -> float:
-        environment = s.CustomerServiceEnvironment(folder / "train.jsonl")
+    def solved(turns: Callable[[e.CustomerServiceEnvironment], list[str]]) -> float:
+        environment = e.CustomerServiceEnvironment(folder / "train.jsonl")
         done = 0
         for i in range(len(environment.rows)):
             environment.reset(options={"row": i})
@@ -168,15 +173,15 @@ def test_refusing_everybody_or_granting_everything_solves_few_problems(folder: P
                     break
         return done / len(environment.rows)
 
-    def refuse(e: s.CustomerServiceEnvironment) -> list[str]:
+    def refuse(e: e.CustomerServiceEnvironment) -> list[str]:
         said = "Sorry, I cannot: it is delivered or shipped, or 30 days have passed."
-        return [s.tool_line("get", e.case.order.number), said, said]
+        return [tool_line("get", e.case.order.number), said, said]
 
-    def grant(e: s.CustomerServiceEnvironment) -> list[str]:
+    def grant(e: e.CustomerServiceEnvironment) -> list[str]:
         tool = "refund" if e.case.wish == "track" else e.case.wish
-        act = s.tool_line(tool, e.case.order.number, e.case.address)
+        act = tool_line(tool, e.case.order.number, e.case.address)
         return [
-            s.tool_line("get", e.case.order.number),
+            tool_line("get", e.case.order.number),
             act,
             "It is done: refund, cancel, address.",
         ]
@@ -190,14 +195,14 @@ def test_refusing_everybody_or_granting_everything_solves_few_problems(folder: P
 
 def test_a_solved_problem() -> None:
     environment = begin(CASE, given=False)
-    total, solved, heard = play(environment, s.ASK, GET, REFUND, TOLD)
+    total, solved, heard = play(environment, c.ASK, GET, REFUND, TOLD)
     assert (total, solved) == (pytest.approx(1.0), True)
     assert heard == ["A123.", "red kettle, 40 euros, delivered 12 days ago", "Done.", ""]
 
 
 def test_looking_twice_or_at_others_orders_earns_nothing() -> None:
     total, _, _ = play(begin(CASE), GET, GET, '{"tool": "get", "order": "B456"}')
-    assert total == pytest.approx(s.LOOKUP + 2 * s.WASTE)
+    assert total == pytest.approx(e.LOOKUP + 2 * e.WASTE)
 
 
 def test_a_tools_answer_has_the_role_tool() -> None:
@@ -221,20 +226,20 @@ def test_what_the_policy_forbids_or_the_customer_is_not_told_is_no_success(
     turns: tuple[str, ...], harm: bool
 ) -> None:
     total, solved, _ = play(begin(CASE), *turns)
-    assert not solved and total <= s.LOOKUP + s.ACT
+    assert not solved and total <= e.LOOKUP + e.ACT
     if harm:
-        assert total <= s.LOOKUP + s.ACT + s.HARM
+        assert total <= e.LOOKUP + e.ACT + e.HARM
 
 
 def test_a_late_refund_is_forbidden() -> None:
     late = Case(replace(KETTLE, days=31), "refund")
     total, solved, _ = play(begin(late), GET, REFUND)
-    assert not solved and total == pytest.approx(s.LOOKUP + s.HARM)
+    assert not solved and total == pytest.approx(e.LOOKUP + e.HARM)
 
 
 def test_a_careful_customer_must_be_asked() -> None:
     total, solved, _ = play(begin(CASE, careful=True), GET, REFUND)
-    assert not solved and total == pytest.approx(s.LOOKUP + s.HARM)
+    assert not solved and total == pytest.approx(e.LOOKUP + e.HARM)
     total, solved, heard = play(begin(CASE, careful=True), GET, "Shall I refund it?", REFUND, TOLD)
     assert solved and total == pytest.approx(1.0) and heard[1] == "Yes."
 
@@ -266,24 +271,24 @@ def test_a_call_that_fails_is_answered(call: str, said: str) -> None:
     environment = begin(CASE)
     answer, reward, ended, cut, info = environment.step(call)
     assert said in answer and answer.startswith("Error") and info["messages"][0]["role"] == "tool"
-    assert reward == s.WASTE and not ended and not cut
+    assert reward == e.WASTE and not ended and not cut
     assert play(environment, GET, REFUND, TOLD)[1]
 
 
 def test_a_wrong_number_of_the_customers_is_no_fault_of_the_agent() -> None:
     environment = begin(CASE, slip="Q111")
     wrong = '{"tool": "get", "order": "Q111"}'
-    total, solved, _ = play(environment, wrong, s.ASK, GET, REFUND, TOLD)
+    total, solved, _ = play(environment, wrong, c.ASK, GET, REFUND, TOLD)
     assert solved and total == pytest.approx(1.0)
 
 
 def test_an_episode_is_cut_and_its_rewards_are_bounded() -> None:
-    total, solved, heard = play(begin(CASE), *["{}"] * s.TURNS)
-    assert not solved and total == pytest.approx(s.TURNS * s.WASTE) and len(heard) == s.TURNS
+    total, solved, heard = play(begin(CASE), *["{}"] * e.TURNS)
+    assert not solved and total == pytest.approx(e.TURNS * e.WASTE) and len(heard) == e.TURNS
 
 
 def test_gymnasium_finds_no_fault() -> None:
-    check_env(s.CustomerServiceEnvironment(rows=4), skip_render_check=True)
+    check_env(e.CustomerServiceEnvironment(rows=4), skip_render_check=True)
     check_env(r.CustomerRepliesEnvironment(rows=4), skip_render_check=True)
 
 
@@ -355,7 +360,7 @@ def test_the_chosen_reply_is_right_and_the_rejected_one_is_not(replies: Files) -
         row = rows.get(pair["prompt"][-1]["content"])
         if row:
             case = Case(r.to_order(row["order"]), row["wish"], row["address"])
-            assert r.judge(pair["chosen"], case) == 1.0 > r.judge(pair["rejected"], case)
+            assert judge(pair["chosen"], case) == 1.0 > judge(pair["rejected"], case)
             judged += 1
         assert pair["chosen"] != pair["rejected"]
     assert judged == SMALL_REPLIES.pairs
@@ -381,11 +386,11 @@ def test_a_reply_alone_does_not_tell_which_side_of_a_pair_it_is(tmp_path: Path) 
 
 
 def test_the_judge_of_replies() -> None:
-    assert r.judge(TOLD, CASE) == 1.0
-    assert r.judge(f"Whatever. {TOLD}", CASE) == 0.6
-    assert r.judge(TOLD.rstrip("."), CASE) == 0.6
-    assert r.judge("Hello there.", CASE) == 0.2
-    assert r.judge("go away", CASE) == 0.0
+    assert judge(TOLD, CASE) == 1.0
+    assert judge(f"Whatever. {TOLD}", CASE) == 0.6
+    assert judge(TOLD.rstrip("."), CASE) == 0.6
+    assert judge("Hello there.", CASE) == 0.2
+    assert judge("go away", CASE) == 0.0
 
 
 def test_a_reply_tells_its_verdict(tmp_path: Path) -> None:
@@ -396,7 +401,7 @@ def test_a_reply_tells_its_verdict(tmp_path: Path) -> None:
     assert info["metrics"] == {"facts": 1.0, "manners": 1.0}
 
 
-@pytest.mark.parametrize("make", [s.CustomerServiceEnvironment, r.CustomerRepliesEnvironment])
+@pytest.mark.parametrize("make", [e.CustomerServiceEnvironment, r.CustomerRepliesEnvironment])
 def test_bad_files(make: Callable[[Path], Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file"):
         make(tmp_path / "none.jsonl")

@@ -10,8 +10,10 @@ import pytest
 
 from gearshift.errors import ConfigError, DataError
 from gearshift.tasks.registry import TASKS, get_task
+from gearshift.tasks.voice import requests
 from gearshift.tasks.voice import task as v
 from gearshift.tasks.voice.answer import spoken_answer
+from gearshift.tasks.voice.commands import command_text, is_exact, score_command, voice_reward
 from gearshift.tasks.voice.grammar import INTENTS, Grammar, grammar, read
 from gearshift.tasks.voice.homes import HOMES
 from gearshift.tasks.voice.noise import spoken
@@ -75,16 +77,14 @@ def test_readings(utterance: str, intent: str, slots: dict[str, Any]) -> None:
     reading = read(utterance)
     assert reading is not None
     # Key order and number format are part of the canonical form, so the texts are compared.
-    assert v.command_text(reading) == json.dumps({"intent": intent, **slots})
+    assert command_text(reading) == json.dumps({"intent": intent, **slots})
 
 
 def test_what_is_no_request_has_no_reading() -> None:
     assert read("tell me a joke about parrots") is None
     with pytest.raises(DataError, match="parrots"):
-        v.score_command("{}", "tell me a joke about parrots")
-    rewards = v.voice_reward(
-        [[], []], ["{}", "{}"], utterance=["tell me a joke", "what time is it"]
-    )
+        score_command("{}", "tell me a joke about parrots")
+    rewards = voice_reward([[], []], ["{}", "{}"], utterance=["tell me a joke", "what time is it"])
     assert rewards == [None, pytest.approx(0.1)]
 
 
@@ -102,8 +102,8 @@ def test_scores_by_hand() -> None:
         ({"intent": ["HassLightSet"], "area": {}, "brightness": [], "domain": None}, 0.1),
     ):
         command = json.dumps({**gold, **change})
-        assert v.score_command(command, request) == pytest.approx(score), change
-    assert v.is_exact(json.dumps(dict(reversed(gold.items()))) + " \n", request)
+        assert score_command(command, request) == pytest.approx(score), change
+    assert is_exact(json.dumps(dict(reversed(gold.items()))) + " \n", request)
 
 
 def test_scores_fall_with_the_damage() -> None:
@@ -114,7 +114,7 @@ def test_scores_fall_with_the_damage() -> None:
         '{"intent": "HassGetWeather"}',
         'Sure! {"intent": "HassTurnOn", "area": "kitchen", "domain": "light"}',
     ]
-    scores = [v.score_command(c, request) for c in ordered]
+    scores = [score_command(c, request) for c in ordered]
     assert scores == sorted(set(scores), reverse=True) and scores[0] == 1 and scores[-1] == 0
     for garbage in (
         "",
@@ -125,7 +125,7 @@ def test_scores_fall_with_the_damage() -> None:
         ordered[0] + "}",
         ordered[0] * 2,
     ):
-        assert v.score_command(garbage, request) == 0, garbage[:20]
+        assert score_command(garbage, request) == 0, garbage[:20]
 
 
 @pytest.mark.parametrize("language", HOMES)
@@ -140,7 +140,7 @@ def test_homes_are_large_and_unambiguous(language: str) -> None:
 
 @pytest.mark.parametrize("language", HOMES)
 def test_split_keeps_every_combination_in_training(language: str) -> None:
-    training, heldout = v.split_templates(0.3, 1, language)
+    training, heldout = requests.split_templates(0.3, 1, language)
     everything = grammar(language).templates
     assert not {t.text for t in training} & {t.text for t in heldout}
     assert len(training) + len(heldout) == len(everything)
@@ -151,8 +151,8 @@ def test_split_keeps_every_combination_in_training(language: str) -> None:
 
 @pytest.mark.parametrize("language", HOMES)
 def test_held_out_templates_are_halved(language: str) -> None:
-    _, heldout = v.split_templates(0.3, 1, language)
-    halves = [{t.text for t in half} for half in v.halve_templates(heldout, 1, language)]
+    _, heldout = requests.split_templates(0.3, 1, language)
+    halves = [{t.text for t in half} for half in requests.halve_templates(heldout, 1, language)]
     assert not halves[0] & halves[1] and halves[0] | halves[1] == {t.text for t in heldout}
     assert 0 <= len(halves[0]) - len(halves[1]) <= 1
 
@@ -162,9 +162,9 @@ def test_heldout_is_unseen(files: Files) -> None:
     templates = {name: {row["template"] for row in files[name]} for name in splits}
     said = {name: [row["utterance"] for row in files[name]] for name in splits}
     said["validation"] += [row["prompt"][1]["content"] for row in files["pairs_heldout"]]
-    training, heldout = v.split_templates(0.3, 3)
+    training, heldout = requests.split_templates(0.3, 3)
     readers = {"train": training}
-    readers["validation"], readers["test"] = v.halve_templates(heldout, 3)
+    readers["validation"], readers["test"] = requests.halve_templates(heldout, 3)
     for name, mine in readers.items():
         known = Grammar(keep={t.text for t in mine}.__contains__)
         assert all(known.reads(u) for u in said[name])
@@ -187,17 +187,17 @@ def test_files_hold_what_they_promise(files: Files) -> None:
     assert len(everything) == len(set(everything))
     assert {r["prompt"][1]["content"] for r in files["pairs"]} <= set(train)
     assert {json.loads(command)["intent"] for command in labelled.values()} == set(INTENTS)
-    assert all(v.is_exact(command, u) for u, command in labelled.items())
+    assert all(is_exact(command, u) for u, command in labelled.items())
     for split in ("validation", "test"):
-        assert all(v.is_exact(r["command"], r["utterance"]) for r in files[split])
+        assert all(is_exact(r["command"], r["utterance"]) for r in files[split])
     assert files["train"][0]["prompt"][0] == {"role": "system", "content": v.SYSTEM}
 
 
 def test_pairs_are_right_against_wrong_in_many_ways(files: Files) -> None:
     for row in (*files["pairs"], *files["pairs_heldout"]):
         utterance = row["prompt"][1]["content"]
-        assert v.is_exact(row["chosen"], utterance) and not v.is_exact(row["rejected"], utterance)
-    scores = [v.score_command(r["rejected"], r["prompt"][1]["content"]) for r in files["pairs"]]
+        assert is_exact(row["chosen"], utterance) and not is_exact(row["rejected"], utterance)
+    scores = [score_command(r["rejected"], r["prompt"][1]["content"]) for r in files["pairs"]]
     assert 0 in scores and len({round(s, 3) for s in scores}) >= 6
 
 
@@ -218,7 +218,7 @@ def test_too_much_is_refused(tmp_path: Path) -> None:
 
 def test_an_exhausted_intent_drops_out() -> None:
     times = [t for t in grammar().templates if t.intent == "HassGetCurrentTime"]
-    drawn = list(v._requests(times, random.Random(0), set()))
+    drawn = list(requests.new_requests(times, random.Random(0), set()))
     assert 1 < len(drawn) < 40 and "what time is it" in {u for u, _ in drawn}
 
 
@@ -261,7 +261,7 @@ def test_readings_in_other_languages(
 ) -> None:
     reading = read(utterance, language)
     assert reading is not None
-    assert v.command_text(reading) == json.dumps({"intent": intent, **slots}, ensure_ascii=False)
+    assert command_text(reading) == json.dumps({"intent": intent, **slots}, ensure_ascii=False)
     assert read(utterance) is None  # no English
 
 
@@ -282,7 +282,7 @@ def test_languages_take_equal_parts_and_read_back(many: tuple[dict[str, Path], F
             getattr(MANY, name) // 4
         }
     assert all(
-        v.score_command(row["command"], row["utterance"], row["language"]) == 1.0
+        score_command(row["command"], row["utterance"], row["language"]) == 1.0
         for row in files["validation"]
     )
     assert all(row["prompt"][0]["content"] == v.SYSTEM for row in files["validation"])
@@ -291,8 +291,8 @@ def test_languages_take_equal_parts_and_read_back(many: tuple[dict[str, Path], F
 def test_heldout_is_unseen_in_every_language(many: tuple[dict[str, Path], Files]) -> None:
     _, files = many
     for language in MANY.languages:
-        training, heldout = v.split_templates(0.3, 5, language)
-        halves = v.halve_templates(heldout, 5, language)
+        training, heldout = requests.split_templates(0.3, 5, language)
+        halves = requests.halve_templates(heldout, 5, language)
         for split, others in (("validation", halves[1]), ("test", halves[0])):
             known = Grammar({t.text for t in (*training, *others)}.__contains__, language)
             rows = [row for row in files[split] if row["language"] == language]
@@ -363,10 +363,10 @@ def test_every_command_is_said_back(language: str) -> None:
     said = {}
     for intent in INTENTS:
         templates = [t for t in grammar(language).templates if t.intent == intent]
-        utterance, _ = next(v._requests(templates, random.Random(4), set()))
+        utterance, _ = next(requests.new_requests(templates, random.Random(4), set()))
         gold = read(utterance, language)
         assert gold is not None
-        answer = said[intent] = spoken_answer(v.command_text(gold), language)
+        answer = said[intent] = spoken_answer(command_text(gold), language)
         named = [gold.slots[k] for k in ("name", "area", "floor", "item") if k in gold.slots]
         assert all(str(n) in answer for n in named), (utterance, answer)
         assert answer.endswith(".") and "{" not in answer and spoken(answer, language)

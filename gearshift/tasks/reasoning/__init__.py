@@ -1,1 +1,1 @@
-"""The task `reasoning`: see `task`."""
+"""The task `reasoning`; see `task.py`."""

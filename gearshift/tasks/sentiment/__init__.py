@@ -1,1 +1,1 @@
-"""The task `sentiment`: see `task`."""
+"""The task `sentiment`; see `task.py`."""

@@ -1,1 +1,1 @@
-"""The task `service`: see `task`."""
+"""Customer service: the tasks `customer_service` and `customer_replies`."""

@@ -1,17 +1,15 @@
 """Customer service in one answer: an order, a question, and a reply that must be right and polite.
 
 Besides the shop's own questions there are real dialogues (chatterbot-corpus), for supervised tuning
-and for the reward model's pairs. The judge of the shop's replies is `service_shop`, not a model,
-so that a reward model's mistakes show. A room of its own beside the conversations of `service`.
+and for the reward model's pairs. The judge of the shop's replies is a function (`reply_judge.py`),
+not a model, so that a reward model's mistakes show.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,20 +23,20 @@ from gearshift.environments.registry import register
 from gearshift.errors import DataError
 from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.rows import read_rows, write_rows
+from gearshift.tasks.service.customers import Row, draw_case, with_phrasing
+from gearshift.tasks.service.reply_judge import has_manners, reply_reward
 from gearshift.tasks.service.shop import (
     OUTCOMES,
     REFUND_LIMIT,
     RETURN_DAYS,
-    STATUSES,
     Case,
-    numbers,
     outcome_text,
     tells,
     to_order,
     to_row,
 )
-from gearshift.tasks.service.task import draw_case, with_phrasing
 from gearshift.tasks.service.words import Words, split_words
+from gearshift.tasks.service.wrong_replies import Talk, make_pairs
 from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
@@ -54,12 +52,6 @@ TOPICS = (
     "literature", "money", "movies", "science", "sports", "tech_support", "trivia",
 )  # fmt: skip
 """The corpus's files with which a shop can be seen in public."""
-LONGEST_WORDS = 40
-"""Words of a reply that a customer still reads."""
-
-Row = dict[str, Any]
-Talk = tuple[str, str]
-"""A remark and its reply."""
 _COLUMNS = ("order", "wish", "address")
 
 
@@ -90,46 +82,6 @@ class RepliesConfig(TaskConfig):
     sees: half of the former are for validation, half for the test."""
 
 
-# The judge
-
-_RUDE = re.compile(
-    r"\b(stupid|idiot|shut up|not my problem|whatever|nonsense|leave me alone|go away|annoying)\b",
-    re.I,
-)
-
-
-def has_manners(text: str) -> bool:
-    """Whether it is civil, whole and short: no rude word, a sentence's end, at most
-    `LONGEST_WORDS` words, and no sentence twice.
-    """
-    words, sentences = text.split(), re.findall(r"[^.!?]+[.!?]", text.lower())
-    whole = text.rstrip().endswith((".", "!", "?")) and 0 < len(words) <= LONGEST_WORDS
-    return whole and not _RUDE.search(text) and len(sentences) == len(set(sentences))
-
-
-def judge(text: str, case: Case) -> float:
-    """1 for a reply that tells the outcome with the right facts, and has manners; 0.2 for manners
-    alone, 0.6 for the facts alone.
-    """
-    right, civil = tells(text, case), has_manners(text)
-    return 1.0 if right and civil else 0.6 * right + 0.2 * civil
-
-
-def reply_reward(
-    prompts: list[list[Message]],
-    completions: list[str],
-    completion_ids: list[list[int]] | None = None,
-    *,
-    order: list[Row],
-    wish: list[Any],
-    address: list[str],
-    **_: Any,
-) -> list[float | None]:
-    """`judge` with TRL's signature."""
-    cases = map(Case, map(to_order, order), wish, address)
-    return [judge(text, case) for text, case in zip(completions, cases, strict=True)]
-
-
 class CustomerRepliesEnvironment(RowEnvironment):
     """One customer, one reply. Solved: the judge gives 1."""
 
@@ -149,9 +101,6 @@ class CustomerRepliesEnvironment(RowEnvironment):
             "gold": outcome_text(case),
             "metrics": {"facts": float(tells(action, case)), "manners": float(has_manners(action))},
         }
-
-
-# The data
 
 
 def dialogues() -> list[Talk]:
@@ -243,106 +192,24 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
         "train": train,
         "validation": with_phrasing(take("validation", validation, config.validation)),
         "test": with_phrasing(take("test", test, config.test)),
-        "pairs": _pairs(train[: config.pairs], heard[: config.talk_pairs], rng("pairs/wrong")),
-        "pairs_heldout": _pairs(strangers, unheard[:fifth], rng("pairs_heldout/wrong")),
+        "pairs": make_pairs(
+            train[: config.pairs], heard[: config.talk_pairs], _remark, rng("pairs/wrong")
+        ),
+        "pairs_heldout": make_pairs(
+            strangers, unheard[:fifth], _remark, rng("pairs_heldout/wrong")
+        ),
     }
     return write_rows(folder, files)
-
-
-@lru_cache(4)
-def _drawn(seed: int, rows: int) -> Sequence[Row]:
-    rng = random.Random(named_seed(seed, "replies/rows"))
-    return list(islice(draw_customers(split_words(rng, 0.35)[0], rng, set()), rows))
 
 
 def _remark(said: str) -> list[Message]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": said}]
 
 
-# Wrong replies
-
-
-def _pairs(rows: Sequence[Row], talk: Sequence[Talk], rng: random.Random) -> list[Row]:
-    """A right reply against a wrong one: to each customer, and to each remark."""
-    pairs: list[Row] = []
-    replies = [row["reply"] for row in rows] + [reply for _, reply in talk]
-    for row in rows:
-        case = Case(to_order(row["order"]), row["wish"], row["address"])
-        wrong = row["reply"]
-        while judge(wrong, case) == 1.0:
-            wrong = rng.choice(_MISTAKES)(case, replies, rng)
-        pairs.append({"prompt": row["prompt"], "chosen": row["reply"], "rejected": wrong})
-    for said, reply in talk:
-        wrong = reply
-        while wrong == reply:
-            wrong = rng.choice((_other, _cut, _twice, _rude))(reply, replies, rng)
-        pairs.append({"prompt": _remark(said), "chosen": reply, "rejected": wrong})
-    rng.shuffle(pairs)
-    return pairs
-
-
-def _other(reply: str, replies: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(replies)
-
-
-def _cut(reply: str, replies: Sequence[str], rng: random.Random) -> str:
-    words = reply.rstrip(".!?").split()
-    return " ".join(words[: rng.randint(1, max(1, len(words) - 1))])
-
-
-def _twice(reply: str, replies: Sequence[str], rng: random.Random) -> str:
-    return f"{reply} {reply}"
-
-
-def _rude(reply: str, replies: Sequence[str], rng: random.Random) -> str:
-    jibes = ("Not my problem.", "Whatever.", "Go away.", "What a stupid question.")
-    return rng.choice((rng.choice(jibes), f"{rng.choice(jibes)} {reply}"))
-
-
-# A mistake may find nothing to spoil; then it returns the right reply.
-
-
-def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """What another outcome is told with, or this one of an order in another state, with the order's
-    facts. Each outcome is wrong as often as it is right: only who reads the order can tell.
-    """
-    outcome = rng.choice(OUTCOMES)
-    status = rng.choice(STATUSES) if outcome == case.outcome else case.order.status
-    seen = replace(
-        case,
-        order=replace(case.order, status=status),
-        address=case.address or case.order.address,
-    )
-    return outcome_text(seen, outcome)
-
-
-def _blended(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """One outcome's beginning and another's end, as half-trained policies write."""
-    first, last = (_other_outcome(case, replies, rng).split() for _ in range(2))
-    return " ".join([*first[: rng.randint(3, len(first))], *last[rng.randint(3, len(last)) - 1 :]])
-
-
-def _made_up(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """A fact that the order does not have."""
-    text = outcome_text(case)
-    known = sorted(numbers(text) - {RETURN_DAYS})
-    if not known:
-        return f"{text} It has cost you {case.order.price + rng.randint(1, 40)} euros."
-    wrong = max(1, known[0] + rng.choice((-9, -5, -3, -1, 1, 2, 4, 10)))
-    return re.sub(rf"\b{known[0]}\b", str(wrong), text)
-
-
-def _of_text(
-    spoil: Callable[[str, Sequence[str], random.Random], str],
-) -> Callable[[Case, Sequence[str], random.Random], str]:
-    return lambda case, replies, rng: spoil(outcome_text(case), replies, rng)
-
-
-_MISTAKES: tuple[Callable[[Case, Sequence[str], random.Random], str], ...] = (
-    _other_outcome, _other_outcome, _other_outcome, _other_outcome, _other_outcome,
-    _blended, _blended, _made_up,
-    _of_text(_other), _of_text(_cut), _of_text(_twice), _of_text(_rude),
-)  # fmt: skip
+@lru_cache(4)
+def _drawn(seed: int, rows: int) -> Sequence[Row]:
+    rng = random.Random(named_seed(seed, "replies/rows"))
+    return list(islice(draw_customers(split_words(rng, 0.35)[0], rng, set()), rows))
 
 
 def make(config: RepliesConfig, path: Path) -> CustomerRepliesEnvironment:

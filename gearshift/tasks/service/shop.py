@@ -1,7 +1,6 @@
 """A small shop: its orders, its tools, its policy, and what an agent may tell a customer.
 
-A room of its own because this is the judge: it knows orders and sentences, and neither who asks
-nor who answers.
+This is the judge of what an agent does and says. It must not import customers or environments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """What the shop's customers say and buy, in three parts: for training, validation and the test.
-
-A room of its own because it is all words; it knows neither orders nor who answers.
+It must not import orders or customers.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The task `tau2`: see `task`."""
+"""The task `tau2`; see `task.py`."""

@@ -2,8 +2,8 @@
 
 The agent calls a tool by writing one line of JSON, `{"name": ..., "arguments": {...}}`; its result
 comes back with the role `tool`. Anything else goes to the customer, who is no language model here:
-the first message says all that the task's script has them know. A room of its own because only it
-knows the package, which is imported where it is used.
+the first message holds all that the task's script lets them know. The package is imported where it
+is used.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Tau2Config(TaskConfig):
     name: Literal["tau2"] = "tau2"
     """Which task this is."""
     domain: Domain = "retail"
-    """Whose customers and whose tools."""
+    """The domain: its customers and its tools."""
     turns: int = Field(20, ge=1)
-    """What an agent may write in an episode."""
+    """How many messages an agent may write in an episode."""
     policy: bool = True
     """Whether the prompt has the domain's policy (some 1,700 tokens)."""
     tools: bool = True
@@ -114,7 +114,8 @@ class Tau2Environment(TextEnvironment):
 
     def _answer(self, text: str) -> Message | None:
         """What comes back; nothing ends the conversation."""
-        message = importlib.import_module("tau2.data_model.message")
+        from tau2.data_model import message
+
         if not text.lstrip().startswith("{"):
             self._said.append(message.AssistantMessage(role="assistant", content=text or "."))
             if "?" not in text:
@@ -133,24 +134,25 @@ class Tau2Environment(TextEnvironment):
 
     def _judge(self) -> dict[str, float]:
         """Each part of tau2's reward that the task counts, by name."""
+        from tau2.evaluator.evaluator_action import ActionEvaluator
+        from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
+        from tau2.evaluator.evaluator_env import EnvironmentEvaluator
+
         criteria = self.task.evaluation_criteria
         counted = {basis.value for basis in criteria.reward_basis} if criteria else set()
         parts: dict[str, float] = {}
         of_environment = {"DB", "ENV_ASSERTION"} & counted
         if of_environment:
-            evaluator = importlib.import_module("tau2.evaluator.evaluator_env")
-            judge = evaluator.EnvironmentEvaluator.calculate_reward
             try:
-                found = judge(partial(_fresh, self.config.domain), self.task, self._said)
+                found = EnvironmentEvaluator.calculate_reward(
+                    partial(_fresh, self.config.domain), self.task, self._said
+                )
                 parts["environment"] = found.reward
             except ValueError:  # an assertion on something that the agent should have made
                 parts["environment"] = 0.0
-        for basis, module, name in (
-            ("ACTION", "evaluator_action", "ActionEvaluator"),
-            ("COMMUNICATE", "evaluator_communicate", "CommunicateEvaluator"),
-        ):
+        evaluators = (("ACTION", ActionEvaluator), ("COMMUNICATE", CommunicateEvaluator))
+        for basis, evaluator in evaluators:
             if basis in counted:
-                evaluator = getattr(importlib.import_module(f"tau2.evaluator.{module}"), name)
                 found = evaluator.calculate_reward(task=self.task, full_trajectory=self._said)
                 parts[basis.lower()] = found.reward
         return parts
@@ -213,7 +215,8 @@ def prepare(config: Tau2Config, seed: int, folder: Path) -> dict[str, Path]:
 
 
 def _converse(config: Tau2Config, task: Any) -> list[Message]:
-    message = importlib.import_module("tau2.data_model.message")
+    from tau2.data_model import message
+
     world, messages = _begin(config.domain, task), prompt_of(config, task)
     for line in gold_lines(task):
         result = world.get_response(message.ToolCall(id="0", **json.loads(line)))
@@ -237,7 +240,9 @@ def _signatures(world: Any) -> list[str]:
 
 def _domain(domain: Domain) -> Any:
     try:
-        importlib.import_module("loguru").logger.disable("tau2")
+        from loguru import logger
+
+        logger.disable("tau2")
         return importlib.import_module(f"tau2.domains.{domain}.environment")
     except ImportError as error:
         raise ConfigError(

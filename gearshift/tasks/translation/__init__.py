@@ -1,1 +1,1 @@
-"""The task `translation`: see `task`."""
+"""The task `translation`; see `task.py`."""

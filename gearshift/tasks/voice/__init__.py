@@ -1,1 +1,1 @@
-"""The task `voice`: see `task`."""
+"""The task `voice_assistant`; see `task.py`."""

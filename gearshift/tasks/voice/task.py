@@ -1,16 +1,14 @@
 """The voice assistant: requests for a home in plain words, to be written as one JSON command.
 
 The sentences are Home Assistant's own templates, and its parser's reading of a request is the right
-answer (see `voice_grammar`). A room of its own because all that this task asks of a model stands
-here; it knows no model and no trainer.
+answer (see `grammar.py`). This file has the environment and the data.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -27,28 +25,25 @@ from gearshift.tasks.task import Task, TaskConfig
 from gearshift.tasks.voice.answer import spoken_answer
 from gearshift.tasks.voice.commands import (
     command_text,
-    is_exact,
-    score_command,
     voice_reward,
     wrong_commands,
 )
 from gearshift.tasks.voice.grammar import Grammar, Template, grammar, read
 from gearshift.tasks.voice.noise import hear
 from gearshift.tasks.voice.phrases import phrases
+from gearshift.tasks.voice.requests import (
+    Draw,
+    halve_templates,
+    new_requests,
+    request_rng,
+    split_templates,
+)
 from gearshift.types import Message
-
-__all__ = ["command_text", "is_exact", "score_command", "voice_reward"]
 
 SYSTEM = "Write the request as one JSON command for the home."
 
 Row = dict[str, Any]
-Draw = tuple[str, Template]
-"""A request, and the template that wrote it."""
-
 HELDOUT = ("validation", "test")
-
-# How often an intent may fail to say something new before it counts as exhausted.
-_TRIES = 60
 
 
 class VoiceConfig(TaskConfig):
@@ -76,9 +71,6 @@ class VoiceConfig(TaskConfig):
     noise: float = Field(0.0, ge=0, le=0.5)
     """Word error rate of the recogniser through which every other request is heard; the right
     command stays that of what was said. 0: all are read as they are written."""
-
-
-# The environment
 
 
 class VoiceAssistantEnvironment(RowEnvironment):
@@ -132,75 +124,11 @@ def figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 @lru_cache(4)
 def _sampled(seed: int, rows: int) -> Sequence[Row]:
-    draws = _requests(grammar().templates, random.Random(named_seed(seed, "voice/rows")), set())
+    draws = new_requests(grammar().templates, random.Random(named_seed(seed, "voice/rows")), set())
     return [
         {"prompt": _prompt(u), "utterance": u, "template": t.text}
         for u, t in itertools.islice(draws, rows)
     ]
-
-
-# The data
-
-
-def split_templates(
-    heldout_fraction: float, seed: int, language: str = "en"
-) -> tuple[list[Template], list[Template]]:
-    """(training, held-out) templates: about this share of each intent's sentences is held out.
-
-    A combination of slots is never held out whole: held-out requests are new in their words, not in
-    what they mean. Templates of one text stay together, in training where several intents have it.
-    """
-    rng = _rng(seed, "templates", language)
-    everything = grammar(language).templates
-    by_intent: dict[str, dict[str, list[Template]]] = {}
-    for template in everything:
-        by_intent.setdefault(template.intent, {}).setdefault(template.text, []).append(template)
-    shared = Counter(text for texts in by_intent.values() for text in texts)
-    heldout: set[str] = set()
-    for texts in by_intent.values():
-        wanted = round(heldout_fraction * len(texts))
-        left = [t.combination for same in texts.values() for t in same]
-        for text in rng.sample(list(texts), len(texts)):
-            mine = [t.combination for t in texts[text]]
-            if (
-                wanted > 0
-                and shared[text] == 1
-                and all(left.count(c) > mine.count(c) for c in mine)
-            ):
-                heldout.add(text)
-                wanted -= 1
-                for combination in mine:
-                    left.remove(combination)
-    return (
-        [t for t in everything if t.text not in heldout],
-        [t for t in everything if t.text in heldout],
-    )
-
-
-def halve_templates(
-    heldout: Sequence[Template], seed: int, language: str = "en"
-) -> tuple[list[Template], list[Template]]:
-    """(validation, test): of each intent's held-out sentences every other one, in turn through the
-    intents, so that both have about as many.
-    """
-    rng = _rng(seed, "validation", language)
-    texts: dict[str, list[str]] = {}
-    for template in heldout:
-        of_intent = texts.setdefault(template.intent, [])
-        if template.text not in of_intent:
-            of_intent.append(template.text)
-    mixed = [text for same in texts.values() for text in rng.sample(same, len(same))]
-    validation = set(mixed[::2])
-    return (
-        [t for t in heldout if t.text in validation],
-        [t for t in heldout if t.text not in validation],
-    )
-
-
-def _rng(seed: int, name: str, language: str = "en") -> random.Random:
-    """English keeps the seeds that it has alone, whatever stands beside it."""
-    place = "" if language == "en" else f"{language}/"
-    return random.Random(named_seed(seed, f"voice/{place}{name}"))
 
 
 def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
@@ -241,8 +169,8 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
         count: int = getattr(config, name)
         each: list[list[Draw]] = []
         for i, language in enumerate(languages):
-            draws = _requests(
-                splits[language][split], _rng(seed, name, language), used,
+            draws = new_requests(
+                splits[language][split], request_rng(seed, name, language), used,
                 foreign.get((language, split)),
             )  # fmt: skip
             each.append(list(itertools.islice(draws, len(range(i, count, len(languages))))))
@@ -254,7 +182,7 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
         return taken
 
     def rows(name: str, draws: Sequence[Draw], noise: float = config.noise) -> list[Row]:
-        return _rows(draws, languages, noise, _rng(seed, f"{name}/noise"))
+        return _rows(draws, languages, noise, request_rng(seed, f"{name}/noise"))
 
     labelled, train = take("labelled"), take("train")
     unseen = {split: take(split, split) for split in HELDOUT}
@@ -274,44 +202,14 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
             for row, draw in zip(rows(split, draws), draws, strict=True)
         ]
     for name, draws in pairs.items():
-        commands = wrong_commands(((u, t.language) for u, t in draws), _rng(seed, f"{name}/wrong"))
+        commands = wrong_commands(
+            ((u, t.language) for u, t in draws), request_rng(seed, f"{name}/wrong")
+        )
         files[name] = [
             {"prompt": row["prompt"], "chosen": right, "rejected": wrong}
             for row, (right, wrong) in zip(rows(name, draws), commands, strict=True)
         ]
     return write_rows(folder, files)
-
-
-def _requests(
-    templates: Sequence[Template],
-    rng: random.Random,
-    used: set[str],
-    known: Grammar | None = None,
-) -> Iterator[Draw]:
-    """New requests, intent after intent, so that any first part holds all intents alike.
-
-    Left out: what nobody says, what is in `used` (to which is added what comes), what the parser
-    reads as another intent or not at all, and what `known` reads. An intent that has nothing new to
-    say drops out; the end is when all have.
-    """
-    by_intent: dict[str, list[Template]] = {}
-    for template in templates:
-        by_intent.setdefault(template.intent, []).append(template)
-    while by_intent:
-        for intent in rng.sample(list(by_intent), len(by_intent)):
-            for _ in range(_TRIES):
-                template = rng.choice(by_intent[intent])
-                judge = grammar(template.language)
-                utterance = judge.write(template, rng)
-                if utterance in used or judge.home.clumsy.search(utterance):
-                    continue
-                gold = read(utterance, template.language)
-                if gold and gold.intent == intent and not (known and known.reads(utterance)):
-                    used.add(utterance)
-                    yield utterance, template
-                    break
-            else:
-                del by_intent[intent]
 
 
 def _rows(
@@ -338,7 +236,7 @@ def _prompt(heard: str) -> list[Message]:
 def _gold(draw: Draw) -> str:
     utterance, template = draw
     gold = read(utterance, template.language)
-    assert gold is not None  # `_requests` yields what the parser reads
+    assert gold is not None  # `new_requests` yields what the parser reads
     return command_text(gold)
 
 
