@@ -1,7 +1,7 @@
-"""Where an answer stands in a chat template's text, and what a policy writes of it.
+"""Finds where an answer stands in a chat template's text, and what a policy must write there.
 
-It is told by comparing texts: of the conversation that asks and of the one that is answered, and of
-the same ones with probes in the place of the words.
+It compares texts: that of the conversation before the answer, that of the conversation with the
+answer, and the same texts with probes in place of the messages' words.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Span = tuple[int, int]
 
 
 class AmbiguousAnswerError(DataError):
-    """The template does not let an answer be told from what stands before it."""
+    """The template's text does not show where an answer begins."""
 
 
 def prefetch_answers(
@@ -39,7 +39,7 @@ def prefetch_answers(
     conversations: Sequence[Sequence[Message]],
     options: TemplateOptions | None,
 ) -> None:
-    """Have what `written_answer` needs of these conversations made at once."""
+    """Render at once all texts that `prompt_and_answer` needs for these conversations."""
     probe = {"role": "assistant", "content": PROBE}
     needed = [
         pair
@@ -56,8 +56,8 @@ def prefetch_answers(
 def prompt_and_answer(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> tuple[str, str]:
-    """The text that asks for the last message, and what a policy writes after it: the message,
-    through its end token. Raises `DataError` if that cannot be told.
+    """The text that asks for the last message, and the text that a policy writes after it: the
+    message and its end token. Raises `DataError` if the texts do not show it.
     """
     *prompt, message = messages
     before = render_template(tokenizer, prompt, options, asks=True)
@@ -69,7 +69,8 @@ def prompt_and_answer(
     answer = None
     if whole.startswith(before):
         answer = whole[len(before) : end]
-    # Asked, the template opens the reasoning (`<think>`), which it leaves out of an answer.
+    # When a template asks for an answer, it may open the reasoning (`<think>`) that it leaves out
+    # of a complete answer.
     opened = re.search(r"<(\w+)>(\s*)(</\1>\s*)?\Z", before)
     if answer is None and opened and whole.startswith(before[: opened.start()]):
         tag, space, closed = opened.groups()
@@ -98,8 +99,8 @@ def prompt_and_answer(
 
 
 def _thought_first(content: str, rest: str, tag: str) -> str:
-    """`rest`, as the template writes an answer of this content, with the reasoning that it leaves
-    out before it; with its end alone where there is none.
+    """`rest`, the template's text of an answer with this content, preceded by the reasoning that
+    the template leaves out; if there is no reasoning, by the closing tag only.
     """
     close = f"</{tag}>"
     thought, given, said = content.rpartition(close)
@@ -117,8 +118,8 @@ def _from_header(
     probed: str,
     whole: str,
 ) -> str | None:
-    """What follows the text that opens an answer, asked and answered alike: some templates write
-    what stands before the last question differently once it is answered.
+    """The text after the header that opens an answer, which is the same with and without the
+    answer: some templates change the text before the last question once it is answered.
     """
     question = {**prompt[-1], "content": MARK}
     asking = render_template(tokenizer, [*prompt[:-1], question], options, asks=True)
@@ -134,13 +135,15 @@ def _from_header(
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
-    """Where the last answer's end token ends. `tail`: what the template writes after an answer."""
+    """Where the last answer's end token ends. `tail` is what the template writes after an
+    answer.
+    """
     special = special_token_pattern(tokenizer)
     first = re.search(special, tail)
     if whole.endswith(tail):
         return len(whole) - len(tail) + (first.end() if first else len(tail))
-    # After a tool call it may be another one: the same if it is among those at the end, or the
-    # first of them.
+    # After a tool call the end token may be a different one: take the same token if it is among
+    # those at the end, otherwise the first of them.
     run = _trailing(whole, special)
     same = re.compile(re.escape(first.group()) if first else "(?!)")
     found = same.search(whole, run) or re.compile(special).search(whole, run)
@@ -148,9 +151,9 @@ def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:
 
 
 def _trailing(text: str, special: str) -> int:
-    """Where the white space and the special tokens begin that a text ends with.
+    """The position of the white space and special tokens at the end of a text.
 
-    One pass: a pattern for all of it would begin anew at each space inside a long run of them.
+    It is one pass: a pattern for all of it would start again at each space of a long run of spaces.
     """
     start = len(text)
     for token in [*reversed(list(re.finditer(special, text))), None]:
@@ -171,8 +174,8 @@ def answer_span(
     before: str,
     answer: str,
 ) -> Span | None:
-    """Where answer i stands in the text of the whole conversation; None if it is not there as a
-    policy writes it: after the text that asks for it, with all its words, and an end token.
+    """Where answer i stands in the text of the whole conversation. None if it is not there as a
+    policy writes it: after the text that asks for it, with all its words, and with an end token.
     """
     if whole.startswith(before + answer):
         return len(before), len(before + answer)
@@ -196,11 +199,11 @@ def answer_span(
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase, tail: str, answer: str) -> str:
-    """The end token that `tail`, what stands after an earlier answer, begins with; and "" if it has
-    none, and begins with the next message.
+    """The end token at the start of `tail`, the text after an earlier answer; "" if it starts with
+    the next message instead.
 
-    It may be another one than the last answer's. What opens a message is followed by the name of a
-    role or by the words; an end token by what opens the next one.
+    It may differ from the last answer's end token. A token that opens a message is followed by the
+    name of a role or by words; an end token is followed by a token that opens the next message.
     """
     special = special_token_pattern(tokenizer)
     last = re.search(f"{special}$", answer)

@@ -1,6 +1,7 @@
-"""Chats to tokens by the tokenizer's own template, with exact masks of what the assistant said.
+"""Chats as tokens, by the tokenizer's own chat template, with exact masks of the assistant's
+answers.
 
-What an answer is is told by comparing the template's texts: what stands between a conversation that
+An answer is found by comparing the template's texts: the difference between a conversation that
 asks for an answer and the same conversation with the answer is what the assistant must learn to
 write, its end token included.
 """
@@ -45,8 +46,8 @@ def render_prompt(
     messages: Sequence[Message],
     options: TemplateOptions | None = None,
 ) -> list[int]:
-    """Token ids of a conversation that asks for the assistant's next words. Raises `DataError`,
-    also if the template leaves out some of it.
+    """The token ids of a conversation that asks for the assistant's next message. Raises
+    `DataError`, also if the template leaves out a part of the conversation.
     """
     check_nothing_lost(tokenizer, messages, options)
     return _encode(tokenizer, render_template(tokenizer, messages, options, asks=True))
@@ -57,13 +58,14 @@ def render_supervised(
     messages: Sequence[Message],
     options: TemplateOptions | None = None,
 ) -> Rendered:
-    """(token ids, mask): the ids are the template's own rendering of the whole conversation; the
-    mask is 1 on each assistant message's words and its end token, not on what the template writes
-    after it. An answer that the template opens only when it asks for it (with `<think>`) follows
-    the prompt as it is when it asks.
+    """(token ids, mask) of a whole conversation. The ids are the template's own rendering. The mask
+    is 1 on each assistant message and its end token, and 0 on what the template writes after it. If
+    the template opens an answer only when it asks for one (with `<think>`), the answer follows the
+    prompt in that form.
 
-    Raises `DataError` if the template cannot tell where an answer begins, or a policy would have
-    written an earlier one in another way; `render_conversation` gives that one its own sequence.
+    Raises `DataError` if the texts do not show where an answer begins, or if a policy would have
+    written an earlier answer in another form; `render_conversation` gives such an answer a sequence
+    of its own.
     """
     rendered = render_conversation(tokenizer, messages, options)
     if len(rendered) > 1:
@@ -80,11 +82,13 @@ def render_conversation(
     options: TemplateOptions | None = None,
     untrained: Collection[int] = (),
 ) -> list[Rendered]:
-    """As few sequences as train each answer as a policy writes it, but those `untrained`: the
-    whole conversation, and one up to each answer that the whole has in a form that is not so.
+    """The fewest sequences that train each answer as a policy writes it, without the answers in
+    `untrained`: the whole conversation, and one more for each answer that the whole conversation
+    shows in another form.
 
-    Templates drop an earlier answer's reasoning, or open one that is asked for with `<think>`.
-    Raises `DataError` if an answer cannot be told, or the template leaves out some of the words.
+    Templates drop the reasoning of an earlier answer, or open an answer that they ask for with
+    `<think>`. Raises `DataError` if the texts do not show an answer, or the template leaves out
+    some of the words.
     """
     check_nothing_lost(tokenizer, messages, options)
     answers = [
@@ -114,8 +118,8 @@ def render_conversation(
 
 
 def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
-    """(token ids, mask) of a plain text and the end token; everything is trained but the first
-    token, a BOS where the tokenizer puts one: nothing predicts it.
+    """(token ids, mask) of a plain text and the end token. Everything is trained except the first
+    token, because no token predicts it; where the tokenizer puts a BOS, it is that.
     """
     ids = tokenizer.encode(replace_surrogates(text), add_special_tokens=False)
     bos = _bos(tokenizer)
@@ -130,8 +134,8 @@ def render_completion(
     completion: str | Message,
     options: TemplateOptions | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(ids of the prompt, ids of the answer with its end token); the answer is a text, or a message
-    with its tool calls or reasoning. Raises `DataError`.
+    """(ids of the prompt, ids of the answer with its end token). The answer is a text, or a message
+    with tool calls or reasoning. Raises `DataError`.
     """
     message = completion
     if isinstance(message, str):
@@ -144,8 +148,8 @@ def completion_texts(
     answered: Sequence[Message],
     options: TemplateOptions | None = None,
 ) -> tuple[str, str]:
-    """The template's texts of the prompt and of its answer, the last message, with its end token.
-    Raises `DataError`.
+    """The template's texts of the prompt and of its answer, which is the last message, with its end
+    token. Raises `DataError`.
     """
     check_nothing_lost(tokenizer, answered, options)
     prefetch_answers(tokenizer, [answered], options)
@@ -157,11 +161,11 @@ def render_turn(
     said: Sequence[Message],
     options: TemplateOptions | None = None,
 ) -> list[int]:
-    """What follows an answer's end token when these messages come next and the assistant is asked
-    again.
+    """The tokens between an answer's end token and the next answer, when these messages come in
+    between.
 
-    So that an episode goes on from the sampled tokens themselves: they are never encoded a second
-    time.
+    With them an episode continues from the sampled tokens themselves, which are never encoded a
+    second time.
     """
     opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
@@ -169,7 +173,7 @@ def render_turn(
     except DataError:
         if said[0]["role"] != "tool":
             raise
-        # This template wants to know what the tool answers.
+        # this template needs the call that the tool answers
         opening[1] = _calling(said[0].get("name") or "tool")
         whole = render_template(tokenizer, [*opening, *said], options, asks=True)
     check_nothing_lost(tokenizer, [*opening, *said], options)
@@ -189,8 +193,8 @@ def render_turn(
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an assistant's turn: EOS, and those that the template puts there, after
-    words and after a tool call. EOS alone where that cannot be told.
+    """The tokens that end an assistant's turn: EOS, and the tokens that the template writes after
+    words and after a tool call. Only EOS if the texts do not show them.
     """
     found = {t for t in [tokenizer.eos_token_id] if t is not None}
     for answer in ({"role": "assistant", "content": PROBE}, _calling("tool")):
@@ -211,7 +215,7 @@ def _calling(name: str) -> Message:
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, answer: str, message: Message) -> None:
-    """Raises `DataError` if a policy would not learn from this answer to end where it ends."""
+    """Raises `DataError` if a policy would not learn to end where this answer ends."""
     end = re.search(f"{special_token_pattern(tokenizer)}$", answer)
     if not end:
         raise DataError(
@@ -230,7 +234,7 @@ def _marked(
     options: TemplateOptions | None,
     untrained: Collection[int],
 ) -> Rendered:
-    """By the template's own marks, one run of them an answer."""
+    """(token ids, mask) by the template's own marks, which enclose each answer."""
     ids, mask = render_marked(tokenizer, messages, options)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     starts = [j for j, m in enumerate(mask) if m and (j == 0 or not mask[j - 1])]
@@ -247,8 +251,8 @@ def _marked(
 def _continued(
     tokenizer: PreTrainedTokenizerBase, before: str, after: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of two texts that follow each other. Where a token would lie across the border, the
-    second is encoded alone: a policy writes after the prompt's own tokens.
+    """The token ids of two texts that follow each other. Where a token would cross the border, the
+    second text is encoded alone: a policy writes after the prompt's own tokens.
     """
     first, both = _encode(tokenizer, before), _encode(tokenizer, before + after)
     if both[: len(first)] == first:
@@ -257,8 +261,8 @@ def _continued(
 
 
 def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Rendered:
-    """(ids, mask) of a text: 1 on each token with a character in one of the spans."""
-    if not tokenizer.is_fast:  # it gives no offsets
+    """(ids, mask) of a text; the mask is 1 on each token with a character in one of the spans."""
+    if not tokenizer.is_fast:  # such a tokenizer gives no offsets
         ids = _encode(tokenizer, text)
         ends = [len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids))]
         parts = zip([0, *ends], ends, strict=False)
@@ -270,13 +274,13 @@ def _masked(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
     for start, end in encoded["offset_mapping"]:
         # Some tokenizers leave white space out of a token's offsets.
         start, before = min(start, before), end
-        span = bisect_right(lasts, start)  # the first that does not end before the token
+        span = bisect_right(lasts, start)  # the first span that does not end before the token
         mask.append(int(span < len(firsts) and firsts[span] < end))
     return ids, mask
 
 
 def _apart(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Where the spans begin and end, in order; those that overlap are one."""
+    """The starts and the ends of the spans, in order; spans that overlap are joined."""
     firsts: list[int] = []
     lasts: list[int] = []
     for first, last in sorted(spans):
@@ -293,7 +297,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _once_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """The ids of a template's text. Raises `DataError` if BOS is there twice."""
+    """The ids of a template's text. Raises `DataError` if it begins with BOS twice."""
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise DataError(
@@ -304,6 +308,6 @@ def _once_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that the tokenizer itself puts before a text, if it does."""
+    """The BOS token, if the tokenizer puts it before a text."""
     ids: list[int] = tokenizer.encode("a")
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

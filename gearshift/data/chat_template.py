@@ -1,5 +1,5 @@
-"""A tokenizer's chat template: the text that it makes of a conversation, and what it is given
-beside the messages.
+"""A tokenizer's chat template: the text that it makes of a conversation, and its other
+arguments.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from gearshift.runtime.terminal import one_line
 from gearshift.types import Message
 
 TemplateOptions = Mapping[str, Any]
-"""What a row gives a template beside its messages: `tools`, and further arguments by name."""
+"""What a row passes to a template besides its messages: `tools`, and further arguments by name."""
 PROBE = "Qzprobe"
-"""Words that no conversation has: where they come out shows what a template does with a text."""
+"""Words that no conversation contains; their position in a text shows what a template did with a
+message.
+"""
 MARK = "Qzmark"
-"""The same, for another text beside it."""
+"""Such words for a second message."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""The keys under which templates read an answer's reasoning; rows are read into the first."""
+"""The keys under which templates read an answer's reasoning; the first one is ours."""
 MAX_SIZE = 1 << 22
-"""Characters of a conversation: as much as a million tokens of text."""
+"""How many characters a conversation may have: about a million tokens of text."""
 _RESERVED = {
     "messages", "add_generation_prompt", "chat_template", "conversations",
     "return_assistant_tokens_mask", "continue_final_message",
 }  # fmt: skip
-"""Arguments of a rendering that are no row's and no recipe's."""
+"""Arguments of a rendering that neither a row nor a recipe may set."""
 
 
 def render_template(
@@ -44,9 +46,10 @@ def render_template(
     options: TemplateOptions | None = None,
     asks: bool = False,
 ) -> str:
-    """The template's text of a conversation; `asks`: with what asks for the assistant's words.
+    """The template's text of a conversation; with `asks`, followed by the text that asks for an
+    answer.
 
-    Raises `DataError` if there is no template, or it refuses.
+    Raises `DataError` if there is no template, or it refuses the conversation.
     """
     given = _template_form(tokenizer, messages)
     functions = [c["function"] for m in given for c in m.get("tool_calls") or ()]
@@ -59,19 +62,19 @@ def render_template(
     except DataError:
         if not written:
             raise
-    # This template takes a call's arguments as JSON in a text, not as what JSON means.
+    # This template expects the arguments of a call as JSON text, not as an object.
     return _rendered(tokenizer, [_with_json(message) for message in given], options, asks)[0]
 
 
 def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template marks what the assistant says, as `{% generation %}`."""
+    """Whether the template marks the assistant's words with `{% generation %}`."""
     return re.search(r"{%-?\s*generation\b", template_source(tokenizer)) is not None
 
 
 def render_marked(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> tuple[list[int], list[int]]:
-    """(token ids, mask) by these marks."""
+    """(token ids, mask) by the template's `{% generation %}` marks."""
     text, spans = _rendered(tokenizer, _template_form(tokenizer, messages), options, marks=True)
     encoded = tokenizer(text, add_special_tokens=False)
     ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
@@ -87,9 +90,10 @@ def render_marked(
 def check_nothing_lost(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions | None
 ) -> None:
-    """Raises `DataError` if the template leaves out what the conversation or its options say.
+    """Raises `DataError` if the template leaves out a part of the conversation or of its options.
 
-    The reasoning of an answer is looked for where it is the last one: most templates drop it later.
+    The reasoning of an answer is checked as if the answer were the last one, because most templates
+    drop earlier reasoning.
     """
     options = options or {}
     if unread := [n for n in options if n != "tools" and not reads(tokenizer, n)]:
@@ -101,7 +105,7 @@ def check_nothing_lost(
 
 
 def _with_marks(i: int, message: Message) -> Message:
-    """The message with a mark of its own in the place of each text."""
+    """The message, with a different mark in place of each text."""
     marked = dict(_with_calls(message))
     for key in ("content", REASONING[0], "name"):
         if message.get(key):
@@ -125,8 +129,9 @@ def _with_marks(i: int, message: Message) -> Message:
 def _first_lost(
     tokenizer: PreTrainedTokenizerBase, source: str, form: str, what: str
 ) -> str | None:
-    """What does not come out of a conversation of this form (messages of marks), if anything.
-    `source` and `what` tell apart what the tokenizer is given.
+    """The first part of a conversation of this form (messages of marks) that the template leaves
+    out, if there is one. `source` and `what` are there for the cache: they describe the arguments
+    of the template.
     """
     messages, (_, options) = json.loads(form), json.loads(what)
     try:
@@ -149,7 +154,7 @@ def _first_lost(
                 return f"`{REASONING[0]}` {of}"
     except EndlessTemplateError:
         raise
-    except DataError:  # it refuses marks; what it makes of the texts themselves will be seen
+    except DataError:  # the template refuses marks; its texts will show what it does
         return None
     return None
 
@@ -157,8 +162,8 @@ def _first_lost(
 def _all_texts(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: TemplateOptions
 ) -> str:
-    """The conversation, and what asks for its last answer: some templates write only there what
-    comes before a question.
+    """The text of the conversation, and the text that asks for its last answer: some templates
+    write only in the latter what comes before a question.
     """
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     before = render_template(tokenizer, asked, options, asks=True) if asked else ""
@@ -166,12 +171,12 @@ def _all_texts(
 
 
 def no_spaces(text: str) -> str:
-    """Without white space, which templates trim and add."""
+    """The text without white space, which templates remove and add."""
     return "".join(text.split())
 
 
 def left_out_message(what: str) -> str:
-    """The error's words for something that does not come out."""
+    """The error message for something that a template leaves out."""
     return (
         f"the chat template leaves out {what}; take it out of the row, or give the tokenizer a "
         "template that writes it."
@@ -183,7 +188,7 @@ def prefetch_texts(
     conversations: Iterable[tuple[Sequence[Message], bool]],
     options: TemplateOptions | None,
 ) -> None:
-    """Have the texts of what `text_of` will be asked for, (messages, asks) each, made at once."""
+    """Render at once the texts that `render_template` will need, for pairs of (messages, asks)."""
     requests = [
         _request(tokenizer, _template_form(tokenizer, messages), options, asks)
         for messages, asks in conversations
@@ -200,7 +205,7 @@ def _rendered(
     asks: bool = False,
     marks: bool = False,
 ) -> Rendering:
-    """The template's text, and where its marks stand, as `apply_chat_template` renders it."""
+    """The template's text and the positions of its marks, as `apply_chat_template` renders them."""
     source, said, arguments = _request(tokenizer, messages, options, asks)
     text, spans = renderer.render(tokenizer.name_or_path, source, said, arguments, marks)
     return replace_surrogates(text), spans
@@ -224,7 +229,7 @@ def _request(
         source = bound.pop("chat_template", None) or tokenizer.get_chat_template(
             None, options.get("tools")
         )
-    except ValueError as error:  # several templates, and none for this
+    except ValueError as error:  # there are several templates, and none for this case
         raise DataError(one_line(str(error))) from None
     given = {**bound, **options}
     if taken := given.keys() & _RESERVED:
@@ -236,8 +241,8 @@ def _request(
 
 
 def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
-    """The message with its reasoning under the keys that the template reads; before the content,
-    where the template knows it as a part of that only.
+    """The message with its reasoning under the keys that the template reads; if it reads reasoning
+    only as a part of the content, it is put before the content.
     """
     reasoning = message.get(REASONING[0])
     if not reasoning:
@@ -264,7 +269,7 @@ def _template_form(
 
 
 def _with_calls(message: Message) -> Message:
-    """The message with its calls in the one form, whoever wrote them."""
+    """The message with its calls in one common form."""
     calls = message.get("tool_calls")
     return {**message, "tool_calls": read_calls(calls, "tool_calls")} if calls else message
 
@@ -284,7 +289,7 @@ def _json(value: Any) -> str:
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A pattern of those with a name (EOS and so on), and of those that are only added: Phi's
+    """A pattern for the named special tokens (EOS and so on), and for the added ones, such as Phi's
     `<|end|>`.
     """
     return _specials(tokenizer, len(tokenizer))
@@ -292,7 +297,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(16)
 def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
-    """`size` tells apart what the tokenizer had before tokens were added to it."""
+    """`size` is there for the cache: tokens may be added to the tokenizer."""
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
     return f"(?:{'|'.join(map(re.escape, names))})" if names else "(?!)"

@@ -1,5 +1,5 @@
-"""Cleaning: mend the text, drop what is empty, twice there, or of the wrong length; and say how
-much of each.
+"""Cleaning: repair texts, drop rows that are empty, duplicate, or of the wrong length, and count
+what was done.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from gearshift.data.text import replace_surrogates
 from gearshift.runtime.config import Config
 
 _LONGEST = 1 << 20
-"""Characters of a text in which mojibake is looked for, which takes a while for each line."""
+"""Mojibake is looked for only in texts up to this many characters, because that takes a while for
+each line.
+"""
 _BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
-# Only what is mojibake for certain is rewritten: an entity, an escape, a ligature, a curly or a
-# full-width character, a zero-width one and a decomposed letter are all right somewhere.
+# Only certain mojibake is repaired: entities, escapes, ligatures, curly or full-width characters,
+# zero-width characters and decomposed letters may all be right.
 _FIXER = ftfy.TextFixerConfig(
     unescape_html=False,
     remove_terminal_escapes=False,
@@ -38,34 +40,39 @@ _FIXER = ftfy.TextFixerConfig(
     explain=False,
 )
 _SPOKEN = frozenset(("content", "value", "text", "reasoning_content", "reasoning", "thinking"))
-"""Keys of a message, or of a part of it, that hold what is said in it."""
+"""The keys of a message, or of a part of it, that contain its words."""
 _DATA = [*(who for who, role in ROLES.items() if role == "tool"), "function_call"]
-"""Speakers whose words are data; a list, for what is given may not be hashable."""
+"""Roles whose words are data. It is a list, because a role in a row may be a value that cannot be
+hashed.
+"""
 
 
 class CleanConfig(Config):
-    """What cleaning does."""
+    """How the rows of a stage are cleaned before it learns from them."""
 
     fix_text: bool = True
-    """Mend mojibake (ftfy) in the texts that are read and learned; nothing else in them, and no
-    other column."""
+    """Repair mojibake (with ftfy) in the columns that the stage learns from. Other columns and
+    other characters stay as they are.
+    """
     strip: bool = True
-    """Take blank lines off the beginning, white space off the end and a byte order mark off a text,
-    and end its lines in a newline where all end in CR LF. Indentation stays."""
+    """Remove a byte order mark and blank lines at the beginning of a text, and white space at its
+    end; turn CR LF into newlines where all lines end so. Indentation stays.
+    """
     drop_empty: bool = True
-    """Drop rows in which a text that must be read or learned is empty or null, or is in other rows
-    of the source only. A system message or a tool's result may be empty."""
+    """Drop rows in which a text that the stage needs is empty, null, or missing although other rows
+    of the source have it. A system message or a tool's result may be empty.
+    """
     drop_duplicates: bool = True
-    """Drop rows that are, once cleaned, exactly an earlier one."""
+    """Drop rows that are exactly equal to an earlier row after cleaning."""
     min_chars: int = Field(0, ge=0)
-    """Drop rows with fewer characters in all."""
+    """Drop rows with fewer characters in total."""
     max_chars: int | None = Field(None, ge=1)
-    """Drop rows with more characters in all."""
+    """Drop rows with more characters in total; null keeps them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanReport:
-    """How many rows came, were kept, and were dropped for what."""
+    """How many rows there were, how many were kept, and why the others were dropped."""
 
     rows: int
     kept: int
@@ -84,9 +91,9 @@ class CleanReport:
 def clean(
     rows: Sequence[dict[str, Any]], config: CleanConfig, answered: bool = False
 ) -> tuple[list[dict[str, Any]], CleanReport]:
-    """The cleaned rows, and what was done. Columns that are not read and learned stay.
+    """The cleaned rows, and a report. Columns that the stage does not learn from stay as they are.
 
-    `answered`: a row that only asks is empty.
+    With `answered`, a row that has only a prompt counts as empty.
     """
     columns = frozenset(key for row in rows for key in row)
     kept: list[dict[str, Any]] = []
@@ -120,7 +127,7 @@ def _mend_row(row: dict[str, Any], config: CleanConfig) -> dict[str, Any]:
 
 
 def _mend(value: Any, config: CleanConfig) -> Any:
-    """A text, a list of texts, or messages, in which only what is said is mended."""
+    """Clean a text, a list of texts, or messages; in a message, only its words."""
     if isinstance(value, str):
         return _mend_text(value, config)
     if isinstance(value, list):
@@ -144,7 +151,7 @@ def _mend_text(text: str, config: CleanConfig) -> str:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """What a row says: every value in it but nulls, and but who speaks where something is said."""
+    """All values in a row except nulls, and except the role where a message has words."""
     if isinstance(value, dict):
         said = {k: inner for k, inner in value.items() if k not in ("role", "from")}
         return [x for inner in (said or value).values() for x in _leaves(inner)]

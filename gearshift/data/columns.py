@@ -1,5 +1,5 @@
-"""What the columns of a row say: its conversation, what is asked, an answer, and what stands beside
-them. A column that says something which no other one does is used, or refused by its name.
+"""Reads a row's columns: its conversation, its prompt, an answer, and what accompanies them. A
+column with content that no other column has is either used, or refused by its name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gearshift.errors import DataError
 from gearshift.types import Message
 
 ALPACA_PROMPT = ("instruction", "input", "history")
-"""Alpaca's columns that ask."""
+"""The columns of Alpaca that make up the prompt."""
 CONTEXT_COLUMNS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
-"""Columns that stand beside a conversation."""
+"""The columns that accompany a conversation."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _TEXT_COLUMNS = (
     "text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
@@ -32,11 +32,11 @@ _TEXT_COLUMNS = (
 
 
 def template_options(row: Row) -> dict[str, Any]:
-    """What the chat template gets besides the messages. Raises `DataError`."""
+    """The arguments of the chat template besides the messages. Raises `DataError`."""
     given = row.get("chat_template_kwargs", {})
     if not isinstance(given, Mapping):
         raise DataError(f"`chat_template_kwargs` is {show(given)}; it must be an object.")
-    # OpenAI's older name; other rows may have functions of another kind.
+    # `functions` is OpenAI's older name; in rows of other formats it may mean something else.
     names = ("tools", "functions") if "messages" in row else ("tools",)
     tools = [read_tools(row[name]) for name in names if row.get(name)]
     if len(tools) == 2 and tools[0] != tools[1]:
@@ -45,7 +45,7 @@ def template_options(row: Row) -> dict[str, Any]:
 
 
 def refuse_unused(row: Row, columns: Sequence[str]) -> None:
-    """Raises `DataError` if the row has one of these, which its format does not use."""
+    """Raises `DataError` if the row has one of these columns, which its format does not use."""
     if unused := [column for column in columns if row.get(column) not in (None, [], {})]:
         raise DataError(
             f"`{unused[0]}` is not used with the row's other columns; take the column out."
@@ -53,9 +53,9 @@ def refuse_unused(row: Row, columns: Sequence[str]) -> None:
 
 
 def refuse_unused_text(row: Row, used: Sequence[str]) -> None:
-    """Raises `DataError` if a column beside those `used` says what none of them says.
+    """Raises `DataError` if a column outside `used` has text that none of the used columns has.
 
-    Many sets give a prompt, or the whole text, once more in a column of its own.
+    Many data sets repeat the prompt, or the whole text, in a column of its own.
     """
     refuse_unused(row, [c for c in (*_MEDIA, "history") if c not in used])
     said = [text for column in used for text in _texts(row.get(column))]
@@ -78,14 +78,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def conversation(row: Row) -> list[Message]:
-    """The messages of `messages` or ShareGPT's `conversations`. Raises `DataError`."""
+    """The messages of `messages` or of ShareGPT's `conversations`. Raises `DataError`."""
     key = "messages" if "messages" in row else "conversations"
     return with_system(read_messages(row[key], key), row)
 
 
 def prompt_messages(row: Row, *columns: str) -> list[Message]:
-    """What is asked, in the first of these columns that the row has: `prompt`, Alpaca's
-    `instruction`, or the turns of a conversation; without an answer. Raises `DataError`.
+    """The prompt in the first of these columns that the row has: `prompt`, Alpaca's `instruction`,
+    or the turns of a conversation, without an answer. Raises `DataError`.
     """
     column = next(column for column in columns if column in row)
     value = row[column]
@@ -106,7 +106,7 @@ def _user(content: str) -> Message:
 
 
 def _history(value: Any) -> list[Message]:
-    """Alpaca's earlier turns: pairs of what was asked and answered."""
+    """Alpaca's earlier turns: pairs of a question and its answer."""
     messages: list[Message] = []
     for pair in to_list(value, "history"):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -117,7 +117,9 @@ def _history(value: Any) -> list[Message]:
 
 
 def with_system(messages: list[Message], row: Row) -> list[Message]:
-    """With the system message of a column beside them. Raises `DataError` if they have another."""
+    """The messages, with the system message of a column beside them. Raises `DataError` if they
+    have a different one.
+    """
     for column in ("system", "system_prompt"):
         if column not in row:
             continue
@@ -132,7 +134,9 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
 
 
 def answer_messages(value: Any, key: str) -> list[Message]:
-    """An answer: a text, a message, or messages of which the last is one. Raises `DataError`."""
+    """The messages of an answer: of a text, a message, or a list of messages whose last one is an
+    answer. Raises `DataError`.
+    """
     if isinstance(value, str):
         return [{"role": "assistant", "content": to_text(value, key)}]
     messages = (
@@ -144,12 +148,12 @@ def answer_messages(value: Any, key: str) -> list[Message]:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether the assistant says it."""
+    """Whether the message is the assistant's."""
     return bool(message["role"] == "assistant")
 
 
 def to_boolean(value: Any, key: str) -> bool:
-    """True or false, in a table's or a text's form too. Raises `DataError`."""
+    """True or false, also as a number or a text. Raises `DataError`."""
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     known = words.get(str(value).lower()) if isinstance(value, str | int | float) else None
     if known is None:
@@ -158,7 +162,7 @@ def to_boolean(value: Any, key: str) -> bool:
 
 
 def to_number(value: Any, key: str) -> float:
-    """A finite number, in a text too. Raises `DataError`."""
+    """A finite number, also as a text. Raises `DataError`."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

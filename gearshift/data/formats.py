@@ -1,4 +1,4 @@
-"""The ecosystem's row formats, and the few records that stages learn from."""
+"""The row formats of the ecosystem, and the few records that stages learn from."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from gearshift.types import Message
 
 
 class SourceRow(dict[str, Any]):
-    """A row that knows where it stands (`data.jsonl, line 3`), so that an error can say it."""
+    """A row that knows its place (`data.jsonl, line 3`), so that an error can name it."""
 
     __slots__ = ("raw", "where")
 
     def __init__(self, columns: Row, where: str, raw: Row | None = None) -> None:
-        """`raw`: the row as its file has it, where the columns were cleaned since."""
+        """`raw` is the row as the file has it, if the columns have been cleaned."""
         super().__init__(columns)
         self.where = where
         self.raw: Row = columns if raw is None else raw
@@ -43,7 +43,7 @@ class SourceRow(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """Plain text, all of it trained. `where`, here and below, is where its row stands."""
+    """A plain text; all of it is trained. `where`, here and below, is the place of its row."""
 
     text: str
     where: str = field(default="", compare=False)
@@ -53,19 +53,20 @@ class TextExample:
 class ChatExample:
     """A conversation; the assistant's messages are trained.
 
-    `options`, here and below: what the chat template gets besides, `tools` and others.
+    `options`, here and below, are the arguments of the chat template besides the messages, for
+    example `tools`.
     """
 
     messages: list[Message]
     options: dict[str, Any] = field(default_factory=dict)
     untrained: frozenset[int] = frozenset()
-    """The places of answers that are not trained."""
+    """The positions of answers that are not trained."""
     where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptExample:
-    """Something to answer, and the columns that rewards may read."""
+    """A prompt, and the columns that rewards may read."""
 
     prompt: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
@@ -75,20 +76,20 @@ class PromptExample:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """A better and a worse answer: a text, or a message with more than that."""
+    """A better and a worse answer; each is a text, or a message with more than a text."""
 
     prompt: list[Message]
     chosen: str | Message
     rejected: str | Message
     margin: float = 0.0
-    """By how much the better one should win."""
+    """How clearly the better answer should win."""
     options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class UnpairedExample:
-    """An answer, and whether it is a good one."""
+    """An answer, and whether it is good."""
 
     prompt: list[Message]
     completion: str | Message
@@ -99,7 +100,7 @@ class UnpairedExample:
 
 @dataclass(frozen=True, slots=True)
 class StepwiseExample:
-    """An answer in steps, and whether each is right."""
+    """An answer in steps, and whether each step is right."""
 
     prompt: list[Message]
     steps: list[str]
@@ -110,7 +111,7 @@ class StepwiseExample:
 
 @contextmanager
 def errors_at(where: str) -> Iterator[None]:
-    """Errors about data, raised in here, begin with where the row stands."""
+    """Errors about data inside begin with the place of the row."""
     try:
         yield
     except DataError as error:
@@ -128,7 +129,7 @@ Record = TypeVar(
 
 
 def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
-    """The conversion, its errors and its record saying where the row stands."""
+    """The conversion, with the row's place in its errors and in its record."""
 
     @wraps(convert)
     def located(row: Row) -> Record:
@@ -141,7 +142,7 @@ def _located(convert: Callable[[Row], Record]) -> Callable[[Row], Record]:
 
 @_located
 def to_supervised(row: Row) -> ChatExample | TextExample:
-    """From `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
+    """Read `messages`, `prompt`/`completion`, ShareGPT, Alpaca or `text`. Raises `DataError`."""
     if "messages" in row or "conversations" in row:
         used: tuple[str, ...] = ("messages" if "messages" in row else "conversations",)
         messages = conversation(row)
@@ -180,8 +181,8 @@ def to_supervised(row: Row) -> ChatExample | TextExample:
 
 @_located
 def to_prompt(row: Row) -> PromptExample:
-    """From `prompt` (text or messages), `messages`, ShareGPT or Alpaca; of a conversation that ends
-    with an answer, what comes before it. Every other column is kept. Raises `DataError`.
+    """Read `prompt` (a text or messages), `messages`, ShareGPT or Alpaca; if a conversation ends
+    with an answer, its prompt is what comes before. Every other column is kept. Raises `DataError`.
     """
     if not {"prompt", "messages", "conversations", "instruction"} & set(row):
         _unknown(row, "prompt; messages; conversations; instruction")
@@ -202,8 +203,8 @@ def to_prompt(row: Row) -> PromptExample:
 
 @_located
 def to_preference(row: Row) -> PreferenceExample:
-    """From `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that share all but
-    the last message.
+    """Read `prompt`/`chosen`/`rejected`, or `chosen`/`rejected` conversations that differ only in
+    their last message.
 
     Raises `DataError`.
     """
@@ -245,7 +246,9 @@ def _pair(row: Row) -> PreferenceExample:
 
 @_located
 def to_unpaired(row: Row) -> PreferenceExample | UnpairedExample:
-    """From `prompt`/`completion`/`label` (true: a good answer), or a pair. Raises `DataError`."""
+    """Read `prompt`/`completion`/`label` (true: a good answer), or a preference pair. Raises
+    `DataError`.
+    """
     if {"chosen", "rejected"} <= set(row):
         return _pair(row)
     if not {"prompt", "completion", "label"} <= set(row):
@@ -261,7 +264,7 @@ def to_unpaired(row: Row) -> PreferenceExample | UnpairedExample:
 
 @_located
 def to_stepwise(row: Row) -> StepwiseExample:
-    """From `prompt`/`completions`/`labels`: the steps of one answer and whether each is right.
+    """Read `prompt`/`completions`/`labels`: the steps of one answer, and whether each is right.
 
     Raises `DataError`.
     """
@@ -285,12 +288,12 @@ def _unknown(row: Row, accepted: str) -> NoReturn:
 
 
 def _without_flag(message: Message) -> Message:
-    """The message without its flag, which no template reads."""
+    """The message without its `train` flag, which no template reads."""
     return {key: value for key, value in message.items() if key != "train"}
 
 
 def _compared_answer(message: Message) -> str | Message:
-    """An answer that is compared or judged: its text, where it is no more than that."""
+    """An answer for a comparison: its text, if the message has nothing else."""
     if "train" in message:
         raise DataError("an answer that is compared is flagged not to be trained; drop the row.")
     return message["content"] if set(message) == {"role", "content"} else message

@@ -1,6 +1,6 @@
-"""Messages as rows write them, in the worlds of OpenAI, ShareGPT and others, in one form: `role`,
-`content`, and where they are given `name`, `tool_calls`, `tool_call_id` and `reasoning_content`.
-What a message says besides is refused by its name.
+"""Reads messages in the forms of OpenAI, ShareGPT and others, and returns one form: `role`,
+`content`, and where they exist `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. Any
+other content of a message is refused by its name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ROLES = {
     "ipython": "tool",
     "function_response": "tool",
 }
-"""Who speaks, and the template's name for it."""
+"""For each role in a row, the role that templates know."""
 FLAGS = ("weight", "train", "training", "loss")
-"""Whether an answer is trained: 1, true; 0, false."""
+"""Keys that say whether an answer is trained: 1 or true, 0 or false."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALLS = ("tool_calls", "function_call")
@@ -39,7 +39,7 @@ _KEYS = ("name", "tool_call_id", *_REASONING, *_CALLS, *FLAGS)
 
 
 def read_messages(value: Any, key: str) -> list[Message]:
-    """The messages of one column. One that is not trained has `train: False`.
+    """The messages of one column. A message that is not trained has `train: False`.
 
     System messages without words are left out. Raises `DataError`.
     """
@@ -56,7 +56,7 @@ def read_messages(value: Any, key: str) -> list[Message]:
 
 
 def read_message(item: Any, key: str) -> Message:
-    """One message, in either world's words. Raises `DataError`."""
+    """One message, in OpenAI's or ShareGPT's form. Raises `DataError`."""
     if not isinstance(item, Mapping) or not ({"role"} <= set(item) or {"from"} <= set(item)):
         raise DataError(
             f"a message in `{key}` is {show(item)}; it must have `role` and `content`, or `from` "
@@ -98,7 +98,7 @@ def read_message(item: Any, key: str) -> Message:
 
 
 def _add_rest(message: Message, item: Mapping[str, Any]) -> None:
-    """What a message has beside its words."""
+    """Add everything that a message has besides its words."""
     for name in ("name", "tool_call_id"):
         if item.get(name):
             message[name] = to_text(item[name], name)
@@ -146,7 +146,7 @@ def _content(value: Any, key: str) -> tuple[str, str]:
 
 
 def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
-    """Tool calls as templates take them: their arguments as an object."""
+    """Tool calls in the form that templates expect: their arguments are an object."""
     value = parse_json(value, key) if isinstance(value, str) else value
     calls = []
     for item in value if isinstance(value, list) else [value]:
@@ -172,7 +172,7 @@ def read_calls(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Tools as JSON schemas: a list, or JSON of one. Raises `DataError`."""
+    """Tools as JSON schemas, from a list, or from a list as JSON text. Raises `DataError`."""
     value = parse_json(value, "tools") if isinstance(value, str) else value
     tools = [parse_json(t, "tools") if isinstance(t, str) else t for t in to_list(value, "tools")]
     for tool in tools:
@@ -201,14 +201,14 @@ def to_list(value: Any, key: str) -> list[Any]:
 
 
 def to_text(value: Any, key: str, empty: bool = False) -> str:
-    """The value, if it is a text, and not an empty one. Raises `DataError`."""
+    """The value, if it is a text and not empty. Raises `DataError`."""
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"`{key}` is {show(value)}; it must be a text that is not empty.")
     return value
 
 
 def parse_json(text: str, key: str) -> Any:
-    """What JSON in a text means. Raises `DataError`."""
+    """The value of a JSON text. Raises `DataError`."""
     try:
         return from_json(text)
     except ValueError as error:
@@ -216,5 +216,5 @@ def parse_json(text: str, key: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value in an error."""
+    """A value as an error shows it."""
     return one_line(repr(value[:100] if isinstance(value, str) else value), 40)

@@ -1,8 +1,8 @@
-"""Several sources with weights as one endless order of examples: a pure function of (seed,
-position).
+"""Mixes several sources with weights into one endless order of examples, which is a pure function
+of (seed, position).
 
-So the data position in a checkpoint is the step, and a resumed run sees what the uninterrupted one
-would have.
+So a checkpoint needs only the step to know the position in the data, and a resumed run sees what an
+uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ T = TypeVar("T")
 
 
 class Mixture(Generic[T]):
-    """An epoch is a multiset of the sources' rows, shuffled anew each time; each source is walked
-    in its own shuffled order, so that no row comes twice before all of its source came once.
+    """An epoch is a multiset of the sources' rows, shuffled anew each time. Each source has its own
+    shuffled order, so no row repeats before all rows of its source have come once.
     """
 
     def __init__(self, sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> None:
-        """`weights` are relative to each other: 1 and 3 mean a quarter and three quarters of an
-        epoch.
+        """`weights` are relative: 1 and 3 mean a quarter and three quarters of an epoch.
 
         Raises `DataError` if a source is empty.
         """
@@ -40,11 +39,11 @@ class Mixture(Generic[T]):
         self._sources, self._seed = sources, seed
         rows, total = sum(map(len, sources)), sum(weights)
         self._ends = [round(rows * sum(weights[: i + 1]) / total) for i in range(len(weights))]
-        # An epoch's order, and each source's: made when reached, kept while near.
+        # The order of an epoch and of each source is made when it is needed, and kept for a while.
         self._permutation = lru_cache(maxsize=64)(self._make_permutation)
 
     def __len__(self) -> int:
-        """Examples in an epoch: as many as the sources have rows."""
+        """How many examples an epoch has: as many as the sources have rows."""
         return self._ends[-1]
 
     def rows(self) -> list[T]:
@@ -52,7 +51,7 @@ class Mixture(Generic[T]):
         return [row for source in self._sources for row in source]
 
     def example_at(self, position: int) -> T:
-        """The example at this place of the endless order."""
+        """The example at this position of the endless order."""
         epoch, place = divmod(position, len(self))
         entry = self._permutation(f"mixture/{epoch}", len(self))[place]
         source = bisect_right(self._ends, entry)
@@ -62,7 +61,7 @@ class Mixture(Generic[T]):
         return rows[self._permutation(f"source/{source}/{walk}", len(rows))[index]]
 
     def batch(self, step: int, batch_size: int) -> list[T]:
-        """Examples [step * batch_size, (step + 1) * batch_size)."""
+        """The examples [step * batch_size, (step + 1) * batch_size)."""
         return [self.example_at(step * batch_size + i) for i in range(batch_size)]
 
     def _make_permutation(self, name: str, size: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""Whether two sets of rows ask the same: prompts compared by their text, equal or nearly.
+"""Compares the prompts of two sets of rows, to find equal and nearly equal ones.
 
-For splits that must share no prompt. It knows messages and texts, no file and no split.
+It serves splits that must share no prompt. It knows messages and texts; it must not know files or
+splits.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ from gearshift.types import Message
 Codes = NDArray[np.uint64]
 
 NEAR_SHARE = 0.7
-"""Share of common pieces from which two prompts count as nearly equal."""
+"""Two prompts count as nearly equal if they share at least this part of their pieces."""
 _PIECE, _KEYS, _MOST = 5, 8, 10
 _MARKS = 100
-"""Marks on one letter that no language has."""
+"""No language has this many marks on one letter."""
 _LONGEST = 2000
-"""Characters of a prompt that are looked at for what is nearly equal."""
+"""How many characters of a prompt the search for nearly equal prompts reads."""
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """What is asked, so that equal questions are equal texts: who says what, without regard to
-    case, white space and forms of one character.
+    """The prompt as a text that is the same for equal questions: the roles and the words, without
+    differences of case, white space and Unicode form.
     """
     return "\n".join(f"{m['role']}: {_message_text(m)}" for m in messages)
 
 
 def prompt_keys(prompts: Sequence[Sequence[Message]]) -> list[str]:
-    """`prompt_text` of each without its system messages, which are most often a setting and no
-    question; with them where they are all that differs.
+    """The `prompt_text` of each prompt without its system messages, which usually only set the
+    scene; with them if they are the only difference.
     """
     bare = [prompt_text([m for m in p if m["role"] != "system"]) for p in prompts]
     return bare if len(set(bare)) > 1 else [prompt_text(p) for p in prompts]
 
 
 def row_prompts(row: Row) -> list[list[Message]]:
-    """What a row of any format has a model answer: what stands before each of the assistant's
-    turns. Nothing for plain text, and for a row that no stage would take.
+    """The prompts in a row of any format: what comes before each turn of the assistant. Empty for a
+    plain text, and for a row that no stage would accept.
     """
     try:
         if "chosen" in row:
@@ -62,12 +63,14 @@ def row_prompts(row: Row) -> list[list[Message]]:
 
 
 def near_duplicates(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(i, j): text i is nearly the other text j, the first such j. Equal ones are left out.
+    """Pairs (i, j): text i is nearly equal to the other text j; only the first such j counts. Equal
+    texts are left out.
 
-    Nearly: their pieces of five characters overlap by 0.7 (Jaccard's measure), and they have the
-    same numbers, for sums with other numbers are other questions. A bottom sketch (Broder 1997)
-    finds the candidates: at most 10 for each of the 8 least hashes of a text's pieces. So the cost
-    grows with the number of texts, and a few pairs may be missed among thousands of one template.
+    Two texts are nearly equal if their pieces of five characters overlap by 0.7 (Jaccard's measure)
+    and they have the same numbers, because sums with other numbers are other questions. A bottom
+    sketch (Broder 1997) finds the candidates: at most 10 for each of the 8 smallest hashes of a
+    text's pieces. So the cost grows with the number of texts, and a few pairs among thousands of
+    one pattern may be missed.
     """
     pieces = [_pieces(text) for text in others]
     holders: dict[int, list[int]] = {}
@@ -90,7 +93,8 @@ def _message_text(message: Message) -> str:
 
 
 def _normalized(text: str) -> str:
-    # Marks on one letter are put in order in a time that grows with the square of their number.
+    # Unicode normalization of many marks on one letter takes a time that grows with the square of
+    # their number.
     marks = b"" if text.isascii() else bytes(unicodedata.combining(c) > 0 for c in text)
     if bytes([True]) * _MARKS in marks:
         return " ".join(text.casefold().split())
@@ -98,18 +102,19 @@ def _normalized(text: str) -> str:
 
 
 def _pieces(text: str) -> Codes:
-    """Hashes of the text's stretches of `_PIECE` bytes, punctuation left out, in order."""
+    """Hashes of the text's pieces of `_PIECE` bytes, without punctuation, in order."""
     words = " ".join(re.findall(r"\w+", text[:_LONGEST])).encode().ljust(_PIECE)
     data = np.frombuffer(words, dtype=np.uint8).astype(np.uint64)
     count = len(data) - _PIECE + 1
     codes = np.zeros(count, dtype=np.uint64)
     for i in range(_PIECE):
         codes = codes << np.uint64(8) | data[i : i + count]
-    return np.unique(codes * np.uint64(0x9E3779B97F4A7C15))  # so that the least are any
+    # so that the smallest hashes are a random choice
+    return np.unique(codes * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _share(one: Codes, other: Codes) -> float:
-    """Jaccard's measure."""
+    """Jaccard's measure of two sets of pieces."""
     common = len(np.intersect1d(one, other, assume_unique=True))
     return common / (len(one) + len(other) - common)
 

@@ -1,5 +1,5 @@
-"""What a reward model reads of a conversation. A judge of texts must not be fooled by them: special
-tokens that somebody spelled in letters stay letters, and an answer that was cut has no end token.
+"""The tokens that a reward model reads. A text must not be able to deceive it: a special token that
+somebody typed in letters stays letters, and an answer that was cut has no end token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gearshift.data.text import replace_surrogates
 from gearshift.types import Message
 
 _PLACEHOLDER = "\ue000{}\ue001"
-"""Stands for a message's words while the template is rendered; private-use characters."""
+"""Replaces a message's words while the template is rendered; the characters are for private use."""
 
 
 def render_reward_input(
@@ -25,7 +25,9 @@ def render_reward_input(
     ended: bool = True,
     options: TemplateOptions | None = None,
 ) -> list[int]:
-    """Prompt and answer, its end token included where it `ended` by itself. Raises `DataError`."""
+    """The tokens of prompt and answer, with the answer's end token if it `ended` by itself. Raises
+    `DataError`.
+    """
     message = completion
     if isinstance(message, str):
         message = {"role": "assistant", "content": message}
@@ -46,7 +48,9 @@ def render_literal_prompt(
     messages: Sequence[Message],
     options: TemplateOptions | None = None,
 ) -> list[int]:
-    """`render_prompt`, where what is spelled stays letters. Raises `DataError`."""
+    """Like `render_prompt`, but the names of special tokens in the messages stay letters. Raises
+    `DataError`.
+    """
     if not _any_special_token(tokenizer, messages):
         return render_prompt(tokenizer, messages, options)
     text = render_template(tokenizer, _with_placeholders(messages), options, asks=True)
@@ -54,12 +58,12 @@ def render_literal_prompt(
 
 
 def names_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the text has a special token's name in it."""
+    """Whether the text contains the name of a special token."""
     return re.search(special_token_pattern(tokenizer), text) is not None
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that has no special tokens, whatever it spells."""
+    """The token ids of a text, without special tokens, even if it contains their names."""
     text = replace_surrogates(text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
@@ -79,7 +83,9 @@ def _with_placeholders(messages: Sequence[Message]) -> list[Message]:
 def _fill_placeholders(
     tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message]
 ) -> list[int]:
-    """The rendering of marked messages with their words in the marks' places, piece by piece."""
+    """The tokens of the rendered messages, with each message's words in place of its placeholder;
+    each piece is encoded alone.
+    """
     pieces = re.split(_PLACEHOLDER.format(r"(\d+)"), text)
     ids: list[int] = tokenizer.encode(pieces[0], add_special_tokens=False)
     for i, piece in zip(pieces[1::2], pieces[2::2], strict=True):

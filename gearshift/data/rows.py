@@ -1,4 +1,4 @@
-"""What a row gives, the same from every kind of file: tables pad with nulls, and CSV has texts
+"""Raw rows, made the same for every kind of file: tables contain nulls, and CSV contains texts
 only.
 """
 
@@ -15,14 +15,16 @@ TEXT_COLUMNS = frozenset((
     "text", "messages", "conversations", "prompt", "completion", "completions", "chosen",
     "rejected", "instruction", "input", "output", "system", "system_prompt", "history",
 ))  # fmt: skip
-"""The columns that hold what is read and learned; any other is the user's own, or tells how."""
+"""The columns that a stage learns from. All other columns are the user's own, or describe how to
+read these.
+"""
 JSON_COLUMNS = (
     "messages", "conversations", "completions", "labels", "tools", "functions",
     "history", "chat_template_kwargs",
 )  # fmt: skip
-"""Columns of lists and objects; in a file that has texts only, JSON."""
+"""Columns with lists and objects; a file that has texts only contains them as JSON."""
 MAX_NESTING = 100
-"""Lists and objects that may stand in each other; each is a step of recursion for what reads it."""
+"""How deep lists and objects may be nested; each level is one more recursion for their readers."""
 _TOO_DEEP = f"it is nested more than {MAX_NESTING} deep"
 _ANSWERED = (
     {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"},
@@ -34,7 +36,9 @@ _OPTIONAL = frozenset(("system", "system_prompt", "input", "history"))
 
 
 def from_json(text: str, **how: Any) -> Any:
-    """What JSON means. Raises `ValueError` if it is none, or is nested deeper than any row is."""
+    """The value of a JSON text. Raises `ValueError` if it is no JSON, or is nested too deeply for a
+    row.
+    """
     try:
         value = json.loads(text, **how)
         if text.count("[") + text.count("{") > MAX_NESTING:
@@ -45,7 +49,9 @@ def from_json(text: str, **how: Any) -> Any:
 
 
 def text_size(value: Any) -> int:
-    """How many all texts in it have. Raises `DataError` if it is nested deeper than any row is."""
+    """How many characters all texts in it have. Raises `DataError` if it is nested too deeply for a
+    row.
+    """
     total, level = 0, [value]
     for _ in range(MAX_NESTING + 1):
         inside: list[Any] = []
@@ -63,8 +69,8 @@ def text_size(value: Any) -> int:
 
 
 def parse_json_columns(row: Row) -> dict[str, Any]:
-    """The row with its lists and objects read, where its file has texts only. What is no JSON
-    stays, to be refused by its name.
+    """The row with its lists and objects parsed, if its file has texts only. A text that is no JSON
+    stays, and its reader refuses it by name.
     """
     row = dict(row)
     for key in {*JSON_COLUMNS, "prompt", "completion", "chosen", "rejected"} & set(row):
@@ -74,7 +80,7 @@ def parse_json_columns(row: Row) -> dict[str, Any]:
                 value = from_json(text)
             except ValueError:
                 continue
-            # A prompt that looks like a list is one only if it holds messages.
+            # A prompt that looks like a list is one only if it contains messages.
             items = value if isinstance(value, list) else [value]
             if key in JSON_COLUMNS or all(map(_is_message, items)):
                 row[key] = value
@@ -82,26 +88,26 @@ def parse_json_columns(row: Row) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether it is a message, and no other object that happens to have a role."""
+    """Whether it is a message, and not another object that happens to have a role."""
     return isinstance(value, dict) and "role" in value and bool(_MESSAGE & set(value))
 
 
 def filled_columns(row: Row) -> dict[str, Any]:
-    """What a row gives, the same from every kind of file: null and empty columns are not given, and
-    columns of lists and objects are read from JSON where the file has texts only.
+    """The columns of a row that have a value: null and empty columns are left out, and the JSON of
+    lists and objects is parsed where the file has texts only.
     """
     kept = {key: _to_json_types(value) for key, value in parse_json_columns(row).items()}
     return {key: value for key, value in kept.items() if value is not None and value != ""}
 
 
 def is_empty_row(row: Row, columns: frozenset[str], answered: bool) -> bool:
-    """Whether a row is empty where it must say something: a text that it needs, or a message of
-    user or assistant, is blank. A column that only other rows of its source (`columns`) have is
-    blank too. `answered`: a prompt alone is not enough.
+    """Whether a row has no words where it needs them: a text that it needs, or a message of user or
+    assistant, is blank. A column that only other rows of its source (`columns`) have counts as
+    blank. With `answered`, a prompt alone is not enough.
     """
     said = {key: value for key, value in filled_columns(row).items() if not _blank(value)}
     known = (columns & TEXT_COLUMNS) - _OPTIONAL
-    if not said.keys() & known:  # blank, or of no format at all, which is to be told
+    if not said.keys() & known:  # blank; or of no known format, which its reader reports
         return not said or bool(row.keys() & known)
     formats = _ANSWERED if answered else (*_ANSWERED, *_ASKED)
     if not any(needed <= set(said) for needed in formats):
@@ -129,19 +135,19 @@ def _blank(value: Any) -> bool:
 
 
 def _has_visible_text(text: str) -> bool:
-    """Whether there is anything to see in it."""
+    """Whether the text has a visible character."""
     return any(letter.isprintable() for letter in text if letter != " ")
 
 
 def _to_json_types(value: Any) -> Any:
-    """Lists and objects as JSON has them, without nulls: tables pad with them."""
+    """Lists and objects in JSON's types, without the nulls that tables contain."""
     if isinstance(value, Mapping):
         return {k: _to_json_types(v) for k, v in value.items() if v is not None}
     if hasattr(value, "tolist"):  # an array
         value = value.tolist()
     if isinstance(value, list | tuple):
         pairs = [isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value]
-        if pairs and all(pairs):  # a table's map
+        if pairs and all(pairs):  # a map from a table
             return _to_json_types(dict(value))
         return [_to_json_types(v) for v in value]
     return value

@@ -1,4 +1,6 @@
-"""Where rows come from: JSONL, JSON, CSV, Parquet, or a data set's name on the Hugging Face hub."""
+"""Reads rows from JSONL, JSON, CSV and Parquet files, and from data sets on the Hugging Face
+hub.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from gearshift.runtime.terminal import one_line
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _SUFFIXES = (*_LINES, ".json", ".csv", ".parquet")
 MAX_ROW_SIZE = 1 << 24
-"""Characters: several times what the longest contexts hold."""
+"""How many characters a row may have: several times what the longest contexts hold."""
 MAX_COLUMNS = 10_000
 _UNPACKED, _UNPACKED_LEAST, _ROWS_LEAST, _BATCH = 200, 1 << 26, 1 << 20, 64
 _TOO_LARGE = (
@@ -38,46 +40,46 @@ _TOO_LARGE = (
     "JSONL that is not compressed."
 )
 _hub_digests: dict[tuple[str, str], str] = {}
-"""Digests of what the hub gave, by name and split."""
+"""Digests of the data sets that the hub gave, by name and split."""
 
 
 class SourceConfig(Config):
-    """One source of rows."""
+    """One source of rows: where it is, and how much of it is used."""
 
     path: PathText
-    """A file (JSONL, JSON, CSV, each also with `.gz`, or Parquet), a data set's name on the hub, or
-    `task:NAME`, a file that the task made.
+    """A file (JSONL, JSON, CSV, each also with `.gz`, or Parquet), the name of a data set on the
+    Hugging Face hub, or `task:NAME`, a file that the task makes.
     """
     weight: float = Field(1.0, gt=0)
-    """Its share of the mixture, relative to the other sources'."""
+    """The source's share of the examples, relative to the weights of the other sources."""
     split: str = "train"
-    """Which split of a data set on the hub."""
+    """The split to read, for a data set on the Hugging Face hub."""
     limit: int | None = Field(None, ge=1)
-    """Use the first rows only."""
+    """How many rows to use, counted from the first; null uses all."""
 
 
 class DataConfig(Config):
-    """What a stage learns from."""
+    """The data that a stage learns from."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """Mixed by weight."""
+    """The sources of the rows; they are mixed by weight."""
     clean: CleanConfig = CleanConfig()
-    """Applied to each source."""
-    # What went on under `error` had no such row, so that `drop` changes nothing of it.
+    """How the rows of each source are cleaned."""
+    # A run that went on under `error` had no such row, so `drop` would not have changed it.
     overlong: Neutral[Literal["error", "drop"]] = "error"
-    """Rows of more tokens than the stage's `max_length` or the model takes: told by file and line
-    before the first step, or left out and counted.
+    """What happens to rows with more tokens than `max_length` or than the model accepts: `error`
+    names the file and line before the first step; `drop` leaves them out and counts them.
     """
 
 
 def load_rows(path: str, split: str = "train") -> list[SourceRow]:
-    """All rows of a file or a data set. Raises `DataError` that names the file and the line."""
+    """All rows of a file or a data set. Raises `DataError` with the file and the line."""
     file = Path(path).expanduser()
     try:
         kind, _ = _kind(file), file.exists()
-    except (OSError, ValueError) as error:  # too long, or no name at all
+    except (OSError, ValueError) as error:  # the path is too long, or no path at all
         raise DataError(f"{one_line(path, 100)} cannot be a file ({error.args[-1]}).") from None
-    # Names on the hub may have dots (`owner/set-v1.5`); a file's folder is there.
+    # Names on the hub may contain dots (`owner/set-v1.5`); a file's folder exists.
     if not (file.exists() or kind or path.startswith((".", "/", "~"))) and (
         not file.suffix or not file.parent.is_dir()
     ):
@@ -86,7 +88,7 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
         raise DataError(f"{path} does not exist{_nearest(file)}")
     if file.is_dir():
         raise DataError(f"{path} is a folder; name a file in it.")
-    if not file.is_file():  # a pipe or a device: it may have no end, and cannot be read again
+    if not file.is_file():  # a pipe or a device may have no end, and cannot be read twice
         raise DataError(f"{path} is no regular file; write what it gives into one.")
     rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
@@ -95,8 +97,8 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
 
 
 def source_digest(path: str, split: str = "train") -> str:
-    """What tells one version of a source from another: the digest of the file, or of the rows that
-    the hub gave.
+    """A digest that tells two versions of a source apart: that of the file, or of the rows that the
+    hub gave.
     """
     file = Path(path).expanduser()
     if file.is_file():
@@ -107,7 +109,9 @@ def source_digest(path: str, split: str = "train") -> str:
 
 
 def _kind(file: Path) -> str:
-    """What the name says that the file is; where it says nothing, the name that a link leads to."""
+    """The file's kind by its name; if the name does not show it, by the name of the file that a
+    link points to.
+    """
     for path in (file, Path(os.path.realpath(file))):
         suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
         if suffix.lower() in _SUFFIXES:
@@ -119,7 +123,7 @@ def _read(file: Path, kind: str) -> list[SourceRow]:
     text = _text(file)
     if kind == ".csv":
         return list(_csv(file, text))
-    # JSON Lines come under any name but one that says otherwise.
+    # JSON Lines may have any name, except one that names another kind.
     start = text.lstrip()[:1]
     if not kind and start not in ("{", "["):
         raise DataError(f"{file} is none of {', '.join(_SUFFIXES)}; convert it to one of them.")
@@ -129,11 +133,11 @@ def _read(file: Path, kind: str) -> list[SourceRow]:
 
 
 def _is_one(text: str) -> bool:
-    """Whether a text that begins with an object is that object and no more."""
+    """Whether a text that begins with an object contains only that object."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
-        # Broken: lines of objects if the first line is one.
+        # The text is broken: it is lines of objects if its first line is an object.
         try:
             json.loads(text.lstrip().split("\n", 1)[0])
         except (ValueError, RecursionError):
@@ -143,7 +147,7 @@ def _is_one(text: str) -> bool:
 
 
 def _jsonl(file: Path, text: str) -> Iterator[SourceRow]:
-    # Not splitlines(): a JSON string may hold a raw U+2028, which is no line end.
+    # splitlines() would be wrong: a JSON string may contain a raw U+2028, which is no line end.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
@@ -152,7 +156,7 @@ def _jsonl(file: Path, text: str) -> Iterator[SourceRow]:
 
 
 def _json(file: Path, text: str) -> list[SourceRow]:
-    """A list of rows; an object that holds the list under its only key with one; or one row."""
+    """The rows of a list, of an object whose only list contains them, or one single row."""
     rows = _parse(text, str(file), "mend it.")
     if isinstance(rows, dict):
         lists = [v for v in rows.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
@@ -173,7 +177,7 @@ def _parse(text: str, where: str, what_to_do: str) -> Any:
         return from_json(
             text, object_pairs_hook=_pairs, parse_float=_float, parse_constant=_constant
         )
-    except ValueError as error:  # broken, or a number or nesting too large
+    except ValueError as error:  # broken JSON, or a number or a nesting that is too large
         raise DataError(f"{where} is not JSON ({one_line(str(error))}); {what_to_do}") from None
 
 
@@ -247,7 +251,7 @@ def _parquet(file: Path) -> list[SourceRow]:
     try:
         with parquet.ParquetFile(file) as opened:
             _header(opened.schema_arrow.names, str(file))
-            # What repeats takes next to nothing in the file, and its own place in each row.
+            # A repeated value takes almost no space in the file, and its own space in each row.
             for batch in opened.iter_batches(_BATCH):
                 most -= batch.nbytes
                 if most < 0 or len(rows) > _ROWS_LEAST + size:
@@ -259,7 +263,7 @@ def _parquet(file: Path) -> list[SourceRow]:
                     rows.append(SourceRow(row, where))
     except DataError:
         raise
-    except Exception as error:  # the library raises a great many kinds
+    except Exception as error:  # the library raises many kinds of errors
         reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"{file} is not Parquet ({reason}); write it anew.") from None
     return rows
@@ -280,7 +284,7 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
             whole.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
         _hub_digests[name, split] = whole.hexdigest()
         return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
-    except Exception as error:  # the library raises a great many kinds
+    except Exception as error:  # the library raises many kinds of errors
         reason = one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
         raise DataError(
             f"{name} is neither a file nor a data set that could be loaded ({reason}); "
@@ -297,7 +301,7 @@ def _text(file: Path) -> str:
                 content = packed.read(most + 1)
             if len(content) > most:
                 raise DataError(f"{file} {_TOO_LARGE}")
-        return content.decode("utf-8-sig")  # as it is: CSV's line ends are its own
+        return content.decode("utf-8-sig")  # unchanged, because CSV has its own line ends
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,4 +1,4 @@
-"""Tokens to text, whole or in pieces as they are sampled."""
+"""Turns tokens into text, as a whole or in pieces while they are sampled."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Clean-up takes the space out of " .", " ' ", " n't" and the like. No other letters than these can
-# be the beginning of such a pattern.
+# The tokenizer's clean-up removes the space in " .", " ' ", " n't" and similar patterns. Only these
+# characters can begin such a pattern.
 _OPEN = " 'nvr"
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
+    """The text with U+FFFD in place of each half of a surrogate pair, which no tokenizer
+    accepts.
+    """
     return _HALF_PAIR.sub("\ufffd", text)
 
 
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False
 ) -> str:
-    """The tokenizer's text. A token that it does not know has none: an embedding may have more rows
-    than there are tokens, and such a row can be sampled.
+    """The text of these tokens. An unknown token has no text: an embedding may have more rows than
+    there are tokens, and such a row can be sampled.
     """
     try:
         return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -34,8 +36,9 @@ def decode(
 
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of the tokens, without special ones, in pieces that join to what `decode` gives of
-    all. What a later token may change is held back: half a character, or a space before a stop.
+    """The text of the tokens, without special ones, in pieces that together equal the text that
+    `decode` gives. Text that a later token may change is held back: half a character, or a space
+    before a punctuation mark.
     """
     ids: list[int] = []
     told = 0
@@ -51,7 +54,7 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
 
 
 def _settled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The beginning of the text that no later token changes."""
+    """The part of the text that no later token can change."""
     end = len(ids)
     while end and _is_open(tokenizer, ids[end - 1]):
         end -= 1
@@ -66,7 +69,7 @@ def _settled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _is_open(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether it has no text, or is one byte of a run that is read as a whole when it has ended."""
+    """Whether the token has no text, or is one byte of a character that may go on."""
     if not decode(tokenizer, [token], skip_special_tokens=True):
         return True
     return _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))) is not None

@@ -1,3 +1,3 @@
-"""Environments that answer in text. Importing this registers them with Gymnasium."""
+"""Environments that answer in text. An import of this package registers them with Gymnasium."""
 
 from gearshift.environments import registry as registry

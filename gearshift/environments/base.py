@@ -1,7 +1,8 @@
-"""Text environments on Gymnasium's own API: a chat partner that answers, rewards and says the end.
+"""Text environments with Gymnasium's API: a partner in a conversation, which answers, gives rewards
+and ends the episode.
 
-A room of its own because environments are what users write: it knows texts and rewards, and neither
-a model nor a tokenizer nor who plays.
+Users write environments, so this file knows only texts and rewards; it must not import models or
+rollouts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_CHARACTERS = 1 << 18
 
 
 class AnyText(gymnasium.spaces.Text):
-    """All strings of at most `MAX_CHARACTERS`, in any script; it samples printable ASCII."""
+    """All strings of at most `MAX_CHARACTERS`, in any script; samples are printable ASCII."""
 
     def __init__(self) -> None:
         super().__init__(MAX_CHARACTERS, min_length=0, charset=string.printable)
@@ -38,22 +39,26 @@ class AnyText(gymnasium.spaces.Text):
 
 @create_shared_memory.register(AnyText)
 def _not_shared(space: AnyText, n: int = 1, ctx: Any = None) -> Any:
-    """Gymnasium would read such memory once, when it is empty, and show zeros for ever."""
+    """Gymnasium would read such shared memory once, while it is empty, and return zeros for
+    ever.
+    """
     raise gymnasium.error.CustomSpaceError("Texts have no fixed size; set shared_memory=False.")
 
 
 class TextEnvironment(gymnasium.Env[str, str]):
-    """A conversation: observations are what the user says, actions what the policy answers.
+    """A conversation: the observations are the user's messages, the actions the policy's answers.
 
-    What a collector reads besides Gymnasium's return values:
-    `info["messages"]` of `reset`: the chat so far, a system message too; the observation is last.
-    `info["template_options"]` of `reset`: what the chat template gets besides, `tools` say.
-    `info["row"]` of `reset`: which of the environment's tasks it is; `options={"row": i}` picks.
-    `info["messages"]` of `step`, where more than the observation is said (a tool's result, say):
-    the messages that follow the answer, each with its role; the observation is last.
-    `info["success"]` of the last `step`, where the environment can tell: the task was solved.
-    `info["gold"]`: a right answer as text, for the report.
-    `info["metrics"]`: {name: number} of the episode, averaged in the held-out table.
+    A collector reads these entries of `info` besides Gymnasium's return values:
+
+    - `messages` of `reset`: the conversation so far, with a system message if there is one; the
+      observation is its last message.
+    - `template_options` of `reset`: arguments of the chat template, for example `tools`.
+    - `row` of `reset`: the number of the environment's task; `options={"row": i}` chooses it.
+    - `messages` of `step`: the messages that follow the answer, each with its role, if there are
+      more than the observation (for example a tool's result); the observation is the last one.
+    - `success` of the last `step`, where the environment knows it: whether the task was solved.
+    - `gold`: a right answer as text, for the report.
+    - `metrics`: {name: number} of the episode, averaged in the held-out table.
     """
 
     def __init__(self) -> None:
@@ -65,8 +70,8 @@ class TextEnvironment(gymnasium.Env[str, str]):
     ) -> tuple[str, dict[str, Any]]:
         """Start an episode -> (the user's first message, info).
 
-        This one only seeds `np_random`: call it first. The same seed and options must start the
-        same episode, for a group is many episodes of one start.
+        This method only seeds `np_random`: call it first. The same seed and options must start the
+        same episode, because all episodes of a group have the same start.
         """
         super().reset(seed=seed)
         return "", {"messages": []}
@@ -75,11 +80,11 @@ class TextEnvironment(gymnasium.Env[str, str]):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Answer -> (the user's next message or "", reward, terminated, truncated, info).
 
-        A reward may be None: none is given at this turn.
+        The reward may be None: then this turn has no reward.
         """
 
     def choose(self, options: dict[str, Any] | None, rows: int) -> int:
-        """The row that `options` asks for, or one drawn from `np_random`.
+        """The row that `options` asks for, or a random one from `np_random`.
 
         Raises `ConfigError` if there is no such row.
         """
@@ -92,10 +97,12 @@ class TextEnvironment(gymnasium.Env[str, str]):
 
 
 class RowEnvironment(TextEnvironment):
-    """One question, one answer: each row is a prompt, and a reward function scores the answer."""
+    """One question and one answer: each row has a prompt, and a reward function scores the
+    answer.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], score: RewardFunction) -> None:
-        """A row holds `prompt` (messages, or the user's text) and the columns for `score`."""
+        """A row has `prompt` (messages, or the user's text) and the columns that `score` reads."""
         super().__init__()
         if not rows:
             raise ConfigError("A RowEnvironment got no rows; give it at least one.")
@@ -115,8 +122,9 @@ class RowEnvironment(TextEnvironment):
         return messages[-1]["content"], told
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Score the answer; the episode ends. `info` holds the row's columns and the verdict, where
-        there is a finite reward: it is None where the score does not apply, NaN where it is lost.
+        """Score the answer; the episode ends. `info` has the row's columns, and the verdict if the
+        reward is finite. The reward is None if the function does not apply, and NaN if it is
+        missing.
 
         Raises `ResetNeeded` before a reset.
         """
@@ -137,7 +145,7 @@ class RowEnvironment(TextEnvironment):
         return "", cast(float, reward), True, False, info
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
-        """What else to say of an answer in `info`, `success` for example."""
+        """Further entries of `info` about an answer, for example `success`."""
         return {}
 
     def _prompt(self, row: Mapping[str, Any]) -> list[Message]:

@@ -1,7 +1,8 @@
-"""Gymnasium's games in words: what the game shows becomes a sentence, the answer one of its moves.
+"""Gymnasium's games in words: an observation becomes a sentence, and an answer names one of the
+moves.
 
-A room of its own because it is the one place that looks inside games; it knows no model. A game
-that it does not know is played in numbers, or in the words that the recipe gives.
+This is the only file that looks inside games; it must not import models. A game that it does not
+know is played in numbers, or in the words that the recipe gives.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from gearshift.errors import ConfigError
 
 Game = gymnasium.Env[Any, Any]
 Numbers = tuple[int, ...]
-"""An observation, flat: Blackjack's (14, 10, 0)."""
+"""An observation as flat numbers; Blackjack's is (14, 10, 0)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """How a game is told. Templates take `{0}`, `{1}`, the observation's numbers; the game's own
-    fields; and `{moves}`.
+    """How a game is told in words. Templates may contain `{0}`, `{1}`, ... for the observation's
+    numbers, the game's own fields, and `{moves}`.
     """
 
     intro: str
-    """Said once, before the first observation; may be empty."""
+    """The text before the first observation; may be empty."""
     observation: str
-    """Said each turn."""
+    """The text of each turn."""
     actions: tuple[str, ...]
-    """The moves' names, in the order of the game's numbers."""
+    """The names of the moves, in the order of the game's numbers."""
     fields: Callable[[Any, Numbers], dict[str, Any]] = lambda game, numbers: {}
-    """(game, numbers) -> what the numbers mean."""
+    """(game, numbers) -> the fields that the templates may contain."""
     won: Callable[[Any, Numbers, float, bool], bool] | None = None
-    """(game, numbers, last reward, terminated) -> whether the game was won; None: not known."""
+    """(game, numbers, last reward, terminated) -> whether the game was won; None if that is not
+    known.
+    """
 
 
 def _lake(game: Any, numbers: Numbers) -> dict[str, Any]:
@@ -99,18 +102,20 @@ _GAMES = {
         lambda game, numbers, reward, ended: reward > 0,
     ),
 }
-"""By the name of the game's class, or of one that it derives from."""
+"""The words by the name of the game's class, or of one of its base classes."""
 
 
 class Moves(AnyText):
-    """All strings, for an answer may be any; it samples moves, so that random play is a game."""
+    """All strings, because an answer may be any text. A sample is a move, so random play is a
+    game.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """One of the names, all alike."""
+        """One of the names, with equal probability."""
         return self.names[int(self.np_random.integers(len(self.names)))]
 
     def __repr__(self) -> str:
@@ -118,15 +123,16 @@ class Moves(AnyText):
 
 
 class GymInWords(TextEnvironment):
-    """A Gymnasium game played in words, one move an answer; the rewards are the game's own.
+    """A Gymnasium game played in words, one move in each answer; the rewards are the game's own.
 
-    An answer that names no move, or several, leaves the game as it is: it costs `penalty` and a
-    turn, and the moves are told again. At the end `info["metrics"]` has the `turns` and the
-    `unreadable` answers, and `info["success"]` says whether the game was won: FrozenLake's and
-    CliffWalking's goal reached, Taxi's passenger delivered, Blackjack's hand better; of other
-    games, whether Gymnasium's reward threshold was, where they have one.
+    If an answer names no move, or several, the game does not change: this costs `penalty` and a
+    turn, and the moves are listed again. At the end `info["metrics"]` has the number of `turns` and
+    of `unreadable` answers, and `info["success"]` says whether the game was won: in FrozenLake and
+    CliffWalking the goal was reached, in Taxi the passenger was delivered, in Blackjack the hand
+    was better; in another game its reward threshold was reached, if Gymnasium knows one.
 
-    Many at once: `gymnasium.make_vec`, with `vector_kwargs={"shared_memory": False}` if "async".
+    For many games at once use `gymnasium.make_vec`, with `vector_kwargs={"shared_memory": False}`
+    in mode "async".
     """
 
     def __init__(
@@ -137,11 +143,11 @@ class GymInWords(TextEnvironment):
         penalty: float = 0.1,
         words: Mapping[str, Any] | None = None,
     ) -> None:
-        """`options` go to `gymnasium.make(game)`; `words` replaces the game's `intro`,
+        """`options` are arguments of `gymnasium.make(game)`; `words` replaces the game's `intro`,
         `observation` or `actions`.
 
-        Raises `ConfigError` if the game cannot be made, shows other things than whole numbers, has
-        other moves than a number of them, or the words do not fit it.
+        Raises `ConfigError` if the game cannot be made, if its observations are not whole numbers,
+        if its moves are not a number, or if the words do not fit it.
         """
         super().__init__()
         if turns < 1 or penalty < 0:
@@ -164,14 +170,14 @@ class GymInWords(TextEnvironment):
             name.lower(): int(moves.start) + i for i, name in enumerate(self.words.actions)
         }
         names = "|".join(sorted(map(re.escape, self._moves), key=len, reverse=True))
-        # A hyphen is no border: `non-stick` is not `stick`, and `-1` not `1`.
+        # A hyphen is part of a word: `non-stick` is not `stick`, and `-1` is not `1`.
         self._named = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])")
         self._over = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """`options` are the game's."""
+        """`options` are the game's options."""
         super().reset(seed=seed)
         self._seen, _ = self.game.reset(seed=seed, options=options)
         self._turn = self._unreadable = 0
@@ -210,11 +216,11 @@ class GymInWords(TextEnvironment):
         self.game.close()
 
     def tell(self, seen: Any) -> str:
-        """The observation in words; a subclass may say it in any other way."""
+        """The observation in words; a subclass may replace it."""
         return self._filled(self.words, self.words.observation, seen)
 
     def read(self, action: str) -> int | None:
-        """The game's number of the one move that an answer names, or None."""
+        """The number of the single move that an answer names, or None."""
         named = set(self._named.findall(action.lower()))
         return self._moves[named.pop()] if len(named) == 1 else None
 
@@ -234,7 +240,9 @@ class GymInWords(TextEnvironment):
         return template.format(*numbers, **fields, moves=_listed(words.actions))
 
     def _fitting(self, game: str, own: Mapping[str, Any]) -> Words:
-        """The game's words, with `own` in their place. Raises `ConfigError` if they do not fit."""
+        """The game's words, some of them replaced by `own`. Raises `ConfigError` if they do not
+        fit.
+        """
         sample = self.game.observation_space.sample()
         count, moves = len(self._numbers(sample)), self.game.action_space
         classes = [c.__name__ for c in type(self.game.unwrapped).__mro__]
@@ -270,7 +278,7 @@ class GymInWords(TextEnvironment):
 
 
 def _listed(names: Sequence[str]) -> str:
-    """`left, down, right or up`."""
+    """The names as a list in words: `left, down, right or up`."""
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 

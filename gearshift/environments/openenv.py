@@ -1,7 +1,7 @@
 """Environments of the `openenv` package as text environments: a server at a URL, or a class in this
 process.
 
-A room of its own because nothing else knows that package, which is imported when one is made.
+Only this file knows that package, and imports it when an environment is made.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.urls import Endpoint
 
 _CONNECT_SECONDS = 5.0
-"""Seconds in which a full server may end the sessions of environments that are gone."""
+"""A full server has this many seconds to end the sessions of environments that are gone."""
 
 
 class OpenEnvEnvironment(TextEnvironment):
     """An OpenEnv environment whose action has one field for the policy's text.
 
-    The user says one field of the observation, or all of them as JSON. A reward that the
-    environment does not give is 0.
+    The user's message is one field of the observation, or all of them as JSON. If the environment
+    gives no reward, it is 0.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class OpenEnvEnvironment(TextEnvironment):
         turns: int = 20,
         timeout: float = 60.0,
     ) -> None:
-        """Either `url` of a server (`http://localhost:8000`) or `environment`, a class in a module
-        (`my_env.server:MyEnvironment`) with its action class named (`my_env.models:MyAction`) in
-        its annotations. `action` is the field that takes the answer and `also` the other fields;
-        `timeout` seconds for a message of the server.
+        """Give either the `url` of a server (`http://localhost:8000`), or `environment`, a class in
+        a module (`my_env.server:MyEnvironment`) whose `step` has its action's class
+        (`my_env.models:MyAction`) as annotation. `action` is the field for the answer, and `also`
+        has the other fields; `timeout` is the number of seconds for a message of the server.
 
-        Raises `ConfigError` if it cannot be reached or imported.
+        Raises `ConfigError` if the server cannot be reached or the class cannot be imported.
         """
         super().__init__()
         if (url is None) == (environment is None) or turns < 1:
@@ -60,7 +60,8 @@ class OpenEnvEnvironment(TextEnvironment):
         self._inner: Any = (
             _LocalClient(environment, fields) if environment else _connect(str(url), timeout)
         )
-        # The client's thread keeps the client: one that nobody closed would keep its session.
+        # The client's thread keeps the client alive, so a client that nobody closed would keep its
+        # session.
         self._gone = weakref.finalize(self, _close_in_thread, self._inner)
         self._gone.atexit = False
 
@@ -76,8 +77,8 @@ class OpenEnvEnvironment(TextEnvironment):
         return text, {"messages": [{"role": "user", "content": text}]}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Raises `ResetNeeded` when no episode runs, `NumericalError` on a reward that is no
-        number, and what the environment raises.
+        """Raises `ResetNeeded` when no episode is running, `NumericalError` for a reward that is
+        not finite, and the errors of the environment.
         """
         if not self._left:
             raise gymnasium.error.ResetNeeded("Call reset before step: no episode is running.")
@@ -116,7 +117,7 @@ class OpenEnvEnvironment(TextEnvironment):
 
 
 class _Result:
-    """What a step came to, as the package's client says it."""
+    """The result of a step, in the form of the package's client."""
 
     def __init__(self, seen: Any) -> None:
         self.observation: dict[str, Any] = seen.model_dump()
@@ -124,7 +125,7 @@ class _Result:
 
 
 class _LocalClient:
-    """An environment of this process, with the client's methods."""
+    """An environment in this process, with the methods of the package's client."""
 
     def __init__(self, path: str, fields: set[str]) -> None:
         module, _, name = path.partition(":")
@@ -188,7 +189,7 @@ def _connect(url: str, timeout: float) -> Any:
 
 
 def _full(client: Any) -> bool:
-    """Whether the server took the connection only to close it."""
+    """Whether the server accepted the connection only to close it."""
     from websockets.exceptions import ConnectionClosed
 
     try:
@@ -201,5 +202,5 @@ def _full(client: Any) -> bool:
 
 
 def _close_in_thread(client: Any) -> None:
-    # Not here: this may be the client's own thread, which would wait for itself.
+    # This may be the client's own thread, which would wait for itself, so another thread closes it.
     threading.Thread(target=client.close, daemon=True).start()

@@ -1,10 +1,11 @@
 """Environments of the `verifiers` package (0.4 or newer) as text environments.
 
-There an environment's code asks its agent for a reply; here a policy steps through an environment.
-So the environment's code runs as a coroutine that stops at each question until the next `step`; all
-copies share one event loop, for the package's environments count on it that between two awaits
-nobody else runs (they seed Python's own `random`, say). A room of its own because nothing else
-knows that package, which is imported when one is made.
+In that package an environment's code asks its agent for a reply; here a policy steps through an
+environment. So the environment's code runs as a coroutine that stops at each question until the
+next `step`. All copies share one event loop, because the package's environments rely on it that no
+other code runs between two awaits (for example when they seed Python's own `random`).
+
+Only this file knows that package, and imports it when an environment is made.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ T = TypeVar("T")
 
 
 class VerifiersEnvironment(TextEnvironment):
-    """A taskset and the environment that plays it, with the policy as its one agent.
+    """A taskset and the environment that plays it, with the policy as its only agent.
 
-    Row i is the i-th task. The rewards that the tasks and the environment record are the episode's,
-    given at its end; `info["metrics"]` has each reward and metric by its name. Toolsets, sandboxes
-    and further agents need processes and servers that are not started here.
+    Row i is the i-th task. The reward of an episode is the sum of the rewards that the tasks and
+    the environment record, given at its end; `info["metrics"]` has each reward and metric by its
+    name. Toolsets, sandboxes and further agents need processes and servers, which are not started
+    here.
     """
 
     def __init__(
@@ -44,12 +46,12 @@ class VerifiersEnvironment(TextEnvironment):
         config: Mapping[str, Any] | None = None,
         turns: int | None = None,
     ) -> None:
-        """`taskset`: the id of an installed taskset, a package that exports it; `config`: its keys;
-        `limit`: the first tasks that are read; `turns`: the answers after which the conversation is
-        over, for environments that would go on.
+        """`taskset` is the id of an installed taskset (a package that exports it), and `config` has
+        its keys. `limit` is how many tasks are read. `turns` is how many answers a conversation has
+        at most, for environments that would go on.
 
-        Raises `ConfigError` if the package or the taskset is not there, or needs what is not
-        started here.
+        Raises `ConfigError` if the package or the taskset is not there, or needs something that is
+        not started here.
         """
         super().__init__()
         with _ONE_LOOP:
@@ -72,7 +74,9 @@ class VerifiersEnvironment(TextEnvironment):
         return said[-1]["content"], {"messages": said, "row": row}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Raises `ResetNeeded` when no episode runs, and what the environment's code raises."""
+        """Raises `ResetNeeded` when no episode is running, and the errors of the environment's
+        code.
+        """
         if self._reply is None or self._reply.done():
             raise gymnasium.error.ResetNeeded("Call reset before step: no episode is running.")
         said = self._wait(self._answer(self._reply, action))
@@ -81,11 +85,11 @@ class VerifiersEnvironment(TextEnvironment):
         return said[-1]["content"], 0.0, False, False, {"messages": said}
 
     def close(self) -> None:
-        """End what runs."""
+        """End the running episode."""
         self._wait(self._stop())
 
     async def ask(self, said: Sequence[Any]) -> str:
-        """What the policy replies to these of the package's messages."""
+        """The policy's reply to these messages of the package."""
         self._reply = self._loop.create_future()
         text = self._vf.types.content_text
         messages = [{"role": m.role, "content": text(m.content)} for m in said]
@@ -134,7 +138,7 @@ class VerifiersEnvironment(TextEnvironment):
 
 
 class _End:
-    """What an episode came to."""
+    """The result of an episode."""
 
     def __init__(self, traces: Sequence[Any]) -> None:
         self.reward = float(sum(trace.reward for trace in traces))
@@ -145,7 +149,9 @@ class _End:
 
 
 class _Player:
-    """The package's agent, as far as environments call it: its replies are the policy's."""
+    """The package's agent, with the methods that environments call; its replies are the
+    policy's.
+    """
 
     def __init__(self, at: VerifiersEnvironment, name: str, spec: Any, traces: list[Any]) -> None:
         self.name, self.spec, self.trainable = name, spec, True
@@ -159,7 +165,7 @@ class _Player:
 
     @asynccontextmanager
     async def interaction(self, task: Any, **_: Any) -> AsyncIterator[_Interaction]:
-        """A conversation about the task, scored by it when the caller leaves."""
+        """A conversation about the task; the task scores it when the caller leaves."""
         from verifiers.v1.utils.decorators import invoke
 
         interaction = _Interaction(self._at, task, self)
@@ -175,7 +181,7 @@ class _Player:
 
 
 class _Interaction:
-    """The package's interaction: a turn says something and returns what the policy replied."""
+    """The package's interaction: a turn sends a message and returns the policy's reply."""
 
     def __init__(self, at: VerifiersEnvironment, task: Any, player: _Player) -> None:
         self._at, self._vf, self._task = at, at._vf, task
@@ -188,7 +194,7 @@ class _Interaction:
         self._over = False
 
     async def turn(self, message: Any = None) -> Any:
-        """Say `message`, or the task's prompt -> a `Segment` with the reply."""
+        """Send `message`, or the task's prompt -> a `Segment` with the reply."""
         vf, first = self._vf, not self.trace.nodes
         said = self.trace.task.data.prompt if first and message is None else message
         if said is None:
@@ -215,7 +221,7 @@ class _Interaction:
         nodes.append(self._vf.MessageNode(parent=parent, message=message, sampled=sampled))
 
     async def _refused(self, said: Sequence[Any]) -> bool:
-        """Whether the conversation is over, and so these messages stay unsaid."""
+        """Whether the conversation is over, so that these messages are not sent."""
         request = self._vf.Request(messages=[*(n.message for n in self.trace.nodes), *said])
         self._over = (
             self._over
@@ -226,7 +232,9 @@ class _Interaction:
         return self._over
 
     async def _stopped(self, seen: Any) -> bool:
-        """Whether one of the task's stop conditions holds, of those that look at such a thing."""
+        """Whether one of the task's stop conditions holds, among those that check this kind of
+        object.
+        """
         from verifiers.v1.session import call_hook, hook_boundary
 
         given = {type(self.trace): self.trace, type(seen): seen}
@@ -239,13 +247,13 @@ class _Interaction:
 
 
 _ONE_LOOP = threading.Lock()
-"""Held while the loop is asked for: a cache lets two first callers make one each."""
+"""Held while the loop is fetched: without it, two first callers could each make one."""
 
 
 @lru_cache(1)
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all copies, in a thread of its own. An environment that nobody asks any
-    more goes in the middle of its episode, which is no news.
+    """The event loop of all copies, in a thread of its own. It ignores environments that are
+    dropped in the middle of an episode.
     """
 
     def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -259,13 +267,13 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 async def _load_there(*named: Any) -> tuple[ModuleType, Any, list[Any]]:
-    """Load in the loop's thread: loading draws from Python's own `random` too."""
+    """Load in the loop's thread, because loading draws from Python's own `random` too."""
     return _load(*named)
 
 
 @lru_cache(8)
 def _load(taskset: str, limit: int, config: str) -> tuple[ModuleType, Any, list[Any]]:
-    """The package, the environment and its tasks, once for all copies side by side."""
+    """The package, the environment and its tasks; all copies share them."""
     try:
         import verifiers.v1 as vf
         from verifiers.v1.utils import decorators, loaders
@@ -295,7 +303,7 @@ def _load(taskset: str, limit: int, config: str) -> tuple[ModuleType, Any, list[
 
 @contextmanager
 def _told(taskset: str) -> Iterator[None]:
-    """What goes wrong in loading it, the user's data that are not there too, in one line."""
+    """Turn an error of loading into one line, also if the user's data are missing."""
     try:
         yield
     except (ImportError, AttributeError, TypeError, ValueError, LookupError, OSError) as error:

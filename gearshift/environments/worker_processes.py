@@ -1,7 +1,7 @@
-"""Environments in processes of their own: what one dies of, or hangs in, is its own episode's loss.
+"""Environments in worker processes: if one dies or hangs, only its own episode is lost.
 
-An environment keeps its process from episode to episode. The processes are forked from one that has
-imported this package once, so that each starts in an instant and shares that memory.
+An environment keeps its process from episode to episode. The processes are forked from one process
+that has imported this package, so each starts at once and shares that memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gearshift.runtime.user_functions import describe_error
 from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 
 _MOST = 1 << 28
-"""Bytes of one answer."""
+"""How many bytes one answer may have."""
 _START = 300.0
-"""Seconds in which a process can start and its environment be made."""
+"""How many seconds a process has to start and make its environment."""
 _LAST = 10
-"""Seconds in which an environment can close."""
+"""How many seconds an environment has to close."""
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from gearshift.environments.worker_processes import fork_for; fork_for(int(sys.argv[2]))"
@@ -40,28 +40,30 @@ _PROGRAM = (
 
 
 class ProcessError(Exception):
-    """What went wrong in another process, in words."""
+    """An error of another process, as text."""
 
 
 class EnvironmentProcesses:
-    """Makes environments that run in processes of their own.
+    """Makes environments that run in worker processes.
 
-    All of them end with this object, and with this process, however it ends.
+    All of the processes end with this object, and with this process, in whatever way it ends.
     """
 
     def __init__(self, make: Callable[[], TextEnvironment]) -> None:
-        """`make` is called there, so it must be something that can be pickled."""
+        """`make` is called in the worker, so it must be picklable."""
         self._make, self._lock = make, threading.Lock()
         self._forks: subprocess.Popen[bytes] | None = None
         self.close: Callable[[], Any] = lambda: None
-        """End the processes; the next environment starts others."""
+        """End the processes; the next environment starts new ones."""
 
     def __call__(self) -> ProcessEnvironment:
         """An environment whose process starts at its first reset."""
         return ProcessEnvironment(self.connect)
 
     def connect(self) -> Connection:
-        """To a new process, which says its number first and then answers as `_serve` does."""
+        """Connect to a new process; it sends its process id first, and then answers as `_serve`
+        says.
+        """
         with self._lock:
             if self._forks is None or self._forks.poll() is not None:
                 self._start()
@@ -71,7 +73,7 @@ class EnvironmentProcesses:
             return Connection(ours.detach())
 
     def _start(self) -> None:
-        """The process that forks the others."""
+        """Start the process that forks the others."""
         given = bytes(ForkingPickler.dumps((self._make, torch.get_num_threads())))
         self.close()
         self._orders, theirs = socket.socketpair()
@@ -80,7 +82,7 @@ class EnvironmentProcesses:
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the run's
+                start_new_session=True,  # only the run answers Ctrl-C
             )
         self.close = weakref.finalize(self, _end, self._orders, self._forks)
         self._orders.sendall(len(given).to_bytes(8, "little") + given)
@@ -92,7 +94,9 @@ def _end(orders: socket.socket, forks: subprocess.Popen[bytes]) -> None:
 
 
 class ProcessEnvironment(TextEnvironment):
-    """An environment that answers from another process. Once that died, a reset starts another."""
+    """An environment that runs in another process. If the process has died, a reset starts another
+    one.
+    """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         super().__init__()
@@ -100,9 +104,10 @@ class ProcessEnvironment(TextEnvironment):
         self._connection: Connection | None = None
 
     def ready(self) -> None:
-        """Start its process, if it has none that lives. Raises `ProcessError` if it cannot be made.
+        """Start the process, if none is alive. Raises `ProcessError` if the environment cannot be
+        made.
 
-        For who measures how long the environment takes, to which this does not belong.
+        A caller that measures the environment's time calls this first, because it does not count.
         """
         if self._connection is None or self._connection.poll():  # it has died
             self._connection = self._connect()
@@ -112,30 +117,32 @@ class ProcessEnvironment(TextEnvironment):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Raises `ProcessError` if the environment raises, or dies."""
+        """Raises `ProcessError` if the environment raises or its process dies."""
         self.ready()
         answer: tuple[str, dict[str, Any]] = self._asked("reset", seed=seed, options=options)
         return answer
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Raises `ProcessError` if the environment raises, or dies."""
+        """Raises `ProcessError` if the environment raises or its process dies."""
         answer: tuple[str, float, bool, bool, dict[str, Any]] = self._asked("step", action=action)
         return answer
 
     def kill(self) -> None:
-        """End its process, whatever it does; who waits for its answer is told that it died."""
+        """Kill the process, whatever it does; a caller that waits for its answer gets a
+        `ProcessError`.
+        """
         if self._pid:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """The environment closes, and its process ends."""
+        """Close the environment and end its process."""
         self._connection = None
 
     def _asked(self, name: str, **given: Any) -> Any:
         if self._connection is None:
             raise ProcessError("it was not reset")
-        with suppress(OSError):  # it has died, which what follows tells
+        with suppress(OSError):  # if it has died, the next line reports it
             self._connection.send((name, given))
         return self._result()
 
@@ -146,7 +153,7 @@ class ProcessEnvironment(TextEnvironment):
         return answer
 
     def _received(self, seconds: float | None) -> Any:
-        """What its process says next, within so many seconds (None: it may take any)."""
+        """The next message of the process, within this many seconds (None: without a limit)."""
         assert self._connection is not None
         try:
             if not self._connection.poll(seconds):
@@ -160,15 +167,14 @@ class ProcessEnvironment(TextEnvironment):
             ) from None
 
 
-# In the other processes
-
-
 def fork_for(orders: int) -> None:
-    """Fork a process for each socket that comes, until the one who orders them is gone."""
+    """Fork a process for each socket that arrives, until the parent is gone. This runs in the
+    process that forks the others.
+    """
     with socket.socket(fileno=orders) as here, here.makefile("rb", buffering=0) as stream:
         size = int.from_bytes(_read(stream, 8), "little")
         make, threads = ForkingPickler.loads(_read(stream, size))
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for them
         while True:
             message, sockets, _, _ = socket.recv_fds(here, 1, 1)
             if not message:
@@ -176,7 +182,7 @@ def fork_for(orders: int) -> None:
             if os.fork() == 0:
                 here.close()
                 torch.set_num_threads(threads)
-                np.random.seed()  # or all had the same numbers
+                np.random.seed()  # otherwise all processes would draw the same numbers
                 _serve(Connection(sockets[0]), make)
             os.close(sockets[0])
 
@@ -191,7 +197,9 @@ def _read(stream: Any, size: int) -> bytes:
 
 
 def _serve(connection: Connection, make: Callable[[], TextEnvironment]) -> None:
-    """Answer (name, arguments) of calls with (whether it worked, what it returned or raised)."""
+    """Answer calls, (name, arguments) each, with (whether it worked, the result or the error's
+    text). This runs in a worker process.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     end_with_parent()
     connection.send(os.getpid())
@@ -210,7 +218,7 @@ def _serve(connection: Connection, make: Callable[[], TextEnvironment]) -> None:
             try:
                 with exit_in_forks():
                     answer = ForkingPickler.dumps((True, called(name, **given)))
-            except BaseException as error:  # a sys.exit is a fault too
+            except BaseException as error:  # a sys.exit is an error too
                 answer = ForkingPickler.dumps((False, describe_error(error)))
             connection.send_bytes(answer)
             name, given = connection.recv()

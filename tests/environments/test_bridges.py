@@ -1,4 +1,4 @@
-"""Environments of verifiers and of OpenEnv through the adapters: they say and pay what the packages
+"""Environments of verifiers and of OpenEnv through the bridges: they say and pay what the packages
 themselves do, several at a time, and one clear line tells what cannot be.
 
 What needs a package runs where it is installed, best in an environment of its own:
