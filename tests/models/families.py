@@ -611,16 +611,23 @@ def page(found: dict[str, Verdict]) -> str:
     lines = [
         "# Models",
         "",
-        "Made by `python -m tests.models.families`; `tests/models/test_families.py` holds it.",
+        "`model.name` is `embedded`, `tiny`, a folder, or a name on the Hugging Face hub. "
+        "`gearshift doctor MODEL` says how it runs:",
         "",
-        f"`AutoModelForCausalLM` of transformers {transformers.__version__} knows "
-        f"{len(kinds) + len(NOT_RUN)} model types. Of each, a small random model was loaded and "
-        "given to the engine. Either it is **right**: greedy tokens, log-probs of packed and "
-        "prompt-shared sequences (to 1e-3 nats in fp32) and gradients are those of Hugging Face's "
-        "forward of each sequence alone. Or it is **refused** in one line that says why.",
+        "- in the **described** form, the fast one: plain functions over the model's weights;",
+        "- through **Hugging Face's modules**, more slowly and equally right;",
+        "- or not at all: what would be computed wrongly is **refused** in one line that says why.",
         "",
-        "A type here says what its code can do; your checkpoint is compared with Hugging Face's "
-        "own forward whenever an engine is made, for the references and critics too.",
+        "Whenever an engine is made, it compares your checkpoint with Hugging Face's own forward. "
+        "References and critics are compared too.",
+        "",
+        f"This page says what the code of each type can do. `AutoModelForCausalLM` of transformers "
+        f"{transformers.__version__} knows {len(kinds) + len(NOT_RUN)} types. For each, a small "
+        "random model is loaded and given to the engine. It counts as right if its greedy tokens, "
+        "its gradients, and the log-probs of packed and prompt-shared sequences (to 1e-3 nats in "
+        "fp32) equal those of Hugging Face's forward of each sequence alone. "
+        "`python -m tests.models.families` makes the page, and `tests/models/test_families.py` "
+        "checks it.",
         "",
         f"## Right: {sum(map(len, right.values()))}",
         "",
@@ -628,22 +635,21 @@ def page(found: dict[str, Verdict]) -> str:
         "",
         f"Through {HOW[1]} ({len(right[HOW[1]])}): {listed(right[HOW[1]])}.",
         "",
-        f"{listed(UNSAVED)} run, but what a stage saves of them is a text part that "
+        f"{listed(UNSAVED)} run, but a stage saves only their text part, which "
         "`AutoModelForCausalLM` does not load again.",
         "",
         f"## Refused: {sum(map(len, refused.values()))}",
         "",
         *(f"- {why}: {listed(names)}." for why, names in sorted(refused.items())),
         "",
-        "A limit of length is a rule on the config: the engine runs such a model where "
-        "`engine.max_length` stays within it (a window or chunk that only Hugging Face's mask "
-        "knows, longrope's original length), and refuses it above, with the number to set. "
-        "Dynamic NTK is the model's own rotary up to `max_position_embeddings`, which is as far "
-        "as the engine goes.",
+        "Some models are right up to a length only (a window or a chunk that only Hugging Face's "
+        "mask has, longrope's original length). The engine runs them if `engine.max_length` is "
+        "within it; else the refusal names the number to set. Dynamic NTK is computed rightly up "
+        "to `max_position_embeddings`, the longest length that the engine allows.",
         "",
         "## Options",
         "",
-        "| option | |",
+        "| option | outcome |",
         "|---|---|",
         *(f"| {name} | {in_words(found[name])} |" for name in OPTIONS),
         "",
