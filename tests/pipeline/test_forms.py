@@ -43,7 +43,8 @@ def test_the_doctor_and_a_dry_run_say_how_a_model_runs(
     folder = saved(random_model(small_config(kind, **options)), tmp_path / "model")
     main(["doctor", folder])
     assert f"model        {folder}: " in (told := capsys.readouterr().out) and line in told
-    rl = ["rl.kl.beta=0.1", "rl.value=critic", "rl.advantage=gae", f"rl.critic={tmp_path / 'none'}"]
+    critic = f"rl.value={{kind: critic, init_from: {tmp_path / 'none'}}}"
+    rl = ["rl.kl.beta=0.1", critic, "rl.advantage.name=gae"]
     main(["run", str(RECIPE), f"model.name={folder}", *rl, "--dry-run"])
     told = capsys.readouterr().out
     lines = [told_line for told_line in told.splitlines() if line in told_line]
