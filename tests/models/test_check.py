@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,15 +54,16 @@ def test_a_state_beside_keys_and_values_is_refused(kind: str, dtype: torch.dtype
         ModelRunner(model)
 
 
-def misread(wrong: dict[str, Any]) -> Callable[[Any, Any], describe.Plan]:
-    """A reader of Llama that gets something of each layer wrong."""
+def misread(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
+    """From now on something of each layer is read wrongly."""
+    read = describe._read
 
-    def read(config: Any, base: Any) -> describe.Plan:
-        plan = describe._llama(config, base)
+    def wrongly(*given: Any) -> describe.Plan:
+        plan = read(*given)
         layers = tuple(dataclasses.replace(layer, **wrong) for layer in plan.layers)
         return dataclasses.replace(plan, layers=layers)
 
-    return read
+    monkeypatch.setattr(describe, "_read", wrongly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +79,7 @@ def misread(wrong: dict[str, Any]) -> Callable[[Any, Any], describe.Plan]:
 def test_a_plan_that_is_wrong_is_refused(
     wrong: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(describe._READERS, "llama", misread(wrong))
+    misread(monkeypatch, wrong)
     model = made("llama", dtype)
     with pytest.raises(ModelError, match="packed sequences differ"):
         engine(model)
@@ -150,7 +150,7 @@ def test_a_classifier_is_compared_by_its_hidden_states(monkeypatch: pytest.Monke
     config.num_labels, config.pad_token_id = 1, 0
     model = AutoModelForSequenceClassification.from_config(config)
     ModelRunner(model)
-    monkeypatch.setitem(describe._READERS, "llama", misread({"rotary": None}))
+    misread(monkeypatch, {"rotary": None})
     with pytest.raises(ModelError, match="packed sequences differ"):
         ModelRunner(model)
 
