@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gearshift.errors import CheckpointError
+from gearshift.runtime import tagged_json
 from gearshift.runtime.digests import sealed, unsealed
 from gearshift.runtime.files import digest, sync
 
@@ -112,44 +113,24 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
     data.
     """
     tensors: dict[str, Tensor] = {}
-    return tensors, _skeleton(state, "", tensors)
+
+    def leaf(value: Any, path: str) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if not isinstance(value, Tensor):
+            kind, where = type(value).__name__, path.strip(".")
+            raise TypeError(f"A checkpoint cannot hold the {kind} at `{where}`.")
+        # The number tells apart two paths that look alike: those of the key 1 and of the key "1".
+        name = f"{len(tensors)}{path}"
+        tensors[name] = value
+        return {"tensor": name}
+
+    return tensors, tagged_json.encode(state, leaf)
 
 
 def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     """The inverse of `flatten`; its tensors are those of the mapping, not copies."""
-    if isinstance(skeleton, list):
-        return [unflatten(tensors, item) for item in skeleton]
-    if not isinstance(skeleton, dict):
-        return skeleton
-    ((kind, value),) = skeleton.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "tuple":
-        return tuple(unflatten(tensors, item) for item in value)
-    return {unflatten(tensors, k): unflatten(tensors, v) for k, v in value}
-
-
-def _skeleton(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The state as JSON: tensors, tuples and dicts become `{kind: ...}`, and the rest stays
-    itself.
-    """
-    if state is None or isinstance(state, bool | int | float | str):
-        return state
-    if isinstance(state, Tensor):
-        # The number tells apart two paths that look alike: those of the key 1 and of the key "1".
-        name = f"{len(tensors)}{path}"
-        tensors[name] = state
-        return {"tensor": name}
-    if isinstance(state, list | tuple):
-        items = [_skeleton(item, f"{path}.{i}", tensors) for i, item in enumerate(state)]
-        return items if isinstance(state, list) else {"tuple": items}
-    if isinstance(state, Mapping):
-        pairs = [
-            [_skeleton(key, path, tensors), _skeleton(value, f"{path}.{key}", tensors)]
-            for key, value in state.items()
-        ]
-        return {"dict": pairs}
-    raise TypeError(f"A checkpoint cannot hold the {type(state).__name__} at `{path.strip('.')}`.")
+    return tagged_json.decode(skeleton, lambda _, name: tensors[name])
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from gearshift.errors import ConfigError, DataError
+from gearshift.runtime import tagged_json
 from gearshift.tasks.reasoning import scores
 from gearshift.tasks.reasoning import task as r
 
@@ -89,12 +90,6 @@ def test_the_right_answer_is_right_after_the_file(name: str, tmp_path: Path) -> 
     assert reward >= 1.0 and info["success"]
 
 
-def test_frozen_values_come_back_as_they_were() -> None:
-    value = {"a": (1, [2, (3,)]), "b": {4: "x", "tuple": [5]}, "c": None}
-    frozen = json.loads(json.dumps(scores.freeze(value)))
-    assert scores.thaw(frozen) == value and isinstance(scores.thaw(frozen)["a"][1][1], tuple)
-
-
 def row_of(name: str, tmp_path: Path) -> dict[str, Any]:
     return load(
         r.prepare(config(dataset=name, labelled=1, train=1, validation=1, test=1), 0, tmp_path)
@@ -138,7 +133,7 @@ def test_powers_that_would_never_end_are_refused(tmp_path: Path) -> None:
 def test_a_scorer_that_stumbles_over_an_answer_gives_nothing_for_it(tmp_path: Path) -> None:
     row = row_of("prime_factorization", tmp_path)
     assert scores.score(row, "purple") == 0.0  # the scorer raises ValueError
-    assert scores.score({**row, "entry": scores.freeze({"answer": "two"})}, "purple") is None
+    assert scores.score({**row, "entry": tagged_json.encode({"answer": "two"})}, "purple") is None
 
 
 def test_faults_of_the_recipe_are_one_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gearshift.errors import ConfigError, DataError
 from gearshift.rewards.completion_text import without_thoughts
+from gearshift.runtime import tagged_json
 from gearshift.types import Message
 
 Format = Literal["whole", "tagged"]
@@ -74,7 +75,7 @@ def score(row: Mapping[str, Any], answer: str) -> float | None:
 
     An answer that a scorer would run as Python gets there only as a plain list or a formula.
     """
-    name, entry = row["dataset"], thaw(row["entry"])
+    name, entry = row["dataset"], tagged_json.decode(row["entry"])
     scorer = _scorer(name, json.dumps(row["options"]))
     if not _harmless(name, answer):
         return 0.0
@@ -156,25 +157,3 @@ def reasoning_reward(
         score(row, read_answer(text, kind))
         for row, text, kind in zip(rows, completions, form, strict=True)
     ]
-
-
-def freeze(value: Any) -> Any:
-    """As JSON can keep it: tuples and dictionaries, whose keys may be numbers, are marked."""
-    if isinstance(value, tuple):
-        return {"tuple": [freeze(v) for v in value]}
-    if isinstance(value, list):
-        return [freeze(v) for v in value]
-    if isinstance(value, dict):
-        return {"dict": [[freeze(k), freeze(v)] for k, v in value.items()]}
-    return value
-
-
-def thaw(value: Any) -> Any:
-    """What `freeze` was given."""
-    if isinstance(value, list):
-        return [thaw(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "tuple" in value:
-        return tuple(thaw(v) for v in value["tuple"])
-    return {thaw(k): thaw(v) for k, v in value["dict"]}

@@ -18,8 +18,9 @@ from pydantic import Field
 from gearshift.environments.base import RowEnvironment
 from gearshift.environments.registry import register
 from gearshift.errors import DataError
+from gearshift.runtime import tagged_json
 from gearshift.runtime.seeding import named_seed
-from gearshift.tasks.reasoning.scores import Format, freeze, make_dataset, reasoning_reward
+from gearshift.tasks.reasoning.scores import Format, make_dataset, reasoning_reward
 from gearshift.tasks.rows import read_rows, write_rows
 from gearshift.tasks.task import Task, TaskConfig
 
@@ -177,7 +178,7 @@ def _rows(
             "options": options,
             "form": config.answer,
             "gold": _gold(dataset, entry),
-            "entry": freeze(entry),
+            "entry": tagged_json.encode(entry),
         }
 
 
