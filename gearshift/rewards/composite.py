@@ -15,35 +15,34 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.data.chat import end_token_ids
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
+from gearshift.rewards.build import (
+    ENDS_BY_ITSELF,
+    call_timeout,
+    load_models,
+    make_function,
+)
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import (
     REWARD_MISSING,
     HttpReward,
     NamedReward,
-    RewardFunction,
     call_rewards,
     is_usable,
-    load_reward,
     weighted_sum,
     weighted_sums,
 )
-from gearshift.rewards.judge import JudgeReward
-from gearshift.rewards.models import Ensemble, ModelReward
-from gearshift.rewards.worker_pool import ProcessReward
 from gearshift.runtime.urls import redact_urls
 from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Trajectory
 
 ENVIRONMENT = "environment"
-DEFAULT_TIMEOUT = 300.0
-"""Seconds for one call of a function whose source names no timeout."""
 _MAX_TIMEOUTS = 3
 """If this many calls in a row time out, the function is not called for the rest of a rollout: each
 call would take as long.
@@ -116,10 +115,10 @@ class CompositeReward:
                 continue
             if s.source == "model" or s.source.startswith("model:"):
                 named = s.source.removeprefix("model").removeprefix(":") or str(reward_model)
-                self.models.append(("model", _models(config, named, s.ensemble), s.weight))
+                self.models.append(("model", load_models(config, named, s.ensemble), s.weight))
             else:
-                self.functions.append((redact_urls(s.source), _function(s), s.weight))
-                self._limits.append(_limit(self.functions[-1][1]))
+                self.functions.append((redact_urls(s.source), make_function(s), s.weight))
+                self._limits.append(call_timeout(self.functions[-1][1]))
         # Each function has its own threads, so a slow one delays no other.
         self._workers = [WorkerThreads(getattr(f, "parallel", 1)) for _, f, _ in self.functions]
         self._silent, self._raised = [0] * len(self.functions), [0] * len(self.functions)
@@ -257,7 +256,7 @@ class CompositeReward:
         or to a server ends by itself.
         """
         workers, limit = self._workers[i], self._limits[i]
-        ends = isinstance(self.functions[i][1], _END_BY_THEMSELVES)
+        ends = isinstance(self.functions[i][1], ENDS_BY_ITSELF)
         while not wait([call_], timeout=_POLL_SECONDS).done:
             if not ends and workers.seconds(call_) > limit:
                 self._silent[i] += 1  # before the next queued call begins
@@ -313,46 +312,6 @@ def _last_written(trajectory: Trajectory) -> int:
     """The position of the last token that the policy wrote."""
     last = max(i for i, mask in enumerate(trajectory.loss_mask) if mask)
     return last
-
-
-def _function(source: RewardSource) -> RewardFunction:
-    """The function of a source that is neither the environment nor a model, in the way that the
-    source asks for.
-    """
-    name = source.source
-    if name.startswith("judge:"):
-        url = name.removeprefix("judge:")
-        return JudgeReward(url, source.judge, source.timeout, key_env=source.key_env)
-    if name.startswith(("http://", "https://")):
-        return HttpReward(name, source.timeout, key_env=source.key_env)
-    if source.timeout or source.processes:  # a thread that hangs cannot always be ended
-        return ProcessReward(name, max(1, source.processes), source.timeout or DEFAULT_TIMEOUT)
-    return load_reward(name)
-
-
-_END_BY_THEMSELVES = (ProcessReward, HttpReward, JudgeReward)
-"""Functions whose calls end by themselves."""
-
-
-def _limit(function: RewardFunction) -> float:
-    """Seconds for one call. The project's own functions limit each thing that they do."""
-    if isinstance(function, _END_BY_THEMSELVES):
-        return function.timeout
-    own = getattr(function, "__module__", "").startswith("gearshift.")
-    return math.inf if own else DEFAULT_TIMEOUT
-
-
-def _models(
-    config: ModelConfig, folders: str, how: Literal["mean", "min", "mean_less_std"]
-) -> RewardFunction:
-    members = []
-    for folder in map(Path, folders.split(",")):
-        if not folder.is_dir():
-            raise ConfigError(
-                f"rl.rewards: there is no reward model in {folder}; run the reward stage first."
-            )
-        members.append(ModelReward(config, folder))
-    return members[0] if len(members) == 1 else Ensemble(members, how)
 
 
 def _call(

@@ -18,10 +18,11 @@ import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rewards import composite, http
-from gearshift.rewards.composite import CompositeReward, Ensemble, RunningMeanStd
+from gearshift.rewards import build, http
+from gearshift.rewards.composite import CompositeReward, RunningMeanStd
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import HttpReward, combine_rewards
+from gearshift.rewards.models import Ensemble
 from gearshift.serve.score import score_server
 from gearshift.types import EpisodeInfo, Trajectory
 
@@ -211,7 +212,7 @@ async def later(completions, **_):
 def test_a_function_that_hangs_loses_its_group_and_is_not_asked_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(composite, "DEFAULT_TIMEOUT", 0.5)
+    monkeypatch.setattr(build, "DEFAULT_TIMEOUT", 0.5)
     monkeypatch.chdir(tmp_path)
     threads = threading.active_count()
     f = write(tmp_path, HANGS)[:-1] + name
@@ -298,7 +299,7 @@ def test_an_ensemble(how: Any, wanted: list[float]) -> None:
 
 
 def test_several_folders_are_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composite, "ModelReward", lambda config, folder: folder.name)
+    monkeypatch.setattr(build, "ModelReward", lambda config, folder: folder.name)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     total = CompositeReward([source(f"model:{tmp_path}/a,{tmp_path}/b")], TINY, tmp_path)
@@ -314,7 +315,7 @@ def test_a_model_alone_scores_without_functions(
     def load(config: Any, folder: Path) -> Any:
         return lambda prompts, completions, **_: [float(len(c)) for c in completions]
 
-    monkeypatch.setattr(composite, "ModelReward", load)
+    monkeypatch.setattr(build, "ModelReward", load)
     (tmp_path / "reward").mkdir()
     total = CompositeReward(
         [source("model", 2.0), source("environment", 0.0)], TINY, tmp_path / "reward"
@@ -359,7 +360,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
 ) -> None:
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
     far, near = "http://127.0.0.1:9/score", "gearshift.tasks.voice.commands:voice_reward"
-    monkeypatch.setattr(composite, "load_reward", lambda spec: lambda completions, **_: [None, 1])
+    monkeypatch.setattr(build, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
     asked = source(f"{far}?token=${{TOKEN}}")
     total = CompositeReward([source("environment"), asked, source(near)], TINY, tmp_path)

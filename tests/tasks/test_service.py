@@ -20,7 +20,7 @@ from transformers import (
 from gearshift.data import render_completion
 from gearshift.errors import DataError
 from gearshift.models.load import ModelConfig, load_classifier, load_tokenizer, save_model
-from gearshift.rewards.composite import ModelReward
+from gearshift.rewards.models import ModelReward
 from gearshift.tasks.service import customers as c
 from gearshift.tasks.service import environment as e
 from gearshift.tasks.service import replies as r
