@@ -89,7 +89,7 @@ def generate(arguments: argparse.Namespace) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Answer over HTTP until a signal."""
     from gearshift.models.load import ModelConfig
-    from gearshift.rewards.http import bearer_key
+    from gearshift.rewards.http_client import bearer_key
     from gearshift.rewards.models import ModelReward
     from gearshift.serve.score import score_server
 

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards.config import RewardSource
-from gearshift.rewards.functions import HttpReward, RewardFunction, load_reward
+from gearshift.rewards.functions import RewardFunction
+from gearshift.rewards.http import HttpReward
 from gearshift.rewards.judge import JudgeReward
 from gearshift.rewards.models import Ensemble, ModelReward
 from gearshift.rewards.worker_pool import ProcessReward
+from gearshift.runtime.user_functions import load_function
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds for one call of a function whose source names no timeout."""
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The function that `module:function`, `path/to/file.py:function` or `http://...` names.
+
+    Raises `ConfigError` when there is no such file, module or function, or its import fails.
+    """
+    if spec.startswith(("http://", "https://")):
+        return HttpReward(spec)
+    return cast(RewardFunction, load_function(spec, "reward"))
 
 
 def make_function(source: RewardSource) -> RewardFunction:

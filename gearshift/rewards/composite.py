@@ -31,13 +31,13 @@ from gearshift.rewards.build import (
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import (
     REWARD_MISSING,
-    HttpReward,
     NamedReward,
     call_rewards,
     is_usable,
     weighted_sum,
     weighted_sums,
 )
+from gearshift.rewards.http import HttpReward
 from gearshift.runtime.urls import redact_urls
 from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Trajectory

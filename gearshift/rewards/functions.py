@@ -15,19 +15,11 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, SupportsFloat, cast
+from typing import Any, Protocol, SupportsFloat
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.http import (
-    NoAnswerError,
-    bearer_key,
-    http_host,
-    is_loopback,
-    post,
-    short_repr,
-)
-from gearshift.runtime.urls import Endpoint
-from gearshift.runtime.user_functions import describe_error, load_function
+from gearshift.rewards.http_client import short_repr
+from gearshift.runtime.user_functions import describe_error
 from gearshift.runtime.worker_threads import CallAbandoned, run_with_timeout
 from gearshift.types import Message
 
@@ -39,8 +31,6 @@ the episode out, unless the function has weight 0.
 """
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 """The arguments that every reward function gets besides the columns of the data."""
-MAX_ROWS = 1024
-"""How many completions one request to a server carries; more are sent in parts."""
 MAX_REWARD = 1e18
 """A greater reward counts as one that is not finite: its square overflows in fp32."""
 
@@ -63,67 +53,6 @@ class RewardFunction(Protocol):
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], *args: Any, **kwargs: Any
     ) -> Rewards | Awaitable[Rewards]: ...
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """The function that `module:function`, `path/to/file.py:function` or `http://...` names.
-
-    Raises `ConfigError` when there is no such file, module or function, or its import fails.
-    """
-    if spec.startswith(("http://", "https://")):
-        return HttpReward(spec)
-    return cast(RewardFunction, load_function(spec, "reward"))
-
-
-class HttpReward:
-    """A reward from a server. The server gets `{"prompts", "completions", ...columns}` as JSON and
-    answers `{"rewards": [number or null, ...]}`, as `gearshift serve` does for a reward model.
-
-    The value of the environment variable `key_env` is sent as a bearer token. A server that does
-    not answer loses these rewards; it does not end the run.
-    """
-
-    last_failure = ""
-    """Why the server last gave no answer."""
-
-    def __init__(
-        self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
-    ) -> None:
-        """Raises `ConfigError` for an address or a key that cannot be right."""
-        host = http_host(url, url)
-        self.timeout, self.tries = timeout or 60.0, tries
-        key = bearer_key(key_env, "GEARSHIFT_REWARD_KEY")
-        if key is None and is_loopback(host):  # this machine's own `gearshift serve`
-            key = bearer_key(None, "GEARSHIFT_KEY")
-        self.address = Endpoint.of(url, key)
-
-    def __call__(
-        self, prompts: list[list[Message]], completions: list[str], *args: Any, **columns: Any
-    ) -> Rewards:
-        body = {**columns, "prompts": prompts, "completions": completions}
-        if len(completions) <= MAX_ROWS:
-            return self._ask(body)
-        rewards: list[float | None] = []
-        for at in range(0, len(completions), MAX_ROWS):
-            part = {name: column and column[at : at + MAX_ROWS] for name, column in body.items()}
-            told = self._ask(part)
-            if len(told) != len(part["completions"]):
-                return told  # the caller reports the wrong number
-            rewards += told
-        return rewards
-
-    def _ask(self, body: dict[str, Any]) -> Rewards:
-        try:
-            return post(self.address, body, _rewards, self.timeout, self.tries)
-        except NoAnswerError as error:
-            self.last_failure = str(error)
-            return [REWARD_MISSING] * len(body["completions"])
-
-
-def _rewards(answer: Any) -> list[float | None]:
-    """The rewards in a server's answer; those at places that it names as lost are missing."""
-    lost = answer.get("lost") or ()
-    return [REWARD_MISSING if i in lost else reward for i, reward in enumerate(answer["rewards"])]
 
 
 NamedReward = tuple[str, RewardFunction, float]

@@ -16,7 +16,7 @@ from typing import Any
 from gearshift.errors import ConfigError
 from gearshift.rewards.config import JudgeConfig
 from gearshift.rewards.functions import REWARD_MISSING, Rewards
-from gearshift.rewards.http import NoAnswerError, bearer_key, http_host, post
+from gearshift.rewards.http_client import NoAnswerError, bearer_key, http_host, post
 from gearshift.rewards.judge_marks import parse_mark
 from gearshift.runtime.urls import Endpoint
 from gearshift.runtime.worker_threads import WorkerThreads

@@ -22,8 +22,8 @@ from gearshift.rewards.functions import (
     RewardFunction,
     Rewards,
     call_rewards,
-    load_reward,
 )
+from gearshift.runtime.user_functions import load_function
 from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
 
@@ -45,8 +45,8 @@ class ProcessReward:
     """Why the last rewards were lost."""
 
     def __init__(self, spec: str, processes: int, timeout: float) -> None:
-        """Raises `ConfigError` like `load_reward`."""
-        load_reward(spec)  # an error is reported here once, not by each worker
+        """Raises `ConfigError` like `load_function`."""
+        load_function(spec, "reward")  # an error is reported here once, not by each worker
         self.spec, self.timeout, self.parallel = spec, timeout, processes
         self._lock = Lock()
         self._pool = self._new_pool()
@@ -92,7 +92,7 @@ def _end(pool: ProcessPool) -> None:
 def _load(spec: str) -> None:
     end_with_parent()
     with contextlib.suppress(ConfigError):  # the call reports it
-        _functions[spec] = load_reward(spec)
+        _functions[spec] = load_function(spec, "reward")
 
 
 def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
@@ -100,7 +100,7 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
     processes.
     """
     try:
-        function = _functions.get(spec) or load_reward(spec)
+        function = _functions.get(spec) or load_function(spec, "reward")
         prompts, completions = given.pop("prompts"), given.pop("completions")
         ids = given.pop("completion_ids", None)
         with exit_in_forks():

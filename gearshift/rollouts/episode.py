@@ -21,7 +21,7 @@ from gearshift.data.text import decode
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import CapacityError
 from gearshift.rewards.functions import is_usable, to_reward
-from gearshift.rewards.http import short_repr
+from gearshift.rewards.http_client import short_repr
 from gearshift.rollouts.backend import GenerationBackend
 from gearshift.rollouts.environment_pool import EnvironmentPool, EpisodeError
 from gearshift.runtime.user_functions import describe_error

@@ -1,4 +1,4 @@
-"""A reward model behind an address: `POST /score` as `rollouts.rewards.HttpReward` sends it.
+"""A reward model behind an address: `POST /score` as `HttpReward` sends it.
 
 The standard library's server: one model answers one request at a time, and no more is needed. What
 a client sends wrongly is answered with a 4xx and one line of JSON; where some completions have no
@@ -23,8 +23,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
-from gearshift.rewards.functions import MAX_ROWS, RewardFunction
-from gearshift.rewards.http import is_loopback
+from gearshift.rewards.functions import RewardFunction
+from gearshift.rewards.http import MAX_ROWS
+from gearshift.rewards.http_client import is_loopback
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.terminal import echo, one_line
 from gearshift.runtime.user_functions import describe_error

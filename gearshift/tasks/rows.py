@@ -23,7 +23,8 @@ from gearshift.data.rows import filled_columns
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
-from gearshift.rewards.functions import ARGUMENTS, RewardFunction, load_reward
+from gearshift.rewards.build import load_reward
+from gearshift.rewards.functions import ARGUMENTS, RewardFunction
 from gearshift.rollouts.intervals import merged
 from gearshift.runtime.config import PathText
 from gearshift.runtime.files import write_text

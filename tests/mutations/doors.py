@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "the server's key goes to every address",  # in place of the entry of this name
-        "rewards/functions.py",
+        "rewards/http.py",
         "if key is None and is_loopback(host):",
         "if key is None:",
         "tests/serve/test_score.py::test_keys_go_to_the_host_they_are_for",

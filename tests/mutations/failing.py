@@ -50,14 +50,14 @@ MUTATIONS = (
         "runtime/worker_threads.py",
         "            _stop(thread.ident)\n",
         "            pass\n",
-        "tests/rewards/test_http.py::test_an_answer_that_drips_ends_with_its_time",
+        "tests/rewards/test_http_client.py::test_an_answer_that_drips_ends_with_its_time",
     ),
     Mutation(
         "the key goes to a proxy",
-        "rewards/http.py",
+        "rewards/http_client.py",
         'if scheme == "https"}',
         "if scheme}",
-        "tests/rewards/test_http.py::test_a_key_goes_to_no_proxy",
+        "tests/rewards/test_http_client.py::test_a_key_goes_to_no_proxy",
     ),
     Mutation(
         "a call takes the run to another folder",

@@ -18,7 +18,7 @@ import pytest
 
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rewards.functions import HttpReward
+from gearshift.rewards.http import HttpReward
 from tests.serve.test_score import BODY, request
 
 pytestmark = pytest.mark.slow

@@ -18,10 +18,11 @@ import pytest
 
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.rewards import build, http
+from gearshift.rewards import build, http_client
 from gearshift.rewards.composite import CompositeReward, RunningMeanStd
 from gearshift.rewards.config import RewardSource
-from gearshift.rewards.functions import HttpReward, combine_rewards
+from gearshift.rewards.functions import combine_rewards
+from gearshift.rewards.http import HttpReward
 from gearshift.rewards.models import Ensemble
 from gearshift.serve.score import score_server
 from gearshift.types import EpisodeInfo, Trajectory
@@ -358,7 +359,7 @@ def test_a_wrong_key_is_told_and_a_dead_address_is_lost(
 def test_a_dead_address_leaves_the_episode_out_and_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_client.time, "sleep", lambda seconds: None)
     far, near = "http://127.0.0.1:9/score", "gearshift.tasks.voice.commands:voice_reward"
     monkeypatch.setattr(build, "load_reward", lambda spec: lambda completions, **_: [None, 1])
     monkeypatch.setenv("TOKEN", "secret")
@@ -384,7 +385,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
 def test_why_an_address_gave_no_reward_is_told(
     code: int, answer: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_client.time, "sleep", lambda seconds: None)
     with answering(code, answer) as url:
         total = CompositeReward([source(url)], TINY, tmp_path)
         assert total(EPISODES[:1])[0] == [None] and not total.state_dict()["worked"]

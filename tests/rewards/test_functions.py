@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from gearshift.errors import ConfigError
-from gearshift.rewards.functions import combine_rewards, is_usable, load_reward
+from gearshift.rewards.build import load_reward
+from gearshift.rewards.functions import combine_rewards, is_usable
 from gearshift.runtime.worker_threads import run_with_timeout
 
 PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]

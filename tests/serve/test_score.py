@@ -12,7 +12,7 @@ import pytest
 from gearshift.errors import CapacityError, ConfigError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.rewards.functions import HttpReward
+from gearshift.rewards.http import HttpReward
 from gearshift.rewards.models import ModelReward
 from gearshift.serve import score
 from gearshift.serve.score import ScoreServer, score_server

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gearshift.errors import ConfigError
-from gearshift.rewards import http
-from gearshift.rewards.http import NoAnswerError, post
+from gearshift.rewards import http_client
+from gearshift.rewards.http_client import NoAnswerError, post
 from gearshift.runtime.urls import Endpoint
 from tests.rewards.test_composite import answering, serving
 
@@ -56,7 +56,7 @@ def test_an_answer_that_drips_ends_with_its_time(pieces: Any) -> None:
 
 
 def test_an_answer_that_does_not_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(http_client, "_MAX_BYTES", 1 << 16)
     sent: list[int] = []
 
     def say(handler: BaseHTTPRequestHandler) -> None:
