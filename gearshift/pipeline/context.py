@@ -1,5 +1,5 @@
 """What the stages of one run share: its recipe, its folder, its task's data, and how they open
-models, begin, and save. It must not import a stage's training code beyond its config.
+models, begin, and save. It must not import a trainer of one stage.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,6 @@ from gearshift.pipeline.memory import (
     parts_of,
     resident,
     shortage,
-    updates_of,
     with_total,
 )
 from gearshift.pipeline.provenance import Trained, functions_of, made_from
@@ -40,16 +39,9 @@ from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
-from gearshift.trainers.preference import PreferenceConfig
-from gearshift.trainers.process_reward_model import ProcessRewardConfig
-from gearshift.trainers.reward_model import RewardModelConfig
-from gearshift.trainers.rl.config import RLConfig
-from gearshift.trainers.sft import SFTConfig
 from gearshift.trainers.stage import Stage, StageConfig
 
-Fitted = TypeVar(
-    "Fitted", SFTConfig, PreferenceConfig, RewardModelConfig, ProcessRewardConfig, RLConfig
-)
+Fitted = TypeVar("Fitted", bound=StageConfig)
 
 
 @dataclass
@@ -163,18 +155,16 @@ class Context:
         shape = Shape.of(model, model.dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora, engine = self.recipe.model.lora is not None, self.recipe.engine
-        parts = parts_of(config, engine, shape, trained, model.device, lora)
+        needs = config.memory_needs()
+        parts = parts_of(needs, engine, shape, trained, model.device, lora)
         # The parts count what is loaded by now, too.
         free = available(model.device) + resident(model.device)
-        tokens, recompute = micro_batch(config, engine, shape, parts, free)
-        parts["activations"] = tokens * shape.token(recompute)
+        tokens, recompute = micro_batch(needs, engine, shape, parts, free)
+        parts["activations"] = tokens * shape.token(recompute, needs.padded)
         if short := shortage(with_total(parts)["total"], free):
             self.echo(f"memory: {short}")
-        if not updates_of(config).micro_batch_tokens:
-            chosen: dict[str, Any] = {"micro_batch_tokens": tokens}
-            if isinstance(config, RLConfig):
-                chosen = {"update": config.update.model_copy(update=chosen)}
-            config = config.model_copy(update=chosen)
+        if not needs.micro_batch_tokens:
+            config = config.with_micro_batch(tokens)
         return config, recompute
 
     def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:

@@ -18,21 +18,31 @@ from transformers import PreTrainedModel
 from gearshift.engine import EngineConfig
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
-from gearshift.trainers.preference import NEEDS_REFERENCE, PreferenceConfig
-from gearshift.trainers.process_reward_model import ProcessRewardConfig
-from gearshift.trainers.reward_model import RewardModelConfig
-from gearshift.trainers.rl.config import RLConfig, UpdateConfig
-from gearshift.trainers.sft import SFTConfig
+from gearshift.trainers.needs import MemoryNeeds
 
 GIB = 2**30
 _PROGRAM = 0.47 * GIB
 """Python and its libraries in the host's memory."""
 _SLACK = 0.1
 """What allocators hold between their blocks."""
-_PROMPT = 128
-"""Tokens that a prompt is taken to have."""
 _STEP = 4 << 25
 """The gradient of one of the optimizer's buffers in fp32."""
+_TRAINED_COPY = 1.6
+"""Bytes that the weights of a trained model take on a CPU, over their own: the file that they were
+read from stays mapped, and the allocator keeps what loading freed. Measured."""
+_LOADED_COPY = 1.3
+"""The same of a model that is only run. Measured."""
+_LOGIT_BYTES = 6.0
+"""Bytes of a decode step for one logit: in the model's dtype, and in fp32 to sample from."""
+_UNCOUNTED = 1.09
+"""Bytes that a described layer keeps, over those of the tensors that are counted: statistics of
+norms and of attention. Measured."""
+_MODULE_HIDDEN, _MODULE_INNER = 12, 5
+"""Tensors of the hidden and of the feed-forward width that a layer of Hugging Face's modules keeps
+for its backward pass: counted in Llama's."""
+_LAYER_HIDDEN, _LAYER_HEADS, _LAYER_INNER = 5, 2, 3
+"""Tensors of the hidden width, of all heads and of the feed-forward width that a described layer
+keeps."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +93,17 @@ class Shape:
         return self.parameters * self.item
 
     def token(self, recompute: bool = False, padded: bool = False) -> float:
-        """Bytes that one token keeps for the backward pass: of described layers; of each layer's
-        input only (`recompute`); of Hugging Face's modules (`padded`).
+        """Bytes that one token keeps for the backward pass: in described layers; with `recompute`
+        the input of each layer, and one layer at a time; or in Hugging Face's modules (`padded`).
         """
         if padded:
-            return float(self.item * self.layers * (12 * self.hidden + 5 * self.inner))
+            layer = _MODULE_HIDDEN * self.hidden + _MODULE_INNER * self.inner
+            return float(self.item * self.layers * layer)
         attention = self.heads * self.head_size
-        layer = 5 * self.hidden + 2 * attention + 3 * self.inner
-        kept = 2 * self.hidden * self.layers + layer if recompute else 1.09 * layer * self.layers
+        layer = _LAYER_HIDDEN * self.hidden + _LAYER_HEADS * attention + _LAYER_INNER * self.inner
+        kept = 2 * self.hidden * self.layers + layer
+        if not recompute:
+            return float(self.item * _UNCOUNTED * layer * self.layers)
         return float(self.item * kept)
 
     def cache(self, rows: int, length: int) -> float:
@@ -98,60 +111,34 @@ class Shape:
         return 2.0 * self.layers * self.key_heads * self.head_size * rows * length * self.item
 
 
-StageWithOptimizer = (
-    SFTConfig | PreferenceConfig | RewardModelConfig | ProcessRewardConfig | RLConfig
-)
-
-
 def parts_of(
-    config: StageWithOptimizer,
+    needs: MemoryNeeds,
     engine: EngineConfig,
     shape: Shape,
     trained: int,
     device: torch.device,
     adapters: bool = False,
 ) -> dict[str, float]:
-    """Bytes by purpose of a stage, but for activations. `trained`: parameters that learn."""
+    """Bytes of a stage by purpose, without activations. `trained` parameters learn."""
     on_cpu = device.type == "cpu"
-    update = updates_of(config)
-    cut = not 0 < tokens_of(config) <= update.micro_batch_tokens  # into several micro-batches
-    parts = _learning(shape, update.optimizer, trained, device, cut)
+    one_micro_batch = 0 < needs.update_tokens <= needs.micro_batch_tokens
+    parts = _learning(shape, needs.optimizer, trained, device, cut=not one_micro_batch)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
-    if isinstance(config, RLConfig):
-        rows = min(engine.max_num_seqs, config.rollout.prompts * config.rollout.group_size)
-        length = config.rollout.max_new_tokens + _PROMPT
+    if needs.rollout:
+        sequences, length = needs.rollout
+        rows = min(engine.max_num_seqs, sequences)
         parts[f"KV cache of {rows} rows x {length} tokens"] = shape.cache(rows, length)
-        parts["logits of a decode step"] = 6.0 * rows * shape.vocabulary
+        parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
         if on_cpu and engine.prepack_weights and shape.item == 2:
-            parts["packed weights"] = float(shape.weights)
-        if config.kl.beta > 0 and not adapters:
-            parts["reference"] = 1.3 * shape.weights
-        if config.value and config.value.kind == "critic":
-            critic = _learning(shape, config.value.optimizer, shape.parameters, device, cut)
-            parts["critic, its gradients and its optimizer"] = sum(critic.values())
-    elif isinstance(config, PreferenceConfig):
-        copied = config.reference == "each_step" and config.loss in NEEDS_REFERENCE
-        if copied and not adapters:
-            parts["reference"] = 1.3 * shape.weights
+            parts["prepacked weights"] = float(shape.weights)
+    if needs.reference and not adapters:
+        parts["reference"] = _LOADED_COPY * shape.weights
+    if needs.critic:
+        cut = not one_micro_batch
+        critic = _learning(shape, needs.critic, shape.parameters, device, cut)
+        parts["critic, its gradients and its optimizer"] = sum(critic.values())
     return parts
-
-
-def updates_of(
-    config: StageWithOptimizer,
-) -> SFTConfig | PreferenceConfig | RewardModelConfig | ProcessRewardConfig | UpdateConfig:
-    """The section that has the stage's optimizer and the size of its micro-batches."""
-    return config.update if isinstance(config, RLConfig) else config
-
-
-def tokens_of(config: StageWithOptimizer) -> int:
-    """Tokens of one update at most: no micro-batch is larger."""
-    if isinstance(config, RLConfig):
-        rollout = config.rollout
-        tokens = rollout.prompts * (_PROMPT + rollout.group_size * rollout.max_new_tokens)
-        return -(-tokens // config.update.minibatches)
-    sides = 2 if isinstance(config, PreferenceConfig | RewardModelConfig) else 1
-    return sides * config.batch_size * config.max_length
 
 
 def _learning(
@@ -160,7 +147,7 @@ def _learning(
     moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
     on_host = optimizer.offload == "always" and device.type != "cpu"
     return {
-        "weights": 1.6 * shape.weights if device.type == "cpu" else float(shape.weights),
+        "weights": (_TRAINED_COPY if device.type == "cpu" else 1.0) * shape.weights,
         "gradients": float(trained * (shape.item + (4 if cut and shape.item < 4 else 0))),
         "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments),
         "the optimizer's step": float(min(_STEP, 4 * trained)),
@@ -251,7 +238,7 @@ def resident(device: torch.device) -> float:
 
 
 def micro_batch(
-    config: StageWithOptimizer,
+    needs: MemoryNeeds,
     engine: EngineConfig,
     shape: Shape,
     parts: dict[str, float],
@@ -263,16 +250,15 @@ def micro_batch(
     tokens as fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for
     (or 4,096) do not fit else.
     """
-    padded = isinstance(config, ProcessRewardConfig)
+    asked, most = needs.micro_batch_tokens, needs.update_tokens
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
-    most, asked = tokens_of(config), updates_of(config).micro_batch_tokens
     again = engine.recompute
     if again is None:
-        wanted = min(asked or 4096, most)
-        again = not padded and room < wanted * shape.token()
+        again = not needs.padded and room < min(asked or 4096, most) * shape.token()
     if asked:
         return min(asked, most), again
-    return max(1, min(most, 65_536, int(room / shape.token(again, padded)))), again
+    fitting = int(room / shape.token(again, needs.padded))
+    return max(1, min(most, 65_536, fitting)), again
 
 
 def shortage(total: float, free: float) -> str:

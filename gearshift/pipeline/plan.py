@@ -1,7 +1,5 @@
-"""What a recipe would do and hold, told before it does it: `--dry-run`. Loads configs and shapes,
-no weights.
-
-How the memory is predicted is in `trainers/memory.py`.
+"""What a recipe would do, and the memory that it would take: `--dry-run`. It loads configs and
+shapes, no weights; `memory.py` predicts the memory.
 """
 
 from __future__ import annotations
@@ -50,31 +48,8 @@ def _stages(recipe: Recipe) -> list[str]:
     lines = []
     if recipe.task:
         lines.append(f"data: {recipe.task.name}; held-out evaluation of the base model")
-    if recipe.sft:
-        lines.append(f"sft: {recipe.sft.epochs:g} epochs in batches of {recipe.sft.batch_size}")
-    if recipe.preference:
-        how = recipe.preference
-        lines.append(
-            f"preference: {how.loss}, {how.epochs:g} epochs in batches of {how.batch_size}"
-        )
-    if recipe.process:
-        how_steps = recipe.process
-        lines.append(
-            f"process: {how_steps.epochs:g} epochs in batches of {how_steps.batch_size} answers"
-        )
-    if recipe.reward:
-        lines.append(
-            f"reward: {recipe.reward.epochs:g} epochs in batches of {recipe.reward.batch_size} "
-            "pairs"
-        )
-    if recipe.rl:
-        rl = recipe.rl
-        lines.append(
-            f"rl: {rl.steps} steps of {rl.rollout.prompts} prompts x {rl.rollout.group_size} "
-            f"completions, advantage {rl.advantage.name}, loss {rl.loss.name}, "
-            f"{rl.updates_a_step} updates a step, "
-            f"KL {rl.kl.estimator} x {rl.kl.beta:g} in the {rl.kl.where}"
-        )
+    configs = ((name, getattr(recipe, name)) for name in STAGES)
+    lines += [f"{name}: {config.describe()}" for name, config in configs if config]
     return lines or ["nothing: the recipe has no stage"]
 
 
@@ -89,13 +64,11 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
             continue
         policy = name in POLICIES
         trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
-        parts = parts_of(config, recipe.engine, shape, trained, device, lora is not None)
-        free = available(device)
-        tokens, again = micro_batch(config, recipe.engine, shape, parts, free)
-        again_told = ", computed again" if again else ""
-        parts[f"activations of {tokens} tokens{again_told}"] = tokens * shape.token(
-            again, padded=name == "process"
-        )
+        needs = config.memory_needs()
+        parts = parts_of(needs, recipe.engine, shape, trained, device, lora is not None)
+        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, available(device))
+        activations = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
+        parts[activations] = tokens * shape.token(recompute, needs.padded)
         stages[name] = with_total(parts)
     if not stages:
         return []

@@ -17,7 +17,7 @@ from gearshift.models.made import DONE, made_of
 from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
 from gearshift.runtime.digests import Digests, check_unchanged, file_digest, read_sealed
 from gearshift.tasks.registry import get_task
-from gearshift.trainers.rl.config import RLConfig
+from gearshift.trainers.needs import Inputs
 from gearshift.trainers.stage import StageConfig
 from gearshift.types import Message
 
@@ -37,24 +37,17 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
     them. `start` is the model that the stage starts from; None is the recipe's.
     """
     found: Digests = {}
-    mix = getattr(config, "sft_mix", None)
-    for owner, key in ((config, "data"), (config, "heldout"), (mix, "data")):
-        data: DataConfig = getattr(owner, key, DataConfig())
+    inputs = config.inputs()
+    for data in (*inputs.learned, *inputs.heldout):
         for source in data.sources:
             if source.path.startswith("task:"):
                 path = prepared(run / "data", source.path.removeprefix("task:"))
                 found[f"data/{path.name}"] = file_digest(path)
             else:
                 found[source.path] = source_digest(source.path, source.split)
-    models = [start]
-    if isinstance(config, RLConfig):
-        path = prepared(run / "data", "train")
-        found |= {f"data/{path.name}": file_digest(path)} if path.exists() else {}
-        models += [getattr(config.value, "init_from", None), config.kl.reference]
-        for part in config.rewards:
-            kind, _, folders = part.source.partition(":")
-            models += (folders or "reward").split(",") if kind == "model" else []
-    for model in filter(None, models):
+    if inputs.task and (path := prepared(run / "data", "train")).exists():
+        found[f"data/{path.name}"] = file_digest(path)
+    for model in filter(None, (start, *inputs.models)):
         name = str(run / model) if model == "reward" else model
         label = name.removeprefix(f"{run}/")
         found |= {f"{label}/{file}": known for file, known in made_of(name).items()}
@@ -63,8 +56,7 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
 
 def functions_of(config: StageConfig, recipe: Recipe) -> Digests:
     """Digests of the files that the rewards' functions are in."""
-    named = [part.source for part in getattr(config, "rewards", ())]
-    named.append(str(getattr(recipe.task, "reward", "")))
+    named = [*config.inputs().functions, str(getattr(recipe.task, "reward", ""))]
     files = {name.rpartition(":")[0] for name in named}
     return {file: file_digest(Path(file)) for file in sorted(files) if Path(file).is_file()}
 
@@ -111,9 +103,10 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
         config = getattr(recipe, name)
         if config is None or (begun and not (run / name).is_dir()):
             continue
-        if rows_of := config.sft_mix if name == "rl" else config:
-            found += _source_rows(rows_of.data, run, run / name, begun)
-        if name == "rl" and recipe.task and (path := prepared(run / "data", "train")).exists():
+        inputs: Inputs = config.inputs()
+        for data in inputs.learned:
+            found += _source_rows(data, run, run / name, begun)
+        if inputs.task and recipe.task and (path := prepared(run / "data", "train")).exists():
             rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
             found += rows
             clusters |= {str(row[column]) for row in rows if row.get(column) is not None}

@@ -11,7 +11,7 @@ Legend: N completions of the batch, P pairs, M their tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import ClassVar, Literal, Self
@@ -35,6 +35,7 @@ from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
@@ -71,6 +72,16 @@ class PreferenceConfig(SupervisedStageConfig):
     """AdamW and its schedule."""
 
     sequences_in_row: ClassVar[int] = 2
+
+    def describe(self) -> str:
+        return f"{self.loss}, {super().describe()}"
+
+    def inputs(self) -> Inputs:
+        return replace(super().inputs(), heldout=(self.heldout,))
+
+    def memory_needs(self) -> MemoryNeeds:
+        copied = self.reference == "each_step" and self.loss in NEEDS_REFERENCE
+        return replace(super().memory_needs(), reference=copied)
 
     @model_validator(mode="after")
     def _enough_rows(self) -> Self:

@@ -7,7 +7,8 @@ loss = mean over steps of the binary cross-entropy (Lightman et al. 2023). Any b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
@@ -38,6 +40,14 @@ class ProcessRewardConfig(SupervisedStageConfig):
     policy."""
     separator: str = "\n"
     """The text after each step; its last token carries the step's logit."""
+
+    rows_are: ClassVar[str] = "answers"
+
+    def inputs(self) -> Inputs:
+        return replace(super().inputs(), heldout=(self.heldout,))
+
+    def memory_needs(self) -> MemoryNeeds:
+        return replace(super().memory_needs(), padded=True)
 
 
 class Steps(NamedTuple):

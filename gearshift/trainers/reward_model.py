@@ -8,6 +8,7 @@ one label.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import ClassVar, NamedTuple
 
@@ -23,6 +24,7 @@ from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.trainers.needs import Inputs
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
@@ -55,6 +57,10 @@ class RewardModelConfig(SupervisedStageConfig):
     """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
 
     sequences_in_row: ClassVar[int] = 2
+    rows_are: ClassVar[str] = "pairs"
+
+    def inputs(self) -> Inputs:
+        return replace(super().inputs(), heldout=(self.heldout,))
 
 
 def render_pairs(

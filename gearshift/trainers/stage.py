@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -33,6 +33,7 @@ from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo, one_line
 from gearshift.trainers.ema import MovingAverage
+from gearshift.trainers.needs import Inputs, MemoryNeeds
 
 Row = TypeVar("Row")
 _STOPPING = "\nStopping after this step; a second signal stops at once.\n"
@@ -47,6 +48,22 @@ class StageConfig(Config):
     """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""
+
+    def describe(self) -> str:
+        """What the stage does, in a few words."""
+        raise NotImplementedError
+
+    def inputs(self) -> Inputs:
+        """What the stage reads."""
+        raise NotImplementedError
+
+    def memory_needs(self) -> MemoryNeeds:
+        """What the stage's memory depends on."""
+        raise NotImplementedError
+
+    def with_micro_batch(self, tokens: int) -> Self:
+        """The config with micro-batches of so many tokens."""
+        return self.model_copy(update={"micro_batch_tokens": tokens})
 
 
 @dataclass(frozen=True, slots=True)

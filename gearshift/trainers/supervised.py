@@ -17,6 +17,7 @@ from gearshift.data import DataConfig, Mixture, errors_at
 from gearshift.data.rows import text_size
 from gearshift.errors import OverlongError
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import StageConfig
 
 Row = TypeVar("Row")
@@ -44,6 +45,7 @@ class SupervisedStageConfig(StageConfig):
     """AdamW and its schedule."""
 
     sequences_in_row: ClassVar[int] = 1
+    rows_are: ClassVar[str] = "rows"
 
     def seen(self, rows: int) -> int:
         """Rows that are learned from in all, each as often as it is seen."""
@@ -58,6 +60,16 @@ class SupervisedStageConfig(StageConfig):
         first = step * self.batch_size
         end = min(first + self.batch_size, self.seen(len(rows)))
         return [rows.example_at(i) for i in range(first, end)]
+
+    def describe(self) -> str:
+        return f"{self.epochs:g} epochs in batches of {self.batch_size} {self.rows_are}"
+
+    def inputs(self) -> Inputs:
+        return Inputs(learned=(self.data,))
+
+    def memory_needs(self) -> MemoryNeeds:
+        most = self.sequences_in_row * self.batch_size * self.max_length
+        return MemoryNeeds(self.optimizer, self.micro_batch_tokens, most)
 
 
 @contextmanager

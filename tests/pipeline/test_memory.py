@@ -16,7 +16,6 @@ from gearshift.pipeline.memory import (
     of_control_groups,
     parts_of,
     shortage,
-    tokens_of,
     with_total,
 )
 from gearshift.runtime.optimizer import OptimizerConfig
@@ -28,8 +27,8 @@ LLAMA_1B = Shape(1_200_000_000, 16, 2048, 8192, 48, 8, 64, 128_256, 2)
 
 
 def total(config: SFTConfig | RLConfig, engine: EngineConfig, free: float) -> float:
-    parts = parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
-    tokens, again = micro_batch(config, engine, LLAMA_1B, parts, free)
+    parts = parts_of(config.memory_needs(), engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
+    tokens, again = micro_batch(config.memory_needs(), engine, LLAMA_1B, parts, free)
     parts["activations"] = tokens * LLAMA_1B.token(again)
     return with_total(parts)["total"]
 
@@ -55,9 +54,9 @@ def test_a_micro_batch_is_no_larger_than_the_update() -> None:
         update={"micro_batch_tokens": 0},
         rollout={"prompts": 2, "group_size": 2, "max_new_tokens": 16},
     )
-    parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, CPU)
-    tokens, again = micro_batch(config, EngineConfig(), LLAMA_1B, parts, 1e15)
-    assert tokens == tokens_of(config) == 2 * (128 + 2 * 16) and not again
+    parts = parts_of(config.memory_needs(), EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, CPU)
+    tokens, again = micro_batch(config.memory_needs(), EngineConfig(), LLAMA_1B, parts, 1e15)
+    assert tokens == config.memory_needs().update_tokens == 2 * (128 + 2 * 16) and not again
 
 
 def test_layers_are_computed_again_only_where_they_would_not_fit() -> None:
@@ -68,30 +67,36 @@ def test_layers_are_computed_again_only_where_they_would_not_fit() -> None:
         (EngineConfig(recompute=False), 30 * GIB, False),
         (EngineConfig(recompute=True), 200 * GIB, True),
     ):
-        parts = parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
-        assert micro_batch(config, engine, LLAMA_1B, parts, free) == (32_768, wanted)
+        parts = parts_of(config.memory_needs(), engine, LLAMA_1B, LLAMA_1B.parameters, GPU)
+        assert micro_batch(config.memory_needs(), engine, LLAMA_1B, parts, free) == (32_768, wanted)
     assert LLAMA_1B.token(recompute=True) < 0.3 * LLAMA_1B.token()
 
 
 def test_what_adapters_offload_and_8_bits_save() -> None:
     plain, engine = RLConfig(), EngineConfig()
-    everything = sum(parts_of(plain, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
-    adapters = sum(parts_of(plain, engine, LLAMA_1B, 10_000_000, GPU, adapters=True).values())
+    everything = sum(
+        parts_of(plain.memory_needs(), engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values()
+    )
+    adapters = sum(
+        parts_of(plain.memory_needs(), engine, LLAMA_1B, 10_000_000, GPU, adapters=True).values()
+    )
     for change in ({"moments": "8bit"}, {"offload": "always"}):
         config = RLConfig(update={"optimizer": OptimizerConfig.model_validate(change)})
-        less = sum(parts_of(config, engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values())
+        less = sum(
+            parts_of(config.memory_needs(), engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values()
+        )
         assert adapters < less < everything
 
 
 def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() -> None:
     def gradients(**changes: int) -> float:
         config = SFTConfig(batch_size=4, max_length=1024, **changes)
-        parts = parts_of(config, EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
+        parts = parts_of(config.memory_needs(), EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
         return parts["gradients"] / LLAMA_1B.parameters
 
     assert [gradients(micro_batch_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
     wide = Shape(*(6, 2, 8, 8, 3, 1, 8, 259), item=4)
-    parts = parts_of(SFTConfig(micro_batch_tokens=8), EngineConfig(), wide, 6, GPU)
+    parts = parts_of(SFTConfig(micro_batch_tokens=8).memory_needs(), EngineConfig(), wide, 6, GPU)
     assert parts["gradients"] == 4 * 6
 
 

@@ -14,6 +14,7 @@ from gearshift.data import DataConfig
 from gearshift.rewards.config import RewardSource
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.needs import PROMPT_TOKENS, Inputs, MemoryNeeds
 from gearshift.trainers.rl.methods import (
     Advantage,
     PolicyLoss,
@@ -239,6 +240,49 @@ class RLConfig(StageConfig):
     def updates_a_step(self) -> int:
         """Optimizer steps after one rollout."""
         return self.update.epochs * self.update.minibatches
+
+    def describe(self) -> str:
+        """What the stage does, in a few words."""
+        return (
+            f"{self.steps} steps of {self.rollout.prompts} prompts x {self.rollout.group_size} "
+            f"completions, advantage {self.advantage.name}, loss {self.loss.name}, "
+            f"{self.updates_a_step} updates a step, "
+            f"KL {self.kl.estimator} x {self.kl.beta:g} in the {self.kl.where}"
+        )
+
+    def inputs(self) -> Inputs:
+        """What the stage reads."""
+        models = [getattr(self.value, "init_from", None), self.kl.reference]
+        functions = []
+        for part in self.rewards:
+            kind, _, folders = part.source.partition(":")
+            if kind == "model":
+                models += (folders or "reward").split(",")
+            else:
+                functions.append(part.source)
+        learned = (self.sft_mix.data,) if self.sft_mix else ()
+        return Inputs(learned, (), tuple(filter(None, models)), tuple(functions), task=True)
+
+    def memory_needs(self) -> MemoryNeeds:
+        """What the stage's memory depends on."""
+        rollout, update = self.rollout, self.update
+        tokens = rollout.prompts * (PROMPT_TOKENS + rollout.group_size * rollout.max_new_tokens)
+        return MemoryNeeds(
+            update.optimizer,
+            update.micro_batch_tokens,
+            -(-tokens // update.minibatches),
+            reference=self.kl.beta > 0,
+            critic=self.value.optimizer if self.value and self.value.kind == "critic" else None,
+            rollout=(
+                rollout.prompts * rollout.group_size,
+                PROMPT_TOKENS + rollout.max_new_tokens,
+            ),
+        )
+
+    def with_micro_batch(self, tokens: int) -> Self:
+        """The config with micro-batches of so many tokens."""
+        update = self.update.model_copy(update={"micro_batch_tokens": tokens})
+        return self.model_copy(update={"update": update})
 
     def sampling(self) -> SamplingParams:
         """How rollouts are sampled."""

@@ -1,0 +1,49 @@
+"""What a stage's config says of its needs: what its memory depends on, and what it reads. The
+pipeline plans with them and need not know which stage it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gearshift.data import DataConfig
+from gearshift.runtime.optimizer import OptimizerConfig
+
+PROMPT_TOKENS = 128
+"""Tokens that a prompt is taken to have, before any is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """What the memory of a stage depends on, besides its model."""
+
+    optimizer: OptimizerConfig
+    """The optimizer of the model that is trained."""
+    micro_batch_tokens: int
+    """Tokens of a micro-batch as the recipe has them; 0 leaves them to the memory."""
+    update_tokens: int
+    """Tokens of one update at most: no micro-batch is larger."""
+    padded: bool = False
+    """Whether the model runs on padded rows, through Hugging Face's modules."""
+    reference: bool = False
+    """Whether a second copy of the policy is loaded, unless the policy has adapters."""
+    critic: OptimizerConfig | None = None
+    """The optimizer of a separate critic."""
+    rollout: tuple[int, int] | None = None
+    """(sequences, tokens of each) that are sampled for one update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a stage reads, by the names that a recipe has for it."""
+
+    learned: tuple[DataConfig, ...] = ()
+    """Rows that the model learns from."""
+    heldout: tuple[DataConfig, ...] = ()
+    """Rows that only measure it."""
+    models: tuple[str, ...] = ()
+    """Folders and names of models; `reward` is this run's reward model."""
+    functions: tuple[str, ...] = ()
+    """Functions of rewards, as `file.py:function` or `module:function`."""
+    task: bool = False
+    """Whether it reads the training rows of the recipe's task."""
