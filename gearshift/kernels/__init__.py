@@ -1,1 +1,3 @@
-"""The operations between matrix products: as tensor functions, compiled for a CPU, in Triton."""
+"""The operations of a model's layers: as tensor functions, compiled for a CPU, and in Triton; with
+their gradients. `dispatch.kernels_for` chooses among them.
+"""

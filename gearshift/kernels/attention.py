@@ -1,7 +1,6 @@
 """Attention as tensor functions: of rows of one length, and of packed sequences.
 
-Legend: B rows, S queries a row, L keys a row, H query heads, K key heads, D head size, T packed
-tokens.
+S is the queries of a row here, and L its keys.
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ from gearshift.kernels.autograd import Inherit, Pick
 from gearshift.kernels.specs import AttentionOptions
 
 _PLAIN_SCORES = 2**25
-"""Above this many scores a CPU is better off with the blocked kernel, which never stores them."""
+"""With more scores than this, a CPU is faster with PyTorch's kernel, which never stores them."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: AttentionOptions) -> Tensor:
-    """Grouped-query attention that never repeats keys.
+    """Grouped-query attention that does not repeat keys.
 
-    Args: query [B, H, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
+    Args: query [B, Q, S, D]; key and value [B, K, L, D]; mask [B, S, L] bool, True where it may
     look.
-    Returns [B, H, S, D].
+    Returns [B, Q, S, D].
     """
-    B, H, S, D = query.shape
+    B, Q, S, D = query.shape
     K, L = key.shape[1], key.shape[2]
-    plain = o.softcap is not None or (not query.is_cuda and B * H * S * L <= _PLAIN_SCORES)
+    plain = o.softcap is not None or (not query.is_cuda and B * Q * S * L <= _PLAIN_SCORES)
     if not plain:
         return F.scaled_dot_product_attention(
-            query, key, value, mask[:, None], o.dropout, scale=o.scaling, enable_gqa=H != K
+            query, key, value, mask[:, None], o.dropout, scale=o.scaling, enable_gqa=Q != K
         )
-    grouped = (query * o.scaling).reshape(B, K, H // K * S, D)
-    scores = (grouped @ key.transpose(2, 3)).view(B, K, H // K, S, L)
+    grouped = (query * o.scaling).reshape(B, K, Q // K * S, D)
+    scores = (grouped @ key.transpose(2, 3)).view(B, K, Q // K, S, L)
     if o.softcap is not None:
         scores = torch.tanh(scores / o.softcap) * o.softcap
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     if o.dropout:
         weights = F.dropout(weights, o.dropout)
-    return (weights.view(B, K, -1, L) @ value).view(B, H, S, D)
+    return (weights.view(B, K, -1, L) @ value).view(B, Q, S, D)
 
 
 class PackedSequences:
@@ -94,7 +93,7 @@ class PackedSequences:
         return bool((steps == 1).all() and (positions[self.cu[:-1][child]] == ends + 1).all())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """[T, heads, D] queries, keys and values -> [T, H, D]."""
+        """[T, heads, D] queries, keys and values -> [T, Q, D]."""
         out = torch.cat([rows.attend(q, k, v, options) for rows in self.rows])
         picked: Tensor = Pick.apply(out, self.back_T, None)
         return picked
@@ -139,7 +138,7 @@ class _Rows:
         self.mask = seen | ~real.to(device)[:, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """[T, heads, D] each -> [tokens of these rows, H, D]."""
+        """[T, heads, D] each -> [tokens of these rows, Q, D]."""
         mask = self.mask
         if options.window is not None:
             distance = self.positions_NS[:, :, None] - self.positions_NL[:, None]

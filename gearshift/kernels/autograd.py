@@ -1,7 +1,4 @@
-"""Hand-written gradients of tensor functions, on any device.
-
-C is the rows of a chunk; `gearshift/types.py` explains the other letters.
-"""
+"""Hand-written gradients of tensor functions, on any device."""
 
 from __future__ import annotations
 
@@ -53,8 +50,8 @@ class SlicedLinear(torch.autograd.Function):
 
 
 class Pick(torch.autograd.Function):
-    """x[index]; the gradient comes back from the entries `kept` alone, which pick each row of x at
-    most once (None: all do), so that nothing has to be added up.
+    """x[index]. The gradient comes from the entries `kept` alone (None means all of them). They
+    pick each row of x at most once, so that nothing has to be added up.
     """
 
     @staticmethod
@@ -74,7 +71,7 @@ class Pick(torch.autograd.Function):
 
 
 class Inherit(torch.autograd.Function):
-    """x[which] where many entries pick one row: the gradient's sums are one matrix product."""
+    """x[which], where many entries pick one row. The gradient is one matrix product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, which: Tensor) -> Tensor:
@@ -97,31 +94,31 @@ class LogSoftmaxAt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float
+        ctx: Any, logits_MV: Tensor, targets_M: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        log_p_CV = logits_CV.div_(temperature) if temperature != 1.0 else logits_CV
-        log_p_CV = log_p_CV.sub_(torch.logsumexp(log_p_CV, -1, keepdim=True))
-        logprobs_C = log_p_CV.gather(1, targets_C[:, None]).squeeze(1)
-        entropy_C = -torch.linalg.vecdot(log_p_CV.exp(), log_p_CV)
-        ctx.save_for_backward(log_p_CV, targets_C, entropy_C)
+        log_p_MV = logits_MV.div_(temperature) if temperature != 1.0 else logits_MV
+        log_p_MV = log_p_MV.sub_(torch.logsumexp(log_p_MV, -1, keepdim=True))
+        logprobs_M = log_p_MV.gather(1, targets_M[:, None]).squeeze(1)
+        entropy_M = -torch.linalg.vecdot(log_p_MV.exp(), log_p_MV)
+        ctx.save_for_backward(log_p_MV, targets_M, entropy_M)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return logprobs_C, entropy_C
+        return logprobs_M, entropy_M
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logprobs_C: Tensor | None, grad_entropy_C: Tensor | None
+        ctx: Any, grad_logprobs_M: Tensor | None, grad_entropy_M: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
-        log_p_CV, targets_C, entropy_C = ctx.saved_tensors
-        grad_CV = log_p_CV.exp()
-        weight_C1 = torch.zeros_like(entropy_C)[:, None]
-        if grad_logprobs_C is not None:
-            weight_C1 = weight_C1 - grad_logprobs_C[:, None]
-        if grad_entropy_C is not None:
-            surprise_CV = (log_p_CV + entropy_C[:, None]) * grad_entropy_C[:, None]
-            grad_CV.mul_(weight_C1 - surprise_CV)
+        log_p_MV, targets_M, entropy_M = ctx.saved_tensors
+        grad_MV = log_p_MV.exp()
+        weight_M1 = torch.zeros_like(entropy_M)[:, None]
+        if grad_logprobs_M is not None:
+            weight_M1 = weight_M1 - grad_logprobs_M[:, None]
+        if grad_entropy_M is not None:
+            surprise_MV = (log_p_MV + entropy_M[:, None]) * grad_entropy_M[:, None]
+            grad_MV.mul_(weight_M1 - surprise_MV)
         else:
-            grad_CV.mul_(weight_C1)
-        if grad_logprobs_C is not None:
-            grad_CV.scatter_add_(1, targets_C[:, None], grad_logprobs_C[:, None])
-        return (grad_CV / ctx.temperature if ctx.temperature != 1.0 else grad_CV), None, None
+            grad_MV.mul_(weight_M1)
+        if grad_logprobs_M is not None:
+            grad_MV.scatter_add_(1, targets_M[:, None], grad_logprobs_M[:, None])
+        return (grad_MV / ctx.temperature if ctx.temperature != 1.0 else grad_MV), None, None

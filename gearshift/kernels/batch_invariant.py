@@ -1,5 +1,5 @@
-"""Tensor operations whose result for a row does not depend on the rows beside it: for what runs
-through a model's own modules in the generation gear, in fp32 on a CPU.
+"""Tensor operations in fp32 on a CPU, whose result for a row does not depend on the rows beside it.
+The generation gear runs a model's own modules with them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ _CURVED = {
     _aten.exp.default, _aten.exp2.default, _aten.erf.default, _aten.log1p.default,
     _aten.softplus.default, _aten.mish.default, _aten.elu.default,
 }  # fmt: skip
-"""Of each element; PyTorch computes the last ones of a thread's share by another formula than
-those that fill a register."""
+"""Functions of one element. PyTorch computes the last elements of a thread's share by another
+formula than those that fill a register."""
 
 _PIECE = 1 << 14
-"""Elements that one thread computes; a multiple of what registers hold."""
+"""Elements that one thread computes: a multiple of `_REGISTERS`."""
 _REGISTERS = 64
+"""Elements that fill the registers of one step; a multiple of what any CPU takes."""
 
 
 class BatchInvariant(TorchDispatchMode):
-    """Matrix products by `linear`; activations in pieces of one size."""
+    """Computes matrix products by `linear`, and activations in pieces of one size."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class BatchInvariant(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _grouped(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """Consecutive rows of x, each run by its own weight."""
+        """Multiplies runs of consecutive rows of x, each by its own weight."""
         runs = pairwise([0, *ends.tolist()])
         parts = [self._linear(x[a:b], w.t(), None) for (a, b), w in zip(runs, weights, strict=True)]
         return torch.cat([*parts, x.new_zeros(len(x) - sum(map(len, parts)), weights.shape[2])])

@@ -1,123 +1,56 @@
-"""The operations of `kernels.py` compiled for this CPU (`runtime/kernels.cpp`), without a graph or
-with their gradients, and recordings of their calls.
+"""The operations of `reference.py`, compiled for this CPU from `cpp/`: without a graph, or with
+gradients by `cpu_autograd.py`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gearshift.kernels import build
 from gearshift.kernels.attention import PackedSequences
 from gearshift.kernels.batch_invariant import BatchInvariant
 from gearshift.kernels.build import pointer
+from gearshift.kernels.capture import KernelCalls
 from gearshift.kernels.cpu_autograd import (
+    ActAndMul,
     AddNorm,
-    GateFunction,
+    ApplyRotary,
     PackedAttention,
-    Rotate,
     TokenLogprobs,
+    act_and_mul_arguments,
     add_norm_arguments,
-    gate_arguments,
 )
 from gearshift.kernels.reference import Kernels, PrepackedLinear
-from gearshift.kernels.specs import AttentionMetadata, AttentionOptions, Gate, Head, Norm, Rotary
-
-
-class _Memory:
-    """What recorded calls write to. It is never given back while a recording may write there; what
-    no tensor uses any more serves the next call, of this recording or of another.
-    """
-
-    def __init__(self) -> None:
-        self._all: list[tuple[Tensor, torch.UntypedStorage]] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = math.prod(shape)
-        free = [
-            whole
-            for whole, storage in self._all
-            if whole.dtype == dtype
-            and whole.numel() >= numel
-            and torch._C._storage_Use_Count(storage._cdata) == 2  # ours
-        ]
-        if not free:
-            free.append(torch.empty(numel, dtype=dtype))
-            self._all.append((free[0], free[0].untyped_storage()))
-        return min(free, key=Tensor.numel)[:numel].view(shape)
-
-    def at(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Gives that tensor of ours again, without holding its memory till then."""
-        shape, pointer = tensor.shape, tensor.data_ptr()
-        [whole] = [whole for whole, _ in self._all if whole.data_ptr() == pointer]
-        return lambda: whole[: shape.numel()].view(shape)
-
-    def bytes(self) -> int:
-        return sum(whole.nbytes for whole, _ in self._all)
-
-
-class _OnlyKernels(TorchDispatchMode):
-    """Notices tensor operations that compute something: a recording would miss them."""
-
-    missed = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.missed |= not (func.is_view or func in _ALLOCATES)
-        return func(*args, **(kwargs or {}))
-
-
-_ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+from gearshift.kernels.specs import (
+    AttentionMetadata,
+    AttentionOptions,
+    Gate,
+    Head,
+    Norm,
+    Prepare,
+    Rotary,
+    Run,
+)
 
 
 class CPUKernels(Kernels):
-    """The same operations on tensors of one type (fp32 or bf16) in a CPU's memory."""
+    """The operations on tensors of one type, fp32 or bf16."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._memory = _Memory()
-        self._calls: list[tuple[int, bytes]] | None = None
-        """Those of the recording that is being made."""
-        self._multiplies = build.has("prepacked_linear", dtype)
-        self._in_rows = build.has("linear", torch.float32)
+        self._calls = KernelCalls(dtype)
+        self._call, self._empty = self._calls.call, self._calls.empty
+        self._has_prepacked_linear = build.has("prepacked_linear", dtype)
+        self._has_linear = build.has("linear", torch.float32)
 
     def workspace_bytes(self) -> int:
-        return self._memory.bytes()
+        return self._calls.bytes()
 
-    def capture(
-        self, prepare: Callable[[], None], run: Callable[[], Tensor]
-    ) -> Callable[[], Tensor] | None:
-        prepare()
-        calls = self._calls = []
-        watch = _OnlyKernels()
-        try:
-            with watch:
-                out = run()
-        finally:
-            self._calls = None
-        if watch.missed:
-            self._memory = _Memory()
-            return None
-        result = self._memory.at(out)
-        del out
-        table = (c_void_p * (2 * len(calls)))()
-        for i, (function, slots) in enumerate(calls):
-            table[2 * i] = function
-            table[2 * i + 1] = ctypes.cast(ctypes.c_char_p(slots), c_void_p).value
-
-        def again() -> Tensor:
-            prepare()
-            build.replay()(table, c_int64(len(calls)))  # the table points into `calls`
-            return result()
-
-        return again
+    def capture(self, prepare: Prepare, run: Run) -> Run | None:
+        return self._calls.capture(prepare, run)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         own = norm.module._parameters
@@ -136,7 +69,7 @@ class CPUKernels(Kernels):
     def apply_rotary(self, qkv: Tensor, rotary: Rotary | None, kv_heads: int) -> Tensor:
         if rotary is None or not torch.is_grad_enabled():
             return super().apply_rotary(qkv, rotary, kv_heads)
-        turned: Tensor = Rotate.apply(qkv, *rotary, kv_heads)
+        turned: Tensor = ApplyRotary.apply(qkv, *rotary, kv_heads)
         return turned
 
     def apply_rotary_and_write(
@@ -159,12 +92,12 @@ class CPUKernels(Kernels):
     def attend(
         self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
-        T, H, D = query.shape
+        T, Q, D = query.shape
         table = metadata.block_tables
-        out = self._empty((T, H, D))
+        out = self._empty((T, Q, D))
         self._call(
             "attend", query.data_ptr(), query.stride(0), store.data_ptr(), table.data_ptr(),
-            metadata.seq_ids.data_ptr(), metadata.positions.data_ptr(), out.data_ptr(), T, H,
+            metadata.seq_ids.data_ptr(), metadata.positions.data_ptr(), out.data_ptr(), T, Q,
             store.shape[2], D, table.shape[1], options.scaling,
             options.window or 0, options.softcap or 0.0,
         )  # fmt: skip
@@ -172,10 +105,10 @@ class CPUKernels(Kernels):
 
     def act_and_mul(self, both: Tensor, gate: Gate) -> Tensor:
         if torch.is_grad_enabled():
-            gated: Tensor = GateFunction.apply(both, gate)
+            gated: Tensor = ActAndMul.apply(both, gate)
             return gated
         out = self._empty((both.shape[0], both.shape[1] // 2))
-        self._call("act_and_mul", *gate_arguments(both, out, gate))
+        self._call("act_and_mul", *act_and_mul_arguments(both, out, gate))
         return out
 
     def attend_packed(
@@ -193,13 +126,13 @@ class CPUKernels(Kernels):
         return seen
 
     def token_logprobs(
-        self, hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float
+        self, hidden_MH: Tensor, head: Head, targets_M: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         plain, linear = head.scale == 1.0 and head.softcap is None, head.linear
-        if not plain or linear.weight.dtype != hidden_CH.dtype:
-            return super().token_logprobs(hidden_CH, head, targets_C, temperature)
+        if not plain or linear.weight.dtype != hidden_MH.dtype:
+            return super().token_logprobs(hidden_MH, head, targets_M, temperature)
         scores: tuple[Tensor, Tensor] = TokenLogprobs.apply(
-            hidden_CH, linear.weight, linear.bias, targets_C, temperature
+            hidden_MH, linear.weight, linear.bias, targets_M, temperature
         )
         return scores
 
@@ -207,8 +140,8 @@ class CPUKernels(Kernels):
         N, K = weight.shape
         fits = x.shape[1:] == (K,) and (bias is None or bias.shape == (N,))
         given = {t.dtype for t in (x, weight, bias) if t is not None}
-        if not self._in_rows or not fits or given != {torch.float32} or not K:
-            return super().linear(x, weight, bias)  # which also says what does not fit
+        if not self._has_linear or not fits or given != {torch.float32} or not K:
+            return super().linear(x, weight, bias)  # which names what does not fit
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         out = self._empty((len(x), N), torch.float32)
         self._call(
@@ -218,11 +151,13 @@ class CPUKernels(Kernels):
         return out
 
     def batch_invariant(self) -> AbstractContextManager[Any]:
-        return BatchInvariant(self.linear) if self._in_rows else super().batch_invariant()
+        return BatchInvariant(self.linear) if self._has_linear else super().batch_invariant()
 
     def prepacked_linear(self, weight: Tensor, rows: int) -> PrepackedLinear | None:
-        fits = self._multiplies and weight.shape[1] % 2 == 0
-        return _PrepackedLinear(self, weight) if fits else super().prepacked_linear(weight, rows)
+        fits = self._has_prepacked_linear and weight.shape[1] % 2 == 0
+        if not fits:
+            return super().prepacked_linear(weight, rows)
+        return _PrepackedLinear(self._calls, weight)
 
     def sample(
         self,
@@ -237,37 +172,28 @@ class CPUKernels(Kernels):
             tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, dtype=logits.dtype,
         )  # fmt: skip
 
-    def _call(self, name: str, *arguments: float, dtype: torch.dtype | None = None) -> None:
-        function, slots = build.prepared(name, dtype or self._dtype, *arguments)
-        if self._calls is not None:
-            self._calls.append((ctypes.cast(function, c_void_p).value or 0, slots))
-        function(slots)
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        if self._calls is not None:
-            return self._memory.empty(shape, dtype or self._dtype)
-        return torch.empty(shape, dtype=dtype or self._dtype)
-
 
 class _PrepackedLinear:
-    """By a weight packed for `multiply`; packing again keeps its place."""
+    """A copy of a weight for the kernel `prepacked_linear`. It keeps its place when it is written
+    again.
+    """
 
-    def __init__(self, kernels: CPUKernels, weight: Tensor) -> None:
-        self._kernels, (self._out, self._in) = kernels, weight.shape
-        self._packed = torch.empty(-(-self._out // 16) * 16 * self._in, dtype=weight.dtype)
+    def __init__(self, calls: KernelCalls, weight: Tensor) -> None:
+        self._calls, (self._out, self._in) = calls, weight.shape
+        self._prepacked = torch.empty(-(-self._out // 16) * 16 * self._in, dtype=weight.dtype)
         self.prepack(weight)
 
     def prepack(self, weight: Tensor) -> None:
         weight = weight.contiguous()
-        self._kernels._call(
-            "prepack", weight.data_ptr(), self._packed.data_ptr(), self._out, self._in
+        self._calls.call(
+            "prepack", weight.data_ptr(), self._prepacked.data_ptr(), self._out, self._in
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
-        out = self._kernels._empty((x.shape[0], self._out))
-        self._kernels._call(
-            "prepacked_linear", x.data_ptr(), self._packed.data_ptr(), pointer(bias),
+        out = self._calls.empty((x.shape[0], self._out))
+        self._calls.call(
+            "prepacked_linear", x.data_ptr(), self._prepacked.data_ptr(), pointer(bias),
             out.data_ptr(), x.shape[0], self._out, self._in,
         )  # fmt: skip
         return out

@@ -1,5 +1,5 @@
-"""Hand-written gradients of a CPU's compiled kernels. Each is one pass, and computes what the
-tensor functions of `reference.py` and `autograd.py` compute.
+"""Hand-written gradients of the compiled kernels of a CPU. Each is one pass, and computes what the
+tensor functions of `reference.py` compute.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def add_norm_arguments(
     out: Tensor,
     norm: Norm,
 ) -> tuple[float, ...]:
-    """`add_norm` writes x + delta into `total` (which may be x), and its norm into `out`."""
+    """The kernel writes x + delta into `total`, which may be x, and its norm into `out`."""
     return (
         x.data_ptr(), pointer(delta), weight.data_ptr(), pointer(bias), total.data_ptr(),
         out.data_ptr(), *x.shape, norm.eps, norm.center, norm.offset,
     )  # fmt: skip
 
 
-def gate_arguments(both: Tensor, out: Tensor, gate: Gate) -> tuple[float, ...]:
-    """`gate` writes act(gate) * up of `both` [T, 2F] into `out` [T, F]."""
+def act_and_mul_arguments(both: Tensor, out: Tensor, gate: Gate) -> tuple[float, ...]:
+    """The kernel writes act(gate) * up of `both` [T, 2F] into `out` [T, F]."""
     return (both.data_ptr(), out.data_ptr(), *out.shape, gate == "gelu_tanh")
 
 
@@ -60,33 +60,33 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, total_grad: Tensor | None, out_grad: Tensor) -> tuple[Any, ...]:
         total, weight = ctx.saved_tensors
-        T, C = total.shape
+        T, H = total.shape
         grad = torch.zeros_like(total) if total_grad is None else total_grad.clone()
-        weight_grad = torch.zeros(torch.get_num_threads(), C)
+        weight_grad = torch.zeros(torch.get_num_threads(), H)
         build.call(
             "add_norm_backward", total.dtype,
             total.data_ptr(), weight.data_ptr(), out_grad.contiguous().data_ptr(),
-            grad.data_ptr(), weight_grad.data_ptr(), T, C, ctx.norm.eps, ctx.norm.offset,
+            grad.data_ptr(), weight_grad.data_ptr(), T, H, ctx.norm.eps, ctx.norm.offset,
         )  # fmt: skip
         return grad, grad if ctx.added else None, weight_grad.sum(0).to(weight.dtype), None
 
 
-class Rotate(torch.autograd.Function):
-    """`Kernels.apply_rotary`; its gradient turns back."""
+class ApplyRotary(torch.autograd.Function):
+    """`Kernels.apply_rotary`. Its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> Tensor:
         ctx.kv_heads = kv_heads
         ctx.save_for_backward(cos, sin)
-        return _turned(qkv, cos, sin, kv_heads, 1.0)
+        return _rotated(qkv, cos, sin, kv_heads, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, ctx.kv_heads, -1.0), None, None, None
+        return _rotated(grad, cos, sin, ctx.kv_heads, -1.0), None, None, None
 
 
-def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float) -> Tensor:
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float) -> Tensor:
     T, heads, D = qkv.shape
     out = qkv.clone(memory_format=torch.contiguous_format)
     build.call(
@@ -97,7 +97,7 @@ def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, sign: float) -
     return out
 
 
-class GateFunction(torch.autograd.Function):
+class ActAndMul(torch.autograd.Function):
     """`Kernels.act_and_mul`, and its gradient in one pass."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class GateFunction(torch.autograd.Function):
         ctx.gate = gate
         ctx.save_for_backward(both)
         out = both.new_empty((both.shape[0], both.shape[1] // 2))
-        build.call("act_and_mul", both.dtype, *gate_arguments(both, out, gate))
+        build.call("act_and_mul", both.dtype, *act_and_mul_arguments(both, out, gate))
         return out
 
     @staticmethod
@@ -121,7 +121,7 @@ class GateFunction(torch.autograd.Function):
 
 
 class PackedAttention(torch.autograd.Function):
-    """The same, compiled, for bf16 on a CPU: no scores are kept, and nothing is padded."""
+    """`PackedSequences.attend` for bf16. It keeps no scores, and pads nothing."""
 
     @staticmethod
     def forward(
@@ -150,7 +150,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def call(name: str, ctx: Any, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> None:
-        """Run one of the two passes."""
+        """Runs one of the two passes."""
         sequences, options = ctx.sequences, ctx.options
         tensors = (q, k, v, *more, sequences.cu, sequences.parents, sequences.trees)
         steps = (x.stride(0) for x in (q, k, v))
@@ -161,51 +161,51 @@ class PackedAttention(torch.autograd.Function):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Head, log-softmax, gather and entropy of one chunk, compiled; the same as the other path."""
+    """`Kernels.token_logprobs` of a head without scale and soft cap."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_CH: Tensor,
+        hidden_MH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        targets_C: Tensor,
+        targets_M: Tensor,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
-        C, V = logits_CV.shape
-        logprobs_C, entropy_C, norm_C = torch.empty(3, C)
-        targets_C = targets_C.contiguous()
+        logits_MV = F.linear(hidden_MH, weight_VH, bias_V)
+        M, V = logits_MV.shape
+        logprobs_M, entropy_M, norm_M = torch.empty(3, M)
+        targets_M = targets_M.contiguous()
         build.call(
-            "token_logprobs", logits_CV.dtype, logits_CV.data_ptr(), targets_C.data_ptr(),
-            logprobs_C.data_ptr(), entropy_C.data_ptr(), norm_C.data_ptr(), C, V, temperature,
+            "token_logprobs", logits_MV.dtype, logits_MV.data_ptr(), targets_M.data_ptr(),
+            logprobs_M.data_ptr(), entropy_M.data_ptr(), norm_M.data_ptr(), M, V, temperature,
         )  # fmt: skip
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, entropy_C, norm_C)
+        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, entropy_M, norm_M)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return logprobs_C, entropy_C
+        return logprobs_M, entropy_M
 
     @staticmethod
     def backward(
-        ctx: Any, logprobs_grad_C: Tensor | None, entropy_grad_C: Tensor | None
+        ctx: Any, logprobs_grad_M: Tensor | None, entropy_grad_M: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_CH, weight_VH, bias_V, targets_C, entropy_C, norm_C = ctx.saved_tensors
-        grad_CV = F.linear(hidden_CH, weight_VH, bias_V)  # the logits again, then their gradient
-        C, V = grad_CV.shape
+        hidden_MH, weight_VH, bias_V, targets_M, entropy_M, norm_M = ctx.saved_tensors
+        grad_MV = F.linear(hidden_MH, weight_VH, bias_V)  # the logits again, then their gradient
+        M, V = grad_MV.shape
         given = [
-            torch.zeros(C) if logprobs_grad_C is None else logprobs_grad_C.contiguous(),
-            None if entropy_grad_C is None else entropy_grad_C.contiguous(),
+            torch.zeros(M) if logprobs_grad_M is None else logprobs_grad_M.contiguous(),
+            None if entropy_grad_M is None else entropy_grad_M.contiguous(),
         ]
         build.call(
-            "token_logprobs_backward", grad_CV.dtype, grad_CV.data_ptr(), targets_C.data_ptr(),
-            entropy_C.data_ptr(), norm_C.data_ptr(), *map(build.pointer, given), C, V,
+            "token_logprobs_backward", grad_MV.dtype, grad_MV.data_ptr(), targets_M.data_ptr(),
+            entropy_M.data_ptr(), norm_M.data_ptr(), *map(build.pointer, given), M, V,
             ctx.temperature,
         )  # fmt: skip
         wanted = ctx.needs_input_grad
         return (
-            grad_CV @ weight_VH if wanted[0] else None,
-            grad_CV.t() @ hidden_CH if wanted[1] else None,
-            grad_CV.sum(0) if wanted[2] else None,
+            grad_MV @ weight_VH if wanted[0] else None,
+            grad_MV.t() @ hidden_MH if wanted[1] else None,
+            grad_MV.sum(0) if wanted[2] else None,
             None,
             None,
         )

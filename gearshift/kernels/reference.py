@@ -1,15 +1,11 @@
-"""The generation gear's operations between matrix products, as plain tensor functions.
+"""The operations of both gears as tensor functions, on any device. The other kernels compute the
+same functions with the same rounding, and tests compare them with these.
 
-They run on any device, and they are what the compiled kernels of a CPU (`native.py`) are held to:
-the same functions with the same rounding.
-
-Legend: T tokens of one forward, B sequences, S tokens a sequence, L positions looked at, H query
-heads, K key heads, D head size, P positions in a block, C hidden size, F MLP size, V vocabulary.
+F is the MLP's size here; S is the tokens of a sequence, and L the positions that they look at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -27,10 +23,13 @@ from gearshift.kernels.specs import (
     Gate,
     Head,
     Norm,
+    Prepare,
     Rotary,
+    Run,
 )
 
 _BLOCK = 256
+"""Tokens whose weights are added up at once by `inverse_cdf`."""
 
 
 class PrepackedLinear(Protocol):
@@ -39,38 +38,36 @@ class PrepackedLinear(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def prepack(self, weight: Tensor) -> None:
-        """Copy the weight anew."""
+        """Copy the weight again, to the same place."""
 
 
 class Kernels:
     """Every operation as tensor functions; `CPUKernels` and `TritonKernels` replace some."""
 
     def padded_rows(self, rows: int) -> int:
-        """How many rows a recorded step for `rows` of them has."""
+        """How many rows a captured step has that serves this many."""
         return rows
 
-    def capture(
-        self, prepare: Callable[[], None], run: Callable[[], Tensor]
-    ) -> Callable[[], Tensor] | None:
-        """`prepare(); run()` as one function to be called again and again, where such calls can be
-        recorded and then cost less; else None. It is called once for that.
+    def capture(self, prepare: Prepare, run: Run) -> Run | None:
+        """A function that does `prepare(); run()` faster, each time that it is called; None where
+        there is none. Both are called once or twice here.
 
-        What they read and write must stay where it is; what `run` gives is good until anything
-        else that was recorded is called.
+        The tensors that they read and write must keep their place. The result of `run` is valid
+        until another captured function is called.
         """
         return None
 
     def workspace_bytes(self) -> int:
-        """Bytes that recordings write to."""
+        """Bytes that captured functions write to."""
         return 0
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """[T, C] each: the residual stream x + delta, and its norm. `x` may be overwritten."""
+        """[T, H] each: the residual stream x + delta, and its norm. `x` may be overwritten."""
         x = x if delta is None else x + delta
         return x, norm.module(x)
 
     def apply_rotary(self, qkv: Tensor, rotary: Rotary | None, kv_heads: int) -> Tensor:
-        """qkv [T, H + 2K, D] with queries and keys turned by (cos, sin) [T, rotary size]."""
+        """qkv [T, Q + 2K, D], with queries and keys rotated."""
         if rotary is None:
             return qkv
         turned, value = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
@@ -83,8 +80,8 @@ class Kernels:
         store: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """qkv [T, H + 2K, D]: rotate queries and keys by (cos, sin) [T, rotary size], store keys
-        and values, return the queries [T, H, D].
+        """qkv [T, Q + 2K, D]: rotates queries and keys, stores keys and values, and returns the
+        queries [T, Q, D].
         """
         K, D = store.shape[2], qkv.shape[2]
         qkv = self.apply_rotary(qkv, rotary, K)
@@ -98,7 +95,7 @@ class Kernels:
     def attend(
         self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
-        """[T, H, D] queries over the stored keys up to each one's own position -> [T, H, D]."""
+        """[T, Q, D] queries, each over the stored keys up to its own position -> [T, Q, D]."""
         D = query.shape[2]
         keys, values = _cached(store, D)
         # [B, W, K, D / 2, P, 2] and [B, W, K, P / 2, D, 2] -> [B, K, W * P, D]
@@ -107,7 +104,7 @@ class Kernels:
         mask = metadata.distance >= 0
         if options.window is not None:
             mask = mask & (metadata.distance < options.window)
-        padded = query[metadata.padded].transpose(1, 2)  # [B, H, S, D]
+        padded = query[metadata.padded].transpose(1, 2)  # [B, Q, S, D]
         out = attend(padded, key, value, mask, options)
         return out.transpose(1, 2).flatten(0, 1)[metadata.flat]
 
@@ -119,7 +116,7 @@ class Kernels:
         sequences: PackedSequences,
         options: AttentionOptions,
     ) -> Tensor:
-        """[T, heads, D] queries, keys and values of packed sequences -> [T, H, D]."""
+        """[T, heads, D] queries, keys and values of packed sequences -> [T, Q, D]."""
         return sequences.attend(q, k, v, options)
 
     def act_and_mul(self, both: Tensor, gate: Gate) -> Tensor:
@@ -128,20 +125,20 @@ class Kernels:
         return (F.silu(left) if gate == "silu" else F.gelu(left, approximate="tanh")) * up
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, in] weight^T + bias [T, out]. Where it is compiled, a row's result does not depend
-        on the rows beside it.
+        """x [T, in] weight^T + bias [T, out]. Where it is compiled, the result of a row does not
+        depend on the rows beside it.
         """
         return F.linear(x, weight, bias)
 
     def batch_invariant(self) -> AbstractContextManager[Any]:
-        """Inside, what a model's own modules compute of a row does not depend on the rows beside
-        it, where `linear` sees to that.
+        """A context in which a model's own modules compute a row independently of the rows beside
+        it, as far as `linear` does.
         """
         return nullcontext()
 
     def prepacked_linear(self, weight: Tensor, rows: int) -> PrepackedLinear | None:
-        """Products by a copy of this weight [out, in] in a layout for about `rows` rows; None where
-        none is faster than the weight itself: it is for bf16 on a CPU that multiplies bf16.
+        """The product with a copy of this weight [out, in], in a layout for about `rows` rows. None
+        where no layout is faster: it takes bf16, and a CPU that multiplies bf16.
         """
         if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             return None
@@ -159,9 +156,10 @@ class Kernels:
         tokens: Tensor,
         logprobs: Tensor,
     ) -> None:
-        """[B, V] logits, [B] float32 temperatures (0: the most likely token), [B] float64 uniforms
-        in (0, 1). Writes [B] `tokens` by inverse CDF, and `logprobs` [B] float32, theirs under
-        softmax(logits / temperature) (temperature 1 where it is 0).
+        """Samples by inverse CDF from logits [B, V], float32 temperatures [B] (0 takes the most
+        likely token), and float64 uniforms [B] in (0, 1). Writes `tokens` [B], and `logprobs` [B]
+        float32, their log-probabilities under softmax(logits / temperature), with temperature 1
+        where it is 0.
         """
         greedy = temperature == 0
         scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -171,32 +169,32 @@ class Kernels:
         logprobs.copy_(scaled.gather(1, tokens[:, None]).squeeze(1) - norm)
 
     def token_logprobs(
-        self, hidden_CH: Tensor, head: Head, targets_C: Tensor, temperature: float
+        self, hidden_MH: Tensor, head: Head, targets_M: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """[C] float32 each, with gradients: the log-probability of each target under softmax(logits
+        """[M] float32 each, with gradients: the log-probability of each target under softmax(logits
         / temperature), and the entropy. The backward pass computes the logits again.
         """
 
-        def chunk(hidden_CH: Tensor) -> tuple[Tensor, Tensor]:
-            return LogSoftmaxAt.apply(head.logits(hidden_CH), targets_C, temperature)
+        def chunk(hidden_MH: Tensor) -> tuple[Tensor, Tensor]:
+            return LogSoftmaxAt.apply(head.logits(hidden_MH), targets_M, temperature)
 
         if torch.is_grad_enabled():
-            return checkpoint(chunk, hidden_CH, use_reentrant=False)
-        return chunk(hidden_CH)
+            return checkpoint(chunk, hidden_MH, use_reentrant=False)
+        return chunk(hidden_MH)
 
 
 class _MkldnnLinear:
-    """oneDNN's packed product."""
+    """The prepacked product of oneDNN."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self._rows = rows
         self.prepack(weight)
 
     def prepack(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
+        self._prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._prepacked, bias, "none", [], "")
         return y
 
 
@@ -207,8 +205,8 @@ def _cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first dimensions of [T, heads, D], two halves of them as real and
-    imaginary part.
+    """Rotary embedding of the first dimensions of [T, heads, D]: one half of them is the real part,
+    the other half the imaginary part.
     """
     size = cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
@@ -220,8 +218,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """[B] int64: the token at which the running sum of weights first exceeds uniform * total.
 
-    Two levels, so that no running sum goes over all of V: first the block, then the token inside
-    it. Weights need not be normalised; a token of weight 0 is never drawn.
+    It has two levels, so that no running sum goes over all of V: first the block, then the token
+    inside it. Weights need not be normalised; a token of weight 0 is never sampled.
     """
     B, V = weights_BV.shape
     blocks = -(-V // _BLOCK)
@@ -233,7 +231,8 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, _BLOCK)).squeeze(1)
     ends = inside.double().cumsum(-1)
     token_B1 = torch.searchsorted(ends, target_B1 - before_B1, right=True)
-    # Rounding may push the target past the block's own sum: take its last token that can be drawn.
+    # Rounding may push the target past the block's own sum: take its last token that can be
+    # sampled.
     slots = torch.arange(_BLOCK, device=weights_BV.device)
     last_B1 = torch.where(inside > 0, slots, 0).amax(-1, keepdim=True)
     return (block_B1 * _BLOCK + torch.minimum(token_B1, last_B1)).squeeze(1)

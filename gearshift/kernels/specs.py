@@ -1,4 +1,4 @@
-"""What a kernel is asked for: norms, gates, attention, and the size of a block of keys."""
+"""The records that kernels take: norms, attention, heads, and where the tokens of a forward lie."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 16
-"""P: positions in a block; as many as a CPU's widest registers have lanes (`kernels.cpp`)."""
+"""P: positions in a block, as many as the widest registers of a CPU have lanes."""
 
 TILE = 8
-"""Sequences next to each other whose common blocks a GPU reads once for all of them."""
+"""Sequences in a tile: a GPU reads the blocks that they have in common once for all of them."""
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], weight [out, in], bias -> x weight^T + bias [T, out]."""
 
 Rotary = tuple[Tensor, Tensor]
 """(cos, sin) of each token, [T, rotary size] each."""
+
+Prepare = Callable[[], None]
+Run = Callable[[], Tensor]
+"""A step is `prepare(); run()`; see `Kernels.capture`."""
 
 Gate = Literal["silu", "gelu_tanh"]
 
@@ -32,19 +36,19 @@ class Norm:
     module: nn.Module
     eps: float
     center: bool = False
-    """LayerNorm: takes away the mean, may have a bias; else RMSNorm."""
+    """True for LayerNorm, which takes away the mean and may have a bias; False for RMSNorm."""
     offset: bool = False
-    """The weight is stored less one, and multiplied before rounding (Gemma)."""
+    """The weight is stored minus one, and is multiplied before rounding (Gemma)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What an architecture asks of its attention beyond the product."""
+    """How an architecture's attention differs from plain attention."""
 
     scaling: float
     dropout: float = 0.0
     window: int | None = None
-    """A query sees the last `window` positions only."""
+    """A query sees only the last `window` positions; None means all."""
     softcap: float | None = None
     """Scores become softcap * tanh(scores / softcap) (Gemma 2)."""
 
@@ -142,6 +146,6 @@ class AttentionMetadata:
 
     @cached_property
     def distance(self) -> Tensor:
-        """[B, S, L]: how far back each position lies from each token; below 0 lies ahead."""
+        """[B, S, L]: how far before each token each position lies; below 0 it lies after."""
         L = self.blocks.shape[1] * BLOCK
         return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.seq_ids.device)

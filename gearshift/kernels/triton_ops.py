@@ -1,15 +1,12 @@
-"""The generation gear on a GPU: decode attention in Triton, and decode steps as CUDA graphs.
+"""Kernels of a GPU: attention of decode steps in Triton, and decode steps as CUDA graphs.
 
-The Triton kernels run in Triton's interpreter too (TRITON_INTERPRET=1), where tests hold them to
-the tensor functions on a CPU.
-Legend: B rows, H query heads, K key heads, R = H / K, D head size, P positions in a block, W
-columns of the block table, M rows of a tile.
+The Triton kernels run in Triton's interpreter too (TRITON_INTERPRET=1), where tests compare them
+with the tensor functions on a CPU. R is Q / K here, W the columns of the block tables, and M the
+rows of a tile.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gearshift.kernels.capture import capture_cuda_graph
 from gearshift.kernels.reference import Kernels
-from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions
-
-log = logging.getLogger(__name__)
+from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions, Prepare, Run
 
 _TOGETHER = 4
-"""Blocks that one turn of the loop reads."""
+"""Blocks that one turn of a kernel's loop reads."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -33,8 +29,8 @@ def _continued(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Online softmax (Milakov and Gimelshein 2018) of queries [M, DP] over the positions
-    begin..end from block `from_block` on, going on from (top [M], total [M], summed [M, DP]).
-    `end` and `begin` are [M]; positions outside are not looked at.
+    begin..end from block `from_block` on. It continues from (top [M], total [M], summed [M, DP]).
+    `end` and `begin` are [M]; it does not look at positions outside.
     """
     d = tl.arange(0, DP)
     n = tl.arange(0, N * P)
@@ -73,7 +69,7 @@ def _shared_part(  # type: ignore[no-untyped-def]
     R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows and one key head: attention over the blocks that all rows begin with."""
+    """Attention of one tile and one key head over the blocks that all rows of the tile share."""
     tile, k = tl.program_id(0), tl.program_id(1)
     blocks = tl.load(common + tile)
     if blocks > 0:
@@ -107,7 +103,7 @@ def _own_part(  # type: ignore[no-untyped-def]
     R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One row and one key head: goes on from the shared part to the row's own position."""
+    """Attention of one row and one key head: from the shared part to the row's own position."""
     row, k = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, M)
     d = tl.arange(0, DP)
@@ -139,56 +135,33 @@ def _own_part(  # type: ignore[no-untyped-def]
 
 
 class TritonKernels(Kernels):
-    """Tensor functions, with attention of decode steps in Triton and steps as CUDA graphs."""
+    """The tensor functions, except for attention in decode steps, and for captured steps."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        """The memory of all graphs, which never run at the same time."""
 
     def padded_rows(self, rows: int) -> int:
-        """The next power of two, or multiple of 64: few graphs serve all sizes."""
+        """The next power of two, or multiple of 64, so that few graphs serve all sizes."""
         return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
-    def capture(
-        self, prepare: Callable[[], None], run: Callable[[], Tensor]
-    ) -> Callable[[], Tensor] | None:
-        """As a CUDA graph, or None where the model does something that a graph cannot hold. All
-        graphs share one pool of memory, for they never run side by side.
-        """
+    def capture(self, prepare: Prepare, run: Run) -> Run | None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # kernels are compiled and chosen before, not in, the graph
-            prepare()
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                prepare()
-                out = run()
-        except RuntimeError as error:
-            log.warning("Decode steps run without a CUDA graph, slower: %s", error)
-            return None
-
-        def again() -> Tensor:
-            graph.replay()
-            return out
-
-        return again
+        return capture_cuda_graph(prepare, run, self._pool)
 
     def attend(
         self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
     ) -> Tensor:
-        B, H, D = query.shape
+        B, Q, D = query.shape
         if len(metadata.block_tables) != B:  # a prefill
             return super().attend(query, store, metadata, options)
         K = store.shape[2]
-        R, W = H // K, metadata.block_tables.shape[1]
+        R, W = Q // K, metadata.block_tables.shape[1]
         window, softcap = options.window or 0, options.softcap or 0.0
         common = torch.zeros_like(metadata.common) if window else metadata.common
-        state = query.new_empty((B * H, D + 2), dtype=torch.float32)
+        state = query.new_empty((B * Q, D + 2), dtype=torch.float32)
         tops, totals, sums = (part.contiguous() for part in state.split((1, 1, D), 1))
-        out = torch.empty((B, H, D), dtype=query.dtype, device=query.device)
+        out = torch.empty((B, Q, D), dtype=query.dtype, device=query.device)
         numbers = (query.stride(0), options.scaling, softcap)
         shape: dict[str, Any] = {
             "R": R, "K": K, "D": D, "DP": max(16, triton.next_power_of_2(D)), "P": BLOCK,

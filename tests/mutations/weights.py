@@ -88,6 +88,13 @@ MUTATIONS = (
         "tests/kernels/test_build.py::test_a_damaged_library_is_told_and_built_anew",
     ),
     Mutation(
+        "kernels are given arguments that they do not take",
+        "kernels/build.py",
+        "        if given != arguments:",
+        "        if False:",
+        "tests/kernels/test_build.py::test_a_kernel_that_takes_other_arguments_is_an_error",
+    ),
+    Mutation(
         "a kernel that others may write is loaded",
         "kernels/build.py",
         "        if not all(map(_only_ours, filter(Path.exists, (folder, path)))):",

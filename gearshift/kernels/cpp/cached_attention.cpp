@@ -1,16 +1,16 @@
 // Attention of new tokens over the blocks of the key-value cache.
 //
-// It goes through tiles: some tokens next to each other, for one key head. Blocks that all
-// tokens of a tile look at (a group's prompt, a prefill's past) are read once for all their queries;
-// then each token's own. A query's sums have the same order either way.
+// A tile is some tokens next to each other and one key head. Blocks that all tokens of a tile look
+// at (the prompt of a group, the past of a prefill) are read once for all their queries, then each
+// token reads its own blocks. The sums of a query have the same order either way.
 
 #include "common.h"
 
 namespace {
 
-constexpr int64_t QUERIES = 12;  // of a tile, where a head's own are not more
+constexpr int64_t QUERIES = 12;  // in a tile, unless one token has more
 
-// Calls `body` with the number of queries from r on that it shall take, as a constant.
+// Calls `body` for the queries from r on, with their number as a constant.
 template <typename Body>
 inline void in_chunks(int64_t queries, Body body) {
   int64_t r = 0;
@@ -89,8 +89,8 @@ inline void weigh(const S* weights, int64_t L, int64_t count, const S* values,
 }
 
 template <typename S, int64_t FIXED>
-void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* table,
-                 const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t Q,
+void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* block_tables,
+                 const int64_t* seq_ids, const int64_t* positions, S* out, int64_t T, int64_t Q,
                  int64_t K, int64_t size, int64_t width, float scaling, int64_t window,
                  float softcap) {
   const int64_t D = FIXED ? FIXED : size, R = Q / K, M = std::max<int64_t>(1, QUERIES / R);
@@ -103,7 +103,7 @@ void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* 
       const S* keys = cache + k * P * D;
       const S* values = keys + K * P * D;
       const int64_t n = std::min(M, T - t0);
-      const auto blocks = [&](int64_t i) { return table + rows[t0 + i] * width; };
+      const auto blocks = [&](int64_t i) { return block_tables + seq_ids[t0 + i] * width; };
       const auto first = [&](int64_t i) {
         return window > 0 ? std::max<int64_t>(0, positions[t0 + i] + 1 - window) / P : 0;
       };
@@ -185,14 +185,14 @@ void attend_size(const S* query, int64_t stride, const S* cache, const int64_t* 
 }
 
 template <typename S>
-void attend(const S* query, int64_t stride, const S* cache, const int64_t* table,
-            const int64_t* rows, const int64_t* positions, S* out, int64_t T, int64_t Q, int64_t K,
-            int64_t D, int64_t width, float scaling, int64_t window, float softcap) {
+void attend(const S* query, int64_t stride, const S* cache, const int64_t* block_tables,
+            const int64_t* seq_ids, const int64_t* positions, S* out, int64_t T, int64_t Q,
+            int64_t K, int64_t D, int64_t width, float scaling, int64_t window, float softcap) {
   const auto size = D == 64    ? attend_size<S, 64>
                     : D == 128 ? attend_size<S, 128>
                                : attend_size<S, 0>;
-  size(query, stride, cache, table, rows, positions, out, T, Q, K, D, width, scaling, window,
-       softcap);
+  size(query, stride, cache, block_tables, seq_ids, positions, out, T, Q, K, D, width, scaling,
+       window, softcap);
 }
 
 }  // namespace

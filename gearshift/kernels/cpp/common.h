@@ -1,12 +1,12 @@
-// Numbers, vectors and small functions that the compiled kernels of a CPU share, and how a kernel is
-// exported. Every kernel computes in float and rounds where its twin in tensor functions rounds
+// Numbers, vectors and small functions that the compiled kernels of a CPU share, and how a kernel
+// is exported. Every kernel computes in float and rounds where its twin in tensor functions rounds
 // (../reference.py, ../autograd.py), so that both give the same result; tests compare them.
 //
 // Letters: T packed tokens, M scored tokens, V vocabulary, H hidden, Q query heads, K key heads,
 // R = Q / K, D head size (even), P positions of a block. In a matrix product out [M, N] =
-// x [M, K] weight^T, M are rows, N outputs and K inputs. A block of the cache is [2, K, P * D]: keys
-// as [D / 2, P, 2], values as [P / 2, D, 2], so that the pairs that a bf16 dot product adds at once
-// lie together.
+// x [M, K] weight^T, M are rows, N outputs and K inputs. A block of the cache is [2, K, P * D]:
+// keys as [D / 2, P, 2], values as [P / 2, D, 2], so that the pairs that a bf16 dot product adds at
+// once lie together.
 #pragma once
 
 #ifdef __AVX512F__
@@ -95,8 +95,10 @@ struct Pairs<float> {
   static Pairs get(const float* p) {
     const Lanes low = get16(p), high = get16(p + 16);
 #if __has_builtin(__builtin_shufflevector)
-    return {__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-            __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+    return {__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+                                    28, 30),
+            __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                    29, 31)};
 #else  // GCC before 12
     const Index even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
     return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
@@ -131,8 +133,8 @@ inline Lanes dot(Lanes sum, const Pairs<Half>& a, const Pairs<Half>& b) {
 #endif
 }
 
-// exp to float accuracy, written so that compilers vectorise it: 2^n times a polynomial; 0 where the
-// result would not be a normal number.
+// exp to float accuracy, written so that compilers vectorise it: 2^n times a polynomial. It is 0
+// where the result would not be a normal number.
 inline float fast_exp(float exponent) {
   const float x = std::min(std::max(exponent, -87.0f), 88.0f);
   const float n = std::floor(x * 1.44269504088896341f + 0.5f);
@@ -148,8 +150,8 @@ inline float fast_exp(float exponent) {
   return exponent < -87.0f ? 0.0f : y;
 }
 
-// The probabilities of the scores from..to of a row of L; the rest is 0. The sum, too, has PyTorch's
-// order: lanes, then their halves. Returns the log of the sum of exponentials.
+// The probabilities of the scores from..to of a row of L; the rest becomes 0. The sum has PyTorch's
+// order, too: lanes, then their halves. Returns the log of the sum of exponentials.
 template <typename S>
 inline float softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) {
   std::fill(s, s + from, -INFINITY);
@@ -171,10 +173,10 @@ inline float softmax(float* s, S* weights, int64_t from, int64_t to, int64_t L) 
 }
 
 #ifdef __AVX512BF16__
-constexpr int64_t COLUMNS = 3, ROWS = 8;  // of 16: what the registers hold beside their operands
+constexpr int64_t COLUMNS = 3, ROWS = 8;  // sums (of 16) that the registers hold beside operands
 
-// A weight [N, K], K even, as [N / 16, K / 2, 16, 2], padded with zeros: a row of 32 numbers is what one
-// bf16 dot-product instruction takes for 16 outputs.
+// Lays out 16 rows of a weight [N, K], K even, as [N / 16, K / 2, 16, 2], padded with zeros: one
+// bf16 dot-product instruction takes 32 numbers for 16 outputs.
 inline void prepack_strip(const Half* weight, Half* prepacked, int64_t N, int64_t K, int64_t n0) {
   const int64_t pairs = K / 2;
   for (int64_t k0 = 0; k0 < pairs; k0 += 16) {
@@ -209,7 +211,8 @@ inline void tile(const Half* x, int64_t K, const Half* prepacked, const Half* ah
                  const Half* bias, Half* out, int64_t N, int64_t n0) {
   const int64_t pairs = K / 2;
   __m512 sum[MB][NB], total[MB][NB];
-  // Long sums are made of parts as oneDNN makes them in the training gear, so that both round alike.
+  // Long sums are made of parts, as in oneDNN's products of the training gear, so that both round
+  // alike.
   const int64_t part = K > 1024 ? 512 : 256;
   for (int64_t k0 = 0; k0 < pairs; k0 += part) {
 #pragma GCC unroll 8
@@ -245,9 +248,9 @@ inline void tile(const Half* x, int64_t K, const Half* prepacked, const Half* ah
 }
 #endif  // __AVX512BF16__
 
-// A kernel is run by a whole team of threads, which share its loops. It is handed out as a function of
-// one array, its arguments in slots of eight bytes (floats as doubles), so that a call can be kept
-// and made again, many by one team.
+// A whole team of threads runs a kernel, and shares its loops. A kernel is exported as a function
+// of one array, which holds its arguments in slots of eight bytes (floats as doubles). So calls can
+// be kept, and one team can make many of them again.
 template <typename A>
 A argument(int64_t slot) {
   if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(slot);
@@ -276,8 +279,8 @@ struct Call {
   const int64_t* slots;
 };
 
-// One line for each exported function: its name and the letters of its arguments. Hidden, or two
-// libraries in one process would share it.
+// One line for each exported function: its name and the letters of its arguments. It is hidden,
+// or two libraries in one process would share it.
 __attribute__((visibility("hidden"))) inline std::string& exported() {
   static std::string lines;
   return lines;
@@ -303,7 +306,7 @@ __attribute__((used)) inline void replay(const Call* calls, int64_t count) {
 }
 }
 
-#define EXPORT(NAME, SUFFIX, KERNEL)                                           \
+#define EXPORT(NAME, SUFFIX, KERNEL)                                             \
   extern "C" void NAME##_##SUFFIX(const int64_t* slots) { call(KERNEL, slots); } \
   static const Exported NAME##_##SUFFIX##_exported(#NAME "_" #SUFFIX, KERNEL);
 #define EXPORT_BOTH(NAME) EXPORT(NAME, float, NAME<float>) EXPORT(NAME, bf16, NAME<Half>)

@@ -4,9 +4,9 @@
 
 namespace {
 
-// The sum of term(0) ... term(H-1) in the order in which PyTorch's CPU reduction adds (four
-// accumulators of eight lanes): the generation gear's norms are then the training gear's to the bit,
-// where in bf16 one rounding that falls otherwise moves a log-prob by hundredths of a nat.
+// The sum of term(0) ... term(H-1), in the order in which PyTorch's reduction on a CPU adds (four
+// accumulators of eight lanes). So the norms are equal to PyTorch's to the bit; in bf16 one
+// rounding that differs moves a log-prob by hundredths of a nat.
 template <typename Term>
 inline float ordered_sum(int64_t H, Term term) {
   constexpr int64_t LANES = 8, ROWS = 4, STEP = 16, LEVELS = 4;
@@ -63,7 +63,8 @@ void add_norm(const S* x, const S* delta, const S* weight, const S* bias, S* sum
     if (center) {
 #pragma omp simd
       for (int64_t c = 0; c < H; ++c)
-        put(to + c, (get(row + c) - mean) * scale * get(weight + c) + (bias ? get(bias + c) : 0.0f));
+        put(to + c,
+            (get(row + c) - mean) * scale * get(weight + c) + (bias ? get(bias + c) : 0.0f));
     } else if (offset) {
 #pragma omp simd
       for (int64_t c = 0; c < H; ++c) put(to + c, get(row + c) * scale * (1.0f + get(weight + c)));
@@ -75,12 +76,12 @@ void add_norm(const S* x, const S* delta, const S* weight, const S* bias, S* sum
   }
 }
 
-// The backward pass of add_norm without a mean: `grad` [T, H] is what flows back to the sum x that was
-// normed, and already holds what came by the residual stream; `weight_grad` is added to, a row of H
-// floats for each thread.
+// The backward pass of add_norm without a mean. `grad` [T, H] is the gradient of the sum x, and
+// holds the gradient of the residual stream already. The gradient of the weight is added to
+// `weight_grad`, which has a row of H floats for each thread.
 template <typename S>
 void add_norm_backward(const S* x, const S* weight, const S* out_grad, S* grad, float* weight_grad,
-                   int64_t T, int64_t H, float eps, int offset) {
+                       int64_t T, int64_t H, float eps, int offset) {
   float* own = weight_grad + omp_get_thread_num() * H;
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
@@ -108,7 +109,7 @@ void add_norm_backward(const S* x, const S* weight, const S* out_grad, S* grad, 
 // Rotates the first Q heads of [T, heads, D] in place, by the angle or (`sign` -1) back.
 template <typename S>
 void apply_rotary(S* x, const S* cos, const S* sin, int64_t T, int64_t Q, int64_t heads, int64_t D,
-            int64_t rotary, float sign) {
+                  int64_t rotary, float sign) {
   const int64_t half = rotary / 2;
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
@@ -128,8 +129,9 @@ void apply_rotary(S* x, const S* cos, const S* sin, int64_t T, int64_t Q, int64_
 }
 
 template <typename S>
-void apply_rotary_and_write(S* qkv, const S* cos, const S* sin, S* cache, const int64_t* slots, int64_t T,
-                      int64_t Q, int64_t K, int64_t D, int64_t rotary) {
+void apply_rotary_and_write(S* qkv, const S* cos, const S* sin, S* cache,
+                            const int64_t* slot_mapping, int64_t T, int64_t Q, int64_t K, int64_t D,
+                            int64_t rotary) {
   const int64_t half = rotary / 2;
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
@@ -142,11 +144,10 @@ void apply_rotary_and_write(S* qkv, const S* cos, const S* sin, S* cache, const 
       for (int64_t d = 0; d < half; ++d) {
         const float a = get(x + d), b = get(x + half + d);
         put(x + d, rounded<S>(a * get(c + d)) - rounded<S>(b * get(s + d)));
-        put(x + half + d,
-            rounded<S>(b * get(c + half + d)) + rounded<S>(a * get(s + half + d)));
+        put(x + half + d, rounded<S>(b * get(c + half + d)) + rounded<S>(a * get(s + half + d)));
       }
     }
-    const int64_t block = slots[t] / P, place = slots[t] % P;
+    const int64_t block = slot_mapping[t] / P, place = slot_mapping[t] % P;
     for (int64_t k = 0; k < K; ++k) {
       S* key = cache + (block * 2 * K + k) * P * D + 2 * place;
       S* value = cache + (block * 2 * K + K + k) * P * D + place / 2 * 2 * D + place % 2;
@@ -180,9 +181,11 @@ void act_and_mul(const S* both, S* out, int64_t T, int64_t F, int tanh_gelu) {
   }
 }
 
-// The backward pass of act_and_mul: [T, F] gradients of the result -> [T, 2F] of both halves.
+// The backward pass of act_and_mul: gradients of the result [T, F] -> gradients of both halves [T,
+// 2F].
 template <typename S>
-void act_and_mul_backward(const S* both, const S* out_grad, S* grad, int64_t T, int64_t F, int tanh_gelu) {
+void act_and_mul_backward(const S* both, const S* out_grad, S* grad, int64_t T, int64_t F,
+                          int tanh_gelu) {
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < T; ++t) {
     const S* g = both + t * 2 * F;

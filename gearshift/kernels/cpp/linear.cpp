@@ -1,4 +1,4 @@
-// Matrix products.
+// Matrix products: in fp32 by the weight itself, in bf16 by a prepacked copy.
 
 #include "common.h"
 
@@ -12,12 +12,13 @@
 namespace {
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-// out [M, N] = x [M, K] weight^T + bias, in float. A weight's number [n, k] lies at n * down + k * right.
+// out [M, N] = x [M, K] weight^T + bias, in float. The weight's number [n, k] lies at
+// n * down + k * right.
 //
-// Lanes are rows of x, so that a row's sums have one order whatever stands beside it; a matrix library
-// orders them by how many rows there are.
+// Lanes are rows of x, so that the sums of a row have one order, whatever rows are beside it. In a
+// matrix library the order depends on the number of rows.
 #ifdef __AVX512F__
-constexpr int64_t OUTPUTS = 8, LANES = 3;  // of 16 rows: what the registers hold beside their operands
+constexpr int64_t OUTPUTS = 8, LANES = 3;  // sums (of 16 rows) that the registers hold
 #else
 constexpr int64_t OUTPUTS = 4, LANES = 1;
 #endif
@@ -51,14 +52,15 @@ inline void rows_tile(const float* x, int64_t K, const float* weight, int64_t do
 }
 
 void linear(const float* x, const float* weight, const float* bias, float* out, int64_t M,
-                   int64_t N, int64_t K, int64_t down, int64_t right) {
+            int64_t N, int64_t K, int64_t down, int64_t right) {
   static thread_local std::vector<float> turned;  // [rows / 16, K, 16], filled up with zeros
   const int64_t some = std::max<int64_t>(1, (1 << 17) / K / (16 * LANES)) * 16 * LANES;
   for (int64_t m0 = 0; m0 < M; m0 += some) {
     const int64_t rows = std::min(some, M - m0), sixteens = (rows + 15) / 16;
     turned.assign(size_t(sixteens * 16 * K), 0.0f);
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < K; ++k) turned[size_t((r / 16 * K + k) * 16 + r % 16)] = x[(m0 + r) * K + k];
+      for (int64_t k = 0; k < K; ++k)
+        turned[size_t((r / 16 * K + k) * 16 + r % 16)] = x[(m0 + r) * K + k];
 #pragma omp for schedule(static) nowait
     for (int64_t strip = 0; strip < (N + OUTPUTS - 1) / OUTPUTS; ++strip) {
       const int64_t end = std::min(N, (strip + 1) * OUTPUTS);
@@ -66,7 +68,8 @@ void linear(const float* x, const float* weight, const float* bias, float* out, 
         const auto outputs = [&]<int64_t NB>(int64_t n) {
           const auto go = [&]<int64_t MB>() {
             rows_tile<NB, MB>(turned.data() + m * 16 * K, K, weight + n * down, down, right,
-                              bias ? bias + n : nullptr, out + (m0 + m * 16) * N + n, N, rows - m * 16);
+                              bias ? bias + n : nullptr, out + (m0 + m * 16) * N + n, N,
+                              rows - m * 16);
           };
           const int64_t left = std::min(LANES, sixteens - m);
           if (left == 1) go.template operator()<1>();
@@ -98,7 +101,8 @@ bool may_use_tiles() {
   return may;
 }
 
-// Eight tiles of 16 rows of 64 bytes, while it lives; then as they were, for whoever set them up.
+// Sets up eight tiles of 16 rows of 64 bytes while it lives, and then restores what was set up
+// before.
 class Tiles {
  public:
   Tiles() {
@@ -126,8 +130,8 @@ struct Sums {
   }
 };
 
-// `tile` of 16 MB rows by tile registers, K a multiple of 32. Each sum goes in one order whatever the
-// rows beside: what is sampled does not depend on them. What was summed `before` is written meanwhile.
+// `tile` of 16 MB rows by tile registers, K a multiple of 32. Each sum has one order, whatever rows
+// are beside, so that samples do not depend on them. The sums of `before` are written meanwhile.
 template <int64_t MB, int64_t NB>
 inline void amx_tile(const Half* x, int64_t K, const Half* prepacked, const Half* ahead,
                      const Half* bias, int64_t N, Sums& sums, Sums& before) {
@@ -158,8 +162,8 @@ inline void amx_tile(const Half* x, int64_t K, const Half* prepacked, const Half
 }
 
 // `prepacked_linear` by tile registers.
-void amx_prepacked_linear(const Half* x, const Half* prepacked, const Half* bias, Half* out, int64_t M,
-                  int64_t N, int64_t K) {
+void amx_prepacked_linear(const Half* x, const Half* prepacked, const Half* bias, Half* out,
+                          int64_t M, int64_t N, int64_t K) {
   constexpr int64_t BLOCK = 192;
   const int64_t columns = (N + 15) / 16, strips = (columns + 1) / 2;
   const Tiles tiles;
@@ -179,7 +183,8 @@ void amx_prepacked_linear(const Half* x, const Half* prepacked, const Half* bias
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t n = strip * 32;
       const Half* w = prepacked + n * K;
-      // As in `prepacked_linear`: the next strip comes nearer, a half with each of the first blocks.
+      // As in `prepacked_linear`: the next strip comes nearer, a half with each of the first
+      // blocks.
       const int64_t halves = std::clamp<int64_t>(columns - 2 * (strip + 1), 0, 2);
       int64_t block = 0;
       const auto rows = [&]<int64_t MB>(int64_t m) {
@@ -188,8 +193,10 @@ void amx_prepacked_linear(const Half* x, const Half* prepacked, const Half* bias
         ++block;
         Sums &now = sums[turn], &before = sums[turn ^= 1];
         const bool wide = 2 * strip + 1 < columns;
-        if (wide) amx_tile<MB, 2>(from, K, w, ahead, bias, N, now, before);
-        else amx_tile<MB, 1>(from, K, w, ahead, bias, N, now, before);
+        if (wide)
+          amx_tile<MB, 2>(from, K, w, ahead, bias, N, now, before);
+        else
+          amx_tile<MB, 1>(from, K, w, ahead, bias, N, now, before);
         now.out = out + m * N, now.n = n, now.columns = wide ? 32 : 16;
         now.count = std::min(16 * MB, m1 - m), now.written = 0;
       };
@@ -204,8 +211,8 @@ void amx_prepacked_linear(const Half* x, const Half* prepacked, const Half* bias
 #endif
 
 // out [M, N] = x [M, K] weight^T + bias, K even. Rows go in blocks that stay in the second cache.
-void prepacked_linear(const Half* x, const Half* prepacked, const Half* bias, Half* out, int64_t M, int64_t N,
-              int64_t K) {
+void prepacked_linear(const Half* x, const Half* prepacked, const Half* bias, Half* out, int64_t M,
+                      int64_t N, int64_t K) {
 #ifdef __AMX_BF16__
   if (K % 32 == 0 && may_use_tiles()) return amx_prepacked_linear(x, prepacked, bias, out, M, N, K);
 #endif

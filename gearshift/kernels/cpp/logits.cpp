@@ -4,11 +4,11 @@
 
 namespace {
 
-// What a row of logits says of its target: log p(target) and the entropy of p = softmax(logits /
-// temperature); `norm` is the log of the sum, which the backward pass needs.
+// log p(target) of each row of logits, and the entropy of p = softmax(logits / temperature). `norm`
+// is the log of the sum, which the backward pass needs.
 template <typename S>
-void token_logprobs(const S* logits, const int64_t* targets, float* logprobs, float* entropy, float* norm,
-           int64_t M, int64_t V, float temperature) {
+void token_logprobs(const S* logits, const int64_t* targets, float* logprobs, float* entropy,
+                    float* norm, int64_t M, int64_t V, float temperature) {
   constexpr int64_t BLOCK = 256;
   const float factor = 1.0f / temperature;
 #pragma omp for schedule(static)
@@ -24,7 +24,7 @@ void token_logprobs(const S* logits, const int64_t* targets, float* logprobs, fl
       for (int64_t v = from; v < std::min(V, from + BLOCK); ++v) {
         const float x = get(row + v) * factor - top, e = fast_exp(x);
         sum += e;
-        weighted += e * std::max(x, -1e30f);  // of -inf, e is 0
+        weighted += e * std::max(x, -1e30f);  // for -inf, e is 0
       }
       total += sum;
       along += weighted;
@@ -36,12 +36,12 @@ void token_logprobs(const S* logits, const int64_t* targets, float* logprobs, fl
   }
 }
 
-// Turns logits into the gradient that comes back to them: d log p(t) / dx = (onehot_t - p) / T and
+// Replaces logits by their gradient: d log p(t) / dx = (onehot_t - p) / T and
 // dH / dx = -p (log p + H) / T. `entropy_grad` may be null.
 template <typename S>
-void token_logprobs_backward(S* logits, const int64_t* targets, const float* entropy, const float* norm,
-                    const float* logprob_grad, const float* entropy_grad, int64_t M, int64_t V,
-                    float temperature) {
+void token_logprobs_backward(S* logits, const int64_t* targets, const float* entropy,
+                             const float* norm, const float* logprob_grad,
+                             const float* entropy_grad, int64_t M, int64_t V, float temperature) {
   const float factor = 1.0f / temperature;
 #pragma omp for schedule(static)
   for (int64_t m = 0; m < M; ++m) {
@@ -58,10 +58,11 @@ void token_logprobs_backward(S* logits, const int64_t* targets, const float* ent
   }
 }
 
-// One token a row by inverse CDF in two levels; see sampler.py, which says what it computes.
+// Samples one token for each row, by inverse CDF in two levels (`Kernels.sample` in
+// ../reference.py).
 template <typename S>
 void sample(const S* logits, const float* temperature, const double* uniform, int64_t* tokens,
-          float* logprobs, int64_t B, int64_t V) {
+            float* logprobs, int64_t B, int64_t V) {
   constexpr int64_t BLOCK = 256;
   const int64_t blocks = (V + BLOCK - 1) / BLOCK;
   std::vector<double> ends(static_cast<size_t>(blocks));
@@ -92,7 +93,7 @@ void sample(const S* logits, const float* temperature, const double* uniform, in
       double running = g ? ends[size_t(g - 1)] : 0.0;
       const int64_t last = std::min(V, (g + 1) * BLOCK);
       token = g * BLOCK;
-      for (int64_t v = g * BLOCK; v < last; ++v) {  // rounding may pass the end: the last stays
+      for (int64_t v = g * BLOCK; v < last; ++v) {  // if rounding passes the end, it is the last
         token = v;
         running += fast_exp(get(row + v) * factor - top);
         if (running > target) break;

@@ -1,6 +1,6 @@
-// Training attention over packed sequences, bf16. A sequence's keys are the tokens of its ancestors,
-// then its own up to the query (`window` > 0: the last so many). One thread takes a tree of sequences
-// and a key head, so that gradients of shared keys are added up in one place.
+// Training attention over packed sequences, bf16. A sequence's keys are the tokens of its
+// ancestors, then its own up to the query (`window` > 0: the last so many). One thread takes a tree
+// of sequences and a key head, so that gradients of shared keys are added up in one place.
 
 #include "common.h"
 
@@ -14,8 +14,8 @@ struct Tree {
   int64_t first, last;     // its sequences
 };
 
-// [K, N] rows of 16-bit numbers, `step` apart, as `prepack` would lay out their transpose; rows and columns
-// beyond are zero.
+// Lays out [K, N] rows of 16-bit numbers, `step` apart, as `prepack` lays out their transpose. Rows
+// and columns beyond are zero.
 inline void prepack_pairs(const Half* rows, int64_t step, int64_t K, int64_t N, Half* prepacked) {
   const int64_t pairs = (K + 1) / 2;
   for (int64_t k = 0; k < pairs; ++k)
@@ -33,7 +33,7 @@ inline void prepack_pairs(const Half* rows, int64_t step, int64_t K, int64_t N, 
     }
 }
 
-// out [M, N] = x [M, K] times what was prepacked; K even.
+// out [M, N] = x [M, K] times the prepacked matrix; K even.
 inline void small_product(const Half* x, const Half* prepacked, Half* out, int64_t M, int64_t N,
                           int64_t K) {
   const int64_t columns = (N + 15) / 16;
@@ -52,15 +52,16 @@ inline void small_product(const Half* x, const Half* prepacked, Half* out, int64
   }
 }
 
-// What both passes need of one sequence and key head.
+// One sequence and key head, as both passes need it.
 struct Piece {
-  std::vector<int64_t> tokens;  // of its keys, L of them
-  int64_t S, L, wide;           // its queries; keys; keys rounded up
+  std::vector<int64_t> tokens;  // the L tokens of its keys
+  int64_t S, L, wide;           // numbers of queries, of keys, and of keys rounded up
   std::vector<Half> q, k, v, scores, prepacked;
 
-  // Queries [S * R, D], scaled, and keys and values [L, D]; then the scores [S * R, wide].
+  // Reads queries [S * R, D], scaled, and keys and values [L, D]; computes scores [S * R, wide].
   void read(const Tree& tree, int64_t n, const Half* query, const Half* key, const Half* value,
-            int64_t step, int64_t key_step, int64_t value_step, int64_t R, int64_t D, float scaling) {
+            int64_t step, int64_t key_step, int64_t value_step, int64_t R, int64_t D,
+            float scaling) {
     tokens.clear();
     std::vector<int64_t> line;
     for (int64_t a = n; a >= 0; a = tree.parents[a]) line.push_back(a);
@@ -106,8 +107,8 @@ void packed_attend(const Half* query, const Half* key, const Half* value, Half* 
     for (int64_t k = 0; k < K; ++k) {
       const Tree tree{cu, parents, trees[g], trees[g + 1]};
       for (int64_t n = tree.first; n < tree.last; ++n) {
-        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step, R,
-               D, scaling);
+        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step,
+               R, D, scaling);
         row.resize(size_t(p.wide));
         for (int64_t m = 0; m < p.S * R; ++m) {
           Half* at = p.scores.data() + m * p.wide;
@@ -132,8 +133,8 @@ void packed_attend_backward(const Half* query, const Half* key, const Half* valu
                             const Half* out_grad, const float* norms, Half* query_grad,
                             Half* key_grad, Half* value_grad, const int64_t* cu,
                             const int64_t* parents, const int64_t* trees, int64_t count,
-                            int64_t step, int64_t key_step, int64_t value_step, int64_t Q, int64_t K,
-                            int64_t D, float scaling, int64_t window) {
+                            int64_t step, int64_t key_step, int64_t value_step, int64_t Q,
+                            int64_t K, int64_t D, float scaling, int64_t window) {
   const int64_t R = Q / K;
   Piece p;
   std::vector<float> keys, values;
@@ -146,8 +147,8 @@ void packed_attend_backward(const Half* query, const Half* key, const Half* valu
       keys.assign(size_t(length * D), 0.0f);
       values.assign(size_t(length * D), 0.0f);
       for (int64_t n = tree.first; n < tree.last; ++n) {
-        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step, R,
-               D, scaling);
+        p.read(tree, n, query + k * R * D, key + k * D, value + k * D, step, key_step, value_step,
+               R, D, scaling);
         const int64_t M = p.S * R, even = M + M % 2;
         dout.resize(size_t(M * D));
         for (int64_t s = 0; s < p.S; ++s)
@@ -159,7 +160,8 @@ void packed_attend_backward(const Half* query, const Half* key, const Half* valu
           const int64_t place = (cu[n] + m / R) * Q + k * R + m % R;
           float along = 0;
 #pragma omp simd reduction(+ : along)
-          for (int64_t d = 0; d < D; ++d) along += get(out + place * D + d) * get(dout.data() + m * D + d);
+          for (int64_t d = 0; d < D; ++d)
+            along += get(out + place * D + d) * get(dout.data() + m * D + d);
           Half* weight = p.scores.data() + m * p.wide;
           Half* change = dscores.data() + m * p.wide;
           const int64_t from = p.from(m / R, window), to = p.to(m / R);
@@ -182,9 +184,10 @@ void packed_attend_backward(const Half* query, const Half* key, const Half* valu
         for (int64_t s = 0; s < p.S; ++s) {
           Half* to = query_grad + ((cu[n] + s) * Q + k * R) * D;
 #pragma omp simd
-          for (int64_t i = 0; i < R * D; ++i) put(to + i, get(product.data() + s * R * D + i) * scaling);
+          for (int64_t i = 0; i < R * D; ++i)
+            put(to + i, get(product.data() + s * R * D + i) * scaling);
         }
-        // values: dO^T P, and keys: Q^T dS; both come out turned, [D, wide]
+        // values: dO^T P, and keys: Q^T dS; both come out transposed, [D, wide]
         const auto add = [&](const Half* left, const Half* right, std::vector<float>& sums) {
           turned.assign(size_t(D * even), Half{0});
           for (int64_t m = 0; m < M; ++m)
