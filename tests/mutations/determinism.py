@@ -6,8 +6,8 @@ MUTATIONS = (
     Mutation(
         "fp32 products by the library, whose sums depend on how many rows there are",
         "kernels/cpu.py",
-        "if not self._in_rows or not fits or given != {torch.float32} or not K:",
-        "if self._in_rows or not fits or given != {torch.float32} or not K:",
+        "if not self._has_linear or not fits or given != {torch.float32} or not K:",
+        "if self._has_linear or not fits or given != {torch.float32} or not K:",
         "tests/invariants/test_3_sampling_is_a_pure_function.py::test_greedy_too",
     ),
     Mutation(
