@@ -7,15 +7,13 @@ Nothing is loaded by pickle: safetensors only.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,43 +23,40 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as hf_logging
 
 from gearshift.errors import ModelError
+from gearshift.models.adapter_files import adapter_folder, adapter_settings, base_of, tensors_of
+from gearshift.models.adapter_merge import merge_adapter
 from gearshift.models.adapters import (
     AdapterConfig,
     adapted_layers,
-    adapter_folder,
-    adapter_settings,
-    base_of,
-    file_of,
     is_tied,
-    merge_adapter,
     merged_state,
     save_adapter,
-    tensors_of,
     untie,
 )
-from gearshift.models.attention import ATTENTION, NO_INTERFACE
+from gearshift.models.attention import ATTENTION
 from gearshift.models.embedded import EMBEDDED, EMBEDDED_FOLDER, source_of
+from gearshift.models.from_pretrained import (
+    config_of,
+    files_of_model,
+    from_pretrained,
+    held,
+    model_of,
+    without_bars,
+)
 from gearshift.models.made import check_made
-from gearshift.models.saved import (
-    check_experts,
-    check_finite,
-    check_layers,
-    check_loaded,
+from gearshift.models.saved_config import (
     check_settings,
-    check_size,
     check_tokenizer_files,
     check_tokenizer_size,
     is_folder,
     listed,
-    saved_weights,
 )
+from gearshift.models.saved_weights import check_finite
 from gearshift.models.tiny import SIZES, tiny_model, tiny_tokenizer
 from gearshift.runtime.chat_template_arguments import bind_arguments
 from gearshift.runtime.config import Config, PathText
-from gearshift.runtime.terminal import one_line
 
 _ENCODER_TEMPLATE = (
     "{{ cls_token }}"
@@ -144,7 +139,7 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
                 f"{name} holds a model that gives scores, which writes no text; give a language "
                 "model."
             )
-        model, _ = _model(AutoModelForCausalLM, name, config, dtype, ATTENTION)
+        model, _ = model_of(AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION)
         if not is_tied(model):  # a head of other numbers than the embedding's stays apart
             untie(model)
     check_finite(name, model)
@@ -202,7 +197,9 @@ def _classifier(
                 f"{name} holds a model that scores each {one}, and one that scores each {two} is "
                 "needed; give another."
             )
-        model, untrained = _model(auto, name, config, dtype, None, fresh_head, num_labels=1)
+        model, untrained = model_of(
+            auto, name, config.trust_remote_code, dtype, None, fresh_head, num_labels=1
+        )
     return model.to(device).eval(), untrained
 
 
@@ -220,7 +217,7 @@ def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfi
         return tiny_model(**SIZES[name]).config
     if folder := adapter_folder(source_of(name)):
         return _base(folder, lambda base: load_config(config, base))
-    return _config(config, name)
+    return config_of(name, config.trust_remote_code)
 
 
 def writes_text(config: ModelConfig, name: str) -> bool:
@@ -258,12 +255,14 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
         folder / "tokenizer_config.json"
     ).is_file():
         return _base(folder, lambda base: _tokenizer(config, base))
-    here = _files(name)
+    here = files_of_model(name)
     if here:
         check_settings(here)
         check_tokenizer_size(here)
     try:
-        tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, name, config)
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(
+            AutoTokenizer, name, config.trust_remote_code
+        )
     except ModelError:
         if here:
             check_tokenizer_files(here)  # which says what is wrong in better words
@@ -311,7 +310,7 @@ def save_model(
     if not (adapted and alone):
         state = {k: v for k, v in merged_state(model).items() if k not in tied}
         model._hf_peft_config_loaded = False  # or only the adapter would be written
-        with _without_bars():
+        with without_bars():
             model.save_pretrained(folder, state_dict=state)
         model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
@@ -327,112 +326,3 @@ def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
         return load(base)
     except ModelError as error:
         raise ModelError(f"The adapter in {adapter} was trained on {base}. {error}") from error
-
-
-def held(name: str, file: str) -> bool:
-    """Whether a model has this file."""
-    return file_of(source_of(name), file) is not None
-
-
-def _files(name: str) -> Path | None:
-    """The folder with a model's files: a local one, or the hub's cache; None where they have not
-    been loaded from the hub.
-    """
-    source = source_of(name)
-    if is_folder(source):
-        return Path(source)
-    found = file_of(source, "config.json")
-    return found.parent if found else None
-
-
-def _config(config: ModelConfig, name: str, **kwargs: Any) -> PreTrainedConfig:
-    folder = _files(name)
-    if folder and not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json; give a folder with a saved model.")
-    if folder:
-        check_settings(folder)
-    found: PreTrainedConfig = _from_pretrained(AutoConfig, name, config, **kwargs)
-    found._attn_implementation = None  # a config may name code of the hub there
-    return found
-
-
-def _model(
-    auto: Any,
-    name: str,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    attention: str | None,
-    fresh_head: bool = False,
-    **kwargs: Any,
-) -> tuple[PreTrainedModel, set[str]]:
-    """A model whose every weight is the files', and which weights of its head are fresh."""
-    settings = _config(config, name, **kwargs)
-    folder, weights = _files(name), None
-    if folder and is_folder(source_of(name)):
-        weights = saved_weights(folder)
-        check_layers(folder, weights)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
-            skeleton = auto.from_config(settings, trust_remote_code=config.trust_remote_code)
-        check_size(folder, weights, skeleton)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, told = _from_pretrained(
-                auto, name, config, config=settings, dtype=dtype, attn_implementation=attention,
-                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-    except ModelError:
-        if folder and weights:
-            check_experts(folder, weights, even=True)  # which says what is wrong in better words
-        raise
-    if weights is None:  # the hub's files are here now
-        weights = saved_weights(_files(name) or Path(name))
-    return model, check_loaded(name, model, told, weights, fresh_head)
-
-
-def _from_pretrained(auto: Any, name: str, ours: ModelConfig, **kwargs: Any) -> Any:
-    source = source_of(name)
-    local = is_folder(source)
-    with loading(name, "The tokenizer of" if auto is AutoTokenizer else "Model"):
-        return auto.from_pretrained(
-            source, trust_remote_code=ours.trust_remote_code, local_files_only=local, **kwargs
-        )
-
-
-@contextmanager
-def loading(name: str, what: str = "Model") -> Iterator[None]:
-    """Quiet; and what a library cannot do is a `ModelError`."""
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        with _without_bars():
-            yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a config, a file or code that is not ours may fail in any way
-        raise ModelError(
-            f"{what} {name!r} could not be loaded ({said(error)}); give a folder with a saved "
-            "model, a Hugging Face name, or `embedded`."
-        ) from error
-    finally:
-        hf_logging.set_verbosity(level)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Inside, the library shows no progress of its own; after it, it does again if it did."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
-def said(error: Exception) -> str:
-    """What a library says, in one line."""
-    if isinstance(error, KeyError) and error.args == (ATTENTION,):
-        return NO_INTERFACE
-    line = one_line(str(error), 250)
-    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from gearshift.errors import StorageError
-from gearshift.models.adapters import adapter_folder, base_of
+from gearshift.models.adapter_files import adapter_folder, base_of
 from gearshift.models.embedded import EMBEDDED, source_of
 from gearshift.models.tiny import SIZES
 from gearshift.runtime.digests import (

@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from gearshift.errors import GearshiftError, ModelError
 from gearshift.models.describe import described
-from gearshift.models.load import ModelConfig, load_config, said
+from gearshift.models.from_pretrained import said
+from gearshift.models.load import ModelConfig, load_config
 from gearshift.models.runner import EXACT, form_line
 from gearshift.pipeline.recipe import Recipe
 from gearshift.trainers.rl.methods import CriticConfig

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gearshift.engine import Engine
 from gearshift.errors import ModelError
-from gearshift.models import adapters
+from gearshift.models import adapter_merge
 from gearshift.models.adapters import AdapterConfig, adapters_off, add_adapter
 from gearshift.models.load import (
     ModelConfig,
@@ -236,7 +236,7 @@ def test_an_adapter_of_a_kind_without_a_rank(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_in_one_line(
     settings: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "_SECONDS", 2)
+    monkeypatch.setattr(adapter_merge, "_SECONDS", 2)
     base, saved = tmp_path / "base", tmp_path / "saved"
     save_model(base, random_model("llama"), tiny_tokenizer(), "card")
     engine = adapted("llama")

@@ -54,7 +54,7 @@ MUTATIONS = (
     ),
     Mutation(
         "weights of an adapter that the model has no place for are dropped in silence",
-        "models/adapters.py",
+        "models/adapter_merge.py",
         "return [*lost, *unexpected]",
         "return []",
         "tests/models/test_adapters.py::test_what_cannot_be_is_refused_in_one_line",
@@ -75,7 +75,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an adapter of the embedding is merged into the head that is tied to it",
-        "models/adapters.py",
+        "models/adapter_merge.py",
         "        base.weight = nn.Parameter(shared.detach().clone())",
         "        pass",
         "tests/models/test_adapters.py::test_what_an_adapter_changes_besides",

@@ -5,21 +5,21 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "weights that a folder lacks are drawn at random",
-        "models/saved.py",
+        "models/saved_weights.py",
         '    missing = set(told["missing_keys"])',
         "    missing = set()",
         "tests/models/test_saved.py::test_one_task_is_not_another",
     ),
     Mutation(
         "weights that a model has no place for are let go",
-        "models/saved.py",
+        "models/saved_weights.py",
         "    if unexpected:\n",
         "    if False:\n",
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
     ),
     Mutation(
         "a weight of another shape is drawn at random",
-        "models/saved.py",
+        "models/saved_weights.py",
         '    if wrong := told["mismatched_keys"]:',
         '    if wrong := list(told["mismatched_keys"])[:0]:',
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "a reward model gets a fresh head",
         "models/load.py",
-        "model, untrained = _model(auto, name, config, dtype, None, fresh_head, num_labels=1)",
-        "model, untrained = _model(auto, name, config, dtype, None, True, num_labels=1)",
+        "dtype, None, fresh_head, num_labels=1",
+        "dtype, None, True, num_labels=1",
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
     ),
     Mutation(
@@ -40,28 +40,28 @@ MUTATIONS = (
     ),
     Mutation(
         "weights that are not finite are taken",
-        "models/saved.py",
+        "models/saved_weights.py",
         "not torch.stack(w.aminmax()).isfinite().all()",
         "not w.numel()",
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
     ),
     Mutation(
         "an index may lead anywhere",
-        "models/saved.py",
+        "models/saved_weights.py",
         '        if Path(file).is_absolute() or ".." in Path(file).parts:',
         "        if False:",
         "tests/models/test_saved.py::test_shards",
     ),
     Mutation(
         "experts that are misnamed are taken in another order",
-        "models/saved.py",
+        "models/saved_weights.py",
         "    check_experts(folder, weights)\n    return check_kinds",
         "    return check_kinds",
         "tests/models/test_saved.py::test_experts_are_all_there_and_in_order",
     ),
     Mutation(
         "a config takes all memory before it is refused",
-        "models/saved.py",
+        "models/saved_weights.py",
         "    if asked > 2 * held + 2**24:",
         "    if False:",
         "tests/models/test_saved.py::test_what_a_policy_is_not -k hold",
@@ -75,7 +75,7 @@ MUTATIONS = (
     ),
     Mutation(
         "adapters stand on each other in a circle",
-        "models/adapters.py",
+        "models/adapter_files.py",
         "    below = Path(found)\n",
         "    below = Path()\n",
         "tests/models/test_adapters.py::test_adapters_that_stand_on_each_other_in_a_circle",

@@ -4,12 +4,10 @@ fills what is missing with random numbers, and lets go of what it does not know.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,28 +17,16 @@ from transformers import PreTrainedModel
 
 from gearshift.errors import ModelError
 from gearshift.models.exact import named
+from gearshift.models.saved_config import (
+    INDEX,
+    listed,
+    numbers_in,
+    refuse,
+    settings_in,
+)
 from gearshift.runtime.terminal import one_line
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SETTINGS = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", INDEX,
-)  # fmt: skip
-_TOKENIZERS = "tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken", "tekken.json"
-_LARGEST, _LARGEST_TOKENIZER = 2**26, 2**29
-"""Bytes of a file of settings, and of a tokenizer."""
-_COUNTS = {
-    re.compile(r"(^|_)(layers|heads|experts|blocks)$|^n_(layer|head)$"): 10_000,
-    re.compile(r"^num_labels$"): 100_000,
-    re.compile(r"^((vocab|hidden|intermediate)_size|n_embd|d_model|head_dim)$"): 2**31,
-    re.compile(r"^(max_position_embeddings|n_positions)$"): 2**31,
-}
-"""The greatest numbers under these keys: a greater one takes hours or all memory to refuse."""
-_POSITIVE = {
-    "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim", "max_position_embeddings",
-    "n_positions", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
-    "num_key_value_heads",
-}  # fmt: skip
+WEIGHTS = "model.safetensors"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _HEAD = re.compile(
@@ -59,131 +45,6 @@ class Saved(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
-
-
-def is_folder(name: str | Path) -> bool:
-    """Whether a model's name is a folder's; a name may be one of the hub, or of nothing."""
-    try:
-        return Path(name).is_dir()
-    except OSError:  # too long, for example
-        return False
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    every = sorted(names)
-    more = f" and {len(every) - 3} others" if every[3:] else ""
-    return ", ".join(one_line(name, 100) for name in every[:3]) + more
-
-
-def settings_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a saved model."""
-    with _reading(path):
-        value = json.loads(_text(path))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-        return value
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError("it is no file")
-    if (size := path.stat().st_size) > _LARGEST:
-        raise ValueError(f"it has {size:,} bytes")
-    return path.read_text(encoding="utf-8")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RecursionError) as error:
-        deep = isinstance(error, RecursionError)
-        reason = "it is nested too deep" if deep else getattr(error, "strerror", None) or str(error)
-        raise ModelError(
-            f"{path} cannot be read ({one_line(reason, 150)}); save the model again, or copy this "
-            "file anew."
-        ) from error
-
-
-def check_settings(folder: Path) -> None:
-    """Raises `ModelError` for a file of settings that is broken, or has a value that no model
-    has.
-    """
-    if (template := folder / "chat_template.jinja").exists():
-        with _reading(template):
-            _text(template)
-    for name in _SETTINGS:
-        if (folder / name).exists():
-            found = settings_in(folder / name)
-            if name == "config.json":
-                _check_config(folder / name, found)
-            if name == "tokenizer_config.json":
-                _check_kind(folder / name, found, "chat_template", (str, list))
-                _check_kind(folder / name, found, "model_max_length", (int, float))
-
-
-def check_tokenizer_files(folder: Path) -> None:
-    """Raises `ModelError` that names the file for which a tokenizer could not be loaded."""
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
-        raise ModelError(
-            f"{folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json of its "
-            "model into it."
-        )
-    for path in folder.glob("tokenizer*.json"):
-        if path.is_file() and path.stat().st_size <= _LARGEST:
-            settings_in(path)
-
-
-def check_tokenizer_size(folder: Path) -> None:
-    """Raises `ModelError` for a tokenizer that fills the memory."""
-    path = folder / "tokenizer.json"
-    if path.is_file() and path.stat().st_size > _LARGEST_TOKENIZER:
-        _refuse(path, f"has {path.stat().st_size:,} bytes", "give the model's own tokenizer")
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    for where in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(where, dict) and where.get(key) is not None:
-                given = where[key]
-                how = given.get("quant_method", key) if isinstance(given, dict) else given
-                _refuse(
-                    path.parent, f"holds quantised weights ({one_line(str(how), 40)})",
-                    "give the model in bf16 or fp32; if it is, take "
-                    f"{key} out of its config.json",
-                )  # fmt: skip
-    kinds = config.get("architectures")
-    if not (kinds is None or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))):
-        _refuse(path, "has architectures that are no list of names", "name the model's class")
-    for key, value in _numbers(config):
-        shown = f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {str(value)[:40]}"
-        if value != value:
-            _refuse(path, f"has {shown}", "set it to a number")
-        if type(value) is int and ((key in _POSITIVE and value <= 0) or _beyond(key, value)):
-            _refuse(path, f"has {shown}, which no model has", "set it to the model's own")
-
-
-def _beyond(key: str, value: int) -> bool:
-    return any(not 0 <= value <= most for pattern, most in _COUNTS.items() if pattern.search(key))
-
-
-def _numbers(value: Any) -> Iterator[tuple[str, int | float]]:
-    """Each number of a nested config, with its key."""
-    stack = [("", value)]
-    while stack:
-        key, value = stack.pop()
-        if isinstance(value, dict):
-            stack.extend(value.items())
-        elif isinstance(value, list):
-            stack.extend((key, v) for v in value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield key, value
-
-
-def _check_kind(path: Path, found: dict[str, Any], key: str, kinds: tuple[type, ...]) -> None:
-    if found.get(key) is not None and not isinstance(found[key], kinds):
-        _refuse(path, f"has {key}: {one_line(str(found[key]), 40)}", "give the model's own file")
 
 
 def saved_weights(folder: Path) -> dict[str, Saved]:
@@ -206,7 +67,7 @@ def check_kinds(
     """The weights. Raises `ModelError` for types that only say something with a scale."""
     if kinds := {w.kind for w in weights.values()} - good:
         names = listed(name for name, w in weights.items() if w.kind in kinds)
-        _refuse(
+        refuse(
             folder, f"holds quantised weights ({', '.join(sorted(kinds))}: {names})",
             "give them in bf16 or fp32",
         )  # fmt: skip
@@ -233,23 +94,23 @@ def _indexed(folder: Path) -> dict[str, Saved]:
     index = folder / INDEX
     places = settings_in(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        _refuse(index, "has no weight_map of names to files", "save the model again")
+        refuse(index, "has no weight_map of names to files", "save the model again")
     weights: dict[str, Saved] = {}
     for file in sorted(set(places.values())):
         path = folder / file
         if Path(file).is_absolute() or ".." in Path(file).parts:  # a link is the user's own
-            _refuse(
+            refuse(
                 index, f"names {one_line(file, 100)}, which lies outside of its folder",
                 "put the file beside the index",
             )  # fmt: skip
         if not path.is_file():
-            _refuse(index, f"names {one_line(file, 100)}, which is not there", "copy it anew")
+            refuse(index, f"names {one_line(file, 100)}, which is not there", "copy it anew")
         held = tensors_in(path)
         if twice := held.keys() & weights.keys():
-            _refuse(path, f"holds {listed(twice)}, as another file does", "save the model again")
+            refuse(path, f"holds {listed(twice)}, as another file does", "save the model again")
         lost = [n for n, f in places.items() if f == file and n not in held]
         if lost:
-            _refuse(path, f"lacks {listed(lost)}, which its index names", "copy it anew")
+            refuse(path, f"lacks {listed(lost)}, which its index names", "copy it anew")
         weights |= held
     return weights
 
@@ -257,11 +118,11 @@ def _indexed(folder: Path) -> dict[str, Saved]:
 def _tell_what_is_there(folder: Path) -> NoReturn:
     for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"):
         if found := next(folder.glob(pattern), None):
-            _refuse(
+            refuse(
                 folder, f"holds its weights as {found.name} and not as {WEIGHTS}",
                 "load it with the library that made it and save it with save_pretrained",
             )  # fmt: skip
-    _refuse(folder, f"holds no weights ({WEIGHTS} is not there)", "copy them into it")
+    refuse(folder, f"holds no weights ({WEIGHTS} is not there)", "copy them into it")
 
 
 def check_experts(folder: Path, weights: dict[str, Saved], even: bool = False) -> None:
@@ -280,7 +141,7 @@ def check_experts(folder: Path, weights: dict[str, Saved], even: bool = False) -
             for which, what in ((lost, "has no weights for"), (odd, "has an odd shape of")):
                 if which:
                     names = listed(f"{prefix}{i}{part}" for i in which)
-                    _refuse(folder, f"{what} {names}", "give a whole model")
+                    refuse(folder, f"{what} {names}", "give a whole model")
 
 
 def check_size(folder: Path, weights: dict[str, Saved], model: PreTrainedModel) -> None:
@@ -290,7 +151,7 @@ def check_size(folder: Path, weights: dict[str, Saved], model: PreTrainedModel) 
     held = sum(math.prod(w.shape) for w in weights.values())
     asked = sum(p.numel() for p in model.parameters())
     if asked > 2 * held + 2**24:
-        _refuse(
+        refuse(
             folder / "config.json",
             f"asks for {asked:,} weights and the files hold {held:,}", "give the model's own",
         )  # fmt: skip
@@ -298,11 +159,11 @@ def check_size(folder: Path, weights: dict[str, Saved], model: PreTrainedModel) 
 
 def check_layers(folder: Path, weights: dict[str, Saved]) -> None:
     """The same, before the layers of a model are made."""
-    for key, value in _numbers(settings_in(folder / "config.json")):
+    for key, value in numbers_in(settings_in(folder / "config.json")):
         if re.search(r"(^|_)(hidden_layers|n_layers?|num_layers)$", key) and value > max(
             len(weights), 200
         ):
-            _refuse(
+            refuse(
                 folder / "config.json",
                 f"has {key}: {value} and the files hold {len(weights)} tensors",
                 "give the model's own",
@@ -381,7 +242,3 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
             f"Model {name!r} has weights that are not finite in {named(model)}: {listed(bad)}; "
             "give a model whose training has not diverged, or model.dtype=float32."
         )
-
-
-def _refuse(path: Path, what: str, way_out: str) -> NoReturn:
-    raise ModelError(f"{path} {what}; {way_out}.")

@@ -1,0 +1,138 @@
+"""What Hugging Face's library loads, checked before and after: a model whose every weight is the
+files', quietly, with errors of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from gearshift.errors import ModelError
+from gearshift.models.adapter_files import file_of
+from gearshift.models.attention import ATTENTION, NO_INTERFACE
+from gearshift.models.embedded import source_of
+from gearshift.models.saved_config import check_settings, is_folder
+from gearshift.models.saved_weights import (
+    check_experts,
+    check_layers,
+    check_loaded,
+    check_size,
+    saved_weights,
+)
+from gearshift.runtime.terminal import one_line
+
+
+def held(name: str, file: str) -> bool:
+    """Whether a model has this file."""
+    return file_of(source_of(name), file) is not None
+
+
+def files_of_model(name: str) -> Path | None:
+    """The folder with a model's files: a local one, or the hub's cache; None where they have not
+    been loaded from the hub.
+    """
+    source = source_of(name)
+    if is_folder(source):
+        return Path(source)
+    found = file_of(source, "config.json")
+    return found.parent if found else None
+
+
+def config_of(name: str, trust_remote_code: bool, **kwargs: Any) -> PreTrainedConfig:
+    folder = files_of_model(name)
+    if folder and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} has no config.json; give a folder with a saved model.")
+    if folder:
+        check_settings(folder)
+    found: PreTrainedConfig = from_pretrained(AutoConfig, name, trust_remote_code, **kwargs)
+    found._attn_implementation = None  # a config may name code of the hub there
+    return found
+
+
+def model_of(
+    auto: Any,
+    name: str,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    attention: str | None,
+    fresh_head: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model whose every weight is the files', and which weights of its head are fresh."""
+    settings = config_of(name, trust_remote_code, **kwargs)
+    folder, weights = files_of_model(name), None
+    if folder and is_folder(source_of(name)):
+        weights = saved_weights(folder)
+        check_layers(folder, weights)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
+            skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
+        check_size(folder, weights, skeleton)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, told = from_pretrained(
+                auto, name, trust_remote_code, config=settings, dtype=dtype,
+                attn_implementation=attention, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except ModelError:
+        if folder and weights:
+            check_experts(folder, weights, even=True)  # which says what is wrong in better words
+        raise
+    if weights is None:  # the hub's files are here now
+        weights = saved_weights(files_of_model(name) or Path(name))
+    return model, check_loaded(name, model, told, weights, fresh_head)
+
+
+def from_pretrained(auto: Any, name: str, trust_remote_code: bool, **kwargs: Any) -> Any:
+    source = source_of(name)
+    local = is_folder(source)
+    with loading(name, "The tokenizer of" if auto is AutoTokenizer else "Model"):
+        return auto.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=local, **kwargs
+        )
+
+
+@contextmanager
+def loading(name: str, what: str = "Model") -> Iterator[None]:
+    """Quiet; and what a library cannot do is a `ModelError`."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a config, a file or code that is not ours may fail in any way
+        raise ModelError(
+            f"{what} {name!r} could not be loaded ({said(error)}); give a folder with a saved "
+            "model, a Hugging Face name, or `embedded`."
+        ) from error
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, the library shows no progress of its own; after it, it does again if it did."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def said(error: Exception) -> str:
+    """What a library says, in one line."""
+    if isinstance(error, KeyError) and error.args == (ATTENTION,):
+        return NO_INTERFACE
+    line = one_line(str(error), 250)
+    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
