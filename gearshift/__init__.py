@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from gearshift.pipeline.result import RunResult as RunResult
     from gearshift.rollouts.evaluate import Evaluation as Evaluation
     from gearshift.runtime.optimizer import OptimizerConfig as OptimizerConfig
+    from gearshift.tasks.rows import read_rows as read_rows
+    from gearshift.tasks.rows import write_rows as write_rows
+    from gearshift.tasks.task import Task as Task
+    from gearshift.tasks.task import TaskConfig as TaskConfig
     from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
     from gearshift.trainers.process_reward_model import ProcessRewardConfig as ProcessRewardConfig
     from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
@@ -86,6 +90,8 @@ _HOMES = {
     "pipeline.result": ("RunResult",),
     "rollouts.evaluate": ("Evaluation",),
     "runtime.optimizer": ("OptimizerConfig",),
+    "tasks.rows": ("read_rows", "write_rows"),
+    "tasks.task": ("Task", "TaskConfig"),
     "trainers.preference": ("PreferenceConfig",),
     "trainers.process_reward_model": ("ProcessRewardConfig",),
     "trainers.reward_model": ("RewardModelConfig",),

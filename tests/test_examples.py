@@ -19,7 +19,7 @@ def run(text: str, path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) ->
     """Run a program in the folder, in this process, as a script."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(text.replace('"embedded"', '"tiny"'), str(path), "exec"), names)
+    exec(compile(text.replace('"embedded"', '"tiny"'), str(path), "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

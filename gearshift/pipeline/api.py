@@ -26,6 +26,7 @@ from gearshift.runtime.allocator import freed_memory_kept
 from gearshift.runtime.config import Config, read_mapping
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import echo, quiet
+from gearshift.tasks.task import Task
 from gearshift.trainers.stage import Callbacks
 
 Model = str | Path | RunResult | ModelConfig | Mapping[str, Any]
@@ -140,7 +141,7 @@ def train_rl(
     algorithm: str | None = "grpo",
     *,
     environment: Environment | None = None,
-    task: str | Mapping[str, Any] | Config | None = None,
+    task: str | Mapping[str, Any] | Config | Task | None = None,
     reward_weights: Sequence[float] | None = None,
     validation: Data | float | None = None,
     test: Data | float | None = None,
@@ -176,7 +177,8 @@ def train_rl(
     elif environment is not None:
         arguments.put("task", {"name": "gym", "id": arguments.named(environment)})
     else:
-        arguments.put("task", {"name": task} if isinstance(task, str) else task)
+        assert task is not None
+        arguments.task(task)
     for split, rows in (("validation", validation), ("test", test)):
         if rows is not None:
             arguments.put(f"task.{split}", _heldout_rows(arguments, rows, split))

@@ -21,12 +21,13 @@ from gearshift.data.sources import DataConfig, SourceConfig
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN, Given, as_jsonl
-from gearshift.pipeline.recipe import Recipe, RunConfig
+from gearshift.pipeline.recipe import Recipe, RunConfig, add_task
 from gearshift.runtime.config import Config, identity, validated
 from gearshift.runtime.keys import models_of
 from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
 from gearshift.tasks.registry import get_task
+from gearshift.tasks.task import Task
 from gearshift.trainers.stage import Callbacks
 
 Tree = dict[str, Any]
@@ -108,6 +109,13 @@ class Arguments:
         if name.startswith(GIVEN_NAME):
             self.functions[name] = function
         return name
+
+    def task(self, task: str | Mapping[str, Any] | Config | Task) -> None:
+        """Write the section `task`: a name, a section, or a task of the caller's own."""
+        if isinstance(task, Task):
+            add_task(task)
+        name = task.name if isinstance(task, Task) else task
+        self.put("task", {"name": name} if isinstance(name, str) else name)
 
     def recipe(self, output: str | Path | None, callbacks: Callbacks) -> tuple[Recipe, Given]:
         """The recipe, and what comes with it. Raises `ConfigError` for a bad key, type or value.

@@ -26,6 +26,7 @@ from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import quiet
 from gearshift.runtime.user_functions import given_functions
 from gearshift.tasks.rows import RowsConfig, prompt_row, write_rows
+from gearshift.tasks.task import Task
 from gearshift.trainers.stage import Callbacks
 from gearshift.types import Message, SamplingParams
 
@@ -100,7 +101,7 @@ def evaluate(
     reward: Any = None,
     *,
     environment: Any = None,
-    task: str | Mapping[str, Any] | Config | None = None,
+    task: str | Mapping[str, Any] | Config | Task | None = None,
     split: Split = "validation",
     metric: str | None = None,
     seed: int = 0,
@@ -127,7 +128,8 @@ def evaluate(
     elif environment is not None:
         arguments.put("task", {"name": "gym", "id": arguments.named(environment)})
     else:
-        arguments.put("task", {"name": task} if isinstance(task, str) else task)
+        assert task is not None
+        arguments.task(task)
     arguments.add(config)
     with TemporaryDirectory() as folder, quiet(not verbose):
         recipe, given = arguments.recipe(folder, Callbacks())

@@ -5,6 +5,8 @@ folder that belongs to it.
 from __future__ import annotations
 
 import datetime
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,7 +21,8 @@ from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import UNFINISHED, write_text, writing
 from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
-from gearshift.tasks.registry import AnyTaskConfig, check_task
+from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
+from gearshift.tasks.task import Task
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
@@ -117,6 +120,16 @@ class Recipe(Config):
         if self.rl.sft_mix and not self.rl.sft_mix.data.sources:
             raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")
         return self
+
+
+def add_task(task: Task) -> None:
+    """Let recipes of this process name a task that no package installs. Raises `ConfigError` for a
+    name that an installed task has.
+    """
+    register(task)
+    configs = [known.config for known in TASKS.values()]
+    Recipe.model_fields["task"].annotation = reduce(or_, configs) | None  # type: ignore[assignment]
+    Recipe.model_rebuild(force=True)
 
 
 def today() -> datetime.date:

@@ -57,14 +57,19 @@ def _load(point: EntryPoint) -> Task:
     task = point.load()
     if not isinstance(task, Task):
         raise TypeError(f"{point.value} is a {type(task).__name__}, not a gearshift Task")
-    fields = task.config.model_fields if issubclass(task.config, TaskConfig) else {}
-    name = fields["name"].default if "name" in fields else None
+    name = _name_of(task)
     if not task.name == name == point.name:
         raise ValueError(
             f"the entry point is called `{point.name}`, its Task `{task.name}` and the default of "
             f"its config's `name` {name!r}, which should all be equal"
         )
     return task
+
+
+def _name_of(task: Task) -> Any:
+    """The name that the task's config has for its default."""
+    fields = task.config.model_fields if issubclass(task.config, TaskConfig) else {}
+    return fields["name"].default if "name" in fields else None
 
 
 def _package(point: EntryPoint) -> str:
@@ -84,6 +89,24 @@ if TYPE_CHECKING:
 else:
     AnyTaskConfig = reduce(or_, (task.config for task in TASKS.values()))
     """The `task` section of a recipe: one of the tasks' configs; its `name` says which."""
+
+
+def register(task: Task) -> None:
+    """Let this process know a task that no package installs, or another one of its name. Raises
+    `ConfigError` for a name that an installed task has.
+    """
+    if task.name in TASKS and task.name not in _registered:
+        raise ConfigError(f"The name `{task.name}` is an installed task's; choose another name.")
+    if (name := _name_of(task)) != task.name:
+        raise ConfigError(
+            f"The task `{task.name}` has a config whose `name` is {name!r} by default; both should "
+            "be equal."
+        )
+    TASKS[task.name] = task
+    _registered.add(task.name)
+
+
+_registered: set[str] = set()
 
 
 def get_task(name: str) -> Task:
