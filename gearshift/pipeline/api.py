@@ -27,7 +27,7 @@ from gearshift.runtime.config import Config, read_mapping
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import echo, quiet
 from gearshift.tasks.task import Task
-from gearshift.trainers.stage import Callbacks
+from gearshift.trainers.callbacks import Callbacks
 
 Model = str | Path | RunResult | ModelConfig | Mapping[str, Any]
 """A name, a folder, what a training function returned, or a recipe's section `model`."""

@@ -28,7 +28,7 @@ from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
 from gearshift.tasks.registry import get_task
 from gearshift.tasks.task import Task
-from gearshift.trainers.stage import Callbacks
+from gearshift.trainers.callbacks import Callbacks
 
 Tree = dict[str, Any]
 Data = str | Path | Config | Mapping[str, Any] | Iterable[Any]

@@ -18,7 +18,7 @@ from gearshift.data.messages import show
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import reading, write_text
-from gearshift.trainers.stage import Callbacks
+from gearshift.trainers.callbacks import Callbacks
 
 GIVEN = "given"
 """The folder of a run in which given rows lie."""

@@ -27,7 +27,7 @@ from gearshift.runtime.terminal import quiet
 from gearshift.runtime.user_functions import given_functions
 from gearshift.tasks.rows import RowsConfig, prompt_row, write_rows
 from gearshift.tasks.task import Task
-from gearshift.trainers.stage import Callbacks
+from gearshift.trainers.callbacks import Callbacks
 from gearshift.types import Message, SamplingParams
 
 Model = str | os.PathLike[str] | ModelConfig | Mapping[str, Any]

@@ -12,9 +12,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field, ValidationError
@@ -32,10 +31,10 @@ from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo, one_line
+from gearshift.trainers.callbacks import Callbacks
 from gearshift.trainers.ema import MovingAverage
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 
-Row = TypeVar("Row")
 _STOPPING = "\nStopping after this step; a second signal stops at once.\n"
 
 
@@ -64,33 +63,6 @@ class StageConfig(Config):
     def with_micro_batch(self, tokens: int) -> Self:
         """The config with micro-batches of so many tokens."""
         return self.model_copy(update={"micro_batch_tokens": tokens})
-
-
-@dataclass(frozen=True, slots=True)
-class Callbacks:
-    """Functions of the caller that a stage calls between its steps.
-
-    What one of them raises ends the run, unchanged; the steps so far are saved, and the same run
-    goes on after them.
-    """
-
-    on_step: Callable[[int, dict[str, Any]], object] | None = None
-    """(step, metrics) after each step; steps count from 0, as in `metrics.jsonl`."""
-    on_rollout: Callable[[int, list[dict[str, Any]]], object] | None = None
-    """(step, episodes) after each step of RL, as `rollouts.jsonl` holds them."""
-    on_checkpoint: Callable[[int, Path], object] | None = None
-    """(steps that are done, folder) after each checkpoint."""
-
-    def after_step(
-        self, step: int, metrics: MetricsLog, rollouts: MetricsLog, saved: Path | None
-    ) -> None:
-        """Call those that have something to hear: the records of this step, and what was saved."""
-        if self.on_step and metrics.newest.get("step") == step:
-            self.on_step(step, dict(metrics.newest))
-        if self.on_rollout and rollouts.newest.get("step") == step:
-            self.on_rollout(step, rollouts.newest["episodes"])
-        if self.on_checkpoint and saved:
-            self.on_checkpoint(step + 1, saved)
 
 
 class Stateful(Protocol):
@@ -179,13 +151,14 @@ class Stage:
                 yield step
                 heap.look()
                 self._mark = self._marked(step + 1)
+                self._callbacks.after_step(step, self.metrics, self.rollouts)
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
                 asked = interrupt.requested
-                saved = None
                 if asked or (due and step + 1 < self.total):
                     with interrupt.shielded():
                         saved = self.save(step + 1)
-                self._callbacks.after_step(step, self.metrics, self.rollouts, saved)
+                    if self._callbacks.on_checkpoint and saved:
+                        self._callbacks.on_checkpoint(step + 1, saved)
                 if asked:
                     interrupt.stop(
                         f"Stopped after step {step + 1} of {self.total} ({self.name}); "

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 import gearshift
 from gearshift.cli.main import main
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, InterruptedRunError
 
 TINY: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1}
 CHATS = [
@@ -30,6 +35,7 @@ PAIRS = [
     {"prompt": f"say {word}", "chosen": word, "rejected": f"no {i}"}
     for i, word in enumerate(("one", "two", "three", "four", "five", "six"))
 ]
+SIZES = {"prompts": 2, "group_size": 2, "max_new_tokens": 4}
 PROMPTS = [f"say {i}" for i in range(12)]
 
 
@@ -224,3 +230,72 @@ def test_a_whole_recipe_runs_from_python(tmp_path: Path) -> None:
     assert same(first.model, again.model)
     with pytest.raises(ConfigError, match="no file"):
         gearshift.run(tmp_path / "recipes.yaml")
+
+
+class OwnConfig(gearshift.TaskConfig):
+    name: Literal["own"] = "own"
+
+
+def own_task(name: str = "own") -> gearshift.Task:
+    def prepare(config: OwnConfig, seed: int, folder: Path) -> dict[str, Path]:
+        rows = [{"prompt": text} for text in PROMPTS]
+        files = {"validation": rows[:2], "test": rows[2:4], "train": rows[4:]}
+        return gearshift.write_rows(folder, files)
+
+    def make(config: OwnConfig, path: Path) -> gearshift.RowEnvironment:
+        return gearshift.RowEnvironment(gearshift.read_rows(path), short)
+
+    return gearshift.Task(name, OwnConfig, prepare, make, metric="reward")
+
+
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    call = {"steps": 1, "rl": SIZES, "eval": {"max_new_tokens": 4}, **TINY}
+    for _ in range(2):  # the second one, another object of its name, finds the run
+        result = gearshift.train_rl("tiny", task=own_task(), output=tmp_path / "run", **call)
+        assert result.heldout["rl"]["episodes"] == 2
+    with pytest.raises(ConfigError, match="installed task"):
+        gearshift.train_rl("tiny", task=own_task("data"), **call)
+    with pytest.raises(ConfigError, match="both should"):
+        gearshift.train_rl("tiny", task=own_task("other"), **call)
+
+
+def test_it_works_in_a_running_loop_and_in_a_thread(tmp_path: Path) -> None:
+    async def slow(completions: list[str], **columns: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return short([], completions)
+
+    def train(name: str) -> Any:
+        folder = tmp_path / name
+        sizes = {"rl": SIZES, "eval": {"max_new_tokens": 4}, "verbose": False, **TINY}
+        return gearshift.train_rl("tiny", PROMPTS, slow, steps=1, output=folder, **sizes)
+
+    async def notebook() -> Any:
+        return train("loop")
+
+    first = asyncio.run(notebook())
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(train, "thread").result()
+    assert same(first.model, second.model)
+
+
+def test_an_interrupt_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    def interrupt(step: int, metrics: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    call = {"batch_size": 2, "epochs": 1, **TINY}
+    before = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    with pytest.raises(InterruptedRunError, match="step 1 of 3"):
+        gearshift.train_sft("tiny", CHATS, output=tmp_path / "cut", on_step=interrupt, **call)
+    assert (signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before
+    cut = gearshift.train_sft("tiny", CHATS, output=tmp_path / "cut", **call)
+    whole = gearshift.train_sft("tiny", CHATS, output=tmp_path / "whole", **call)
+    assert same(cut.model, whole.model) and len(cut.metrics) == 3
+
+
+def test_verbose_false_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    gearshift.train_sft("tiny", CHATS, epochs=1, output=tmp_path / "a", verbose=False, **TINY)
+    out, err = capfd.readouterr()
+    assert not out and not err
+    gearshift.train_sft("tiny", CHATS, epochs=1, output=tmp_path / "b", **TINY)
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-1].startswith("sft: 1 steps") and "1/1" in err
