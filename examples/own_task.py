@@ -33,5 +33,5 @@ def make(config: SumsConfig, path: Path) -> RowEnvironment:
 
 task = Task("sums", SumsConfig, prepare, make, metric="reward")
 sizes = {"prompts": 8, "group_size": 4, "max_new_tokens": 8}
-result = train_rl("embedded", task=task, largest=12, steps=2, rl=sizes, output="runs/sums")
+result = train_rl("embedded", task=task, largest=12, steps=2, rollout=sizes, output="runs/sums")
 print({policy: figures["reward"] for policy, figures in result.heldout.items()})

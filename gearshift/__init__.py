@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gearshift.errors import ModelError as ModelError
     from gearshift.errors import NumericalError as NumericalError
     from gearshift.errors import StorageError as StorageError
+    from gearshift.models.adapters import AdapterConfig as AdapterConfig
     from gearshift.models.load import ModelConfig as ModelConfig
     from gearshift.pipeline.api import run as run
     from gearshift.pipeline.api import train_dpo as train_dpo
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gearshift.pipeline.inference import load as load
     from gearshift.pipeline.inference import score as score
     from gearshift.pipeline.result import RunResult as RunResult
+    from gearshift.rewards.config import RewardSource as RewardSource
     from gearshift.rollouts.evaluate import Evaluation as Evaluation
     from gearshift.runtime.optimizer import OptimizerConfig as OptimizerConfig
     from gearshift.tasks.rows import read_rows as read_rows
@@ -52,7 +54,12 @@ if TYPE_CHECKING:
     from gearshift.trainers.preference import PreferenceConfig as PreferenceConfig
     from gearshift.trainers.process_reward_model import ProcessRewardConfig as ProcessRewardConfig
     from gearshift.trainers.reward_model import RewardModelConfig as RewardModelConfig
+    from gearshift.trainers.rl.config import ImportanceConfig as ImportanceConfig
+    from gearshift.trainers.rl.config import KLConfig as KLConfig
     from gearshift.trainers.rl.config import RLConfig as RLConfig
+    from gearshift.trainers.rl.config import RolloutConfig as RolloutConfig
+    from gearshift.trainers.rl.config import ShapingConfig as ShapingConfig
+    from gearshift.trainers.rl.config import UpdateConfig as UpdateConfig
     from gearshift.trainers.sft import SFTConfig as SFTConfig
     from gearshift.types import Completion as Completion
     from gearshift.types import SamplingParams as SamplingParams
@@ -77,6 +84,7 @@ _HOMES = {
         "NumericalError",
         "StorageError",
     ),
+    "models.adapters": ("AdapterConfig",),
     "models.load": ("ModelConfig",),
     "pipeline.api": (
         "run",
@@ -88,6 +96,7 @@ _HOMES = {
     ),
     "pipeline.inference": ("evaluate", "generate", "load", "score"),
     "pipeline.result": ("RunResult",),
+    "rewards.config": ("RewardSource",),
     "rollouts.evaluate": ("Evaluation",),
     "runtime.optimizer": ("OptimizerConfig",),
     "tasks.rows": ("read_rows", "write_rows"),
@@ -95,7 +104,14 @@ _HOMES = {
     "trainers.preference": ("PreferenceConfig",),
     "trainers.process_reward_model": ("ProcessRewardConfig",),
     "trainers.reward_model": ("RewardModelConfig",),
-    "trainers.rl.config": ("RLConfig",),
+    "trainers.rl.config": (
+        "ImportanceConfig",
+        "KLConfig",
+        "RLConfig",
+        "RolloutConfig",
+        "ShapingConfig",
+        "UpdateConfig",
+    ),
     "trainers.sft": ("SFTConfig",),
     "types": ("Completion", "SamplingParams"),
 }

@@ -37,6 +37,7 @@ Reward = str | Path | RunResult | Callable[..., Any]
 Environment = str | Callable[[], TextEnvironment]
 """A class or a function that makes a `TextEnvironment`; or its name: `module:Class`, an id that
 Gymnasium knows."""
+_DEFAULT = "grpo"
 OnStep = Callable[[int, dict[str, Any]], object]
 OnRollout = Callable[[int, list[dict[str, Any]]], object]
 OnCheckpoint = Callable[[int, Path], object]
@@ -138,7 +139,7 @@ def train_rl(
     model: Model,
     prompts: Data | None = None,
     reward: Reward | Sequence[Reward] | None = None,
-    algorithm: str | None = "grpo",
+    algorithm: str | None = _DEFAULT,
     *,
     environment: Environment | None = None,
     task: str | Mapping[str, Any] | Config | Task | None = None,
@@ -263,6 +264,9 @@ def _run(
     verbose: bool,
 ) -> RunResult:
     arguments.add(config)
+    own = (arguments.tree.get("rl") or {}).get("algorithm")
+    if own and arguments.tree.get("algorithm") == _DEFAULT:
+        arguments.put("algorithm", own)  # a config object's, in place of the default
     recipe, given = arguments.recipe(output, callbacks)
     began = time.perf_counter()
     with quiet(not verbose), freed_memory_kept():

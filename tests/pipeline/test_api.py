@@ -213,7 +213,7 @@ def test_an_environment_of_ones_own(tmp_path: Path) -> None:
         output=tmp_path / "run",
         steps=1,
         eval={"limit": 2, "max_new_tokens": 4},
-        **{"rollout.prompts": 2, "group_size": 2, "max_new_tokens": 4, **TINY},
+        **{"rollout": SIZES, **TINY},
     )
     assert result.heldout["rl"]["value"] == 1.0 and result.metrics[0]["reward"] == 0.5
     text = (tmp_path / "run" / "recipe.yaml").read_text()
@@ -249,7 +249,7 @@ def own_task(name: str = "own") -> gearshift.Task:
 
 
 def test_a_task_of_ones_own(tmp_path: Path) -> None:
-    call = {"steps": 1, "rl": SIZES, "eval": {"max_new_tokens": 4}, **TINY}
+    call = {"steps": 1, "rollout": SIZES, "eval": {"max_new_tokens": 4}, **TINY}
     for _ in range(2):  # the second one, another object of its name, finds the run
         result = gearshift.train_rl("tiny", task=own_task(), output=tmp_path / "run", **call)
         assert result.heldout["rl"]["episodes"] == 2
@@ -266,7 +266,7 @@ def test_it_works_in_a_running_loop_and_in_a_thread(tmp_path: Path) -> None:
 
     def train(name: str) -> Any:
         folder = tmp_path / name
-        sizes = {"rl": SIZES, "eval": {"max_new_tokens": 4}, "verbose": False, **TINY}
+        sizes = {"rollout": SIZES, "eval": {"max_new_tokens": 4}, "verbose": False, **TINY}
         return gearshift.train_rl("tiny", PROMPTS, slow, steps=1, output=folder, **sizes)
 
     async def notebook() -> Any:
@@ -299,3 +299,37 @@ def test_verbose_false_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     gearshift.train_sft("tiny", CHATS, epochs=1, output=tmp_path / "b", **TINY)
     out, err = capfd.readouterr()
     assert out.splitlines()[-1].startswith("sft: 1 steps") and "1/1" in err
+
+
+def test_config_objects_mean_what_their_keys_mean(tmp_path: Path) -> None:
+    config = gearshift.RLConfig(algorithm="rloo", steps=1, rollout=gearshift.RolloutConfig(**SIZES))
+    call = {"eval": {"max_new_tokens": 4}, "verbose": False, **TINY}
+    one = gearshift.train_rl("tiny", PROMPTS, short, rl=config, output=tmp_path / "one", **call)
+    sizes = {"rl.rollout.prompts": 2, "group_size": 2, "max_new_tokens": 4, "steps": 1}
+    two = gearshift.train_rl(
+        gearshift.ModelConfig(name="tiny", **TINY), PROMPTS, short, "rloo",
+        output=tmp_path / "two", **sizes, **{**call, **TINY},
+    )  # fmt: skip
+    texts = [(run.folder / "recipe.yaml").read_text() for run in (one, two)]
+    assert texts[0].replace("/one", "/two") == texts[1] and same(one.model, two.model)
+    with pytest.raises(ConfigError, match=r"did you mean `rl\.rollout`"):
+        gearshift.train_rl("tiny", PROMPTS, short, rollouts={"group_size": 4})
+
+
+def test_several_rewards_have_weights(tmp_path: Path) -> None:
+    def capital(completions: list[str], **columns: Any) -> list[float]:
+        return [float(text.isupper()) for text in completions]
+
+    result = gearshift.train_rl(
+        "tiny", PROMPTS, [short, capital, lambda completions, **c: [0.0] * len(completions)],
+        reward_weights=[1, 0.5, 2], steps=1, rollout=SIZES, eval={"max_new_tokens": 4},
+        output=tmp_path / "run", **TINY,
+    )  # fmt: skip
+    tree = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    found = [(part["source"], part["weight"]) for part in tree["rl"]["rewards"]]
+    named = "tests.pipeline.test_api:short"
+    assert tree["task"]["reward"] == named
+    assert found == [("environment", 1.0), ("given:capital", 0.5), ("given:lambda", 2.0)]
+    assert "rewards/given:capital/mean" in result.metrics[0]
+    with pytest.raises(ConfigError, match="2 reward_weights for 1 rewards"):
+        gearshift.train_rl("tiny", PROMPTS, short, reward_weights=[1, 2])
