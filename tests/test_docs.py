@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+import gearshift
 from gearshift.cli.main import make_parser
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.keys import describe_keys
@@ -68,6 +69,20 @@ def test_make_targets_are_there(page: Path) -> None:
     assert set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text_of(page), re.M)) <= {
         pair for name in targets for pair in ((name, ""), ("", name))
     }
+
+
+def test_the_hosts_files_are_right() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.M))
+    folder = ROOT / ".github"
+    found = {path: yaml.safe_load(text_of(path)) for path in folder.rglob("*.yml")}
+    assert len(found) >= 4
+    jobs = found[folder / "workflows" / "ci.yml"]["jobs"]
+    run = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    parts = jobs["nightly"]["strategy"]["matrix"]["part"]
+    assert set(re.findall(r"^make ([a-z-]+)", "\n".join(run), re.M)) | set(parts) <= targets
+    for path in (ROOT / "CITATION.cff", ROOT / ".pre-commit-config.yaml"):
+        assert yaml.safe_load(text_of(path))
+    assert yaml.safe_load(text_of(ROOT / "CITATION.cff"))["version"] == gearshift.__version__
 
 
 @pages
