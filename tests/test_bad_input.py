@@ -10,7 +10,7 @@ import pytest
 from gearshift.cli.main import main
 from gearshift.errors import ConfigError
 from gearshift.pipeline.policy import find_policy
-from gearshift.pipeline.recipe import Recipe, claim
+from gearshift.pipeline.recipe import Recipe, record_recipe
 from gearshift.runtime.config import load
 
 RECIPE = str(Path(__file__).parent / "smoke" / "tiny.yaml")
@@ -177,7 +177,7 @@ def test_links_and_home_stand_for_what_they_lead_to(
     monkeypatch.setenv("HOME", str(tmp_path))
     stage = tmp_path / "run" / "sft"
     stage.mkdir(parents=True)
-    claim(stage.parent, Recipe())
+    record_recipe(stage.parent, Recipe())
     (tmp_path / "latest").symlink_to(stage)
     (tmp_path / "newest").symlink_to(stage.parent)
     (stage / "config.json").write_text("{}")

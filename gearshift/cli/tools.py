@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
         "doctor", help="what this machine has, and what is missing"
     )
     doctor_command.add_argument(
-        "model", nargs="?", help="a folder or a name: say how this model would run"
+        "model", nargs="?", help="a folder or a name: print how this model would run"
     )
     doctor_command.set_defaults(do=doctor)
 

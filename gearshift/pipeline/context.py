@@ -32,7 +32,7 @@ from gearshift.pipeline.memory import (
     with_total,
 )
 from gearshift.pipeline.provenance import Trained, functions_of, made_from
-from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, claim_model
+from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import writing
@@ -78,7 +78,7 @@ class Context:
         """The stage in its folder, `total` steps long. `start` names the model that it starts from;
         None is the recipe's.
         """
-        self.claim_model()  # the commit of a model on the hub is known once it was loaded
+        self.record_model()  # the commit of a model on the hub is known once it was loaded
         found = made_from(config, start, self.folder)
         self.made = {"made_from": found}
         if self.recipe.model.lora:
@@ -89,9 +89,9 @@ class Context:
         self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks)
         return self.stage
 
-    def claim_model(self) -> None:
+    def record_model(self) -> None:
         """Record what the model that the run starts from is made of, or compare it with that."""
-        claim_model(self.folder, made_of(self.recipe.model.name))
+        record_model(self.folder, made_of(self.recipe.model.name))
 
     def newest_policy(self, before: str) -> str | None:
         """The folder of the policy that the stages before `before` made; None is the recipe's

@@ -20,7 +20,14 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_policy, load_tokenizer
 from gearshift.models.made import DONE, made_of
 from gearshift.pipeline.provenance import Trained, run_of, trained_on
-from gearshift.pipeline.recipe import POLICIES, Recipe, claim, claim_model, dated, recipe_of
+from gearshift.pipeline.recipe import (
+    POLICIES,
+    Recipe,
+    recipe_of,
+    record_model,
+    record_recipe,
+    with_date,
+)
 from gearshift.pipeline.records import Record, format_record, read_record, records
 from gearshift.pipeline.task_data import EPISODES, TaskData, problems_of
 from gearshift.rollouts.evaluate import Evaluation, Split, evaluate, starts_of
@@ -134,7 +141,7 @@ def evaluate_run(
     run_folder = folder if whole else Path(data.recipe.run.dir)
     with lock_run_folder(run_folder) if writes else nullcontext():
         if recipe:
-            claim(home, data.recipe)
+            record_recipe(home, data.recipe)
         data.prepare()
         trained = trained or (trained_on(folder, data.recipe, begun=False) if whole else None)
         left, rows = data.unseen(split, trained), data.rows(split)
@@ -146,7 +153,7 @@ def evaluate_run(
         for name, where in policies.items():
             if not (to / f"{name}.json").exists():
                 if where is None:
-                    claim_model(run_folder, made_of(data.recipe.model.name))
+                    record_model(run_folder, made_of(data.recipe.model.name))
                 engine = open_engine(data.recipe, where)
                 evaluate_policy(data, engine, name, to, split, trained)
     return str(to), records(to)
@@ -187,7 +194,7 @@ def _data_of_another(recipe: Recipe, folder: Path) -> tuple[TaskData, Path, Trai
         recipe = recipe.model_copy(update=changes)
     at = Path(recipe.run.dir)
     to = (folder if (folder / "recipe.yaml").exists() else at) / "eval" / at.name
-    recipe = dated(recipe, to)
+    recipe = with_date(recipe, to)
     return TaskData(recipe, to / "data"), to, trained
 
 

@@ -1,8 +1,8 @@
 """How much memory a stage will take, before it takes it; and the largest micro-batch that fits.
 
-Sums of what is known: weights, masters, moments, gradients, cache, and activations by a count of
-the tensors that a layer keeps for its backward pass. `docs/performance.md` has them beside measured
-peaks.
+The prediction is a sum: weights, master weights, moments, gradients, cache, and activations by a
+count of the tensors that a layer keeps for its backward pass. `docs/performance.md` compares it
+with measured peaks. This file knows no stage: `MemoryNeeds` says what a stage needs.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ keeps."""
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model its memory depends on."""
+    """The sizes of a model that its memory depends on."""
 
     parameters: int
     layers: int
     hidden: int
     inner: int
-    """Of the feed-forward part."""
+    """Width of the feed-forward part."""
     heads: int
-    """Of queries, keys and values together."""
+    """Heads of queries, keys and values together."""
     key_heads: int
     head_size: int
     vocabulary: int
@@ -64,12 +64,12 @@ class Shape:
 
     @staticmethod
     def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
-        """Of a model, which may be on the meta device."""
+        """The shape of a model, which may be on the meta device."""
         config = model.config.get_text_config()
         layers = getattr(config, "per_layer_config", None) or [config]
 
         def most(name: str, otherwise: int) -> int:
-            """Of the layers, where they differ."""
+            """The largest of the layers, where they differ."""
             given = [getattr(layer, name, None) or otherwise for layer in layers]
             return max(max(x) if isinstance(x, list) else x for x in given)
 
@@ -247,8 +247,8 @@ def micro_batch(
     """Tokens of a micro-batch, and whether layers are computed again in the backward pass.
 
     What the configs leave open (`micro_batch_tokens: 0`, `recompute: null`) is chosen: as many
-    tokens as fit in nine tenths of `free` bytes, at most 65,536; again, where the tokens asked for
-    (or 4,096) do not fit else.
+    tokens as fit in nine tenths of `free` bytes, at most 65,536; and layers are computed again
+    where the tokens asked for (or 4,096) would not fit otherwise.
     """
     asked, most = needs.micro_batch_tokens, needs.update_tokens
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
@@ -264,7 +264,7 @@ def micro_batch(
 def shortage(total: float, free: float) -> str:
     """In words, that what a stage is to take at its peak is not there; empty if it is.
 
-    It is told and does not stop the run: the peak is an estimate, and other programs may end.
+    It is a warning and does not stop the run: the peak is an estimate, and other programs may end.
     """
     if total <= free:
         return ""

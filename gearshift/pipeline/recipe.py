@@ -1,5 +1,5 @@
 """A recipe: the sections of a whole run, each configured by the class beside its component; and the
-folder that belongs to it.
+record of it in the run's folder. This file must not import what runs a recipe.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECORD = "run.json"
 
 
 class RunConfig(Config):
-    """Where a run lives, and what it is made from."""
+    """The folder and the seed of a run."""
 
     dir: Neutral[PathText] = "runs/run"
     """The run's folder."""
@@ -51,39 +51,41 @@ class EnvironmentConfig(Config):
     """Where the task's environments run, in training and in evaluation."""
 
     processes: Neutral[int] = Field(0, ge=0)
-    """0: in threads of this process. Else each environment has a process of its own, so that a
-    crash, or a hang that is killed, costs its episode alone; so many of them work at a time. There
-    are as many processes as episodes of one rollout."""
+    """0 runs environments in threads of this process. A number gives each environment a process of
+    its own, so that a crash, or a hang that is killed, costs its episode alone; so many of them
+    work at a time. There are as many processes as episodes of one rollout."""
 
 
 class EvalConfig(Config):
-    """Held-out evaluation: on the validation rows before and after each stage."""
+    """Held-out evaluation, on the validation rows, before the first stage and after each."""
 
     limit: int | None = Field(None, ge=1)
-    """Rows of a split to use, the first ones; null takes all."""
+    """The first rows of a split to use, this many; null takes all."""
     max_new_tokens: int = Field(64, ge=1)
-    """Longest answer of one turn."""
+    """Tokens of the longest answer of one turn."""
     perplexity: bool = False
-    """Whether RL ends with the perplexity of each policy's held-out answers under the policy that
-    RL began from: whether they are still fluent."""
+    """Whether RL ends by measuring the perplexity of each policy's held-out answers under the
+    policy that RL began from, which shows whether they are still fluent.
+    """
 
 
 class Recipe(Config):
-    """A whole run. A stage that is left out (or null) is not run."""
+    """A whole run. A stage that is left out, or null, is not run."""
 
     run: RunConfig = RunConfig()
-    """Folder and seed."""
+    """The run's folder and seed."""
     model: ModelConfig = ModelConfig()
-    """What to start from."""
+    """The model to start from."""
     algorithm: Algorithm | None = None
-    """A published method by name: fills in the keys of `rl` (or of `preference`, in place of `rl`)
-    that it stands for; what the recipe sets itself stays."""
+    """A published method by name. It fills in the keys of `rl`, or of `preference` in place of
+    `rl`, that it stands for; what the recipe sets itself stays.
+    """
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
     task: AnyTaskConfig | None = Field(None, discriminator="name")
-    """What the environment is, and the data that it makes."""
+    """The task: its environment and the data that it makes."""
     environment: EnvironmentConfig = EnvironmentConfig()
-    """Where environments run."""
+    """Where the task's environments run."""
     sft: SFTConfig | None = None
     """Step 1: supervised fine-tuning."""
     preference: PreferenceConfig | None = None
@@ -133,22 +135,22 @@ def add_task(task: Task) -> None:
 
 
 def today() -> datetime.date:
-    """The day it is."""
+    """The date of this day."""
     return datetime.date.today()
 
 
-def dated(recipe: Recipe, folder: Path) -> Recipe:
+def with_date(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the date that chat templates take for today: its own, the one that the
     recipe in the folder has (none, if an earlier version wrote it), or today.
     """
     if recipe.model.date is not None:
         return recipe
-    known = recorded(folder)
+    known = recorded_recipe(folder)
     date = known.model.date if known else today()
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
+def record_recipe(folder: Path, recipe: Recipe) -> None:
     """Write the recipe into a folder that is to hold what comes of it, and whose lock is held.
 
     Raises `ConfigError` if the folder holds what came of another. Keys that cannot change the
@@ -156,7 +158,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        known, begun = recorded(folder), has_begun(folder)
+        known, begun = recorded_recipe(folder), has_begun(folder)
         for left in folder.glob(UNFINISHED):  # of a process that died while it wrote
             left.unlink(missing_ok=True)
     if known and begun and (changed := differences(identity(known), identity(recipe))):
@@ -174,7 +176,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     write_text(folder / "recipe.yaml", dump(recipe))
 
 
-def recorded(folder: Path) -> Recipe | None:
+def recorded_recipe(folder: Path) -> Recipe | None:
     """The recipe that a folder was begun with, without the keys that cannot change the result; None
     where there is none.
     """
@@ -192,20 +194,20 @@ def recorded(folder: Path) -> Recipe | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a run, which whoever uses its parts needs. Raises `StorageError` for one that
-    is not the recipe that the run was begun with, such as half of it.
+    """The recipe of a run, by which its parts are used. Raises `StorageError` for one that is not
+    the recipe that the run was begun with, such as half of it.
     """
     path = folder / "recipe.yaml"
-    recipe, known = load(Recipe, path), recorded(folder)
+    recipe, known = load(Recipe, path), recorded_recipe(folder)
     if known and (changed := differences(identity(known), identity(recipe))):
         raise StorageError(
             f"{path} is not as the run wrote it ({changed[0]}); put it back as it was, or start the"
-            " run again, which writes it anew."
+            " run again, which writes it again."
         )
     return recipe
 
 
-def claim_model(folder: Path, made: Digests) -> None:
+def record_model(folder: Path, made: Digests) -> None:
     """Record what the model that the run starts from is made of, or compare it with that.
 
     Raises `StorageError` if it is another by now.

@@ -1,5 +1,5 @@
-"""The held-out records in a folder, `<policy>.json` each, and what they say side by side. It must
-not import an engine or a trainer.
+"""The held-out records in a folder, `<policy>.json` each, and their comparison. It must not import
+an engine or a trainer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The page a run leaves behind: curves, the held-out table, samples before and after, facts.
+"""The page that a run leaves: curves, the held-out table, samples before and after, facts.
 
-One file with nothing outside it, so that it can be mailed and still reads in ten years. It knows
-metrics by their names and stages as titles; the page itself is `report.html.j2`.
+The page is one file that needs nothing outside it, so that it can be mailed, and read in ten years.
+Its template is `report.html.j2`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gearshift.runtime.files import write_text
@@ -44,6 +39,9 @@ _CURVES = (
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#94a3b8")
 _POLICY = "POLICY"
 """Stands for the content security policy, which names a digest of the page's style."""
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 _INK = "#010203"
 """Stands for the colour of the page's text, which is not the same by day and by night."""
 _STYLE = {
@@ -84,6 +82,8 @@ def write_report(
     metric, value, interval, n and other figures. summary: facts, nested as they come.
     compared: policies row by row: before, after, difference, interval, better, worse.
     """
+    from jinja2 import Environment, StrictUndefined
+
     template = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["plain"] = _plain
@@ -106,12 +106,12 @@ def write_report(
 
 
 _STYLED = re.compile(r'(<[a-zA-Z][^<>]*) style="([^"]*)"')
-"""A tag with a style of its own; what somebody wrote has neither `<` nor `"`, for it is escaped."""
+"""A tag with a style of its own; a text of the run has neither `<` nor `"`, for it is escaped."""
 
 
 def _sealed(page: str) -> str:
-    """The page with all its styles in one element, the only thing that its policy lets a browser
-    obey: no script, no address, no style from what somebody wrote.
+    """The page with all its styles in one element. Its policy lets a browser obey that element
+    alone: no script, no address, and no style from a text of the run.
     """
     classes: dict[str, str] = {}
 
@@ -130,6 +130,8 @@ def _sealed(page: str) -> str:
 
 def _charts(records: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     """The curves that a stage's records have figures for, then its seconds by phase."""
+    import matplotlib
+
     names = list(dict.fromkeys(key for record in records for key in record))
     steps = np.array([record["step"] for record in records], dtype=np.float64)
 
@@ -200,6 +202,9 @@ def _phases(steps: _Floats, phases: Mapping[str, _Floats]) -> Markup:
 
 
 def _axes(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -225,6 +230,8 @@ def _smooth(values: _Floats) -> _Floats:
 
 def _svg(figure: Any, title: str) -> Markup:
     """The figure as an inline SVG in the page's own text colour."""
+    from markupsafe import Markup
+
     text = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Title": title}
     figure.savefig(text, format="svg", transparent=True, metadata=metadata)

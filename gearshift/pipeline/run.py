@@ -22,7 +22,7 @@ from gearshift.pipeline.context import Context
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import open_engine
 from gearshift.pipeline.provenance import trained_on
-from gearshift.pipeline.recipe import STAGES, Recipe, StageName, claim, dated, has_begun
+from gearshift.pipeline.recipe import STAGES, Recipe, StageName, has_begun, record_recipe, with_date
 from gearshift.pipeline.records import records
 from gearshift.pipeline.stages import STAGE_FUNCTIONS
 from gearshift.pipeline.summary import summarise
@@ -44,7 +44,7 @@ class Run:
         folder holds a run of another recipe.
         """
         self.folder = Path(recipe.run.dir)
-        self.recipe = dated(recipe, self.folder)
+        self.recipe = with_date(recipe, self.folder)
         self.context = Context(self.recipe, self.folder, echo, given or Given())
 
     def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
@@ -65,13 +65,13 @@ class Run:
 
     def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
         run, recipe = self.context, self.recipe
-        claim(self.folder, recipe)
+        record_recipe(self.folder, recipe)
         named = [name for name in wanted if getattr(recipe, name) is not None]
         kept = [*(f"{n}/{DONE}" for n in named), *["validation/base.json"] * bool(recipe.task)]
         left = not all((self.folder / file).exists() for file in kept)
         records(self.folder / "validation")  # a broken record is an error before hours of work
         if left:
-            run.claim_model()
+            run.record_model()
         if recipe.task:
             with doing("while preparing the data"):
                 run.task.prepare()

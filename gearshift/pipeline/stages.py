@@ -188,7 +188,7 @@ def rl(config: RLConfig, run: Context) -> Result:
         with trainer.average.applied():
             run.save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
     run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
-    if left_out := trainer.left_out.told():
+    if left_out := trainer.left_out.describe():
         run.echo(f"rl: {left_out}")
     how = f"reinforcement learning ({config.advantage.name})"
     run.save(folder, engine.model, engine.tokenizer, how, start)

@@ -1,4 +1,4 @@
-"""The summary of a run: what its records say together, in `summary.json` and `report.html`. It must
+"""The summary of a run: the figures of its records, in `summary.json` and `report.html`. It must
 not import an engine or a trainer.
 """
 

@@ -111,7 +111,7 @@ class TaskData:
         left = trained.unseen(rows, self.task.cluster)
         if not left:
             raise DataError(
-                f"{trained.run} trains on all {len(rows)} {split} rows, so they cannot tell how "
+                f"{trained.run} trains on all {len(rows)} {split} rows, so they cannot show how "
                 "good it is; take the stages' data from task:labelled, or name other rows."
             )
         return left

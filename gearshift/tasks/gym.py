@@ -1,6 +1,6 @@
 """Any registered text environment as a task: its rows are seeds; or its episodes are drawn by seed.
 
-A room of its own so that a recipe can name an environment, the user's too, without code here.
+A recipe names the environment by its id, the user's own too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class GymConfig(TaskConfig):
     name: Literal["gym"] = "gym"
     """Which task this is."""
     id: str = "gearshift/GymInWords-v0"
-    """The environment's id, or `my_module:MyEnvironment-v0`, whose module registers it."""
+    """The environment's id, or `my_module:MyEnvironment-v0`, where the module registers it."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What it is made with."""
+    """The arguments that it is made with."""
     system: str | None = None
     """A system message before each episode."""
     validation: int = Field(64, ge=1)
@@ -45,8 +45,8 @@ class GymConfig(TaskConfig):
     """Episodes of the test, at most."""
     starts: int | None = Field(None, ge=0)
     """Seeds that are drawn to find how episodes start, so that no start is in two of training,
-    validation and test. 0: episodes are drawn by seeds, each split's its own, and may start alike.
-    null: 1000 for `gearshift/GymInWords-v0`, 0 for others."""
+    validation and test. 0 draws episodes by seeds, other ones for each split, and they may start
+    alike. null is 1000 for `gearshift/GymInWords-v0`, and 0 for others."""
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
     """Share of the different starts that training never sees: half of them are for validation, half
     for the test."""
@@ -56,12 +56,12 @@ class GymConfig(TaskConfig):
     labelled_won: bool = False
     """Keep only those of them that the environment calls a success."""
     metric: str = "success"
-    """The figure that policies are compared by: `success` where the environment tells it, else
+    """The figure that policies are compared by: `success` where the environment reports it, else
     `reward`, or the name of one of its metrics."""
 
 
 class WithSystem(gymnasium.Wrapper[str, str, str, str]):
-    """The environment, with a system message before what the user says first."""
+    """The environment, with a system message before the user's first message."""
 
     def __init__(self, env: TextEnvironment, system: str) -> None:
         super().__init__(env)
@@ -72,8 +72,8 @@ class WithSystem(gymnasium.Wrapper[str, str, str, str]):
     ) -> tuple[str, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
         first: Message = {"role": "system", "content": self.system}
-        said = info.get("messages") or [{"role": "user", "content": observation}]
-        return observation, {**info, "messages": [first, *said]}
+        opening = info.get("messages") or [{"role": "user", "content": observation}]
+        return observation, {**info, "messages": [first, *opening]}
 
 
 class OfRows(gymnasium.Wrapper[str, str, str, str]):
@@ -91,7 +91,7 @@ class OfRows(gymnasium.Wrapper[str, str, str, str]):
 
 
 def make(config: GymConfig, path: Path) -> TextEnvironment:
-    """The environment over the rows of `path`; without such a file the seeds tell the splits."""
+    """The environment over the rows of `path`; without such a file splits differ by their seeds."""
     if config.id not in gymnasium.registry:
         import gearshift.tasks.registry  # noqa: F401  (a task may register it)
     environment = make_environment(config.id, **config.kwargs)
@@ -105,7 +105,7 @@ def make(config: GymConfig, path: Path) -> TextEnvironment:
 def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
     """Write the task's files into `folder`, the same for the same seed; returns them by name.
 
-    train.jsonl        prompt, cluster, seed; where episodes are told apart by their starts
+    train.jsonl        prompt, cluster, seed; where episodes are known by their starts
     validation.jsonl   the same; and test.jsonl: no start is in two files
     labelled.jsonl     messages: random play from starts of training; if any is asked for
 
@@ -121,7 +121,7 @@ def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
 
 
 def start_of(messages: Sequence[Message], row: Any) -> str:
-    """What tells starts apart: the row that the environment names, else what is said."""
+    """The name of a start: the row that the environment names, else its messages."""
     return prompt_text(messages) if row is None else f"row {row}"
 
 
@@ -136,16 +136,16 @@ def _split_starts(
     for i in range(draws):
         start = named_seed(seed, f"gym/start/{i}") % 2**31
         observation, info = environment.reset(seed=start)
-        said = info.get("messages") or [{"role": "user", "content": observation}]
-        key = start_of(said, info.get("row"))
+        opening = info.get("messages") or [{"role": "user", "content": observation}]
+        key = start_of(opening, info.get("row"))
         # Where the environment names its row, equal words may begin different problems.
-        prompt = said if info.get("row") is None else []
+        prompt = opening if info.get("row") is None else []
         by_start.setdefault(key, []).append({"prompt": prompt, "cluster": key, "seed": start})
     if draws and len(by_start) < 3:
-        told = f"{config.id} starts in {len(by_start)} way(s) only"
+        few = f"{config.id} starts in {len(by_start)} way(s) only"
         if config.starts:
-            raise ConfigError(f"{told}, too few to hold some out; set task.starts=0.")
-        echo(f"data: {told}: held-out episodes start as those of training do")
+            raise ConfigError(f"{few}, too few to hold some out; set task.starts=0.")
+        echo(f"data: {few}: held-out episodes start as those of training do")
     if len(by_start) < 3:
         return {}
     order = sorted(by_start)
@@ -191,8 +191,8 @@ def _play(environment: TextEnvironment, seed: int, known: set[str]) -> tuple[lis
     """
     observation, info = environment.reset(seed=seed)
     messages: list[Message] = []
-    said = info.get("messages") or [{"role": "user", "content": observation}]
-    if known and start_of(said, info.get("row")) not in known:
+    opening = info.get("messages") or [{"role": "user", "content": observation}]
+    if known and start_of(opening, info.get("row")) not in known:
         return [], False
     while True:
         messages += info.get("messages") or [{"role": "user", "content": observation}]

@@ -1,7 +1,7 @@
 """Your own rows and your own reward function as a one-turn task; and how tasks keep their rows.
 
-A room of its own because here everything comes from the user: each fault is told by file and row.
-It knows texts, files and a reward's name, no model and no trainer.
+Here everything comes from the user, so each error names file and row. This file must not import
+models or trainers.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class RowsConfig(TaskConfig):
     """Which task this is."""
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     """Files or data sets with `prompt` (text or messages) and the reward's columns. Rows that have
-    an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Of several
-    sources each gives all its rows; one of twice the least weight gives them twice."""
+    an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Each of
+    several sources gives all its rows; a source with twice the least weight gives them twice."""
     validation: PathText | float = 0.1
-    """A file of rows to choose settings by; or the share of the prompts of `train`."""
+    """A file of rows by which settings are chosen; or a share of the prompts of `train`."""
     test: PathText | float = 0.1
-    """A file of rows to be looked at in the end; or the share of the prompts of `train`. A column
-    `cluster` names rows that are one problem, as rows with equal prompts are; no problem stands in
-    two splits."""
+    """A file of rows that are evaluated once, at the end; or a share of the prompts of `train`. A
+    column `cluster` names rows that are one problem, as rows with equal prompts are; no problem
+    stands in two splits."""
     reward: PathText
     """The environment's own reward, with TRL's signature: `file.py:function`,
     `package.module:function` or `http://...`."""
     success_threshold: float | None = 1.0
-    """The reward from which an answer counts as a success; null: success is not told."""
+    """The reward from which an answer counts as a success; null reports no success."""
     system: str | None = None
     """A system message put before every prompt that has none."""
     clean: CleanConfig = CleanConfig()
-    """Applied to each source."""
+    """How the rows of each source are cleaned."""
 
 
 def write_rows(folder: Path, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, Path]:
@@ -89,12 +89,9 @@ def _read(path: Path, changed: int, needed: tuple[str, ...]) -> Sequence[Row]:
     for row in rows:
         if missing := [column for column in needed if column not in row]:
             raise DataError(
-                f"{path} has a row without `{missing[0]}`; prepare the task's data anew."
+                f"{path} has a row without `{missing[0]}`; prepare the task's data again."
             )
     return rows
-
-
-# The data
 
 
 def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
@@ -302,9 +299,6 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
-
-
-# The environment
 
 
 class RowsEnvironment(RowEnvironment):

@@ -61,7 +61,7 @@ class LeftOut:
         """Why it ends."""
         return DataError(
             f"No episode of the last {self.tried} prompts has a reward to learn from "
-            f"({self.told()}); look at the environment and the rewards."
+            f"({self.describe()}); look at the environment and the rewards."
             + (
                 " What was learned before them is saved, and the same command goes on from there."
                 if self.learned
@@ -74,7 +74,7 @@ class LeftOut:
         names = {r: f"left_out/{r}" for r in _WORDS} | {"environment": "environment/failures"}
         return {name: float(self.counts.get(r, 0)) for r, name in names.items()}
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """In words, for the end of the run; empty where nothing was left out."""
         parts = [f"{self.counts[r]} {words}" for r, words in _WORDS.items() if r in self.counts]
         if not parts:

@@ -62,7 +62,7 @@ MUTATIONS = (
     Mutation(
         "games of held-out starts are learned from in supervised tuning",
         "tasks/gym.py",
-        'if known and start_of(said, info.get("row")) not in known:',
+        'if known and start_of(opening, info.get("row")) not in known:',
         "if False:",
         "tests/environments/test_gym_games.py::test_no_start_is_in_two_splits",
     ),

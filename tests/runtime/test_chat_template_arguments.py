@@ -8,7 +8,7 @@ import pytest
 from gearshift.data.chat import end_token_ids, render_prompt, render_supervised, render_turn
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig, load_tokenizer
-from gearshift.pipeline.recipe import Recipe, claim, dated
+from gearshift.pipeline.recipe import Recipe, record_recipe, with_date
 from gearshift.pipeline.run import Run
 from gearshift.runtime.chat_template_arguments import bind_arguments
 from gearshift.runtime.config import load
@@ -68,9 +68,9 @@ def test_a_run_keeps_the_day_on_which_it_began(
     monkeypatch.setattr("gearshift.pipeline.recipe.today", lambda: DAY)
     run = Run(recipe)
     assert run.recipe.model.date == DAY
-    claim(tmp_path, run.recipe)
+    record_recipe(tmp_path, run.recipe)
     monkeypatch.setattr("gearshift.pipeline.recipe.today", lambda: date(2024, 7, 7))
     assert Run(recipe).recipe == run.recipe == load(Recipe, tmp_path / "recipe.yaml")
-    assert dated(recipe, tmp_path / "other").model.date == date(2024, 7, 7)
+    assert with_date(recipe, tmp_path / "other").model.date == date(2024, 7, 7)
     own = load(Recipe, None, ["model.date=2020-01-01"])
-    assert dated(own, tmp_path).model.date == date(2020, 1, 1)
+    assert with_date(own, tmp_path).model.date == date(2020, 1, 1)

@@ -63,8 +63,8 @@ def test_a_rollout_of_which_nothing_is_left_updates_nothing_and_the_run_goes_on(
     assert [m["environment/failures"] for m in metrics] == [0, 8, 8, 8]
     assert "loss" not in metrics[1] and "reward" not in metrics[1] and "loss" in metrics[2]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-    assert "8 lost to the environment" in it.left_out.told()
-    assert "the simulator fell over" in it.left_out.told()
+    assert "8 lost to the environment" in it.left_out.describe()
+    assert "the simulator fell over" in it.left_out.describe()
 
 
 def test_a_run_that_learns_from_nothing_any_more_ends(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_prompt_too_long_at_its_turn_costs_its_own_group(tmp_path: Path) -> No
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     lost = metrics[-1]["left_out/overlong_prompt"]
     assert 0 < lost < 6 * 8 and lost % 4 == 0 and metrics[-1]["environment/failures"] == 0
-    assert len(metrics) == 6 and "leaves no place" in it.left_out.told()
+    assert len(metrics) == 6 and "leaves no place" in it.left_out.describe()
 
 
 def group(number: int, count: int = 2) -> list[Trajectory]:
@@ -235,7 +235,8 @@ def test_a_reward_that_is_lost_leaves_its_episode_out(tmp_path: Path) -> None:
     [metrics] = read_metrics(tmp_path / "metrics.jsonl")
     assert metrics["left_out/no_reward"] == 2 and math.isfinite(metrics["loss"])
     assert (
-        it.left_out.told() == "episodes left out: 2 without a reward (the last: the judge is away)"
+        it.left_out.describe()
+        == "episodes left out: 2 without a reward (the last: the judge is away)"
     )
 
 

@@ -70,7 +70,7 @@ def _scorer(name: str, options: str) -> Any:
 
 
 def score(row: Mapping[str, Any], answer: str) -> float | None:
-    """What the generator says of an answer, at most 1; 0 for one that its scorer cannot read, None
+    """The generator's score of an answer, at most 1; 0 for one that its scorer cannot read, None
     where the scorer fails on the right answer too.
 
     An answer that a scorer would run as Python gets there only as a plain list or a formula.

@@ -150,7 +150,7 @@ def _questions(
             )
         if split == "labelled" and any(row["gold"] is None for row in rows):
             raise DataError(
-                f"{name} says no right answer to learn from; leave it out of task.dataset, or set "
+                f"{name} has no right answer to learn from; leave it out of task.dataset, or set "
                 "task.labelled=0 and sft=null."
             )
         columns.append(rows)

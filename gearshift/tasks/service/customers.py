@@ -56,12 +56,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What a customer will say. An empty line is a thing that this one does not say."""
+    """The sentences of a customer. One that this customer does not say is empty."""
 
     problem: str
     """Their first message."""
     number: str
-    """The answer to who asks for the order number."""
+    """Their answer to a question for the order number."""
     given: bool
     """The first message has the order number, right or (a slip) wrong."""
     slip: str = ""
@@ -69,9 +69,9 @@ class Script:
     careful: bool = False
     """They want to be asked before anything is changed."""
     yes: str = ""
-    """The answer to who asks whether to do it."""
+    """Their answer to the question whether to do it."""
     plea: str = ""
-    """What they say to a refusal; it must be refused again."""
+    """Their answer to a refusal; it must be refused again."""
 
 
 def draw_order(words: Words, rng: random.Random, taken: set[str], **facts: Any) -> Order:
@@ -127,7 +127,7 @@ def draw_case(words: Words, rng: random.Random, outcome: Outcome, taken: set[str
 
 
 def draw_script(words: Words, rng: random.Random, case: Case, taken: set[str]) -> Script:
-    """The customer of a case: four kinds of beginnings, and who refuses to take no."""
+    """The customer of a case: four kinds of beginnings, and some who do not take a refusal."""
     number = case.order.number
     kinds = ("unasked", "unasked", "given", "slip", "given" if case.wish == "track" else "careful")
     start = rng.choice(kinds)
@@ -185,13 +185,13 @@ def opening(problem: str) -> list[Message]:
 
 
 def read_row(row: Row) -> tuple[Case, Script]:
-    """What a row says. Raises `DataError` if it says something else."""
+    """The case and the script of a row. Raises `DataError` if it has none."""
     try:
         case = Case(to_order(row["order"]), row["wish"], row["address"])
         return case, Script(**row["script"])
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"A row holds no customer ({error}); prepare the task's data anew."
+            f"A row holds no customer ({error}); prepare the task's data again."
         ) from error
 
 
@@ -223,10 +223,10 @@ def with_phrasing(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         asked = row["prompt"][-1]["content"]
         facts = {"item": row["order"]["item"], "address": row["address"]}
-        told = (
+        known = (
             p for p in (*PROBLEMS[row["wish"]], *UNHEARD[row["wish"]]) if p.format(**facts) in asked
         )
-        named.append({**row, "phrasing": next(told)})
+        named.append({**row, "phrasing": next(known)})
     return named
 
 

@@ -21,7 +21,7 @@ LOOKUP, ACT, TOLD = 0.1, 0.2, 0.7
 """Rewards: the customer's order was looked up; it is as the policy wants it; the customer was told.
 They add up to 1, and only a solved problem gets them all."""
 WASTE, HARM = -0.05, -0.2
-"""Rewards: a turn that helped nobody; a change that the policy or the customer forbids, or a last
+"""Rewards: a turn that helps no one; a change that the policy or the customer forbids, or a last
 word that is not true."""
 
 _COLUMNS = ("order", "wish", "address", "others", "script")
@@ -111,11 +111,11 @@ class CustomerServiceEnvironment(TextEnvironment):
         return answer, ACT
 
     def _customer(self, text: str) -> tuple[Message | None, float]:
-        """What the customer says to it, and its reward; nothing ends the episode."""
+        """The customer's answer, and the reward; no answer ends the episode."""
         script = self.script
         if _ASKS_NUMBER.search(text):
-            told = script.given and not (script.slip and self.errors)
-            return user_message(script.number), WASTE if told else 0.0
+            known = script.given and not (script.slip and self.errors)
+            return user_message(script.number), WASTE if known else 0.0
         if script.yes and _ASKS_LEAVE.search(text) and "help" not in text:
             wanted = script.careful and not self._allowed
             self._allowed = True

@@ -67,9 +67,9 @@ class Case:
 
     @property
     def outcome(self) -> Outcome:
-        """What the policy says. Cancel or change the address only while the order is packed; refund
-        only what was delivered, within `RETURN_DAYS` days, and up to `REFUND_LIMIT` euros; hand
-        over what costs more.
+        """What the policy makes of the wish. Cancel or change the address only while the order is
+        packed; refund only what was delivered, within `RETURN_DAYS` days, and up to `REFUND_LIMIT`
+        euros; hand over what costs more.
         """
         order = self.order
         if self.wish == "track":
@@ -93,8 +93,6 @@ def changed(order: Order, outcome: Outcome, address: str = "") -> Order:
         return replace(order, address=address)
     return replace(order, state=states[outcome]) if outcome in states else order
 
-
-# Tools
 
 TOOLS: dict[str, Outcome | None] = {
     "get": None,
@@ -129,7 +127,7 @@ class Shop:
         self.orders = dict(orders)
 
     def call(self, line: str) -> Called:
-        """Do what the line asks for. Whatever is wrong with it is said in the answer."""
+        """Do what the line asks for. The answer names whatever is wrong with it."""
         try:
             call = json.loads(line)
         except (ValueError, RecursionError):
@@ -150,8 +148,6 @@ class Shop:
         return Called("Done.", number, did)
 
 
-# What a customer is told
-
 _NO = re.compile(r"\b(can ?not|can't|unable|not possible|not able|sorry|won't|no longer)\b", re.I)
 _TOLD: dict[Outcome, str] = {
     "cancel": r"\bcancel",
@@ -161,7 +157,7 @@ _TOLD: dict[Outcome, str] = {
 
 
 def refuses(text: str) -> bool:
-    """Whether the text says no."""
+    """Whether the text refuses."""
     return bool(_NO.search(text))
 
 
@@ -241,9 +237,6 @@ def _why(case: Case) -> str:
     return r"\b(deliver|arriv|receiv)"
 
 
-# Rows
-
-
 def to_row(order: Order) -> dict[str, Any]:
     """An order as JSON."""
     return asdict(order)
@@ -254,4 +247,4 @@ def to_order(row: Any) -> Order:
     try:
         return Order(**row)
     except TypeError as error:
-        raise DataError(f"This is no order: {row!r}; prepare the task's data anew.") from error
+        raise DataError(f"This is no order: {row!r}; prepare the task's data again.") from error

@@ -29,7 +29,7 @@ from gearshift.types import Message
 
 Domain = Literal["airline", "retail", "mock"]
 AGAIN = "I have told you all that I know. If your policy allows it, then yes, please do it."
-"""What the customer says to any question."""
+"""The customer's answer to any question."""
 _FORM = (
     'Call a tool by writing one JSON line: {"name": "NAME", "arguments": {...}}. Any other text '
     "goes to the customer; text that is no question ends the conversation."
@@ -159,7 +159,7 @@ class Tau2Environment(TextEnvironment):
 
 
 def gold_lines(task: Any) -> list[str]:
-    """The calls by which tau2 says that the task is solved."""
+    """The calls by which the task is solved, as tau2 has them."""
     criteria = task.evaluation_criteria
     actions = (criteria.actions or []) if criteria else []
     return [
@@ -170,10 +170,10 @@ def gold_lines(task: Any) -> list[str]:
 
 
 def gold_words(task: Any) -> str:
-    """What tells the customer all that they must know."""
+    """A message with all that the customer must know."""
     criteria = task.evaluation_criteria
-    told = (criteria.communicate_info or []) if criteria else []
-    return " ".join(["It is done.", *(f"{fact}." for fact in told)])
+    facts = (criteria.communicate_info or []) if criteria else []
+    return " ".join(["It is done.", *(f"{fact}." for fact in facts)])
 
 
 def prompt_of(config: Tau2Config, task: Any) -> list[Message]:
@@ -183,7 +183,7 @@ def prompt_of(config: Tau2Config, task: Any) -> list[Message]:
     if config.tools:
         parts.append("Tools:\n" + "\n".join(_signatures(world)))
     said = task.user_scenario.instructions
-    said = said if isinstance(said, str) else _told(said)
+    said = said if isinstance(said, str) else _script_text(said)
     return [
         {"role": "system", "content": "\n\n".join([*parts, _FORM])},
         {"role": "user", "content": f"This is my script: {said}"},
@@ -227,7 +227,7 @@ def _converse(config: Tau2Config, task: Any) -> list[Message]:
     return [*messages, {"role": "assistant", "content": gold_words(task)}]
 
 
-def _told(said: Any) -> str:
+def _script_text(said: Any) -> str:
     parts = (said.reason_for_call, said.known_info, said.unknown_info, said.task_instructions)
     return " ".join(" ".join(part.split()) for part in parts if part)
 

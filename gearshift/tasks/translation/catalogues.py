@@ -1,8 +1,4 @@
-"""Parallel text from gettext catalogues: of installed packages, or of a folder of one's own.
-
-A room of its own because where messages lie and which of them are worth translating concerns no
-model and no reward.
-"""
+"""Parallel text from gettext catalogues: of installed packages, or of a folder of one's own."""
 
 from __future__ import annotations
 
@@ -74,7 +70,7 @@ def _entries(path: Path) -> Iterator[tuple[str, str]]:
         entries = read(str(path)).translated_entries()
     except (OSError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"The catalogue {path} cannot be read ({reason}); mend it.") from error
+        raise DataError(f"The catalogue {path} cannot be read ({reason}); correct it.") from error
     for entry in entries:
         source, translation = entry.msgid.strip(), entry.msgstr.strip()
         if not entry.msgid_plural and _is_message(source, translation):

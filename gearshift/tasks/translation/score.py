@@ -1,7 +1,5 @@
 """What a translation of a product's message is worth: chrF, and two checks that users would notice.
-
-A room of its own because catalogues are filtered by the same checks that reward a policy. It knows
-texts and no model.
+Catalogues are filtered by the same checks that reward a policy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Machine translation: a product's messages from English, judged on a product never trained on.
 
-The text is what translators wrote into the catalogues of installed packages. A room of its own
-because all that this task asks of a model stands here; it knows no model and no trainer.
+The text is what translators wrote into the catalogues of installed packages.
 """
 
 from __future__ import annotations
@@ -80,9 +79,6 @@ class TranslationConfig(TaskConfig):
         return self
 
 
-# The reward
-
-
 def score_translation(completion: str, source: str, reference: str, language: str) -> float:
     """chrF against the reference, 0 to 1; half of it where a placeholder is lost or invented, and
     half again where the language is another. 1 for the reference itself.
@@ -148,9 +144,6 @@ def corpus(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return figures | ({"placeholders_kept": fmean(filled)} if filled else {})
 
 
-# The prompt
-
-
 def ask(source: str, language: str) -> list[Message]:
     """The conversation that asks for a translation."""
     user = f"Translate to {LANGUAGES[language]}: {source}"
@@ -160,9 +153,6 @@ def ask(source: str, language: str) -> list[Message]:
 def language_of(prompt: str) -> str:
     """The language that the user's message of `ask` asks for."""
     return next(k for k, name in LANGUAGES.items() if prompt.startswith(f"Translate to {name}: "))
-
-
-# The data
 
 
 def prepare(config: TranslationConfig, seed: int, folder: Path) -> dict[str, Path]:

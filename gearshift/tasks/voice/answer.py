@@ -1,7 +1,4 @@
-"""What a voice assistant says while it obeys: a command as a sentence, in the request's language.
-
-A room of its own because it is the way back from commands to words; it knows no audio and no model.
-"""
+"""What a voice assistant says while it obeys: a command as a sentence, in the language asked."""
 
 from __future__ import annotations
 

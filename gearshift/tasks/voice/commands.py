@@ -1,6 +1,5 @@
 """The voice assistant's commands: how one is written, what it earns, and how one goes wrong.
-
-A room of its own because a reward is made of commands alone; it knows no data and no environment.
+This file must not import data or environments.
 """
 
 from __future__ import annotations
@@ -81,8 +80,6 @@ def _same(given: Any, gold: Value) -> bool:
     """Equal as JSON: 50 is 50.0, but neither "50" nor true is 1."""
     return not isinstance(given, bool) and bool(given == gold)
 
-
-# Wrong commands
 
 _MISTAKABLE = (
     ("HassTurnOn", "HassTurnOff"), ("HassMediaPause", "HassMediaUnpause"),

@@ -1,7 +1,6 @@
 """The voice assistant's languages: Home Assistant's sentences, and their parser.
 
-A room of its own because it says what a request means (`hassil` is the parser that real homes use)
-and nothing of what a model is asked to write.
+The parser, `hassil`, is the one that real homes use: its reading of a request is what it means.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """The voice assistant's homes, one a language: its rooms, its devices, what is said freely.
-
-A room of its own because it is data, written by hand; it knows no grammar and no model.
+It is data, written by hand.
 """
 
 from __future__ import annotations

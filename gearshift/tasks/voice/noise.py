@@ -1,7 +1,6 @@
 """What a speech recogniser makes of a request: no capitals, numbers in words, and some words wrong.
 
-A room of its own because it knows how words sound and nothing of what they mean: what was meant
-stays with whoever holds the clean request.
+This file knows how words sound, and not what they mean.
 """
 
 from __future__ import annotations
