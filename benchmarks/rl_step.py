@@ -228,7 +228,7 @@ class Ours:
         self.reward = fmean(t.reward for t in trajectories)
         times.append(time.perf_counter())
         batch = pack_trajectories(trajectories, MAX_TOKENS)
-        batch, _ = self.trainer.with_advantages(batch, trajectories)
+        batch, _ = self.trainer.make_experience(batch, trajectories)
         times.append(time.perf_counter())
         optimizer, spent = self.trainer.optimizers[0], 0.0
         plain = optimizer.step
@@ -295,7 +295,7 @@ def cosine(prompts: list[str], beta: float) -> float:
         theirs = load_file(save)
     peer.close()
     batch = pack_trajectories(ours.trajectories(), MAX_TOKENS)
-    batch, _ = ours.trainer.with_advantages(batch, ours.trajectories())
+    batch, _ = ours.trainer.make_experience(batch, ours.trajectories())
     stepped = ours.trainer.optimizers[0]
     stepped.step = lambda: 0.0  # type: ignore[method-assign]  # the gradient is what we want
     ours.trainer.update(batch, 0)

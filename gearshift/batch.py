@@ -89,7 +89,7 @@ class PackedBatch:
         return self.input_ids[self.loss_mask]
 
     @property
-    def counts(self) -> Tensor:
+    def completion_lengths(self) -> Tensor:
         """[N] int64, on the CPU: scored tokens in each sequence (0 for a shared prompt)."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.loss_mask.cpu().cumsum(0)])
         return ends[self.cu_seqlens[1:]] - ends[self.cu_seqlens[:-1]]
@@ -152,7 +152,7 @@ class PackedBatch:
             **joined, cu_seqlens=torch.cat([*starts, tokens[-1:]]), parents=torch.cat(parents)
         )
 
-    def trees(self) -> list[tuple[int, int]]:
+    def prompt_groups(self) -> list[tuple[int, int]]:
         """Runs of sequences [first, last) that attend to none outside: a lone one, or a group."""
         roots = [i for i, parent in enumerate(self.parents.tolist()) if parent < 0]
         return list(zip(roots, [*roots[1:], len(self.parents)], strict=True))
@@ -173,7 +173,7 @@ class PackedBatch:
             parents=torch.where(parents >= 0, parents - first, parents),
         )
 
-    def keep(self, wanted_T: Tensor) -> PackedBatch:
+    def select_sequences(self, wanted_T: Tensor) -> PackedBatch:
         """The sequences that hold a wanted token (`wanted_T` [T] bool), and those that they
         continue; the first tree if no token is wanted.
         """
@@ -184,7 +184,7 @@ class PackedBatch:
             if kept[i] and parents[i] >= 0:
                 kept[parents[i]] = True
         if not any(kept):
-            return self.slice(*self.trees()[0])
+            return self.slice(*self.prompt_groups()[0])
         kept_N = torch.tensor(kept)
         kept_T = torch.repeat_interleave(kept_N, lengths).to(wanted_T.device)
         moved_N = kept_N.cumsum(0) - 1
@@ -205,7 +205,7 @@ class PackedBatch:
         """Cut into micro-batches of whole trees, in order: as few as `micro_batch_tokens` allows,
         and of about one size. A tree that is longer is a micro-batch alone.
         """
-        trees = self.trees()
+        trees = self.prompt_groups()
         if not trees:
             return
         sizes = [int(self.cu_seqlens[end] - self.cu_seqlens[first]) for first, end in trees]

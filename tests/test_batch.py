@@ -38,7 +38,9 @@ def test_shared_scores_what_repeated_scores(groups: list, micro_batch_tokens: in
     seen = [[context(batch, int(i)) for i in batch.logit_indices] for batch in (shared, repeated)]
     assert seen[0] == seen[1]
     assert shared.position_ids.tolist() == [len(context(shared, i)) - 1 for i in range(len(shared))]
-    assert [c for c in shared.counts.tolist() if c] == [c for c in repeated.counts.tolist() if c]
+    assert [c for c in shared.completion_lengths.tolist() if c] == [
+        c for c in repeated.completion_lengths.tolist() if c
+    ]
 
 
 @given(GROUPS, st.integers(1, 40))
@@ -48,7 +50,7 @@ def test_splitting_and_joining(groups: list, micro_batch_tokens: int) -> None:
     values = torch.rand(int(batch.loss_mask.sum()))
     batch = batch.with_scored(advantages=values)
     parts = list(batch.split(micro_batch_tokens))
-    assert all(len(p) <= micro_batch_tokens or len(p.trees()) == 1 for p in parts)
+    assert all(len(p) <= micro_batch_tokens or len(p.prompt_groups()) == 1 for p in parts)
     whole = PackedBatch.join(parts)
     for name in ("input_ids", "position_ids", "cu_seqlens", "parents", "loss_mask", "advantages"):
         assert torch.equal(getattr(whole, name), getattr(batch, name)), name
@@ -58,14 +60,14 @@ def test_splitting_and_joining(groups: list, micro_batch_tokens: int) -> None:
 def test_sequences_without_a_wanted_token_are_dropped_and_their_prompt_kept() -> None:
     batch = pack_groups([([1], [([2], [1])]), ([3], [([4], [1]), ([5, 6], [1, 1])])])
     batch = batch.with_scored(advantages=torch.tensor([2.0, 4.0, 5.0, 6.0]))
-    kept = batch.keep(batch.input_ids == 6)
+    kept = batch.select_sequences(batch.input_ids == 6)
     assert kept.input_ids.tolist() == [3, 5, 6] and kept.parents.tolist() == [-1, 0]
     assert kept.cu_seqlens.tolist() == [0, 1, 3]
     assert kept.position_ids.tolist() == [0, 1, 2]
     assert kept.scored("advantages").tolist() == [5.0, 6.0]
-    both = batch.keep((batch.input_ids == 2) | (batch.input_ids == 4))
+    both = batch.select_sequences((batch.input_ids == 2) | (batch.input_ids == 4))
     assert both.input_ids.tolist() == [1, 2, 3, 4] and both.parents.tolist() == [-1, 0, -1, 2]
-    assert batch.keep(batch.input_ids == 77).input_ids.tolist() == [1, 2]
+    assert batch.select_sequences(batch.input_ids == 77).input_ids.tolist() == [1, 2]
 
 
 def test_a_scored_token_needs_a_predictor() -> None:

@@ -1,8 +1,8 @@
 """Advantages: how rewards become the weight of each token. The trainer calls them by name and knows
 no more.
 
-Tensors only. Legend: N completions, A the longest, padded places are 0; `mask_NA` is True on a
-prefix of each row.
+Tensors only: [M] tokens that the policy wrote, completion after completion, and [N] completions;
+`lengths_N` are the tokens of each completion.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gearshift.algorithms.normalize import pad_rows, row_mask, totals
+
 
 class Advantages(NamedTuple):
     """What the policy loss weights tokens with."""
 
-    advantages_NA: Tensor
-    returns_NA: Tensor | None = None
+    advantages_M: Tensor
+    returns_M: Tensor | None = None
     """What a value net should have predicted; None where the advantage has no use for one."""
     baseline: float | None = None
     """The moving average of returns, this rollout's among them, where the advantage keeps one."""
@@ -29,18 +31,18 @@ class Advantages(NamedTuple):
 class Rollout:
     """What an advantage function may look at."""
 
-    rewards_NA: Tensor
+    rewards_M: Tensor
     """At the tokens that earn them."""
-    mask_NA: Tensor
+    lengths_N: Tensor
     group_N: Tensor
     """Completions of one prompt have the same number."""
-    values_NA: Tensor | None = None
+    values_M: Tensor | None = None
     """A value net's, where there is one."""
     baseline: float | None = None
     """The moving average of returns so far; None before the first."""
     greedy_N: Tensor | None = None
     """The return of the greedy completion of each one's prompt, where it was sampled."""
-    given_NA: Tensor | None = None
+    given_M: Tensor | None = None
     """True where a reward was given, one of 0 too; None: where it is not 0."""
 
 
@@ -49,45 +51,43 @@ AdvantageFn = Callable[..., Advantages]
 ValueError where what it needs is missing."""
 
 
-def returns(rewards_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_t = r_t + gamma * G_{t+1}, the discounted reward to go. [N, A]."""
-    out_NA = torch.zeros_like(rewards_NA)
-    later_N = rewards_NA.new_zeros(len(rewards_NA))
+def returns(rewards_M: Tensor, lengths_N: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma * G_{t+1}, the discounted reward to go inside each completion. [M]."""
+    rewards_NA = pad_rows(rewards_M, lengths_N)
+    returns_NA = torch.zeros_like(rewards_NA)
+    later_N = rewards_M.new_zeros(len(lengths_N))
     for t in reversed(range(rewards_NA.shape[1])):
-        later_N = (rewards_NA[:, t] + gamma * later_N).masked_fill(~mask_NA[:, t], 0.0)
-        out_NA[:, t] = later_N
-    return out_NA
+        later_N = rewards_NA[:, t] + gamma * later_N  # 0 after a completion's end
+        returns_NA[:, t] = later_N
+    return returns_NA[row_mask(lengths_N)]
 
 
 def value_baseline(
-    rewards_NA: Tensor, values_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0
+    rewards_M: Tensor, values_M: Tensor, lengths_N: Tensor, gamma: float = 1.0
 ) -> Advantages:
     """A_t = G_t - V(s_t): REINFORCE with a learned baseline (Williams 1992; Sutton and Barto,
     section 13.4).
 
     The baseline is a constant to the policy, so the gradient stays unbiased whatever V is.
     """
-    returns_NA = returns(rewards_NA, mask_NA, gamma)
-    return Advantages((returns_NA - values_NA.detach()).masked_fill(~mask_NA, 0.0), returns_NA)
+    returns_M = returns(rewards_M, lengths_N, gamma)
+    return Advantages(returns_M - values_M.detach(), returns_M)
 
 
 def gae(
-    rewards_NA: Tensor, values_NA: Tensor, mask_NA: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards_M: Tensor, values_M: Tensor, lengths_N: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> Advantages:
     """A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et
     al. 2016).
 
-    A row ends at its last token: V beyond it is 0. Returns are A + V.
+    A completion ends at its last token: V beyond it is 0. Returns are A + V.
     """
-    values_NA = values_NA.detach().masked_fill(~mask_NA, 0.0)
-    advantages_NA = torch.zeros_like(rewards_NA)
-    later_N = next_value_N = torch.zeros_like(rewards_NA.sum(1))
-    for t in reversed(range(rewards_NA.shape[1])):
-        delta_N = rewards_NA[:, t] + gamma * next_value_N - values_NA[:, t]
-        later_N = (delta_N + gamma * lam * later_N).masked_fill(~mask_NA[:, t], 0.0)
-        next_value_N = values_NA[:, t]
-        advantages_NA[:, t] = later_N
-    return Advantages(advantages_NA, (advantages_NA + values_NA).masked_fill(~mask_NA, 0.0))
+    values_M = values_M.detach()
+    next_M = torch.cat([values_M[1:], values_M.new_zeros(1)])[: len(values_M)]
+    ends_N = lengths_N.cumsum(0) - 1
+    next_M[ends_N[lengths_N > 0]] = 0.0
+    advantages_M = returns(rewards_M + gamma * next_M - values_M, lengths_N, gamma * lam)
+    return Advantages(advantages_M, advantages_M + values_M)
 
 
 def rloo(rewards_N: Tensor, group_N: Tensor) -> Tensor:
@@ -118,33 +118,32 @@ def grpo(rewards_N: Tensor, group_N: Tensor, scale: bool = True, eps: float = 1e
 
 
 def grpo_turns(
-    rewards_NA: Tensor,
-    mask_NA: Tensor,
+    rewards_M: Tensor,
+    lengths_N: Tensor,
     group_N: Tensor,
-    given_NA: Tensor | None = None,
+    given_M: Tensor | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
     """A_t = sum over turns that end at t or later of (r - mean) / (std + eps), mean and std over
-    all turns of the group (process supervision, Shao et al. 2024). [N, A].
+    all turns of the group (process supervision, Shao et al. 2024). [M].
 
-    A turn ends where `given_NA` is True (None: where a reward is not 0); r is the sum of the
-    rewards since the turn before, a KL at each token among them. A token is credited with what came
-    after it.
+    A turn ends where `given_M` is True (None: where a reward is not 0); r is the sum of the rewards
+    since the turn before, a KL at each token among them. A token is credited with what came after
+    it.
     """
-    given_NA = (rewards_NA != 0 if given_NA is None else given_NA) & mask_NA
-    turn_NA = given_NA.cumsum(1) - given_NA.long()
-    sums_NA = torch.zeros(len(group_N), mask_NA.shape[1] + 1).double().to(rewards_NA.device)
-    sums_NA = sums_NA.scatter_add(1, turn_NA, rewards_NA.masked_fill(~mask_NA, 0.0).double())
-    earned_NA = sums_NA.gather(1, turn_NA)
-    scaled_NA = torch.zeros_like(rewards_NA)
+    given_M = rewards_M != 0 if given_M is None else given_M
+    row_M = torch.repeat_interleave(torch.arange(len(lengths_N)).to(lengths_N.device), lengths_N)
+    turn_M = given_M.cumsum(0) - given_M.long() + row_M  # a completion begins another turn
+    sums = rewards_M.new_zeros(len(rewards_M) + len(lengths_N)).double()
+    earned_M = sums.index_add(0, turn_M, rewards_M.double())[turn_M]
+    scaled_M, group_M = torch.zeros_like(rewards_M), group_N[row_M]
     for group in torch.unique(group_N):
-        here_NA = given_NA & (group_N == group)[:, None]
-        values = earned_NA[here_NA]
+        here_M = given_M & (group_M == group)
+        values = earned_M[here_M]
         if len(values) > 1:
-            scaled_NA[here_NA] = ((values - values.mean()) / (values.std() + eps)).to(
-                rewards_NA.dtype
-            )
-    return returns(scaled_NA, mask_NA)
+            scaled = (values - values.mean()) / (values.std() + eps)
+            scaled_M[here_M] = scaled.to(rewards_M.dtype)
+    return returns(scaled_M, lengths_N)
 
 
 def opo(rewards_N: Tensor, group_N: Tensor, lengths_N: Tensor) -> Tensor:
@@ -177,11 +176,6 @@ def moving_average(old: float | None, new: float, decay: float) -> float:
     return new if old is None else decay * old + (1.0 - decay) * new
 
 
-def broadcast(advantages_N: Tensor, mask_NA: Tensor) -> Tensor:
-    """Every token of a completion gets the completion's advantage. [N, A]."""
-    return advantages_N[:, None] * mask_NA
-
-
 def _by_group(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and size of each completion's group, and the group's index.
 
@@ -197,9 +191,10 @@ def _by_group(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _reward_less(baseline_N: Tensor | float, rollout: Rollout, gamma: float) -> Advantages:
     """G_t less a baseline for each completion."""
-    returns_NA = returns(rollout.rewards_NA, rollout.mask_NA, gamma)
-    baseline = baseline_N[:, None] if isinstance(baseline_N, Tensor) else baseline_N
-    return Advantages((returns_NA - baseline).masked_fill(~rollout.mask_NA, 0.0))
+    returns_M = returns(rollout.rewards_M, rollout.lengths_N, gamma)
+    if isinstance(baseline_N, Tensor):
+        return Advantages(returns_M - torch.repeat_interleave(baseline_N, rollout.lengths_N))
+    return Advantages(returns_M - baseline_N)
 
 
 def _none(rollout: Rollout, gamma: float = 1.0) -> Advantages:
@@ -207,13 +202,13 @@ def _none(rollout: Rollout, gamma: float = 1.0) -> Advantages:
 
 
 def _value_baseline(rollout: Rollout, gamma: float = 1.0) -> Advantages:
-    values_NA = _needed(rollout.values_NA, "value_baseline", "values")
-    return value_baseline(rollout.rewards_NA, values_NA, rollout.mask_NA, gamma)
+    values_M = _needed(rollout.values_M, "value_baseline", "values")
+    return value_baseline(rollout.rewards_M, values_M, rollout.lengths_N, gamma)
 
 
 def _gae(rollout: Rollout, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
-    values_NA = _needed(rollout.values_NA, "gae", "values")
-    return gae(rollout.rewards_NA, values_NA, rollout.mask_NA, gamma, lam)
+    values_M = _needed(rollout.values_M, "gae", "values")
+    return gae(rollout.rewards_M, values_M, rollout.lengths_N, gamma, lam)
 
 
 def _remax(rollout: Rollout, gamma: float = 1.0) -> Advantages:
@@ -222,7 +217,7 @@ def _remax(rollout: Rollout, gamma: float = 1.0) -> Advantages:
 
 
 def _moving_average(rollout: Rollout, gamma: float = 1.0, decay: float = 0.9) -> Advantages:
-    mean = float(rollout.rewards_NA.sum(1).mean())
+    mean = float(totals(rollout.rewards_M, rollout.lengths_N).mean())
     after = moving_average(rollout.baseline, mean, decay)
     return _reward_less(rollout.baseline or 0.0, rollout, gamma)._replace(baseline=after)
 
@@ -237,17 +232,16 @@ def _of_sequences(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Advantag
     """An advantage for a whole completion, from its summed rewards, group and length."""
 
     def fn(rollout: Rollout) -> Advantages:
-        rewards_NA, mask_NA = rollout.rewards_NA, rollout.mask_NA
-        total_N = rewards_NA.masked_fill(~mask_NA, 0.0).sum(1)
-        advantages_N = score(total_N, rollout.group_N, mask_NA.sum(1))
-        return Advantages(broadcast(advantages_N, mask_NA))
+        total_N = totals(rollout.rewards_M, rollout.lengths_N)
+        advantages_N = score(total_N, rollout.group_N, rollout.lengths_N)
+        return Advantages(torch.repeat_interleave(advantages_N, rollout.lengths_N))
 
     return fn
 
 
 def _grpo_turns(rollout: Rollout) -> Advantages:
     return Advantages(
-        grpo_turns(rollout.rewards_NA, rollout.mask_NA, rollout.group_N, rollout.given_NA)
+        grpo_turns(rollout.rewards_M, rollout.lengths_N, rollout.group_N, rollout.given_M)
     )
 
 

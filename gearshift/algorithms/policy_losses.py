@@ -1,6 +1,6 @@
 """Policy and value losses of single tokens; what each token counts for is the caller's weight.
 
-Tensors only. Legend: M policy tokens of the batch, N completions; `counts_N` are the tokens of
+Tensors only. Legend: M policy tokens of the batch, N completions; `lengths_N` are the tokens of
 each completion, which lie end to end in M. ratio = p / p_old; advantages and old log-probs are
 constants.
 """
@@ -19,21 +19,21 @@ ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 
 class PolicyLoss(NamedTuple):
-    """[M] losses to be weighted and summed, and [M] figures to be averaged by the same weights."""
+    """[M] losses to be weighted and summed, and [M] metrics to be averaged by the same weights."""
 
     loss_M: Tensor
     metrics: dict[str, Tensor]
 
 
 PolicyLossFn = Callable[..., PolicyLoss]
-"""(logprobs_M, old_logprobs_M, advantages_M, counts_N, and the loss's own numbers) -> losses."""
+"""(logprobs_M, old_logprobs_M, advantages_M, lengths_N, and the loss's own numbers) -> losses."""
 
 
 def reinforce(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
 ) -> PolicyLoss:
     """-A * log p: its gradient is the policy gradient (Williams 1992). No ratio, so one update a
     rollout is meant.
@@ -46,7 +46,7 @@ def ppo_clip(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -62,7 +62,7 @@ def gspo(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> PolicyLoss:
@@ -73,8 +73,8 @@ def gspo(
     tokens weighted the same, value and gradient are those of min(s A, clip(s) A).
     """
     log_ratio_M = logprobs_M - old_logprobs_M.detach()
-    mean_N = row_sums(log_ratio_M.detach(), counts_N) / counts_N.clamp(min=1)
-    log_s_M = torch.repeat_interleave(mean_N, counts_N) + (logprobs_M - logprobs_M.detach())
+    mean_N = row_sums(log_ratio_M.detach(), lengths_N) / lengths_N.clamp(min=1)
+    log_s_M = torch.repeat_interleave(mean_N, lengths_N) + (logprobs_M - logprobs_M.detach())
     return _clipped(log_s_M, advantages_M.detach(), clip_low, clip_high)
 
 
@@ -82,7 +82,7 @@ def cispo(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
     clip_low: float = 1.0,
     clip_high: float = 4.0,
 ) -> PolicyLoss:
@@ -91,7 +91,7 @@ def cispo(
     """
     ratio_M = torch.exp(logprobs_M - old_logprobs_M).detach()
     weight_M = ratio_M.clamp(1.0 - clip_low, 1.0 + clip_high)
-    metrics = {"ratio": ratio_M, "clip_fraction": (weight_M != ratio_M).float()}
+    metrics = {"ratio": ratio_M, "cispo_clip_ratio": (weight_M != ratio_M).float()}
     return PolicyLoss(-weight_M * advantages_M.detach() * logprobs_M, metrics)
 
 
@@ -99,7 +99,7 @@ def sapo(
     logprobs_M: Tensor,
     old_logprobs_M: Tensor,
     advantages_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
 ) -> PolicyLoss:
@@ -138,7 +138,7 @@ def value_loss(
 def importance_weights(
     old_logprobs_M: Tensor,
     sampler_logprobs_M: Tensor,
-    counts_N: Tensor,
+    lengths_N: Tensor,
     mode: ImportanceMode,
     cap: float,
 ) -> Tensor:
@@ -150,19 +150,19 @@ def importance_weights(
     """
     log_ratio_M = (old_logprobs_M - sampler_logprobs_M).detach()
     if mode.startswith("sequence"):
-        log_ratio_M = torch.repeat_interleave(row_sums(log_ratio_M, counts_N), counts_N)
+        log_ratio_M = torch.repeat_interleave(row_sums(log_ratio_M, lengths_N), lengths_N)
     ratio_M = torch.exp(log_ratio_M)
     if mode.endswith("truncate"):
         return ratio_M.clamp(max=cap)
     return ratio_M.masked_fill((ratio_M > cap) | (ratio_M < 1.0 / cap), 0.0)
 
 
-def mismatch(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor) -> dict[str, Tensor]:
-    """[M] how far the sampler is from the policy before the update: `ratio` p_old / p_sampler, and
-    `kl`, the k3 estimate of KL(sampler, policy) in nats.
+def sampler_kl(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor) -> Tensor:
+    """[M] the k3 estimate of KL(sampler, policy before the update) in nats: how far the sampler is
+    from the policy.
     """
     log_ratio_M = (old_logprobs_M - sampler_logprobs_M).detach()
-    return {"ratio": torch.exp(log_ratio_M), "kl": torch.expm1(log_ratio_M) - log_ratio_M}
+    return torch.expm1(log_ratio_M) - log_ratio_M
 
 
 def _clipped(
@@ -176,14 +176,18 @@ def _clipped(
     ratio_M = torch.exp(log_ratio_M)
     clipped_M = ratio_M.clamp(low, high)
     gain_M = torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
-    outside_M = ((ratio_M < low) & (advantages_M < 0)) | ((ratio_M > high) & (advantages_M > 0))
+    below_M = (ratio_M < low) & (advantages_M < 0)
+    above_M = (ratio_M > high) & (advantages_M > 0)
+    outside_M = below_M | above_M
     if dual_clip is not None:
         floor_M = dual_clip * advantages_M
         outside_M = outside_M | ((advantages_M < 0) & (gain_M < floor_M))
         gain_M = torch.where(advantages_M < 0, torch.maximum(gain_M, floor_M), gain_M)
     metrics = {
         "ratio": ratio_M.detach(),
-        "clip_fraction": outside_M.float(),
+        "clip_ratio/low_mean": below_M.float(),
+        "clip_ratio/high_mean": above_M.float(),
+        "clip_ratio/region_mean": outside_M.float(),
         "approx_kl": (torch.expm1(log_ratio_M) - log_ratio_M).detach(),
     }
     return PolicyLoss(-gain_M, metrics)

@@ -1,26 +1,22 @@
-"""What becomes of rewards before they are advantages. Tensors only.
-
-Legend: N completions, A the longest, padded places are 0; `mask_NA` is True on a prefix of each
-row.
-"""
+"""What becomes of rewards before they are advantages. Tensors only."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def token_rewards(rewards_NA: Tensor, kl_NA: Tensor, beta: float, mask_NA: Tensor) -> Tensor:
+def token_rewards(rewards_M: Tensor, kl_M: Tensor, beta: float) -> Tensor:
     """r_t - beta * KL_t: the KL as a cost of each token (Ziegler et al. 2019; Ouyang et al. 2022).
-    [N, A].
+    [M].
     """
-    return (rewards_NA - beta * kl_NA).masked_fill(~mask_NA, 0.0)
+    return rewards_M - beta * kl_M
 
 
-def clip_rewards(rewards_NA: Tensor, limit: float) -> Tensor:
+def clip_rewards(rewards_M: Tensor, limit: float) -> Tensor:
     """Each reward kept within [-limit, limit], before the KL is subtracted: DeepSpeed-Chat's guard
-    against a reward model's outliers. [N, A].
+    against a reward model's outliers. [M].
     """
-    return rewards_NA.clamp(-limit, limit)
+    return rewards_M.clamp(-limit, limit)
 
 
 def overlong_penalty(lengths_N: Tensor, longest: int, buffer: int) -> Tensor:

@@ -56,7 +56,7 @@ class PackedSequences:
     def __init__(self, batch: PackedBatch) -> None:
         self.batch = batch
         self.cu, self.parents = batch.cu_seqlens.contiguous(), batch.parents.contiguous()
-        firsts = [first for first, _ in batch.trees()]
+        firsts = [first for first, _ in batch.prompt_groups()]
         self.trees = torch.tensor([*firsts, len(batch.parents)])
 
     @cached_property

@@ -133,7 +133,7 @@ class MasterAdamW:
         self.schedule.step()
         return norm
 
-    def rest(self) -> None:
+    def offload_state(self) -> None:
         """Move the state to the host's memory while the policy generates, if the config says so;
         `step` moves it back.
         """

@@ -199,7 +199,9 @@ class PreferenceLoss:
 
         def sums(micro: PackedBatch) -> list[float]:
             scores = runner.logprobs(micro)
-            counts = micro.counts[micro.counts > 0].to(scores.logprobs.device)
+            counts = micro.completion_lengths[micro.completion_lengths > 0].to(
+                scores.logprobs.device
+            )
             return row_sums(scores.logprobs, counts).tolist()
 
         with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
@@ -218,7 +220,7 @@ class PreferenceLoss:
         for micro in (
             judged_batch(rows, other).to(self.engine.device).split(self.config.micro_batch_tokens)
         ):
-            end = first + len(micro.trees())
+            end = first + len(micro.prompt_groups())
             yield micro, rows[first:end]
             first = end
 
@@ -242,7 +244,7 @@ class PreferenceLoss:
         packed, rows = micro
         scores = self.engine.logprobs(packed)
         device = scores.logprobs.device
-        counts_N = packed.counts[packed.counts > 0].to(device)
+        counts_N = packed.completion_lengths[packed.completion_lengths > 0].to(device)
         logprob_N = row_sums(scores.logprobs, counts_N)
         mean_N = logprob_N / counts_N
         good_N = torch.tensor([g for row in rows for g in row.good], device=device)
@@ -293,7 +295,9 @@ class PreferenceLoss:
         with self.engine.training(), torch.no_grad():
             for packed, rows in self.micros(pairs):
                 scores = self.engine.logprobs(packed)
-                counts = packed.counts[packed.counts > 0].to(scores.logprobs.device)
+                counts = packed.completion_lengths[packed.completion_lengths > 0].to(
+                    scores.logprobs.device
+                )
                 sums = row_sums(scores.logprobs, counts)
                 values = iter((sums / counts if rows[0].reference is None else sums).tolist())
                 for row in rows:

@@ -68,7 +68,7 @@ def render_examples(
 def supervised_batch(examples: Sequence[Rendered]) -> PackedBatch:
     """The examples as one batch, each trained token with the same weight; the weights sum to 1."""
     batch = pack(examples)
-    return batch.with_scored(loss_weights=loss_weights(batch.counts, "token_mean"))
+    return batch.with_scored(loss_weights=loss_weights(batch.completion_lengths, "token_mean"))
 
 
 def supervised_loss(engine: Engine, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

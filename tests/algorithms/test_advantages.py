@@ -25,7 +25,7 @@ from gearshift.algorithms.advantages import (
     value_baseline,
 )
 from gearshift.algorithms.policy_losses import reinforce
-from tests.algorithms.ragged import FLOATS, assert_rows, column, padded, rows
+from tests.algorithms.ragged import FLOATS, assert_rows, column, flat, rows
 from tests.oracles import advantages as oracle
 
 UNIT = st.sampled_from([0.0, 0.3, 0.9, 1.0])
@@ -34,34 +34,34 @@ settings.load_profile("algorithms")
 
 @given(rows(2), UNIT)
 def test_returns_and_the_learned_baseline(data: list, gamma: float) -> None:
-    rewards, mask = padded(column(data, 0))
-    values, _ = padded(column(data, 1))
+    rewards, lengths = flat(column(data, 0))
+    values, _ = flat(column(data, 1))
     expected = oracle.returns(column(data, 0), gamma)
-    assert_rows(returns(rewards, mask, gamma), mask, expected)
-    out = value_baseline(rewards, values, mask, gamma)
-    assert_rows(out.returns_NA, mask, expected)
+    assert_rows(returns(rewards, lengths, gamma), expected)
+    out = value_baseline(rewards, values, lengths, gamma)
+    assert_rows(out.returns_M, expected)
     centred = [
         [g - v for g, v in zip(a, b, strict=True)]
         for a, b in zip(expected, column(data, 1), strict=True)
     ]
-    assert_rows(out.advantages_NA, mask, centred)
+    assert_rows(out.advantages_M, centred)
 
 
 @given(rows(2), UNIT, UNIT)
 def test_gae(data: list, gamma: float, lam: float) -> None:
-    rewards, mask = padded(column(data, 0))
-    values, _ = padded(column(data, 1))
-    out = gae(rewards, values, mask, gamma, lam)
+    rewards, lengths = flat(column(data, 0))
+    values, _ = flat(column(data, 1))
+    out = gae(rewards, values, lengths, gamma, lam)
     expected = oracle.gae(column(data, 0), column(data, 1), gamma, lam)
-    assert_rows(out.advantages_NA, mask, expected)
-    assert torch.allclose(out.returns_NA[mask], (out.advantages_NA + values)[mask])
+    assert_rows(out.advantages_M, expected)
+    assert torch.allclose(out.returns_M, out.advantages_M + values)
 
 
 def test_gae_with_lambda_one_is_the_learned_baseline() -> None:
-    rewards, values = torch.randn(4, 6).double(), torch.randn(4, 6).double()
-    mask = torch.ones(4, 6, dtype=torch.bool)
-    a = gae(rewards, values, mask, 0.9, 1.0).advantages_NA
-    assert torch.allclose(a, value_baseline(rewards, values, mask, 0.9).advantages_NA)
+    rewards, values = torch.randn(24).double(), torch.randn(24).double()
+    lengths = torch.tensor([6, 6, 6, 6])
+    a = gae(rewards, values, lengths, 0.9, 1.0).advantages_M
+    assert torch.allclose(a, value_baseline(rewards, values, lengths, 0.9).advantages_M)
 
 
 @given(st.lists(st.tuples(FLOATS, st.integers(0, 3)), min_size=1, max_size=12))
@@ -80,48 +80,43 @@ def test_equal_rewards_teach_exactly_nothing(reward: float, size: int) -> None:
     """To the last bit: who leaves out groups without a gradient asks for advantages != 0."""
     r, g = torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)
     lengths = torch.arange(1, size + 1)
-    turns = grpo_turns(r[:, None], torch.ones(size, 1, dtype=torch.bool), g)
+    turns = grpo_turns(r, torch.ones(size, dtype=torch.int64), g)
     for advantages in (rloo(r, g), grpo(r, g), grpo(r, g, scale=False), opo(r, g, lengths), turns):
         assert advantages.dtype == r.dtype and not advantages.any()
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "grpo_turns", "opo"])
 def test_a_completion_alone_in_its_group_teaches_nothing(name: str) -> None:
-    rewards, mask = padded([[0.0, 0.7], [2.0]])
-    out = ADVANTAGES[name](Rollout(rewards, mask, torch.tensor([4, 9])))
-    assert not out.advantages_NA.any()
+    out = ADVANTAGES[name](Rollout(*flat([[0.0, 0.7], [2.0]]), torch.tensor([4, 9])))
+    assert not out.advantages_M.any()
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_an_empty_completion_harms_no_other_group(name: str) -> None:
     """It has no token, so no figure, and it changes nothing where it is nobody's sibling."""
-    rewards, mask = padded([[0.0, 1.0], [], [0.5], [0.2, 2.0]])
-    greedy, values = torch.ones(4).double(), torch.randn(4, 2).double()
+    rewards, lengths = flat([[0.0, 1.0], [], [0.5], [0.2, 2.0]])
+    greedy, values = torch.ones(4).double(), torch.randn(5).double()
     group = torch.tensor([5, 7, 5, 5])
-    out = ADVANTAGES[name](Rollout(rewards, mask, group, values, 0.3, greedy))
+    ours = ADVANTAGES[name](Rollout(rewards, lengths, group, values, 0.3, greedy))
     kept = torch.tensor([0, 2, 3])
-    rest = Rollout(rewards[kept], mask[kept], group[kept], values[kept], 0.3, greedy[kept])
-    wanted_by_name = ADVANTAGES[name](rest)._asdict()
-    for field in ("advantages_NA", "returns_NA"):
-        ours, wanted = out._asdict()[field], wanted_by_name[field]
-        if ours is None:
-            assert wanted is None and name not in NEEDS_VALUES
-            continue
-        assert not ours[1].any()
-        assert torch.equal(ours[kept], wanted)
+    rest = Rollout(rewards, lengths[kept], group[kept], values, 0.3, greedy[kept])
+    wanted = ADVANTAGES[name](rest)
+    assert torch.equal(ours.advantages_M, wanted.advantages_M)
+    assert (ours.returns_M is None) == (name not in NEEDS_VALUES)
+    if ours.returns_M is not None and wanted.returns_M is not None:
+        assert torch.equal(ours.returns_M, wanted.returns_M)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
 @given(rows(1))
 def test_group_methods_score_the_row_sums(name: str, data: list) -> None:
     rewards = column(data, 0)
-    padded_NA, mask = padded(rewards)
     groups = [i % 2 for i in range(len(rewards))]
     sums = [sum(row) for row in rewards]
     score = oracle.rloo if name == "rloo" else partial(oracle.grpo, scale=name == "grpo")
     expected = [[a] * len(row) for a, row in zip(score(sums, groups), rewards, strict=True)]
-    out = ADVANTAGES[name](Rollout(padded_NA, mask, torch.tensor(groups)))
-    assert_rows(out.advantages_NA, mask, expected, atol=1e-6)
+    out = ADVANTAGES[name](Rollout(*flat(rewards), torch.tensor(groups)))
+    assert_rows(out.advantages_M, expected, atol=1e-6)
 
 
 @given(rows(2), st.booleans())
@@ -131,12 +126,11 @@ def test_rewards_of_turns_are_scaled_in_their_group(data: list, told: bool) -> N
     given = [[x > 0 for x in row] for row in column(data, 1)]
     if not told:
         given = [[r != 0 for r in row] for row in rewards]
-    padded_NA, mask = padded(rewards)
-    given_NA = padded([[float(x) for x in row] for row in given])[0] != 0  # True in the padding
+    given_M = flat([[float(x) for x in row] for row in given])[0] != 0
     groups = [i % 2 for i in range(len(rewards))]
-    rollout = Rollout(padded_NA, mask, torch.tensor(groups), given_NA=given_NA if told else None)
+    rollout = Rollout(*flat(rewards), torch.tensor(groups), given_M=given_M if told else None)
     out = ADVANTAGES["grpo_turns"](rollout)
-    assert_rows(out.advantages_NA, mask, oracle.grpo_turns(rewards, given, groups), atol=1e-6)
+    assert_rows(out.advantages_M, oracle.grpo_turns(rewards, given, groups), atol=1e-6)
 
 
 @given(st.lists(st.tuples(FLOATS, st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=9))
@@ -152,11 +146,10 @@ def test_opo_and_the_best_of_n(data: list[tuple[float, int, int]]) -> None:
 def test_plain_baselines(data: list, gamma: float, baseline: float) -> None:
     """The moving average's and ReMax's: the return less a number; `none`: less nothing."""
     rewards = column(data, 0)
-    padded_NA, mask = padded(rewards)
     N = len(rewards)
     greedy = [baseline + i for i in range(N)]
     rollout = Rollout(
-        padded_NA, mask, torch.zeros(N), baseline=baseline,
+        *flat(rewards), torch.zeros(N), baseline=baseline,
         greedy_N=torch.tensor(greedy, dtype=torch.float64),
     )  # fmt: skip
     G = oracle.returns(rewards, gamma)
@@ -164,7 +157,7 @@ def test_plain_baselines(data: list, gamma: float, baseline: float) -> None:
         ("none", [0.0] * N), ("moving_average", [baseline] * N), ("remax", greedy)
     ):  # fmt: skip
         expected = [[g - b for g in row] for row, b in zip(G, less, strict=True)]
-        assert_rows(ADVANTAGES[name](rollout, gamma=gamma).advantages_NA, mask, expected)
+        assert_rows(ADVANTAGES[name](rollout, gamma=gamma).advantages_M, expected)
 
 
 def test_the_moving_average_begins_with_what_it_sees_first() -> None:
@@ -176,22 +169,21 @@ def test_the_moving_average_begins_with_what_it_sees_first() -> None:
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_all_share_one_signature(name: str) -> None:
-    rewards, mask = padded([[0.0, 0.0, 1.0], [0.5], [0.0, 2.0]])
-    values = torch.randn(3, 3).double().requires_grad_()
+    rewards, lengths = flat([[0.0, 0.0, 1.0], [0.5], [0.0, 2.0]])
+    values = torch.randn(6).double().requires_grad_()
     given_ = Rollout(
-        rewards, mask, torch.tensor([5, 5, 9]),
-        values_NA=values if name in NEEDS_VALUES else None,
+        rewards, lengths, torch.tensor([5, 5, 9]),
+        values_M=values if name in NEEDS_VALUES else None,
         greedy_N=torch.ones(3).double() if name in NEEDS_GREEDY else None,
     )  # fmt: skip
     out = ADVANTAGES[name](given_)
-    assert out.advantages_NA.shape == (3, 3)
-    assert (out.advantages_NA[~mask] == 0).all() and not out.advantages_NA.requires_grad
-    assert (out.returns_NA is None) == (name not in NEEDS_VALUES)
-    if out.returns_NA is not None:
-        assert out.returns_NA.shape == (3, 3) and not out.returns_NA.requires_grad
+    assert out.advantages_M.shape == (6,) and not out.advantages_M.requires_grad
+    assert (out.returns_M is None) == (name not in NEEDS_VALUES)
+    if out.returns_M is not None:
+        assert out.returns_M.shape == (6,) and not out.returns_M.requires_grad
     if name in NEEDS_VALUES | NEEDS_GREEDY:
         with pytest.raises(ValueError, match=f"{name} needs"):
-            ADVANTAGES[name](Rollout(rewards, mask, torch.zeros(3)))
+            ADVANTAGES[name](Rollout(rewards, lengths, torch.zeros(3)))
 
 
 @pytest.mark.parametrize("baseline", [0.0, 0.4, -2.0])
@@ -201,9 +193,8 @@ def test_reinforce_with_any_baseline_is_the_exact_policy_gradient(baseline: floa
     reward = torch.tensor([1.0, 0.2, -0.5, 0.9], dtype=torch.float64)
     [exact] = torch.autograd.grad(-(torch.softmax(logits, 0) * reward).sum(), logits)
     log_p = torch.log_softmax(logits, 0)
-    value = torch.full((4, 1), baseline, dtype=torch.float64)
-    mask = torch.ones(4, 1, dtype=torch.bool)
-    advantages = value_baseline(reward[:, None], value, mask).advantages_NA[:, 0]
+    value = torch.full((4,), baseline, dtype=torch.float64)
+    advantages = value_baseline(reward, value, torch.ones(4).long()).advantages_M
     losses = reinforce(log_p, log_p.detach(), advantages, torch.ones(4).long()).loss_M
     [ours] = torch.autograd.grad((log_p.detach().exp() * losses).sum(), logits)
     assert torch.allclose(ours, exact, atol=1e-12)

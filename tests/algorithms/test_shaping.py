@@ -6,17 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gearshift.algorithms.shaping import clip_rewards, overlong_penalty, token_rewards
-from tests.algorithms.ragged import assert_rows, column, padded, rows
+from tests.algorithms.ragged import assert_rows, column, flat, rows
 
 settings.load_profile("algorithms")
 
 
 @given(rows(2), st.floats(0, 2))
 def test_kl_is_a_cost_of_each_token(data: list, beta: float) -> None:
-    rewards, mask = padded(column(data, 0))
-    kl, _ = padded(column(data, 1))
+    rewards, kl = flat(column(data, 0))[0], flat(column(data, 1))[0]
     expected = [[r - beta * k for r, k in row] for row in data]
-    assert_rows(token_rewards(rewards, kl, beta, mask), mask, expected)
+    assert_rows(token_rewards(rewards, kl, beta), expected)
 
 
 def test_clipped_rewards() -> None:

@@ -358,7 +358,7 @@ def test_heldout_seeds_are_in_no_training(engine: Engine, tmp_path: Path) -> Non
     Seeds.seen = []
     t.prepare(config, 0, tmp_path)
     it = trainer(RLConfig(rollout={"prompts": 20}), tmp_path, lambda: t.make(config, tmp_path))  # type: ignore[arg-type]
-    used = {*Seeds.seen, *(start.seed for start in it.starts(0))}
+    used = {*Seeds.seen, *(start.seed for start in it.sampler.starts(0))}
     assert len(used) == 40 and None not in used
     Seeds.seen = []
     heldout(engine, config, tmp_path)

@@ -26,11 +26,11 @@ def test_first_update_is_on_policy(tmp_path: Path, advantage: str) -> None:
     trainer(config, tmp_path, model=model).train()
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert first["ratio"] == pytest.approx(1.0, abs=1e-6)
-    assert first["clip_fraction"] == 0
+    assert first["clip_ratio/region_mean"] == 0
     assert abs(first["kl"]) <= 1e-9
-    assert first["sampling/logprob_gap"] <= 1e-5
+    assert first["sampling/sampling_logp_difference/mean"] <= 1e-5
     assert second["kl"] > 0  # the measure is not stuck at nothing
-    assert second["sampling/logprob_gap"] <= 1e-5
+    assert second["sampling/sampling_logp_difference/mean"] <= 1e-5
 
 
 def test_several_updates_of_one_rollout_leave_the_old_policy(tmp_path: Path) -> None:

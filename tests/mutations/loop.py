@@ -33,15 +33,15 @@ MUTATIONS = (
     ),
     Mutation(
         "truncated completions are learned from though they are masked",
-        "trainers/rl/loop.py",
-        "if config.shaping.mask_truncated_completions:",
+        "trainers/rl/experience.py",
+        "if self.config.shaping.mask_truncated_completions:",
         "if False:",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
         "truncated completions pay no penalty",
-        "trainers/rl/loop.py",
-        "rewards_NA[last_N] -= config.missing_eos_penalty * cut_N",
+        "trainers/rl/experience.py",
+        "rewards_M[last_N] -= shaping.missing_eos_penalty * cut_N",
         "pass",
         "tests/trainers/test_guards.py",
     ),
@@ -54,17 +54,17 @@ MUTATIONS = (
     ),
     Mutation(
         "groups of equal rewards are kept under dynamic sampling",
-        "trainers/rl/loop.py",
+        "trainers/rl/collect.py",
         "if not has_zero_std(members)}",
         "if True}",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
         "the gradient is normalised per micro-batch",
-        "trainers/rl/loop.py",
-        'weights_M = batch.scored("loss_weights")\n        counts_N',
+        "trainers/rl/loss.py",
+        'weights_M = batch.scored("loss_weights")\n    lengths_N',
         'weights_M = batch.scored("loss_weights")\n'
-        "        weights_M = weights_M / weights_M.sum()\n        counts_N",
+        "    weights_M = weights_M / weights_M.sum()\n    lengths_N",
         "tests/trainers/test_rl.py -k micro_batches",
     ),
     Mutation(
@@ -123,8 +123,8 @@ MUTATIONS = (
     Mutation(
         "KL sign: distance is rewarded",
         "algorithms/shaping.py",
-        "rewards_NA - beta * kl_NA",
-        "rewards_NA + beta * kl_NA",
+        "rewards_M - beta * kl_M",
+        "rewards_M + beta * kl_M",
         "tests/algorithms",
     ),
     Mutation(
@@ -136,9 +136,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the KL in the loss is subtracted",
-        "trainers/rl/loop.py",
-        "loss_M = loss_M + self.memory.beta * kl_M",
-        "loss_M = loss_M - self.memory.beta * kl_M",
+        "trainers/rl/loss.py",
+        "loss_M = loss_M + beta * kl_loss(",
+        "loss_M = loss_M - beta * kl_loss(",
         "tests/trainers/test_guards.py",
     ),
     Mutation(
@@ -158,14 +158,14 @@ MUTATIONS = (
     Mutation(
         "GAE looks beyond the end of a row",
         "algorithms/advantages.py",
-        "values_NA = values_NA.detach().masked_fill(~mask_NA, 0.0)",
-        "values_NA = values_NA.detach()",
+        "next_M[ends_N[lengths_N > 0]] = 0.0",
+        "pass",
         "tests/algorithms",
     ),
     Mutation(
         "training scores at temperature 1 what was sampled at another",
-        "trainers/rl/loop.py",
-        "scores = self.engine.logprobs(batch, config.rollout.temperature, self.head)",
+        "trainers/rl/experience.py",
+        "scores = self.engine.logprobs(batch, temperature, self.head)",
         "scores = self.engine.logprobs(batch, 1.0, self.head)",
         "tests/trainers/test_guards.py",
     ),
@@ -214,9 +214,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the old policy is the one being updated",
-        "trainers/rl/loop.py",
-        "scores.logprobs.detach() if batch.old_logprobs is None else",
-        "scores.logprobs.detach() if True else",
+        "trainers/rl/loss.py",
+        "logprobs_M.detach() if batch.old_logprobs is None else",
+        "logprobs_M.detach() if True else",
         "tests/invariants/test_4_first_update.py",
     ),
 )

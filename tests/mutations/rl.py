@@ -34,17 +34,17 @@ MUTATIONS = (
     Mutation(
         "the length of all turns is held against the limit of one",
         "trainers/rl/batching.py",
-        "return torch.tensor(rows), torch.tensor(ends), "
-        "torch.tensor([n for own in lengths for n in own])",
-        "return torch.tensor(rows), torch.tensor(ends), "
-        "torch.tensor([sum(own) for own in lengths for n in own])",
+        "lengths_K = torch.tensor([len(list(run)) for written, run in runs if written])\n"
+        "    return lengths_K.cumsum(0) - 1, lengths_K",
+        "lengths_K = torch.tensor([len(list(run)) for written, run in runs if written])\n"
+        "    return lengths_K.cumsum(0) - 1, lengths_K.cumsum(0)",
         "tests/trainers/test_guards.py -k own_limit",
     ),
     Mutation(
         "advantages are whitened by what is masked",
-        "trainers/rl/loop.py",
-        "advantages_NA = whiten(advantages_NA, counts_NA)",
-        "advantages_NA = whiten(advantages_NA, mask_NA)",
+        "trainers/rl/experience.py",
+        "advantages_M = whiten(advantages_M, counted_M, lengths_N, group_N)",
+        "advantages_M = whiten(advantages_M, counted_M | ~counted_M, lengths_N, group_N)",
         "tests/trainers/test_guards.py -k whitened",
     ),
     Mutation(
@@ -52,13 +52,13 @@ MUTATIONS = (
         "trainers/rl/loop.py",
         "known = [t for t in trajectories if t.group_id in greedy]",
         "known = trajectories\n"
-        "            greedy = {t.group_id: greedy.get(t.group_id, t.reward) for t in known}",
+        "        greedy = {t.group_id: greedy.get(t.group_id, t.reward) for t in known}",
         "tests/trainers/test_left_out.py -k greedy",
     ),
     Mutation(
         "a turn's reward of 0 is no reward",
-        "trainers/rl/loop.py",
-        "            given_NA=given_rewards(trajectories, mask_NA),\n",
+        "trainers/rl/experience.py",
+        "            given_M=given_rewards(trajectories).to(device),\n",
         "",
         "tests/trainers/test_guards.py -k reward_of_0",
     ),
@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "what is alone in its group is learned from without a baseline",
-        "trainers/rl/loop.py",
+        "trainers/rl/collect.py",
         "several = [group for group in groups if len(group) > 1]",
         "several = list(groups)",
         "tests/trainers/test_left_out.py -k alone",
@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation(
         "fewer groups than minibatches end the run",
         "trainers/rl/batching.py",
-        "count = min(count, len(trees))",
+        "count = min(count, len(groups))",
         "pass",
         "tests/trainers/test_left_out.py -k minibatches",
     ),

@@ -46,7 +46,7 @@ def test_it_is_adamw_of_all_parameters(
     for _ in range(5):
         for parameter in (*ours, *theirs):
             parameter.grad = parameter.detach().sin()
-        optimizer.rest()
+        optimizer.offload_state()
         norm = optimizer.step()
         assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, clip)), rel=1e-5)
         peer.step()

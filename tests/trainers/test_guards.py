@@ -15,6 +15,7 @@ from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl.batching import pack_trajectories
+from gearshift.trainers.rl.experience import shaped_rewards
 from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.sft import supervised_batch, supervised_loss
 from gearshift.trainers.update import update
@@ -40,7 +41,7 @@ def gradient(it: RLTrainer, trajectories: list[Trajectory]) -> torch.Tensor:
     """Of one update's loss."""
     for optimizer in it.optimizers:
         optimizer.step = lambda norm: norm  # type: ignore[method-assign]
-    batch, _ = it.with_advantages(pack_trajectories(trajectories, 4096), trajectories)
+    batch, _ = it.make_experience(pack_trajectories(trajectories, 4096), trajectories)
     it.engine.model.zero_grad()
     it.update(batch, 0)
     grads = [p.grad for p in it.engine.model.parameters()]
@@ -78,14 +79,14 @@ def test_a_rollout_of_nothing_but_cut_completions_changes_nothing(tmp_path: Path
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_what_length_costs(tmp_path: Path) -> None:
+def test_what_length_costs() -> None:
     config = small(
         shaping={"missing_eos_penalty": 0.5, "clip": 1.0, "overlong_buffer": 0.4},
         rollout={"max_new_tokens": 5},
     )
-    rewards_NA, _ = trainer(config, tmp_path).shaped(episodes([True, False], [3.0, 0.25]))
+    rewards_M = shaped_rewards(episodes([True, False], [3.0, 0.25]), config)
     # clipped to 1; four of five tokens are one into the two that cost: half of 1
-    assert rewards_NA.tolist() == [[0, 0, 0, 1.0 - 0.5 - 0.5], [0, 0, 0, 0.25 - 0.5]]
+    assert rewards_M.tolist() == [0, 0, 0, 1.0 - 0.5 - 0.5, 0, 0, 0, 0.25 - 0.5]
 
 
 def turns(
@@ -103,13 +104,13 @@ def turns(
     return Trajectory(ids, mask, logprobs, given, group, 3, reason, rewarded=tuple(at))
 
 
-def test_each_turn_has_its_own_limit(tmp_path: Path) -> None:
+def test_each_turn_has_its_own_limit() -> None:
     """Three turns of 4 under 8 cost nothing; of one at its limit the turn's own end costs 1."""
     config = small(rollout={"max_new_tokens": 8}, shaping={"overlong_buffer": 0.5})
-    it = trainer(config, tmp_path)
-    rewards_NA, _ = it.shaped([turns([4, 4, 4], [0, 0, 1]), turns([8, 6, 1], [0, 1, 0])])
-    assert rewards_NA[0].tolist() == [0] * 11 + [1, 0, 0, 0]
-    assert rewards_NA[1].tolist() == [0] * 7 + [-1.0] + [0] * 5 + [1.0 - 0.5, 0]
+    episodes = [turns([4, 4, 4], [0, 0, 1]), turns([8, 6, 1], [0, 1, 0])]
+    first, second = shaped_rewards(episodes, config).split([12, 15])
+    assert first.tolist() == [0] * 11 + [1]
+    assert second.tolist() == [0] * 7 + [-1.0] + [0] * 5 + [1.0 - 0.5, 0]
 
 
 @pytest.mark.parametrize("how", ["batch", "group"])
@@ -121,9 +122,9 @@ def test_advantages_are_whitened_by_what_counts(tmp_path: Path, how: str) -> Non
         kl=NO_KL,
     )
     cut = episodes([False, True, False, False], [1.0, 100.0, 0.5, 0.0])
-    batch, _ = trainer(config, tmp_path / "cut").with_advantages(pack_trajectories(cut, 4096), cut)
+    batch, _ = trainer(config, tmp_path / "cut").make_experience(pack_trajectories(cut, 4096), cut)
     kept = [t for t in cut if t.finish_reason == "stop"]
-    alone, _ = trainer(config, tmp_path / "kept").with_advantages(
+    alone, _ = trainer(config, tmp_path / "kept").make_experience(
         pack_trajectories(kept, 4096), kept
     )
     assert torch.allclose(batch.scored("advantages"), alone.scored("advantages"), atol=1e-6)
@@ -134,14 +135,14 @@ def test_a_turns_reward_of_0_is_a_reward(tmp_path: Path) -> None:
     """Turns of 1 and 0, 0 and 0: mean 1/4, not 1; where the environment gave none, none counts."""
     config = small(advantage={"name": "grpo_turns"}, kl=NO_KL)
     both = [turns([2, 2], [1.0, 0.0]), turns([2, 2], [0.0, 0.0])]
-    batch, _ = trainer(config, tmp_path / "a").with_advantages(pack_trajectories(both, 4096), both)
+    batch, _ = trainer(config, tmp_path / "a").make_experience(pack_trajectories(both, 4096), both)
     std = 0.5 + 1e-4  # of 1, 0, 0, 0
     good, bad = 0.75 / std, -0.25 / std
     wanted = [good + bad] * 2 + [bad] * 2 + [2 * bad] * 2 + [bad] * 2
     assert batch.scored("advantages").tolist() == pytest.approx(wanted)
     assert both[0].rewarded is not None
     sparse = [replace(t, rewarded=(t.rewarded or ())[:1]) for t in both]
-    batch, _ = trainer(config, tmp_path / "b").with_advantages(
+    batch, _ = trainer(config, tmp_path / "b").make_experience(
         pack_trajectories(sparse, 4096), sparse
     )
     up = 0.5 / (0.5**0.5 + 1e-4)  # of 1 and 0
@@ -182,7 +183,7 @@ def test_minibatches_of_nothing_but_cut_completions_are_left_out(tmp_path: Path)
     cut = [replace(t, group_id=1) for t in episodes([True, True], [1.0, 0.0])]
     whole = episodes([False, False], [1.0, 0.0])
     it = trainer(config, tmp_path)
-    batch, _ = it.with_advantages(pack_trajectories([*whole, *cut], 4096), [*whole, *cut])
+    batch, _ = it.make_experience(pack_trajectories([*whole, *cut], 4096), [*whole, *cut])
     before = [p.clone() for p in it.engine.model.parameters()]
     metrics = it.update(batch, 0)
     assert all(v == v for v in metrics.values()) and metrics["grad_norm"] > 0
@@ -210,7 +211,7 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path: Path) -> 
     it = trainer(config, tmp_path, environment=Sometimes)
     for step in range(3):
         with torch.no_grad():
-            kept, metrics = it.rollout(step)
+            kept, metrics = it.sampler.rollout(step)
         groups = {t.group_id for t in kept}
         assert len(groups) == 3 and metrics["sampling/rollouts"] >= 1
         for g in groups:
@@ -250,7 +251,7 @@ def test_beta_follows_its_target(tmp_path: Path) -> None:
     it.train()
     betas = [m["kl/beta"] for m in read_metrics(tmp_path / "metrics.jsonl")]
     assert betas[0] == 1e-3 and betas[-1] > betas[1]
-    assert it.memory.beta > betas[-1]
+    assert it.state.beta > betas[-1]
 
 
 def test_training_scores_at_the_temperature_of_sampling(tmp_path: Path) -> None:
@@ -259,7 +260,8 @@ def test_training_scores_at_the_temperature_of_sampling(tmp_path: Path) -> None:
     )
     it.train()
     [metrics] = read_metrics(tmp_path / "metrics.jsonl")
-    assert metrics["sampling/logprob_gap"] <= 1e-5 and metrics["sampling/kl"] <= 1e-6
+    assert metrics["sampling/sampling_logp_difference/mean"] <= 1e-5
+    assert metrics["sampling/kl"] <= 1e-6
 
 
 def test_supervised_micro_batches_add_up_to_one_mean() -> None:
@@ -285,7 +287,7 @@ def test_a_critic_warms_up_before_the_policy_moves(tmp_path: Path) -> None:
         it.train()
         now = it.engine.model.parameters()
         assert all(torch.equal(a, b) for a, b in zip(policy, now, strict=True))
-        net = it.critic.modules["value_head"] if it.critic else it.head
+        net = it.models.critic.modules["value_head"] if it.models.critic else it.models.head
         assert net is not None and net.linear.weight.abs().sum() > 0  # type: ignore[operator, union-attr]
 
 

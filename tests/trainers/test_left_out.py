@@ -99,7 +99,7 @@ def with_outage(folder: Path, rollouts: range) -> Any:
         ),
         folder,
     )
-    it.score = Outage(rollouts)
+    it.sampler.score = Outage(rollouts)
     return it
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_an_outage_ends_is_saved_and_goes_on_as_if_there_had_been_non
     again, whole = with_outage(tmp_path / "a", range(0)), with_outage(tmp_path / "b", range(0))
     again.train()
     whole.train()
-    assert torch.equal(weights(again), weights(whole)) and again.score.nth == 5
+    assert torch.equal(weights(again), weights(whole)) and again.sampler.score.nth == 5
     assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 8
     with pytest.raises(DataError, match="last 16 prompts"):  # nothing was ever learned
         with_outage(tmp_path / "c", range(99)).train()
@@ -135,7 +135,7 @@ def test_what_is_alone_in_its_group_has_no_baseline_and_is_left_out(
     """Three of the first group's four fail."""
     config = small(steps=1, advantage={"name": advantage}, kl=NO_KL)
     it = trainer(config, tmp_path, environment=failing(lambda n: n < 3))
-    kept, _ = it.rollout(0)
+    kept, _ = it.sampler.rollout(0)
     assert len({t.group_id for t in kept}) == 1 and len(kept) == 4
     assert it.left_out.counts == {"environment": 3, "alone": 1}
 
@@ -221,16 +221,16 @@ def test_a_greedy_episode_that_was_lost_leaves_its_group_out(tmp_path: Path) -> 
 
 def test_a_reward_that_is_lost_leaves_its_episode_out(tmp_path: Path) -> None:
     it = trainer(small(steps=1, advantage={"name": "grpo"}, kl=NO_KL), tmp_path)
-    plain = type(it.score).__call__
+    plain = type(it.sampler.score).__call__
 
-    class Loses(type(it.score)):  # type: ignore[misc]
+    class Loses(type(it.sampler.score)):  # type: ignore[misc]
         last_failure = "the judge is away"
 
         def __call__(self, trajectories: Any) -> Any:
             told, parts = plain(self, trajectories)
             return [None if i % 4 == 0 else t for i, t in enumerate(told)], parts
 
-    it.score = Loses()
+    it.sampler.score = Loses()
     it.train()
     [metrics] = read_metrics(tmp_path / "metrics.jsonl")
     assert metrics["left_out/no_reward"] == 2 and math.isfinite(metrics["loss"])

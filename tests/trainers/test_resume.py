@@ -156,14 +156,14 @@ class CutError(Exception):
 def cut_at(run: RLTrainer, step: int, place: str) -> None:
     """End this step in the middle: before its rewards, before its first update, within one."""
     if place == "rollout":
-        collect = run.collector.collect
+        collect = run.sampler.collector.collect
 
         def collected(starts: Any, *args: Any, **kwargs: Any) -> Any:
             if starts[0].group_id == step * run.config.rollout.prompts:
                 raise CutError
             return collect(starts, *args, **kwargs)
 
-        run.collector.collect = collected  # type: ignore[method-assign]
+        run.sampler.collector.collect = collected  # type: ignore[method-assign]
         return
     if place == "loss":
         update = run.update

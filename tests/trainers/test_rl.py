@@ -15,7 +15,7 @@ from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.rl.batching import pack_trajectories, place_rewards
+from gearshift.trainers.rl.batching import pack_trajectories, place_rewards, written_lengths
 from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.types import SamplingParams
 from tests.gyms import Faulty, SayLetters, TwoTurns
@@ -151,8 +151,8 @@ def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
     with engine.training(), torch.no_grad():
         scored = engine.logprobs(batch).logprobs
     assert (scored - batch.scored("sampler_logprobs")).abs().max() <= 1e-5
-    rows = torch.ones(len(finished), int(batch.counts.max()), dtype=torch.bool)
-    assert place_rewards(finished, rows).sum(1).tolist() == [1.25] * len(finished)
+    rewards = place_rewards(finished).split(written_lengths(finished).tolist())
+    assert [float(own.sum()) for own in rewards] == [1.25] * len(finished)
 
 
 def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:

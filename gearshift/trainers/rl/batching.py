@@ -1,13 +1,12 @@
-"""What a rollout is to a trainer: trajectories as one packed batch, their rewards in rows, and what
-the log says of them.
+"""A rollout as a trainer reads it: trajectories as one packed batch, rewards at tokens, metrics.
 
-Legend: N completions, A longest completion.
+It must not import what samples or trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -18,8 +17,8 @@ from gearshift.batch import PackedBatch, pack_groups
 from gearshift.rollouts.backend import GenerationBackend
 from gearshift.types import Trajectory
 
-Parts = dict[str, list[float | None]]
-"""Every part of the rewards by its name, a value for each trajectory."""
+RewardParts = dict[str, list[float | None]]
+"""Each part of the rewards by its name, a value for each trajectory."""
 
 
 def by_group(trajectories: Iterable[Trajectory]) -> dict[int, list[Trajectory]]:
@@ -58,56 +57,60 @@ def pack_trajectories(trajectories: Sequence[Trajectory], micro_batch_tokens: in
     return batch.with_scored(sampler_logprobs=torch.tensor(sampled))
 
 
-def place_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor:
-    """[N, A] rewards at the tokens that the policy wrote."""
-    rewards_NA = torch.zeros(mask_NA.shape, dtype=torch.float32, device=mask_NA.device)
-    for row_A, t in zip(rewards_NA, trajectories, strict=True):
-        written = [r for r, mask in zip(t.rewards, t.loss_mask, strict=True) if mask]
-        row_A[: len(written)] = torch.tensor(written)
-    return rewards_NA
+def place_rewards(trajectories: Sequence[Trajectory]) -> Tensor:
+    """[M] rewards at the tokens that the policy wrote."""
+    return torch.tensor(
+        [
+            reward
+            for t in trajectories
+            for reward, written in zip(t.rewards, t.loss_mask, strict=True)
+            if written
+        ],
+        dtype=torch.float32,
+    )
 
 
-def turn_lengths(trajectory: Trajectory) -> list[int]:
-    """Tokens that the policy wrote in each turn."""
-    runs = groupby(trajectory.loss_mask)
-    return [len(list(run)) for written, run in runs if written]
+def written_lengths(trajectories: Sequence[Trajectory]) -> Tensor:
+    """[N] tokens that the policy wrote in each."""
+    return torch.tensor([sum(t.loss_mask) for t in trajectories])
 
 
-def turn_ends(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
-    """[K] of all turns: whose it is, the place of its last token in that row, and its length."""
-    lengths = [turn_lengths(t) for t in trajectories]
-    rows = [row for row, own in enumerate(lengths) for _ in own]
-    ends = [end - 1 for own in lengths for end in accumulate(own)]
-    return torch.tensor(rows), torch.tensor(ends), torch.tensor([n for own in lengths for n in own])
+def turns(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
+    """[K] of all turns: the place of the turn's last token among the M written ones, and the turn's
+    length.
+    """
+    runs = (run for t in trajectories for run in groupby(t.loss_mask))
+    lengths_K = torch.tensor([len(list(run)) for written, run in runs if written])
+    return lengths_K.cumsum(0) - 1, lengths_K
 
 
-def given_rewards(trajectories: Sequence[Trajectory], mask_NA: Tensor) -> Tensor:
-    """[N, A] True at the tokens at which a reward was given."""
-    given_NA = torch.zeros_like(mask_NA)
-    rows, ends, _ = turn_ends(trajectories)
-    given_NA[rows, ends] = True
-    for row_A, t in zip(given_NA, trajectories, strict=True):
+def given_rewards(trajectories: Sequence[Trajectory]) -> Tensor:
+    """[M] True at the tokens at which a reward was given."""
+    lengths = written_lengths(trajectories)
+    given_M = torch.zeros(int(lengths.sum()), dtype=torch.bool)
+    given_M[turns(trajectories)[0]] = True
+    for own, t in zip(given_M.split(lengths.tolist()), trajectories, strict=True):
         if t.rewarded is not None:
-            row_A[:] = False
-            row_A[[sum(t.loss_mask[:i]) for i in t.rewarded]] = True
-    return given_NA
+            own[:] = False
+            own[[sum(t.loss_mask[:i]) for i in t.rewarded]] = True
+    return given_M
 
 
 def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[PackedBatch]:
-    """The batch's trees dealt into `count` batches in a random order; the batch itself for one.
-    Fewer where there are fewer trees: episodes were lost.
+    """The batch's groups dealt into `count` batches in a random order; the batch itself for one.
+    Fewer where there are fewer groups: episodes were lost.
     """
-    trees = batch.trees()
-    count = min(count, len(trees))
+    groups = batch.prompt_groups()
+    count = min(count, len(groups))
     if count == 1:
         return [batch]
-    shuffled = [trees[i] for i in torch.randperm(len(trees), generator=order)]
+    shuffled = [groups[i] for i in torch.randperm(len(groups), generator=order)]
     return [
         PackedBatch.join([batch.slice(*tree) for tree in shuffled[i::count]]) for i in range(count)
     ]
 
 
-def describe_rollout(trajectories: Sequence[Trajectory], parts: Parts) -> dict[str, float]:
+def describe_rollout(trajectories: Sequence[Trajectory], parts: RewardParts) -> dict[str, float]:
     """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
     if not trajectories:
         return {}

@@ -284,6 +284,11 @@ class RLConfig(StageConfig):
         update = self.update.model_copy(update={"micro_batch_tokens": tokens})
         return self.model_copy(update={"update": update})
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL is a cost of each token."""
+        return self.kl.beta > 0 and self.kl.where == "reward"
+
     def sampling(self) -> SamplingParams:
         """How rollouts are sampled."""
         rollout = self.rollout

@@ -86,7 +86,7 @@ class PromptCritic:
         index: list[int] = []
         for i, parent in enumerate(parents):
             index.append(roots.index(i) if parent < 0 else index[parent])
-        return torch.repeat_interleave(of_root[index], batch.counts.to(of_root.device))
+        return torch.repeat_interleave(of_root[index], batch.completion_lengths.to(of_root.device))
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())

@@ -1,0 +1,174 @@
+"""The episodes that a step learns from: prompts are sampled, episodes collected and rewarded. What
+is lost is left out and counted. This file must not import the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+
+from gearshift.algorithms.advantages import NEEDS_GROUPS
+from gearshift.algorithms.normalize import totals
+from gearshift.engine import Engine
+from gearshift.rollouts.collector import Collector
+from gearshift.rollouts.episode import EpisodeSpec, Rewarded
+from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.runtime.seeding import generator, named_seed
+from gearshift.trainers.left_out import LeftOut
+from gearshift.trainers.rl.batching import (
+    RewardParts,
+    by_group,
+    describe_rollout,
+    has_zero_std,
+    record,
+    written_lengths,
+)
+from gearshift.trainers.rl.config import RLConfig
+from gearshift.trainers.rl.experience import shaped_rewards
+from gearshift.trainers.stage import Stage
+from gearshift.types import SamplingParams, Trajectory
+
+
+class RewardModel(Protocol):
+    """What gives trajectories their rewards: `CompositeReward`. Its state goes into checkpoints."""
+
+    missing: dict[str, float]
+    """The share of the last call's episodes whose reward was lost, by the part's name."""
+    environment_weight: float
+    """Weight of the environment's own reward; 0 where it does not count."""
+    last_failure: str
+    """Why a reward was lost, where that is known."""
+
+    def begin(self, group: list[Trajectory]) -> None:
+        """Begin to score a group that has ended, while others still run."""
+
+    def __call__(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[Trajectory | None], RewardParts]:
+        """Each trajectory with its rewards (None: it has none), and each part of them."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@dataclass
+class RolloutSampler:
+    """Samples the episodes of a step, with their rewards."""
+
+    config: RLConfig
+    engine: Engine
+    collector: Collector
+    rows: Sequence[int] | None
+    """The rows that the environment draws from; None: each episode is drawn by its seed."""
+    score: RewardModel
+    stage: Stage
+    optimizers: list[MasterAdamW]
+    """Their state leaves the device while the policy generates, if the config says so."""
+    left_out: LeftOut
+
+    def rollout(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
+        """Episodes with their rewards, to learn from; and metrics of all that were sampled.
+
+        Under `replace_zero_std` further rollouts replace groups whose rewards are all equal.
+        """
+        kept: dict[int, list[Trajectory]] = {}
+        everything: list[Trajectory] = []
+        all_parts: RewardParts = {}
+        missing: dict[str, list[float]] = {}
+        rounds, prompts = 1 + self.config.rollout.replace_zero_std, self.config.rollout.prompts
+        for nth in range(rounds):
+            trajectories, parts = self.collect(self.starts(step, nth), self.config.sampling())
+            everything += trajectories
+            for name, values in parts.items():
+                all_parts.setdefault(name, []).extend(values)
+            for name, share in self.score.missing.items():
+                missing.setdefault(name, []).append(share)
+            groups = by_group(trajectories)
+            if rounds > 1:
+                groups = {g: members for g, members in groups.items() if not has_zero_std(members)}
+            kept |= groups
+            if len(kept) >= prompts:
+                break
+        enough = list(kept.values())[:prompts]
+        chosen = self.comparable(enough or by_group(everything).values())
+        metrics = describe_rollout(everything, all_parts)
+        metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
+        if rounds > 1:
+            metrics["sampling/rollouts"] = nth + 1.0
+        self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})
+        return [t for group in chosen for t in group], metrics
+
+    def comparable(self, groups: Iterable[list[Trajectory]]) -> list[list[Trajectory]]:
+        """The groups without those that have shrunk to one episode, where an advantage compares:
+        alone it has no baseline.
+        """
+        if self.config.advantage.name not in NEEDS_GROUPS:
+            return list(groups)
+        several = [group for group in groups if len(group) > 1]
+        self.left_out.add("alone", sum(len(group) == 1 for group in groups))
+        return several
+
+    def collect(
+        self, starts: Sequence[EpisodeSpec], params: SamplingParams
+    ) -> tuple[list[Trajectory], RewardParts]:
+        """Episodes from these starts, those that have a reward, with it; and every part of it."""
+        with self.stage.phase("generate"), self.engine.generating():
+            for optimizer in self.optimizers:
+                optimizer.offload_state()
+            before = self.collector.failures, self.collector.overlong
+            rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
+            trajectories = self.collector.collect(starts, params, self.score.begin, rewarded)
+            failures = self.collector.failures - before[0]
+            overlong = self.collector.overlong - before[1]
+            why = self.collector.last_failure
+            self.left_out.add("environment", failures - overlong, why)
+            self.left_out.add("overlong_prompt", overlong, why)
+        with self.stage.phase("reward"):
+            return self.rewarded(trajectories)
+
+    def greedy(self, step: int, groups: set[int]) -> dict[int, float]:
+        """The return of the greedy completion of these groups' prompts."""
+        params = replace(self.config.sampling(), n=1, temperature=0.0)
+        rounds = range(1 + self.config.rollout.replace_zero_std)
+        starts = [s for n in rounds for s in self.starts(step, n) if s.group_id in groups]
+        trajectories, _ = self.collect(starts, params)
+        if not trajectories:
+            return {}
+        rewards_M = shaped_rewards(trajectories, self.config)
+        returns = totals(rewards_M, written_lengths(trajectories)).tolist()
+        return dict(zip([t.group_id for t in trajectories], returns, strict=True))
+
+    def starts(self, step: int, nth: int = 0) -> list[EpisodeSpec]:
+        """The prompts of a step's `nth` rollout: rows in an order shuffled anew each epoch, a
+        function of (seed, step).
+        """
+        prompts, seed = self.config.rollout.prompts, self.stage.seed
+        first = (step * (1 + self.config.rollout.replace_zero_std) + nth) * prompts
+        groups = range(first, first + prompts)
+        if self.rows is None:
+            return [EpisodeSpec(g, named_seed(seed, f"episode/{g}") % 2**31) for g in groups]
+        count = len(self.rows)
+        orders = {
+            epoch: torch.randperm(count, generator=generator(seed, f"prompts/{epoch}"))
+            for epoch in {g // count for g in groups}
+        }
+        return [
+            EpisodeSpec(
+                g,
+                named_seed(seed, f"episode/{g}") % 2**31,
+                self.rows[int(orders[g // count][g % count])],
+            )
+            for g in groups
+        ]
+
+    def rewarded(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], RewardParts]:
+        """The trajectories that have a reward, with it, and every part of it by name."""
+        totals, parts = self.score(trajectories)
+        kept = [i for i, total in enumerate(totals) if total is not None]
+        self.left_out.add("no_reward", len(totals) - len(kept), self.score.last_failure)
+        parts = {name: [values[i] for i in kept] for name, values in parts.items()}
+        return [t for t in totals if t is not None], parts
