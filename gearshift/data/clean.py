@@ -85,7 +85,7 @@ class CleanReport:
         dropped = (
             f"{self.empty} empty, {self.duplicate} duplicate, {self.length} of the wrong length"
         )
-        return f"{self.kept} of {self.rows} rows kept ({self.changed} mended; dropped {dropped})"
+        return f"{self.kept} of {self.rows} rows kept ({self.changed} repaired; dropped {dropped})"
 
 
 def clean(
@@ -101,28 +101,30 @@ def clean(
     changed = empty = duplicate = length = 0
     for row in rows:
         read = parse_json_columns(row)
-        mended = _mend_row(read, config)
-        learned = {k: v for k, v in mended.items() if k in TEXT_COLUMNS and (k != "input" or v)}
-        leaves = _leaves(learned or mended)
+        repaired = _repair_row(read, config)
+        learned = {k: v for k, v in repaired.items() if k in TEXT_COLUMNS and (k != "input" or v)}
+        leaves = _leaves(learned or repaired)
         texts = [leaf for leaf in leaves if isinstance(leaf, str)]
         size = sum(map(len, texts))
         digest = hashlib.blake2b(
-            json.dumps(mended, sort_keys=True, default=str).encode(), digest_size=16
+            json.dumps(repaired, sort_keys=True, default=str).encode(), digest_size=16
         ).digest()
-        if config.drop_empty and is_empty_row(mended, columns, answered):
+        if config.drop_empty and is_empty_row(repaired, columns, answered):
             empty += 1
         elif config.drop_duplicates and digest in seen:
             duplicate += 1
         elif size < config.min_chars or (config.max_chars is not None and size > config.max_chars):
             length += 1
         else:
-            changed += mended != read
-            kept.append(SourceRow(mended, row.where, row) if isinstance(row, SourceRow) else mended)
+            changed += repaired != read
+            if isinstance(row, SourceRow):
+                repaired = SourceRow(repaired, row.where, row)
+            kept.append(repaired)
         seen.add(digest)
     return kept, CleanReport(len(rows), len(kept), changed, empty, duplicate, length)
 
 
-def _mend_row(row: dict[str, Any], config: CleanConfig) -> dict[str, Any]:
+def _repair_row(row: dict[str, Any], config: CleanConfig) -> dict[str, Any]:
     return {key: _mend(v, config) if key in TEXT_COLUMNS else v for key, v in row.items()}
 
 

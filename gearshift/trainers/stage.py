@@ -262,7 +262,7 @@ class Stage:
             )
         self._same_files(newest, state.get("made_from", self._made_from))
         if changed := changed_files(state.get("functions", self._functions), self._functions):
-            # A function that failed is mended in the middle of a run, with good reason.
+            # A function that failed is repaired in the middle of a run, with good reason.
             echo(f"{self.name}: {changed} since step {state['step']}; what comes is rewarded by it")
         if newest.name != (name := f"step-{state['step']:06d}"):
             raise CheckpointError(f"{newest} holds {name}; rename it, or delete it.")

@@ -136,12 +136,12 @@ def test_only_what_is_read_and_learned_is_touched() -> None:
         "conversations": [{"from": "observation", "value": broken}],
         "tools": [{"description": broken}],
     }
-    mended = "  \u00e9"
+    repaired = "  \u00e9"
     [kept], report = clean([row], CleanConfig())
     assert report.changed == 1
-    assert kept["prompt"] == [{"role": "user", "content": mended, "name": broken}]
-    assert kept["completion"] == mended
-    assert kept["messages"][0] == {**row["messages"][0], "content": mended}
+    assert kept["prompt"] == [{"role": "user", "content": repaired, "name": broken}]
+    assert kept["completion"] == repaired
+    assert kept["messages"][0] == {**row["messages"][0], "content": repaired}
     for key in ("answer", "tests", "id", "conversations", "tools"):
         assert kept[key] == row[key]
     assert kept["messages"][1] == row["messages"][1]

@@ -18,7 +18,7 @@ MUTATIONS = (
         "tests/data/test_clean.py",
     ),
     Mutation(
-        "cleaning: columns that rewards read are mended",
+        "cleaning: columns that rewards read are repaired",
         "data/clean.py",
         "_mend(v, config) if key in TEXT_COLUMNS else v for",
         "_mend(v, config) for",
