@@ -20,23 +20,20 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import urlsplit
 
 from gearshift.errors import ConfigError, GearshiftError
 from gearshift.rewards.functions import RewardFunction
-from gearshift.rewards.http import MAX_ROWS
 from gearshift.rewards.http_client import is_loopback
 from gearshift.runtime.interrupt import Interrupt
 from gearshift.runtime.terminal import echo, one_line
 from gearshift.runtime.user_functions import describe_error
+from gearshift.serve.score_request import RefusedError, is_local, parse_samples, path_and_host
 from gearshift.types import Message
 
 MAX_BYTES = 16 << 20
 """Longest body of a request."""
-MAX_MESSAGES = 1 << 14
-"""Messages of all its prompts together."""
 CONNECTIONS = 256
-"""Clients at a time; the next one is told to come again."""
+"""Clients at a time; the next one is asked to come again."""
 PATIENCE = 30.0
 """Seconds in which a client must have sent its whole request, in which it must have taken its whole
 answer, and that a request waits for the model."""
@@ -106,13 +103,13 @@ class ScoreServer(ThreadingHTTPServer):
         request.setblocking(False)
         try:
             request.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-            request.recv(1 << 16)  # what is not read would take back the answer
+            request.recv(1 << 16)  # if it is not read, the answer is lost
         except OSError:
             pass
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """One client's whole stay."""
+        """Serve one client from its first byte to its last."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -151,14 +148,6 @@ def score_server(
         ) from error
 
 
-class _RefusedError(Exception):
-    """A request that is answered with this status and these words."""
-
-    def __init__(self, status: int, words: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(words)
-        self.status, self.headers = status, headers or {}
-
-
 class _UntilThen(io.RawIOBase):
     """What a socket receives until a moment: a byte a second does not put it off."""
 
@@ -190,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(_UntilThen(self.connection, self.timeout))
 
     def finish(self) -> None:
-        """Let the client finish: closing on what it still sends would take back the answer."""
+        """Let the client finish: closing on what it still sends would lose the answer."""
         super().finish()
         if self._in_work:
             self.server.work(-1)
@@ -227,35 +216,35 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.work(1)
             self._in_work = True
             rewards = self._score(**samples)
-        except _RefusedError as error:
+        except RefusedError as error:
             self._answer(error.status, {"error": str(error)}, error.headers)
         except TimeoutError:
             self._answer(408, {"error": f"the request is not whole after {self.timeout:g} seconds"})
         else:
-            self._tell(rewards)
+            self._answer_rewards(rewards)
 
-    def _tell(self, rewards: list[float | None]) -> None:
+    def _answer_rewards(self, rewards: list[float | None]) -> None:
         lost = [i for i, r in enumerate(rewards) if r is not None and not math.isfinite(r)]
         if not lost:
             return self._answer(200, {"rewards": rewards})
-        told = [None if i in lost else r for i, r in enumerate(rewards)]
+        known = [None if i in lost else r for i, r in enumerate(rewards)]
         words = f"completions[{lost[0]}] is too long for the model, or its score is not finite"
-        self._answer(422, {"error": words, "rewards": told, "lost": lost})
+        self._answer(422, {"error": words, "rewards": known, "lost": lost})
 
     def _score(
         self, prompts: list[list[Message]], completions: list[str], **ended: list[bool]
     ) -> list[float | None]:
         if not self.server.one_at_a_time.acquire(timeout=self.timeout):
-            raise _RefusedError(503, "the model is busy with others; send it again", _AGAIN)
+            raise RefusedError(503, "the model is busy with others; send it again", _AGAIN)
         try:
             rewards = self.server.reward(prompts, completions, **ended)
             return [None if r is None else float(r) for r in rewards]  # type: ignore[union-attr]
         except GearshiftError as error:  # a conversation that the template refuses, say
-            raise _RefusedError(400, one_line(str(error))) from error
+            raise RefusedError(400, one_line(str(error))) from error
         except Exception as error:  # a fault of ours, so that it may be asked again
             echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
             reason = f"the model failed ({type(error).__name__}); the server's log says more"
-            raise _RefusedError(503, reason, _AGAIN) from error
+            raise RefusedError(503, reason, _AGAIN) from error
         finally:
             self.server.one_at_a_time.release()
 
@@ -264,55 +253,51 @@ class _Handler(BaseHTTPRequestHandler):
         key = self.server.key
         given = self.headers.get("Authorization", "").encode(errors="replace")
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode(errors="replace")):
-            raise _RefusedError(401, "a wrong key, or none", {"WWW-Authenticate": "Bearer"})
+            raise RefusedError(401, "a wrong key, or none", {"WWW-Authenticate": "Bearer"})
         if self.headers.defects:
-            raise _RefusedError(400, "a header line that is none")
+            raise RefusedError(400, "a header line that is none")
         # A page in a browser may send to any address, under any name that it has the DNS give it.
         if "Origin" in self.headers:
-            raise _RefusedError(403, "pages in a browser are not answered")
+            raise RefusedError(403, "pages in a browser are not answered")
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 and (hosts or self.request_version != "HTTP/1.0"):
-            raise _RefusedError(400, "one Host must be given")
-        path, named = _path_and_host(self.path)
-        if not key and not all(map(_is_local, [*hosts, *named])):
-            raise _RefusedError(403, "the Host is not this machine; write 127.0.0.1 or localhost")
+            raise RefusedError(400, "one Host must be given")
+        path, named = path_and_host(self.path)
+        if not key and not all(map(is_local, [*hosts, *named])):
+            raise RefusedError(403, "the Host is not this machine; write 127.0.0.1 or localhost")
         if path != "/score":
-            raise _RefusedError(404, "POST to /score")
+            raise RefusedError(404, "POST to /score")
         if self.headers.get_content_type() != "application/json":
-            raise _RefusedError(415, "the Content-Type must be application/json")
+            raise RefusedError(415, "the Content-Type must be application/json")
 
     def _body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))
         if not lengths or "Transfer-Encoding" in self.headers:
-            raise _RefusedError(411, "a Content-Length must be given, and no Transfer-Encoding")
+            raise RefusedError(411, "a Content-Length must be given, and no Transfer-Encoding")
         length = lengths.pop().strip()
         if lengths or not re.fullmatch(r"[0-9]+", length):
-            raise _RefusedError(400, "Content-Length must be one number, 0 or more")
+            raise RefusedError(400, "Content-Length must be one number, 0 or more")
         if len(length) > 18 or int(length) > MAX_BYTES:
-            raise _RefusedError(413, f"more than {MAX_BYTES} bytes")
+            raise RefusedError(413, f"more than {MAX_BYTES} bytes")
         expected = self.headers.get("Expect", "").strip().lower()
         if expected not in ("", "100-continue"):
-            raise _RefusedError(417, "Expect may be 100-continue")
+            raise RefusedError(417, "Expect may be 100-continue")
         if expected and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
-            raise _RefusedError(400, f"the body ends after {len(data)} of {length} bytes")
+            raise RefusedError(400, f"the body ends after {len(data)} of {length} bytes")
         return data
 
     def _samples(self) -> dict[str, Any]:
         data = self._body()
         with self.server.parsing:
-            try:
-                body = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-            except (ValueError, RecursionError) as error:
-                raise _RefusedError(400, f"the body is not JSON: {one_line(str(error))}") from error
-            return _samples(body)
+            return parse_samples(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses: a method that is not there, a line that cannot be read."""
         if code == 501:
-            known = _path_and_host(self.path)[0] == "/score"
+            known = path_and_host(self.path)[0] == "/score"
             code, message = 405 if known else 404, "POST to /score"
         words = one_line(message or "a bad request", 100)
         self._answer(code if code < 500 else 400, {"error": words})
@@ -333,73 +318,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing of each request."""
-
-
-def _path_and_host(target: str) -> tuple[str, list[str]]:
-    """The path of a request's line, and the host where the line names one."""
-    try:
-        parts = urlsplit(target)
-    except ValueError:
-        return "", []
-    return parts.path.rstrip("/"), [parts.netloc] if parts.netloc else []
-
-
-def _is_local(host: str) -> bool:
-    """Whether a Host header names this machine, as no name of a stranger does."""
-    name = re.sub(r":[0-9]*$", "", host.strip().lower())
-    return is_loopback(name.removeprefix("[").removesuffix("]"))
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"it has no {word}")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
-
-
-def _samples(body: Any) -> dict[str, Any]:
-    """The prompts and completions of a request, each looked at; and `ended`, where some were cut
-    before their end.
-    """
-    if not isinstance(body, dict):
-        raise _RefusedError(400, 'the body must be {"prompts": [...], "completions": [...]}')
-    prompts, completions = body.get("prompts"), body.get("completions")
-    for name, value in (("prompts", prompts), ("completions", completions)):
-        if not isinstance(value, list) or not value:
-            raise _RefusedError(400, f"{name} must be a list, and not empty")
-    assert isinstance(prompts, list) and isinstance(completions, list)
-    if len(completions) > MAX_ROWS:
-        raise _RefusedError(413, f"more than {MAX_ROWS} completions; send them in parts")
-    if len(prompts) != len(completions):
-        raise _RefusedError(400, f"{len(prompts)} prompts and {len(completions)} completions")
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not isinstance(prompt, list) or not all(map(_is_message, prompt)):
-            raise _RefusedError(400, f'prompts[{i}] must be a list of {{"role", "content"}} texts')
-        if not _is_text(completion):
-            raise _RefusedError(400, f"completions[{i}] must be a text of Unicode")
-    if sum(map(len, prompts)) > MAX_MESSAGES:
-        raise _RefusedError(413, f"more than {MAX_MESSAGES} messages; send them in parts")
-    samples = {"prompts": prompts, "completions": completions}
-    ended = body.get("ended", [True] * len(prompts))
-    if not isinstance(ended, list) or [*map(type, ended)] != [bool] * len(prompts):
-        raise _RefusedError(400, "ended must be a list of true and false, one a completion")
-    return samples if all(ended) else {**samples, "ended": ended}
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and _is_text(message.get("role"))
-        and _is_text(message.get("content"))
-        and all(map(_is_text, message))
-    )
-
-
-def _is_text(value: Any) -> bool:
-    """A string that UTF-8 can write: without half a surrogate pair."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+        """Log nothing of each request."""

@@ -20,7 +20,7 @@ MUTATIONS = (
     Mutation(
         "a page in a browser may ask a score server under a name that leads here",
         "serve/score.py",
-        "if not key and not all(map(_is_local, [*hosts, *named])):",
+        "if not key and not all(map(is_local, [*hosts, *named])):",
         "if False:",
         "tests/serve/test_score.py",
     ),

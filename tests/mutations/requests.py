@@ -103,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "half a surrogate pair reaches the tokenizer",
-        "serve/score.py",
+        "serve/score_request.py",
         'isinstance(value, str) and not re.search("[\\ud800-\\udfff]", value)',
         "isinstance(value, str)",
         "tests/serve/test_score.py",

@@ -14,7 +14,7 @@ from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rewards.http import HttpReward
 from gearshift.rewards.models import ModelReward
-from gearshift.serve import score
+from gearshift.serve import score, score_request
 from gearshift.serve.score import ScoreServer, score_server
 
 GOOD = {"prompts": [[{"role": "user", "content": "q"}]], "completions": ["abc"]}
@@ -139,7 +139,7 @@ CASES: dict[str, tuple[bytes, int]] = {
     "a key twice": (request(BODY[:-1] + b', "completions": ["b"]}'), 400),
     "a key of a message twice": (request(BODY.replace(b'"role"', b'"role": "a", "role"')), 400),
     "many rows": (of(prompts=GOOD["prompts"] * 1025, completions=["a"] * 1025), 413),
-    "many messages": (of(prompts=[GOOD["prompts"][0] * (score.MAX_MESSAGES + 1)]), 413),
+    "many messages": (of(prompts=[GOOD["prompts"][0] * (score_request.MAX_MESSAGES + 1)]), 413),
     "huge ended": (of(ended=[True] * 100_000), 400),
     "null bytes": (b"POST /score\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     "many headers": (request(BODY, *(f"X-{i}: 1" for i in range(200))), 431),
