@@ -50,7 +50,7 @@ class Decoder:
         with self._alone():
             if self.plan is None or self.weights is None:
                 return self._logits(
-                    hf_states(self.model, self.kernels, self.cache, input_ids, places)
+                    hf_forward(self.model, self.kernels, self.cache, input_ids, places)
                 )
             x, angles = embed(self.plan, input_ids, places.positions)
             return self._described(self.plan, self.weights, x, angles, places)
@@ -211,7 +211,7 @@ class Step:
         return recorded or plain
 
 
-def hf_states(
+def hf_forward(
     model: PreTrainedModel,
     kernels: Kernels,
     cache: KVCache,

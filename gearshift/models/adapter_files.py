@@ -15,7 +15,7 @@ from gearshift.runtime.yaml_text import read_yaml
 SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MOST = 8
-"""Adapters that stand on each other."""
+"""The greatest number of adapters that stand on each other."""
 
 
 def adapter_folder(name: str | Path) -> Path | None:
@@ -42,24 +42,24 @@ def file_of(name: str | Path, file: str) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-    except (OSError, ValueError):  # no name of the hub: who loads it as a model says so
+    except (OSError, ValueError):  # no name of the hub; loading it is an error
         return None
     return Path(found) if found else None
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What the adapter's own config says. Raises `ModelError`."""
+    """The adapter's own config. Raises `ModelError`."""
     return settings_in(folder / SETTINGS)
 
 
 def tensors_of(folder: Path) -> dict[str, Saved]:
-    """What an adapter's file says of each tensor. Raises `ModelError`."""
+    """Shape and type of each tensor in an adapter's file. Raises `ModelError`."""
     return check_kinds(folder, tensors_in(folder / _WEIGHTS), FLOATS)
 
 
 def base_of(folder: Path) -> str:
     """The name of the model that an adapter was trained on: a folder's is meant from here or from
-    the adapter's folder. Raises `ModelError` if it is not told, or if adapters stand on each other
+    the adapter's folder. Raises `ModelError` if it is not given, or if adapters stand on each other
     in a circle.
     """
     found, seen = _named_base(folder), {folder.resolve()}

@@ -24,16 +24,19 @@ class AdapterConfig(Config):
     """LoRA on the policy; the rest of it is not trained."""
 
     rank: int = Field(16, ge=1)
-    """Of each update: a weight gains up @ down, `rank` wide."""
+    """How wide each update is: a weight gains up @ down, and `rank` is the size between them."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """On an adapter's input, in supervised training."""
+    """The dropout on an adapter's input, in supervised training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which layers: all linear ones but the head, or the ends of their names (`q_proj`)."""
+    """Which layers get an adapter: all linear ones but the head, or those whose names end so
+    (`q_proj`).
+    """
     save: Literal["merged", "adapter"] = "merged"
-    """What a stage's folder holds: the whole model with the adapter in its weights, the adapter
-    itself beside it in `adapter/`; or the adapter alone, which loads where its base model lies.
+    """What a stage's folder holds. `merged`: the whole model with the adapter in its weights, and
+    the adapter itself beside it in `adapter/`. `adapter`: the adapter alone, which loads where its
+    base model lies.
     """
 
 
@@ -105,7 +108,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Let the config say that the head is not the embedding, for those who will load it."""
+    """Write into the config that the head is not the embedding, so that it is loaded so."""
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
 

@@ -1,10 +1,8 @@
 """Attention as both gears compute it: one function for the arithmetic, and its entry in Hugging
 Face's registry.
 
-What a layer may attend to arrives as an argument of the model's forward (`layout=`), never as a
-global.
-Legend: B rows, S queries a row, L keys a row, H query heads, K key heads, R = H / K, D head size, T
-packed tokens.
+What a layer may attend to is an argument of the model's forward (`layout=`), never a global. L is
+the keys of a row; `gearshift/types.py` explains the other letters.
 """
 
 from __future__ import annotations
@@ -30,17 +28,17 @@ NO_INTERFACE = "its attention does not go through Hugging Face's attention inter
 
 
 class Layout(Protocol):
-    """Carries one forward's attention: who sees whom, and where keys are kept."""
+    """The attention of one forward: which tokens see which, and where keys are kept."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
     ) -> Tensor:
-        """[B, H, S, D] queries, [B, K, S, D] keys and values -> [B, H, S, D]."""
+        """[B, Q, S, D] queries, [B, K, S, D] keys and values -> [B, Q, S, D]."""
         ...
 
 
 class LostLayoutError(ModelError):
-    """An attention layer was called without being told which tokens belong together."""
+    """An attention layer was called without its layout, which says which tokens belong together."""
 
 
 def hf_attention(
@@ -57,7 +55,7 @@ def hf_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface: [B, H, S, D] in, [B, S, H, D] out.
+    """Hugging Face's attention interface: [B, Q, S, D] in, [B, S, Q, D] out.
 
     Values of another size than the queries' (latent attention) are filled up with zeros, and what
     these become is cut off.
@@ -86,8 +84,8 @@ AttentionInterface.register(ATTENTION, hf_attention)
 
 
 def require_attention(model: PreTrainedModel) -> None:
-    """Raises `ModelError` where the model would ignore a layout: every sequence would see every
-    other.
+    """Raises `ModelError` where the model would ignore a layout, so that every sequence would see
+    every other one.
     """
     if model.config._attn_implementation != ATTENTION:
         raise ModelError(
@@ -99,13 +97,13 @@ def require_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Hugging Face's own attention; the model's comes back after. Raises `ModelError` where the
-    model does not obey.
+    """Inside, Hugging Face's own attention is on; after it, the model's attention is as before.
+    Raises `ModelError` where the model keeps another one.
     """
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a model that does not obey only logs that
+    hf_logging.set_verbosity_error()  # a model that keeps another one only logs that
     try:
         for name in (ATTENTION, "eager"):
             model.set_attn_implementation(name)
@@ -127,10 +125,10 @@ class PackedLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
     ) -> Tensor:
-        """[1, H, T, D] queries, [1, K, T, D] keys and values -> [1, H, T, D]."""
+        """[1, Q, T, D] queries, [1, K, T, D] keys and values -> [1, Q, T, D]."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.packed(q, k, v, options).transpose(0, 1)[None]
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """[T, heads, D] queries, keys and values -> [T, H, D]."""
+        """[T, heads, D] queries, keys and values -> [T, Q, D]."""
         return kernels_for(q).attend_packed(q, k, v, self.sequences, options)

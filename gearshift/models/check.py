@@ -1,5 +1,6 @@
-"""Whether a model is computed rightly on the checkpoint at hand: a few tokens through the paths
-that will run, against Hugging Face's own forward of each sequence alone.
+"""Whether a model is computed rightly on the checkpoint at hand: a few tokens run through the forms
+that will be used, and are compared with Hugging Face's own forward of each sequence alone. This
+file does not know the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gearshift.kernels.specs import AttentionOptions
 from gearshift.models.attention import LostLayoutError, PackedLayout, eager_attention
 from gearshift.models.describe import Plan, head_of, trunk_of
 from gearshift.models.exact import Limit, context_length, keeps_state, limits, named, shortest
-from gearshift.models.hf_forward import hidden_states
+from gearshift.models.hf_forward import hf_hidden
 
 _LENGTHS = 8, 17
 """Tokens of the two sequences; the longer one needs a second block of the cache."""
@@ -36,11 +37,11 @@ _HEAD = (
     "scale that is not known"
 )
 _LOST = (
-    "a layer of it drops keyword arguments, so that attention is not told which tokens belong "
-    "together"
+    "a layer of it drops keyword arguments, so that attention does not know which tokens "
+    "belong together"
 )
 
-States = Callable[[PackedBatch], Tensor]
+Hidden = Callable[[PackedBatch], Tensor]
 """A packed batch to its last hidden states [T, H]."""
 Decode = Callable[[list[list[int]]], list[Tensor]]
 """Token sequences to the logits [S, V] of each one's last tokens but one, S at most `NEW`, as a
@@ -51,7 +52,7 @@ batch that generates them computes them."""
 def check(
     model: PreTrainedModel,
     plan: Plan | None,
-    states: States | None = None,
+    hidden: Hidden | None = None,
     decode: Decode | None = None,
     head: bool = True,
 ) -> Limit | None:
@@ -60,7 +61,7 @@ def check(
 
     Two sequences of 8 and 17 tokens are written in one batch by the generation gear (`decode`, if
     given): their prompts at once, their last three tokens one by one. Then they are scored packed
-    (`states`; None: by the model's own modules), the second as a prompt with its completion. The
+    (`hidden`; None: by the model's own modules), the second as a prompt with its completion. The
     logits of every position (`head`; else the hidden states) must be those of each sequence alone,
     up to 1e-3 of their spread in fp32, 0.1 in bf16.
 
@@ -70,14 +71,14 @@ def check(
     if state := keeps_state(model):
         raise _refused(model, state)
     windows = {layer.attention.window for layer in plan.layers} if plan else set()
-    states = states or _Watched(model, windows)
+    hidden = hidden or _Watched(model, windows)
     longest = context_length(model.config) or 2**20
     found, draw = None, 0
     with _undisturbed(model):
         while draw < _DRAWS:
             tokens = _sequences(model, draw, longest)
             try:
-                why = _difference(model, tokens, states, decode, head)
+                why = _difference(model, tokens, hidden, decode, head)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except LostLayoutError as error:
@@ -100,18 +101,18 @@ def check(
 def _difference(
     model: PreTrainedModel,
     tokens: list[list[int]],
-    states: States,
+    hidden: Hidden,
     decode: Decode | None,
     head: bool,
 ) -> str | None:
-    """What is wrong, told by these sequences; None where nothing is."""
+    """What these sequences show to be wrong; None where nothing is."""
     with eager_attention(model):  # refuses at once where attention cannot be switched
         pass
     if "position_ids" not in signature(trunk_of(model).forward).parameters:
         raise ModelError(
             "it counts positions itself: a packed sequence goes on from the one before"
         )
-    hidden_TH = states(_packed(tokens, model.device))
+    hidden_TH = hidden(_packed(tokens, model.device))
     if head:
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -127,10 +128,10 @@ def _difference(
             "(eps, rotary parameters) is not that of its weights"
         )
     if not (gap := _gap(model, ours, theirs)) <= 1:
-        hidden = [_alone(model, row, False) for row in tokens]
-        if head and _gap(model, hidden_TH.split(lengths), hidden) <= 1:
+        exact = [_alone(model, row, False) for row in tokens]
+        if head and _gap(model, hidden_TH.split(lengths), exact) <= 1:
             return _HEAD
-        if _gap(model, [_alone(model, row, False, counted=True) for row in tokens], hidden) > 1:
+        if _gap(model, [_alone(model, row, False, counted=True) for row in tokens], exact) > 1:
             return "its positions do not count from 0"
         return f"packed sequences differ from each alone, by {gap:.3g} times what is tolerated"
     if decode is not None:
@@ -208,7 +209,7 @@ class _Watched:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.layout = PackedLayout(batch)
-        return hidden_states(self.model, batch, self)
+        return hf_hidden(self.model, batch, self)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions

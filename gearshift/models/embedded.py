@@ -23,7 +23,7 @@ EMBEDDED = "embedded"
 MINILM = "minilm"
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
 _RECORD = "converted.json"
-"""Of the embedded model's folder, what its files are."""
+"""The record of what the files in the embedded model's folder are."""
 
 log = logging.getLogger(__name__)
 

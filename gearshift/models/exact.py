@@ -39,7 +39,7 @@ def named(model: PreTrainedModel) -> str:
 
 
 def context_length(config: Any) -> int | None:
-    """The most tokens that a config says the model reads; None where it says nothing."""
+    """The greatest number of tokens that the model reads by its config; None if it gives none."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 

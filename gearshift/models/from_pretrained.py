@@ -76,18 +76,18 @@ def model_of(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model, told = from_pretrained(
+            model, report = from_pretrained(
                 auto, name, trust_remote_code, config=settings, dtype=dtype,
                 attn_implementation=attention, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except ModelError:
         if folder and weights:
-            check_experts(folder, weights, even=True)  # which says what is wrong in better words
+            check_experts(folder, weights, even=True)  # with a clearer error
         raise
     if weights is None:  # the hub's files are here now
         weights = saved_weights(files_of_model(name) or Path(name))
-    return model, check_loaded(name, model, told, weights, fresh_head)
+    return model, check_loaded(name, model, report, weights, fresh_head)
 
 
 def from_pretrained(auto: Any, name: str, trust_remote_code: bool, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def from_pretrained(auto: Any, name: str, trust_remote_code: bool, **kwargs: Any
 
 @contextmanager
 def loading(name: str, what: str = "Model") -> Iterator[None]:
-    """Quiet; and what a library cannot do is a `ModelError`."""
+    """Inside, the library logs nothing, and its errors become a `ModelError`."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
@@ -120,7 +120,7 @@ def loading(name: str, what: str = "Model") -> Iterator[None]:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Inside, the library shows no progress of its own; after it, it does again if it did."""
+    """Inside, the library shows no progress of its own."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -131,7 +131,7 @@ def without_bars() -> Iterator[None]:
 
 
 def said(error: Exception) -> str:
-    """What a library says, in one line."""
+    """A library's error, in one line."""
     if isinstance(error, KeyError) and error.args == (ATTENTION,):
         return NO_INTERFACE
     line = one_line(str(error), 250)

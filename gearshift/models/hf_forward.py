@@ -12,11 +12,9 @@ from gearshift.models.attention import Layout, PackedLayout, require_attention
 from gearshift.models.describe import trunk_of
 
 
-def hidden_states(
-    model: PreTrainedModel, batch: PackedBatch, layout: Layout | None = None
-) -> Tensor:
-    """[T, H] last hidden states of the packed tokens; no padding, nothing crosses sequences.
-    `layout`: the attention, where it is not simply the batch's.
+def hf_hidden(model: PreTrainedModel, batch: PackedBatch, layout: Layout | None = None) -> Tensor:
+    """[T, H] last hidden states of the packed tokens. There is no padding, and no token sees
+    another sequence. `layout` is the attention, where it is another one than the batch's.
     """
     require_attention(model)
     out = trunk_of(model)(

@@ -1,7 +1,5 @@
-"""A described architecture's layers as plain functions over the aliased weights: the same ones in
-both gears, which differ in how attention finds its keys.
-
-Legend: T tokens, C hidden, H query heads, K key heads, D head size.
+"""A described architecture's layers as plain functions over the aliased weights. Both gears run
+them; they differ in how attention finds its keys.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ Angles = list[tuple[Tensor, Tensor]]
 
 
 class Attention(Protocol):
-    """What a gear makes of a layer's queries, keys and values."""
+    """A gear's attention over a layer's queries, keys and values."""
 
     def __call__(
         self,
@@ -34,19 +32,19 @@ class Attention(Protocol):
         rotary: tuple[Tensor, Tensor] | None,
         options: AttentionOptions,
     ) -> Tensor:
-        """[T, H + 2K, D], not yet rotated -> [T, H, D]."""
+        """[T, Q + 2K, D], not yet rotated -> [T, Q, D]."""
         ...
 
 
-def packed_states(
+def described_hidden(
     plan: Plan,
     weights: AliasedWeights,
     kernels: Kernels,
     batch: PackedBatch,
     recompute: bool = False,
 ) -> Tensor:
-    """[T, C] last hidden states of a packed batch, with gradients if they are enabled: what
-    `hf_forward.hidden_states` computes through Hugging Face's modules, without dropout. For
+    """[T, H] last hidden states of a packed batch, with gradients if they are enabled: what
+    `hf_hidden` computes through Hugging Face's modules, without dropout. For
     `recompute` see `layers`.
     """
     layout, K = PackedLayout(batch), plan.kv_heads
@@ -66,7 +64,9 @@ def packed_states(
 
 
 def embed(plan: Plan, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Angles]:
-    """[T, C], the residual stream's beginning, and each rotary embedding's (cos, sin)."""
+    """The embeddings [T, H], where the residual stream begins, and each rotary embedding's (cos,
+    sin).
+    """
     x = plan.embed(input_ids, positions)
     return x, [_angles(rotary(x, positions[None])) for rotary in plan.rotary]
 
@@ -82,7 +82,7 @@ def layers(
     recompute: bool = False,
     multiply: Linear = F.linear,
 ) -> Tensor:
-    """[T, C] -> [T, C] last states, or those of the tokens `wanted` [B]. Without a graph, `x` may
+    """[T, H] -> [T, H] last states, or those of the tokens `wanted` [B]. Without a graph, `x` may
     be overwritten. `recompute` keeps a layer's input only, and computes the layer again in the
     backward pass. For `multiply` see `FusedLinear`.
     """

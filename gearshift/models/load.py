@@ -150,10 +150,10 @@ def load_classifier(
     config: ModelConfig, name: str | None = None, of_tokens: bool = False, fresh_head: bool = False
 ) -> PreTrainedModel:
     """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder;
-    `of_tokens`: a token classifier with one (a process reward model).
+    with `of_tokens` a token classifier with one label (a process reward model).
 
-    Raises `ModelError` for one without a trained score head; with `fresh_head`, for the training of
-    one, it gets one that is drawn from a fixed seed.
+    Raises `ModelError` for a model without a trained score head; with `fresh_head` it gets a head
+    that is drawn from a fixed seed, to be trained.
     """
     name = name or config.name
     check_made(name)
@@ -239,9 +239,9 @@ def writes_text(config: ModelConfig, name: str) -> bool:
 def load_tokenizer(
     config: ModelConfig, name: str | None = None, of_policy: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token (the end token where it has none). One of an encoder,
-    which knows no chats, gets a template that sets messages apart. `of_policy`: its chats have the
-    config's arguments. Raises `ConfigError` if its template does not read one.
+    """The model's tokenizer, with a pad token (the end token where it has none). An encoder's,
+    which has no chat template, gets one that sets messages apart. `of_policy`: its chats have the
+    config's arguments. Raises `ConfigError` if its template does not read one of them.
     """
     name = name or config.name
     check_made(name)
@@ -265,7 +265,7 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
         )
     except ModelError:
         if here:
-            check_tokenizer_files(here)  # which says what is wrong in better words
+            check_tokenizer_files(here)  # with a clearer error
         raise
     named = tokenizer.vocab_files_names
     words = [named[key] for key in ("vocab_file", "merges_file") if key in named]
@@ -318,7 +318,7 @@ def save_model(
 
 
 def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
-    """What is loaded of the model that an adapter was trained on."""
+    """`load` of the model that an adapter was trained on."""
     base = base_of(adapter)
     if Path(base).name == EMBEDDED_FOLDER and not is_folder(base):  # another machine's cache
         base = EMBEDDED

@@ -1,7 +1,5 @@
 """The one way to compute a log-probability: head, log-softmax, gather and entropy, fused in chunks
 of rows.
-
-Legend: M scored tokens, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -15,16 +13,16 @@ from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.specs import Head
 
 _CHUNK_BYTES = 2**27
-"""Of the logits that live at once."""
+"""Bytes of the logits that exist at once."""
 
 
 class TokenScores(NamedTuple):
-    """What a model says of each scored token of a batch, in nats."""
+    """What a model computes of each scored token of a batch, in nats."""
 
     logprobs: Tensor
     """[M] float32: log p(token)."""
     entropy: Tensor
-    """[M] float32: of the distribution that the token was drawn from."""
+    """[M] float32: the entropy of the distribution that the token was sampled from."""
     values: Tensor | None = None
     """[M] float32: the value of the state before the token, where a value head was given."""
 

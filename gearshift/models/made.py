@@ -55,7 +55,7 @@ def made_of(name: str) -> Digests:
         return {}
     source = Path(source_of(name))
     if not os.path.isdir(source):  # also where the name is too long to be one
-        with suppress(ValueError):  # no name of the hub: who loads it says so
+        with suppress(ValueError):  # no name of the hub; loading it is an error that says so
             config = try_to_load_from_cache(name, "config.json")
             return {"commit": Path(config).parent.name} if isinstance(config, str) else {}
         return {}

@@ -31,8 +31,8 @@ from gearshift.models.classifier import (
 from gearshift.models.describe import Plan, described, head_of
 from gearshift.models.exact import Limit
 from gearshift.models.fused import AliasedWeights
-from gearshift.models.hf_forward import has_active_dropout, has_dropout, hidden_states
-from gearshift.models.layers import packed_states
+from gearshift.models.hf_forward import has_active_dropout, has_dropout, hf_hidden
+from gearshift.models.layers import described_hidden
 from gearshift.models.logprobs import TokenScores, token_logprobs
 from gearshift.models.units import make_unit, run_in
 from gearshift.models.vocabulary import vocabulary_size
@@ -95,9 +95,9 @@ class ModelRunner:
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
         if packs:
-            states = None if self.weights is None else self._described
+            hidden = None if self.weights is None else self._described
             written = None if decode is None else lambda tokens: decode(self, tokens)
-            self.limit = check(model, self.plan, states, written, head=self.head is not None)
+            self.limit = check(model, self.plan, hidden, written, head=self.head is not None)
 
     @property
     def form(self) -> Form:
@@ -180,11 +180,11 @@ class ModelRunner:
                 "engine.recompute is built for described architectures without dropout; switch it "
                 "off, or lower micro_batch_tokens to save memory."
             )
-        return hidden_states(self.model, batch)
+        return hf_hidden(self.model, batch)
 
     def _described(self, batch: PackedBatch) -> Tensor:
         assert self.plan is not None and self.weights is not None
-        return packed_states(self.plan, self.weights, self.kernels, batch, self.recompute)
+        return described_hidden(self.plan, self.weights, self.kernels, batch, self.recompute)
 
     def _logprobs(
         self, batch: PackedBatch, temperature: float, value_head: nn.Module | None

@@ -1,5 +1,5 @@
-"""Whether the files of a saved model are whole and of its config, told by file and name: a library
-fills what is missing with random numbers, and lets go of what it does not know.
+"""Whether the weights of a saved model are whole and fit its config. An error names the file and
+the weight: a library fills what is missing with random numbers, and drops what it does not know.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ _CONSTANTS = re.compile(
 
 
 class Saved(NamedTuple):
-    """Of a tensor in a file."""
+    """Shape and type of a tensor in a file."""
 
     shape: tuple[int, ...]
     kind: str
 
 
 def saved_weights(folder: Path) -> dict[str, Saved]:
-    """What the files say of each tensor. Raises `ModelError` for one that is torn, missing, not
-    where the index says, or there twice.
+    """Shape and type of each tensor in the files. Raises `ModelError` for one that is torn,
+    missing, not where the index has it, or there twice.
     """
     if (folder / WEIGHTS).exists():
         weights = tensors_in(folder / WEIGHTS)
     elif (folder / INDEX).exists():
         weights = _indexed(folder)
     else:
-        _tell_what_is_there(folder)
+        _refuse_other_kinds(folder)
     check_experts(folder, weights)
     return check_kinds(folder, weights)
 
@@ -75,7 +75,7 @@ def check_kinds(
 
 
 def tensors_in(path: Path) -> dict[str, Saved]:
-    """What a safetensors file says of each tensor."""
+    """Shape and type of each tensor in a safetensors file."""
     try:
         if not path.is_file():
             raise OSError("it is no file")
@@ -90,7 +90,7 @@ def tensors_in(path: Path) -> dict[str, Saved]:
 
 
 def _indexed(folder: Path) -> dict[str, Saved]:
-    """Of all files that the index names."""
+    """The tensors of all files that the index names."""
     index = folder / INDEX
     places = settings_in(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
@@ -115,7 +115,7 @@ def _indexed(folder: Path) -> dict[str, Saved]:
     return weights
 
 
-def _tell_what_is_there(folder: Path) -> NoReturn:
+def _refuse_other_kinds(folder: Path) -> NoReturn:
     for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"):
         if found := next(folder.glob(pattern), None):
             refuse(
@@ -173,16 +173,16 @@ def check_layers(folder: Path, weights: dict[str, Saved]) -> None:
 def check_loaded(
     name: str,
     model: PreTrainedModel,
-    told: dict[str, Any],
+    report: dict[str, Any],
     weights: dict[str, Saved],
     fresh_head: bool = False,
 ) -> set[str]:
     """Raises `ModelError` by name for what the files lack, have too much, or in another shape.
-    `told`: what `from_pretrained` says. `fresh_head`: what lies above the states may be missing;
+    `report` is `from_pretrained`'s. `fresh_head`: what lies above the states may be missing;
     returns what of it is.
     """
-    missing = set(told["missing_keys"])
-    unexpected = {key for key in told["unexpected_keys"] if not _CONSTANTS.search(key)}
+    missing = set(report["missing_keys"])
+    unexpected = {key for key in report["unexpected_keys"] if not _CONSTANTS.search(key)}
     fresh = set()
     if fresh_head:
         trunk = model.base_model_prefix
@@ -201,7 +201,7 @@ def check_loaded(
             f"Model {name!r} has no weights for {listed(missing)}; they would be random: give a "
             f"whole {'language model' if model.get_output_embeddings() is not None else 'model'}."
         )
-    if wrong := told["mismatched_keys"]:
+    if wrong := report["mismatched_keys"]:
         key, has, needs = min(wrong)
         if model.get_output_embeddings() is None and needs[0] == 1 and has[1:] == needs[1:]:
             raise ModelError(

@@ -1,5 +1,5 @@
-"""Whether a model and a tokenizer speak of the same tokens. What lies outside the embedding is told
-when they meet: later it would be an index error, on a GPU one that ends the process.
+"""Whether a model and a tokenizer have the same tokens. A token outside the embedding is refused
+when the two are opened: later it would be an index error, which on a GPU ends the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gearshift.errors import ConfigError, ModelError
 
 
 class Policy(Protocol):
-    """Of an engine, what its tokens are."""
+    """A policy's tokens; an engine has them."""
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int

@@ -27,7 +27,7 @@ from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.models.vocabulary import check_vocabulary, vocabulary_size
 from gearshift.pipeline.stages import load_reference, load_value_model
-from gearshift.trainers.rl.loop import RLConfig
+from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.types import SamplingParams
 
 
@@ -140,14 +140,19 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
     assert isinstance(model.config, LlamaConfig)
 
 
-@pytest.mark.parametrize("key", ["critic", "reference"])
+@pytest.mark.parametrize("key", ["value.init_from", "kl.reference"])
 def test_who_is_shown_the_policys_tokens_must_know_them(tmp_path: Path, key: str) -> None:
     engine = Engine(tiny_model(), tiny_tokenizer())
-    run: Any = SimpleNamespace(recipe=SimpleNamespace(model=ModelConfig()), folder=tmp_path)
+    recipe = SimpleNamespace(model=ModelConfig())
+    run: Any = SimpleNamespace(
+        recipe=recipe, folder=tmp_path, show_form=lambda role, runner: runner
+    )
 
     def load() -> None:
-        if key == "critic":
-            load_value_model(RLConfig(critic=str(tmp_path)), run, engine, None)
+        if key == "value.init_from":
+            load_value_model(
+                CriticConfig(kind="critic", init_from=str(tmp_path)), run, engine, None
+            )
         else:
             load_reference(run, engine, None, str(tmp_path))
 
@@ -158,7 +163,7 @@ def test_who_is_shown_the_policys_tokens_must_know_them(tmp_path: Path, key: str
     words = saved["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    with pytest.raises(ConfigError, match=f"rl.*{key}.*at another place"):
+    with pytest.raises(ConfigError, match=rf"rl\.{key}.*at another place"):
         load()
     tiny_tokenizer().save_pretrained(tmp_path)
     tiny_model(vocab_size=100).save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ MUTATIONS = (
     Mutation(
         "weights that a folder lacks are drawn at random",
         "models/saved_weights.py",
-        '    missing = set(told["missing_keys"])',
+        '    missing = set(report["missing_keys"])',
         "    missing = set()",
         "tests/models/test_saved.py::test_one_task_is_not_another",
     ),
@@ -20,8 +20,8 @@ MUTATIONS = (
     Mutation(
         "a weight of another shape is drawn at random",
         "models/saved_weights.py",
-        '    if wrong := told["mismatched_keys"]:',
-        '    if wrong := list(told["mismatched_keys"])[:0]:',
+        '    if wrong := report["mismatched_keys"]:',
+        '    if wrong := list(report["mismatched_keys"])[:0]:',
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
     ),
     Mutation(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gearshift.batch import PackedBatch
 from gearshift.data.chat import render_prompt
 from gearshift.engine import Engine
-from gearshift.models.hf_forward import hidden_states
+from gearshift.models.hf_forward import hf_hidden
 from gearshift.models.load import load_policy
 from gearshift.trainers.rl import presets
 from gearshift.trainers.rl.config import RLConfig
@@ -51,7 +51,7 @@ def probabilities(engine: Engine, model: PreTrainedModel | None = None) -> torch
     )
     model = model or engine.model
     with torch.no_grad():
-        last = hidden_states(model, batch)[-1]
+        last = hf_hidden(model, batch)[-1]
         return model.get_output_embeddings()(last).float().softmax(-1)
 
 
