@@ -131,6 +131,25 @@ def _sampled(seed: int, rows: int) -> Sequence[Row]:
     ]
 
 
+def _split_languages(
+    config: VoiceConfig, seed: int, languages: Sequence[str]
+) -> tuple[dict[str, dict[str, list[Template]]], dict[tuple[str, str], Grammar]]:
+    """(each language's templates by split, and for a language's held-out split the parser of all
+    templates but its own).
+    """
+    splits: dict[str, dict[str, list[Template]]] = {}
+    foreign: dict[tuple[str, str], Grammar] = {}
+    for language in languages:
+        training, heldout = split_templates(config.heldout_fraction, seed, language)
+        halves = dict(zip(HELDOUT, halve_templates(heldout, seed, language), strict=True))
+        splits[language] = {"train": training, **halves}
+        for split, templates in halves.items():
+            mine = {t.text for t in templates}
+            others = {t.text for t in (*training, *heldout)} - mine
+            foreign[language, split] = Grammar(others.__contains__, language)
+    return splits, foreign
+
+
 def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     """Write the task's files into `folder`, the same for the same seed; returns them by name.
 
@@ -153,16 +172,7 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     """
     languages = tuple(dict.fromkeys(config.languages))
     used: set[str] = set()
-    splits: dict[str, dict[str, list[Template]]] = {}
-    foreign: dict[tuple[str, str], Grammar] = {}
-    for language in languages:
-        training, heldout = split_templates(config.heldout_fraction, seed, language)
-        halves = dict(zip(HELDOUT, halve_templates(heldout, seed, language), strict=True))
-        splits[language] = {"train": training, **halves}
-        for split, templates in halves.items():
-            mine = {t.text for t in templates}
-            others = {t.text for t in (*training, *heldout)} - mine
-            foreign[language, split] = Grammar(others.__contains__, language)
+    splits, foreign = _split_languages(config, seed, languages)
 
     def take(name: str, split: str = "train") -> list[Draw]:
         """The languages' requests in turn."""
