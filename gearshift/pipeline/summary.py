@@ -13,7 +13,7 @@ from gearshift.pipeline.recipe import STAGES, Recipe
 from gearshift.pipeline.records import comparisons, records
 from gearshift.pipeline.report import write_report
 from gearshift.runtime.digests import read_sealed
-from gearshift.runtime.files import write_json
+from gearshift.runtime.files import json_bytes, write_json
 from gearshift.runtime.metrics import read_metrics
 
 
@@ -47,7 +47,10 @@ def summarise(folder: Path, recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model.name,
         "stages": done,
     }
-    write_json(folder / "summary.json", summary)
+    path, report = folder / "summary.json", folder / "report.html"
+    if report.exists() and path.exists() and path.read_bytes() == json_bytes(summary):
+        return summary  # the report is of the same records
+    write_json(path, summary)
     write_report(
         folder,
         title=folder.name,

@@ -45,11 +45,11 @@ def freed_memory_kept() -> Iterator[None]:
         yield
     finally:
         if kept:
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_MAX, 65536)
-            mallopt(_M_TRIM_THRESHOLD, 128 << 10)
-            mallopt(_M_TOP_PAD, 128 << 10)
-            give_back_freed_memory()
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_MAX, 65536)
+            library.mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+            library.mallopt(_M_TOP_PAD, 128 << 10)
+            library.malloc_trim(0)
 
 
 def give_back_freed_memory() -> None:

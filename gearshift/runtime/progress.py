@@ -1,7 +1,7 @@
 """The progress of long work: phase, step, tokens per second, the time left, and a few metrics.
 
-On a terminal it is one live line; elsewhere (a log file, CI) it is a plain line now and then. This
-file knows no trainer.
+On a terminal and in a notebook it is one live line; elsewhere (a log file, CI) it is a plain line
+now and then. This file knows no trainer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 from datetime import timedelta
 from time import monotonic
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 
 from gearshift.runtime.terminal import is_quiet, one_line
 
-_PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS, _CELL_SECONDS = 10.0, 0.25
 _WINDOW = 20
 
 
@@ -49,9 +49,13 @@ class Progress:
         self._marks = deque([(monotonic(), done, 0)], maxlen=_WINDOW)
         self._printed = monotonic()
         self._bar: Bar | None = None
+        self._cell: Any = None
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal and Progress._live is None:
+        if self._console.is_jupyter:
+            if Progress._live is None and not self._console.quiet:
+                Progress._live, self._cell = self, _cell_line(self._text())
+        elif self._console.is_terminal and Progress._live is None:
             Progress._live = self
             self._bar = Bar(
                 SpinnerColumn(),
@@ -77,6 +81,7 @@ class Progress:
         self._show(last=True)
         if self._bar:
             self._bar.stop()
+        if Progress._live is self:
             Progress._live = None
 
     def phase(self, name: str) -> None:
@@ -105,10 +110,25 @@ class Progress:
         parts += [f"{one_line(name)} {value:.3g}" for name, value in self._figures.items()]
         return "  ".join(filter(None, parts))
 
+    def _text(self) -> str:
+        return f"{self.description}  {self.line()}"
+
     def _show(self, last: bool = False) -> None:
+        seconds = _CELL_SECONDS if self._cell else _PLAIN_SECONDS
         if self._bar:
             self._bar.update(self._task, completed=self.done, line=self.line(), refresh=last)
-        elif last or monotonic() - self._printed >= _PLAIN_SECONDS:
+        elif last or monotonic() - self._printed >= seconds:
             self._printed = monotonic()
-            text = f"{self.description}  {self.line()}"
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if self._cell:
+                self._cell.update({"text/plain": self._text()}, raw=True)
+            else:
+                self._console.print(self._text(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell_line(text: str) -> Any:
+    """A line in the output of a notebook's cell that can be written over: rich needs ipywidgets for
+    that, which not every notebook has.
+    """
+    from IPython.display import display
+
+    return display({"text/plain": text}, raw=True, display_id=True)

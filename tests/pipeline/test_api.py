@@ -333,3 +333,29 @@ def test_several_rewards_have_weights(tmp_path: Path) -> None:
     assert "rewards/given:capital/mean" in result.metrics[0]
     with pytest.raises(ConfigError, match="2 reward_weights for 1 rewards"):
         gearshift.train_rl("tiny", PROMPTS, short, reward_weights=[1, 2])
+
+
+def test_a_finished_run_is_returned_as_it_is(tmp_path: Path) -> None:
+    call = {"epochs": 1, "output": tmp_path / "run", "verbose": False, **TINY}
+    first = gearshift.train_sft("tiny", CHATS, **call)
+    report = first.folder / "report.html"
+    before = report.stat().st_mtime_ns
+    assert gearshift.train_sft("tiny", CHATS, **call) == first
+    assert report.stat().st_mtime_ns == before
+    report.unlink()
+    gearshift.train_sft("tiny", CHATS, **call)
+    assert report.exists()
+
+
+def test_the_engine_answers_inside_a_running_loop() -> None:
+    async def cell() -> list[str]:
+        engine = gearshift.load("tiny", **TINY)
+        with engine.generating():
+            tokens = list(engine.stream([5, 6, 7], gearshift.SamplingParams(max_new_tokens=3)))
+        assert len(tokens) == 3
+        return gearshift.generate(engine, "hello", temperature=0, max_new_tokens=4)
+
+    engine = gearshift.load("tiny", **TINY)
+    assert asyncio.run(cell()) == gearshift.generate(
+        engine, "hello", temperature=0, max_new_tokens=4
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -81,3 +82,27 @@ def test_on_a_terminal_one_live_bar(clock: SimpleNamespace) -> None:
     with pytest.raises(ZeroDivisionError), Progress(3, "rl", console=console):
         _ = 1 / 0
     assert Progress._live is None
+
+
+def test_a_notebook_has_one_line_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Handle:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            said.append(data["text/plain"])
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        said.append(data["text/plain"])
+        return Handle()
+
+    module = ModuleType("IPython.display")
+    monkeypatch.setattr(module, "display", display, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    with Progress(2, "sft", console=Console(force_jupyter=True)) as progress:
+        progress.advance(2, loss=0.5)
+    assert said[0].startswith("sft  0/2") and said[-1].startswith("sft  2/2")
+    said.clear()
+    with Progress(2, "sft", console=Console(force_jupyter=True, quiet=True)) as progress:
+        progress.advance(2)
+    assert not said
