@@ -132,4 +132,18 @@ MUTATIONS = (
         "            if False:\n",
         "tests/trainers/test_update.py -k bf16",
     ),
+    Mutation(
+        "a critic that no advantage asks for is loaded",
+        "trainers/rl/config.py",
+        "if advantage.name not in NEEDS_VALUES:",
+        "if False:",
+        "tests/trainers/test_rl_config.py -k refused",
+    ),
+    Mutation(
+        "a section of another kind keeps the file's keys",
+        "runtime/config.py",
+        "    if not switched:\n",
+        "    if True:\n",
+        "tests/trainers/test_rl_config.py -k anew",
+    ),
 )

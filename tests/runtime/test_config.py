@@ -139,6 +139,14 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         load(Recipe, path, [])
 
 
+def test_an_override_of_the_kind_begins_the_section_anew(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "model: m\ntask: {name: game, turns: 5}")
+    assert load(Recipe, path, ["task.language=de", "task.name=talk"]).task == Talk(language="de")
+    assert load(Recipe, path, ["task.name=game"]).task == Game(turns=5)
+    with pytest.raises(ConfigError, match=r"`task.turns`; talk has no turns, game has; the keys"):
+        load(Recipe, path, ["task.name=talk", "task.turns=2"])
+
+
 def test_overrides_win_over_the_file_and_reach_into_lists(tmp_path: Path) -> None:
     path = recipe(tmp_path, "model: m\noptimizer:\nrewards:\n- name: a\n- name: b\n")
     given = ["optimizer.lr=1e-4", "rewards.1.weight=0.5", "second.low=1", "model=x=y", "steps=9"]

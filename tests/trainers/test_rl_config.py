@@ -1,0 +1,102 @@
+"""The section `rl`: a method has the keys that it reads and no others, presets stand under what is
+said, and another kind of section begins anew.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gearshift.errors import ConfigError
+from gearshift.pipeline.recipe import Recipe
+from gearshift.runtime.config import load
+from gearshift.trainers.rl import presets
+from gearshift.trainers.rl.config import RLConfig
+from gearshift.trainers.rl.methods import CriticConfig, GSPOLoss, PPOClipLoss
+
+REFUSED = [
+    (["algorithm=grpo", "rl.advantage.lam=0.9"], "`rl.advantage.lam`; grpo has no lam, gae has;"),
+    (["algorithm=rloo", "rl.loss.clip_high=0.3"], "`rl.loss.clip_high`; reinforce has no clip_hi"),
+    (["algorithm=gspo", "rl.loss.dual_clip=3"], "gspo has no dual_clip, ppo_clip has;"),
+    (["rl.value.init_from=reward"], "head has no init_from, critic has;"),
+    (["algorithm=grpo", "rl.value.kind=critic"], "`rl.value`: the advantage grpo uses no values;"),
+    (["algorithm=ppo", "rl.advantage.name=rloo", "rl.value.warmup=2"], "`rl.value`: the advantage"),
+    (["algorithm=grpo", "rl.rollout.group_size=1"], "`rl.advantage`: grpo compares completions"),
+    (["rl.rollout={group_size: 1, replace_zero_std: 1}"], "`rl.rollout.replace_zero_std`: rewards"),
+    (["rl.kl.ratio=true"], "`rl.kl.ratio`: it multiplies a KL in the loss;"),
+    (["rl.kl={beta: 0, target: 6}"], "`rl.kl.target`: beta is 0"),
+    (["rl.kl={beta: 0, reference: teacher}"], "`rl.kl.reference`: beta is 0"),
+    (["rl.kl.horizon=100"], "`rl.kl.horizon`: only a target adapts beta;"),
+    (["rl.importance.cap=3"], "`rl.importance.mode` is missing"),
+    (["rl.sft_mix.weight=0.1"], "rl.sft_mix.data.sources is empty"),
+    (["algorithm=grpo", "rl.algorithm=rloo"], "algorithm is grpo and rl.algorithm is rloo"),
+    (["rl.advantage=grpo"], "`rl.advantage` is \"grpo\"; it should be a section"),
+    (["rl.loss.name=gpso"], '`rl.loss.name` is "gpso"; did you mean gspo?'),
+]  # fmt: skip
+MEANT = [
+    ("rl.lam", "`rl.advantage.lam`"), ("rl.prompts", "`rl.rollout.prompts`"),
+    ("rl.max_new_tokens", "`rl.rollout.max_new_tokens`"), ("rl.whiten", "`rl.advantage.whiten`"),
+    ("rl.optimizer.lr", "`rl.value.optimizer` or `rl.update.optimizer`"),
+    ("rl.value_optimizer.lr", "`rl.value.optimizer`"), ("rl.value_clip", "`rl.value.clip`"),
+    ("rl.episode_timeout", "`rl.rollout.timeout` or `rl.rewards.0.timeout`"),
+    ("rl.missing_end_penalty", "`rl.shaping.missing_eos_penalty`"), ("rl.stepz", "`rl.steps`"),
+    ("rl.truncated", "`rl.shaping.mask_truncated_completions`"), ("rl.ema", "`rl.update.ema`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=lambda v: " ".join(v)[:60])
+def test_what_is_set_and_not_used_is_refused_by_name(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(Recipe, None, words)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("key", "meant"), MEANT)
+def test_an_unknown_key_is_told_where_it_belongs(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(Recipe, None, [f"{key}=1"])
+    assert f"did you mean {meant}?" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", presets.RL)
+def test_a_preset_is_the_same_from_python_and_in_a_recipe(name: Any) -> None:
+    recipe = Recipe.model_validate({"algorithm": name})
+    assert RLConfig(algorithm=name) == recipe.rl
+    assert RLConfig.model_validate({"algorithm": name}) == recipe.rl
+    assert Recipe.model_validate({"rl": {"algorithm": name}}) == recipe
+
+
+def test_what_is_said_stands_over_the_preset() -> None:
+    config = RLConfig(algorithm="ppo", loss={"clip_high": 0.3}, value={"init_from": "reward"})
+    assert config.loss == PPOClipLoss(clip_high=0.3) and config.shaping.clip == 5.0
+    assert isinstance(config.value, CriticConfig) and config.value.optimizer.lr == 5e-6
+    other = RLConfig(algorithm="grpo", loss=GSPOLoss())
+    assert other.loss == GSPOLoss(), "a section of another kind has nothing of the preset's"
+    with pytest.raises(ValidationError, match="uses no values"):
+        RLConfig(algorithm="grpo", value=CriticConfig())
+    assert RLConfig(algorithm="ppo", advantage={"name": "rloo"}).value is None
+
+
+def test_another_kind_on_the_command_line_begins_a_section_anew(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "algorithm: ppo\nrl:\n  advantage: {lam: 0.9}\n  loss: {clip_high: 0.3}\n"
+        "  value: {init_from: reward, warmup: 2}\n  rollout: {prompts: 3}\n"
+    )
+
+    def rl(*words: str) -> RLConfig:
+        config = load(Recipe, path, words).rl
+        assert config is not None and config.rollout.prompts == 3
+        return config
+
+    assert rl("rl.advantage.gamma=0.5").advantage.parameters() == {"gamma": 0.5, "lam": 0.9}
+    assert rl("rl.advantage.name=gae").advantage.parameters()["lam"] == 0.9, "it is that already"
+    switched = rl("rl.advantage.name=rloo")
+    assert switched.advantage.parameters() == {} and switched.value is None
+    assert rl("rl.loss.clip_low=3e-4", "rl.loss.name=gspo").loss == GSPOLoss()
+    other = rl("algorithm=grpo")
+    assert (other.advantage.name, other.value) == ("grpo", None)
+    assert other.loss == PPOClipLoss(aggregation="sequence_mean", clip_high=0.3)
+    with pytest.raises(ConfigError, match="rloo has no lam"):
+        rl("rl.advantage.name=rloo", "rl.advantage.lam=0.8")
