@@ -2,39 +2,43 @@
 
 Knows no model and no request. A block is in one of three states: free; in use (references to it
 are counted); or kept, because it holds the keys of a run of tokens that a later prompt may begin
-with. Kept blocks are given up, the longest unused first, when free ones run out. Everything belongs
-to one version of the weights: `forget` makes what another version computed unreachable.
-
-Legend: P positions in a block, K key heads, D head size.
+with. Kept blocks are evicted, the longest unused first, when free ones run out. Everything belongs
+to one version of the weights: `reset_prefix_cache` makes what another version computed unreachable.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from gearshift.errors import CapacityError
 from gearshift.kernels.specs import BLOCK
 
 
 class KVCache:
-    """`[1 + blocks, 2, K, P * D]` for each layer (keys and values of a block lie together),
-    allocated when a layer first writes. Keys lie as [D / 2, P, 2] and values as [P / 2, D, 2], as
-    attention reads them. Block 0 is nobody's: it takes writes that nobody reads.
+    """`[1 + capacity, 2, K, P * D]` for each layer (keys and values of a block lie together), which
+    is allocated once, when the layer first writes, and never moves. Keys lie as [D / 2, P, 2] and
+    values as [P / 2, D, 2], as attention reads them. Block 0 belongs to no sequence: it takes
+    writes that nothing reads.
+
+    On a CPU a block takes memory when it is first written. So that a large capacity costs nothing,
+    `allocate` gives only blocks that were opened.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        """`limit`: blocks that it has at most."""
-        self.blocks, self._limit = 0, limit
-        self.moves = 0
-        """Grows when the layers' stores move."""
+    def __init__(self, capacity: int) -> None:
+        """`capacity`: blocks that there can be."""
+        self.capacity, self.blocks = capacity, 0
+        """Blocks that there can be; blocks that are open."""
         self._layers: dict[int, Tensor] = {}
         self._free: list[int] = []
         self._references = [0]
         # A run of tokens from a prompt's start is (serial of the run before, its last P tokens).
-        # Serials are never used twice, so a run whose beginning was given up cannot be mistaken.
+        # Serials are never used twice, so a run whose beginning was evicted cannot be mistaken.
         self._block_of_run: dict[tuple[int, tuple[int, ...]], int] = {}
         self._run_of_block: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._serial_of_block: dict[int, int] = {}
@@ -42,26 +46,19 @@ class KVCache:
         self._kept: OrderedDict[int, None] = OrderedDict()
 
     def layer(self, index: int, like: Tensor) -> Tensor:
-        """This layer's store; `like` [T, K, D] says of which shape and type, where it is new."""
+        """This layer's store; `like` [T, K, D] gives its type and sizes when it is new."""
         if index not in self._layers:
             _, K, D = like.shape
-            self._layers[index] = torch.zeros(
-                (1 + self.blocks, 2, K, BLOCK * D), dtype=like.dtype, device=like.device
-            )
+            self._layers[index] = _zeros((1 + self.capacity, 2, K, BLOCK * D), like)
         return self._layers[index]
 
-    def grow(self, blocks: int) -> None:
-        """Have at least this many blocks; what is held stays."""
-        blocks = blocks if self._limit is None else min(blocks, self._limit)
-        more = blocks - self.blocks
-        if more <= 0:
-            return
-        for index, store in self._layers.items():
-            self._layers[index] = torch.cat([store, store.new_zeros((more, *store.shape[1:]))])
-        self._free += reversed(range(1 + self.blocks, 1 + blocks))
-        self._references += [0] * more
-        self.blocks = blocks
-        self.moves += 1
+    def open(self, blocks: int) -> None:
+        """Have at least so many blocks open, or all that there can be."""
+        blocks = min(blocks, self.capacity)
+        if blocks > self.blocks:
+            self._free += reversed(range(1 + self.blocks, 1 + blocks))
+            self._references += [0] * (blocks - self.blocks)
+            self.blocks = blocks
 
     @property
     def available(self) -> int:
@@ -71,7 +68,7 @@ class KVCache:
     def allocate(self) -> int:
         """A block with one reference. The caller has made sure that one is `available`."""
         if not self._free:
-            self._unlearn(next(iter(self._kept)))
+            self._evict(next(iter(self._kept)))
         block = self._free.pop()
         self._references[block] = 1
         return block
@@ -84,7 +81,7 @@ class KVCache:
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less on each; the blocks of a sequence in order."""
-        for block in reversed(list(blocks)):  # a run's end is given up before its beginning
+        for block in reversed(list(blocks)):  # a run's end is evicted before its beginning
             self._references[block] -= 1
             if self._references[block] == 0:
                 if block in self._serial_of_block:
@@ -92,7 +89,7 @@ class KVCache:
                 else:
                     self._free.append(block)
 
-    def known(self, token_ids: Sequence[int]) -> list[int]:
+    def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
         """The blocks that hold the longest known beginning, less than all, of these tokens.
 
         They are not shared by this; `share` each that is used.
@@ -107,9 +104,9 @@ class KVCache:
             found.append(block)
         return found
 
-    def learn(self, blocks: Sequence[int], token_ids: Sequence[int]) -> None:
+    def register_prefix(self, blocks: Sequence[int], token_ids: Sequence[int]) -> None:
         """The blocks hold, or in the present forward will hold, the keys of these tokens from a
-        prompt's start; full ones can be found by `known` from now on.
+        prompt's start; `match_prefix` finds full ones from now on.
         """
         serial = 0
         for i, block in enumerate(blocks[: len(token_ids) // BLOCK]):
@@ -124,10 +121,10 @@ class KVCache:
                 self._next_serial += 1
             serial = self._serial_of_block[block]
 
-    def forget(self) -> None:
-        """No run is known any more."""
+    def reset_prefix_cache(self) -> None:
+        """No prefix is known any more."""
         for block in list(self._serial_of_block):
-            self._unlearn(block)
+            self._evict(block)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Blocks `targets` become `sources`."""
@@ -137,12 +134,30 @@ class KVCache:
             ]
 
     def bytes(self) -> int:
-        """Bytes held."""
-        return sum(store.nbytes for store in self._layers.values())
+        """Bytes that it takes: of open blocks on a CPU, of all elsewhere."""
+        return sum(
+            store.nbytes // len(store) * (1 + self.blocks) if store.is_cpu else store.nbytes
+            for store in self._layers.values()
+        )
 
-    def _unlearn(self, block: int) -> None:
+    def _evict(self, block: int) -> None:
         del self._block_of_run[self._run_of_block.pop(block)]
         del self._serial_of_block[block]
         if block in self._kept:
             del self._kept[block]
             self._free.append(block)
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros; on a CPU from the system itself, which gives a page when it is first written."""
+    size = math.prod(shape) * like.itemsize
+    if not like.is_cpu or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise CapacityError(
+            f"The system does not give {size / 2**20:.0f} MiB to each layer of the cache "
+            f"({error.strerror}); lower engine.max_num_seqs or set engine.kv_cache_tokens."
+        ) from None
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)

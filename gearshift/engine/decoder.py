@@ -1,74 +1,48 @@
-"""One forward of the generation gear: tokens at places in, last hidden states out, keys and values
-cached.
+"""Runs what the scheduler has planned: makes the tensors, computes the logits, samples the tokens.
 
-A described architecture runs as plain functions over the aliased buffers; any other through the
-Hugging Face forward, with the same cache and the same attention.
-Legend: T tokens, C hidden, H query heads, K key heads, D head size.
+Decides nothing: which sequences run, and with which blocks, is the plan's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from gearshift.engine.block_cache import KVCache
-from gearshift.errors import ModelError
-from gearshift.kernels.reference import Kernels
-from gearshift.kernels.specs import AttentionMetadata, AttentionOptions
-from gearshift.models.describe import Plan, trunk_of
-from gearshift.models.fused import AliasedWeights
-from gearshift.models.layers import Angles, embed, layers
-from gearshift.models.runner import ModelRunner
+from gearshift.engine.cached_forward import CachedForward
+from gearshift.engine.captured_step import CapturedDecodeStep
+from gearshift.engine.plan import Column, Decode, Plan, Prefill, Sampled
+from gearshift.engine.sampler import adjusts, sample
+from gearshift.engine.sequence import Sequence
+from gearshift.kernels.specs import AttentionMetadata
+from gearshift.runtime.seeding import philox_uniform
+
+_AHEAD = 64
+"""Tokens that uniforms are drawn ahead for: many cost what one does."""
 
 
 class Decoder:
-    """A model in the generation gear: tokens at places in, logits out, keys and values cached."""
+    """Samples tokens for plans, with one cache."""
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        kernels: Kernels,
-        cache: KVCache,
-        max_length: int,
-    ) -> None:
-        """`max_length`: no token stands at this position or beyond."""
-        self.max_length = max_length
-        assert runner.head is not None, "the engine makes sure"
-        self.model, self.plan, self.weights = runner.model, runner.plan, runner.weights
-        self.head = runner.head
-        self.kernels, self.cache = kernels, cache
-        self._steps: dict[tuple[int, int], Step] = {}
-        self._recorded_at = cache.moves
+    def __init__(self, forward: CachedForward) -> None:
+        self.forward, self.kernels = forward, forward.kernels
+        self._device = forward.model.device
+        self._captured: dict[tuple[int, int], CapturedDecodeStep] = {}
 
-    def __call__(self, input_ids: Tensor, places: AttentionMetadata) -> Tensor:
-        """[T] token ids at `places` -> [B, V] logits of the wanted ones."""
-        with self._alone():
-            if self.plan is None or self.weights is None:
-                return self._logits(
-                    hf_forward(self.model, self.kernels, self.cache, input_ids, places)
-                )
-            x, angles = embed(self.plan, input_ids, places.positions)
-            return self._described(self.plan, self.weights, x, angles, places)
+    def run(self, plan: Plan) -> Sampled:
+        """Tokens for the plan's sequences."""
+        return self._prefill(plan) if isinstance(plan, Prefill) else self._decode(plan)
 
-    def _alone(self) -> AbstractContextManager[Any]:
-        """Where tensor operations do more than is exact, they are held to one order."""
-        fine, plan = self.model.dtype == torch.float32, self.plan
-        if self.head.softcap is not None:
-            return self.kernels.batch_invariant()
-        if fine and (plan is None or not all(isinstance(y.act, str) for y in plan.layers)):
-            return self.kernels.batch_invariant()
-        return nullcontext()
+    def forget_captures(self) -> None:
+        """Capture steps anew: something that they read lies elsewhere now."""
+        self._captured.clear()
 
-    def steps(
+    def decode_steps(
         self,
         input_ids: Tensor,
         positions: Tensor,
-        table: Tensor,
+        block_tables: Tensor,
         temperature: Tensor,
         uniforms: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,16 +53,15 @@ class Decoder:
         Returns the last step's [B, V] logits, good until the next call, [S, B] tokens and their
         log-probs; see `Kernels.sample`.
         """
-        if self._recorded_at != self.cache.moves:
-            self.forget()
-        B, width = table.shape
+        B, width = block_tables.shape
         rows = self.kernels.padded_rows(B)
-        # The last column is nobody's block: a row that has ended writes there.
+        # The last column is block 0, which belongs to no sequence: a row that has ended writes
+        # there.
         columns = -(-(width + 1) // 8) * 8
-        step = self._steps.get((rows, columns))
+        step = self._captured.get((rows, columns))
         if step is None:
-            step = self._steps[rows, columns] = Step(self, rows, columns)
-        step.fill(input_ids, positions, table, temperature)
+            step = self._captured[rows, columns] = CapturedDecodeStep(self.forward, rows, columns)
+        step.fill(input_ids, positions, block_tables, temperature)
         tokens, logprobs = [], []
         for uniforms_B in uniforms:
             step.uniforms[:B] = uniforms_B
@@ -97,155 +70,87 @@ class Decoder:
             logprobs.append(step.logprobs[:B].clone())
         return logits[:B], torch.stack(tokens), torch.stack(logprobs)
 
-    def forget(self) -> None:
-        """Record anew: something that steps read is elsewhere now."""
-        self._steps.clear()
-        self._recorded_at = self.cache.moves
-
-    def _described(
-        self,
-        plan: Plan,
-        weights: AliasedWeights,
-        x: Tensor,
-        angles: Angles,
-        places: AttentionMetadata,
-    ) -> Tensor:
-        def attention(
-            layer: int,
-            qkv: Tensor,
-            rotary: tuple[Tensor, Tensor] | None,
-            options: AttentionOptions,
-        ) -> Tensor:
-            store = self.cache.layer(layer, qkv[:, : plan.kv_heads])
-            query = self.kernels.apply_rotary_and_write(qkv, rotary, store, places)
-            return self.kernels.attend(query, store, places, options)
-
-        multiply, wanted = self.kernels.linear, places.logits_indices
-        hidden = layers(
-            plan, weights, self.kernels, x, angles, attention, wanted, multiply=multiply
+    def _decode(self, plan: Decode) -> Sampled:
+        live = plan.sequences
+        newest = torch.tensor([(s.token_ids[-1], s.length - 1) for s in live]).T.to(self._device)
+        temperature = torch.tensor([s.params.temperature for s in live]).to(self._device)
+        uniforms = self._uniforms(live, plan.steps)
+        logits, tokens, logprobs = self.decode_steps(
+            newest[0], newest[1], self._block_tables(live), temperature, uniforms
         )
-        return self._logits(hidden)
+        if any(adjusts(s.params) for s in live):
+            return self._sample(live, logits, uniforms[0])
+        columns = tokens.tolist(), logprobs.tolist(), logprobs.tolist()
+        return Sampled([*zip(*columns, strict=True)])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if self.weights is None:
-            return self.head.shaped(self.head.linear(hidden))
-        return self.head.shaped(self.weights.head(hidden, self.kernels.linear))
-
-
-class Step:
-    """One step of so many rows, over tensors that stay where they are: recorded once, then called.
-
-    The tokens that it draws are the next step's input.
-    """
-
-    def __init__(self, decoder: Decoder, rows: int, columns: int) -> None:
-        device = decoder.model.device
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.ids)
-        self.table = torch.zeros((rows, columns), dtype=torch.int64, device=device)
-        self.temperature = torch.ones(rows, device=device)
-        self.uniforms = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
-        self.logprobs = torch.zeros(rows, device=device)
-        self._places = AttentionMetadata(
-            torch.arange(rows, device=device), self.positions, self.table
+    def _prefill(self, plan: Prefill) -> Sampled:
+        leaders = [group[0] for group in plan.groups]
+        ids = [
+            torch.tensor(leader.tokens[cached:])
+            for leader, cached in zip(leaders, plan.cached, strict=True)
+        ]
+        counts = torch.tensor([len(new) for new in ids])
+        rows = torch.repeat_interleave(torch.arange(len(ids)), counts)
+        positions = torch.cat(
+            [
+                torch.arange(cached, cached + len(new))
+                for new, cached in zip(ids, plan.cached, strict=True)
+            ]
         )
-        self._decoder = decoder
-        self._run: Callable[[], Tensor] | None = None
+        metadata = AttentionMetadata(
+            rows.to(self._device),
+            positions.to(self._device),
+            self._block_tables(leaders),
+            (counts.cumsum(0) - 1).to(self._device),
+        )
+        logits = self.forward(torch.cat(ids).to(self._device), metadata)
+        if plan.copies:
+            sources, targets = zip(*plan.copies, strict=True)
+            self.forward.cache.copy(sources, targets)
+        sizes = torch.tensor([len(group) for group in plan.groups])
+        logits = logits.repeat_interleave(sizes.to(self._device), 0)
+        return self._sample(plan.sequences, logits, self._uniforms(plan.sequences, 1)[0])
 
-    def fill(
-        self, input_ids: Tensor, positions: Tensor, table: Tensor, temperature: Tensor
-    ) -> None:
-        """The rows' newest tokens; rows beyond them are nobody's."""
-        B, width = table.shape
-        self.ids[:B] = input_ids
-        self.positions[:B] = positions - 1  # a step begins by going one on
-        self.positions[B:] = -1
-        self.table.zero_()
-        self.table[:B, :width] = table
-        self.temperature[:B] = temperature
+    def _sample(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Sampled:
+        """One token for each of the sequences. If that fails, each is tried alone, and only those
+        that fail alone have failed.
+        """
+        try:
+            return Sampled([self._drawn(sequences, logits, uniforms)])
+        except Exception as error:
+            if len(sequences) == 1:
+                return Sampled([([0], [0.0], [0.0])], {0: error})
+        alone = [
+            self._sample([sequence], logits[i : i + 1], uniforms[i : i + 1])
+            for i, sequence in enumerate(sequences)
+        ]
+        rows = [[values[0] for values in one.columns[0]] for one in alone]
+        tokens, logprobs, drawn_logprobs = map(list, zip(*rows, strict=True))
+        failed = {i: one.failed[0] for i, one in enumerate(alone) if one.failed}
+        return Sampled([(tokens, logprobs, drawn_logprobs)], failed)
 
-    def run(self) -> Tensor:
-        """The logits; `ids` and `logprobs` are then those of the tokens drawn."""
-        if self._run is None:
-            self._run = self._record()
-        return self._run()
+    def _drawn(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Column:
+        draw, params = self.kernels.sample, [s.params for s in sequences]
+        with self.kernels.batch_invariant() if any(map(adjusts, params)) else nullcontext():
+            columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
+        tokens, logprobs, drawn_logprobs = (column.tolist() for column in columns)
+        return tokens, logprobs, drawn_logprobs
 
-    def _record(self) -> Callable[[], Tensor]:
-        decoder, places = self._decoder, self._places
-        plan, weights = decoder.plan, decoder.weights
+    def _uniforms(self, sequences: list[Sequence], steps: int) -> Tensor:
+        """[steps, B] float64: each sequence's numbers for its next tokens."""
+        short = [s for s in sequences if len(s.uniforms) < len(s.token_ids) + steps]
+        if short:
+            keys = torch.tensor([[s.seed, s.request_id, s.sample_index] for s in short])
+            seeds, requests, samples = keys.T[:, :, None]
+            positions = torch.tensor([[len(s.uniforms)] for s in short]) + torch.arange(_AHEAD)
+            drawn = philox_uniform(seeds, requests, samples, positions).tolist()
+            for sequence, more in zip(short, drawn, strict=True):
+                sequence.uniforms += more
+        ahead = [s.uniforms[len(s.token_ids) :][:steps] for s in sequences]
+        return torch.tensor(ahead, dtype=torch.float64).T.to(self._device)
 
-        def draw(logits: Tensor) -> Tensor:
-            decoder.kernels.sample(logits, self.temperature, self.uniforms, self.ids, self.logprobs)
-            return logits
-
-        def advance() -> None:
-            # A row that has ended may be drawn further, but no table of positions goes further.
-            self.positions.add_(1).clamp_(max=decoder.max_length - 1)
-
-        def plain() -> Tensor:
-            advance()
-            return draw(
-                decoder(self.ids, AttentionMetadata(places.seq_ids, self.positions, self.table))
-            )
-
-        if plan is None or weights is None:
-            return plain
-        x, angles = embed(plan, self.ids, self.positions.clamp(min=0))
-
-        def prepare() -> None:
-            advance()
-            places.refresh()
-            now, turned = embed(plan, self.ids, self.positions)
-            x.copy_(now)
-            for old, new in zip(angles, turned, strict=True):
-                old[0].copy_(new[0])
-                old[1].copy_(new[1])
-
-        def run() -> Tensor:
-            return draw(decoder._described(plan, weights, x, angles, places))
-
-        began = self.ids.clone(), self.positions.clone()
-        recorded = decoder.kernels.capture(prepare, run)
-        self.ids.copy_(began[0])  # recording took a step
-        self.positions.copy_(began[1])
-        return recorded or plain
-
-
-def hf_forward(
-    model: PreTrainedModel,
-    kernels: Kernels,
-    cache: KVCache,
-    input_ids: Tensor,
-    places: AttentionMetadata,
-) -> Tensor:
-    """[T] token ids at `places` -> [B, C] states of the wanted ones, through Hugging Face's own
-    modules.
-    """
-    out = trunk_of(model)(
-        input_ids=input_ids[None],
-        position_ids=places.positions[None],
-        use_cache=False,
-        layout=CachedLayout(kernels, cache, places),
-    )
-    hidden: Tensor = out.last_hidden_state[0]
-    return hidden if places.logits_indices is None else hidden[places.logits_indices]
-
-
-class CachedLayout:
-    """The attention of a Hugging Face model in the generation gear: write, then look."""
-
-    def __init__(self, kernels: Kernels, cache: KVCache, places: AttentionMetadata) -> None:
-        self.kernels, self.cache, self.places = kernels, cache, places
-        self._written: set[int] = set()
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions
-    ) -> Tensor:
-        """[1, H, T, D] queries, [1, K, T, D] new keys and values -> [1, H, T, D]."""
-        if layer in self._written:
-            raise ModelError("it attends more than once in a layer, which has one place for keys")
-        self._written.add(layer)
-        qkv = torch.cat((query[0], key[0], value[0])).transpose(0, 1).contiguous()
-        store = self.cache.layer(layer, qkv[:, : key.shape[1]])
-        query = self.kernels.apply_rotary_and_write(qkv, None, store, self.places)
-        return self.kernels.attend(query, store, self.places, options).transpose(0, 1)[None]
+    def _block_tables(self, sequences: list[Sequence]) -> Tensor:
+        """[B, W]: each sequence's blocks, filled up with block 0."""
+        width = max(len(s.blocks) for s in sequences)
+        tables = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
+        return torch.tensor(tables).to(self._device)

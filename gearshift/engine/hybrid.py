@@ -28,12 +28,14 @@ from gearshift.batch import PackedBatch
 from gearshift.data.chat import end_token_ids
 from gearshift.data.text import decode
 from gearshift.engine.block_cache import KVCache
+from gearshift.engine.cache_size import cache_capacity
+from gearshift.engine.cached_forward import CachedForward
 from gearshift.engine.config import EngineConfig
 from gearshift.engine.decoder import Decoder
-from gearshift.engine.loop import EngineLoop, Stream
+from gearshift.engine.loop import EngineLoop, Group, Stream
 from gearshift.engine.owner import owner_of
-from gearshift.engine.probe import decode_given
-from gearshift.engine.scheduler import Scheduler
+from gearshift.engine.probe import blocks_of, decode_given
+from gearshift.engine.scheduler import Scheduler, blocks_for
 from gearshift.engine.sequence import SamplingLimits
 from gearshift.engine.stats import GenerationStats
 from gearshift.engine.weights import WeightsWatch, copy_weights
@@ -214,23 +216,16 @@ class Engine:
             self.vocabulary, self.max_length, self._cache_limit, self.seed, self.end_tokens
         )
 
-    def new_scheduler(self) -> Scheduler:
-        """One with an empty cache."""
-        limit = self._cache_limit
-        cache = KVCache(None if limit is None else limit // BLOCK)
-        decoder = Decoder(self.runner, self.runner.kernels, cache, self.max_length)
-        if limit is not None:
-            decoder.cache.grow(limit // BLOCK)
-        return Scheduler(
-            decoder.cache,
-            decoder,
-            partial(decode, self.tokenizer),
-            self.config.max_num_seqs,
-            self.config.max_num_batched_tokens,
-            self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8),
-            self.device,
-            self._stats,
-        )
+    def new_generation(self, groups: list[Group]) -> tuple[Scheduler, Decoder]:
+        """A scheduler and a decoder with an empty cache, in which these groups have room."""
+        needed = blocks_for(groups, self.config.max_num_seqs)
+        cache = KVCache(cache_capacity(self.model, self.config, self.max_length, needed))
+        if self.config.kv_cache_tokens is not None:
+            cache.open(cache.capacity)
+        forward = CachedForward(self.runner, self.runner.kernels, cache, self.max_length)
+        ahead = self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8)
+        to_text = partial(decode, self.tokenizer)
+        return Scheduler(cache, self.config, ahead, to_text, self._stats), Decoder(forward)
 
     # Training
 
@@ -342,9 +337,9 @@ class Engine:
         return None if tokens is None else tokens // BLOCK * BLOCK
 
     def _probe(self, runner: ModelRunner, tokens: list[list[int]]) -> list[Tensor]:
-        """See `models.check`: a decoder of its own computes it, so that nothing is left behind."""
-        decoder = Decoder(runner, kernels_of(self.model), KVCache(), self.max_length)
-        return decode_given(decoder, tokens)
+        """See `models.check`: a cache of its own serves it, so that nothing is left behind."""
+        kernels, cache = kernels_of(self.model), KVCache(blocks_of(tokens))
+        return decode_given(CachedForward(runner, kernels, cache, self.max_length), tokens)
 
     def _check_limit(self) -> None:
         limit = self.runner.limit

@@ -11,6 +11,7 @@ loop that they run in: it makes a step, lets the others go on, and ends when not
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gearshift.engine.decoder import Decoder
 from gearshift.engine.scheduler import Scheduler
 from gearshift.engine.sequence import SamplingLimits, Sequence
 from gearshift.errors import GearshiftError
@@ -49,8 +51,8 @@ class SteppedEngine(Protocol):
     def check_weights(self) -> None:
         """Raises `GearshiftError` if the weights have changed while requests run."""
 
-    def new_scheduler(self) -> Scheduler:
-        """One with an empty cache."""
+    def new_generation(self, groups: list[Group]) -> tuple[Scheduler, Decoder]:
+        """A scheduler and a decoder with an empty cache, in which these groups have room."""
 
     def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
         """See `GenerationBackend`."""
@@ -67,6 +69,7 @@ class EngineLoop:
     def __init__(self, engine: SteppedEngine) -> None:
         self._engine = engine
         self._scheduler: Scheduler | None = None
+        self._decoder: Decoder | None = None
         self._arrivals: list[Group] = []
         """What the next step gives to the scheduler."""
         self._dropped: deque[Sequence] = deque()
@@ -156,9 +159,7 @@ class EngineLoop:
         try:
             self._engine.check_weights()
             self._admit()
-            if self._scheduler is None or self._scheduler.idle:
-                raise GearshiftError("No request is running; send one first.")
-            self._scheduler.step(self._engine.weights_version)
+            self._compute()
         except BaseException as error:
             self._end_all(error)
             raise
@@ -196,18 +197,18 @@ class EngineLoop:
     def reset_prefix_cache(self) -> None:
         """What was computed is of no use any more: the weights have changed."""
         if self._scheduler is not None:
-            self._scheduler.cache.forget()
+            self._scheduler.cache.reset_prefix_cache()
 
     def forget_captures(self) -> None:
         """Capture the decode steps anew: the weights lie elsewhere."""
-        if self._scheduler is not None:
-            self._scheduler.decoder.forget()
+        if self._decoder is not None:
+            self._decoder.forget_captures()
 
     def release(self) -> None:
         """Give the cache back. Raises `GearshiftError` while requests are on their way."""
         if not self.idle:
             raise GearshiftError("Requests are running; let them end, or abort them.")
-        self._scheduler = None
+        self._scheduler = self._decoder = None
 
     def _enqueue(
         self, token_ids: Iterable[int], params: SamplingParams, request_id: int, sample: int
@@ -229,9 +230,19 @@ class EngineLoop:
         if not self._arrivals:
             return
         if self._scheduler is None:
-            self._scheduler = self._engine.new_scheduler()
+            self._scheduler, self._decoder = self._engine.new_generation(self._arrivals)
         self._scheduler.add(self._arrivals)
         self._arrivals = []
+
+    def _compute(self) -> None:
+        """Schedule, run, postprocess."""
+        began = time.perf_counter()
+        plan = self._scheduler.schedule() if self._scheduler else None
+        if plan is None or self._scheduler is None or self._decoder is None:
+            raise GearshiftError("No request is running; send one first.")
+        sampled = self._decoder.run(plan)
+        self._scheduler.postprocess(plan, sampled, self._engine.weights_version)
+        self._scheduler.count_seconds(plan, time.perf_counter() - began)
 
     def _abort(self, sequence: Sequence) -> None:
         if self._scheduler is not None:
@@ -252,7 +263,7 @@ class EngineLoop:
         waiting = [s for group in self._arrivals for s in group]
         for sequence in waiting + (self._scheduler.sequences if self._scheduler else []):
             sequence.fail(ended)
-        self._scheduler, self._arrivals = None, []
+        self._scheduler, self._decoder, self._arrivals = None, None, []
         self._fail_waiters(error if isinstance(error, Exception) else ended)
 
     # Waiting

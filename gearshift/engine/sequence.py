@@ -13,7 +13,8 @@ from typing import Any
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
 from gearshift.types import Completion, FinishReason, SamplingParams
 
-Decode = Callable[[list[int]], str]
+Detokenize = Callable[[list[int]], str]
+"""Tokens to text."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +56,7 @@ class Sequence:
         )
 
     def append(
-        self, token: int, logprob: float, drawn_logprob: float, version: int, decode: Decode
+        self, token: int, logprob: float, drawn_logprob: float, version: int, detokenize: Detokenize
     ) -> None:
         """Add a token that weights of this version sampled, and find out whether it is the last."""
         self.token_ids.append(token)
@@ -63,7 +64,7 @@ class Sequence:
         self.drawn_logprobs.append(drawn_logprob)
         self.weights_versions.append(version)
         try:
-            ends = token in self.end_tokens or self._says_stop(decode)
+            ends = token in self.end_tokens or self._has_stop_string(detokenize)
         except Exception as error:  # the tokenizer's own
             self.fail(error)
             return
@@ -96,10 +97,10 @@ class Sequence:
             self.weights_versions,
         )
 
-    def _says_stop(self, decode: Decode) -> bool:
+    def _has_stop_string(self, detokenize: Detokenize) -> bool:
         if not self.params.stop:
             return False
-        text = decode(self.token_ids)
+        text = detokenize(self.token_ids)
         return any(stop in text for stop in self.params.stop)
 
 

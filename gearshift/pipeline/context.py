@@ -24,7 +24,6 @@ from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
 from gearshift.pipeline.memory import (
     Shape,
-    available,
     micro_batch,
     parts_of,
     resident,
@@ -36,6 +35,7 @@ from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import writing
+from gearshift.runtime.free_memory import free_bytes
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
@@ -158,7 +158,7 @@ class Context:
         needs = config.memory_needs()
         parts = parts_of(needs, engine, shape, trained, model.device, lora)
         # The parts count what is loaded by now, too.
-        free = available(model.device) + resident(model.device)
+        free = free_bytes(model.device) + resident(model.device)
         tokens, recompute = micro_batch(needs, engine, shape, parts, free)
         parts["activations"] = tokens * shape.token(recompute, needs.padded)
         if short := shortage(with_total(parts)["total"], free):

@@ -13,7 +13,6 @@ from gearshift.pipeline.forms import forms, shapes
 from gearshift.pipeline.memory import (
     GIB,
     Shape,
-    available,
     micro_batch,
     parts_of,
     shortage,
@@ -21,6 +20,7 @@ from gearshift.pipeline.memory import (
 )
 from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
+from gearshift.runtime.free_memory import free_bytes
 
 
 def plan(recipe: Recipe) -> str:
@@ -66,7 +66,7 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
         needs = config.memory_needs()
         parts = parts_of(needs, recipe.engine, shape, trained, device, lora is not None)
-        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, available(device))
+        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, free_bytes(device))
         activations = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
         parts[activations] = tokens * shape.token(recompute, needs.padded)
         stages[name] = with_total(parts)
@@ -76,7 +76,7 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
     lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
     lines += [f"of these, {largest}:"]
     lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
-    if short := shortage(stages[largest]["total"], available(device)):
+    if short := shortage(stages[largest]["total"], free_bytes(device)):
         lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")
     return lines
 

@@ -151,8 +151,8 @@ def test_an_error_in_a_step_reaches_whoever_waits(monkeypatch: pytest.MonkeyPatc
 
     with e.generating():
         expected = asyncio.run(samples(e, 2))
-        decoder = e.loop._scheduler.decoder  # type: ignore[union-attr]
-        monkeypatch.setattr(decoder, "steps", lambda *_: 1 / 0)
+        decoder = e.loop._decoder
+        monkeypatch.setattr(decoder, "decode_steps", lambda *_: 1 / 0)
         ends = asyncio.run(main())
         assert [type(end) for end in ends] == [ZeroDivisionError] * 2
         assert e.loop.idle

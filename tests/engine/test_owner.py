@@ -87,7 +87,7 @@ def test_a_step_inside_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with engine.generating():
         stream = engine.stream(PROMPTS[0], PARAMS)
         next(stream)
-        monkeypatch.setattr(engine.loop._scheduler, "step", lambda _: engine.loop.step())
+        monkeypatch.setattr(engine.loop._decoder, "run", lambda _: engine.loop.step())
         with pytest.raises(GearshiftError, match="called itself"):
             next(stream)
     assert write(engine)

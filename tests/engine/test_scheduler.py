@@ -166,11 +166,11 @@ def test_an_error_in_the_middle_loses_nothing_but_its_requests(
             if calls == (1 if when == "prefill" else 4):
                 raise KeyboardInterrupt
 
-        assert e.loop._scheduler is not None
-        decoder = e.loop._scheduler.decoder
-        name = "_logits" if when == "prefill" else "steps"
-        forward = getattr(decoder, name)
-        monkeypatch.setattr(decoder, name, lambda *a: (interrupted(), forward(*a))[1])
+        assert e.loop._decoder is not None
+        patched = e.loop._decoder.forward if when == "prefill" else e.loop._decoder
+        name = "_logits" if when == "prefill" else "decode_steps"
+        forward = getattr(patched, name)
+        monkeypatch.setattr(patched, name, lambda *a: (interrupted(), forward(*a))[1])
         with pytest.raises(KeyboardInterrupt):
             e.generate(PROMPTS, params)
         with pytest.raises(GearshiftError, match="send it again"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gearshift.engine import Engine, EngineConfig
-from gearshift.engine import scheduler as scheduling
+from gearshift.engine import decoder as decoding
 from gearshift.errors import ConfigError, DataError, GearshiftError
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.types import SamplingParams
@@ -168,14 +168,14 @@ def test_a_text_that_cannot_be_decoded_ends_its_own_request(
 def test_a_row_that_cannot_be_adjusted_ends_its_own_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = scheduling.sample
+    sample = decoding.sample
 
     def failing(draw: Any, logits: Any, uniforms: Any, params: Any, history: Any) -> Any:
         if any(p.logit_bias for p in params):
             raise IndexError("out of range")
         return sample(draw, logits, uniforms, params, history)
 
-    monkeypatch.setattr(scheduling, "sample", failing)
+    monkeypatch.setattr(decoding, "sample", failing)
     others_go_on(engine, "failed alone: IndexError", logit_bias={3: 1.0})
 
 

@@ -75,14 +75,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a control group's cache counts as held",
-        "pipeline/memory.py",
+        "runtime/free_memory.py",
         "float(most) - used + int(held.get(cache, 0))",
         "float(most) - used",
         "tests/pipeline/test_memory.py",
     ),
     Mutation(
         "the control groups above do not count",
-        "pipeline/memory.py",
+        "runtime/free_memory.py",
         "for group in (here, *here.parents, top):",
         "for group in (here,):",
         "tests/pipeline/test_memory.py",

@@ -94,7 +94,7 @@ MUTATIONS = (
     Mutation(
         "stale weights: the cache of an older version is used",
         "engine/loop.py",
-        "self._scheduler.cache.forget()",
+        "self._scheduler.cache.reset_prefix_cache()",
         "pass",
         "tests/invariants/test_6_gears_and_updates.py tests/engine/test_hybrid.py",
     ),

@@ -33,7 +33,7 @@ MUTATIONS = (
     ),
     Mutation(
         "two attentions of a layer write one store",
-        "engine/decoder.py",
+        "engine/cached_forward.py",
         "        if layer in self._written:",
         "        if False:",
         "tests/models/test_check.py::test_a_refusal_names_family_and_reason",
@@ -47,8 +47,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a table of positions is read beyond its end",
-        "engine/decoder.py",
-        "self.positions.add_(1).clamp_(max=decoder.max_length - 1)",
+        "engine/captured_step.py",
+        "self.positions.add_(1).clamp_(max=forward.max_length - 1)",
         "self.positions.add_(1)",
         "tests/engine/test_steps.py",
     ),

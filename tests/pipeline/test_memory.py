@@ -11,13 +11,12 @@ from gearshift.models.tiny import tiny_model
 from gearshift.pipeline.memory import (
     GIB,
     Shape,
-    available,
     micro_batch,
-    of_control_groups,
     parts_of,
     shortage,
     with_total,
 )
+from gearshift.runtime.free_memory import free_bytes, of_control_groups
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
@@ -149,7 +148,7 @@ def test_the_limits_of_the_process_count() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 36, before[1]))
     try:
-        assert available(CPU) < 1 << 36
+        assert free_bytes(CPU) < 1 << 36
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
@@ -162,6 +161,6 @@ def test_what_is_not_there_is_told_before(
     recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH" not in capsys.readouterr().out
-    monkeypatch.setattr("gearshift.pipeline.plan.available", lambda device: 1e6)
+    monkeypatch.setattr("gearshift.pipeline.plan.free_bytes", lambda device: 1e6)
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out

@@ -97,10 +97,8 @@ def test_an_interrupt_leaves_the_engine_usable(
         collector = Collector(Slow, engine.tokenizer, engine.loop)
         with monkeypatch.context() as patch:
             if where == "step":
-                step = engine.loop._scheduler.step  # type: ignore[union-attr]
-                patch.setattr(
-                    engine.loop._scheduler, "step", lambda *a: (interrupted(), step(*a))[1]
-                )
+                run = engine.loop._decoder.run  # type: ignore[union-attr]
+                patch.setattr(engine.loop._decoder, "run", lambda p: (interrupted(), run(p))[1])
             if where == "backend":
                 add = engine.loop._enqueue
                 patch.setattr(engine.loop, "_enqueue", lambda *a: (interrupted(), add(*a))[1])

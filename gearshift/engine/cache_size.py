@@ -1,0 +1,44 @@
+"""How many blocks the cache of a model can have on this machine."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from gearshift.engine.config import EngineConfig
+from gearshift.kernels.specs import BLOCK
+from gearshift.runtime.free_memory import free_bytes
+
+_CPU_FRACTION, _GPU_FRACTION = 0.5, 0.1
+"""Of the memory that is free when the first request comes, what the cache can have beyond what that
+request needs. On a CPU it takes of this only what is used; on a GPU all of it, beside training.
+"""
+
+
+def cache_capacity(
+    model: PreTrainedModel, config: EngineConfig, max_length: int, needed: int
+) -> int:
+    """Blocks for `kv_cache_tokens`. Where that is open: those that are `needed` now, and more as
+    the free memory allows, up to `max_num_seqs` of the longest sequences; for one at least.
+    """
+    if config.kv_cache_tokens is not None:
+        return config.kv_cache_tokens // BLOCK
+    longest = -(-max_length // BLOCK)
+    fraction = _CPU_FRACTION if model.device.type == "cpu" else _GPU_FRACTION
+    affordable = fraction * free_bytes(model.device) / (BLOCK * position_bytes(model))
+    return int(min(config.max_num_seqs * longest, max(longest, needed, affordable)))
+
+
+def position_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one position in all layers, at most."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "per_layer_config", None) or [config]
+
+    def most(name: str, otherwise: int) -> int:
+        """The greatest figure of this name among the layers, where they differ."""
+        given = [getattr(layer, name, None) or otherwise for layer in layers]
+        return max(max(x) if isinstance(x, list) else x for x in given)
+
+    heads = most("num_attention_heads", 1)
+    size = most("head_dim", config.hidden_size // heads)
+    key_heads = most("num_key_value_heads", heads)
+    return 2 * int(config.num_hidden_layers) * key_heads * size * model.dtype.itemsize
