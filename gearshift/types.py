@@ -1,6 +1,9 @@
-"""The records that rooms hand to each other. Nothing here computes more than an index.
+"""The records that the parts of the package give to each other. Nothing here computes more than an
+index.
 
-Legend: T packed tokens, N sequences, M scored tokens (where the loss mask is 1).
+The letters of shapes, in the whole package: T packed tokens, M scored tokens (where the loss mask
+is 1), N sequences, B rows that decode, S steps, V vocabulary, H hidden, Q query heads, K key heads,
+D head size, P positions of a block.
 """
 
 from __future__ import annotations
