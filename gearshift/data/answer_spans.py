@@ -79,8 +79,8 @@ def prompt_and_answer(
         rest = rest.removeprefix(f"<{tag}>")
         if closed and thinks:
             raise DataError(
-                f"an answer gives its reasoning, for which the prompt leaves no place: it has "
-                f"closed <{tag}> already. Take one of the two out."
+                f"an answer has reasoning, but its prompt has already closed <{tag}>; take one "
+                "of the two out."
             )
         answer = rest if closed else _thought_first(content, rest, tag).removeprefix(space)
     if answer is None and not has_generation_marks(tokenizer):
@@ -88,7 +88,8 @@ def prompt_and_answer(
     if answer is None:
         raise AmbiguousAnswerError(
             "The chat template renders a prompt differently once it is answered, so the "
-            "assistant's tokens cannot be told; give the tokenizer a template whose rendering only "
+            "assistant's tokens cannot be found; give the tokenizer a template whose rendering "
+            "only "
             "grows, or add {% generation %} marks to it."
         )
     if "</think>" in content and no_spaces(content).removeprefix("<think>") not in no_spaces(

@@ -70,8 +70,9 @@ def render_supervised(
     rendered = render_conversation(tokenizer, messages, options)
     if len(rendered) > 1:
         raise DataError(
-            "the chat template writes an earlier answer otherwise than a policy does, so that each "
-            "needs a sequence of its own; to train them in one, add {% generation %} marks to it."
+            "the chat template writes an earlier answer in another form than a policy does, so "
+            "each answer needs a sequence of its own; to train them in one, add {% generation %} "
+            "marks to it."
         )
     return rendered[0]
 

@@ -233,7 +233,9 @@ def _request(
         raise DataError(one_line(str(error))) from None
     given = {**bound, **options}
     if taken := given.keys() & _RESERVED:
-        raise DataError(f"the template has its own `{min(taken)}`; take it out of the arguments.")
+        raise DataError(
+            f"the argument `{min(taken)}` of the chat template is reserved; take it out."
+        )
     if (size := text_size([messages, options])) > MAX_SIZE:
         raise OverlongError(f"The conversation has {size:,} characters, over {MAX_SIZE:,}; cut it.")
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]

@@ -143,7 +143,7 @@ def answer_messages(value: Any, key: str) -> list[Message]:
         [read_message(value, key)] if isinstance(value, Mapping) else read_messages(value, key)
     )
     if not is_answer(messages[-1]):
-        raise DataError(f"`{key}` does not end with an assistant message; mend or drop the row.")
+        raise DataError(f"`{key}` does not end with an assistant message; correct or drop the row.")
     return messages
 
 

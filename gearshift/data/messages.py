@@ -87,7 +87,9 @@ def read_message(item: Any, key: str) -> Message:
         raise DataError("a message gives its reasoning twice, once in its words; take one out.")
     answers = message["role"] == "assistant"
     if not answers and (_REASONING[0] in message or "tool_calls" in message):
-        raise DataError(f"a message in `{key}` of {who} has an assistant's reasoning or calls.")
+        raise DataError(
+            f"a message in `{key}` of {who} has reasoning or calls, which only an assistant has."
+        )
     optional = message["role"] in ("system", "tool") or {"tool_calls", _REASONING[0]} & set(message)
     if not message["content"] and not optional:
         raise DataError(
@@ -114,7 +116,9 @@ def _add_rest(message: Message, item: Mapping[str, Any]) -> None:
             message["tool_calls"] = read_calls(calls, name)
     trained = {_flag(item[name], name) for name in FLAGS if item.get(name) is not None}
     if len(trained) > 1:
-        raise DataError(f"a message's flags ({', '.join(FLAGS)}) say yes and no.")
+        raise DataError(
+            f"a message's flags ({', '.join(FLAGS)}) contradict each other; keep one of them."
+        )
     if message["role"] == "assistant" and trained == {False}:
         message["train"] = False
     elif message["role"] != "assistant" and trained == {True}:

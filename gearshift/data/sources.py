@@ -89,7 +89,7 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     if file.is_dir():
         raise DataError(f"{path} is a folder; name a file in it.")
     if not file.is_file():  # a pipe or a device may have no end, and cannot be read twice
-        raise DataError(f"{path} is no regular file; write what it gives into one.")
+        raise DataError(f"{path} is not a regular file; write its content into one.")
     rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
@@ -152,12 +152,12 @@ def _jsonl(file: Path, text: str) -> Iterator[SourceRow]:
         if line.strip():
             where = f"{file}, line {number}"
             _check_size(len(line), where)
-            yield _object(_parse(line, where, "mend or delete the line."), where)
+            yield _object(_parse(line, where, "correct or delete the line."), where)
 
 
 def _json(file: Path, text: str) -> list[SourceRow]:
     """The rows of a list, of an object whose only list contains them, or one single row."""
-    rows = _parse(text, str(file), "mend it.")
+    rows = _parse(text, str(file), "correct it.")
     if isinstance(rows, dict):
         lists = [v for v in rows.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         if TEXT_COLUMNS & rows.keys():
@@ -214,14 +214,15 @@ def _csv(file: Path, text: str) -> Iterator[SourceRow]:
                 header = _header(cells, where)
             elif len(cells) != len(header):
                 raise DataError(
-                    f"{where} has not as many fields as the header; mend or delete the line."
+                    f"{where} has another number of fields than the header; correct or delete "
+                    "the line."
                 )
             else:
                 _check_size(sum(map(len, cells)), where)
                 yield SourceRow(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         raise DataError(
-            f"{file}, line {first} is not CSV ({error}); mend or delete the line."
+            f"{file}, line {first} is not CSV ({error}); correct or delete the line."
         ) from None
 
 
@@ -265,7 +266,7 @@ def _parquet(file: Path) -> list[SourceRow]:
         raise
     except Exception as error:  # the library raises many kinds of errors
         reason = one_line(str(error)) or type(error).__name__
-        raise DataError(f"{file} is not Parquet ({reason}); write it anew.") from None
+        raise DataError(f"{file} is not Parquet ({reason}); write it again.") from None
     return rows
 
 
@@ -305,7 +306,7 @@ def _text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{file} is not whole ({error}); compress it anew.") from None
+        raise DataError(f"{file} is not complete ({error}); compress it again.") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check its rights.") from None
 
@@ -313,8 +314,8 @@ def _text(file: Path) -> str:
 def _check_size(size: int, where: str) -> None:
     if size > MAX_ROW_SIZE:
         raise DataError(
-            f"{where} has {size:,} characters, over the {MAX_ROW_SIZE:,} that a row may have; cut "
-            "it into several, or delete it."
+            f"{where} has {size:,} characters, over the {MAX_ROW_SIZE:,} that a row may have; "
+            "split it, or delete it."
         )
 
 
@@ -328,7 +329,7 @@ def _check_columns(count: int, where: str) -> None:
 
 def _object(row: Any, where: str) -> SourceRow:
     if not isinstance(row, dict) or not row:
-        raise DataError(f"{where} is not an object with keys; mend or delete it.")
+        raise DataError(f"{where} is not an object with keys; correct or delete it.")
     _check_columns(len(row), where)
     return SourceRow(row, where)
 

@@ -29,7 +29,8 @@ class GuessNumber(TextEnvironment):
         super().__init__()
         if top < 2 or turns < 1:
             raise ConfigError(
-                f"top={top}, turns={turns} is no game; top must be at least 2, turns 1."
+                f"top={top}, turns={turns} is not a game; top must be at least 2, and turns at "
+                "least 1."
             )
         self.top, self.turns = top, turns
         self._number = self._left = 0

@@ -152,17 +152,20 @@ class GymInWords(TextEnvironment):
         super().__init__()
         if turns < 1 or penalty < 0:
             raise ConfigError(
-                f"turns={turns}, penalty={penalty} is no game; turns must be 1 or more, penalty 0."
+                f"turns={turns}, penalty={penalty} is not a game; turns must be at least 1, and "
+                "penalty at least 0."
             )
         self.game: Game = make_any(game, **(options or {}))
         self.turns, self.penalty = turns, penalty
         shown, moves = self.game.observation_space, self.game.action_space
         if not isinstance(moves, spaces.Discrete):
-            raise ConfigError(f"{game} moves by {moves}, which has no words; it must be Discrete.")
+            raise ConfigError(
+                f"The moves of {game} are {moves}, which cannot be named; they must be Discrete."
+            )
         if not _countable(shown):
             raise ConfigError(
-                f"{game} shows {shown}, which has no words; it must be made of Discrete, "
-                "MultiDiscrete or MultiBinary."
+                f"The observations of {game} are {shown}, which cannot be put into words; they "
+                "must be made of Discrete, MultiDiscrete or MultiBinary."
             )
         self.words = self._fitting(game, words or {})
         self.action_space = Moves(self.words.actions)

@@ -52,7 +52,7 @@ class OpenEnvEnvironment(TextEnvironment):
         """
         super().__init__()
         if (url is None) == (environment is None) or turns < 1:
-            raise ConfigError("OpenEnv takes `url` or `environment`, one of the two, and turns.")
+            raise ConfigError("OpenEnv needs either `url` or `environment`, and at least one turn.")
         self.action, self.observation, self.also = action, observation, dict(also or {})
         self.turns = turns
         self._left = 0
@@ -88,7 +88,9 @@ class OpenEnvEnvironment(TextEnvironment):
             if "VALIDATION_ERROR" not in str(error):
                 raise
             named = ", ".join([*self.also, self.action])
-            raise ConfigError(f"The server takes no action of {named} with this text.") from error
+            raise ConfigError(
+                f"The server refuses an action with the fields {named}; check their names."
+            ) from error
         reward = 0.0 if result.reward is None else float(result.reward)
         if not math.isfinite(reward):
             raise NumericalError(
@@ -138,7 +140,10 @@ class _LocalClient:
             raise ConfigError(f"The environment {path} cannot be made: {told}") from error
         kind: Any = hints.get("action")
         if not hasattr(kind, "model_validate"):
-            raise ConfigError(f"{path}.step must say the class of its action, and does not.")
+            raise ConfigError(
+                f"{path}.step has no annotation for its action; annotate it with the class of "
+                "the action."
+            )
         self._action, has = kind, kind.model_fields
         unknown = sorted(fields - set(has))
         if unknown and kind.model_config.get("extra") != "allow":
@@ -163,7 +168,7 @@ def _connect(url: str, timeout: float) -> Any:
         from openenv.core.generic_client import GenericEnvClient
     except ImportError as error:
         raise ConfigError(
-            "A server of OpenEnv needs its package; run: pip install openenv"
+            "An OpenEnv server needs the package openenv; run: pip install openenv"
         ) from error
     address = Endpoint.of(url)
     until = time.monotonic() + _CONNECT_SECONDS
@@ -181,9 +186,8 @@ def _connect(url: str, timeout: float) -> Any:
         client.close()
         if time.monotonic() > until:
             raise ConfigError(
-                f"The server at {address.display} takes no further session: raise its "
-                "max_concurrent_envs to the episodes at a time, prompts x group_size and 64 "
-                "held-out ones besides."
+                f"The server at {address.display} accepts no further session; raise its "
+                "max_concurrent_envs to prompts x group_size, plus 64 for held-out episodes."
             )
         time.sleep(0.1)
 

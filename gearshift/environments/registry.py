@@ -73,7 +73,7 @@ def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
     environment = make_any(id, **kwargs)
     if not isinstance(environment.unwrapped, TextEnvironment):
         raise ConfigError(
-            f"{id} is no text environment; subclass gearshift's TextEnvironment, or play it in "
+            f"{id} is not a text environment; subclass gearshift's TextEnvironment, or play it in "
             "words: gearshift/GymInWords-v0."
         )
     return cast(TextEnvironment, environment)

@@ -287,17 +287,21 @@ def _load(taskset: str, limit: int, config: str) -> tuple[ModuleType, Any, list[
         env = loaders.load_environment(loaders.resolve_env_config(keys))
     roles = [name for name, _ in vf.configs.agent.agent_config_fields(env.config).items()]
     if len(roles) > 1:
-        raise ConfigError(f"{taskset} is played by {', '.join(roles)}; a policy can be only one.")
+        raise ConfigError(
+            f"{taskset} has the roles {', '.join(roles)}; a policy can play only one."
+        )
     kind, settings = type(env.taskset).task_type(), env.config.taskset
     if kind.NEEDS_CONTAINER or kind.toolsets(settings.task) or env.taskset.toolsets(settings):
-        raise ConfigError(f"{taskset} needs a container or tool servers, which are not started.")
+        raise ConfigError(f"{taskset} needs a container or tool servers, which are not supported.")
     with _told(taskset):
         tasks = list(itertools.islice(env.taskset, limit))
     if not tasks:
         raise ConfigError(f"The taskset {taskset} has no tasks.")
     hooks = [*tasks[0].hooks("reward"), *tasks[0].hooks("metric")]
     if any(map(_needs_runtime, hooks)) or decorators.discover_decorated(tasks[0], "intercept"):
-        raise ConfigError(f"{taskset} scores in a sandbox or rewrites messages; neither is done.")
+        raise ConfigError(
+            f"{taskset} scores in a sandbox or rewrites messages; neither is supported."
+        )
     return vf, env, tasks
 
 

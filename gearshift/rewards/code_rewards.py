@@ -111,7 +111,7 @@ def _passed(code: str, pairs: Any, texts: Any, entry_point: Any) -> Iterator[boo
         outcome = check_sandboxed(code, text, entry_point=str(entry_point or ""))
         if outcome.status == "unusable":
             raise _UnusableError(
-                f"these assertions can be put to no program, for {outcome.why}: {text[:80]!r}"
+                f"no program can pass these assertions, because {outcome.why}: {text[:80]!r}"
             )
         yield outcome.status == "ok"
 

@@ -291,8 +291,8 @@ class CompositeReward:
             lost = [len(ids) for ids, v in zip(read, values, strict=True) if v and not is_usable(v)]
             if lost:
                 self.last_failure = (
-                    f"a reward model gave no score to an episode of {max(lost)} tokens: it takes "
-                    "fewer, or the score is not finite"
+                    f"a reward model could not score an episode of {max(lost)} tokens: it "
+                    "accepts fewer, or its score was not finite"
                 )
         return results
 

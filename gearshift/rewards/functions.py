@@ -234,5 +234,5 @@ def _raised_error(name: str, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):  # its text already says what to do
         return error
     return ConfigError(
-        f"The reward function {name} raised {describe_error(error)}; mend it or take it out."
+        f"The reward function {name} raised {describe_error(error)}; correct it or take it out."
     )

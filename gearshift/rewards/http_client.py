@@ -44,7 +44,9 @@ def bearer_key(named: str | None, default: str) -> str | None:
             f"key_env names {named}, which is not set; export it, or set key_env=null."
         )
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"The key in {named or default} holds more than plain characters.")
+        raise ConfigError(
+            f"The key in {named or default} contains characters that a header cannot carry."
+        )
     return key or None
 
 

@@ -284,8 +284,8 @@ def _bwrap_path() -> Path:
     if found := shutil.which("bwrap"):
         return Path(found)
     raise ConfigError(
-        "Rewards that run code need bubblewrap, which keeps the code in; install it: "
-        "apt install bubblewrap, or your system's like."
+        "Rewards that run code need bubblewrap, which isolates the code; install it: apt install "
+        "bubblewrap, or the package of your system."
     )
 
 

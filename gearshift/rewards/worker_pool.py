@@ -108,4 +108,7 @@ def _score(spec: str, given: dict[str, Any]) -> tuple[list[float | None], str]:
     except ConfigError as error:
         return [], str(error)
     except KeyboardInterrupt:  # the function raised it: Ctrl-C does not reach a worker
-        return [], f"The reward function {spec} raised KeyboardInterrupt; mend it or take it out."
+        return (
+            [],
+            f"The reward function {spec} raised KeyboardInterrupt; correct it or take it out.",
+        )

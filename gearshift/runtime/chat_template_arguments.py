@@ -79,7 +79,8 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     templates = list(template.values()) if isinstance(template, dict) else [template]
     if not all(isinstance(each, str) for each in templates):
         raise ModelError(
-            f"The chat template of {one_line(tokenizer.name_or_path, 100)} is no text; mend its "
+            f"The chat template of {one_line(tokenizer.name_or_path, 100)} is not a text; "
+            "correct its "
             "tokenizer_config.json, or take another model."
         )
     return "\n".join(templates)

@@ -77,7 +77,7 @@ def latest(folder: Path) -> Path | None:
         if path.is_symlink() and not path.exists():
             raise CheckpointError(
                 f"{path} is a link to {os.readlink(path)}, which is not there; put it back, "
-                "or delete the link to begin anew."
+                "or delete the link to start again."
             )
     if not steps:
         return None
@@ -193,7 +193,7 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
         return []
     except NotADirectoryError:
         raise CheckpointError(
-            f"{folder} is a file; move it away, for checkpoints lie in a folder of that name."
+            f"{folder} is a file; move it away, because checkpoints need a folder of that name."
         ) from None
     found = [(re.fullmatch(r"step-([0-9]+)", name), name) for name in names]
     return sorted(((int(m[1]), folder / name) for m, name in found if m), reverse=True)

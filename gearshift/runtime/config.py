@@ -32,11 +32,11 @@ Neutral = Annotated[T, _NEUTRAL]
 
 def _path(text: str) -> str:
     if not text or "\0" in text:
-        raise ValueError("a path has at least one character, and none of them is null.")
+        raise ValueError("a path needs at least one character, and no null character.")
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError("a path has no half of a character.") from None
+        raise ValueError("a path must not contain half of a character.") from None
     return os.path.expanduser(text)
 
 
@@ -187,7 +187,7 @@ def _check_no_secret(value: Any, key: str = "") -> None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping. Raises `ConfigError`."""
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no regular file; name the YAML file itself.")
+        raise ConfigError(f"{path} is not a regular file; name the YAML file itself.")
     if not path.is_file():
         names = [f.name for f in path.parent.glob("*") if f.is_file()]
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
@@ -220,7 +220,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
                 )
         elif not isinstance(node, dict):
             raise ConfigError(
-                f"The override `{shown}`: `{here}` is {short(node)}, which has no keys inside."
+                f"The override `{shown}`: `{here}` is {short(node)}, which contains no keys."
             )
         if depth == len(parts) - 1:
             node[slot] = value

@@ -105,7 +105,7 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
         return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):
         return (
-            f"The memory does not suffice ({reason}); end other programs, lower "
+            f"There is not enough memory ({reason}); end other programs, lower "
             "micro_batch_tokens or batch sizes, or take a smaller model.",
             1,
         )
@@ -117,7 +117,7 @@ def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
         return f"No thread can be started{_ADVICE[errno.EAGAIN]}.", 1
     where = _kept(error, folder)
     kind = one_line(f"{type(error).__name__}: {redact_urls(str(error))}")
-    return f"This was not foreseen: {kind} ({where}).", UNEXPECTED_ERROR
+    return f"Unexpected error: {kind} ({where}).", UNEXPECTED_ERROR
 
 
 def _kept(error: BaseException, folder: Path | None) -> str:

@@ -91,7 +91,7 @@ def read_json(
     with reading(path, way_out):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return value
 
 

@@ -193,7 +193,7 @@ class Trackers:
                 self._open[name] = _OPEN[name](library, run)
             except Exception as error:  # each library raises its own errors
                 raise ConfigError(
-                    f"The tracker {name} does not start ({_first_line(error)}); mend that or "
+                    f"The tracker {name} does not start ({_first_line(error)}); correct that or "
                     "leave it out."
                 ) from error
         if known:

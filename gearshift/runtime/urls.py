@@ -35,8 +35,8 @@ def checked_variable(name: str) -> str:
     """
     if not re.fullmatch(_NAME, name):
         raise ValueError(
-            "it is no key but the name, in capitals, of an environment variable that holds one; "
-            "export MY_KEY, and write MY_KEY."
+            "this must be the name, in capitals, of an environment variable that holds the key, "
+            "and not the key itself; export MY_KEY, and write MY_KEY."
         )
     return name
 
@@ -52,12 +52,14 @@ def check_no_secret(text: str) -> None:
     host = place.partition("/")[0]
     if "@" in host:
         raise ValueError(
-            "an address holds no user and no password, for a recipe is kept; put the key into an "
+            "an address must not contain a user or a password, because a recipe is kept; put the "
+            "key into an "
             "environment variable, and its name into key_env or, as ${NAME}, into the query."
         )
     if "#" in text or (mark and not _QUERY.fullmatch(query)):
         raise ValueError(
-            "an address's query and fragment may hold secrets, and a recipe is kept; write "
+            "the query and the fragment of an address may contain secrets, and a recipe is kept; "
+            "write "
             "?name=${NAME} and export NAME, which is filled in when a request is sent."
         )
     if "$" in host or "$" in _REFERENCE.sub("", place):

@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                _refuse(f"`{one_line(str(event.anchor), 40)}` stands inside itself", event)
+                _refuse(f"the alias `{one_line(str(event.anchor), 40)}` contains itself", event)
             self._values += self._sizes[id(node)]
         else:
             self._values += 1
@@ -134,7 +134,7 @@ def _written(loader: _Loader, node: yaml.ScalarNode) -> YamlScalar:
             return YamlScalar(int(plain, 0 if re.match("[-+]?0[xob]", plain) else 10), text)
         return YamlScalar(float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", "")), text)
     except ValueError:
-        _refuse(f"`{one_line(text, 40)}` is not of the kind {kind}", node)
+        _refuse(f"`{one_line(text, 40)}` is not a value of type {kind}", node)
 
 
 _SCALARS = {

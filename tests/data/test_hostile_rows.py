@@ -85,8 +85,8 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     for path, what in (
-        (tmp_path / "fifo.jsonl", "no regular file"),
-        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "fifo.jsonl", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop.jsonl", "does not exist"),
         (tmp_path / ("a" * 5000), "cannot be a file"),
     ):

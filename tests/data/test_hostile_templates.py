@@ -167,5 +167,5 @@ def test_a_long_run_of_spaces_takes_no_longer_than_it_is() -> None:
 def test_a_template_that_is_no_text_is_refused() -> None:
     tokenizer = bpe("<s>", "<|im_end|>", "<|endoftext|>", PHI)
     tokenizer.chat_template = {"default": 3}
-    with pytest.raises(ModelError, match="is no text"):
+    with pytest.raises(ModelError, match="is not a text"):
         template_source(tokenizer)

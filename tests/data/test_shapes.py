@@ -134,7 +134,7 @@ def test_exactly_what_a_policy_writes_is_trained(
         ("channels", [USER, BOT, RESULT, THEN], {}, "refuses this conversation: there is no call"),
         ("unended", [USER, BOT], {}, "writes no end token"),
         ("closed", [USER, INLINE], {}, "leaves out the reasoning"),
-        ("thinking", [USER, THOUGHT], {"enable_thinking": False}, "has closed <think> already"),
+        ("thinking", [USER, THOUGHT], {"enable_thinking": False}, "has already closed <think>"),
         ("dated", [USER, {**BOT, "content": "yo<|eot|>"}], {}, "end token <|eot|> inside"),
     ],
 )

@@ -44,9 +44,9 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
         ("a.csv", b"x,\n1,2\n", "line 1 has a column without a name"),
         ("a.csv", b"x;y\n1;2\n", "line 1 is separated by ';'"),
         ("a.csv", b"x\ty\n1\t2\n", "line 1 is separated by"),
-        ("a.csv", b'x,y\n"1\n2",3\n\n"4\n5"\n', "line 5 has not as many fields"),
+        ("a.csv", b'x,y\n"1\n2",3\n\n"4\n5"\n', "line 5 has another number of fields"),
         ("a.csv", b'x,y\n"1\n2",3\n"4\n5,6', "line 4 is not CSV"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08nonsense", "not whole"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08nonsense", "not complete"),
         ("a.tsv", b"x\ty\n", "none of"),
     ],
     ids=[

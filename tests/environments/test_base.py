@@ -107,7 +107,7 @@ def test_make_environment_errors() -> None:
         make_environment("gearshift/VoiceAssistent-v0")
     with pytest.raises(ConfigError, match="cannot be made"):
         make_environment("gearshift/GuessNumber-v0", colour="red")
-    with pytest.raises(ConfigError, match="no text environment"):
+    with pytest.raises(ConfigError, match="not a text environment"):
         make_environment("CartPole-v1")
     with pytest.raises(ConfigError, match="no_such_package"):
         make_environment("no_such_package:Env-v0")

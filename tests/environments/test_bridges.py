@@ -169,15 +169,15 @@ def test_other_fields_and_the_whole_observation() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({}, "`url` or `environment`, one of the two"),
-        ({"url": "http://x", "environment": "x:X"}, "one of the two"),
-        ({"environment": f"{__name__}:Parrot", "turns": 0}, "and turns"),
+        ({}, "either `url` or `environment`"),
+        ({"url": "http://x", "environment": "x:X"}, "either `url` or"),
+        ({"environment": f"{__name__}:Parrot", "turns": 0}, "at least one turn"),
         ({"environment": "no_such_module:X"}, "no_such_module"),
         ({"environment": ":X"}, "cannot be made: Empty module name"),
         ({"environment": f"{__name__}:Parot"}, "Parot"),
         ({"environment": f"{__name__}:Heard"}, "cannot be made: 1 validation error"),
         ({"environment": f"{__name__}:ThreadPoolExecutor"}, "ThreadPoolExecutor cannot be made"),
-        ({"environment": f"{__name__}:Mute"}, "must say the class of its action"),
+        ({"environment": f"{__name__}:Mute"}, "has no annotation for its action"),
         ({"environment": f"{__name__}:Parrot"}, "has no message; it has word, loud"),
         ({"environment": f"{__name__}:Parrot", "action": "word", "also": {"lod": 1}}, "no lod"),
     ],
@@ -446,7 +446,7 @@ def faulty(folder: Path, task: str = "pass", load: str = FINE, more: str = ONE) 
         ),
         (
             {"more": ENV.format(role="b: vf.AgentConfig = vf.AgentConfig()", run="pass")},
-            "is played by a, b; a policy can be only one",
+            "has the roles a, b; a policy can play only one",
         ),
         ({"more": ""}, "defines no `__all__`"),
     ],
@@ -616,7 +616,7 @@ def test_a_full_server_says_so_and_is_freed_by_who_is_gone(
     url, _ = serve(2)
     envs = [openenv(url=url) for _ in range(2)]
     monkeypatch.setattr(from_openenv, "_PATIENCE", 0.5)
-    with pytest.raises(ConfigError, match="takes no further session: raise its max_concurrent"):
+    with pytest.raises(ConfigError, match="accepts no further session; raise its max_concurrent"):
         openenv(url=url)
     monkeypatch.undo()
     envs[0].reset()
@@ -642,7 +642,7 @@ def test_a_server_that_is_not_there_or_goes(serve: Any) -> None:
     env.reset()
     wrong = openenv(url=url, action="code")
     wrong.reset()
-    with pytest.raises(ConfigError, match="takes no action of code with this text"):
+    with pytest.raises(ConfigError, match="refuses an action with the fields code"):
         wrong.step("x")
     stop()
     with pytest.raises(Exception, match=r"1012|1006|no close frame|refused|connect"):

@@ -195,8 +195,11 @@ def test_own_words() -> None:
 @pytest.mark.parametrize(
     "kwargs, said",
     [
-        ({"game": "CartPole-v1"}, "has no words; it must be made of Discrete, MultiDiscrete or"),
-        ({"game": "Pendulum-v1"}, "has no words; it must be Discrete."),
+        (
+            {"game": "CartPole-v1"},
+            "cannot be put into words; they must be made of Discrete, MultiDiscrete or",
+        ),
+        ({"game": "Pendulum-v1"}, "cannot be named; they must be Discrete."),
         ({"game": "FrozenLak-v1"}, "no environment FrozenLak-v1; did you mean FrozenLake-v1"),
         ({"options": {"colour": "red"}}, "FrozenLake-v1 cannot be made with {'colour': 'red'}"),
         ({"words": {"intr": ""}}, "words has no intr; it has intro, observation and actions"),
@@ -210,8 +213,8 @@ def test_own_words() -> None:
         ({"words": {"intro": "{1}"}}, "words '{1}' cannot be filled in"),
         ({"words": {"intro": "{0[a]}"}}, "cannot be filled in"),
         ({"words": {"intro": "{row"}}, "cannot be filled in"),
-        ({"turns": 0}, "turns=0, penalty=0.1 is no game"),
-        ({"penalty": -1}, "turns=100, penalty=-1 is no game"),
+        ({"turns": 0}, "turns=0, penalty=0.1 is not a game"),
+        ({"penalty": -1}, "turns=100, penalty=-1 is not a game"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(kwargs: dict[str, Any], said: str) -> None:

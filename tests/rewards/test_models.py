@@ -162,7 +162,7 @@ def test_what_is_longer_than_the_context_is_left_out_and_named(folder: Path) -> 
     total = CompositeReward([RewardSource(source="model")], TINY, folder, tiny_tokenizer())
     scored, _ = total([episode(ids, ASKED, "", "length") for ids in ([70], long)])
     assert scored[0] is not None and scored[1] is None
-    assert total.missing["model"] == 0.5 and "no score to an episode of 6" in total.last_failure
+    assert total.missing["model"] == 0.5 and "could not score an episode of 6" in total.last_failure
 
 
 def test_a_policy_is_no_reward_model(tmp_path: Path) -> None:

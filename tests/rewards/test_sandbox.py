@@ -263,7 +263,7 @@ def test_assertions_of_the_usual_kinds(tests: str) -> None:
 def test_a_row_that_cannot_be_judged_is_lost_and_named() -> None:
     """A 0 would say that the program is wrong, and one row never ends a run."""
     for tests, why in (
-        ("assert f(", "no Python"),
+        ("assert f(", "not Python"),
         ("import numpy as np\nassert np.all(f(3))", "numpy"),
         ("def check(candidate):\n    assert candidate(2) == 4", "never ask"),
         (7, "must be a list"),

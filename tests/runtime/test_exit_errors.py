@@ -48,7 +48,7 @@ def test_one_line_and_a_code(
         arguments.folder_of_run = tmp_path  # type: ignore[attr-defined]
         raise error
 
-    monkeypatch.setattr(cli, "_keys", fail)
+    monkeypatch.setattr(cli.tools, "keys", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main(["keys"])
     said = capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_one_line_and_a_code(
 def test_reading_the_words_may_fail_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_parser", lambda: 1 / 0)
+    monkeypatch.setattr(cli, "make_parser", lambda: 1 / 0)
     with pytest.raises(SystemExit, match="70"):
         cli.main(["keys"])
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def forks(_):
 def no_memory(_):
     atexit.register(lambda: 1 / 0)
     raise MemoryError
-cli._keys = globals()[sys.argv.pop()]
+cli.tools.keys = globals()[sys.argv.pop()]
 cli.main()
 """
 
@@ -139,7 +139,7 @@ cli.main()
         ("passes_over", 128 + signal.SIGTERM, "gearshift: stopped.\n"),
         ("twice", 128 + signal.SIGINT, "gearshift: stopped.\n"),
         ("forks", 1, f"gearshift: {-signal.SIGTERM}"),
-        ("no_memory", 1, "gearshift: The memory does not suffice"),
+        ("no_memory", 1, "gearshift: There is not enough memory"),
     ],
 )
 def test_a_program_leaves_with_one_line(how: str, code: int, said: str) -> None:

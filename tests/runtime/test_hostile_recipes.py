@@ -18,9 +18,9 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
     f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)
 )
 HOSTILE = {
-    "in itself": ("rl: &a\n  kl: *a\n", "line 2: `a` stands inside itself"),
-    "a list in itself": ("run: &a [*a]\n", "line 1: `a` stands inside itself"),
-    "merged into itself": ("run: &a {<<: *a}\n", "`a` stands inside itself"),
+    "in itself": ("rl: &a\n  kl: *a\n", "line 2: the alias `a` contains itself"),
+    "a list in itself": ("run: &a [*a]\n", "line 1: the alias `a` contains itself"),
+    "merged into itself": ("run: &a {<<: *a}\n", "the alias `a` contains itself"),
     "aliases of aliases": (LAUGHS, "holds more than 20,000 values"),
     "merges of merges": (MERGES, "holds more than 20,000 values"),
     "many values": ("rl: [" + "1," * 30_000 + "]\n", "holds more than 20,000 values"),
@@ -73,7 +73,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
-        with pytest.raises(ConfigError, match="no regular file"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             load(Recipe, path)
     with pytest.raises(ConfigError, match="There is no file"):
         load(Recipe, tmp_path / "loop")

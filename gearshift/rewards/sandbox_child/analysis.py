@@ -108,7 +108,7 @@ def analyze(source: str, entry_point: str = "") -> TestAnalysis:
             code=_compiled(tree, targets),
         )  # fmt: skip
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UnusableError(f"they are no Python: {error}") from error
+        raise UnusableError(f"they are not Python: {error}") from error
     return found
 
 
