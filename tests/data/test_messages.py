@@ -134,7 +134,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (to_supervised, {"messages": [USER, {**BOT, "emotion": "glad"}]}, "`emotion`, which is not"),
     (to_supervised, {"messages": [USER, {**BOT, "weight": 0.5}]}, "`weight` of a message is 0.5"),
     (to_supervised, {"messages": [USER, {**BOT, "weight": 0}]}, "no answer .* to be trained"),
-    (to_supervised, {"messages": [USER, {**BOT, "weight": 0, "train": True}]}, "contradict each other"),
+    (to_supervised, {"messages": [USER, {**BOT, "weight": 0, "train": True}]}, "contradict each"),
     (to_supervised, {"messages": [{**USER, "train": True}, BOT]}, "only answers are"),
     (to_supervised, {"messages": [{**USER, "tool_calls": [CALL]}, BOT]}, "only an assistant has"),
     (to_supervised, {"messages": [USER, {**BOT, "tool_calls": [{"id": "c"}]}]}, "function's"),
