@@ -1,5 +1,4 @@
-"""Advantages: how rewards become the weight of each token. The trainer calls them by name and knows
-no more.
+"""Advantages turn rewards into a weight for each token. The trainer calls them by name.
 
 Tensors only: [M] tokens that the policy wrote, completion after completion, and [N] completions;
 `lengths_N` are the tokens of each completion.
@@ -261,8 +260,8 @@ ADVANTAGES: dict[str, AdvantageFn] = {
 """By the name that a recipe gives."""
 
 NEEDS_VALUES = frozenset({"value_baseline", "gae"})
-"""Those that a value net must feed."""
+"""Advantages that need a value net."""
 NEEDS_GREEDY = frozenset({"remax"})
-"""Those that need a greedy completion of each prompt."""
+"""Advantages that need a greedy completion of each prompt."""
 NEEDS_GROUPS = frozenset({"rloo", "grpo", "dr_grpo", "grpo_turns", "opo", "best_of_n"})
-"""Those that compare the completions of a prompt: one alone tells them nothing."""
+"""Advantages that compare the completions of a prompt: one alone has no baseline."""

@@ -111,7 +111,7 @@ def minibatches(batch: PackedBatch, count: int, order: torch.Generator) -> list[
 
 
 def describe_rollout(trajectories: Sequence[Trajectory], parts: RewardParts) -> dict[str, float]:
-    """What was sampled, in TRL's names where it has one; `docs/metrics.md` defines each."""
+    """The metrics of what was sampled; `docs/metrics.md` defines each."""
     if not trajectories:
         return {}
     lengths = [sum(t.loss_mask) for t in trajectories]
@@ -139,7 +139,7 @@ def describe_generation(backend: GenerationBackend) -> dict[str, float]:
 
 
 def record(trajectory: Trajectory) -> dict[str, Any]:
-    """What `rollouts.jsonl` keeps of an episode."""
+    """The record of an episode in `rollouts.jsonl`."""
     return {
         "group_id": trajectory.group_id,
         "messages": trajectory.info.messages,

@@ -31,9 +31,9 @@ class RolloutConfig(Config):
     """What a step samples."""
 
     prompts: int = Field(8, ge=1)
-    """Prompts in one rollout."""
+    """How many prompts one rollout has."""
     group_size: int = Field(8, ge=1, le=1 << 16)
-    """Completions of each prompt."""
+    """How many completions each prompt gets."""
     temperature: float = Field(1.0, ge=1e-5, le=1e5)
     """Temperature of sampling, and so of the policy that is trained."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -85,7 +85,7 @@ class KLConfig(Config):
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the KL is estimated from sampled tokens; in the loss use k2, or `ratio` with k1 or k3."""
     where: Literal["reward", "loss"] = "reward"
-    """Subtract it from each token's reward, or add it to the loss."""
+    """Whether the KL is subtracted from each token's reward, or added to the loss."""
     ratio: bool = False
     """In the loss, multiply the estimate by the ratio to the policy that sampled, so that the
     gradient is that of KL(policy, reference), on policy or off. Without it k3 pulls towards the
@@ -168,7 +168,7 @@ class RLConfig(StageConfig):
     """A published method by name: fills in the keys that it stands for. The same as the recipe's
     own `algorithm`."""
     steps: int = Field(60, ge=1)
-    """Rollouts, each followed by its updates."""
+    """How many rollouts the stage makes; updates follow each."""
     rollout: RolloutConfig = RolloutConfig()
     """What a step samples."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
@@ -176,7 +176,7 @@ class RLConfig(StageConfig):
     shaping: ShapingConfig = ShapingConfig()
     """What changes the rewards before the advantage reads them."""
     advantage: Advantage = Field(ReturnAdvantage(name="value_baseline"), discriminator="name")
-    """How rewards become weights of tokens."""
+    """The function that turns rewards into a weight for each token."""
     loss: PolicyLoss = Field(ReinforceLoss(), discriminator="name")
     """The policy loss."""
     value: ValueNet | None = Field(None, discriminator="kind")

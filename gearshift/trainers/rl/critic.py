@@ -1,6 +1,7 @@
-"""Value nets with weights and an optimizer of their own: a decoder that values every token, from
-the policy's weights or a reward model's (as DeepSpeed-Chat starts it); or an encoder that values
-the prompt.
+"""Value nets with weights of their own: a decoder that values every token, from the policy's or a
+reward model's weights (as DeepSpeed-Chat starts it); or an encoder that values the prompt.
+
+This file must not import the trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Decode = Callable[[list[int]], str]
 
 
 class Critic(Protocol):
-    """What the loop asks of a critic."""
+    """What the trainer needs of a critic."""
 
     runner: ModelRunner
     """Runs its model."""
@@ -58,7 +59,7 @@ class TokenCritic:
         return self.runner.values(batch)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Of head and trunk; the head that the model came with has no part in values."""
+        """The parameters of head and trunk. The head that the model came with has no part in values."""
         return [*self.head.parameters(), *self.trunk.base_model.parameters()]
 
 

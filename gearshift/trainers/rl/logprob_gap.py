@@ -1,4 +1,4 @@
-"""Invariant 1, measured: how far the two gears' log-probabilities of the same tokens lie apart."""
+"""Measures how far the two gears' log-probabilities of the same tokens lie apart."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ class AdvantageBase(Config):
 
 
 class GroupAdvantage(AdvantageBase):
-    """Compares the completions of a prompt."""
+    """An advantage that compares the completions of a prompt."""
 
     name: Literal["rloo", "grpo", "dr_grpo", "grpo_turns", "opo", "best_of_n"]
-    """How rewards become weights of tokens."""
+    """The function that turns rewards into a weight for each token."""
 
 
 class ReturnAdvantage(AdvantageBase):
@@ -39,7 +39,7 @@ class ReturnAdvantage(AdvantageBase):
     """
 
     name: Literal["none", "value_baseline", "remax"]
-    """How rewards become weights of tokens."""
+    """The function that turns rewards into a weight for each token."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount from token to token."""
 
@@ -48,7 +48,7 @@ class MovingAverageAdvantage(AdvantageBase):
     """The rewards to come, less the moving average of returns."""
 
     name: Literal["moving_average"] = "moving_average"
-    """How rewards become weights of tokens."""
+    """The function that turns rewards into a weight for each token."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount from token to token."""
     decay: float = Field(0.9, ge=0, lt=1)
@@ -59,7 +59,7 @@ class GAE(AdvantageBase):
     """Generalised advantage estimation, from a value net."""
 
     name: Literal["gae"] = "gae"
-    """How rewards become weights of tokens."""
+    """The function that turns rewards into a weight for each token."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount from token to token."""
     lam: float = Field(0.95, ge=0, le=1)
