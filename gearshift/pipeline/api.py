@@ -6,7 +6,6 @@ from either. Keyword arguments are the recipe's keys: see `Arguments.add`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.pipeline.arguments import Arguments, Data, plain
+from gearshift.pipeline.arguments import NO_ENVIRONMENT, Arguments, Data, plain
 from gearshift.pipeline.recipe import STAGES, Recipe
 from gearshift.pipeline.records import format_record
 from gearshift.pipeline.result import RunResult
@@ -158,7 +157,8 @@ def train_rl(
 
     What it learns from is one of: `prompts` and a `reward`; an `environment`; a `task` by name, or
     as a recipe's section `task`. The last two have a reward of their own, and rewards are added to
-    it. Of several rewards for prompts the first is also what held-out answers are measured by.
+    it. Of several rewards for prompts the first is also what held-out answers are measured by,
+    unless it is a reward model or a judge: then all of them are.
     `validation` and `test` are rows, or shares of the prompts. `config` holds keys of the recipe's
     section `rl`, such as `steps=20`, and of its others.
     """
@@ -168,23 +168,27 @@ def train_rl(
         arguments.put("algorithm", algorithm)
     if sum(given is not None for given in (prompts, environment, task)) != 1:
         raise ConfigError("train_rl takes prompts, an environment or a task; give one of them.")
-    names = _reward_names(arguments, reward)
+    names = arguments.rewards(reward)
     if prompts is not None:
         if not names:
             raise ConfigError("train_rl takes prompts with a reward; give a function or its name.")
         sources = arguments.rows(prompts, "prompts", "prompt", "prompt")
-        own = {"name": "data", "train": sources, "reward": names.pop(0)}
-        arguments.put("task", own)
+        own = names.pop(0) if not names[0].startswith(NO_ENVIRONMENT) else None
+        arguments.put("task", {"name": "data", "train": sources, "reward": own})
+        if own:
+            names = [ENVIRONMENT, *names]
     elif environment is not None:
         arguments.put("task", {"name": "gym", "id": arguments.named(environment)})
+        names = [ENVIRONMENT, *names]
     else:
         assert task is not None
         arguments.task(task)
+        names = [ENVIRONMENT, *names]
     for split, rows in (("validation", validation), ("test", test)):
         if rows is not None:
             arguments.put(f"task.{split}", _heldout_rows(arguments, rows, split))
-    if names or reward_weights is not None:
-        _put_rewards(arguments, [ENVIRONMENT, *names], reward_weights)
+    if names != [ENVIRONMENT] or reward_weights is not None:
+        _put_rewards(arguments, names, reward_weights)
     callbacks = Callbacks(on_step, on_rollout, on_checkpoint)
     return _run(arguments, config, output, callbacks, verbose)
 
@@ -222,17 +226,6 @@ def _pairs(arguments: Arguments, section: str, data: Data, heldout: Data | None)
     arguments.data(f"{section}.data", data, "data")
     if heldout is not None:
         arguments.data(f"{section}.heldout", heldout, "heldout")
-
-
-def _reward_names(arguments: Arguments, reward: Reward | Sequence[Reward] | None) -> list[str]:
-    """The recipe's names of the rewards; a folder is a reward model's."""
-    one = isinstance(reward, str) or not isinstance(reward, Sequence)
-    rewards: Sequence[Any] = [reward] if one else reward  # type: ignore[assignment]
-    return [
-        f"model:{os.fspath(each)}" if isinstance(each, os.PathLike) else arguments.named(each)
-        for each in rewards
-        if each is not None
-    ]
 
 
 def _put_rewards(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ Tree = dict[str, Any]
 Data = str | Path | Config | Mapping[str, Any] | Iterable[Any]
 """A file or a data set's name; a `SourceConfig` or a `DataConfig`; or the rows themselves: dicts,
 texts or lists of messages, such as a data set of the library `datasets`."""
+NO_ENVIRONMENT = ("model:", "judge:")
+"""What begins the name of a reward that scores whole batches, and so is no environment's own."""
 _HERE = "<output>"
 """Stands for the run's folder until that is known."""
 
@@ -109,6 +111,15 @@ class Arguments:
         if name.startswith(GIVEN_NAME):
             self.functions[name] = function
         return name
+
+    def rewards(self, reward: Any) -> list[str]:
+        """The names in the recipe of one reward, or of several; a folder is a reward model's."""
+        one = isinstance(reward, str) or not isinstance(reward, Sequence)
+        return [
+            f"model:{os.fspath(each)}" if isinstance(each, os.PathLike) else self.named(each)
+            for each in ([reward] if one else reward)
+            if each is not None
+        ]
 
     def task(self, task: str | Mapping[str, Any] | Config | Task) -> None:
         """Write the section `task`: a name, a section, or a task of the caller's own."""

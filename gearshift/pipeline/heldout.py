@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from gearshift.pipeline.recipe import (
 )
 from gearshift.pipeline.records import Record, format_record, read_record, records
 from gearshift.pipeline.task_data import EPISODES, TaskData, problems_of
+from gearshift.rewards.composite import CompositeReward
 from gearshift.rollouts.evaluate import Evaluation, Split, evaluate, starts_of
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import write_sealed
@@ -37,6 +38,7 @@ from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.terminal import echo
+from gearshift.types import Trajectory
 
 
 def open_engine(
@@ -101,6 +103,7 @@ def measure(
     starts = starts_of(split, episodes, left)[: limits.limit]
     metric = metric or str(getattr(config, "metric", data.task.metric))
     with (
+        _rewards(data, engine) as score,
         doing(f"while evaluating {name} on {split}"),
         Progress(len(starts), f"{split} {name}") as progress,
         engine.generating(),
@@ -114,7 +117,26 @@ def measure(
             metric=metric,
             corpus=data.task.corpus,
             progress=lambda episodes, tokens: progress.advance(episodes, tokens=tokens),
+            score=score,
         )
+
+
+@contextmanager
+def _rewards(
+    data: TaskData, engine: Engine
+) -> Iterator[Callable[[Sequence[Trajectory]], list[Trajectory | None]] | None]:
+    """What scores held-out episodes where the environment has no reward: the recipe's rewards. None
+    where it has one.
+    """
+    if getattr(data.config, "reward", "") is not None:
+        yield None
+        return
+    sources = data.recipe.rl.rewards if data.recipe.rl else ()
+    if not sources:
+        raise ConfigError("Nothing scores the answers: task.reward is null; name a reward.")
+    folder = data.folder.parent / "reward"
+    with closing(CompositeReward(sources, data.recipe.model, folder, engine.tokenizer)) as rewards:
+        yield lambda trajectories: rewards(trajectories)[0]
 
 
 def evaluate_run(

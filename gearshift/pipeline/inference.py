@@ -16,7 +16,7 @@ from gearshift.data.text import decode
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.pipeline.arguments import Arguments, Data
+from gearshift.pipeline.arguments import NO_ENVIRONMENT, Arguments, Data
 from gearshift.pipeline.heldout import measure, open_engine
 from gearshift.pipeline.policy import find_policy
 from gearshift.pipeline.task_data import TaskData
@@ -123,8 +123,12 @@ def evaluate(
         if reward is None:
             raise ConfigError("evaluate takes prompts with a reward; give a function or its name.")
         rows = arguments.rows(prompts, "prompts", "prompt", "prompt")
-        own = {"name": "data", "train": rows, "reward": arguments.named(reward)}
+        [named] = arguments.rewards(reward)
+        alone = named.startswith(NO_ENVIRONMENT)
+        own = {"name": "data", "train": rows, "reward": None if alone else named}
         arguments.put("task", own)
+        if alone:
+            arguments.put("rl.rewards", [{"source": named}])
     elif environment is not None:
         arguments.put("task", {"name": "gym", "id": arguments.named(environment)})
     else:

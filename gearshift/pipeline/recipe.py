@@ -16,6 +16,7 @@ from gearshift.engine import EngineConfig
 from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN
+from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
@@ -118,6 +119,12 @@ class Recipe(Config):
             raise ValueError(
                 f"algorithm is {self.algorithm} and rl.algorithm is {self.rl.algorithm}; "
                 "name one of them."
+            )
+        own = sum(part.weight for part in self.rl.rewards if part.source == ENVIRONMENT)
+        if own and getattr(self.task, "reward", ENVIRONMENT) is None:
+            raise ValueError(
+                "task.reward is null, and rl.rewards counts the environment's reward; name a "
+                "reward, or take `environment` out of rl.rewards."
             )
         if self.rl.sft_mix and not self.rl.sft_mix.data.sources:
             raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")

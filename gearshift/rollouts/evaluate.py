@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -93,11 +93,13 @@ def evaluate(
     corpus: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None,
     progress: Callable[[int, int], None] = lambda episodes, tokens: None,
     at_once: int = 64,
+    score: Callable[[Sequence[Trajectory]], Iterable[Trajectory | None]] | None = None,
 ) -> Evaluation:
     """Run an episode from each start greedily, `at_once` together. `problems` names the problem of
     each start's group; where it is not given, episodes are one problem if they start from one row
     of the environment's, or from equal messages. `progress` hears the episodes and tokens of each
-    batch.
+    batch. `score` gives the rewards where the environment has none; None for an episode that it
+    cannot score.
 
     Raises `DataError` if no episode came to its end, `ConfigError` if one lacks the metric.
     """
@@ -106,7 +108,9 @@ def evaluate(
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     for first in range(0, len(starts), at_once):
         portion = starts[first : first + at_once]
-        ended = {t.group_id: t for t in collector.collect(portion, params)}
+        ran_now = collector.collect(portion, params, rewarded="any" if score else "needed")
+        scored = score(ran_now) if score else ran_now
+        ended = {t.group_id: t for t in scored if t is not None}
         done += ended.values()
         samples += [
             sample(ended[s.group_id]) if s.group_id in ended else _failed(s.group_id)

@@ -51,9 +51,10 @@ class RowsConfig(TaskConfig):
     """A file of rows that are evaluated once, at the end; or a share of the prompts of `train`. A
     column `cluster` names rows that are one problem, as rows with equal prompts are; no problem
     stands in two splits."""
-    reward: PathText
+    reward: PathText | None = None
     """The environment's own reward, with TRL's signature: `file.py:function`,
-    `package.module:function` or `http://...`."""
+    `package.module:function` or `http://...`. null: it has none, and `rl.rewards` names the
+    rewards, which held-out answers are measured by too."""
     success_threshold: float | None = 1.0
     """The reward from which an answer counts as a success; null reports no success."""
     system: str | None = None
@@ -106,7 +107,8 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
     are nearly equal, is printed with an example. Raises `DataError` naming the file and the row
     that cannot be used, `ConfigError` if the reward cannot be loaded.
     """
-    load_reward(config.reward)  # before any work is done
+    if config.reward:
+        load_reward(config.reward)  # before any work is done
     least = min(source.weight for source in config.train)
     rows: list[Mapping[str, Any]] = []
     times: list[int] = []
@@ -307,11 +309,11 @@ class RowsEnvironment(RowEnvironment):
     def __init__(
         self,
         path: str | Path,
-        reward: str | RewardFunction,
+        reward: str | RewardFunction | None,
         success_threshold: float | None = 1.0,
     ) -> None:
         """Over the rows of a prepared JSONL file. Raises `DataError`, `ConfigError`."""
-        score = _loaded(reward) if isinstance(reward, str) else reward
+        score = _loaded(reward) if isinstance(reward, str) else reward or _no_reward
         super().__init__(read_rows(path), score)
         self.threshold = success_threshold
 
@@ -324,6 +326,12 @@ class RowsEnvironment(RowEnvironment):
         if isinstance(gold, str | int | float):
             said["gold"] = str(gold)
         return said
+
+
+def _no_reward(
+    prompts: list[list[Message]], completions: list[str], **columns: Any
+) -> list[float | None]:
+    return [None] * len(completions)
 
 
 def _loaded(reward: str) -> RewardFunction:

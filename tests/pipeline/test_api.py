@@ -359,3 +359,22 @@ def test_the_engine_answers_inside_a_running_loop() -> None:
     assert asyncio.run(cell()) == gearshift.generate(
         engine, "hello", temperature=0, max_new_tokens=4
     )
+
+
+def test_a_reward_model_alone_is_a_reward(tmp_path: Path) -> None:
+    judge = gearshift.train_reward_model("tiny", PAIRS, output=tmp_path / "judge", **TINY)
+    result = gearshift.train_rl(
+        "tiny", PROMPTS, judge, "rloo", steps=1, rollout=SIZES, eval={"max_new_tokens": 4},
+        output=tmp_path / "run", **TINY,
+    )  # fmt: skip
+    step = result.metrics[0]
+    assert step["reward"] == pytest.approx(step["rewards/model/mean"]) and step["reward"] != 0
+    record = json.loads((tmp_path / "run" / "validation" / "rl.json").read_text())
+    [sample] = record["samples"]
+    own = gearshift.score(judge, [sample["prompt"]], [sample["completion"]], **TINY)[0]
+    assert sample["reward"] == result.heldout["rl"]["value"] != 0
+    assert isinstance(own, float)
+    found = gearshift.evaluate(result, PROMPTS[:2], judge, max_new_tokens=4)
+    assert found.episodes == 2 and found.value != 0
+    with pytest.raises(ConfigError, match="reward is null"):
+        gearshift.train_rl("tiny", PROMPTS, judge, **{"rl.rewards": [{"source": "environment"}]})
