@@ -14,6 +14,7 @@ from gearshift.runtime.terminal import echo, one_line, printable
 
 if TYPE_CHECKING:
     from gearshift.pipeline.records import Record
+    from gearshift.pipeline.summary import Summary
     from gearshift.rollouts.evaluate import Comparison
 
 STAGES = {
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     _print_summary(Path(recipe.run.dir), Run(recipe).execute(stages))
 
 
-def _print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+def _print_summary(folder: Path, summary: Summary) -> None:
     from gearshift.pipeline.records import comparisons, records
 
     found = records(folder / "validation")

@@ -20,6 +20,7 @@ from gearshift.pipeline.records import format_record
 from gearshift.pipeline.result import RunResult
 from gearshift.pipeline.run import Run
 from gearshift.pipeline.shipped import find_recipe
+from gearshift.pipeline.summary import Summary
 from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.allocator import freed_memory_kept
 from gearshift.runtime.config import Config, read_mapping
@@ -275,7 +276,7 @@ def _run(
     return result
 
 
-def _result(folder: Path, stages: Sequence[str], summary: dict[str, Any]) -> RunResult:
+def _result(folder: Path, stages: Sequence[str], summary: Summary) -> RunResult:
     last = folder / stages[-1]
     metrics = read_metrics(last / "metrics.jsonl")
     return RunResult(folder, last, metrics, summary["heldout_detail"], summary)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gearshift.pipeline.summary import Summary
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
@@ -21,7 +23,7 @@ class RunResult:
     heldout: dict[str, dict[str, Any]]
     """The held-out figures of each policy, by its name: `base`, then the stages. Empty where the
     run has no task."""
-    summary: dict[str, Any]
+    summary: Summary
     """What `summary.json` holds: seconds and outcome of each stage, comparisons, and more."""
 
     @property

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from gearshift.pipeline.provenance import trained_on
 from gearshift.pipeline.recipe import STAGES, Recipe, StageName, has_begun, record_recipe, with_date
 from gearshift.pipeline.records import records
 from gearshift.pipeline.stages import STAGE_FUNCTIONS
-from gearshift.pipeline.summary import summarise
+from gearshift.pipeline.summary import Summary, summarise
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
 from gearshift.runtime.digests import file_digests, write_sealed
 from gearshift.runtime.folder_lock import lock_run_folder
@@ -47,7 +46,7 @@ class Run:
         self.recipe = with_date(recipe, self.folder)
         self.context = Context(self.recipe, self.folder, echo, given or Given())
 
-    def execute(self, stages: Iterable[StageName] = STAGES) -> dict[str, Any]:
+    def execute(self, stages: Iterable[StageName] = STAGES) -> Summary:
         """Run these stages (and what they need of data); returns and writes the summary.
 
         Raises `FolderInUseError` while another process or thread writes into the folder, and
@@ -63,7 +62,7 @@ class Run:
             self.context.given.write(self.folder, has_begun(self.folder))
             return self._execute(tuple(stages))
 
-    def _execute(self, wanted: Sequence[StageName]) -> dict[str, Any]:
+    def _execute(self, wanted: Sequence[StageName]) -> Summary:
         run, recipe = self.context, self.recipe
         record_recipe(self.folder, recipe)
         named = [name for name in wanted if getattr(recipe, name) is not None]

@@ -59,7 +59,7 @@ from gearshift.trainers.reward_model import (
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic, TokenCritic, load_critic
 from gearshift.trainers.rl.logprob_gap import logprob_gap
-from gearshift.trainers.rl.loop import RLTrainer
+from gearshift.trainers.rl.loop import RLData, train_rl
 from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.trainers.sft import Rendered, SFTConfig, render_examples, train_sft
 from gearshift.types import SamplingParams
@@ -171,18 +171,8 @@ def rl(config: RLConfig, run: Context) -> Result:
         if mixed := config.sft_mix:
             render = partial(_render_supervised, engine=engine, max_length=mixed.max_length)
             examples = mix(mixed.data, run, render_sources(mixed.data, run, render))
-        trainer = RLTrainer(
-            config,
-            engine,
-            collector,
-            rows,
-            score,
-            stage,
-            reference=reference,
-            critic=critic,
-            examples=examples,
-        )
-        trainer.train()
+        data = RLData(collector, rows, score, examples)
+        trainer = train_rl(config, engine, data, stage, reference, critic)
     folder = run.folder / "rl"
     if trainer.average:
         with trainer.average.applied():

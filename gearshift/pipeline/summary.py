@@ -5,21 +5,59 @@ not import an engine or a trainer.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from gearshift.errors import StorageError
 from gearshift.models.made import DONE
 from gearshift.pipeline.recipe import STAGES, Recipe
-from gearshift.pipeline.records import comparisons, records
+from gearshift.pipeline.records import Record, comparisons, records
 from gearshift.pipeline.report import write_report
 from gearshift.runtime.digests import read_sealed
 from gearshift.runtime.files import json_bytes, write_json
 from gearshift.runtime.metrics import read_metrics
 
 
-def summarise(folder: Path, recipe: Recipe) -> dict[str, Any]:
+class RewardModelSummary(TypedDict):
+    """What the reward model's stage measured."""
+
+    accuracy: float | None
+    """The share of held-out pairs in the right order; None if there is no such stage."""
+
+
+class EngineSummary(TypedDict):
+    """By how much the log-probs of the two gears differ; None before RL has run."""
+
+    logprob_gap: float | None
+    """The mean, in nats."""
+    logprob_gap_max: float | None
+    """The largest, in nats."""
+    dtype: str | None
+    """The dtype of the weights."""
+
+
+class Summary(TypedDict):
+    """What `summary.json` holds."""
+
+    heldout: dict[str, float]
+    """The held-out figure of each policy."""
+    heldout_detail: dict[str, Record]
+    """The held-out record of each policy, without its samples."""
+    heldout_compared: list[dict[str, Any]]
+    """Each policy with the one before it."""
+    reward_model: RewardModelSummary
+    seconds: dict[str, float]
+    """The seconds of each stage and of each evaluation."""
+    engine: EngineSummary
+    task: str | None
+    seed: int
+    model: str
+    stages: dict[str, Record]
+    """What each stage recorded; {} for one that was not run."""
+
+
+def summarise(folder: Path, recipe: Recipe) -> Summary:
     """Write `summary.json` and `report.html` into the run's folder; returns the summary."""
-    done = {name: read_done(folder / name) for name in STAGES}
+    done: dict[str, Record] = {name: read_done(folder / name) for name in STAGES}
     heldout = records(folder / "validation")
     gap = done["rl"].get("gap", {})
     seconds: dict[str, float] = {name: record["seconds"] for name, record in done.items() if record}
@@ -31,7 +69,7 @@ def summarise(folder: Path, recipe: Recipe) -> dict[str, Any]:
         for name, record in heldout.items()
     }
     compared = [c.summary() for c in comparisons(heldout)]
-    summary = {
+    summary: Summary = {
         "heldout": {name: record["value"] for name, record in heldout.items()},
         "heldout_detail": table,
         "heldout_compared": compared,

@@ -11,6 +11,7 @@ dropout is off, so that the first ratio is exactly 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
@@ -38,6 +39,46 @@ from gearshift.trainers.sft import Rendered, supervised_batch
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import update
 from gearshift.types import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class RLData:
+    """What reinforcement learning samples from, and what rewards it."""
+
+    collector: Collector
+    """Plays episodes of the policy in the task's environment."""
+    rows: Sequence[int] | None
+    """The rows to draw prompts from; None where each episode is drawn by its seed."""
+    score: RewardModel
+    """Gives episodes their rewards."""
+    examples: Mixture[Rendered] | None = None
+    """Labelled examples that are mixed into the updates."""
+
+
+def train_rl(
+    config: RLConfig,
+    engine: Engine,
+    data: RLData,
+    stage: Stage,
+    reference: ModelRunner | None = None,
+    critic: Critic | None = None,
+) -> RLTrainer:
+    """Train the engine's model in place. Returns the trainer, which holds the moving average and
+    what was left out.
+    """
+    trainer = RLTrainer(
+        config,
+        engine,
+        data.collector,
+        data.rows,
+        data.score,
+        stage,
+        reference,
+        critic,
+        data.examples,
+    )
+    trainer.train()
+    return trainer
 
 
 class RLTrainer:
