@@ -32,10 +32,10 @@ from gearshift.engine.cache_size import cache_capacity
 from gearshift.engine.cached_forward import CachedForward
 from gearshift.engine.config import EngineConfig
 from gearshift.engine.decoder import Decoder
-from gearshift.engine.loop import EngineLoop, Group, Stream
+from gearshift.engine.loop import EngineLoop, Stream
 from gearshift.engine.owner import owner_of
 from gearshift.engine.probe import blocks_of, decode_given
-from gearshift.engine.scheduler import Scheduler, blocks_for
+from gearshift.engine.scheduler import Group, Scheduler, blocks_for
 from gearshift.engine.sequence import SamplingLimits
 from gearshift.engine.stats import GenerationStats
 from gearshift.engine.weights import WeightsWatch, copy_weights
@@ -101,8 +101,6 @@ class Engine:
         longest = context_length(self.model.config) or 2**20
         return min(longest, self.config.max_length or longest)
 
-    # Gears
-
     @contextmanager
     def generating(self) -> Iterator[Engine]:
         """Generation gear: no gradients, dropout off. Nests; the gear before comes back after."""
@@ -134,8 +132,6 @@ class Engine:
         self.loop.reset_prefix_cache()
         self._watch.accept()
         self.weights_version += 1
-
-    # Generation
 
     def generate(
         self,
@@ -189,8 +185,6 @@ class Engine:
         self.weights_changed()
         self.weights_version = version
 
-    # What `EngineLoop` asks
-
     def check_owner(self) -> None:
         """Raises `GearshiftError` unless this thread may use the engine."""
         self._owner.check(self)
@@ -227,8 +221,6 @@ class Engine:
         to_text = partial(decode, self.tokenizer)
         return Scheduler(cache, self.config, ahead, to_text, self._stats), Decoder(forward)
 
-    # Training
-
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
     ) -> TokenScores:
@@ -237,8 +229,6 @@ class Engine:
         """
         self._require("training", "logprobs")
         return self.runner.logprobs(batch, temperature, value_head)
-
-    # Reports
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose. `aliased` is part of `weights`, not a copy."""
@@ -257,18 +247,7 @@ class Engine:
 
     def named_stats(self) -> dict[str, float]:
         """The same by name, as metrics have it."""
-        done = self.take_stats()
-        return {
-            "shift_seconds": done.shift_seconds,
-            "prefill_seconds": done.prefill_seconds,
-            "decode_seconds": done.decode_seconds,
-            "decode_tokens_per_second": done.decode_tokens / max(done.decode_seconds, 1e-9),
-            "roofline_fraction": done.roofline_fraction(self.model, self.loop.position_bytes),
-            "shared_tokens": float(done.shared_tokens),
-            "preemptions": float(done.preemptions),
-        }
-
-    # Inside
+        return self.take_stats().named(self.model, self.loop.position_bytes)
 
     @contextmanager
     def _shifted(self, gear: Gear) -> Iterator[None]:

@@ -15,50 +15,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from gearshift.engine.decoder import Decoder
-from gearshift.engine.scheduler import Scheduler
-from gearshift.engine.sequence import SamplingLimits, Sequence
+from gearshift.engine.scheduler import Group, Scheduler
+from gearshift.engine.sequence import Sequence
+from gearshift.engine.stepped_engine import SteppedEngine
 from gearshift.errors import GearshiftError
 from gearshift.kernels.specs import BLOCK
 from gearshift.types import Completion, SamplingParams
-
-Group = list[Sequence]
-"""Completions of one prompt, which is computed once."""
-
-
-class SteppedEngine(Protocol):
-    """What the loop asks of its engine."""
-
-    weights_version: int
-
-    @property
-    def limits(self) -> SamplingLimits:
-        """What a completion may be."""
-
-    def check_owner(self) -> None:
-        """Raises `GearshiftError` unless this thread may use the engine."""
-
-    def check_generating(self) -> None:
-        """The same, and the engine must be in its generation gear."""
-
-    def prepare_generation(self) -> None:
-        """Take notice of what was done to the weights, and prepack them."""
-
-    def check_weights(self) -> None:
-        """Raises `GearshiftError` if the weights have changed while requests run."""
-
-    def new_generation(self, groups: list[Group]) -> tuple[Scheduler, Decoder]:
-        """A scheduler and a decoder with an empty cache, in which these groups have room."""
-
-    def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
-        """See `GenerationBackend`."""
-
-    def named_stats(self) -> dict[str, float]:
-        """See `GenerationBackend.stats`."""
 
 
 class EngineLoop:
@@ -78,8 +44,6 @@ class EngineLoop:
         """What is awaited: more tokens of a sequence than so many, or (None) its end."""
         self._driver: asyncio.Task[None] | None = None
         self._stepping = False
-
-    # Awaiting callers
 
     async def generate(
         self, token_ids: Iterable[int], params: SamplingParams, request_id: int, sample: int = 0
@@ -106,8 +70,6 @@ class EngineLoop:
         params = params or SamplingParams()
         return Stream(self, self._enqueue(token_ids, params, request_id, sample))
 
-    # Synchronous callers
-
     def complete(
         self, requests: Iterable[tuple[Iterable[int], SamplingParams, int]]
     ) -> list[list[Completion]]:
@@ -129,8 +91,6 @@ class EngineLoop:
             raise
         return [[s.completion() for s in group] for group in groups]
 
-    # The rest of `GenerationBackend`
-
     async def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
         """See `Engine.update_weights`."""
         self._engine.update_weights(weights, version)
@@ -138,8 +98,6 @@ class EngineLoop:
     def stats(self) -> dict[str, float]:
         """What generation did since the last call, by name."""
         return self._engine.named_stats()
-
-    # The owner
 
     @property
     def idle(self) -> bool:
@@ -265,8 +223,6 @@ class EngineLoop:
             sequence.fail(ended)
         self._scheduler, self._decoder, self._arrivals = None, None, []
         self._fail_waiters(error if isinstance(error, Exception) else ended)
-
-    # Waiting
 
     async def _progress(self, sequence: Sequence, seen: int | None) -> None:
         """Until the sequence has more tokens than `seen` (None: any number), or has ended."""

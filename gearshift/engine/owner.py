@@ -1,4 +1,6 @@
-"""Who uses a model's weights and cache now: one engine, in one thread, its gears in one task."""
+"""Which engine uses a model's weights and cache now: one at a time, in one thread, its gears in one
+task.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ _lock = threading.Lock()
 
 
 class Owner:
-    """Held while an engine is in a gear or changes; whoever holds it may take it again."""
+    """Held while an engine is in a gear or changes; its holder may take it again."""
 
     def __init__(self) -> None:
         self._holder: tuple[int, int] | None = None
@@ -45,7 +47,7 @@ class Owner:
             self._depth += 1
 
     def check(self, engine: object) -> None:
-        """The same for who takes nothing."""
+        """Raises as `take` does, and holds nothing afterwards."""
         holder = threading.get_ident(), id(engine)
         if self._holder != holder or os.getpid() != self._process:
             self.take(engine)
@@ -62,7 +64,7 @@ class Owner:
         if self._holder and self._holder[0] != holder[0]:
             raise GearshiftError(
                 "Another thread uses this engine; let it leave its gear first, or do both in one "
-                "thread: `submit` and `stream` run many requests beside each other."
+                "thread: `stream` and `engine.loop` run many requests beside each other."
             )
         raise GearshiftError(
             "Another engine of this model is in a gear; leave that first, or give each a model."
@@ -70,7 +72,7 @@ class Owner:
 
 
 def _task() -> asyncio.Task[object] | None:
-    """The one that runs in this thread's loop."""
+    """The task that runs in this thread now."""
     try:
         return asyncio.current_task()
     except RuntimeError:  # no loop
@@ -81,6 +83,6 @@ _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
 
 
 def owner_of(model: nn.Module) -> Owner:
-    """The one of this model, whatever engines it has."""
+    """The owner of this model; all its engines share it."""
     with _lock:
         return _owners.setdefault(model, Owner())

@@ -1,7 +1,5 @@
 """From logits to tokens and their log-probabilities. A pure function of logits, uniforms and each
 row's history.
-
-Legend: B rows, V vocabulary, G blocks of the vocabulary.
 """
 
 from __future__ import annotations

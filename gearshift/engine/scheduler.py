@@ -19,6 +19,9 @@ from gearshift.engine.stats import GenerationStats
 from gearshift.errors import NumericalError
 from gearshift.kernels.specs import BLOCK
 
+Group = list[Sequence]
+"""Completions of one prompt, which is computed once."""
+
 
 class Scheduler:
     """Runs sequences to their ends, at most `max_num_seqs` at a time."""
@@ -41,7 +44,7 @@ class Scheduler:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self._steps_per_sync, self._detokenize = steps_per_sync, detokenize
 
-    def add(self, groups: list[list[Sequence]]) -> None:
+    def add(self, groups: list[Group]) -> None:
         """Queue the completions of prompts, each group those of one."""
         others = len(self.live) + sum(map(len, self.waiting))
         self.waiting += map(deque, groups)
@@ -219,7 +222,7 @@ class Scheduler:
         return group
 
 
-def blocks_for(groups: list[list[Sequence]], max_num_seqs: int, others: int = 0) -> int:
+def blocks_for(groups: list[Group], max_num_seqs: int, others: int = 0) -> int:
     """Blocks in which these sequences and so many `others` can run at a time, if each is as long as
     the longest of these can become.
     """

@@ -40,6 +40,18 @@ class GenerationStats:
             setattr(self, field.name, field.default)
         return done
 
+    def named(self, model: PreTrainedModel, position_bytes: float) -> dict[str, float]:
+        """Figures by name, as metrics have them."""
+        return {
+            "shift_seconds": self.shift_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "decode_tokens_per_second": self.decode_tokens / max(self.decode_seconds, 1e-9),
+            "roofline_fraction": self.roofline_fraction(model, position_bytes),
+            "shared_tokens": float(self.shared_tokens),
+            "preemptions": float(self.preemptions),
+        }
+
     def roofline_fraction(self, model: PreTrainedModel, position_bytes: float) -> float:
         """The time that decoding must take on this machine over the time it took: weights and
         cached positions read once a step, or their products, whichever takes longer.
