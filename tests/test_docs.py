@@ -43,7 +43,7 @@ def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pages
