@@ -59,7 +59,7 @@ class TokenCritic:
         return self.runner.values(batch)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters of head and trunk. The head that the model came with has no part in values."""
+        """The parameters of head and trunk, without the head that the model came with."""
         return [*self.head.parameters(), *self.trunk.base_model.parameters()]
 
 
