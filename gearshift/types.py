@@ -205,7 +205,7 @@ class Trajectory:
     prompt_length: int
     """Tokens before the first policy token; a group shares them."""
     finish_reason: FinishReason
-    """Of the last completion: `length` marks an episode that was cut short."""
+    """Why the last completion ended: `length` marks an episode that was cut short."""
     info: EpisodeInfo = field(default_factory=EpisodeInfo)
     """The texts of the episode, and what its environment reports."""
     rewarded: tuple[int, ...] | None = None

@@ -9,8 +9,8 @@ from gearshift.kernels.specs import BLOCK
 from gearshift.runtime.free_memory import free_bytes
 
 _CPU_FRACTION, _GPU_FRACTION = 0.5, 0.1
-"""Of the memory that is free when the first request comes, what the cache can have beyond what that
-request needs. On a CPU it takes of this only what is used; on a GPU all of it, beside training.
+"""The part of the free memory that the cache can have, even where the first request needs less. On
+a CPU the cache takes only what is used of it; on a GPU it takes all of it, beside training.
 """
 
 

@@ -30,9 +30,9 @@ class EngineConfig(Config):
     switches it on if one micro-batch does not fit without it.
     """
     decode_steps_per_sync: int | None = Field(None, ge=1, le=BLOCK)
-    """Tokens that each sequence samples before the scheduler looks at them. What a sequence samples
-    after its end is thrown away, but a GPU does not wait for the scheduler. Null takes 8 on a GPU
-    and 1 on a CPU.
+    """Tokens that each sequence samples between two checks of the scheduler. What a sequence
+    samples after its end is thrown away, but a GPU does not wait for the scheduler. Null takes 8 on
+    a GPU and 1 on a CPU.
     """
     prepack_weights: bool = True
     """Multiply by a copy of the weights in the CPU's own layout, made anew for each version of the

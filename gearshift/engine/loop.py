@@ -85,7 +85,7 @@ class EngineLoop:
         try:
             while not all([s.has_ended() for group in groups for s in group]):
                 self.step()
-        except BaseException:  # an interrupt too: what nobody waits for must not run on
+        except BaseException:  # an interrupt too: these requests must not run on
             for sequence in (s for group in groups for s in group):
                 self.abort(sequence)
             raise

@@ -34,8 +34,8 @@ class Scheduler:
         detokenize: Detokenize,
         stats: GenerationStats,
     ) -> None:
-        """`steps_per_sync` tokens are drawn for each sequence between two looks at them, where that
-        can be.
+        """`steps_per_sync` tokens are drawn for each sequence between two checks, where that is
+        possible.
         """
         self.waiting: deque[deque[Sequence]] = deque()
         self.live: list[Sequence] = []

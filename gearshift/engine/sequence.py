@@ -35,7 +35,7 @@ class Sequence:
     error: GearshiftError | None = None
     """What ended it, if not its tokens; others run on."""
     uniforms: list[float] = field(default_factory=list)
-    """Of its first tokens, one each; drawn ahead, some at a time."""
+    """Random numbers of its tokens, one each; they are drawn ahead."""
     blocks: list[int] = field(default_factory=list)
     """Its part of the cache while it is live."""
 
@@ -74,7 +74,7 @@ class Sequence:
             self.finish_reason = "length"
 
     def fail(self, error: Exception) -> None:
-        """End it here; whoever waits for it is told why."""
+        """End it here, with the error that its callers get."""
         self.finish_reason = "abort"
         if not isinstance(error, GearshiftError):
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -63,7 +63,7 @@ class Collector:
         started otherwise than its group; or to a prompt that leaves no place for an answer.
         """
         self.overlong = 0
-        """Of these, the ones that were lost to their prompt."""
+        """The failures whose prompt was too long."""
         self.last_failure = ""
 
     def collect(

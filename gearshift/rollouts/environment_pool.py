@@ -1,5 +1,5 @@
 """Environments that are made as they are needed, used again, and answer in threads, so that one
-that waits holds up nobody. Knows no policy and no tokens.
+that waits does not delay the others. Knows no policy and no tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class EnvironmentPool:
             await call.answered
         finally:
             del self._calls[future]
-            future.cancel()  # it still waits for a thread, and nobody waits for it
+            future.cancel()  # a call that has not begun is not needed any more
         error = future.exception()
         if error is not None:
             raise EpisodeError(_reason(error))
@@ -192,7 +192,7 @@ class _Unmade(TextEnvironment):
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+    with suppress(RuntimeError):  # the loop was closed: its callers are gone
         loop.call_soon_threadsafe(function)
 
 

@@ -192,8 +192,8 @@ class Episode:
                 self.rewarded_at += [len(self.rewards) - 1]
             self.messages += [{"role": "assistant", "content": self.completion}]
             self.answered_messages = len(self.messages)
-            told = {"success": bool(info["success"])} if "success" in info else {}
-            self.info = {**info, **told}
+            success = {"success": bool(info["success"])} if "success" in info else {}
+            self.info = {**info, **success}
             self.over = bool(terminated or truncated or self.finish_reason == "length")
             if not self.over:
                 said = messages_of(observation, info)
@@ -260,17 +260,19 @@ def messages_of(observation: Any, info: Mapping[str, Any]) -> list[Message]:
     return said
 
 
-def episode_info(messages: list[Message], completion: str, told: Mapping[str, Any]) -> EpisodeInfo:
-    """The record of an episode from its texts and from what its environment told."""
+def episode_info(
+    messages: list[Message], completion: str, reported: Mapping[str, Any]
+) -> EpisodeInfo:
+    """The record of an episode from its texts and from what its environment reported."""
     own_words = ("messages", "completion", "prompt")  # reward functions get these of every episode
     return EpisodeInfo(
         messages=messages,
         completion=completion,
-        row=told.get("row"),
-        success=bool(told.get("success", False)),
-        gold=told.get("gold"),
-        metrics=_finite_numbers(told.get("metrics")),
-        columns={name: value for name, value in told.items() if name not in own_words},
+        row=reported.get("row"),
+        success=bool(reported.get("success", False)),
+        gold=reported.get("gold"),
+        metrics=_finite_numbers(reported.get("metrics")),
+        columns={name: value for name, value in reported.items() if name not in own_words},
     )
 
 

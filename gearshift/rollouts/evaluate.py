@@ -97,7 +97,7 @@ def evaluate(
 ) -> Evaluation:
     """Run an episode from each start greedily, `at_once` together. `problems` names the problem of
     each start's group; where it is not given, episodes are one problem if they start from one row
-    of the environment's, or from equal messages. `progress` hears the episodes and tokens of each
+    of the environment's, or from equal messages. `progress` gets the episodes and tokens of each
     batch. `score` gives the rewards where the environment has none; None for an episode that it
     cannot score.
 

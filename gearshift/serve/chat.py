@@ -23,7 +23,7 @@ def reply(
         stream = engine.stream(prompt, params, request_id)
         try:
             yield from stream_text(engine.tokenizer, stream)
-        finally:  # whoever stops listening ends the request
+        finally:  # a caller that stops reading ends the request
             stream.abort()
 
 
