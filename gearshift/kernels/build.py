@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gearshift.errors import KernelError
 from gearshift.kernels.specs import BLOCK
+from gearshift.runtime.files import cache_folder
 
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = (
@@ -58,13 +59,6 @@ eight bytes each. The library names its own, and `_load` compares them."""
 _DIGEST_SIZE = 32
 
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where things that are made once for a machine lie: `$GEARSHIFT_CACHE`, or
-    `~/.cache/gearshift`.
-    """
-    return Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
 
 
 def usable(tensor: Tensor) -> bool:

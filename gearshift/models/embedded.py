@@ -16,8 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gearshift.errors import ModelError, StorageError
-from gearshift.kernels.build import cache_folder
-from gearshift.runtime.files import digest, read_json, sync, write_json, writing
+from gearshift.runtime.files import cache_folder, digest, read_json, sync, write_json, writing
 
 EMBEDDED = "embedded"
 MINILM = "minilm"

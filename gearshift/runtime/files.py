@@ -23,6 +23,13 @@ UNFINISHED = ".writing-*"
 """
 
 
+def cache_folder() -> Path:
+    """The folder for what is made once for each machine: `$GEARSHIFT_CACHE`, or
+    `~/.cache/gearshift`.
+    """
+    return Path(os.environ.get("GEARSHIFT_CACHE", Path.home() / ".cache" / "gearshift"))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn every error of the disk or of permissions inside this context into a `StorageError`."""
