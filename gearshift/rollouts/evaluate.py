@@ -103,7 +103,6 @@ def evaluate(
 
     Raises `DataError` if no episode came to its end, `ConfigError` if one lacks the metric.
     """
-    done: list[Trajectory] = []
     samples: list[Sample] = []
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     for first in range(0, len(starts), at_once):
@@ -111,29 +110,20 @@ def evaluate(
         ran_now = collector.collect(portion, params, rewarded="any" if score else "needed")
         scored = score(ran_now) if score else ran_now
         ended = {t.group_id: t for t in scored if t is not None}
-        done += ended.values()
         samples += [
             sample(ended[s.group_id]) if s.group_id in ended else _failed(s.group_id)
             for s in portion
         ]
         progress(len(portion), sum(sum(t.loss_mask) for t in ended.values()))
-    if not done:
+    ran = [s for s in samples if not s["failed"]]
+    if not ran:
         raise DataError(
             f"No held-out episode came to its end; the last failure: {collector.last_failure}."
         )
     _name_problems(samples, problems)
-    ran = [s for s in samples if not s["failed"]]
     counted = [s for s in samples if has_value(s, metric)]
     values = [value_of(s, metric) for s in counted]
     clusters = [s["problem"] for s in counted]
-    names = [n for n in ran[0]["metrics"] if all(n in s["metrics"] for s in ran)]
-    figures = {
-        "success": fmean(s["success"] for s in samples),
-        "reward": fmean(s["reward"] for s in ran),
-        "mean_length": fmean(sum(t.loss_mask) for t in done),
-        **{name: fmean(s["metrics"][name] for s in ran) for name in names},
-        **(corpus(ran) if corpus else {}),
-    }
     return Evaluation(
         metric=metric,
         value=fmean(values),
@@ -141,9 +131,20 @@ def evaluate(
         n=len(set(clusters)),
         episodes=len(samples),
         failures=len(samples) - len(ran),
-        figures=figures,
+        figures=_figures(samples, ran) | (corpus(ran) if corpus else {}),
         samples=samples,
     )
+
+
+def _figures(samples: list[Sample], ran: list[Sample]) -> dict[str, float]:
+    """Means over the episodes, of which `ran` came to their ends."""
+    names = [n for n in ran[0]["metrics"] if all(n in s["metrics"] for s in ran)]
+    return {
+        "success": fmean(s["success"] for s in samples),
+        "reward": fmean(s["reward"] for s in ran),
+        "mean_length": fmean(sum(s["loss_mask"]) for s in ran),
+        **{name: fmean(s["metrics"][name] for s in ran) for name in names},
+    }
 
 
 def sample(trajectory: Trajectory) -> Sample:
