@@ -318,14 +318,10 @@ class RowsEnvironment(RowEnvironment):
         self.threshold = success_threshold
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
-        """`success`, where a threshold says what it is, and `gold`, where the row has it."""
-        said: dict[str, Any] = {}
-        if self.threshold is not None:
-            said["success"] = reward >= self.threshold
+        """`success`, where there is a threshold, and `gold`, where the row has it."""
+        info = {} if self.threshold is None else {"success": reward >= self.threshold}
         gold = row.get("completion", row.get("answer"))
-        if isinstance(gold, str | int | float):
-            said["gold"] = str(gold)
-        return said
+        return {**info, "gold": str(gold)} if isinstance(gold, str | int | float) else info
 
 
 def _no_reward(

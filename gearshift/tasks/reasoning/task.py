@@ -52,7 +52,7 @@ class ReasoningConfig(TaskConfig):
     validation: int = Field(256, ge=1)
     """Questions that stand in no other file."""
     test: int = Field(256, ge=1)
-    """The same."""
+    """Questions for the test, which stand in no other file."""
 
     @property
     def datasets(self) -> dict[str, dict[str, Any]]:

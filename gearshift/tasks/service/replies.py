@@ -69,7 +69,7 @@ class RepliesConfig(TaskConfig):
     validation: int = Field(256, ge=1)
     """Customers with words, items, streets and order numbers of their own."""
     test: int = Field(256, ge=1)
-    """The same, with others again."""
+    """Customers with other words, items, streets and order numbers again, for the test."""
     pairs: int = Field(6000, ge=1)
     """Right against wrong replies to training customers, for the reward model."""
     talk_pairs: int = Field(250, ge=0)

@@ -42,7 +42,7 @@ class ServiceConfig(TaskConfig):
     validation: int = Field(192, ge=1)
     """Customers with words, items, streets and order numbers of their own."""
     test: int = Field(192, ge=1)
-    """The same, with others again."""
+    """Customers with other words, items, streets and order numbers again, for the test."""
     heldout_fraction: float = Field(0.35, gt=0, lt=1)
     """Share of phrasings, items, streets and order numbers that training never sees: half of them
     are for validation, half for the test."""

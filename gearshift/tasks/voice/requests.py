@@ -87,9 +87,9 @@ def new_requests(
 ) -> Iterator[Draw]:
     """New requests, intent after intent, so that any first part holds all intents alike.
 
-    Left out: what nobody says, what is in `used` (to which is added what comes), what the parser
-    reads as another intent or not at all, and what `known` reads. An intent that has nothing new to
-    say drops out; the end is when all have.
+    Left out are sentences that no one says, those in `used` (to which new ones are added), those
+    that the parser reads as another intent or not at all, and those that `known` reads. An intent
+    without new requests drops out; the end is reached when all have.
     """
     by_intent: dict[str, list[Template]] = {}
     for template in templates:

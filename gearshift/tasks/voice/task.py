@@ -58,7 +58,7 @@ class VoiceConfig(TaskConfig):
     pairs: int = Field(384, ge=1)
     """Right against wrong commands, for the reward model."""
     pairs_heldout: int = Field(128, ge=1)
-    """The same, from validation templates."""
+    """Pairs from validation templates, which only measure the reward model."""
     validation: int = Field(256, ge=1)
     """Requests from validation templates, which no other template reads."""
     test: int = Field(256, ge=1)
@@ -165,7 +165,7 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     Where there is more than English, rows have their `language`; where there is noise, they say
     whether they are `noisy`: the prompt is what was heard, the utterance what was said. `train` is
-    clean: its environment makes its noise anew in each episode.
+    clean: its environment makes new noise in each episode.
 
     No request stands in two files, except that pairs use requests of train. Raises `DataError` if
     the templates have fewer requests than are asked for.
@@ -212,14 +212,17 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
             for row, draw in zip(rows(split, draws), draws, strict=True)
         ]
     for name, draws in pairs.items():
-        commands = wrong_commands(
-            ((u, t.language) for u, t in draws), request_rng(seed, f"{name}/wrong")
-        )
-        files[name] = [
-            {"prompt": row["prompt"], "chosen": right, "rejected": wrong}
-            for row, (right, wrong) in zip(rows(name, draws), commands, strict=True)
-        ]
+        files[name] = _pairs(rows(name, draws), draws, request_rng(seed, f"{name}/wrong"))
     return write_rows(folder, files)
+
+
+def _pairs(rows: Sequence[Row], draws: Sequence[Draw], rng: random.Random) -> list[Row]:
+    """Each request with its command and a wrong one."""
+    commands = wrong_commands(((u, t.language) for u, t in draws), rng)
+    return [
+        {"prompt": row["prompt"], "chosen": right, "rejected": wrong}
+        for row, (right, wrong) in zip(rows, commands, strict=True)
+    ]
 
 
 def _rows(
@@ -251,7 +254,7 @@ def _gold(draw: Draw) -> str:
 
 
 def make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
-    """Training hears its noise anew in each episode; other files were noised when written."""
+    """Training has new noise in each episode; other files got theirs when they were written."""
     noise = config.noise if path.stem == "train" else 0.0
     return VoiceAssistantEnvironment(path, noise=noise)
 
