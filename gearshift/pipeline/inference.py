@@ -146,7 +146,8 @@ def evaluate(
             else:
                 data.prepare()
             left = data.unseen(split, None)
-            return measure(data, engine, recipe.model.name, split, left, metric)
+            shown = "engine" if isinstance(model, Engine) else name or recipe.model.name
+            return measure(data, engine, shown, split, left, metric)
 
 
 def _write_all(config: RowsConfig, folder: Path, split: Split) -> None:
