@@ -18,43 +18,52 @@ if TYPE_CHECKING:
     from gearshift.rollouts.evaluate import Comparison
 
 STAGES = {
-    "run": "data, evaluation and every stage of the recipe",
-    "sft": "supervised fine-tuning",
-    "dpo": "preference learning without RL: DPO and its kin",
-    "reward": "the reward model",
-    "process": "a reward model of steps",
-    "rl": "reinforcement learning",
+    "run": "run a recipe: its data, its evaluations and all its stages",
+    "sft": "run one stage: supervised fine-tuning",
+    "dpo": "run one stage: learning from preferences (DPO, IPO, KTO, ORPO, SimPO)",
+    "reward": "run one stage: the reward model",
+    "process": "run one stage: a reward model of the steps of an answer",
+    "rl": "run one stage: reinforcement learning",
 }
+
+_OVERRIDES = "a key of the recipe and its new value, such as rl.steps=100"
 
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     for name, what in STAGES.items():
-        command = commands.add_parser(name, help=what, description=f"{what}.".capitalize())
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         command.add_argument(
             "recipe", help="a YAML file, or the name of a recipe that ships with gearshift"
         )
-        command.add_argument("overrides", nargs="*", metavar="key.sub=value")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES)
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="print the resolved config and the plan; train nothing",
+            help="print the whole recipe, the plan and the memory; train nothing",
         )
         command.set_defaults(do=run, command=name)
     evaluation = commands.add_parser(
-        "eval", help="the held-out table: policies side by side, with intervals, wins and losses"
+        "eval",
+        help="measure policies on held-out rows",
+        description="Measure a run's policies, or any model, on held-out rows, and print a table "
+        "with intervals, and the answers that changed most.",
     )
-    evaluation.add_argument("run", help="a run's folder, or any model")
-    evaluation.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    evaluation.add_argument("--recipe", help="evaluate on this recipe's task; a run brings its own")
+    evaluation.add_argument(
+        "run", help="a run's folder, or any model (a folder or a Hugging Face name)"
+    )
+    evaluation.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES)
+    evaluation.add_argument(
+        "--recipe", help="the recipe whose task is used; a run's own by default"
+    )
     evaluation.add_argument(
         "--split",
         choices=("validation", "test"),
         default="validation",
-        help="validation is what settings are chosen by; test is for the end, and chooses nothing",
+        help="the rows: validation (the default) to choose settings, test once at the end",
     )
     evaluation.add_argument(
-        "--show", type=int, default=3, help="this many wins and losses are printed"
+        "--show", type=int, default=3, help="how many wins and losses are printed"
     )
     evaluation.set_defaults(do=evaluate)
 

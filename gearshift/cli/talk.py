@@ -19,38 +19,60 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
-    chat_command = commands.add_parser("chat", help="talk to a run's model in the terminal")
+    chat_command = commands.add_parser(
+        "chat",
+        help="talk to a run's model in the terminal",
+        description="Talk to a model in the terminal.",
+    )
     generate_command = commands.add_parser(
         "generate",
         help="answer one prompt",
-        description="Answer one prompt. Control characters in the answer, but newline and tab, are "
-        "written as \\x1b, into a pipe too.",
+        description="Answer one prompt. Control characters in the answer, except newline and tab, "
+        "are printed as escapes such as \\x1b.",
     )
     for command in (chat_command, generate_command):
-        command.add_argument("run", help="a run's folder, a stage's folder, or any model")
-    generate_command.add_argument("prompt", help="what to answer: text, or a WAV file of it spoken")
-    for command in (chat_command, generate_command):
-        command.add_argument("--system", help="system message; a run's task brings its own")
         command.add_argument(
-            "--temperature", type=float, default=0.0, help="0 (the default) is greedy"
+            "run",
+            help="a run's folder, a stage's folder, or any model (a folder or a Hugging Face name)",
         )
-        command.add_argument("--max-new-tokens", type=int, default=256)
-        command.add_argument("--seed", type=int, default=0)
+    generate_command.add_argument("prompt", help="the prompt: a text, or a WAV file of speech")
+    for command in (chat_command, generate_command):
+        command.add_argument(
+            "--system", help="the system message; by default the one of the run's task"
+        )
+        command.add_argument(
+            "--temperature",
+            type=float,
+            default=0.0,
+            help="0 (the default) takes the most likely tokens",
+        )
+        command.add_argument(
+            "--max-new-tokens", type=int, default=256, help="the most tokens of an answer; 256"
+        )
+        command.add_argument("--seed", type=int, default=0, help="the seed of sampling; 0")
     chat_command.set_defaults(do=chat)
-    generate_command.add_argument("--speak", metavar="WAV", help="speak the answer into this file")
-    generate_command.add_argument("--language", default="en", help="of the spoken answer")
     generate_command.add_argument(
-        "--recogniser", help="module:function or file.py:function that hears a WAV file"
+        "--speak", metavar="WAV", help="write the spoken answer to this file"
+    )
+    generate_command.add_argument(
+        "--language", default="en", help="the language of the spoken answer; en"
+    )
+    generate_command.add_argument(
+        "--recogniser", help="module:function or file.py:function that gives the text of a WAV file"
     )
     generate_command.set_defaults(do=generate)
     serve_command = commands.add_parser(
-        "serve", help="answer over HTTP: so far, a reward model's scores"
+        "serve",
+        help="give a reward model's scores over HTTP",
+        description="Give a reward model's scores over HTTP.",
     )
     serve_command.add_argument("folder", help="a reward model's folder, such as runs/demo/reward")
     serve_command.add_argument(
-        "--host", default="127.0.0.1", help="beyond loopback GEARSHIFT_KEY must be set"
+        "--host",
+        default="127.0.0.1",
+        help="the address; any but loopback needs a key in GEARSHIFT_KEY",
     )
-    serve_command.add_argument("--port", type=int, default=8000)
+    serve_command.add_argument("--port", type=int, default=8000, help="the port; 8000")
     serve_command.set_defaults(do=serve)
 
 
@@ -108,8 +130,8 @@ def serve(arguments: argparse.Namespace) -> None:
 def _open(
     arguments: argparse.Namespace,
 ) -> tuple[Engine, str | None, Task | None, Path | None]:
-    """Engine and system message of the model that the user named; the task and the folder of the
-    run that it is of.
+    """The engine and the system message of the model that the user named; the task and the folder
+    of its run.
     """
     from gearshift.engine import Engine
     from gearshift.models.load import ModelConfig, load_policy, load_tokenizer

@@ -15,18 +15,30 @@ from gearshift.runtime.terminal import echo
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     recipes_command = commands.add_parser(
-        "recipes", help="list the recipes that ship with gearshift, or copy one"
+        "recipes",
+        help="list the recipes that ship with gearshift, or copy one",
+        description="List the recipes that ship with gearshift, or copy one.",
     )
-    recipes_command.add_argument("name", nargs="?", help="copy this one")
-    recipes_command.add_argument("to", nargs="?", default=".", help="folder or file to copy it to")
+    recipes_command.add_argument(
+        "name", nargs="?", help="the recipe to copy; without it, all are listed"
+    )
+    recipes_command.add_argument(
+        "to", nargs="?", default=".", help="the folder or file to copy it to"
+    )
     recipes_command.set_defaults(do=recipes)
-    keys_command = commands.add_parser("keys", help="every key of a recipe: type, default, meaning")
+    keys_command = commands.add_parser(
+        "keys",
+        help="print the keys of a recipe: type, default, meaning",
+        description="Print the keys of a recipe: type, default, meaning.",
+    )
     keys_command.add_argument(
         "prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl"
     )
     keys_command.set_defaults(do=keys)
     doctor_command = commands.add_parser(
-        "doctor", help="what this machine has, and what is missing"
+        "doctor",
+        help="print what this machine has, and what is missing",
+        description="Print what this machine has, and what is missing.",
     )
     doctor_command.add_argument(
         "model", nargs="?", help="a folder or a name: print how this model would run"

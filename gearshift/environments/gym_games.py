@@ -27,7 +27,7 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """How a game is told in words. Templates may contain `{0}`, `{1}`, ... for the observation's
+    """The words that describe a game. Templates may contain `{0}`, `{1}`, ... for the observation's
     numbers, the game's own fields, and `{moves}`.
     """
 

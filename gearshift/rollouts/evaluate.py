@@ -263,7 +263,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        apart = "" if self.told_apart else "; not told apart from noise"
+        apart = "" if self.told_apart else "; this may be chance"
         return (
             f"{self.before} -> {self.after}: {self.difference:+.3f} "
             f"{span(finite(self.interval), '+.3f')}, p = {self.p:.2g}; {len(self.wins)} rows "

@@ -225,8 +225,8 @@ def _request(messages: Sequence[Message], arguments: Mapping[str, Any], marks: b
         return json.dumps([messages, arguments, marks], default=_plain).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"The conversation cannot be given to a chat template ({one_line(str(error))}); mend "
-            "its row."
+            f"The conversation cannot be given to a chat template ({one_line(str(error))}); "
+            "correct its row."
         ) from None
 
 

@@ -1,5 +1,5 @@
-"""Speech: a recording to the words in it, and words to a recording. It calls programs from outside:
-pocketsphinx or the user's own recogniser hears, espeak-ng speaks. It must not import a task.
+"""Speech: a recording to the words in it, and words to a recording. Other programs do the work:
+pocketsphinx or the user's own recogniser listens, and espeak-ng speaks. It must not import a task.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str]
     """The words in a WAV file.
 
     `recogniser` is `module:function` or `file.py:function`, called with the file's path; without
-    one pocketsphinx hears, in English. It expects such sentences as `phrases`, which are words in
-    small letters, in such orders; or any English without them.
+    it, pocketsphinx recognises English. It expects the words of `phrases`, in small letters and in
+    the orders that they have there; without `phrases` it expects any English.
 
     Raises `ConfigError` where a part is missing, `DataError` if the file is no WAV of speech.
     """

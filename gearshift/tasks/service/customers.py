@@ -216,7 +216,7 @@ def draw_rows(words: Words, rng: random.Random, taken: set[str]) -> Iterator[Row
 
 
 def with_phrasing(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with the words that its problem is told in: customers who share them are one
+    """The rows, each with the phrasing of its problem. Customers with the same phrasing are one
     problem of the evaluation.
     """
     named = []

@@ -18,8 +18,8 @@ from gearshift.types import Message
 TURNS = 6
 """How many messages an agent may write in an episode."""
 LOOKUP, ACT, TOLD = 0.1, 0.2, 0.7
-"""Rewards: the customer's order was looked up; it is as the policy wants it; the customer was told.
-They add up to 1, and only a solved problem gets them all."""
+"""Rewards: the customer's order was looked up; it is as the policy wants it; the customer knows
+the outcome. They add up to 1, and only a solved problem gets them all."""
 WASTE, HARM = -0.05, -0.2
 """Rewards: a turn that helps no one; a change that the policy or the customer forbids, or a last
 word that is not true."""

@@ -183,7 +183,7 @@ def tells(text: str, case: Case) -> bool:
 
 
 def outcome_text(case: Case, outcome: Outcome | None = None) -> str:
-    """A sentence that tells the outcome; of another outcome, what it would be told with."""
+    """A sentence that reports the case's outcome, or the given one."""
     outcome = outcome or case.outcome
     order, item = case.order, f"Your {case.order.item}"
     s = "" if order.days == 1 else "s"

@@ -68,8 +68,8 @@ def _rude(reply: str, replies: Sequence[str], rng: random.Random) -> str:
 
 
 def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """What another outcome is told with, or this one of an order in another state, with the order's
-    facts. Each outcome is wrong as often as it is right: only who reads the order can tell.
+    """A reply that reports another outcome, or this outcome for an order in another state, with the
+    order's facts. Each outcome is wrong as often as it is right, so only the order decides it.
     """
     outcome = rng.choice(OUTCOMES)
     status = rng.choice(STATUSES) if outcome == case.outcome else case.order.status

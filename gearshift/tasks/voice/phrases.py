@@ -24,5 +24,7 @@ def phrases(run: Path) -> tuple[str, ...]:
         raise DataError(f"{path} holds no requests; name a run of the voice assistant.")
     english = [row["utterance"] for row in rows if row.get("language", "en") == "en"]
     if not english:
-        raise ConfigError("pocketsphinx hears English alone; name a recogniser for this run.")
+        raise ConfigError(
+            "pocketsphinx recognises English only; name a recogniser with --recogniser."
+        )
     return tuple(spoken(text, "en") for text in (*english, *HOMES["en"].words))

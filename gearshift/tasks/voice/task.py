@@ -84,8 +84,8 @@ class VoiceAssistantEnvironment(RowEnvironment):
         noise: float = 0.0,
     ) -> None:
         """Over the rows of a JSONL file, or over `rows` English requests that `seed` draws. With
-        `noise` every other episode hears its request with that word error rate; which ones, and
-        how, is the episode's seed's.
+        `noise`, every other episode gets its request with that word error rate; the episode's
+        seed decides which ones, and how.
 
         Raises `DataError` if the file is missing or holds no requests.
         """
