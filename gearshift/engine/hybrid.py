@@ -150,6 +150,8 @@ class Engine:
         """
         params = params or SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if not all(isinstance(one, SamplingParams) for one in each):
+            raise ConfigError("params is not SamplingParams, or a list of them; make it so.")
         request_ids = range(len(prompts)) if request_ids is None else request_ids
         if not len(prompts) == len(each) == len(request_ids):
             raise ConfigError(

@@ -71,7 +71,7 @@ def make_environment(id: str, **kwargs: Any) -> TextEnvironment:
     `ConfigError`, and another one if the environment is not a `TextEnvironment`.
     """
     environment = make_any(id, **kwargs)
-    if not isinstance(environment.unwrapped, TextEnvironment):
+    if not isinstance(getattr(environment, "unwrapped", None), TextEnvironment):
         raise ConfigError(
             f"{id} is not a text environment; subclass gearshift's TextEnvironment, or play it in "
             "words: gearshift/GymInWords-v0."

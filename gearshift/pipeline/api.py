@@ -7,7 +7,8 @@ from either. Keyword arguments are the recipe's keys: see `Arguments.add`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import echo, quiet
 from gearshift.tasks.task import Task
 from gearshift.trainers.callbacks import Callbacks
+from gearshift.trainers.rl.presets import PREFERENCE, RLAlgorithm
 
 Model = str | Path | RunResult | ModelConfig | Mapping[str, Any]
 """A name, a folder, what a training function returned, or a recipe's section `model`."""
@@ -128,6 +130,7 @@ def train_dpo(
     `algorithm` is `dpo`, `cdpo`, `ipo`, `kto`, `orpo` or `simpo`. `config` holds keys of the
     recipe's section `preference`, and of its others.
     """
+    _known(algorithm, PREFERENCE, "train_dpo")
     arguments = Arguments(algorithm, "preference")
     _start(arguments, model, seed)
     arguments.put("algorithm", algorithm)
@@ -163,6 +166,8 @@ def train_rl(
     `validation` and `test` are rows, or shares of the prompts. `config` holds keys of the recipe's
     section `rl`, such as `steps=20`, and of its others.
     """
+    if algorithm is not None:
+        _known(algorithm, typing.get_args(RLAlgorithm), "train_rl")
     arguments = Arguments(algorithm or "rl", "rl")
     _start(arguments, model, seed)
     if algorithm is not None:
@@ -217,9 +222,13 @@ def run(
     return _run(arguments, config, output, callbacks, verbose)
 
 
+def _known(algorithm: object, known: Iterable[str], function: str) -> None:
+    if algorithm not in (names := [*known]):
+        raise ConfigError(f"{function} has no algorithm {algorithm!r}; it has {', '.join(names)}.")
+
+
 def _start(arguments: Arguments, model: Model, seed: int) -> None:
-    named = isinstance(model, str | Path | RunResult)
-    arguments.put("model", {"name": model} if named else model)
+    arguments.model(model)
     arguments.put("run.seed", seed)
 
 
@@ -234,6 +243,9 @@ def _put_rewards(
 ) -> None:
     """Write the list of rewards, each with its weight."""
     weights = [1.0] * len(names) if weights is None else weights
+    if not isinstance(weights, Iterable):
+        raise ConfigError(f"reward_weights is {weights!r}; give a list, a weight for each reward.")
+    weights = [*weights]
     if len(weights) != len(names):
         raise ConfigError(
             f"There are {len(weights)} reward_weights for {len(names)} rewards; give each one."

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from gearshift.data.messages import show
@@ -81,15 +82,14 @@ class Arguments:
                 f"{name} is one mapping of {splits}; give a list of rows, or one of these."
             )
         items = _items(data, name)
-        if items and all(isinstance(item, SourceConfig | os.PathLike) for item in items):
+        if items and all(map(_is_source, items)):
             return [one for item in items for one in self.rows(item, name, text, messages)]
-        columns: dict[type, str] = {str: text, list: messages, tuple: messages}
         rows = []
         for number, item in enumerate(items, start=1):
-            column = columns.get(type(item))
-            if column is None and not isinstance(item, Mapping):
+            if not isinstance(item, str | list | tuple | Mapping):
                 raise DataError(f"{name}, row {number} is {show(item)}; a row is a dict or a text.")
-            rows.append({column: item} if column else item)
+            column = text if isinstance(item, str) else messages
+            rows.append(item if isinstance(item, Mapping) else {column: item})
         self.files[name] = as_jsonl(rows, name)
         return [{"path": f"{_HERE}/{GIVEN}/{name}.jsonl"}]
 
@@ -121,6 +121,16 @@ class Arguments:
             if each is not None
         ]
 
+    def model(self, model: Any) -> None:
+        """Write the section `model`: of a name, a folder, a section, or a result of training."""
+        if not isinstance(model, str | os.PathLike | Mapping | ModelConfig):
+            raise ConfigError(
+                f"The model is {show(model)}; give its name or its folder, to which "
+                "`save_pretrained` writes a model of transformers."
+            )
+        named = isinstance(model, str | os.PathLike)
+        self.put("model", {"name": model} if named else model)
+
     def task(self, task: str | Mapping[str, Any] | Config | Task) -> None:
         """Write the section `task`: a name, a section, or a task of the caller's own."""
         if isinstance(task, Task):
@@ -134,6 +144,8 @@ class Arguments:
         Without an `output` the folder is named by what the run is made from: the same call goes on
         in the same folder.
         """
+        if not isinstance(output, str | os.PathLike | None):
+            raise ConfigError(f"output is {show(output)}; give the path of a folder.")
         given = Given(self.files, self.functions, callbacks)
         if output is None and "dir" not in self.tree.get("run", {}):
             made = [identity(validated(Recipe, self.tree)), self.files, given.digests()]
@@ -169,6 +181,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -192,10 +206,23 @@ def _settled(value: Any, folder: str) -> Any:
     return value.replace(_HERE, folder, 1) if str(value).startswith(_HERE) else value
 
 
+_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz", ".zst")
+
+
+def _is_source(item: Any) -> bool:
+    """Whether an item of a list is no row, but a file or a data set: no row is one word that ends
+    as the names of files end.
+    """
+    named = isinstance(item, str) and item.endswith(_FILES) and len(item.split()) == 1
+    return named or isinstance(item, SourceConfig | os.PathLike)
+
+
 def _items(data: Any, name: str) -> list[Any]:
-    """What a list, a data set or a table of pandas holds."""
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):
-        data = data.to_dict("records")
+    """What a list, a data set or a table of pandas or Arrow holds; a missing value is None."""
+    if hasattr(data, "to_pylist"):
+        data = data.to_pylist()
+    elif hasattr(data, "to_dict") and hasattr(data, "columns"):
+        data = data.astype(object).where(data.notna(), None).to_dict("records")
     if not isinstance(data, Iterable):
         raise DataError(f"{name} is {show(data)}; give rows, a file, or a data set's name.")
     return list(data)

@@ -6,8 +6,6 @@ must not import `run`, which uses it.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from gearshift.data.messages import show
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import reading, write_text
+from gearshift.runtime.function_marks import function_mark
 from gearshift.trainers.callbacks import Callbacks
 
 GIVEN = "given"
@@ -52,8 +51,8 @@ class Given:
             write_text(path, text)
 
     def digests(self) -> Digests:
-        """What tells one version of each function from another, where its source is known."""
-        return {name: _source_mark(function) for name, function in self.functions.items()}
+        """What tells one version of each function from another."""
+        return {name: function_mark(function) for name, function in self.functions.items()}
 
 
 def as_jsonl(rows: Iterable[Mapping[str, Any]], what: str) -> str:
@@ -96,11 +95,3 @@ def _fault(row: Mapping[str, Any]) -> str:
                 "number, a list or a dict."
             )
     return "JSON cannot hold it; make it of texts, finite numbers, lists and dicts."
-
-
-def _source_mark(function: Callable[..., Any]) -> str:
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):  # it was typed into an interpreter, or is an object
-        source = repr(type(function))
-    return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +14,10 @@ from typing import Any
 
 from gearshift.data import load_rows
 from gearshift.data.chat import render_prompt
+from gearshift.data.messages import read_messages, show
 from gearshift.data.text import decode
 from gearshift.engine import Engine
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.arguments import NO_ENVIRONMENT, Arguments, Data
 from gearshift.pipeline.heldout import measure, open_engine
@@ -63,13 +66,11 @@ def generate(
     `params`, or its fields as keywords (`temperature=0.7`, `max_new_tokens=64`), say how to sample;
     greedy is `temperature=0`. A prompt is a text or a list of messages; `system` stands before it.
     """
-    engine = model if isinstance(model, Engine) else load(model)
-    params = replace(params or SamplingParams(), **sampling)
+    params = _sampling(params, sampling)
     if params.n != 1:
         raise ConfigError("generate writes one answer to each prompt; for n, use Engine.generate.")
-    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping))
-    each: Sequence[Any] = [prompts] if one else prompts
-    chats = [_chat(prompt, system) for prompt in each]
+    chats = [_chat(prompt, system) for prompt in _each(prompts)]
+    engine = model if isinstance(model, Engine) else load(model)
     ids = [render_prompt(engine.tokenizer, chat) for chat in chats]
     with engine.generating():
         groups = engine.generate(ids, params)
@@ -89,9 +90,13 @@ def score(
     name = _put_model(arguments, model)
     arguments.add(config)
     recipe, _ = arguments.recipe(os.devnull, Callbacks())
-    scores = ModelReward(recipe.model, Path(name or recipe.model.name))(
-        [_chat(prompt, None) for prompt in prompts], [*completions]
-    )
+    chats = [_chat(prompt, None) for prompt in _each(prompts)]
+    answers = [completions] if isinstance(completions, str) else [*completions]
+    if len(chats) != len(answers):
+        raise ConfigError(
+            f"There are {len(chats)} prompts for {len(answers)} completions; give one each."
+        )
+    scores = ModelReward(recipe.model, Path(name or recipe.model.name))(chats, answers)
     return [None if value is None or math.isnan(value) else value for value in scores]
 
 
@@ -116,14 +121,20 @@ def evaluate(
     """
     if sum(given is not None for given in (prompts, environment, task)) != 1:
         raise ConfigError("evaluate takes prompts, an environment or a task; give one of them.")
+    if split not in (splits := typing.get_args(Split)):
+        raise ConfigError(f"There is no split {split!r}; there are {', '.join(splits)}.")
+    if prompts is None and reward is not None:
+        raise ConfigError(
+            "evaluate measures an environment or a task by its own reward; leave `reward` out."
+        )
     arguments = Arguments("evaluate", "eval")
     name = None if isinstance(model, Engine) else _put_model(arguments, model)
     arguments.put("run.seed", seed)
     if prompts is not None:
-        if reward is None:
-            raise ConfigError("evaluate takes prompts with a reward; give a function or its name.")
-        rows = arguments.rows(prompts, "prompts", "prompt", "prompt")
-        [named] = arguments.rewards(reward)
+        names = arguments.rewards(reward)
+        if len(names) != 1:
+            raise ConfigError("evaluate takes prompts with one reward: a function or its name.")
+        rows, named = arguments.rows(prompts, "prompts", "prompt", "prompt"), names[0]
         alone = named.startswith(NO_ENVIRONMENT)
         own = {"name": "data", "train": rows, "reward": None if alone else named}
         arguments.put("task", own)
@@ -162,7 +173,7 @@ def _put_model(arguments: Arguments, model: Model) -> str | None:
     the policy to load.
     """
     if not isinstance(model, str | os.PathLike):
-        arguments.put("model", model)
+        arguments.model(model)
         return None
     name, made = find_policy(os.fspath(model))
     if made is None:
@@ -172,6 +183,32 @@ def _put_model(arguments: Arguments, model: Model) -> str | None:
     return name
 
 
-def _chat(prompt: Prompt, system: str | None) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+def _sampling(params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
+    if not isinstance(params, SamplingParams | None):
+        raise ConfigError(f"params is {show(params)}; it must be SamplingParams.")
+    if unknown := fields.keys() - SamplingParams.__dataclass_fields__.keys():
+        name, known = min(unknown), [*SamplingParams.__dataclass_fields__]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise ConfigError(f"Sampling has no `{name}`; {hint}")
+    return replace(params or SamplingParams(), **fields)
+
+
+def _each(prompts: Any) -> list[Any]:
+    """Prompts as a list; one text, or one conversation, is one prompt."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        return [prompts]
+    given = [*prompts]
+    one = bool(given) and all(isinstance(item, Mapping) and "content" in item for item in given)
+    return [given] if one else given
+
+
+def _chat(prompt: Any, system: str | None) -> list[Message]:
+    if not isinstance(prompt, str | list | tuple):
+        raise DataError(
+            f"A prompt is {show(prompt)}; it must be a text or a list of messages with `role` and "
+            "`content`."
+        )
+    words = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else None
+    messages = words or read_messages([*prompt], "prompt")
     return [{"role": "system", "content": system}, *messages] if system else messages
