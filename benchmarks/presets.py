@@ -15,7 +15,7 @@ from statistics import fmean
 
 import matplotlib
 
-from gearshift.trainers.rl import presets
+from gearshift.trainers import presets
 
 STEPS = 40
 

@@ -39,7 +39,7 @@ Reward = str | Path | RunResult | Callable[..., Any]
 Environment = str | Callable[[], TextEnvironment]
 """A class or a function that makes a `TextEnvironment`; or its name: `module:Class`, an id that
 Gymnasium knows."""
-_DEFAULT = "grpo"
+_DEFAULT, _PREFERENCE_DEFAULT = "grpo", "dpo"
 OnStep = Callable[[int, dict[str, Any]], object]
 OnRollout = Callable[[int, list[dict[str, Any]]], object]
 OnCheckpoint = Callable[[int, Path], object]
@@ -116,7 +116,7 @@ def train_dpo(
     model: Model,
     data: Data,
     *,
-    algorithm: str = "dpo",
+    algorithm: str = _PREFERENCE_DEFAULT,
     heldout: Data | None = None,
     output: str | Path | None = None,
     seed: int = 0,
@@ -270,8 +270,8 @@ def _run(
     verbose: bool,
 ) -> RunResult:
     arguments.add(config)
-    own = (arguments.tree.get("rl") or {}).get("algorithm")
-    if own and arguments.tree.get("algorithm") == _DEFAULT:
+    own = (arguments.tree.get(arguments.section or "") or {}).get("algorithm")
+    if own and arguments.tree.get("algorithm") in (_DEFAULT, _PREFERENCE_DEFAULT):
         arguments.put("algorithm", own)  # a config object's, in place of the default
     recipe, given = arguments.recipe(output, callbacks)
     began = time.perf_counter()

@@ -25,10 +25,10 @@ from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
 from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
 from gearshift.tasks.task import Task
 from gearshift.trainers.preference import PreferenceConfig
+from gearshift.trainers.presets import PREFERENCE, Algorithm, expand
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
 from gearshift.trainers.rl.config import RLConfig
-from gearshift.trainers.rl.presets import Algorithm, expand
 from gearshift.trainers.sft import SFTConfig
 
 StageName = Literal["sft", "preference", "reward", "process", "rl"]
@@ -112,14 +112,20 @@ class Recipe(Config):
         return tree
 
     @model_validator(mode="after")
+    def _names_one_algorithm(self) -> Self:
+        name = "preference" if self.algorithm in PREFERENCE else "rl"
+        section = self.preference if self.algorithm in PREFERENCE else self.rl
+        if section and section.algorithm != self.algorithm:
+            raise ValueError(
+                f"algorithm is {self.algorithm} and {name}.algorithm is {section.algorithm}; "
+                "name one of them."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if not self.rl:
             return self
-        if self.rl.algorithm != self.algorithm:
-            raise ValueError(
-                f"algorithm is {self.algorithm} and rl.algorithm is {self.rl.algorithm}; "
-                "name one of them."
-            )
         own = sum(part.weight for part in self.rl.rewards if part.source == ENVIRONMENT)
         if own and getattr(self.task, "reward", ENVIRONMENT) is None:
             raise ValueError(

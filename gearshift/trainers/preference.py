@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -34,8 +34,10 @@ from gearshift.data import (
 from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
+from gearshift.runtime.config import Neutral
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.needs import Inputs, MemoryNeeds
+from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
@@ -46,6 +48,9 @@ NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 class PreferenceConfig(SupervisedStageConfig):
     """Learning from judged completions, in place of the reward model and RL."""
 
+    algorithm: Neutral[PreferenceAlgorithm | None] = Field(None, exclude=True)
+    """A published method by name: fills in the keys that it stands for. The same as the recipe's
+    own `algorithm`."""
     data: DataConfig = DataConfig()
     """`prompt`/`chosen`/`rejected` rows; for `kto` also `prompt`/`completion`/`label`."""
     heldout: DataConfig = DataConfig()
@@ -72,6 +77,11 @@ class PreferenceConfig(SupervisedStageConfig):
     """AdamW and its schedule."""
 
     sequences_in_row: ClassVar[int] = 2
+
+    @classmethod
+    def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The tree with what its `algorithm` stands for."""
+        return preference_filled(tree)
 
     def describe(self) -> str:
         return f"{self.loss}, {super().describe()}"

@@ -103,6 +103,9 @@ def test_dpo_is_the_recipe(tmp_path: Path) -> None:
         "tiny", PAIRS, algorithm="ipo", output=tmp_path / "api", batch_size=2, **TINY
     )
     assert same(result.model, tmp_path / "run" / "preference")
+    config = gearshift.PreferenceConfig(algorithm="ipo", batch_size=2)
+    other = gearshift.train_dpo("tiny", PAIRS, preference=config, output=tmp_path / "own", **TINY)
+    assert same(other.model, result.model)
 
 
 def test_a_reward_model_is_the_recipe(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gearshift.data.chat import render_prompt
 from gearshift.engine import Engine
 from gearshift.models.hf_forward import hf_hidden
 from gearshift.models.load import load_policy
-from gearshift.trainers.rl import presets
+from gearshift.trainers import presets
 from gearshift.trainers.rl.config import RLConfig
 from tests.gyms import Bandit, arm
 from tests.trainers.rl_runs import TINY, merged, trainer

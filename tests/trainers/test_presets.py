@@ -8,7 +8,7 @@ from gearshift.cli.main import main
 from gearshift.errors import ConfigError
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import dump, load
-from gearshift.trainers.rl import presets
+from gearshift.trainers import presets
 from tests.gyms import Bandit
 from tests.trainers import bandit
 from tests.trainers.rl_runs import trainer

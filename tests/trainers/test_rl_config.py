@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from gearshift.errors import ConfigError
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import load
-from gearshift.trainers.rl import presets
+from gearshift.trainers import presets
+from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.methods import CriticConfig, GSPOLoss, PPOClipLoss
 
@@ -65,6 +66,17 @@ def test_a_preset_is_the_same_from_python_and_in_a_recipe(name: Any) -> None:
     assert RLConfig(algorithm=name) == recipe.rl
     assert RLConfig.model_validate({"algorithm": name}) == recipe.rl
     assert Recipe.model_validate({"rl": {"algorithm": name}}) == recipe
+
+
+@pytest.mark.parametrize("name", presets.PREFERENCE)
+def test_a_preset_of_preferences_too(name: Any) -> None:
+    recipe = Recipe.model_validate({"algorithm": name})
+    assert PreferenceConfig(algorithm=name) == recipe.preference
+    assert Recipe.model_validate({"preference": {"algorithm": name}}) == recipe
+    assert PreferenceConfig(algorithm=name, beta=0.7).beta == 0.7
+    with pytest.raises(ValidationError, match=f"and preference.algorithm is {name}; name one"):
+        other = "kto" if name == "dpo" else "dpo"
+        Recipe.model_validate({"algorithm": other, "preference": {"algorithm": name}})
 
 
 def test_what_is_said_stands_over_the_preset() -> None:

@@ -15,6 +15,7 @@ from gearshift.rewards.config import RewardSource
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import PROMPT_TOKENS, Inputs, MemoryNeeds
+from gearshift.trainers.presets import RLAlgorithm, rl_filled
 from gearshift.trainers.rl.methods import (
     Advantage,
     PolicyLoss,
@@ -22,7 +23,6 @@ from gearshift.trainers.rl.methods import (
     ReturnAdvantage,
     ValueNet,
 )
-from gearshift.trainers.rl.presets import RLAlgorithm, filled
 from gearshift.trainers.stage import StageConfig
 from gearshift.types import SamplingParams
 
@@ -194,7 +194,7 @@ class RLConfig(StageConfig):
     @classmethod
     def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """The tree with what its `algorithm` stands for."""
-        return filled(tree)
+        return rl_filled(tree)
 
     @field_validator("advantage")
     @classmethod

@@ -16,7 +16,8 @@ RLAlgorithm = Literal[
     "reinforce", "reinforce_ma", "ppo", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo",
     "reinforce_pp", "reinforce_pp_baseline", "remax", "opo", "raft", "distill",
 ]  # fmt: skip
-Algorithm = Literal[RLAlgorithm, "dpo", "cdpo", "ipo", "kto", "orpo", "simpo"]
+PreferenceAlgorithm = Literal["dpo", "cdpo", "ipo", "kto", "orpo", "simpo"]
+Algorithm = Literal[RLAlgorithm, PreferenceAlgorithm]
 
 _NO_KL = {"beta": 0.0}
 _K1_IN_REWARD = {"estimator": "k1", "where": "reward"}
@@ -109,39 +110,59 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def filled(rl: Mapping[str, Any]) -> dict[str, Any]:
+def rl_filled(section: Mapping[str, Any]) -> dict[str, Any]:
     """The section `rl` with the keys of its `algorithm` filled in where it does not set them, and
     with the kinds of its advantage, its loss and the value net that this advantage needs.
 
     A section of another kind than the preset's stands alone.
     """
-    name = rl.get("algorithm")
-    preset = RL.get(name, {}) if isinstance(name, str) else {}
-    own = {key: value for key, value in rl.items() if key != "value" or value is not None}
-    tree = _under(_under(_PLAIN, preset), own)
+    own = {key: value for key, value in section.items() if key != "value" or value is not None}
+    tree = _under(_under(_PLAIN, _preset(RL, section)), own)
     if kind_of(tree["advantage"], "name") not in NEEDS_VALUES:
         tree["value"] = own.get("value")
     return tree
 
 
-def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's tree with its `algorithm` where it belongs: in `rl`, which fills in the keys; or
-    as the keys of `preference`.
+def preference_filled(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `preference` with the keys of its `algorithm` filled in where it does not set
+    them.
     """
-    name, rl = recipe.get("algorithm"), recipe.get("rl", {})
-    if name is None and isinstance(rl, Mapping):
-        name = rl.get("algorithm")
+    return _under(_preset(PREFERENCE, section), section)
+
+
+def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's tree with its `algorithm` also in the section that it is about, `rl` or
+    `preference`, which fills in the keys. A section's own `algorithm` counts as the recipe's.
+    """
+    name = recipe.get("algorithm")
+    for section in ("rl", "preference"):
+        name = name or _written(recipe, section).get("algorithm")
     if not isinstance(name, str):
         return dict(recipe)
-    if name in RL and isinstance(rl, Mapping):  # a stage set to null stays out
-        return {**recipe, "algorithm": name, "rl": {"algorithm": name, **rl}}
+    if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
+        return {**recipe, "algorithm": name, "rl": _with(name, recipe.get("rl", {}))}
     if name in PREFERENCE:
-        own, reward = recipe.get("preference") or {}, recipe.get("reward") or {}
-        if not own.get("data"):  # the reward model's pairs, which it is not needed for then
+        own, reward = recipe.get("preference") or {}, _written(recipe, "reward")
+        if isinstance(own, Mapping) and not own.get("data"):  # the reward model's pairs
             own = {**own, **{k: reward[k] for k in ("data", "heldout") if k in reward}}
             recipe = {**recipe, "reward": None}
-        return {**recipe, "preference": _under(PREFERENCE[name], own), "rl": None}
+        return {**recipe, "algorithm": name, "preference": _with(name, own), "rl": None}
     return dict(recipe)
+
+
+def _preset(presets: Mapping[str, dict[str, Any]], section: Mapping[str, Any]) -> dict[str, Any]:
+    name = section.get("algorithm")
+    return presets.get(name, {}) if isinstance(name, str) else {}
+
+
+def _written(recipe: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section as keys; empty where it is left out, null or an object."""
+    tree = recipe.get(section)
+    return tree if isinstance(tree, Mapping) else {}
+
+
+def _with(name: str, section: Any) -> Any:
+    return {"algorithm": name, **section} if isinstance(section, Mapping) else section
 
 
 def kind_of(section: Any, tag: str) -> str | None:
