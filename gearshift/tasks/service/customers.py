@@ -45,37 +45,37 @@ _WISH_OF: dict[Outcome, Wish] = {
     "handover": "refund",
     "refuse": "refund",
 }
-"""What a customer wishes where the policy makes this of it; it may refuse other wishes too."""
+"""The wish of a customer whose case has this outcome. The policy may refuse other wishes too."""
 
 ASK = "May I have your order number?"
 _TRIES = 200
-"""How often an order number may be taken already before the numbers count as used up."""
+"""How many drawn order numbers in a row may be taken already before no number counts as left."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """The sentences of a customer. One that this customer does not say is empty."""
+    """The sentences of a customer. A sentence that this customer does not say is empty."""
 
     problem: str
     """Their first message."""
     number: str
     """Their answer to a question for the order number."""
     given: bool
-    """The first message has the order number, right or (a slip) wrong."""
+    """Whether the first message has the order number, which may be wrong by mistake."""
     slip: str = ""
     """The wrong order number that they gave first."""
     careful: bool = False
-    """They want to be asked before anything is changed."""
+    """Whether the agent must ask them before it changes anything."""
     yes: str = ""
-    """Their answer to the question whether to do it."""
+    """Their answer when the agent asks whether to do it."""
     plea: str = ""
-    """Their answer to a refusal; it must be refused again."""
+    """Their answer to a refusal. The agent must refuse again."""
 
 
 def draw_order(words: Words, rng: random.Random, taken: set[str], **facts: Any) -> Order:
-    """A new order with these facts; its number goes to `taken`. Raises `DataError` if hardly one
+    """A new order with these facts; its number is added to `taken`. Raises `DataError` if almost no
     number is left.
     """
     for _ in range(_TRIES):
@@ -101,7 +101,7 @@ def draw_address(words: Words, rng: random.Random) -> str:
 
 
 def draw_case(words: Words, rng: random.Random, outcome: Outcome, taken: set[str]) -> Case:
-    """A wish of which the policy makes this."""
+    """A wish and an order for which the policy gives this outcome."""
     facts: dict[str, Any] = {"status": rng.choice(STATUSES)}
     wish: Wish = _WISH_OF[outcome]
     if outcome == "refuse":
@@ -127,7 +127,9 @@ def draw_case(words: Words, rng: random.Random, outcome: Outcome, taken: set[str
 
 
 def draw_script(words: Words, rng: random.Random, case: Case, taken: set[str]) -> Script:
-    """The customer of a case: four kinds of beginnings, and some who do not take a refusal."""
+    """The customer of a case. There are four kinds of beginnings, and some customers do not accept
+    a refusal.
+    """
     number = case.order.number
     kinds = ("unasked", "unasked", "given", "slip", "given" if case.wish == "track" else "careful")
     start = rng.choice(kinds)
@@ -196,8 +198,8 @@ def read_row(row: Row) -> tuple[Case, Script]:
 
 
 def draw_rows(words: Words, rng: random.Random, taken: set[str]) -> Iterator[Row]:
-    """Customers without end, no two with one order number; every outcome equally often, so that no
-    habit solves many problems.
+    """Yield customers without end. No two have the same order number. Every outcome is equally
+    frequent, so that no fixed habit solves many problems.
     """
     while True:
         for outcome in rng.sample(OUTCOMES, len(OUTCOMES)):
@@ -216,8 +218,8 @@ def draw_rows(words: Words, rng: random.Random, taken: set[str]) -> Iterator[Row
 
 
 def with_phrasing(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with the phrasing of its problem. Customers with the same phrasing are one
-    problem of the evaluation.
+    """The rows, each with the words in which its customer describes the problem. Customers who
+    share these words count as one problem in the evaluation.
     """
     named = []
     for row in rows:

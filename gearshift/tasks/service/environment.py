@@ -18,11 +18,13 @@ from gearshift.types import Message
 TURNS = 6
 """How many messages an agent may write in an episode."""
 LOOKUP, ACT, TOLD = 0.1, 0.2, 0.7
-"""Rewards: the customer's order was looked up; it is as the policy wants it; the customer knows
-the outcome. They add up to 1, and only a solved problem gets them all."""
+"""Rewards: the agent looked up the order; the order is as the policy wants it; the customer knows
+the outcome. They add up to 1, and only a solved problem gets them all.
+"""
 WASTE, HARM = -0.05, -0.2
-"""Rewards: a turn that helps no one; a change that the policy or the customer forbids, or a last
-word that is not true."""
+"""Negative rewards: a turn that does not help; a change that the policy or the customer forbids, or
+a last message that is not true.
+"""
 
 _COLUMNS = ("order", "wish", "address", "others", "script")
 _ASKS_NUMBER = re.compile(r"\bnumber\b.*\?|\border (id|code)\b.*\?", re.I | re.S)
@@ -34,15 +36,15 @@ _ASKS_LEAVE = re.compile(
 class CustomerServiceEnvironment(TextEnvironment):
     """A customer, a shop's tools, and `TURNS` turns. Each row is one customer with one problem.
 
-    An episode ends when the customer has been told something final, when something forbidden was
-    done, or after the last turn. Solved: the database is as the policy wants it, the order was
-    looked up, and the customer knows the outcome. Rewards: see `LOOKUP` and what follows it.
+    An episode ends when the agent has given the customer a final answer, when the agent has done
+    something forbidden, or after the last turn. Solved: the database is as the policy wants it, the
+    order was looked up, and the customer knows the outcome. Rewards: see `LOOKUP` and what follows
+    it.
     """
 
     def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
-        """Over the customers of a JSONL file, or over `rows` customers that `seed` draws.
-
-        Raises `DataError` if the file is missing or holds no customers.
+        """Use the customers of a JSONL file, or `rows` customers that `seed` draws. Raises
+        `DataError` if the file is missing or holds no customers.
         """
         super().__init__()
         self.rows = sample_rows(seed, rows) if path is None else read_rows(path, *_COLUMNS)
@@ -50,7 +52,7 @@ class CustomerServiceEnvironment(TextEnvironment):
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> CustomerServiceEnvironment:
-        """Over these customers."""
+        """Use these customers."""
         environment = cls(rows=1)
         environment.rows = rows
         return environment
@@ -92,13 +94,14 @@ class CustomerServiceEnvironment(TextEnvironment):
         return answer["content"] if answer else "", reward, over, cut, info
 
     def _tool(self, line: str) -> tuple[Message | None, float]:
-        """A tool's answer, and its reward; no answer ends the episode."""
+        """A tool's answer, and its reward. An answer of None ends the episode."""
         before = self.shop.orders[self.case.order.number]
         called = self.shop.call(line)
         answer: Message = {"role": "tool", "content": called.answer}
         if called.order is None:
             self.errors += 1
-            # The customer's slip is found out by asking the tool: no fault of the agent's.
+            # Only a call of the tool shows that the customer's number is wrong, so the call is not
+            # punished.
             slipped = self.script.slip and f'"{self.script.slip}"' in line and self.errors == 1
             return answer, 0.0 if slipped else WASTE
         if called.did is None:
@@ -111,7 +114,7 @@ class CustomerServiceEnvironment(TextEnvironment):
         return answer, ACT
 
     def _customer(self, text: str) -> tuple[Message | None, float]:
-        """The customer's answer, and the reward; no answer ends the episode."""
+        """The customer's answer, and the reward. An answer of None ends the episode."""
         script = self.script
         if _ASKS_NUMBER.search(text):
             known = script.given and not (script.slip and self.errors)
@@ -134,7 +137,9 @@ class CustomerServiceEnvironment(TextEnvironment):
 
     @property
     def _final(self) -> float:
-        """For the customer who knows; where nothing was to be changed, for that too."""
+        """The reward for a customer who knows the outcome, and for an order that was right to leave
+        unchanged.
+        """
         return TOLD if self.case.outcome in CHANGES else ACT + TOLD
 
 

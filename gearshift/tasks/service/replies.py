@@ -51,7 +51,7 @@ TOPICS = (
     "history", "humor",
     "literature", "money", "movies", "science", "sports", "tech_support", "trivia",
 )  # fmt: skip
-"""The corpus's files with which a shop can be seen in public."""
+"""The corpus's files whose content suits a shop."""
 _COLUMNS = ("order", "wish", "address")
 
 
@@ -86,9 +86,8 @@ class CustomerRepliesEnvironment(RowEnvironment):
     """One customer, one reply. Solved: the judge gives 1."""
 
     def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
-        """Over the customers of a JSONL file, or over `rows` customers that `seed` draws.
-
-        Raises `DataError` if the file is missing or holds no customers.
+        """Use the customers of a JSONL file, or `rows` customers that `seed` draws. Raises
+        `DataError` if the file is missing or holds no customers.
         """
         super().__init__(
             _drawn(seed, rows) if path is None else read_rows(path, *_COLUMNS), reply_reward
@@ -130,7 +129,7 @@ def prompt_of(case: Case, question: str) -> list[Message]:
 
 
 def draw_customers(words: Words, rng: random.Random, taken: set[str]) -> Iterator[Row]:
-    """Customers without end, every outcome equally often."""
+    """Yield customers without end. Every outcome is equally frequent."""
     while True:
         for outcome in OUTCOMES:
             case = draw_case(words, rng, outcome, taken)
@@ -151,13 +150,12 @@ def prepare(config: RepliesConfig, seed: int, folder: Path) -> dict[str, Path]:
 
     labelled.jsonl        messages: right replies to customers, and real dialogues
     train.jsonl           prompt, order, wish, address, outcome, reply
-    validation.jsonl      the same, and phrasing; words, items, streets and order numbers are its
-                          own
-    test.jsonl            the same, with others again
+    validation.jsonl      the same, and phrasing; with its own words, items, streets and numbers
+    test.jsonl            the same as validation, with a third set of these
     pairs.jsonl           prompt, chosen, rejected: customers of train, and real dialogues
     pairs_heldout.jsonl   the same, of validation's words and held-out dialogues
 
-    No order stands in two files, except that pairs are of train's customers. Raises `DataError` if
+    No order is in two files, except that pairs use train's customers. Raises `DataError` if
     there is less than is asked for.
     """
 

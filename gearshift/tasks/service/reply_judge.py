@@ -10,7 +10,7 @@ from gearshift.types import Message
 
 Row = dict[str, Any]
 LONGEST_WORDS = 40
-"""Words of a reply that a customer still reads."""
+"""The greatest number of words that a reply may have."""
 
 _RUDE = re.compile(
     r"\b(stupid|idiot|shut up|not my problem|whatever|nonsense|leave me alone|go away|annoying)\b",
@@ -19,8 +19,8 @@ _RUDE = re.compile(
 
 
 def has_manners(text: str) -> bool:
-    """Whether it is civil, whole and short: no rude word, a sentence's end, at most
-    `LONGEST_WORDS` words, and no sentence twice.
+    """Whether the reply is polite, complete and short: it has no rude word, ends like a sentence,
+    has at most `LONGEST_WORDS` words, and repeats no sentence.
     """
     words, sentences = text.split(), re.findall(r"[^.!?]+[.!?]", text.lower())
     whole = text.rstrip().endswith((".", "!", "?")) and 0 < len(words) <= LONGEST_WORDS
@@ -28,8 +28,8 @@ def has_manners(text: str) -> bool:
 
 
 def judge(text: str, case: Case) -> float:
-    """1 for a reply that tells the outcome with the right facts, and has manners; 0.2 for manners
-    alone, 0.6 for the facts alone.
+    """1 for a reply that gives the outcome with the right facts and has good manners; 0.2 for
+    manners alone, 0.6 for the facts alone.
     """
     right, civil = tells(text, case), has_manners(text)
     return 1.0 if right and civil else 0.6 * right + 0.2 * civil

@@ -1,6 +1,5 @@
-"""A small shop: its orders, its tools, its policy, and what an agent may tell a customer.
-
-This is the judge of what an agent does and says. It must not import customers or environments.
+"""A small shop: its orders, its tools, its policy, and what an agent may write to a customer. It
+judges what an agent does and writes. It must not import customers or environments.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from gearshift.errors import DataError
 RETURN_DAYS = 30
 """Days after delivery in which an order may be refunded."""
 REFUND_LIMIT = 100
-"""Euros up to which an agent may refund; above, a colleague decides."""
+"""Up to this many euros an agent may refund. Above, a colleague decides."""
 
 Status = Literal["packing", "shipped", "delivered"]
 STATUSES: tuple[Status, ...] = ("packing", "shipped", "delivered")
 Wish = Literal["track", "cancel", "address", "refund"]
-"""What a customer wants: to know where the order is, or one change of it."""
+"""What a customer wants: to know where the order is, or one change to it."""
 WISHES: tuple[Wish, ...] = ("track", "cancel", "address", "refund")
 Outcome = Literal["tell", "cancel", "address", "refund", "handover", "refuse"]
-"""What the policy makes of a wish."""
+"""What the policy decides about a wish."""
 OUTCOMES: tuple[Outcome, ...] = ("tell", "cancel", "address", "refund", "handover", "refuse")
 CHANGES: tuple[Outcome, ...] = ("cancel", "address", "refund", "handover")
 """Outcomes that change the order."""
@@ -40,13 +39,13 @@ class Order:
     """Euros."""
     status: Status
     days: int
-    """Until it arrives (shipped), since it came (delivered), or until it ships (packing)."""
+    """Days until it arrives (shipped), since it came (delivered), or until it ships (packing)."""
     address: str
     state: str = "open"
     """`open`, or what an agent made of it: `cancelled`, `refunded`, `handed over`."""
 
     def __str__(self) -> str:
-        """How the tools show it."""
+        """The text by which the tools show the order."""
         s = "" if self.days == 1 else "s"
         where = {
             "packing": f"packing, ships in {self.days} day{s}",
@@ -63,13 +62,13 @@ class Case:
     order: Order
     wish: Wish
     address: str = ""
-    """Where the order shall go instead, if that is the wish."""
+    """The new address, if the wish is a change of the address."""
 
     @property
     def outcome(self) -> Outcome:
-        """What the policy makes of the wish. Cancel or change the address only while the order is
-        packed; refund only what was delivered, within `RETURN_DAYS` days, and up to `REFUND_LIMIT`
-        euros; hand over what costs more.
+        """What the policy decides about the wish. Cancel or change the address only while the order
+        is packed; refund only what was delivered, within `RETURN_DAYS` days, and up to
+        `REFUND_LIMIT` euros; hand over what costs more.
         """
         order = self.order
         if self.wish == "track":
@@ -105,13 +104,13 @@ TOOLS: dict[str, Outcome | None] = {
 
 
 def tool_line(tool: str, order: str, address: str = "") -> str:
-    """A call of a tool, as an agent is to write it."""
+    """A call of a tool, in the form that an agent must write."""
     return json.dumps({"tool": tool, "order": order, **({"address": address} if address else {})})
 
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """What came of a call."""
+    """The result of a call."""
 
     answer: str
     order: str | None = None
@@ -121,13 +120,13 @@ class Called:
 
 
 class Shop:
-    """The database, and the tools that work on it. No tool looks at the policy: agents must."""
+    """The database, and the tools that work on it. No tool checks the policy: agents must do so."""
 
     def __init__(self, orders: Mapping[str, Order]) -> None:
         self.orders = dict(orders)
 
     def call(self, line: str) -> Called:
-        """Do what the line asks for. The answer names whatever is wrong with it."""
+        """Do what the line asks for. The answer names what is wrong with the line."""
         try:
             call = json.loads(line)
         except (ValueError, RecursionError):
@@ -157,14 +156,14 @@ _TOLD: dict[Outcome, str] = {
 
 
 def refuses(text: str) -> bool:
-    """Whether the text refuses."""
+    """Whether the text refuses the wish."""
     return bool(_NO.search(text))
 
 
 def tells(text: str, case: Case) -> bool:
-    """Whether the text tells the customer the outcome: what was done, or that it cannot be and why;
-    with the facts that matter (the sum, the new street, the days), and with no number that neither
-    the order nor the policy has.
+    """Whether the text gives the customer the outcome: what was done, or that it cannot be done and
+    why. The text must have the facts that matter (the sum, the new street, the days), and no number
+    that neither the order nor the policy has.
     """
     if not numbers(text) <= _known_numbers(case):
         return False
@@ -183,7 +182,9 @@ def tells(text: str, case: Case) -> bool:
 
 
 def outcome_text(case: Case, outcome: Outcome | None = None) -> str:
-    """A sentence that reports the case's outcome, or the given one."""
+    """A sentence that gives the outcome. For an outcome that is not the right one, it is the
+    sentence that a wrong reply would use.
+    """
     outcome = outcome or case.outcome
     order, item = case.order, f"Your {case.order.item}"
     s = "" if order.days == 1 else "s"
@@ -208,12 +209,12 @@ def outcome_text(case: Case, outcome: Outcome | None = None) -> str:
 
 
 def numbers(text: str) -> set[int]:
-    """The whole numbers that stand in a text by themselves."""
+    """The whole numbers in a text that are not part of a word."""
     return {int(n) for n in re.findall(r"(?<![\w.])\d{1,9}(?!\w)", text)}
 
 
 def _claims(text: str) -> set[Outcome]:
-    """The changes that a text speaks of."""
+    """The changes that a text mentions."""
     return {outcome for outcome, words in _TOLD.items() if re.search(words, text, re.I)}
 
 
@@ -229,7 +230,7 @@ def _says(text: str, order: Order) -> bool:
 
 
 def _why(case: Case) -> str:
-    """What a refusal must speak of."""
+    """What a refusal must mention."""
     if case.wish != "refund":
         return rf"\b({case.order.status}|sent|on its way|left)\b"
     if case.order.status == "delivered":
@@ -243,8 +244,8 @@ def to_row(order: Order) -> dict[str, Any]:
 
 
 def to_order(row: Any) -> Order:
-    """An order from JSON. Raises `DataError` if it is none."""
+    """An order from JSON. Raises `DataError` if the JSON is not an order."""
     try:
         return Order(**row)
     except TypeError as error:
-        raise DataError(f"This is no order: {row!r}; prepare the task's data again.") from error
+        raise DataError(f"This is not an order: {row!r}; prepare the task's data again.") from error

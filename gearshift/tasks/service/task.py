@@ -66,9 +66,9 @@ def prepare(config: ServiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     labelled.jsonl   messages: an expert's conversations with training customers
     train.jsonl      prompt, order, wish, address, others, script, outcome
     validation.jsonl the same, and phrasing; with words, items, streets and order numbers of its own
-    test.jsonl       the same, with others again
+    test.jsonl       the same, with a third set of these
 
-    No order stands in two files. Raises `DataError` if there are too few order numbers.
+    No order is in two files. Raises `DataError` if there are too few order numbers.
     """
     train, validation, test = split_words(
         random.Random(named_seed(seed, "service/words")), config.heldout_fraction

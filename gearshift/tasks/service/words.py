@@ -108,7 +108,9 @@ UNHEARD: Mapping[str, Sequence[str]] = {
         "Can you reimburse me for the {item}?",
     ),
 }
-"""Said by customers of validation and the test only, whose words would be few else."""
+"""Only customers of validation and the test say these; without them, those customers would have too
+few words.
+"""
 NUMBERS = ("It is {number}.", "{number}", "My order number is {number}.", "Sure, it is {number}.",
            "The number is {number}.", "That would be {number}.")  # fmt: skip
 GIVEN = ("The order number is {number}.", "My order is {number}.", "Order {number}.",
@@ -140,7 +142,7 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """One split's part of everything that is said."""
+    """One split's part of all phrases, items and streets."""
 
     problems: Mapping[str, Sequence[str]]
     things: Sequence[str]
@@ -155,8 +157,8 @@ class Words:
 
 
 def split_words(rng: random.Random, fraction: float) -> tuple[Words, Words, Words]:
-    """(training, validation, test): about this share of every list is held out, half of it for
-    validation and half for the test, one at least for each; and `UNHEARD` besides.
+    """(training, validation, test). About this share of every list is held out, half for validation
+    and half for the test, at least one entry for each. `UNHEARD` is held out too.
     """
 
     def parts(items: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

@@ -29,8 +29,8 @@ def make_pairs(
     remark: Callable[[str], list[Message]],
     rng: random.Random,
 ) -> list[Row]:
-    """A right reply against a wrong one: to each customer, and to each remark, which `remark` makes
-    a prompt of.
+    """A pair of a right and a wrong reply for each customer and for each remark. `remark` makes a
+    prompt of a remark.
     """
     pairs: list[Row] = []
     replies = [row["reply"] for row in rows] + [reply for _, reply in talk]
@@ -68,8 +68,8 @@ def _rude(reply: str, replies: Sequence[str], rng: random.Random) -> str:
 
 
 def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """A reply that reports another outcome, or this outcome for an order in another state, with the
-    order's facts. Each outcome is wrong as often as it is right, so only the order decides it.
+    """A reply for another outcome, or for the same outcome of an order in another state, with the
+    order's facts. Each outcome is wrong as often as it is right, so a judge must read the order.
     """
     outcome = rng.choice(OUTCOMES)
     status = rng.choice(STATUSES) if outcome == case.outcome else case.order.status
@@ -82,13 +82,15 @@ def _other_outcome(case: Case, replies: Sequence[str], rng: random.Random) -> st
 
 
 def _blended(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """One outcome's beginning and another's end, as half-trained policies write."""
+    """The beginning of one outcome's reply and the end of another's, as half-trained policies
+    write.
+    """
     first, last = (_other_outcome(case, replies, rng).split() for _ in range(2))
     return " ".join([*first[: rng.randint(3, len(first))], *last[rng.randint(3, len(last)) - 1 :]])
 
 
 def _made_up(case: Case, replies: Sequence[str], rng: random.Random) -> str:
-    """A fact that the order does not have."""
+    """The reply with a fact that the order does not have."""
     text = outcome_text(case)
     known = sorted(numbers(text) - {RETURN_DAYS})
     if not known:

@@ -1,4 +1,6 @@
-"""What a voice assistant says while it obeys: a command as a sentence, in the language asked."""
+"""What a voice assistant answers to a command: the command as a sentence, in the request's
+language.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,7 @@ _PLACE = ("name", "area", "floor", "domain", "device_class")
 
 
 def spoken_answer(text: str, language: str = "en") -> str:
-    """A sentence that says the command back; an apology for what is no command."""
+    """A sentence that repeats the command, or an apology if the text is not a command."""
     sentences, words = _SENTENCES[language], _WORDS[language]
     try:
         command = json.loads(text)
@@ -165,7 +167,7 @@ def spoken_answer(text: str, language: str = "en") -> str:
 
 
 def _what(slots: Mapping[str, Any], language: str) -> str:
-    """The device, by its name or else its kind, and where it stands."""
+    """The device, by its name or else its kind, and where it is."""
     thing = slots.get("name") or _word(slots.get("device_class", ""), language, "cover_classes")
     if not thing and "domain" in slots:
         kind = str(slots["domain"])
@@ -178,7 +180,7 @@ def _what(slots: Mapping[str, Any], language: str) -> str:
 
 
 def _value(slots: Mapping[str, Any], language: str) -> str:
-    """All else that the command says."""
+    """The values of the command's other slots."""
     words = _WORDS[language]
     times, said = [], []
     for unit in _UNITS:
@@ -199,7 +201,7 @@ def _value(slots: Mapping[str, Any], language: str) -> str:
 
 
 def _word(value: str | float, language: str, *lists: str) -> str:
-    """How the language calls a value that commands keep in English."""
+    """The language's word for a value that commands keep in English."""
     if language == "en":
         return str(value)
     return next((w for name in lists if (w := grammar(language).word(name, value))), str(value))

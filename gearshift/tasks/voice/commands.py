@@ -16,12 +16,13 @@ from gearshift.tasks.voice.homes import Value
 from gearshift.types import Message
 
 Values = Mapping[str, Sequence[Value]]
-"""Values to be had for each slot."""
+"""The possible values of each slot."""
 Item = TypeVar("Item")
 
 
 def command_text(reading: Reading) -> str:
-    """The command as a model is to write it: `{"intent": "HassTurnOn", "area": "kitchen"}`.
+    """The command in the form that a model must write: `{"intent": "HassTurnOn", "area":
+    "kitchen"}`.
 
     One line; the intent first, then the slots by name.
     """
@@ -33,9 +34,9 @@ def score_command(completion: str, utterance: str, language: str = "en") -> floa
     """1 for the right command, less than 1 for any other JSON object, 0 for anything else.
 
     Wrong: 0.1 + 0.3 for the right intent + 0.4 * the fraction of slots with the right value, of all
-    that the command or the right one has. So leaving a slot out is no better than getting it wrong.
-    The order of the keys and white space around the object do not matter. Raises `DataError` if
-    the parser cannot read the utterance.
+    slots that the command or the right one has. So a slot that is left out costs as much as a wrong
+    one. The order of the keys and white space around the object do not matter. Raises `DataError`
+    if the parser cannot read the utterance.
     """
     gold = read(utterance, language)
     if gold is None:
@@ -90,13 +91,13 @@ _MISTAKABLE = (
     ("up", "down"), ("locked", "unlocked"), ("area", "floor"), ("light", "fan"),
     ("light", "switch"), ("hours", "minutes"), ("minutes", "seconds"), ("start_minutes", "minutes"),
 )  # fmt: skip
-"""What is easily mistaken for each other: intents, slots' names, values."""
+"""Groups of intents, slot names and values that are easily confused."""
 
 
 def wrong_commands(
     requests: Iterable[tuple[str, str]], rng: random.Random
 ) -> Iterator[tuple[str, str]]:
-    """(right, wrong) for each (utterance, language) that the parser reads."""
+    """(right command, wrong command) for each (utterance, language) that the parser can read."""
     readings = [(*request, r) for request in requests if (r := read(*request))]
     values: dict[str, list[Value]] = {}
     for _, _, reading in readings:
@@ -110,7 +111,7 @@ def wrong_commands(
         yield right, wrong
 
 
-# A mistake may find nothing to spoil in a command; then it returns the command as it is.
+# A mistake that cannot be made in this command returns the command unchanged.
 
 
 def _other_intent(gold: Reading, values: Values, rng: random.Random) -> str:
@@ -118,7 +119,7 @@ def _other_intent(gold: Reading, values: Values, rng: random.Random) -> str:
 
 
 def _mistaken(gold: Reading, values: Values, rng: random.Random) -> str:
-    """One word of the command for what it is easily mistaken for."""
+    """The command with one word replaced by one that is easily confused with it."""
     text = command_text(gold)
     swaps = [(a, b) for pair in _MISTAKABLE for a, b in (pair, pair[::-1]) if f'"{a}"' in text]
     for a, b in _one(swaps, rng):
@@ -141,7 +142,7 @@ def _other_value(gold: Reading, values: Values, rng: random.Random) -> str:
 
 
 def _broken(gold: Reading, values: Values, rng: random.Random) -> str:
-    """JSON that does not parse: cut short, a mark lost, or the wrong quotes."""
+    """JSON that does not parse: it is cut short, lacks a mark, or has the wrong quotes."""
     text = command_text(gold)
     place = rng.choice([match.start() for match in re.finditer(r'[":}]', text)])
     cut, lost = text[:place], text[:place] + text[place + 1 :]
@@ -163,6 +164,6 @@ _MISTAKES: tuple[Callable[[Reading, Values, random.Random], str], ...] = (
 
 
 def _one(items: Iterable[Item], rng: random.Random) -> list[Item]:
-    """One of the items, or none where there are none."""
+    """A list of one of the items, or an empty list if there are no items."""
     several = list(items)
     return rng.sample(several, min(1, len(several)))

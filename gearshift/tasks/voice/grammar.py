@@ -1,6 +1,6 @@
 """The voice assistant's languages: Home Assistant's sentences, and their parser.
 
-The parser, `hassil`, is the one that real homes use: its reading of a request is what it means.
+Real homes use the same parser, `hassil`: a request means what the parser reads in it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One sentence template: an intent's, of the kind that fills a certain combination of slots."""
+    """One sentence template of an intent. It fills a certain combination of slots."""
 
     intent: str
     combination: str
     text: str
     expression: Any
     domains: tuple[str, ...]
-    """What kind of device `{name}` may be."""
+    """The kind of device that `{name}` may be."""
     language: str
 
 
@@ -56,7 +56,7 @@ class Grammar:
     def __init__(
         self, keep: Callable[[str], bool] = lambda text: True, language: str = "en"
     ) -> None:
-        """Of the templates whose text `keep` keeps. Raises `ConfigError` without hassil."""
+        """Use the templates whose text `keep` accepts. Raises `ConfigError` without hassil."""
         try:
             import hassil
             import home_assistant_intents
@@ -81,7 +81,7 @@ class Grammar:
         }
 
         def kept(block: dict[str, Any]) -> dict[str, Any]:
-            """The block without the sentences that this home cannot mean."""
+            """The block without the sentences that have no meaning in this home."""
             needs = block.get("requires_context", {})
             possible = "area" not in needs and (
                 "domain" not in needs or any(d in home.names for d in needs["domain"])
@@ -121,7 +121,7 @@ class Grammar:
         ]
 
     def read(self, utterance: str) -> Reading | None:
-        """The best reading as Home Assistant chooses it: a device's name first, then literal text.
+        """The reading that Home Assistant would choose: a device's name first, then literal text.
 
         See `_recognize_strict` of its conversation component.
         """
@@ -141,7 +141,7 @@ class Grammar:
         return found is not None
 
     def word(self, list_name: str, value: Value) -> str | None:
-        """The first word of the list that stands for the value, if any does."""
+        """The first word of the list that means the value, if there is one."""
         values = getattr(self._intents.slot_lists.get(list_name), "values", ())
         for entry in values:
             if entry.value_out == value:
@@ -180,7 +180,7 @@ class Grammar:
 
 
 def _first(node: Any, tree: Any) -> str:
-    """What the node says when each choice is the first."""
+    """The text of the node if each choice takes its first option."""
     if isinstance(node, tree.TextChunk):
         return str(node.original_text)
     items = getattr(node, "items", ())
@@ -191,7 +191,7 @@ def _first(node: Any, tree: Any) -> str:
 
 @lru_cache(len(HOMES))
 def grammar(language: str = "en") -> Grammar:
-    """The grammar of the whole task in this language, which judges."""
+    """The grammar of the whole task in this language. It decides which commands are right."""
     return Grammar(language=language)
 
 
@@ -202,7 +202,7 @@ def read(utterance: str, language: str = "en") -> Reading | None:
 
 
 def _plain(value: Any) -> Value:
-    """hassil's value as it stands in JSON: text stripped, whole numbers without a point."""
+    """hassil's value in the form that JSON has: stripped text, whole numbers without a point."""
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     return value if isinstance(value, int) else str(value).strip()

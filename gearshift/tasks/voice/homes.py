@@ -1,5 +1,5 @@
-"""The voice assistant's homes, one a language: its rooms, its devices, what is said freely.
-It is data, written by hand.
+"""The voice assistant's homes, one for each language: areas, devices, and free text. It is data,
+written by hand.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ Value = str | int | float
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """What the sentences of one language may speak of."""
+    """What the sentences of one language may mention."""
 
     areas: tuple[str, ...]
     floors: tuple[str, ...]
     names: Mapping[str, tuple[str, ...]]
     """Devices by their kind."""
     spoken: Mapping[str, tuple[str, ...]]
-    """What people say where the grammar takes any words; sentences with others are left out."""
+    """Examples of the free text that the grammar accepts; sentences with other free text are left
+    out.
+    """
     clumsy: re.Pattern[str]
-    """Grammatical in the templates, and yet nobody says it: "the the kitchen"."""
+    """A pattern for sentences that the templates allow but no person says: "the the kitchen"."""
 
     @property
     def words(self) -> list[str]:
-        """All that has a name."""
+        """Every name in the home."""
         named = [name for names in self.names.values() for name in names]
         free = [item for items in self.spoken.values() for item in items]
         return [*self.areas, *self.floors, *named, *free]
@@ -108,12 +110,12 @@ def _home(
     genders: dict[str, str], areas: str, floors: str, names: dict[str, str],
     spoken: dict[str, str], also: str = "", clumsy: str = "(?!)",
 ) -> Home:  # fmt: skip
-    """A home from lists divided by commas.
+    """Make a home from lists separated by commas.
 
-    An article before a word tells the word's gender; `genders` has for each article all
-    determiners that go with that gender. Clumsy is a determiner that goes with another gender than
-    the word's (the words of `also` stand in the sentences themselves), two determiners in a row, a
-    word said twice, and what `clumsy` matches.
+    An article before a word shows the word's gender; `genders` has for each article all determiners
+    of that gender. A sentence is clumsy if it has a determiner of another gender than the word's
+    (the words of `also` occur in the sentences themselves), two determiners in a row, a word twice
+    in a row, or what `clumsy` matches.
     """
     agreeing: dict[str, set[str]] = {}
 
@@ -145,7 +147,7 @@ def _home(
 
 
 def _before(determiner: str) -> str:
-    """With what parts it from its word."""
+    """The determiner with the space or apostrophe that follows it."""
     return determiner if determiner.endswith("'") else f"{determiner} "
 
 

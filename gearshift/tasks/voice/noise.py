@@ -1,6 +1,5 @@
-"""What a speech recogniser makes of a request: no capitals, numbers in words, and some words wrong.
-
-This file knows how words sound, and not what they mean.
+"""Simulates a speech recogniser's text of a request: no capitals, numbers in words, some wrong
+words. This file uses the sound of words, and not their meaning.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ FRACTIONS = ("1/4", "1/2", "3/4")
 
 @dataclass(frozen=True, slots=True)
 class Sounds:
-    """How a language is spoken and misheard."""
+    """How a language is spoken, and how a recogniser mistakes it."""
 
     fillers: tuple[str, ...]
     unstressed: frozenset[str]
-    """Short words that are easily not heard at all."""
+    """Short words that a recogniser easily misses."""
     signs: dict[str, str]
-    """What is said for a sign or a fraction."""
+    """The spoken form of each sign and fraction."""
     alike: dict[str, list[str]]
-    """Words that are taken for each other."""
+    """Words that a recogniser easily confuses."""
 
 
 def _sounds(fillers: str, unstressed: str, signs: str, alike: str) -> Sounds:
-    """From lists divided by commas. `signs`: %, °, 1/4, 1/2, 3/4; `alike`: groups of words."""
+    """Make an accent from lists separated by commas. `signs`: %, °, 1/4, 1/2, 3/4; `alike`: groups
+    of words.
+    """
     near: dict[str, list[str]] = {}
     for group in (g.split() for g in alike.split(",")):
         for word in group:
@@ -112,21 +113,20 @@ SOUNDS = {
     ),
 }
 
-# What an event is, and how often. A word torn or run together costs two edits: it happens half as
-# often as it is drawn, so that an event costs one edit on average.
+# Each kind of error and its share. A word that is split, or joined with the next one, counts as two
+# edits. So it happens half as often as it is drawn, and an event is one edit on average.
 _EVENTS = {"confuse": 60, "drop": 15, "filler": 9, "split": 8, "merge": 8}
 
 _SLURS = "pb td kg fv sz mn lr ei ou ae"
 _OWN_SLURS = {"en": "ck wv iy", "de": "ck wv äe öe üi", "es": "bv cs yi", "fr": "ck éè êe iy"}
-"""Letters that sound alike: everywhere, and in one language."""
+"""Letters that sound alike: in every language, and in this one."""
 
 
 def hear(text: str, language: str, rate: float, rng: random.Random) -> str:
-    """What a recogniser that gets this share of the words wrong writes; at 0 the text itself.
-
-    Capitals and punctuation are lost and, one time in two, numbers come as words: no errors, and
-    not in the rate. Errors are words taken for others, unstressed words lost, fillers, words torn
-    or run together.
+    """The text from a recogniser with this word error rate; at 0 it is the text itself. Capitals
+    and punctuation are lost and, one time in two, numbers become words: the rate does not count
+    these as errors. Errors are words confused with others, lost unstressed words, fillers, and
+    words that are split or joined.
     """
     if not rate:
         return text
@@ -159,7 +159,7 @@ def hear(text: str, language: str, rate: float, rng: random.Random) -> str:
 
 
 def spoken(text: str, language: str, digits: bool = False) -> str:
-    """The text as it is said: small letters, words alone; numbers as words, or as `digits`."""
+    """The spoken form of the text: small letters, only words; numbers are words, or `digits`."""
     sounds = SOUNDS[language]
     text = text.lower().replace("\u2019", "'")
     for sign in (*FRACTIONS, "%", "°"):
@@ -173,7 +173,7 @@ def spoken(text: str, language: str, digits: bool = False) -> str:
 
 @lru_cache(1 << 12)
 def in_words(number: float, language: str) -> str:
-    """The number as it is said. Raises `ConfigError` without the package that knows."""
+    """The number in words. Raises `ConfigError` without the package that writes them."""
     value = int(number) if number == int(number) else number
     said = str(_numbers(language).format_number(value).text)
     return said.replace("\u00ad", "").replace("-", " ").lower()
@@ -185,25 +185,25 @@ def _numbers(language: str) -> Any:
         from unicode_rbnf import RbnfEngine
     except ImportError as error:
         raise ConfigError(
-            "Noise needs unicode-rbnf, which says numbers; pip install 'gearshift[voice]'."
+            "Noise needs unicode-rbnf, which writes out numbers; pip install 'gearshift[voice]'."
         ) from error
     return RbnfEngine.for_language(language)
 
 
 def word_errors(said: str, heard: str, language: str) -> tuple[int, int]:
-    """(words wrong, words said): the edits between the two, each as it is said."""
+    """(wrong words, spoken words): the edits between the spoken forms of the two texts."""
     reference, words = spoken(said, language).split(), spoken(heard, language).split()
     return _distance(reference, words), len(reference)
 
 
 def word_error_rate(pairs: Iterable[tuple[str, str]], language: str) -> float:
-    """Of all (said, heard) together: edits / words said."""
+    """The word error rate of all (spoken, recognised) pairs together: edits / spoken words."""
     counts = [word_errors(said, heard, language) for said, heard in pairs]
     return sum(wrong for wrong, _ in counts) / max(1, sum(words for _, words in counts))
 
 
 def _confused(word: str, language: str, rng: random.Random) -> str:
-    """Another word, or no word at all, that sounds much like it."""
+    """Another word, or a made-up one, that sounds much like this word."""
     known = SOUNDS[language].alike.get(word, [])
     if known and rng.random() < 0.7:
         return rng.choice(known)
@@ -213,7 +213,7 @@ def _confused(word: str, language: str, rng: random.Random) -> str:
 
 @lru_cache(1 << 14)
 def _near(word: str, language: str) -> tuple[str, ...]:
-    """The nearest words of the home, then the word with a sound changed; none for a number."""
+    """The nearest words of the home, then the word with one changed sound; none for a number."""
     if not word.isalpha():
         return tuple(SOUNDS[language].alike.get(word, ()))
     slurs = (_SLURS + " " + _OWN_SLURS[language]).split()
@@ -232,14 +232,14 @@ def _near(word: str, language: str) -> tuple[str, ...]:
 
 @lru_cache(len(SOUNDS))
 def _vocabulary(language: str) -> tuple[str, ...]:
-    """The words of what has a name in the home, and the numbers."""
+    """The words of all names in the home, and the numbers."""
     words = {w for phrase in HOMES[language].words for w in spoken(phrase, language).split()}
     words |= {w for n in range(2, 100) for w in in_words(n, language).split()}
     return tuple(sorted(w for w in words if len(w) > 2))
 
 
 def _distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein's: the fewest insertions, deletions and substitutions from `a` to `b`."""
+    """Levenshtein's distance: the fewest insertions, deletions, substitutions from `a` to `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         corner, row[0] = row[0], i

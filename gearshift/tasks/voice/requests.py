@@ -12,7 +12,7 @@ from gearshift.runtime.seeding import named_seed
 from gearshift.tasks.voice.grammar import Grammar, Template, grammar, read
 
 Draw = tuple[str, Template]
-"""A request, and the template that wrote it."""
+"""A request, and the template that it comes from."""
 
 _TRIES = 60
 """How often an intent may fail to give a new request before it counts as exhausted."""
@@ -23,8 +23,9 @@ def split_templates(
 ) -> tuple[list[Template], list[Template]]:
     """(training, held-out) templates: about this share of each intent's sentences is held out.
 
-    A combination of slots is never held out whole: held-out requests are new in their words, not in
-    what they mean. Templates of one text stay together, in training where several intents have it.
+    A combination of slots is never held out completely: held-out requests are new in their words,
+    not in their meaning. Templates with the same text stay together, in training if several intents
+    have it.
     """
     rng = request_rng(seed, "templates", language)
     everything = grammar(language).templates
@@ -56,8 +57,8 @@ def split_templates(
 def halve_templates(
     heldout: Sequence[Template], seed: int, language: str = "en"
 ) -> tuple[list[Template], list[Template]]:
-    """(validation, test): of each intent's held-out sentences every other one, in turn through the
-    intents, so that both have about as many.
+    """(validation, test): each intent's held-out sentences go alternately to the two, so that both
+    have about as many.
     """
     rng = request_rng(seed, "validation", language)
     texts: dict[str, list[str]] = {}
@@ -74,7 +75,7 @@ def halve_templates(
 
 
 def request_rng(seed: int, name: str, language: str = "en") -> random.Random:
-    """English keeps the seeds that it has alone, whatever stands beside it."""
+    """English has the same seeds whether or not there are other languages."""
     place = "" if language == "en" else f"{language}/"
     return random.Random(named_seed(seed, f"voice/{place}{name}"))
 
@@ -85,11 +86,12 @@ def new_requests(
     used: set[str],
     known: Grammar | None = None,
 ) -> Iterator[Draw]:
-    """New requests, intent after intent, so that any first part holds all intents alike.
+    """Yield new requests, one of each intent in turn, so that any first part holds all intents
+    equally.
 
     Left out are sentences that no one says, those in `used` (to which new ones are added), those
     that the parser reads as another intent or not at all, and those that `known` reads. An intent
-    without new requests drops out; the end is reached when all have.
+    without new requests drops out. The requests end when no intent is left.
     """
     by_intent: dict[str, list[Template]] = {}
     for template in templates:

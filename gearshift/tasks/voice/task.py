@@ -1,4 +1,4 @@
-"""The voice assistant: requests for a home in plain words, to be written as one JSON command.
+"""The voice assistant: the policy turns a request for a home in plain words into one JSON command.
 
 The sentences are Home Assistant's own templates, and its parser's reading of a request is the right
 answer (see `grammar.py`). This file has the environment and the data.
@@ -56,21 +56,22 @@ class VoiceConfig(TaskConfig):
     train: int = Field(2000, ge=1)
     """Requests without commands, for reinforcement learning."""
     pairs: int = Field(384, ge=1)
-    """Right against wrong commands, for the reward model."""
+    """Pairs of a right and a wrong command, for the reward model."""
     pairs_heldout: int = Field(128, ge=1)
     """Pairs from validation templates, which only measure the reward model."""
     validation: int = Field(256, ge=1)
-    """Requests from validation templates, which no other template reads."""
+    """Requests from validation templates, which no other template matches."""
     test: int = Field(256, ge=1)
-    """Requests from test templates, which no other template reads."""
+    """Requests from test templates, which no other template matches."""
     heldout_fraction: float = Field(0.3, gt=0, lt=1)
     """Share of each intent's sentence templates that training never sees: half of them are for
     validation, half for the test."""
     languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(("en",), min_length=1)
     """Languages of the requests, in equal parts. The prompt does not say which one it is."""
     noise: float = Field(0.0, ge=0, le=0.5)
-    """Word error rate of the recogniser through which every other request is heard; the right
-    command stays that of what was said. 0: all are read as they are written."""
+    """Word error rate of a simulated speech recogniser, which every second request passes through;
+    the right command stays that of the request without errors. 0: no request has errors.
+    """
 
 
 class VoiceAssistantEnvironment(RowEnvironment):
@@ -83,9 +84,9 @@ class VoiceAssistantEnvironment(RowEnvironment):
         rows: int = 256,
         noise: float = 0.0,
     ) -> None:
-        """Over the rows of a JSONL file, or over `rows` English requests that `seed` draws. With
-        `noise`, every other episode gets its request with that word error rate; the episode's
-        seed decides which ones, and how.
+        """Use the rows of a JSONL file, or `rows` English requests that `seed` draws. With `noise`
+        every second episode has its request with that word error rate; the episode's seed decides
+        which ones, and with which errors.
 
         Raises `DataError` if the file is missing or holds no requests.
         """
@@ -106,7 +107,7 @@ class VoiceAssistantEnvironment(RowEnvironment):
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
         gold = read(row["utterance"], row.get("language", "en"))
-        assert gold is not None  # or the reward would have been None
+        assert gold is not None  # otherwise the reward would be None
         exact = reward == 1.0
         kinds = [row["language"]] if "language" in row else []
         kinds += ["noisy" if row["noisy"] else "clean"] if "noisy" in row else []
@@ -115,7 +116,7 @@ class VoiceAssistantEnvironment(RowEnvironment):
 
 
 def figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The success of each kind of request: each language's, of those heard clean and noisy."""
+    """The success rate of each language, of clean requests and of noisy ones."""
     kinds = sorted({name for sample in samples for name in sample["metrics"]})
     return {
         kind: fmean(s["metrics"][kind] for s in samples if kind in s["metrics"]) for kind in kinds
@@ -134,8 +135,8 @@ def _sampled(seed: int, rows: int) -> Sequence[Row]:
 def _split_languages(
     config: VoiceConfig, seed: int, languages: Sequence[str]
 ) -> tuple[dict[str, dict[str, list[Template]]], dict[tuple[str, str], Grammar]]:
-    """(each language's templates by split, and for a language's held-out split the parser of all
-    templates but its own).
+    """Each language's templates by split, and for each held-out split a parser of all templates but
+    those of this split.
     """
     splits: dict[str, dict[str, list[Template]]] = {}
     foreign: dict[tuple[str, str], Grammar] = {}
@@ -160,14 +161,14 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     pairs.jsonl           prompt, chosen, rejected; from training templates
     pairs_heldout.jsonl   the same, from validation templates
 
-    Training, validation and test have templates of their own, and a held-out request is none that
-    a template of another split reads.
+    Training, validation and test have templates of their own, and no template of another split
+    matches a held-out request.
 
-    Where there is more than English, rows have their `language`; where there is noise, they say
-    whether they are `noisy`: the prompt is what was heard, the utterance what was said. `train` is
-    clean: its environment makes new noise in each episode.
+    If there are other languages than English, rows have their `language`. If there is noise, rows
+    have `noisy`: the prompt is the recogniser's text, the utterance the spoken one. `train` has no
+    noise: its environment makes new noise in each episode.
 
-    No request stands in two files, except that pairs use requests of train. Raises `DataError` if
+    No request is in two files, except that pairs use requests of train. Raises `DataError` if
     the templates have fewer requests than are asked for.
     """
     languages = tuple(dict.fromkeys(config.languages))
@@ -175,7 +176,7 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     splits, foreign = _split_languages(config, seed, languages)
 
     def take(name: str, split: str = "train") -> list[Draw]:
-        """The languages' requests in turn."""
+        """The requests of the languages in turn."""
         count: int = getattr(config, name)
         each: list[list[Draw]] = []
         for i, language in enumerate(languages):
@@ -228,7 +229,7 @@ def _pairs(rows: Sequence[Row], draws: Sequence[Draw], rng: random.Random) -> li
 def _rows(
     draws: Sequence[Draw], languages: Sequence[str], noise: float, rng: random.Random
 ) -> list[Row]:
-    """The requests as rows; with noise, every other one of each language is heard through it."""
+    """The requests as rows; with noise, every second one of each language has it."""
     rows = []
     for i, (utterance, template) in enumerate(draws):
         noisy = noise > 0 and i // len(languages) % 2 == 1
@@ -254,7 +255,7 @@ def _gold(draw: Draw) -> str:
 
 
 def make(config: VoiceConfig, path: Path) -> VoiceAssistantEnvironment:
-    """Training has new noise in each episode; other files got theirs when they were written."""
+    """Training makes new noise in each episode; the other files have theirs already."""
     noise = config.noise if path.stem == "train" else 0.0
     return VoiceAssistantEnvironment(path, noise=noise)
 
