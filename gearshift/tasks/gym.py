@@ -1,6 +1,5 @@
-"""Any registered text environment as a task: its rows are seeds; or its episodes are drawn by seed.
-
-A recipe names the environment by its id, the user's own too.
+"""Any registered text environment as a task. Its rows are seeds, or its episodes are drawn by seed.
+A recipe names the environment by its id; it may be the user's own.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
 _TRIES = 200
-"""Episodes of random play for each that is to be won."""
+"""How many episodes of random play are tried for each one that must be won."""
 
 
 class GymConfig(TaskConfig):
@@ -77,7 +76,7 @@ class WithSystem(gymnasium.Wrapper[str, str, str, str]):
 
 
 class OfRows(gymnasium.Wrapper[str, str, str, str]):
-    """The environment, each of whose episodes starts by the seed of one of these rows."""
+    """The environment; each episode starts with the seed of one of these rows."""
 
     def __init__(self, env: TextEnvironment, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(env)
@@ -91,7 +90,7 @@ class OfRows(gymnasium.Wrapper[str, str, str, str]):
 
 
 def make(config: GymConfig, path: Path) -> TextEnvironment:
-    """The environment over the rows of `path`; without such a file splits differ by their seeds."""
+    """The environment with the rows of `path`. Without a file, splits differ by their seeds."""
     if config.id not in gymnasium.registry:
         import gearshift.tasks.registry  # noqa: F401  (a task may register it)
     environment = make_environment(config.id, **config.kwargs)
@@ -105,9 +104,9 @@ def make(config: GymConfig, path: Path) -> TextEnvironment:
 def prepare(config: GymConfig, seed: int, folder: Path) -> dict[str, Path]:
     """Write the task's files into `folder`, the same for the same seed; returns them by name.
 
-    train.jsonl        prompt, cluster, seed; where episodes are known by their starts
+    train.jsonl        prompt, cluster, seed; where episodes are identified by their starts
     validation.jsonl   the same; and test.jsonl: no start is in two files
-    labelled.jsonl     messages: random play from starts of training; if any is asked for
+    labelled.jsonl     messages: random play from starts of training; if the config asks for it
 
     Raises `ConfigError` if the environment cannot be made or has fewer than three starts.
     """
@@ -128,7 +127,7 @@ def start_of(messages: Sequence[Message], row: Any) -> str:
 def _split_starts(
     config: GymConfig, environment: TextEnvironment, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each split; none where episodes are drawn by their seeds."""
+    """The rows of each split; there are none if episodes are drawn by their seeds."""
     draws = config.starts
     if draws is None:
         draws = 1000 if config.id == GymConfig().id else 0
@@ -138,7 +137,7 @@ def _split_starts(
         observation, info = environment.reset(seed=start)
         opening = info.get("messages") or [{"role": "user", "content": observation}]
         key = start_of(opening, info.get("row"))
-        # Where the environment names its row, equal words may begin different problems.
+        # If the environment names its row, equal messages may begin different problems.
         prompt = opening if info.get("row") is None else []
         by_start.setdefault(key, []).append({"prompt": prompt, "cluster": key, "seed": start})
     if draws and len(by_start) < 3:
@@ -158,7 +157,7 @@ def _split_starts(
     }
     files = {}
     for split, starts in splits.items():
-        # Each start once, then each again, so that any first part holds all alike.
+        # Each start once, then each again, so that any first part holds all starts equally.
         turns = zip_longest(*(by_start[start] for start in starts))
         rows = [row for turn in turns for row in turn if row is not None]
         files[split] = rows if split == "train" else rows[: getattr(config, split)]
@@ -187,7 +186,7 @@ def _labelled(
 
 def _play(environment: TextEnvironment, seed: int, known: set[str]) -> tuple[list[Message], bool]:
     """The conversation of one episode of random play, up to its last answer; whether it was won.
-    No messages if its start is not `known`, where any are.
+    There are no messages if `known` has starts and this one is not among them.
     """
     observation, info = environment.reset(seed=seed)
     messages: list[Message] = []

@@ -23,9 +23,9 @@ _OWN = "gearshift"
 
 
 def load_tasks(points: Iterable[EntryPoint]) -> tuple[dict[str, Task], dict[str, str]]:
-    """(the tasks by name, why the others cannot be used by name). A task that cannot be loaded
-    costs itself alone. A name of this package's own tasks stays with them; a name that several
-    other packages take is none of theirs.
+    """(tasks by name, reasons by name why other tasks cannot be used). A task that cannot be loaded
+    does not affect the others. This package's own tasks keep their names; if several other packages
+    use one name, none of them gets it.
     """
     found: dict[str, list[EntryPoint]] = {}
     for point in points:
@@ -67,7 +67,7 @@ def _load(point: EntryPoint) -> Task:
 
 
 def _name_of(task: Task) -> Any:
-    """The name that the task's config has for its default."""
+    """The default name in the task's config."""
     fields = task.config.model_fields if issubclass(task.config, TaskConfig) else {}
     return fields["name"].default if "name" in fields else None
 
@@ -88,12 +88,12 @@ if TYPE_CHECKING:
     AnyTaskConfig = TaskConfig
 else:
     AnyTaskConfig = reduce(or_, (task.config for task in TASKS.values()))
-    """The `task` section of a recipe: one of the tasks' configs; its `name` says which."""
+    """The type of a recipe's `task` section: one of the tasks' configs, selected by `name`."""
 
 
 def register(task: Task) -> None:
-    """Let this process know a task that no package installs, or another one of its name. Raises
-    `ConfigError` for a name that an installed task has.
+    """Register a task that no package installs, for this process; it replaces an earlier one of the
+    same name. Raises `ConfigError` for a name that an installed task has.
     """
     if task.name in TASKS and task.name not in _registered:
         raise ConfigError(f"The name `{task.name}` is an installed task's; choose another name.")

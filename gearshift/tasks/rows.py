@@ -85,7 +85,7 @@ def read_rows(path: str | Path, *needed: str) -> Sequence[Row]:
 
 @lru_cache(16)
 def _read(path: Path, changed: int, needed: tuple[str, ...]) -> Sequence[Row]:
-    """Once for all environments side by side; `changed` tells a file's versions apart."""
+    """Read the file once for all environments; `changed` distinguishes the file's versions."""
     rows = load_rows(str(path))
     for row in rows:
         if missing := [column for column in needed if column not in row]:
@@ -124,7 +124,7 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
     keys = _keys({split: [to_prompt(row).prompt for row in of_split[split]] for split in of_split})
     problems = _problems(of_split, keys)
     kept = _cut(config, problems, seed)
-    _tell_overlap(of_split, keys, problems, kept)
+    _report_overlap(of_split, keys, problems, kept)
     files: dict[str, list[Row]] = {
         split: [prompt_row(of_split[source][i], config.system) for source, i in kept[split]]
         for split in _HELDOUT
@@ -155,7 +155,7 @@ def _cleaned(source: SourceConfig, config: CleanConfig) -> list[Row]:
 
 
 def _keys(prompts: Mapping[str, Sequence[Sequence[Message]]]) -> dict[str, list[str]]:
-    """What each row of each file asks."""
+    """The prompt of each row of each file, as a text."""
     together = iter(prompt_keys([p for of_file in prompts.values() for p in of_file]))
     return {split: [next(together) for _ in of_file] for split, of_file in prompts.items()}
 
@@ -163,7 +163,7 @@ def _keys(prompts: Mapping[str, Sequence[Sequence[Message]]]) -> dict[str, list[
 def _problems(
     of_split: Mapping[str, Sequence[Mapping[str, Any]]], keys: Mapping[str, Sequence[str]]
 ) -> dict[str, list[int]]:
-    """Each row's problem: one for rows that ask the same, or name the same `cluster`."""
+    """Each row's problem. Rows with the same prompt or the same `cluster` are one problem."""
     named = [filled_columns(row).get("cluster") for of_file in of_split.values() for row in of_file]
     clusters = [i if name is None else str(name) for i, name in enumerate(named)]
     together = iter(merged(clusters, [key for of_file in keys.values() for key in of_file]))
@@ -173,7 +173,7 @@ def _problems(
 def _cut(
     config: RowsConfig, problems: Mapping[str, Sequence[int]], seed: int
 ) -> dict[str, list[_Place]]:
-    """The rows of each split. A problem that stands in several files stays in the test's, else in
+    """The rows of each split. A problem that is in several files stays in the test's, else in
     validation's. Raises `DataError` if nothing is left for one of the splits.
     """
     kept: dict[str, list[_Place]] = {}
@@ -183,7 +183,7 @@ def _cut(
             kept[split] = [(split, i) for i, p in enumerate(problems[split]) if p not in held]
             held |= set(problems[split])
     free = [p for p in dict.fromkeys(problems["train"]) if p not in held]
-    # Validation first: a file for the test leaves the share for validation as it is.
+    # Validation comes first, so a file for the test does not change the share for validation.
     shares = {s: getattr(config, s) for s in _HELDOUT if s not in kept}
     drawn = random.Random(named_seed(seed, "data/heldout")).sample(free, len(free))
     for split, share in shares.items():
@@ -206,7 +206,7 @@ def _cut(
     return kept
 
 
-def _tell_overlap(
+def _report_overlap(
     of_split: Mapping[str, Sequence[Mapping[str, Any]]],
     keys: Mapping[str, Sequence[str]],
     problems: Mapping[str, Sequence[int]],
@@ -252,7 +252,7 @@ def prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
                 f"{getattr(row, 'where', 'A row')}: reward functions get something else as "
                 f"`{column}`; rename the column."
             )
-        # What a reward reads is as the file has it, to the letter.
+        # A reward reads the values exactly as the file has them.
         columns[column] = raw[column] if isinstance(value, str) else value
         try:
             json.dumps(columns[column], ensure_ascii=False, allow_nan=False).encode()
@@ -291,7 +291,7 @@ def _labelled(row: Mapping[str, Any], system: str | None) -> Row:
 
 
 def _options(options: Mapping[str, Any]) -> Row:
-    """As the columns that they came from."""
+    """The columns of these template arguments, as a row has them."""
     rest = {name: value for name, value in options.items() if name != "tools"}
     columns = {"tools": options.get("tools"), "chat_template_kwargs": rest}
     return {name: value for name, value in columns.items() if value}
@@ -312,13 +312,13 @@ class RowsEnvironment(RowEnvironment):
         reward: str | RewardFunction | None,
         success_threshold: float | None = 1.0,
     ) -> None:
-        """Over the rows of a prepared JSONL file. Raises `DataError`, `ConfigError`."""
+        """Use the rows of a prepared JSONL file. Raises `DataError`, `ConfigError`."""
         score = _loaded(reward) if isinstance(reward, str) else reward or _no_reward
         super().__init__(read_rows(path), score)
         self.threshold = success_threshold
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:
-        """`success`, where there is a threshold, and `gold`, where the row has it."""
+        """`success`, if there is a threshold, and `gold`, if the row has it."""
         info = {} if self.threshold is None else {"success": reward >= self.threshold}
         gold = row.get("completion", row.get("answer"))
         return {**info, "gold": str(gold)} if isinstance(gold, str | int | float) else info

@@ -1,4 +1,4 @@
-"""What the core asks of a task: its data, its environment, and how to talk to its model. A task is
+"""The interface of a task: its data, its environment, and how to talk to its model. A task is
 a `Task` object that the entry-point group `gearshift.tasks` names. This file must not import a
 task.
 """
@@ -23,10 +23,9 @@ class TaskConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A job for a policy: its data, its environment, and the figure that says how well it is done.
-
-    The module that holds it must import without the task's optional packages, for every recipe
-    reads every task's config.
+    """A job for a policy: its data, its environment, and the figure that measures success. Its
+    module must import without the task's optional packages, because every recipe reads every task's
+    config.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Task:
     """(config, `<split>.jsonl`) -> an environment over that file's rows; `path.stem` is the name of
     the split."""
     system: str | None = None
-    """The system message of every prompt; chat uses it too."""
+    """The system message of every prompt; a chat with the model starts with it too."""
     metric: str = "success"
     """The figure that the held-out table compares: `success`, `reward`, or a name in the
     `info["metrics"]` of an episode's last step, where every episode has it. A key `metric` of the

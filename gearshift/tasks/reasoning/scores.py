@@ -19,7 +19,7 @@ from gearshift.types import Message
 
 Format = Literal["whole", "tagged"]
 
-# Scorers that run what they are given as Python: as a list, or through sympy as a formula.
+# Scorers that run an answer as Python: as a list, or through sympy as a formula.
 _RUN_AS_LIST = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 _RUN_AS_FORMULA = {
     "countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24",
@@ -43,7 +43,7 @@ def _library() -> Any:
 
 
 def dataset_names() -> list[str]:
-    """The generators there are. Raises `DataError` if reasoning-gym is not installed."""
+    """The names of all generators. Raises `DataError` if reasoning-gym is not installed."""
     _library()
     from reasoning_gym.factory import DATASETS
 
@@ -51,7 +51,7 @@ def dataset_names() -> list[str]:
 
 
 def make_dataset(name: str, options: Mapping[str, Any], seed: int = 0, size: int = 1) -> Any:
-    """The generator with these options. Raises `ConfigError` if it has none such."""
+    """The generator with these options. Raises `ConfigError` if it does not have them."""
     names = dataset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
@@ -73,7 +73,7 @@ def score(row: Mapping[str, Any], answer: str) -> float | None:
     """The generator's score of an answer, at most 1; 0 for one that its scorer cannot read, None
     where the scorer fails on the right answer too.
 
-    An answer that a scorer would run as Python gets there only as a plain list or a formula.
+    A scorer that runs answers as Python gets only plain lists and formulas.
     """
     name, entry = row["dataset"], tagged_json.decode(row["entry"])
     scorer = _scorer(name, json.dumps(row["options"]))
@@ -81,7 +81,7 @@ def score(row: Mapping[str, Any], answer: str) -> float | None:
         return 0.0
     try:
         return float(scorer.score_answer(answer, entry))
-    except Exception:  # a scorer may raise anything over a text that it does not expect
+    except Exception:  # a scorer may raise any error on a text that it does not expect
         try:
             scorer.score_answer(entry["answer"], entry)
         except Exception:
@@ -90,7 +90,7 @@ def score(row: Mapping[str, Any], answer: str) -> float | None:
 
 
 def _harmless(name: str, answer: str) -> bool:
-    """Whether the generator's scorer may have this answer."""
+    """Whether it is safe to pass this answer to the generator's scorer."""
     if name in _RUN_AS_LIST and re.fullmatch(r"[\w\s]*", answer):  # a board drawn in letters
         return True
     if name not in _RUN_AS_LIST | _RUN_AS_FORMULA:
@@ -105,7 +105,9 @@ def _harmless(name: str, answer: str) -> bool:
 
 
 def _plain(node: ast.AST) -> bool:
-    """A number, a short name, a known function or an operation; and no power that grows large."""
+    """Whether it is a number, a short name, a known function or an operation, without a large
+    power.
+    """
     if isinstance(node, ast.Constant):
         return isinstance(node.value, int | float) and abs(node.value) <= 1e12
     if isinstance(node, ast.Name):
@@ -121,7 +123,9 @@ def _plain(node: ast.AST) -> bool:
 
 
 def _small(exponent: ast.AST, most: int) -> bool:
-    """A whole number or a ratio of two, its sign before it, none of them above `most`."""
+    """Whether it is a whole number or a ratio of two, with an optional sign, and none is above
+    `most`.
+    """
     if isinstance(exponent, ast.UnaryOp):
         return _small(exponent.operand, most)
     if isinstance(exponent, ast.BinOp):
@@ -131,9 +135,7 @@ def _small(exponent: ast.AST, most: int) -> bool:
 
 
 def read_answer(completion: str, form: Format) -> str:
-    """The answer in a completion; empty where the tags are missing, or only its thoughts have
-    them.
-    """
+    """The answer in a completion; empty if the tags are missing, or only in the reasoning part."""
     if form == "whole":
         return completion.strip()
     said = without_thoughts(completion)

@@ -31,7 +31,8 @@ SYSTEM: dict[Format, str] = {
 }
 
 _TRIES = 40
-"""Questions that are tried for each one that is wanted, before a generator counts as exhausted."""
+"""How many questions are tried for each one that is wanted, before a generator counts as exhausted.
+"""
 
 
 class ReasoningConfig(TaskConfig):
@@ -63,7 +64,7 @@ class ReasoningConfig(TaskConfig):
 
 
 class ReasoningEnvironment(RowEnvironment):
-    """A question, an answer. Success: the generator's scorer gives it all, 1."""
+    """One question, one answer. Success: the generator's scorer gives 1."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class ReasoningEnvironment(RowEnvironment):
         rows: int = 64,
         dataset: str = "chain_sum",
     ) -> None:
-        """Over the rows of a JSONL file, or over `rows` questions of `dataset` that `seed` draws.
+        """Use the rows of a JSONL file, or `rows` questions of `dataset` that `seed` draws.
 
         Raises `DataError` if the file or reasoning-gym is missing, `ConfigError` if there is no
         such dataset.
@@ -161,7 +162,7 @@ def _rows(
     config: ReasoningConfig, name: str, seed: int, share: int, used: set[str]
 ) -> Iterator[Row]:
     options, size = config.datasets[name], max(1, share * _TRIES)
-    # Row i of a generator is drawn from its seed + i, which some give to NumPy: 32 bits.
+    # A generator draws row i from its seed + i. Some pass that to NumPy, which takes 32 bits.
     dataset = make_dataset(name, options, named_seed(seed, name) % 2**31, size)
     for i in range(size):
         entry = dataset[i]
@@ -183,14 +184,14 @@ def _rows(
 
 
 def _gold(dataset: Any, entry: Mapping[str, Any]) -> str | None:
-    """An answer that the scorer takes for right: the entry's, or an example among its metadata."""
+    """An answer that the scorer accepts: the entry's, or an example in its metadata."""
     examples = [v for k, v in entry["metadata"].items() if "answer" in k or "solution" in k]
     for answer in (entry["answer"], *examples):
         answer = json.dumps(answer) if isinstance(answer, dict) else answer
         try:
             if isinstance(answer, str) and dataset.score_answer(answer, entry) >= 1.0:
                 return answer
-        except Exception:  # it was no answer
+        except Exception:  # it was not an answer
             continue
     return None
 

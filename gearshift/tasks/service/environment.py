@@ -67,7 +67,7 @@ class CustomerServiceEnvironment(TextEnvironment):
         others = map(to_order, row["others"])
         self.shop = Shop({o.number: o for o in (self.case.order, *others)})
         self._goal = {**self.shop.orders, self.case.order.number: self.case.goal}
-        self._running, self._turn, self._patient = True, 0, True
+        self._running, self._turn, self._repeats_problem = True, 0, True
         self._found = self._allowed = self._refused = False
         self.errors = 0
         return self.script.problem, {"messages": opening(self.script.problem), "row": index}
@@ -123,8 +123,8 @@ class CustomerServiceEnvironment(TextEnvironment):
             wanted = script.careful and not self._allowed
             self._allowed = True
             return user_message(script.yes), 0.0 if wanted else WASTE
-        if not self._found and self._patient:
-            self._patient = False
+        if not self._found and self._repeats_problem:
+            self._repeats_problem = False
             return user_message(script.problem), WASTE
         if self._refused:
             return None, self._final if refuses(text) else HARM

@@ -53,9 +53,9 @@ class Tau2Config(TaskConfig):
 
 class Tau2Environment(TextEnvironment):
     """One of tau2's tasks an episode. The reward is tau2's own, at the end: the product of the
-    parts that the task counts, of whether the database is as it should be (with the assertions on
-    it), the actions were done, and the customer was told what they must know. Parts that need a
-    language model as judge are left out.
+    parts that the task counts. The parts are whether the database is right (with the assertions on
+    it), whether the actions were done, and whether the customer got the required information. Parts
+    that need a language model as judge are left out.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Tau2Environment(TextEnvironment):
         path: str | Path | None = None,
         config: Tau2Config | None = None,
     ) -> None:
-        """Over the tasks that a JSONL file names, or over all of the domain's.
+        """Use the tasks that a JSONL file names, or all tasks of the domain.
 
         Raises `ConfigError` if the package is missing, `DataError` for a bad file.
         """
@@ -113,7 +113,7 @@ class Tau2Environment(TextEnvironment):
         return answer["content"] if answer else "", reward, over, cut, info
 
     def _answer(self, text: str) -> Message | None:
-        """What comes back; nothing ends the conversation."""
+        """The answer to the agent's message. None ends the conversation."""
         from tau2.data_model import message
 
         if not text.lstrip().startswith("{"):
@@ -148,7 +148,7 @@ class Tau2Environment(TextEnvironment):
                     partial(_fresh, self.config.domain), self.task, self._said
                 )
                 parts["environment"] = found.reward
-            except ValueError:  # an assertion on something that the agent should have made
+            except ValueError:  # an assertion about something that the agent should have created
                 parts["environment"] = 0.0
         evaluators = (("ACTION", ActionEvaluator), ("COMMUNICATE", CommunicateEvaluator))
         for basis, evaluator in evaluators:
@@ -159,7 +159,7 @@ class Tau2Environment(TextEnvironment):
 
 
 def gold_lines(task: Any) -> list[str]:
-    """The calls by which the task is solved, as tau2 has them."""
+    """tau2's list of the calls that solve the task."""
     criteria = task.evaluation_criteria
     actions = (criteria.actions or []) if criteria else []
     return [
@@ -252,14 +252,14 @@ def _domain(domain: Domain) -> Any:
 
 
 def _fresh(domain: Domain, **options: Any) -> Any:
-    """A world with the domain's database as it was shipped, read from the file only once."""
+    """A world with the domain's original database, which is read from the file only once."""
     kind, text = _database(domain)
     return _domain(domain).get_environment(db=kind.model_validate_json(text), **options)
 
 
 @lru_cache(2)
 def _world(domain: Domain) -> Any:
-    """A world to read policy and tools from; nothing is done in it."""
+    """A world from which policy and tools are read; no tool is called in it."""
     return _domain(domain).get_environment()
 
 
@@ -279,7 +279,7 @@ def _splits(domain: Domain) -> dict[str, list[str]]:
 
 
 def _begin(domain: Domain, task: Any) -> Any:
-    """The world as the task starts in it."""
+    """The world in the state in which the task starts."""
     world, state = _fresh(domain), task.initial_state
     world.set_state(
         initialization_data=getattr(state, "initialization_data", None),

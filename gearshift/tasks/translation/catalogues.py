@@ -1,4 +1,4 @@
-"""Parallel text from gettext catalogues: of installed packages, or of a folder of one's own."""
+"""Parallel text from gettext catalogues of installed packages or of the user's own folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def catalogue(product: str, language: str) -> Messages:
     """The product's messages that have a translation, in the order of its sorted files.
 
     `product` is an installed distribution, or a folder; its catalogues are the files
-    `LANGUAGE/LC_MESSAGES/*.po` anywhere within, or `.mo` where there is no `.po`. Left out: plural
-    forms, fuzzy entries, messages of several lines, and what is not words. Where catalogues
-    differ about a message, the first one counts. Raises `ConfigError` if there is no such product,
-    `DataError` if it has no such language or a file is broken.
+    `LANGUAGE/LC_MESSAGES/*.po` anywhere within, or `.mo` where there is no `.po`. Plural forms,
+    fuzzy entries, messages of several lines and messages without words are left out. If catalogues
+    translate a message differently, the first one counts. Raises `ConfigError` if there is no such
+    product, `DataError` if it has no such language or a file is broken.
     """
     files = sorted(_files(product, language))
     if not files:

@@ -1,4 +1,4 @@
-"""What a translation of a product's message is worth: chrF, and two checks that users would notice.
+"""Scores a translation of a product's message: chrF, and two checks of faults that users notice.
 Catalogues are filtered by the same checks that reward a policy.
 """
 
@@ -24,20 +24,20 @@ PLACEHOLDER = re.compile(
     r"|</?[a-zA-Z][^<>]*>"  # HTML
     r"|&#?\w+;"
 )
-"""What a program fills in or reads: %(name)s, %s, {name}, HTML tags and entities."""
+"""Placeholders and markup that a program reads: %(name)s, %s, {name}, HTML tags and entities."""
 
-# A text shorter than this is too little for the detector.
+# The detector cannot judge a text that is shorter than this.
 _SURE = 20
 _SOURCE = "en"
 
 
 def placeholders(text: str) -> Counter[str]:
-    """The placeholders in a text, and how often each stands there."""
+    """The placeholders in a text, and how often each one occurs."""
     return Counter(PLACEHOLDER.findall(text))
 
 
 def keeps_placeholders(source: str, translation: str) -> bool:
-    """Whether the translation has the source's placeholders: each as often, in any order."""
+    """Whether the translation has each of the source's placeholders equally often, in any order."""
     return placeholders(source) == placeholders(translation)
 
 
@@ -45,7 +45,7 @@ def in_language(text: str, language: str) -> bool:
     """False where the detector gives English, or another of `LANGUAGES`, more than twice this
     one's probability.
 
-    Texts of fewer than 20 characters without their placeholders have the benefit of the doubt.
+    Texts of fewer than 20 characters without their placeholders always pass.
     """
     words = " ".join(PLACEHOLDER.sub(" ", text).split())
     if len(words) < _SURE:

@@ -80,8 +80,8 @@ class TranslationConfig(TaskConfig):
 
 
 def score_translation(completion: str, source: str, reference: str, language: str) -> float:
-    """chrF against the reference, 0 to 1; half of it where a placeholder is lost or invented, and
-    half again where the language is another. 1 for the reference itself.
+    """chrF against the reference, 0 to 1. It is halved if a placeholder is lost or invented, and
+    halved again if the language is wrong. It is 1 for the reference itself.
     """
     kept = keeps_placeholders(source, completion)
     right = in_language(completion, language)
@@ -109,7 +109,7 @@ class TranslationEnvironment(RowEnvironment):
     """
 
     def __init__(self, path: str | Path | None = None, seed: int = 0, rows: int = 256) -> None:
-        """Over the rows of a JSONL file, or over `rows` messages of the default products.
+        """Use the rows of a JSONL file, or `rows` messages of the default products.
 
         Raises `DataError` if the file is missing or holds no such rows.
         """
@@ -128,8 +128,8 @@ class TranslationEnvironment(RowEnvironment):
 
 
 def corpus(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Corpus chrF and BLEU, of all and by language, and the share of messages with placeholders
-    that keep them.
+    """Corpus chrF and BLEU, in total and by language, and the share of messages with placeholders
+    whose translation keeps them.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {"": list(samples)}
     for sample in samples:
@@ -151,7 +151,7 @@ def ask(source: str, language: str) -> list[Message]:
 
 
 def language_of(prompt: str) -> str:
-    """The language that the user's message of `ask` asks for."""
+    """The language that a user's message from `ask` asks for."""
     return next(k for k, name in LANGUAGES.items() if prompt.startswith(f"Translate to {name}: "))
 
 
@@ -163,7 +163,7 @@ def prepare(config: TranslationConfig, seed: int, folder: Path) -> dict[str, Pat
     validation.jsonl the same, of the validation product
     test.jsonl       the same, of the test product
 
-    No source stands in two files, whatever the language. Raises `DataError` if the catalogues hold
+    No source is in two files, in any language. Raises `DataError` if the catalogues hold
     fewer messages than are asked for.
     """
     rng = random.Random(named_seed(seed, "translation/split"))
@@ -197,8 +197,8 @@ def _training(config: TranslationConfig) -> Sources:
 
 
 def _heldout(config: TranslationConfig, product: str, other: str) -> Sources:
-    """The held-out product's messages less all that stands in the catalogues of a training product
-    or of the other held-out one, used or not, but for case and punctuation at the end.
+    """The held-out product's messages without those that a training product or the other held-out
+    product has too, used or not. The comparison ignores case and punctuation at the end.
     """
     seen = {
         _plain(source)
@@ -228,8 +228,8 @@ def _usable(config: TranslationConfig, product: str) -> Sources:
 def _rows(
     known: Sources, order: Sequence[str], config: TranslationConfig, name: str, once: bool = False
 ) -> list[Row]:
-    """As many rows as the config says: first each source in one language, the languages in turn,
-    then (unless `once`) each in its next.
+    """As many rows as the config asks for. First each source comes in one language, with the
+    languages in turn; then (unless `once`) each source comes in its next language.
     """
     count: int = getattr(config, name)
     rows: list[Row] = []
