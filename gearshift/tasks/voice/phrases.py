@@ -11,9 +11,10 @@ from gearshift.tasks.voice.noise import spoken
 
 
 def phrases(run: Path) -> tuple[str, ...]:
-    """A run's training requests and the names of the home, in small letters, only words. Raises
-    `DataError` if the folder is not a run of the voice assistant, `ConfigError` if it has no
-    English request: the recogniser that comes with gearshift knows only English.
+    """A run's training requests and the names of the home, in small letters, words alone.
+
+    Raises `DataError` if the folder is no run of the voice assistant, `ConfigError` if it has no
+    English request: the recogniser that comes with gearshift knows English alone.
     """
     path = run / "data" / "train.jsonl"
     if not path.is_file():
@@ -23,5 +24,7 @@ def phrases(run: Path) -> tuple[str, ...]:
         raise DataError(f"{path} holds no requests; name a run of the voice assistant.")
     english = [row["utterance"] for row in rows if row.get("language", "en") == "en"]
     if not english:
-        raise ConfigError("pocketsphinx recognises only English; name a recogniser for this run.")
+        raise ConfigError(
+            "pocketsphinx recognises English only; name a recogniser with --recogniser."
+        )
     return tuple(spoken(text, "en") for text in (*english, *HOMES["en"].words))
