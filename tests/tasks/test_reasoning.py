@@ -144,7 +144,7 @@ def test_faults_of_the_recipe_are_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             r.prepare(config(**keys), 0, tmp_path)
-    with pytest.raises(DataError, match=r"rush_hour says no right answer .*task.labelled=0"):
+    with pytest.raises(DataError, match=r"rush_hour has no right answer .*task.labelled=0"):
         r.prepare(
             config(dataset="rush_hour", labelled=1, train=1, validation=1, test=1), 0, tmp_path
         )

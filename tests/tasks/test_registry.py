@@ -94,7 +94,7 @@ def test_a_task_of_another_package_runs(tmp_path: Path) -> None:
     recipe.write_text(
         "model: {name: tiny, dtype: float32, device: cpu, threads: 1}\n"
         "task: {name: letters, letter: a}\n"
-        "rl: {steps: 1, prompts: 2, group_size: 2, max_new_tokens: 4, kl: {beta: 0}}\n"
+        "rl: {steps: 1, rollout: {prompts: 2, group_size: 2, max_new_tokens: 4}, kl: {beta: 0}}\n"
         "eval: {max_new_tokens: 4}\n"
     )
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])

@@ -407,7 +407,7 @@ def test_phrases_are_the_runs_training_requests(tmp_path: Path) -> None:
     found = phrases(tmp_path)
     assert found[0] == "turn it on" and "mach an" not in found and "kitchen" in found
     train.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(ConfigError, match="English alone"):
+    with pytest.raises(ConfigError, match="English only"):
         phrases(tmp_path)
     with pytest.raises(DataError, match="run of the voice assistant"):
         phrases(tmp_path / "nowhere")

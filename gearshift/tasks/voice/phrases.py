@@ -14,7 +14,7 @@ def phrases(run: Path) -> tuple[str, ...]:
     """A run's training requests and the names of the home, in small letters, words alone.
 
     Raises `DataError` if the folder is no run of the voice assistant, `ConfigError` if it has no
-    English request: the recogniser that comes with gearshift knows English alone.
+    English request: the recogniser that comes with gearshift knows only English.
     """
     path = run / "data" / "train.jsonl"
     if not path.is_file():
