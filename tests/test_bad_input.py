@@ -171,6 +171,19 @@ def test_a_stage_that_has_not_run_is_no_name_of_the_hub(tmp_path: Path) -> None:
         find_policy(str(tmp_path / "rl"))
 
 
+def test_a_run_that_is_not_there_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no folder runs/tiny; check the path"):
+        find_policy("runs/tiny")
+    record_recipe(tmp_path / "mine" / "tiny", Recipe())
+    with pytest.raises(ConfigError, match=r"no folder mine/tinny; did you mean mine/tiny\?"):
+        find_policy("mine/tinny")
+    assert find_policy("Qwen/Qwen3-8B") == ("Qwen/Qwen3-8B", None)
+    assert find_policy("embedded") == ("embedded", None)
+
+
 def test_links_and_home_stand_for_what_they_lead_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
