@@ -214,6 +214,8 @@ def run(
     `config` holds keys of the recipe over what it says itself, such as `rl={"steps": 20}`.
     """
     arguments = Arguments("run", None)
+    if not isinstance(recipe, str | Path | Mapping | Recipe):
+        raise ConfigError(f"The recipe is {recipe!r:.80}; give a file, a name or a dict.")
     named = isinstance(recipe, str | Path)
     tree = read_mapping(find_recipe(str(recipe))) if named else plain(recipe)
     for key, value in tree.items():
@@ -258,8 +260,10 @@ def _heldout_rows(arguments: Arguments, rows: Data | float, split: str) -> float
     """What a recipe has as `task.validation` or `task.test`: a share, a number or a file."""
     if isinstance(rows, int | float):
         return rows
-    [source] = arguments.rows(rows, split, "prompt", "prompt")
-    return source["path"]
+    sources = arguments.rows(rows, split, "prompt", "prompt")
+    if len(sources) != 1:
+        raise ConfigError(f"{split} names {len(sources)} files; give one, or the rows themselves.")
+    return str(sources[0]["path"])
 
 
 def _run(
@@ -274,10 +278,12 @@ def _run(
     if own and arguments.tree.get("algorithm") in (_DEFAULT, _PREFERENCE_DEFAULT):
         arguments.put("algorithm", own)  # a config object's, in place of the default
     recipe, given = arguments.recipe(output, callbacks)
+    stages = [name for name in STAGES if getattr(recipe, name) is not None]
+    if not stages:
+        raise ConfigError(f"The recipe has no stage; give it one of {', '.join(STAGES)}.")
     began = time.perf_counter()
     with quiet(not verbose), freed_memory_kept():
         summary = Run(recipe, given=given).execute()
-        stages = [name for name in STAGES if getattr(recipe, name) is not None]
         result = _result(Path(recipe.run.dir), stages, summary)
         figures = [format_record(record) for record in [*result.heldout.values()][-1:]]
         if result.accuracy is not None:

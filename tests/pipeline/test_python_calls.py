@@ -71,6 +71,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: gearshift.train_sft("tiny", ROWS, output=3), "the path of a folder"),  # type: ignore[arg-type]
     (lambda: gearshift.train_sft("tiny", ROWS, on_step=3), "on_step is 3"),  # type: ignore[arg-type]
     (lambda: gearshift.train_sft("tiny", ROWS, on_step=late), "take `async` out"),
+    (
+        lambda: gearshift.train_rl("tiny", PROMPTS, one, validation=["a.jsonl", "b.jsonl"]),
+        "validation names 2 files",
+    ),
+    (lambda: gearshift.run({"model": {"name": "tiny"}}), "has no stage"),
+    (lambda: gearshift.run(None), "The recipe is None"),  # type: ignore[arg-type]
     (lambda: gearshift.load(None), "The model is None"),  # type: ignore[arg-type]
 ]
 
