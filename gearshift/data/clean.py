@@ -64,9 +64,9 @@ class CleanConfig(Config):
     """
     drop_duplicates: bool = True
     """Drop rows that are exactly equal to an earlier row after cleaning."""
-    min_chars: int = Field(0, ge=0)
+    min_chars: int = Field(default=0, ge=0)
     """Drop rows with fewer characters in total."""
-    max_chars: int | None = Field(None, ge=1)
+    max_chars: int | None = Field(default=None, ge=1)
     """Drop rows with more characters in total; null keeps them all."""
 
 

@@ -50,11 +50,11 @@ class SourceConfig(Config):
     """A file (JSONL, JSON, CSV, each also with `.gz`, or Parquet), the name of a data set on the
     Hugging Face hub, or `task:NAME`, a file that the task makes.
     """
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """The source's share of the examples, relative to the weights of the other sources."""
     split: str = "train"
     """The split to read, for a data set on the Hugging Face hub."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """How many rows to use, counted from the first; null uses all."""
 
 

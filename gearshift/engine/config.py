@@ -11,13 +11,13 @@ from gearshift.runtime.config import Config
 class EngineConfig(Config):
     """Sizes of the engine, and what it may trade."""
 
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
     """Completions that decode together."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     """The longest prompt plus completion, in tokens; null takes the model's."""
-    max_num_batched_tokens: int = Field(4096, ge=1)
+    max_num_batched_tokens: int = Field(default=4096, ge=1)
     """Prompt tokens that one prefill computes together."""
-    kv_cache_tokens: int | None = Field(None, ge=1)
+    kv_cache_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose keys and values the cache holds at most. Null makes room for `max_num_seqs` of
     the longest requests. With less room, sequences wait or are computed again.
     """
@@ -29,7 +29,7 @@ class EngineConfig(Config):
     memory of activations. Only described architectures have it; others are refused. Null: a recipe
     switches it on if one micro-batch does not fit without it.
     """
-    decode_steps_per_sync: int | None = Field(None, ge=1, le=BLOCK)
+    decode_steps_per_sync: int | None = Field(default=None, ge=1, le=BLOCK)
     """Tokens that each sequence samples between two checks of the scheduler. What a sequence
     samples after its end is thrown away, but a GPU does not wait for the scheduler. Null takes 8 on
     a GPU and 1 on a CPU.

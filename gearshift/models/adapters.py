@@ -23,11 +23,11 @@ from gearshift.runtime.config import Config
 class AdapterConfig(Config):
     """LoRA on the policy; the rest of it is not trained."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """How wide each update is: a weight gains up @ down, and `rank` is the size between them."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """The dropout on an adapter's input, in supervised training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which layers get an adapter: all linear ones but the head, or those whose names end so

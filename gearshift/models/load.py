@@ -82,7 +82,7 @@ class ModelConfig(Config):
     """
     device: str = "auto"
     """`auto` takes a GPU if there is one; otherwise a torch device such as `cpu` or `cuda:1`."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None leaves torch's choice."""
     lora: AdapterConfig | None = None
     """Train low-rank adapters in place of the whole policy."""

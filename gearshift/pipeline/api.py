@@ -29,7 +29,7 @@ from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import echo, quiet
 from gearshift.tasks.task import Task
 from gearshift.trainers.callbacks import Callbacks
-from gearshift.trainers.rl.presets import PREFERENCE, RLAlgorithm
+from gearshift.trainers.presets import PREFERENCE, RLAlgorithm
 
 Model = str | Path | RunResult | ModelConfig | Mapping[str, Any]
 """A name, a folder, what a training function returned, or a recipe's section `model`."""

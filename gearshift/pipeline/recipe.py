@@ -44,14 +44,14 @@ class RunConfig(Config):
 
     dir: Neutral[PathText] = "runs/run"
     """The run's folder."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness of the run flows from it."""
 
 
 class EnvironmentConfig(Config):
     """Where the task's environments run, in training and in evaluation."""
 
-    processes: Neutral[int] = Field(0, ge=0)
+    processes: Neutral[int] = Field(default=0, ge=0)
     """0 runs environments in threads of this process. A number gives each environment a process of
     its own, so that a crash, or a hang that is killed, costs its episode alone; so many of them
     work at a time. There are as many processes as episodes of one rollout."""
@@ -60,9 +60,9 @@ class EnvironmentConfig(Config):
 class EvalConfig(Config):
     """Held-out evaluation, on the validation rows, before the first stage and after each."""
 
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """The first rows of a split to use, this many; null takes all."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Tokens of the longest answer of one turn."""
     perplexity: bool = False
     """Whether RL ends by measuring the perplexity of each policy's held-out answers under the
@@ -83,7 +83,7 @@ class Recipe(Config):
     """
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
-    task: AnyTaskConfig | None = Field(None, discriminator="name")
+    task: AnyTaskConfig | None = Field(default=None, discriminator="name")
     """The task: its environment and the data that it makes."""
     environment: EnvironmentConfig = EnvironmentConfig()
     """Where the task's environments run."""

@@ -26,12 +26,12 @@ class JudgeConfig(Config):
     """The worst mark; as a reward it is 0."""
     high: float = 10.0
     """The best mark; as a reward it is 1."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """How many marks the judge gives each answer; the reward is their mean."""
-    temperature: float | None = Field(0.0, ge=0)
+    temperature: float | None = Field(default=0.0, ge=0)
     """The temperature at which the judge samples; with several samples it must be above 0, or they
     are all the same. null leaves it to the server."""
-    concurrency: int = Field(8, ge=1)
+    concurrency: int = Field(default=8, ge=1)
     """How many requests the judge's server gets at the same time."""
 
 
@@ -61,14 +61,14 @@ class RewardSource(Config):
     normalize: bool = False
     """Subtract the mean of all values that this source has given in this run so far, and divide by
     their standard deviation."""
-    timeout: float | None = Field(None, gt=0)
+    timeout: float | None = Field(default=None, gt=0)
     """Seconds for one call, which scores one group of completions. After that time the function's
     process is killed (with a timeout, a function always runs in a process) and the group's episodes
     are left out. null means 300 seconds; functions of this project set their own limits. For an
     address: seconds for one request, until the last byte of its answer; a request is tried 3 times
     (4 times with a judge), and null means 60 seconds.
     """
-    processes: int = Field(0, ge=0)
+    processes: int = Field(default=0, ge=0)
     """How many processes run the function, each with one group at a time. A process that dies loses
     the episodes of its group and is replaced. With 0 and no timeout the function runs in a thread
     of the training process, which ends if the function crashes.

@@ -31,21 +31,21 @@ _LARGEST = 1 << 25
 class OptimizerConfig(Config):
     """AdamW, its learning-rate schedule, and gradient clipping."""
 
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0)
     """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """How fast the averages of the gradient and of its square forget (beta1 and beta2 of Adam)."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """A small number that Adam adds to the denominator of an update."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; it applies to matrices only, never to norms and biases."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """A gradient with a larger norm is scaled down to this norm."""
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
         "constant_with_warmup"
     )
     """How the learning rate changes after the warm-up."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """How many steps the learning rate takes to rise linearly from 0 to its peak."""
     moments: Literal["float32", "8bit"] = "float32"
     """The precision of Adam's moments; `8bit` (Dettmers et al. 2022; it needs torchao) takes a

@@ -38,18 +38,18 @@ class GymConfig(TaskConfig):
     """The arguments that it is made with."""
     system: str | None = None
     """A system message before each episode."""
-    validation: int = Field(64, ge=1)
+    validation: int = Field(default=64, ge=1)
     """Episodes of validation, at most."""
-    test: int = Field(64, ge=1)
+    test: int = Field(default=64, ge=1)
     """Episodes of the test, at most."""
-    starts: int | None = Field(None, ge=0)
+    starts: int | None = Field(default=None, ge=0)
     """Seeds that are drawn to find how episodes start, so that no start is in two of training,
     validation and test. 0 draws episodes by seeds, other ones for each split, and they may start
     alike. null is 1000 for `gearshift/GymInWords-v0`, and 0 for others."""
-    heldout_fraction: float = Field(0.3, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
     """Share of the different starts that training never sees: half of them are for validation, half
     for the test."""
-    labelled: int = Field(0, ge=0)
+    labelled: int = Field(default=0, ge=0)
     """Episodes of random play (answers drawn from the environment's action space), for supervised
     fine-tuning: they teach what an answer looks like, not which one is good."""
     labelled_won: bool = False

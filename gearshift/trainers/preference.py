@@ -48,7 +48,7 @@ NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 class PreferenceConfig(SupervisedStageConfig):
     """Learning from judged completions, in place of the reward model and RL."""
 
-    algorithm: Neutral[PreferenceAlgorithm | None] = Field(None, exclude=True)
+    algorithm: Neutral[PreferenceAlgorithm | None] = Field(default=None, exclude=True)
     """A published method by name: fills in the keys that it stands for. The same as the recipe's
     own `algorithm`."""
     data: DataConfig = DataConfig()
@@ -57,17 +57,17 @@ class PreferenceConfig(SupervisedStageConfig):
     """Pairs that only measure accuracy."""
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
     """The method; `docs/algorithms.md` has their formulas."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """How strongly preferences count against the reference; for `orpo` the weight of its odds."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """`dpo`: the chance that a label is wrong (cDPO)."""
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
     """`simpo`: by how much the chosen side should win."""
-    desirable_weight: float = Field(1.0, gt=0)
+    desirable_weight: float = Field(default=1.0, gt=0)
     """`kto`: weight of good completions."""
-    undesirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
     """`kto`: weight of bad completions."""
-    supervised_weight: float = Field(0.0, ge=0)
+    supervised_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completion's mean token loss, which is added to the preference loss; for
     `orpo` it is 1 by definition."""
     reference: Literal["precompute", "each_step"] = "precompute"

@@ -53,7 +53,7 @@ class RewardModelConfig(SupervisedStageConfig):
     model: PathText | None = None
     """The backbone: a folder or a name, a decoder or an encoder; null starts from the stage
     before."""
-    center: float = Field(0.0, ge=0)
+    center: float = Field(default=0.0, ge=0)
     """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
 
     sequences_in_row: ClassVar[int] = 2

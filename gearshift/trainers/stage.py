@@ -41,9 +41,9 @@ _STOPPING = "\nStopping after this step; a second signal stops at once.\n"
 class StageConfig(Config):
     """Saving and logging, the same for every stage."""
 
-    save_every: Neutral[int] = Field(50, ge=0)
+    save_every: Neutral[int] = Field(default=50, ge=0)
     """Steps between checkpoints; 0 saves at an interrupt only."""
-    keep: Neutral[int] = Field(2, ge=1)
+    keep: Neutral[int] = Field(default=2, ge=1)
     """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""

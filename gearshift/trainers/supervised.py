@@ -32,13 +32,13 @@ class SupervisedStageConfig(StageConfig):
 
     data: DataConfig = DataConfig()
     """The rows to learn from."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the rows."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Rows in one update; the last update of all takes what is left."""
-    max_length: int = Field(1024, ge=2)
+    max_length: int = Field(default=1024, ge=2)
     """Rows with more tokens are an error, or are left out (`data.overlong`)."""
-    micro_batch_tokens: int = Field(4096, ge=0)
+    micro_batch_tokens: int = Field(default=4096, ge=0)
     """Tokens in one micro-batch, which bounds the memory and does not change the gradient. 0: as
     many as the memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")

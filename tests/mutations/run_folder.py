@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "one checkpoint is kept",
         "trainers/stage.py",
-        "keep: Neutral[int] = Field(2, ge=1)",
-        "keep: Neutral[int] = Field(1, ge=1)",
+        "keep: Neutral[int] = Field(default=2, ge=1)",
+        "keep: Neutral[int] = Field(default=1, ge=1)",
         "tests/trainers/test_resume.py::test_a_damaged_checkpoint_stops_the_run_and_its_way_out_works",
     ),
     Mutation(

@@ -46,13 +46,13 @@ class ReasoningConfig(TaskConfig):
     """The generator's own options; of several generators, options by generator."""
     answer: Format = "whole"
     """What of a completion is the answer: all of it, or what stands in <answer> ... </answer>."""
-    labelled: int = Field(64, ge=0)
+    labelled: int = Field(default=64, ge=0)
     """Questions with their answers, for supervised fine-tuning; a few generators know none."""
-    train: int = Field(2000, ge=1)
+    train: int = Field(default=2000, ge=1)
     """Questions for reinforcement learning."""
-    validation: int = Field(256, ge=1)
+    validation: int = Field(default=256, ge=1)
     """Questions that stand in no other file."""
-    test: int = Field(256, ge=1)
+    test: int = Field(default=256, ge=1)
     """Questions for the test, which stand in no other file."""
 
     @property

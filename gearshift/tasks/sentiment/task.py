@@ -42,15 +42,15 @@ class SentimentConfig(TaskConfig):
 
     name: Literal["sentiment"] = "sentiment"
     """Which task this is."""
-    labelled: int = Field(256, ge=1)
+    labelled: int = Field(default=256, ge=1)
     """Passages with the reviewer's own continuation, for supervised fine-tuning."""
-    train: int = Field(384, ge=1)
+    train: int = Field(default=384, ge=1)
     """Beginnings alone, for reinforcement learning."""
-    validation: int = Field(160, ge=1)
+    validation: int = Field(default=160, ge=1)
     """Beginnings from validation reviews."""
-    test: int = Field(160, ge=1)
+    test: int = Field(default=160, ge=1)
     """Beginnings from test reviews."""
-    heldout_fraction: float = Field(0.3, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
     """Share of the reviews that training never sees: half of them are for validation, half for the
     test."""
 

@@ -60,24 +60,24 @@ class RepliesConfig(TaskConfig):
 
     name: Literal["customer_replies"] = "customer_replies"
     """Which task this is."""
-    labelled: int = Field(32, ge=1)
+    labelled: int = Field(default=32, ge=1)
     """Right replies to customers, for supervised fine-tuning."""
-    dialogues: int = Field(96, ge=0)
+    dialogues: int = Field(default=96, ge=0)
     """Real remarks and replies, for supervised fine-tuning."""
-    train: int = Field(6000, ge=1)
+    train: int = Field(default=6000, ge=1)
     """Customers without replies, for reinforcement learning."""
-    validation: int = Field(256, ge=1)
+    validation: int = Field(default=256, ge=1)
     """Customers with words, items, streets and order numbers of their own."""
-    test: int = Field(256, ge=1)
+    test: int = Field(default=256, ge=1)
     """Customers with other words, items, streets and order numbers again, for the test."""
-    pairs: int = Field(6000, ge=1)
+    pairs: int = Field(default=6000, ge=1)
     """Right against wrong replies to training customers, for the reward model."""
-    talk_pairs: int = Field(250, ge=0)
+    talk_pairs: int = Field(default=250, ge=0)
     """Real replies against wrong ones."""
-    pairs_heldout: int = Field(200, ge=1)
+    pairs_heldout: int = Field(default=200, ge=1)
     """Both kinds of pairs (a fifth of them real dialogues), of other customers, who speak as those
     of validation do, and of other dialogues."""
-    heldout_fraction: float = Field(0.35, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.35, gt=0, lt=1)
     """Share of phrasings, items, streets and order numbers, and of dialogues, that training never
     sees: half of the former are for validation, half for the test."""
 

@@ -35,15 +35,15 @@ class ServiceConfig(TaskConfig):
 
     name: Literal["customer_service"] = "customer_service"
     """Which task this is."""
-    labelled: int = Field(72, ge=1)
+    labelled: int = Field(default=72, ge=1)
     """Conversations of an expert, for supervised fine-tuning."""
-    train: int = Field(1000, ge=1)
+    train: int = Field(default=1000, ge=1)
     """Customers for reinforcement learning."""
-    validation: int = Field(192, ge=1)
+    validation: int = Field(default=192, ge=1)
     """Customers with words, items, streets and order numbers of their own."""
-    test: int = Field(192, ge=1)
+    test: int = Field(default=192, ge=1)
     """Customers with other words, items, streets and order numbers again, for the test."""
-    heldout_fraction: float = Field(0.35, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.35, gt=0, lt=1)
     """Share of phrasings, items, streets and order numbers that training never sees: half of them
     are for validation, half for the test."""
 

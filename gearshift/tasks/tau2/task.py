@@ -43,7 +43,7 @@ class Tau2Config(TaskConfig):
     """Which task this is."""
     domain: Domain = "retail"
     """The domain: its customers and its tools."""
-    turns: int = Field(20, ge=1)
+    turns: int = Field(default=20, ge=1)
     """How many messages an agent may write in an episode."""
     policy: bool = True
     """Whether the prompt has the domain's policy (some 1,700 tokens)."""

@@ -42,24 +42,24 @@ class TranslationConfig(TaskConfig):
 
     name: Literal["translation"] = "translation"
     """Which task this is."""
-    languages: list[Literal["es", "de", "fr"]] = Field(["es", "de", "fr"], min_length=1)
+    languages: list[Literal["es", "de", "fr"]] = Field(default=["es", "de", "fr"], min_length=1)
     """Languages to translate into, from English."""
-    products: list[PathText] = Field(["wagtail", "Django"], min_length=1)
+    products: list[PathText] = Field(default=["wagtail", "Django"], min_length=1)
     """Whose catalogues are trained on: installed packages, or folders with
     LANGUAGE/LC_MESSAGES/*.po."""
     validation_product: PathText = "django-oscar"
     """Whose catalogues are for validation; a message that another product has too is left out."""
     test_product: PathText = "django-helpdesk"
     """Whose catalogues are for the test; a message that another product has too is left out."""
-    labelled: int = Field(1500, ge=1)
+    labelled: int = Field(default=1500, ge=1)
     """Messages with translations, for supervised fine-tuning."""
-    train: int = Field(1500, ge=1)
+    train: int = Field(default=1500, ge=1)
     """Further messages, for reinforcement learning."""
-    validation: int = Field(480, ge=1)
+    validation: int = Field(default=480, ge=1)
     """Messages of the validation product, each once and in one language."""
-    test: int = Field(400, ge=1)
+    test: int = Field(default=400, ge=1)
     """Messages of the test product, each once and in one language."""
-    max_words: int = Field(12, ge=1)
+    max_words: int = Field(default=12, ge=1)
     """Longer messages are left out."""
 
     @field_validator("languages")

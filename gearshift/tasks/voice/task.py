@@ -51,24 +51,24 @@ class VoiceConfig(TaskConfig):
 
     name: Literal["voice_assistant"] = "voice_assistant"
     """Which task this is."""
-    labelled: int = Field(64, ge=1)
+    labelled: int = Field(default=64, ge=1)
     """Requests with their commands, for supervised fine-tuning."""
-    train: int = Field(2000, ge=1)
+    train: int = Field(default=2000, ge=1)
     """Requests without commands, for reinforcement learning."""
-    pairs: int = Field(384, ge=1)
+    pairs: int = Field(default=384, ge=1)
     """Pairs of a right and a wrong command, for the reward model."""
-    pairs_heldout: int = Field(128, ge=1)
+    pairs_heldout: int = Field(default=128, ge=1)
     """Pairs from validation templates, which only measure the reward model."""
-    validation: int = Field(256, ge=1)
+    validation: int = Field(default=256, ge=1)
     """Requests from validation templates, which no other template matches."""
-    test: int = Field(256, ge=1)
+    test: int = Field(default=256, ge=1)
     """Requests from test templates, which no other template matches."""
-    heldout_fraction: float = Field(0.3, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
     """Share of each intent's sentence templates that training never sees: half of them are for
     validation, half for the test."""
-    languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(("en",), min_length=1)
+    languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(default=("en",), min_length=1)
     """Languages of the requests, in equal parts. The prompt does not say which one it is."""
-    noise: float = Field(0.0, ge=0, le=0.5)
+    noise: float = Field(default=0.0, ge=0, le=0.5)
     """Word error rate of a simulated speech recogniser, which every second request passes through;
     the right command stays that of the request without errors. 0: no request has errors.
     """

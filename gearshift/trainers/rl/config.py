@@ -30,18 +30,18 @@ from gearshift.types import SamplingParams
 class RolloutConfig(Config):
     """What a step samples."""
 
-    prompts: int = Field(8, ge=1)
+    prompts: int = Field(default=8, ge=1)
     """How many prompts one rollout has."""
-    group_size: int = Field(8, ge=1, le=1 << 16)
+    group_size: int = Field(default=8, ge=1, le=1 << 16)
     """How many completions each prompt gets."""
-    temperature: float = Field(1.0, ge=1e-5, le=1e5)
+    temperature: float = Field(default=1.0, ge=1e-5, le=1e5)
     """Temperature of sampling, and so of the policy that is trained."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Sampling keeps the smallest set of tokens with this probability. Below 1 the sampler is not
     the policy that is trained; ratios stay about the untruncated policy."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Most tokens of one turn's completion."""
-    replace_zero_std: int = Field(0, ge=0)
+    replace_zero_std: int = Field(default=0, ge=0)
     """Most further rollouts of a step that replace groups whose rewards are all equal (DAPO's
     dynamic sampling)."""
     # A run that went on under `error` had no such row, so `drop` changes nothing of it.
@@ -49,7 +49,7 @@ class RolloutConfig(Config):
     """What happens to rows whose prompt leaves no place for `max_new_tokens`, or that the chat
     template refuses: the run stops before its first step, or goes on without them. Where the
     environment has no rows, an episode with such a prompt is left out when it comes."""
-    timeout: float | None = Field(300.0, gt=0)
+    timeout: float | None = Field(default=300.0, gt=0)
     """Seconds for one answer of the environment; an environment that takes longer loses its
     episode. null waits for ever."""
 
@@ -64,15 +64,15 @@ class RolloutConfig(Config):
 class ShapingConfig(Config):
     """What changes the rewards before the advantage reads them."""
 
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Rewards are kept within this distance of zero, before the KL is subtracted; null keeps them
     as they are."""
     mask_truncated_completions: bool = False
     """Leave completions that reached `max_new_tokens` out of the loss (DAPO's overlong
     filtering)."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
     """This is subtracted from the reward of a completion that reached `max_new_tokens`."""
-    overlong_buffer: float = Field(0.0, ge=0, le=1)
+    overlong_buffer: float = Field(default=0.0, ge=0, le=1)
     """The last part of `max_new_tokens`, of this size, costs up to 1 in each turn (DAPO's soft
     punishment)."""
 
@@ -80,7 +80,7 @@ class ShapingConfig(Config):
 class KLConfig(Config):
     """How the policy is kept near the reference."""
 
-    beta: float = Field(0.02, ge=0)
+    beta: float = Field(default=0.02, ge=0)
     """Weight of the KL; at 0 no reference model is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the KL is estimated from sampled tokens; in the loss use k2, or `ratio` with k1 or k3."""
@@ -93,9 +93,9 @@ class KLConfig(Config):
     reference: PathText | None = None
     """The reference policy, of the same vocabulary: a folder or name (a teacher to distil from);
     null is the policy as it starts."""
-    target: float | None = Field(None, gt=0)
+    target: float | None = Field(default=None, gt=0)
     """KL in nats a completion that beta is adapted to (Ziegler et al. 2019); null keeps beta."""
-    horizon: int = Field(10_000, ge=1)
+    horizon: int = Field(default=10_000, ge=1)
     """Completions over which beta adapts to `target`."""
 
     @field_validator("ratio", "reference", "target", "horizon")
@@ -126,7 +126,7 @@ class ImportanceConfig(Config):
 
     mode: ImportanceMode
     """Truncate or mask the ratio of policy to sampler, of each token or of each completion."""
-    cap: float = Field(2.0, ge=1)
+    cap: float = Field(default=2.0, ge=1)
     """A ratio above this is truncated, or masked (as is one below 1 / cap)."""
 
 
@@ -137,37 +137,37 @@ class SFTMixConfig(Config):
 
     data: DataConfig = DataConfig()
     """The labelled examples."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Weight of their mean token loss, beside the policy loss."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Examples beside each update."""
-    max_length: int = Field(1024, ge=2)
+    max_length: int = Field(default=1024, ge=2)
     """Most tokens of an example; longer examples are refused."""
 
 
 class UpdateConfig(Config):
     """How a rollout becomes optimizer steps."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over one rollout."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Updates in one pass, at most one for each prompt."""
-    micro_batch_tokens: int = Field(4096, ge=0)
+    micro_batch_tokens: int = Field(default=4096, ge=0)
     """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
     memory has room for when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
     """The optimizer of the policy."""
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
 
 
 class RLConfig(StageConfig):
     """Step 3: reinforcement learning."""
 
-    algorithm: Neutral[RLAlgorithm | None] = Field(None, exclude=True)
+    algorithm: Neutral[RLAlgorithm | None] = Field(default=None, exclude=True)
     """A published method by name: fills in the keys that it stands for. The same as the recipe's
     own `algorithm`."""
-    steps: int = Field(60, ge=1)
+    steps: int = Field(default=60, ge=1)
     """How many rollouts the stage makes; updates follow each."""
     rollout: RolloutConfig = RolloutConfig()
     """What a step samples."""
@@ -175,11 +175,13 @@ class RLConfig(StageConfig):
     """What is rewarded; the environment's own reward is logged in any case."""
     shaping: ShapingConfig = ShapingConfig()
     """What changes the rewards before the advantage reads them."""
-    advantage: Advantage = Field(ReturnAdvantage(name="value_baseline"), discriminator="name")
+    advantage: Advantage = Field(
+        default=ReturnAdvantage(name="value_baseline"), discriminator="name"
+    )
     """The function that turns rewards into a weight for each token."""
-    loss: PolicyLoss = Field(ReinforceLoss(), discriminator="name")
+    loss: PolicyLoss = Field(default=ReinforceLoss(), discriminator="name")
     """The policy loss."""
-    value: ValueNet | None = Field(None, discriminator="kind")
+    value: ValueNet | None = Field(default=None, discriminator="kind")
     """The value net of an advantage that needs one (`value_baseline`, `gae`); null is the preset's,
     or else a head on the policy."""
     kl: KLConfig = KLConfig()

@@ -40,7 +40,7 @@ class ReturnAdvantage(AdvantageBase):
 
     name: Literal["none", "value_baseline", "remax"]
     """The function that turns rewards into a weight for each token."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount from token to token."""
 
 
@@ -49,9 +49,9 @@ class MovingAverageAdvantage(AdvantageBase):
 
     name: Literal["moving_average"] = "moving_average"
     """The function that turns rewards into a weight for each token."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount from token to token."""
-    decay: float = Field(0.9, ge=0, lt=1)
+    decay: float = Field(default=0.9, ge=0, lt=1)
     """The part of the old average that each rollout keeps."""
 
 
@@ -60,9 +60,9 @@ class GAE(AdvantageBase):
 
     name: Literal["gae"] = "gae"
     """The function that turns rewards into a weight for each token."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount from token to token."""
-    lam: float = Field(0.95, ge=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
     """Lambda of GAE: 0 trusts the value net after one token, 1 the rewards alone."""
 
 
@@ -89,11 +89,11 @@ class PPOClipLoss(LossBase):
 
     name: Literal["ppo_clip"] = "ppo_clip"
     """The policy loss."""
-    clip_low: float = Field(0.2, gt=0)
+    clip_low: float = Field(default=0.2, gt=0)
     """The ratio stays above 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
     """The ratio stays below 1 + clip_high."""
-    dual_clip: float | None = Field(None, gt=1)
+    dual_clip: float | None = Field(default=None, gt=1)
     """Where the advantage is negative, the ratio counts for at most this; null has no bound."""
 
 
@@ -102,9 +102,9 @@ class GSPOLoss(LossBase):
 
     name: Literal["gspo"] = "gspo"
     """The policy loss."""
-    clip_low: float = Field(3e-4, gt=0)
+    clip_low: float = Field(default=3e-4, gt=0)
     """The completion's ratio stays above 1 - clip_low."""
-    clip_high: float = Field(4e-4, gt=0)
+    clip_high: float = Field(default=4e-4, gt=0)
     """The completion's ratio stays below 1 + clip_high."""
 
 
@@ -113,9 +113,9 @@ class CISPOLoss(LossBase):
 
     name: Literal["cispo"] = "cispo"
     """The policy loss."""
-    clip_low: float = Field(1.0, gt=0)
+    clip_low: float = Field(default=1.0, gt=0)
     """The weight stays above 1 - clip_low."""
-    clip_high: float = Field(4.0, gt=0)
+    clip_high: float = Field(default=4.0, gt=0)
     """The weight stays below 1 + clip_high."""
 
 
@@ -124,19 +124,19 @@ class SAPOLoss(LossBase):
 
     name: Literal["sapo"] = "sapo"
     """The policy loss."""
-    tau_positive: float = Field(1.0, gt=0)
+    tau_positive: float = Field(default=1.0, gt=0)
     """How sharply a positive advantage's gate closes away from ratio 1."""
-    tau_negative: float = Field(1.05, gt=0)
+    tau_negative: float = Field(default=1.05, gt=0)
     """How sharply a negative advantage's gate closes away from ratio 1."""
 
 
 class ValueBase(Config):
     kind: str
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Rollouts from which only the value net learns; the policy's schedule begins after them."""
-    coefficient: float = Field(0.5, ge=0)
+    coefficient: float = Field(default=0.5, ge=0)
     """Weight of the value loss."""
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Values stay within this distance of those before the update; null has no bound."""
 
 
