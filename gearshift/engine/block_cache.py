@@ -53,7 +53,7 @@ class KVCache:
         return self._layers[index]
 
     def open(self, blocks: int) -> None:
-        """Have at least so many blocks open, or all that there can be."""
+        """Open blocks until there are at least this many, or as many as there can be."""
         blocks = min(blocks, self.capacity)
         if blocks > self.blocks:
             self._free += reversed(range(1 + self.blocks, 1 + blocks))
@@ -74,13 +74,13 @@ class KVCache:
         return block
 
     def share(self, block: int) -> None:
-        """One more reference."""
+        """Add a reference to the block."""
         if self._references[block] == 0:
             del self._kept[block]
         self._references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One reference less on each; the blocks of a sequence in order."""
+        """Remove one reference from each of these blocks of a sequence, which are in order."""
         for block in reversed(list(blocks)):  # a run's end is evicted before its beginning
             self._references[block] -= 1
             if self._references[block] == 0:
@@ -90,9 +90,8 @@ class KVCache:
                     self._free.append(block)
 
     def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
-        """The blocks that hold the longest known beginning, less than all, of these tokens.
-
-        They are not shared by this; `share` each that is used.
+        """The blocks that hold the longest known beginning of these tokens, but never all of them.
+        This call does not share them; call `share` for each block that is used.
         """
         serial, found = 0, []
         for start in range(0, len(token_ids) - BLOCK, BLOCK):
@@ -105,8 +104,8 @@ class KVCache:
         return found
 
     def register_prefix(self, blocks: Sequence[int], token_ids: Sequence[int]) -> None:
-        """The blocks hold, or in the present forward will hold, the keys of these tokens from a
-        prompt's start; `match_prefix` finds full ones from now on.
+        """Record that the blocks hold, or will hold after this forward, the keys of these tokens
+        from a prompt's start. `match_prefix` finds the full ones from now on.
         """
         serial = 0
         for i, block in enumerate(blocks[: len(token_ids) // BLOCK]):
@@ -122,19 +121,21 @@ class KVCache:
             serial = self._serial_of_block[block]
 
     def reset_prefix_cache(self) -> None:
-        """No prefix is known any more."""
+        """Forget all prefixes."""
         for block in list(self._serial_of_block):
             self._evict(block)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Blocks `targets` become `sources`."""
+        """Copy the blocks `sources` to the blocks `targets`."""
         for store in self._layers.values():
             store[torch.tensor(targets, device=store.device)] = store[
                 torch.tensor(sources, device=store.device)
             ]
 
     def bytes(self) -> int:
-        """Bytes that it takes: of open blocks on a CPU, of all elsewhere."""
+        """The bytes that the cache takes: on a CPU those of the open blocks, elsewhere those of all
+        blocks.
+        """
         return sum(
             store.nbytes // len(store) * (1 + self.blocks) if store.is_cpu else store.nbytes
             for store in self._layers.values()
@@ -149,7 +150,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros; on a CPU from the system itself, which gives a page when it is first written."""
+    """A tensor of zeros. On a CPU its memory comes from the system, which gives a page when it is
+    first written.
+    """
     size = math.prod(shape) * like.itemsize
     if not like.is_cpu or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -9,16 +9,17 @@ from gearshift.kernels.specs import BLOCK
 from gearshift.runtime.free_memory import free_bytes
 
 _CPU_FRACTION, _GPU_FRACTION = 0.5, 0.1
-"""The part of the free memory that the cache can have, even where the first request needs less. On
-a CPU the cache takes only what is used of it; on a GPU it takes all of it, beside training.
+"""The share of the free memory that the cache may have, even if the first request needs less. On a
+CPU the cache takes memory only as it is used; on a GPU it takes all of it at once.
 """
 
 
 def cache_capacity(
     model: PreTrainedModel, config: EngineConfig, max_length: int, needed: int
 ) -> int:
-    """Blocks for `kv_cache_tokens`. Where that is open: those that are `needed` now, and more as
-    the free memory allows, up to `max_num_seqs` of the longest sequences; for one at least.
+    """The number of blocks for `kv_cache_tokens`. If that is null: those that are `needed` now, and
+    more if the free memory allows it, up to `max_num_seqs` of the longest sequences and at least
+    one.
     """
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens // BLOCK

@@ -1,5 +1,5 @@
-"""One forward of the generation gear: tokens with their places in, logits out, keys and values
-cached. Knows no request.
+"""One forward of the generation gear: it takes tokens with their positions, gives logits, and
+caches keys and values. It knows no request.
 
 A described architecture runs as plain functions over the aliased buffers; any other runs through
 the Hugging Face forward, with the same cache and the same attention.
@@ -76,7 +76,7 @@ class CachedForward:
         return self._logits(hidden)
 
     def _batch_invariant(self) -> AbstractContextManager[Any]:
-        """Where tensor operations do more than is exact, they are held to one order."""
+        """Tensor operations that may sum in any order are made to use one order."""
         fine, plan = self.model.dtype == torch.float32, self.plan
         if self.head.softcap is not None:
             return self.kernels.batch_invariant()
@@ -113,7 +113,7 @@ class CachedLayout:
     ) -> Tensor:
         """[1, Q, T, D] queries, [1, K, T, D] new keys and values -> [1, Q, T, D]."""
         if layer in self._written:
-            raise ModelError("it attends more than once in a layer, which has one place for keys")
+            raise ModelError("it attends more than once in a layer, and a layer has one cache")
         self._written.add(layer)
         qkv = torch.cat((query[0], key[0], value[0])).transpose(0, 1).contiguous()
         store = self.cache.layer(layer, qkv[:, : key.shape[1]])

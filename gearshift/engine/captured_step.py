@@ -15,10 +15,10 @@ from gearshift.models.layers import embed
 
 
 class CapturedDecodeStep:
-    """One step of so many rows. The tokens that it samples are the next step's input."""
+    """One step of a fixed number of rows. The tokens that it samples are the next step's input."""
 
     def __init__(self, forward: CachedForward, rows: int, columns: int) -> None:
-        """`columns`: blocks of the longest row, and one more."""
+        """`columns`: the number of blocks of the longest row, plus one."""
         device = forward.model.device
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
@@ -38,7 +38,7 @@ class CapturedDecodeStep:
         """Set the rows' newest tokens; rows beyond them belong to no sequence."""
         B, width = block_tables.shape
         self.ids[:B] = input_ids
-        self.positions[:B] = positions - 1  # a step begins by going one on
+        self.positions[:B] = positions - 1  # a step begins with an increment
         self.positions[B:] = -1
         self.block_tables.zero_()
         self.block_tables[:B, :width] = block_tables
@@ -59,7 +59,7 @@ class CapturedDecodeStep:
             return logits
 
         def advance() -> None:
-            # A row that has ended may be sampled on, but no table of positions goes on.
+            # A row that has ended may still be sampled, but the table of positions has an end.
             self.positions.add_(1).clamp_(max=forward.max_length - 1)
 
         def plain() -> Tensor:
@@ -85,6 +85,6 @@ class CapturedDecodeStep:
 
         began = self.ids.clone(), self.positions.clone()
         captured = forward.kernels.capture(prepare, run)
-        self.ids.copy_(began[0])  # capturing took a step
+        self.ids.copy_(began[0])  # the capture ran a step
         self.positions.copy_(began[1])
         return captured or plain

@@ -19,7 +19,7 @@ from gearshift.kernels.specs import AttentionMetadata
 from gearshift.runtime.seeding import philox_uniform
 
 _AHEAD = 64
-"""Tokens that uniforms are drawn ahead for: many cost what one does."""
+"""How many tokens the uniforms are drawn ahead for: many cost as much as one."""
 
 
 class Decoder:
@@ -35,7 +35,7 @@ class Decoder:
         return self._prefill(plan) if isinstance(plan, Prefill) else self._decode(plan)
 
     def forget_captures(self) -> None:
-        """Capture steps anew: something that they read lies elsewhere now."""
+        """Drop the captured steps, because something that they read has another address now."""
         self._captured.clear()
 
     def decode_steps(
@@ -112,8 +112,8 @@ class Decoder:
         return self._sample(plan.sequences, logits, self._uniforms(plan.sequences, 1)[0])
 
     def _sample(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Sampled:
-        """One token for each of the sequences. If that fails, each is tried alone, and only those
-        that fail alone have failed.
+        """One token for each of the sequences. If that fails, each sequence is tried alone, and
+        only those that fail again get an error.
         """
         try:
             return Sampled([self._drawn(sequences, logits, uniforms)])

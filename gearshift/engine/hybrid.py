@@ -88,11 +88,13 @@ class Engine:
         self._watch = WeightsWatch(model)
         self._placement = self._watch.placement
         self.loop = EngineLoop(self)
-        """What rollouts and servers await completions of, and the synchronous calls use."""
+        """The loop that runs all requests. Rollouts and servers await its completions; the
+        synchronous calls use it too.
+        """
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @property
@@ -103,14 +105,16 @@ class Engine:
 
     @contextmanager
     def generating(self) -> Iterator[Engine]:
-        """Generation gear: no gradients, dropout off. Nests; the gear before comes back after."""
+        """Enter the generation gear: no gradients, no dropout. Contexts nest; afterwards the
+        earlier gear is back.
+        """
         with self._shifted("generation"), torch.no_grad():
             yield self
 
     @contextmanager
     def training(self, dropout: bool = False) -> Iterator[Engine]:
-        """Training gear. Dropout is off unless asked for, as reinforcement learning needs: the
-        policy that is scored must be the policy that sampled.
+        """Enter the training gear. Dropout is off by default, because reinforcement learning needs
+        it: the policy that is scored must be the policy that sampled.
         """
         with self._shifted("training"), torch.enable_grad():
             was = self.model.training
@@ -121,8 +125,8 @@ class Engine:
                 self.model.train(was)
 
     def weights_changed(self) -> None:
-        """Say that the parameters were written: a new version begins, and what the cache holds of
-        the old one is forgotten. Raises `GearshiftError` while requests are on their way.
+        """Declare that the parameters were written: a new version begins, and the cache forgets the
+        old one. Raises `GearshiftError` while requests are on their way.
         """
         self._owner.check(self)
         if not self.loop.idle:
@@ -140,7 +144,7 @@ class Engine:
         request_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """`params.n` completions of each prompt, in the prompts' order; `params` may be one for all
-        or one for each. Other requests, streams say, run on meanwhile.
+        or one for each. Other requests, such as streams, continue meanwhile.
 
         What is sampled is a function of (seed, request id, sample, position) and the weights only:
         not of the other prompts, nor of how many rows run together. Request ids default to 0, 1,
@@ -170,8 +174,8 @@ class Engine:
         return self.loop.stream(prompt, params, request_id)
 
     def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
-        """Copy weights into the model's parameters: of a saved model's folder, or tensors by their
-        parameters' names. What is sampled from then on has this version.
+        """Copy weights into the model's parameters, from a saved model's folder or from tensors by
+        parameter name. Tokens that are sampled from then on have this version.
 
         Raises `ModelError` for names or shapes that are not the model's, `ConfigError` for a
         version that is not new.
@@ -201,13 +205,13 @@ class Engine:
             self.weights_changed()
 
     def prepare_generation(self) -> None:
-        """Take notice of what was done to the weights, and prepack them."""
+        """Detect changes of the weights, and prepack them."""
         self._follow()
         self._prepack()
 
     @property
     def limits(self) -> SamplingLimits:
-        """What a completion may be, and what ends it."""
+        """The limits of a completion, and what ends it."""
         return SamplingLimits(
             self.vocabulary, self.max_length, self._cache_limit, self.seed, self.end_tokens
         )
@@ -244,7 +248,7 @@ class Engine:
         }
 
     def take_stats(self) -> GenerationStats:
-        """What generation did since this was last called."""
+        """The figures of generation since the last call."""
         return self._stats.take()
 
     def named_stats(self) -> dict[str, float]:
@@ -280,7 +284,7 @@ class Engine:
             self._prepack()
 
     def _follow(self) -> None:
-        """Notice what was done to the weights."""
+        """Detect changes of the weights."""
         if self._watch.placement != self._placement:
             self._give_back()
             self._placement = self._watch.placement
@@ -313,12 +317,12 @@ class Engine:
 
     @property
     def _cache_limit(self) -> int | None:
-        """Tokens in the blocks that the configured cache has."""
+        """The number of tokens in the blocks of the configured cache."""
         tokens = self.config.kv_cache_tokens
         return None if tokens is None else tokens // BLOCK * BLOCK
 
     def _probe(self, runner: ModelRunner, tokens: list[list[int]]) -> list[Tensor]:
-        """See `models.check`: a cache of its own serves it, so that nothing is left behind."""
+        """See `models.check`. The check uses a separate cache, so that it leaves nothing behind."""
         kernels, cache = kernels_of(self.model), KVCache(blocks_of(tokens))
         return decode_given(CachedForward(runner, kernels, cache, self.max_length), tokens)
 

@@ -1,11 +1,11 @@
-"""The one owner that steps the engine: whatever asks for completions asks this loop.
+"""The only code that steps the engine: every request for completions goes to this loop.
 
     completion = await loop.generate(prompt, SamplingParams(), request_id=7)
     async for token in loop.stream(prompt, SamplingParams(), request_id=8): ...
 
-All requests that are on their way advance together, a token each, in one step. Synchronous calls
-step in their own thread until they have what they want. Awaiting calls share a task of the event
-loop that they run in: it makes a step, lets the others go on, and ends when nothing is awaited.
+All running requests advance together in one step, by one token each. Synchronous calls step in
+their own thread until they have their result. Awaiting calls share a task of their event loop: it
+makes a step, lets the other tasks continue, and ends when nothing is awaited.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class EngineLoop:
         self._scheduler: Scheduler | None = None
         self._decoder: Decoder | None = None
         self._arrivals: list[Group] = []
-        """What the next step gives to the scheduler."""
+        """New groups, which the next step gives to the scheduler."""
         self._dropped: deque[Sequence] = deque()
         """Requests whose streams were thrown away; any thread may do that, at any time."""
         self._waiters: dict[asyncio.Future[None], tuple[Sequence, int | None]] = {}
-        """What is awaited: more tokens of a sequence than so many, or (None) its end."""
+        """What each future awaits: more tokens of a sequence than this number, or (None) its end.
+        """
         self._driver: asyncio.Task[None] | None = None
         self._stepping = False
 
@@ -73,7 +74,9 @@ class EngineLoop:
     def complete(
         self, requests: Iterable[tuple[Iterable[int], SamplingParams, int]]
     ) -> list[list[Completion]]:
-        """`params.n` completions of each (prompt, params, request id). Others run beside them."""
+        """`params.n` completions of each (prompt, params, request id). Other requests continue
+        meanwhile.
+        """
         self._engine.check_generating()
         groups = [
             self._engine.limits.group(token_ids, params, request_id, f"Prompt {place}")
@@ -85,7 +88,7 @@ class EngineLoop:
         try:
             while not all([s.has_ended() for group in groups for s in group]):
                 self.step()
-        except BaseException:  # an interrupt too: these requests must not run on
+        except BaseException:  # also after an interrupt: these requests must not continue
             for sequence in (s for group in groups for s in group):
                 self.abort(sequence)
             raise
@@ -96,7 +99,7 @@ class EngineLoop:
         self._engine.update_weights(weights, version)
 
     def stats(self) -> dict[str, float]:
-        """What generation did since the last call, by name."""
+        """The figures of generation since the last call, by name."""
         return self._engine.named_stats()
 
     @property
@@ -106,9 +109,9 @@ class EngineLoop:
         return not self._arrivals and (self._scheduler is None or self._scheduler.idle)
 
     def step(self) -> None:
-        """One token for every request on its way. Only callers in this module use it.
-
-        An error or an interrupt in the middle ends every request, and the next one begins anew.
+        """Sample one token for every running request. Only callers in this module use it. An error
+        or an interrupt in the middle ends every request; the next step starts with an empty
+        scheduler.
         """
         self._engine.check_generating()
         if self._stepping:
@@ -126,7 +129,7 @@ class EngineLoop:
         self._wake()
 
     def abort(self, sequence: Sequence) -> None:
-        """End a request where it stands, if it has not ended. Its part of the cache is free."""
+        """End a request now, if it has not ended. Its part of the cache becomes free."""
         if sequence.finish_reason is None:
             self._engine.check_owner()
             self._abort(sequence)
@@ -153,17 +156,17 @@ class EngineLoop:
         return cache.bytes() / max(1, cache.blocks * BLOCK)
 
     def reset_prefix_cache(self) -> None:
-        """What was computed is of no use any more: the weights have changed."""
+        """Discard what was computed, because the weights have changed."""
         if self._scheduler is not None:
             self._scheduler.cache.reset_prefix_cache()
 
     def forget_captures(self) -> None:
-        """Capture the decode steps anew: the weights lie elsewhere."""
+        """Drop the captured decode steps, because the weights have other addresses."""
         if self._decoder is not None:
             self._decoder.forget_captures()
 
     def release(self) -> None:
-        """Give the cache back. Raises `GearshiftError` while requests are on their way."""
+        """Free the cache. Raises `GearshiftError` while requests are on their way."""
         if not self.idle:
             raise GearshiftError("Requests are running; let them end, or abort them.")
         self._scheduler = self._decoder = None
@@ -183,7 +186,7 @@ class EngineLoop:
         return sequence
 
     def _admit(self) -> None:
-        """Give the scheduler what has arrived."""
+        """Give the new requests to the scheduler."""
         self._abort_dropped()
         if not self._arrivals:
             return
@@ -216,7 +219,9 @@ class EngineLoop:
             self._abort(self._dropped.popleft())
 
     def _end_all(self, error: BaseException) -> None:
-        """An error came in the middle of a step: what has been computed cannot be trusted."""
+        """End all requests after an error in the middle of a step, because what was computed cannot
+        be trusted.
+        """
         ended = GearshiftError("An earlier error ended this request; send it again.")
         waiting = [s for group in self._arrivals for s in group]
         for sequence in waiting + (self._scheduler.sequences if self._scheduler else []):
@@ -225,7 +230,7 @@ class EngineLoop:
         self._fail_waiters(error if isinstance(error, Exception) else ended)
 
     async def _progress(self, sequence: Sequence, seen: int | None) -> None:
-        """Until the sequence has more tokens than `seen` (None: any number), or has ended."""
+        """Wait until the sequence has more tokens than `seen` (None: any number), or has ended."""
         loop = asyncio.get_running_loop()
         if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
             self._driver = loop.create_task(self._drive())
@@ -238,8 +243,8 @@ class EngineLoop:
             self._waiters.pop(future, None)
 
     async def _drive(self) -> None:
-        """Make steps while something is awaited. Between two, everything else that is ready goes
-        on, so that requests of one tick arrive together.
+        """Make steps while something is awaited. Between two steps all other ready tasks run, so
+        that requests of one tick arrive together.
         """
         while True:
             await asyncio.sleep(0)
@@ -247,7 +252,7 @@ class EngineLoop:
                 return
             try:
                 self.step()
-            except Exception as error:  # it belongs to those who wait
+            except Exception as error:  # the waiting callers get it
                 self._fail_waiters(error)
 
     def _wake(self) -> None:
@@ -302,11 +307,11 @@ class Stream:
 
     @property
     def completion(self) -> Completion:
-        """What was sampled so far; `finish_reason` is `abort` until it has ended by itself."""
+        """The completion so far; its `finish_reason` is `abort` until it has ended by itself."""
         return self._sequence.completion()
 
     def abort(self) -> None:
-        """End the request here; its part of the cache is free at once."""
+        """End the request now; its part of the cache becomes free at once."""
         self._loop.abort(self._sequence)
 
     def _has_more(self) -> bool:
@@ -318,6 +323,6 @@ class Stream:
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """An interrupt that ended the task has reached its event loop already; nothing logs it."""
+    """An interrupt that ended the task has reached its event loop already; it needs no log."""
     if not task.cancelled():
         task.exception()

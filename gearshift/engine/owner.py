@@ -1,5 +1,5 @@
-"""Which engine uses a model's weights and cache now: one at a time, in one thread, its gears in one
-task.
+"""Records which engine uses a model's weights and cache now: one engine at a time, in one thread,
+with its gears in one task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _lock = threading.Lock()
 
 
 class Owner:
-    """Held while an engine is in a gear or changes; its holder may take it again."""
+    """A lock that an engine holds in a gear and while it changes. The holder may take it again."""
 
     def __init__(self) -> None:
         self._holder: tuple[int, int] | None = None
@@ -25,8 +25,8 @@ class Owner:
         self._depth, self._process = 0, os.getpid()
 
     def take(self, engine: object) -> None:
-        """Raises `GearshiftError` where another thread or task, or another engine of this model, is
-        inside, and in a process that was forked from the model's.
+        """Take the lock. Raises `GearshiftError` if another thread, task or engine of this model
+        has it, or if this process was forked from the model's process.
         """
         if os.getpid() != self._process:
             raise GearshiftError(
@@ -47,14 +47,14 @@ class Owner:
             self._depth += 1
 
     def check(self, engine: object) -> None:
-        """Raises as `take` does, and holds nothing afterwards."""
+        """Raise the errors that `take` would raise, without taking the lock."""
         holder = threading.get_ident(), id(engine)
         if self._holder != holder or os.getpid() != self._process:
             self.take(engine)
             self.leave()
 
     def leave(self) -> None:
-        """Once for each `take`."""
+        """Release the lock. Call it once for each `take`."""
         with _lock:
             self._depth -= 1
             if not self._depth:
@@ -64,7 +64,7 @@ class Owner:
         if self._holder and self._holder[0] != holder[0]:
             raise GearshiftError(
                 "Another thread uses this engine; let it leave its gear first, or do both in one "
-                "thread: `stream` and `engine.loop` run many requests beside each other."
+                "thread: `stream` and `engine.loop` run many requests at the same time."
             )
         raise GearshiftError(
             "Another engine of this model is in a gear; leave that first, or give each a model."
@@ -72,7 +72,7 @@ class Owner:
 
 
 def _task() -> asyncio.Task[object] | None:
-    """The task that runs in this thread now."""
+    """The task that runs in this thread now; None without one."""
     try:
         return asyncio.current_task()
     except RuntimeError:  # no loop

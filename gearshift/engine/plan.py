@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from gearshift.engine.sequence import Sequence
 
 Column = tuple[list[int], list[float], list[float]]
-"""One token for each sequence: tokens, their log-probs, and their log-probs as drawn."""
+"""For one step and each sequence: the token, its log-prob, and its log-prob in the distribution
+that it was drawn from.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,9 @@ class Prefill:
     """Prompts are computed, and each sequence gets its first token."""
 
     groups: list[list[Sequence]]
-    """Sequences that begin with the same tokens, which the first one's blocks take."""
+    """Groups of sequences that begin with the same tokens. The blocks of the first sequence hold
+    these.
+    """
     cached: list[int]
     """Tokens of each group whose keys are in the blocks already."""
     copies: list[tuple[int, int]]
@@ -25,7 +29,7 @@ class Prefill:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Those that get tokens."""
+        """The sequences that get tokens."""
         return [sequence for group in self.groups for sequence in group]
 
 
@@ -48,4 +52,6 @@ class Sampled:
     columns: list[Column]
     """One a step."""
     failed: dict[int, Exception] = field(default_factory=dict)
-    """Why a sequence, by its place, got none; its entry in the columns means nothing."""
+    """Errors by sequence index: why a sequence got no token. Its entry in the columns means
+    nothing.
+    """

@@ -23,7 +23,7 @@ def sample(
     params: Sequence[SamplingParams],
     history: Callable[[int], Sequence[int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row, by inverse CDF, or the most likely where the temperature is 0.
+    """Sample one token for each row, by inverse CDF; at temperature 0 take the most likely one.
 
     Args: `draw` does it for rows that ask for nothing but a temperature; logits [B, V] as the head
     gave them; uniforms [B] float64 in (0, 1); each row's parameters; `history` gives a row's
@@ -39,7 +39,7 @@ def sample(
     rows = [i for i, p in enumerate(params) if adjusts(p)]
     if not rows:
         return tokens_B, logprobs_B, logprobs_B
-    # From here on B are the rows that ask for more.
+    # From here on, B counts only the rows that need more.
     policy_BV = logits_BV[rows].float()
     temperature_B1 = temperature_B[rows, None]
     scale_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)

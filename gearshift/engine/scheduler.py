@@ -1,9 +1,9 @@
-"""Who runs when: sequences wait, are admitted as blocks of the cache allow, decode together, and
-leave when they end. Decides with numbers only; it makes no tensors and runs no model.
+"""Decides which sequences run: they wait, are admitted while the cache has blocks, decode together,
+and leave when they end. This file uses numbers only; it makes no tensors and runs no model.
 
-When the cache runs out, the sequence admitted last gives up its blocks and waits again; what it had
-written is computed anew later. Since a token is a function of (seed, request, sample, position) and
-the weights, the completion is the same.
+When the cache is full, the sequence admitted last gives up its blocks and waits again; its keys are
+computed again later. Since a token is a function of (seed, request, sample, position) and the
+weights, the completion is the same.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Scheduler:
         self._steps_per_sync, self._detokenize = steps_per_sync, detokenize
 
     def add(self, groups: list[Group]) -> None:
-        """Queue the completions of prompts, each group those of one."""
+        """Queue completions; each group holds those of one prompt."""
         others = len(self.live) + sum(map(len, self.waiting))
         self.waiting += map(deque, groups)
         self.cache.open(blocks_for(groups, self.max_num_seqs, others))
 
     def abort(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is. One that has ended stays as it is."""
+        """Remove a sequence that waits or runs. A sequence that has ended is left unchanged."""
         if sequence in self.live:
             self._leave(sequence)
             sequence.finish_reason = "abort"
@@ -64,7 +64,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """All that wait or run."""
+        """All sequences that wait or run."""
         return self.live + [sequence for group in self.waiting for sequence in group]
 
     @property
@@ -73,8 +73,8 @@ class Scheduler:
         return not self.waiting and not self.live
 
     def schedule(self) -> Plan | None:
-        """What to compute next: prompts of sequences that fit; else a token for every sequence that
-        runs (or several, where nothing must be looked at between them). None: nothing runs.
+        """What to compute next: the prompts of sequences that fit; otherwise a token for every
+        running sequence (or several, if nothing must be checked between them). None: nothing runs.
         """
         if prefill := self._admit():
             return prefill
@@ -87,7 +87,7 @@ class Scheduler:
         return Decode([*self.live], steps)
 
     def postprocess(self, plan: Plan, sampled: Sampled, weights_version: int) -> None:
-        """Append what was sampled. What comes after a sequence's end is dropped; a sequence that
+        """Append the sampled tokens. What comes after a sequence's end is dropped; a sequence that
         has ended leaves, with an error where the log-probs are not numbers.
         """
         sequences = plan.sequences
@@ -116,15 +116,15 @@ class Scheduler:
             self._leave(sequence)
 
     def count_seconds(self, plan: Plan, seconds: float) -> None:
-        """Add to the figures what a plan took."""
+        """Add the plan's tokens and time to the figures."""
         if isinstance(plan, Prefill):
             self.stats.prefill_seconds += seconds
         else:
             self.stats.decode_seconds += seconds
 
     def _reserve_blocks(self) -> None:
-        """A block for each sequence whose newest token opens one. Where there is none left,
-        sequences wait again, the one admitted last first.
+        """Give a block to each sequence whose newest token needs a new one. If no block is left,
+        sequences wait again, starting with the one admitted last.
         """
         for sequence in list(self.live):
             if len(sequence.blocks) * BLOCK >= sequence.length:
@@ -135,8 +135,8 @@ class Scheduler:
                 sequence.blocks.append(self.cache.allocate())
 
     def _steps_ahead(self) -> int:
-        """How many tokens can be drawn before anything is looked at: `steps_per_sync`, if none
-        needs more than a temperature and there are blocks for all of them, which are taken.
+        """How many tokens can be drawn before the next check: `steps_per_sync`, if every sequence
+        needs only a temperature and there are blocks for all these tokens. The blocks are taken.
         """
         if self._steps_per_sync == 1 or any(adjusts(s.params) for s in self.live):
             return 1
@@ -153,7 +153,7 @@ class Scheduler:
         return steps
 
     def _leave(self, sequence: Sequence) -> None:
-        """Give the blocks back; what they hold can be found again by a prompt that goes on."""
+        """Release the blocks. A later prompt with the same beginning can still use them."""
         self.live.remove(sequence)
         computed = max(0, sequence.length - 1)
         self.cache.register_prefix(sequence.blocks, sequence.tokens[:computed])
@@ -195,8 +195,8 @@ class Scheduler:
         return plan if plan.groups else None
 
     def _take_group(self, first: list[int], cached: list[int], free: int) -> list[Sequence]:
-        """Make live as many sequences of the first group that waits as there are rows and blocks:
-        one, which gets its own blocks, and `free` more if each needs one.
+        """Admit as many sequences of the first waiting group as there are rows and blocks: one,
+        which gets its own blocks, and up to `free` more if each needs one.
         """
         waiting = self.waiting[0]
         leader = waiting.popleft()
@@ -206,7 +206,7 @@ class Scheduler:
         self.live.append(leader)
         group, tail = [leader], int(len(first) % BLOCK > 0)
         while waiting and len(self.live) < self.max_num_seqs and free >= tail:
-            if waiting[0].length != len(first):  # it was preempted in the middle
+            if waiting[0].length != len(first):  # it was preempted before
                 break
             follower = waiting.popleft()
             follower.blocks = [*leader.blocks[: len(first) // BLOCK]]
@@ -223,8 +223,8 @@ class Scheduler:
 
 
 def blocks_for(groups: list[Group], max_num_seqs: int, others: int = 0) -> int:
-    """Blocks in which these sequences and so many `others` can run at a time, if each is as long as
-    the longest of these can become.
+    """The number of blocks in which these sequences and `others` more can run at a time, if each
+    becomes as long as the longest of these can be.
     """
     longest = max(len(s.prompt) + s.params.max_new_tokens for group in groups for s in group)
     return min(others + sum(map(len, groups)), max_num_seqs) * -(-longest // BLOCK)

@@ -1,5 +1,5 @@
-"""What the scheduler runs: one completion on its way, and when it ends; and what a request must be
-before it runs beside others.
+"""What the scheduler runs: one unfinished completion, and when it ends; and the checks of a request
+before it runs.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Sequence:
     weights_versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: GearshiftError | None = None
-    """What ended it, if not its tokens; others run on."""
+    """The error that ended it, if there was one. Other sequences continue."""
     uniforms: list[float] = field(default_factory=list)
-    """Random numbers of its tokens, one each; they are drawn ahead."""
+    """One random number for each of its tokens; they are drawn ahead."""
     blocks: list[int] = field(default_factory=list)
-    """Its part of the cache while it is live."""
+    """Its blocks of the cache while it runs."""
 
     @property
     def length(self) -> int:
@@ -50,7 +50,7 @@ class Sequence:
         return self.prompt + self.token_ids
 
     def with_sample(self, sample_index: int) -> Sequence:
-        """Another completion of this request, not begun."""
+        """Another completion of this request, without tokens."""
         return Sequence(
             self.prompt, self.params, self.request_id, sample_index, self.seed, self.end_tokens
         )
@@ -65,7 +65,7 @@ class Sequence:
         self.weights_versions.append(version)
         try:
             ends = token in self.end_tokens or self._has_stop_string(detokenize)
-        except Exception as error:  # the tokenizer's own
+        except Exception as error:  # the tokenizer has a method for it
             self.fail(error)
             return
         if ends:
@@ -88,7 +88,7 @@ class Sequence:
         return self.finish_reason is not None
 
     def completion(self) -> Completion:
-        """What is handed out; a sequence that has not ended was aborted."""
+        """The completion for the caller; a sequence that has not ended counts as aborted."""
         return Completion(
             self.token_ids,
             self.logprobs,
@@ -106,7 +106,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class SamplingLimits:
-    """What a completion may be, and what ends it."""
+    """The limits of a completion, and what ends it."""
 
     vocabulary: int
     max_length: int
@@ -114,7 +114,7 @@ class SamplingLimits:
     cache_tokens: int | None
     """Tokens that the configured cache holds."""
     seed: int
-    """For requests that give none."""
+    """The seed of requests that give none."""
     end_tokens: frozenset[int]
 
     def sequence(
@@ -161,7 +161,7 @@ class SamplingLimits:
 
 
 def check_prompt(name: str, prompt: Iterable[int], vocabulary: int) -> list[int]:
-    """The prompt's token ids. Raises `DataError` for what is no token of the vocabulary."""
+    """The prompt's token ids. Raises `DataError` for a value outside the vocabulary."""
     if isinstance(prompt, str | bytes):
         raise DataError(f"{name} is a text; encode it first, a prompt is token ids.")
     if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:

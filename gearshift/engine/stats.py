@@ -1,5 +1,5 @@
 """What generation did and how long it took, beside how fast this machine could decode: its measured
-bandwidth and product rate against the bytes and products that a step cannot do without (Williams et
+bandwidth and product rate against the bytes and products that a step needs at least (Williams et
 al. 2009, the roofline model).
 """
 
@@ -34,14 +34,14 @@ class GenerationStats:
     preemptions: int = 0
 
     def take(self) -> GenerationStats:
-        """A copy; these figures begin anew."""
+        """Return a copy, and set these figures back to zero."""
         done = replace(self)
         for field in fields(self):
             setattr(self, field.name, field.default)
         return done
 
     def named(self, model: PreTrainedModel, position_bytes: float) -> dict[str, float]:
-        """Figures by name, as metrics have them."""
+        """The figures by their names in the metrics."""
         return {
             "shift_seconds": self.shift_seconds,
             "prefill_seconds": self.prefill_seconds,

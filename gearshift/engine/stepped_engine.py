@@ -1,4 +1,4 @@
-"""What the loop asks of the engine whose requests it runs."""
+"""The interface that the loop needs of the engine whose requests it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SteppedEngine(Protocol):
 
     @property
     def limits(self) -> SamplingLimits:
-        """What a completion may be."""
+        """The limits of a completion."""
 
     def check_owner(self) -> None:
         """Raises `GearshiftError` unless this thread may use the engine."""
@@ -29,7 +29,7 @@ class SteppedEngine(Protocol):
         """The same, and the engine must be in its generation gear."""
 
     def prepare_generation(self) -> None:
-        """Take notice of what was done to the weights, and prepack them."""
+        """Detect changes of the weights, and prepack them."""
 
     def check_weights(self) -> None:
         """Raises `GearshiftError` if the weights have changed while requests run."""

@@ -1,4 +1,4 @@
-"""The weights as the engine sees them: what was done to them since, and others in their place."""
+"""Detects changes of the weights, and copies new weights into them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gearshift.models.load import ModelConfig, load_policy
 
 
 class WeightsWatch:
-    """Compares a model's parameters with what they were."""
+    """Compares a model's parameters with their earlier state."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -32,8 +32,8 @@ class WeightsWatch:
         return next(self._model.parameters()).device, self._model.dtype
 
     def moved(self) -> bool:
-        """Whether any parameter lies elsewhere in memory than at the last call; captured steps read
-        them there.
+        """Whether any parameter has another address than at the last call. Captured steps read the
+        parameters by address.
         """
         before = self._addresses
         self._parameters = list(self._model.parameters())
@@ -48,7 +48,7 @@ class WeightsWatch:
         return self._written_state() != self._state
 
     def accept(self) -> None:
-        """The weights as they are now are known."""
+        """Record the present state of the weights as known."""
         self._state = self._written_state()
 
     def _written_state(self) -> tuple[object, ...]:
