@@ -1,5 +1,5 @@
-"""What rollouts ask of a program that samples completions. The engine is one such program; this
-module knows none of them.
+"""The interface between rollouts and a program that samples completions. The engine is one such
+program; this module imports none of them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ class GenerationBackend(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether `Completion.logprobs` are those that training computes, to rounding. Where they
-        are not, the loss corrects for it by importance weights."""
+        """Whether `Completion.logprobs` equal those that training computes, except for rounding. If
+        they do not, the loss can correct the difference by importance weights.
+        """
 
     async def generate(
         self, token_ids: Sequence[int], params: SamplingParams, request_id: int, sample: int = 0
@@ -38,4 +39,4 @@ class GenerationBackend(Protocol):
         """
 
     def stats(self) -> dict[str, float]:
-        """Figures of what was done since the last call, by name."""
+        """The figures of the work since the last call, by name."""

@@ -1,7 +1,6 @@
-"""Groups of episodes, side by side: from where they start to the trajectories of those that ended.
-
-Knows a backend that samples completions, and no engine and no trainer. One event loop runs all
-episodes; environments answer in threads.
+"""Runs groups of episodes at the same time, from their starts to the trajectories of those that
+ended. It uses a backend that samples completions, and imports no engine and no trainer. One event
+loop runs all episodes; environments answer in threads.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ OnGroup = Callable[[list[Trajectory]], None]
 Ended = tuple[TextEnvironment, Trajectory]
 
 WORKERS = 4
-"""Environments that answer at a time, where those that only wait are not counted."""
+"""How many environments answer at the same time, without those that only wait."""
 EPISODE_TIMEOUT = 300.0
-"""Seconds for an answer of an environment, where a recipe names no others."""
+"""The seconds that an environment has for an answer, unless a recipe sets another number."""
 
 
 class Collector:
-    """Runs episodes of one environment, as many at a time as are asked for."""
+    """Runs episodes of one environment, all those of a call at the same time."""
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class Collector:
             try:
                 call = self._pool.call_and_wait(environment, reset)
             except EpisodeError:
-                break  # it hangs, and the others may hang as long
+                break  # it hangs, and the others may hang equally long
             if call.exception():
                 environment = self._pool.make()
                 continue
@@ -143,7 +142,7 @@ class Collector:
     async def _side_by_side(
         self, groups: Iterable[Callable[[], Coroutine[Any, Any, list[Ended]]]]
     ) -> list[list[Ended]]:
-        """What the groups return. The first error ends all of them."""
+        """Run the groups and return their results. The first error ends all of them."""
         watch = asyncio.create_task(self._pool.watch())
         try:
             return await asyncio.gather(*(run() for run in groups))
@@ -158,7 +157,9 @@ class Collector:
         on_group: OnGroup,
         rewarded: Rewarded,
     ) -> list[Ended]:
-        """The episodes of one start that came to their ends, with their environments."""
+        """Run the episodes of one start; return those that came to their end, with their
+        environments.
+        """
         begun = await asyncio.gather(
             *(
                 self._attempt(
@@ -205,7 +206,7 @@ class Collector:
     async def _attempt(
         self, run: Callable[[], Coroutine[Any, Any, T]], environment: TextEnvironment
     ) -> T | None:
-        """What `run` returns; None if the environment's episode fails, which is counted."""
+        """The result of `run`; None if the environment's episode fails, which is counted."""
         try:
             return await run()
         except EpisodeError as failure:

@@ -1,5 +1,5 @@
-"""Environments that are made as they are needed, used again, and answer in threads, so that one
-that waits does not delay the others. Knows no policy and no tokens.
+"""Makes environments when they are needed, uses them again, and calls them in threads, so that one
+that waits does not delay the others. This file knows no policy and no tokens.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ T = TypeVar("T")
 POLL_SECONDS = 0.02
 """Seconds between two checks of the calls that run."""
 _CLOSING_SECONDS = 10.0
-"""Seconds in which environments can close; those that have not are left."""
+"""The seconds that environments have to close; after that, the pool no longer waits for them."""
 
 
 class EpisodeError(Exception):
-    """One episode is left out. The message is the reason, without a full stop."""
+    """The error that ends one episode, which is left out. The message is the reason, without a full
+    stop.
+    """
 
 
 class EnvironmentPool:
@@ -49,13 +51,13 @@ class EnvironmentPool:
         self._workers = WorkerThreads(workers)
         self._idle: list[TextEnvironment] = []
         self._open: list[TextEnvironment] = []
-        """All that were made and not discarded."""
+        """All environments that were made and not discarded."""
         self._calls: dict[Future[Any], _Call] = {}
         self._made_one = False
 
     def take(self) -> TextEnvironment:
-        """An idle environment, or a new one. Raises what the first one raises that cannot be made;
-        a later one that cannot be made costs its episode.
+        """An idle environment, or a new one. If the very first one cannot be made, its error is
+        raised; if a later one cannot be made, only its episode fails.
         """
         if self._idle:
             return self._idle.pop()
@@ -85,7 +87,7 @@ class EnvironmentPool:
             self._open = [other for other in self._open if other is not environment]
 
     async def call(self, environment: TextEnvironment, function: Callable[[], T]) -> T:
-        """What the function, which uses the environment, returns. It runs in a thread.
+        """Run the function, which uses the environment, in a thread, and return its result.
 
         Raises `EpisodeError` if the function raises, `sys.exit` included, or takes too long;
         `CapacityError` if too many calls hang. `watch` must run meanwhile.
@@ -138,7 +140,7 @@ class EnvironmentPool:
             self._make.close()
 
     def _abandon(self, future: Future[Any], environment: TextEnvironment) -> Exception:
-        """Leave the call's thread to itself, and say why."""
+        """Stop waiting for the call's thread, and give its caller the reason."""
         try:
             self._workers.abandon(future)
         except CapacityError as error:

@@ -35,8 +35,8 @@ from gearshift.types import (
 )
 
 Rewarded = Literal["needed", "finite", "any"]
-"""Which rewards an environment must give, else its episode fails: at least one, and each finite;
-each finite; any, because they do not count.
+"""Which rewards an environment must give; otherwise its episode fails. The choices: at least one,
+and each finite; each finite; any, because they do not count.
 """
 
 
@@ -89,34 +89,34 @@ class EpisodeSpec:
     group_id: int
     """Unique in the run: what is sampled depends on it."""
     seed: int
-    """Given to the environment's `reset`."""
+    """The seed for the environment's `reset`."""
     row: int | None = None
     """The row of the environment's data, where it has rows."""
 
 
 class ChatTokens:
-    """A tokenizer's way from messages to tokens and back."""
+    """Turns messages into tokens and tokens into text, with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.prompt: Callable[[list[Message], dict[str, Any]], list[int]]
-        """Tokens of a conversation up to where the policy answers."""
+        """The tokens of a conversation up to the place where the policy answers."""
         self.prompt = partial(render_prompt, tokenizer)
         self._tokenizer = tokenizer
-        # Rendering is slow beside a game's move, and what games say repeats.
+        # Rendering is slow compared with a move of a game, and games repeat their messages.
         self._turn = lru_cache(4096)(lambda said: render_turn(tokenizer, *json.loads(said)))
 
     def turn(self, messages: list[Message], options: dict[str, Any]) -> list[int]:
-        """Tokens between two answers of the policy, in which these messages stand."""
+        """The tokens between two answers of the policy, with these messages."""
         return self._turn(json.dumps([messages, options]))
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What the policy wrote, without special tokens."""
+        """The text of the policy's tokens, without special tokens."""
         return decode(self._tokenizer, token_ids, skip_special_tokens=True)
 
 
 @dataclass(slots=True)
 class Episode:
-    """What both sides have said so far, as texts and as tokens."""
+    """The conversation so far, as texts and as tokens."""
 
     environment: TextEnvironment
     spec: EpisodeSpec
@@ -129,7 +129,7 @@ class Episode:
     """Answers that the policy has given."""
     messages: list[Message] = field(default_factory=list)
     template_options: dict[str, Any] = field(default_factory=dict)
-    """What the chat template gets besides the messages."""
+    """The arguments of the chat template besides the messages."""
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Episode:
     row: Any = None
     """The environment's name for its task, as `reset` gives it."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What the environment reported last."""
+    """The environment's last report."""
 
     def request(self) -> tuple[int, int]:
         """The request id and the sample of the next answer: a group's first answers share the id,
@@ -201,7 +201,9 @@ class Episode:
                 self._append(self.chat.turn(said, self.template_options))
 
     def cut(self) -> None:
-        """End at the newest answer: what the environment said to it will not be answered."""
+        """End at the newest answer, because the policy will not answer the environment's last
+        message.
+        """
         for column in (
             self.token_ids, self.loss_mask, self.logprobs, self.weights_versions, self.rewards
         ):  # fmt: skip
@@ -229,7 +231,7 @@ class Episode:
         )
 
     def _append(self, token_ids: list[int]) -> None:
-        """Append what the environment said."""
+        """Append the environment's message."""
         self.token_ids += token_ids
         self.loss_mask += [0] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
@@ -238,8 +240,8 @@ class Episode:
 
 
 def request_id(group: int, turn: int = 0, sample: int = 0) -> int:
-    """A number for one completion of a run, which its random numbers are a function of. No two are
-    alike: 7 high bits of the turn, 32 of the group, 8 low bits of the turn, 16 of the sample.
+    """A number for one completion of a run; its random numbers are a function of it. No two are
+    equal: 7 high bits of the turn, 32 of the group, 8 low bits of the turn, 16 of the sample.
 
     Raises `CapacityError` beyond them.
     """
@@ -252,11 +254,11 @@ def request_id(group: int, turn: int = 0, sample: int = 0) -> int:
 
 
 def messages_of(observation: Any, info: Mapping[str, Any]) -> list[Message]:
-    """What the environment says. Raises `TypeError` if it is not text."""
+    """The environment's message. Raises `TypeError` if it is not text."""
     said = list(info.get("messages") or [{"role": "user", "content": observation}])
     for message in said:
         if not isinstance(message["content"], str):
-            raise TypeError(f"it said {message['content']!r:.60}, which is no text")
+            raise TypeError(f"its message is {message['content']!r:.60}, which is not text")
     return said
 
 
@@ -288,7 +290,7 @@ def _finite_numbers(metrics: Any) -> dict[str, float]:
 
 @contextmanager
 def _environment_at_fault() -> Iterator[None]:
-    """An error inside comes of what the environment returned, and costs its own episode."""
+    """An error inside is caused by what the environment returned, and ends only its own episode."""
     try:
         yield
     except Exception as error:

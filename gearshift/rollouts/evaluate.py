@@ -1,4 +1,5 @@
-"""Held-out evaluation: every row once, greedily; what the episodes came to, with its uncertainty.
+"""Held-out evaluation: every row runs once, greedily; the figures of the episodes come with
+intervals.
 
 A figure here is a mean over episodes with a 95% interval, and two policies are compared row by
 row: the same rows, so that the rows' own difficulty drops out. Rows of one template or prompt are
@@ -29,7 +30,7 @@ from gearshift.types import SamplingParams, Trajectory
 
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = ("validation", "test")
-"""What settings are chosen by, and what is looked at in the end."""
+"""The split by which settings are chosen, and the split that is evaluated once at the end."""
 
 Sample = dict[str, Any]
 """One episode: row, problem, messages, prompt, completion, its tokens (in `loss_mask` 1 for those
@@ -42,21 +43,23 @@ SEEDS: dict[Split, int] = {"validation": 1 << 31, "test": 3 << 30}
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one policy did on the held-out rows."""
+    """The results of one policy on the held-out rows."""
 
     metric: str
     """The figure that policies are compared by."""
     value: float
-    """Its mean over the episodes."""
+    """The mean of this figure over the episodes."""
     interval: Interval
-    """95%, of that mean."""
+    """The 95% interval of that mean."""
     n: int
     """Distinct problems among the episodes of the figure: rows that share a template or a prompt
     are one."""
     episodes: int
-    """Episodes that were begun."""
+    """The number of episodes that were begun."""
     failures: int
-    """Episodes that their environment failed: no success, and in no other figure."""
+    """The number of episodes whose environment failed. They count as no success, and in no other
+    figure.
+    """
     figures: dict[str, float]
     """Means over the episodes: `success`, `reward`, `mean_length` in tokens, the environment's
     own metrics, and the task's figures of the whole corpus."""
@@ -77,7 +80,9 @@ class Evaluation:
 
 
 def starts_of(split: Split, count: int, rows: Sequence[int] | None = None) -> list[EpisodeSpec]:
-    """Where a split's episodes start: at these rows, or (None) `count` by their seed alone."""
+    """The starts of a split's episodes: one for each of these rows, or (None) `count` starts that
+    differ only in their seed.
+    """
     if rows is None:
         return [EpisodeSpec(i, SEEDS[split] + i) for i in range(count)]
     return [EpisodeSpec(row, SEEDS[split] + row, row) for row in rows]
@@ -137,7 +142,7 @@ def evaluate(
 
 
 def _figures(samples: list[Sample], ran: list[Sample]) -> dict[str, float]:
-    """Means over the episodes, of which `ran` came to their ends."""
+    """Means over the episodes; those in `ran` came to their end."""
     names = [n for n in ran[0]["metrics"] if all(n in s["metrics"] for s in ran)]
     return {
         "success": fmean(s["success"] for s in samples),
@@ -174,14 +179,14 @@ def sample(trajectory: Trajectory) -> Sample:
 def _failed(row: int) -> Sample:
     """The record of an episode that its environment failed."""
     nothing: Sample = {"messages": [], "prompt": "", "completion": "", "gold": None, "metrics": {}}
-    own = f"episode {row}"  # what it would have been about is not known
+    own = f"episode {row}"  # the environment has not given its task
     return {
         "row": row, "problem": own, **nothing, "reward": None, "success": False, "failed": True,
     }  # fmt: skip
 
 
 def _name_problems(samples: Sequence[Sample], problems: Mapping[int, Hashable] | None) -> None:
-    """Write into each record the number of its problem: that of its first row."""
+    """Write into each record the number of its problem, which is the problem's first row."""
     keys = [s["problem"] if problems is None else problems[s["row"]] for s in samples]
     first: dict[Hashable, int] = {}
     for record, key in zip(samples, keys, strict=True):
@@ -208,12 +213,12 @@ def value_of(sample: Mapping[str, Any], metric: str) -> float:
 
 
 def finite(span: Interval) -> list[float | None]:
-    """An interval as JSON holds it: an end that nothing is known of is null."""
+    """An interval for JSON: an unknown end is null."""
     return [x if math.isfinite(x) else None for x in span]
 
 
 def span(interval: Sequence[float | None], form: str = ".3f") -> str:
-    """An interval in words: `[0.391, 0.656]`."""
+    """An interval as text: `[0.391, 0.656]`."""
     if None in interval:
         return "[not known: one problem only]"
     low, high = interval
@@ -222,24 +227,25 @@ def span(interval: Sequence[float | None], form: str = ".3f") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One policy against another on the rows that both have."""
+    """The comparison of two policies on the rows that both have."""
 
     before: str
-    """The one's name."""
+    """The name of the first policy."""
     after: str
-    """The other's."""
+    """The name of the second policy."""
     difference: float
-    """Mean of the other's figure less the one's."""
+    """The mean of the second policy's figure minus the first's."""
     interval: Interval
-    """95%, by resampling problems."""
+    """The 95% interval of the difference, by resampling problems."""
     p: float
-    """How often chance alone would part two policies that do equally well as far, or farther."""
+    """The p-value: how often two equally good policies would differ at least this much by chance.
+    """
     n: int
     """Distinct problems among the rows."""
     wins: list[int]
-    """Rows where the other is better."""
+    """Rows where the second policy is better."""
     losses: list[int]
-    """Rows where it is worse."""
+    """Rows where the second policy is worse."""
 
     @property
     def told_apart(self) -> bool:
@@ -274,8 +280,8 @@ class Comparison:
 def compare(
     before: tuple[str, Sequence[Sample]], after: tuple[str, Sequence[Sample]], metric: str
 ) -> Comparison:
-    """`after` less `before`, each a name and its samples, row by row. Rows are one problem where
-    either side says so. Raises `DataError` if they share no row.
+    """Compare `after` with `before`, each a name and its samples, row by row. Rows are one problem
+    if they are one problem in either of the two. Raises `DataError` if they share no row.
     """
     first, second = (
         {s["row"]: s for s in samples if has_value(s, metric)} for _, samples in (before, after)

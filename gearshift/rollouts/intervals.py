@@ -1,7 +1,7 @@
 """How sure a figure is: 95% intervals and tests whose unit is the cluster, not the episode.
 
-Episodes that share a template or a prompt rise and fall together. So a cluster is drawn, or has its
-sign turned, as a whole. Numbers in, numbers out: it knows no episode and no model.
+Episodes that share a template or a prompt rise and fall together. So a cluster is drawn, or changes
+its sign, as a whole. This file works on numbers; it knows no episode and no model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LEVEL = 0.95
 RESAMPLES = 4000
 FLIPS = 20000
 EXACT = 16
-"""Clusters that change up to which the paired test looks at every pattern of signs."""
+"""Up to this many clusters that change, the paired test tries every pattern of signs."""
 FEW = 6
-"""Clusters below which the bootstrap's quantiles are not used."""
+"""With fewer clusters than this, the bootstrap's quantiles are not used."""
 _Z = 1.96
 
 
@@ -34,9 +34,10 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
     A rate (all values 0 or 1) has Wilson's interval for an effective number of trials:
     p (1 - p) / (variance of the mean when clusters are resampled), at most the number of values;
     and Student's quantile for the number of clusters. Where every value is a cluster of its own,
-    this is Wilson's interval of n trials. Where the resampling says nothing, because all clusters
-    have the same mean (0 of k, k of k), each cluster counts as one trial. Any other mean has the
-    percentile interval of the cluster bootstrap, from -inf to inf where there is one cluster only.
+    this is Wilson's interval of n trials. Where the resampling gives no information, because all
+    clusters have the same mean (0 of k, k of k), each cluster counts as one trial. Any other mean
+    has the percentile interval of the cluster bootstrap, from -inf to inf where there is one
+    cluster only.
     """
     x_N = np.asarray(values, dtype=np.float64)
     sums_K, sizes_K = by_cluster(x_N, clusters)
@@ -79,8 +80,9 @@ def interval_of_change(changes: Sequence[float], clusters: Sequence[Hashable]) -
 def bootstrap(sums_K: Floats, sizes_K: Floats) -> Interval:
     """The percentile interval (Efron 1979) of sum / size when clusters are drawn with replacement,
     from a fixed seed. Its tails are moved out by sqrt(k / (k - 1)) and Student's quantile
-    (Hesterberg 2015), without which it is too narrow for few clusters. Below `FEW` that is still
-    too narrow, for no resample leaves the range of what was seen: Student's interval, then.
+    (Hesterberg 2015), without which it is too narrow for few clusters. Below `FEW` clusters that is
+    still too narrow, because no resample leaves the range of the data. Then the result is Student's
+    interval.
     """
     k = len(sums_K)
     if k < 2:
@@ -107,8 +109,8 @@ def wilson(rate: float, n: float, z: float = _Z) -> Interval:
 
 
 def sign_flip(changes: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Two-sided p of "the policies do equally well": how often the clusters' changes would sum to
-    as much if each kept or turned its sign by chance.
+    """Two-sided p of "the policies do equally well": how often the clusters' changes would have a
+    sum at least as large if each kept or changed its sign by chance.
 
     Up to `EXACT` clusters that change, over all patterns of signs: with one episode a cluster and
     changes of -1 and 1 that is McNemar's exact test. Above, over random patterns from a fixed seed,
@@ -138,7 +140,7 @@ def student(freedom: int) -> float:
     angle = np.linspace(0.0, np.pi / 2, 20001)
     height = np.cos(angle) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum(height[1:] + height[:-1])])
-    at = float(np.interp(LEVEL * mass[-1], mass, angle))  # the upper half holds half of it
+    at = float(np.interp(LEVEL * mass[-1], mass, angle))  # the upper half has a share of one half
     return math.sqrt(freedom) * math.tan(at)
 
 
