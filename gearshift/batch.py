@@ -1,6 +1,5 @@
-"""The one batch type of training, and token sequences to it.
-
-Legend: T packed tokens, N sequences, M scored tokens (where the loss mask is 1).
+"""The only batch type of training, and functions that make it from token sequences. `types.py`
+explains the letters of shapes.
 """
 
 from __future__ import annotations
@@ -45,21 +44,21 @@ class PackedBatch:
     loss_mask: Tensor
     """[T] bool: the scored tokens, M of them."""
     loss_weights: Tensor | None = None
-    """[T] float32: what each scored token counts for in the loss; made over the whole batch, so
-    that the gradient does not depend on how the batch is split.
+    """[T] float32: the weight of each scored token in the loss. It is computed over the whole
+    batch, so that the gradient does not depend on how the batch is split.
     """
     advantages: Tensor | None = None
     """[T] float32."""
     returns: Tensor | None = None
     """[T] float32: the target of the value model."""
     old_values: Tensor | None = None
-    """[T] float32: what the value model said before the first update on this batch."""
+    """[T] float32: the value model's values before the first update on this batch."""
     old_logprobs: Tensor | None = None
     """[T] float32: under the policy before the first update on this batch."""
     ref_logprobs: Tensor | None = None
     """[T] float32: under the reference policy."""
     sampler_logprobs: Tensor | None = None
-    """[T] float32: as the generation gear reported them when it sampled."""
+    """[T] float32: log-probs from the generation gear when it sampled."""
 
     def __len__(self) -> int:
         """T, the number of tokens to compute."""
@@ -96,7 +95,7 @@ class PackedBatch:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, those that it continues included."""
+        """The tokens of the longest sequence, with those of the sequences that it continues."""
         ends: list[int] = []
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
         for length, parent in zip(lengths, self.parents.tolist(), strict=True):
@@ -135,7 +134,7 @@ class PackedBatch:
 
     @staticmethod
     def join(batches: Sequence[PackedBatch]) -> PackedBatch:
-        """The batches end to end as one; all must have the same fields set."""
+        """One batch of these batches end to end; all must have the same fields set."""
         tokens = torch.tensor([0, *(len(b) for b in batches)]).cumsum(0)
         sequences = torch.tensor([0, *(len(b.parents) for b in batches)]).cumsum(0)
         joined = {
@@ -153,7 +152,9 @@ class PackedBatch:
         )
 
     def prompt_groups(self) -> list[tuple[int, int]]:
-        """Runs of sequences [first, last) that attend to none outside: a lone one, or a group."""
+        """Ranges of sequences [first, last) that attend to no sequence outside: a single one, or a
+        group.
+        """
         roots = [i for i, parent in enumerate(self.parents.tolist()) if parent < 0]
         return list(zip(roots, [*roots[1:], len(self.parents)], strict=True))
 
@@ -211,7 +212,7 @@ class PackedBatch:
         sizes = [int(self.cu_seqlens[end] - self.cu_seqlens[first]) for first, end in trees]
 
         def cuts(limit: int) -> list[int]:
-            """Where each next micro-batch begins."""
+            """Where each micro-batch after the first begins."""
             found, tokens = [], 0
             for i, size in enumerate(sizes):
                 if tokens + size > limit and tokens:
@@ -231,8 +232,8 @@ class PackedBatch:
 
 
 def pack(sequences: Sequence[Piece]) -> PackedBatch:
-    """(ids, mask) pairs end to end, each a sequence of its own. Raises ValueError for an empty one,
-    or where ids and mask differ in length.
+    """A batch of (ids, mask) pairs end to end; each is a sequence of its own. Raises ValueError for
+    an empty one, or where ids and mask differ in length.
     """
     return _pack((ids, mask, 0, -1) for ids, mask in sequences)
 
@@ -242,7 +243,7 @@ def pack_groups(
     micro_batch_tokens: int | None = None,
     share: bool = True,
 ) -> PackedBatch:
-    """Prompts with their continuations (ids, mask), in the continuations' order.
+    """A batch of prompts with their continuations (ids, mask), in the continuations' order.
 
     share=True stores a prompt once, as the parent of its continuations; a group of more than
     `micro_batch_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves

@@ -2,7 +2,7 @@
 
 
 class GearshiftError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it in one line."""
+    """The base of every error that the user can correct. The command line prints it in one line."""
 
 
 class ConfigError(GearshiftError):
@@ -34,7 +34,7 @@ class CheckpointError(GearshiftError):
 
 
 class StorageError(GearshiftError):
-    """A file of a run cannot be written, or is missing, damaged or not to be read."""
+    """A file of a run cannot be written or read, or is missing or damaged."""
 
 
 class FolderInUseError(GearshiftError):
@@ -46,7 +46,7 @@ class NumericalError(GearshiftError):
 
 
 class InterruptedRunError(GearshiftError):
-    """A signal asked the run to stop; what it had done is kept."""
+    """A signal asked the run to stop; its work so far is kept."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -55,4 +55,4 @@ class InterruptedRunError(GearshiftError):
 
 
 class NotBuiltError(GearshiftError):
-    """Something the design names that this version does not do yet."""
+    """A planned feature that this version does not have yet."""

@@ -19,15 +19,16 @@ from gearshift.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = dict[str, Any]
-"""One chat message: `{"role": "user", "content": "..."}`, and what else chat templates read of it
-(`tool_calls`, `reasoning_content`, ...)."""
+"""One chat message: `{"role": "user", "content": "..."}`, and other keys that chat templates read
+(`tool_calls`, `reasoning_content`, ...).
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample completions. Lists, and for `logit_bias` a mapping, become tuples.
 
-    Raises `ConfigError` for values of another type and for those that no distribution has.
+    Raises `ConfigError` for values of another type or outside their range.
     """
 
     n: int = 1
@@ -41,19 +42,20 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
     max_new_tokens: int = 128
-    """A completion that reaches it ends with finish reason `length`."""
+    """The most tokens of a completion. One that reaches it ends with finish reason `length`."""
     stop: tuple[str, ...] = ()
     """Strings, or one string, that end a completion (kept in it); the model's end tokens always
     do."""
     stop_token_ids: tuple[int, ...] = ()
     """Further tokens that end a completion (kept in it)."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the prompt or the completion has are divided by it where positive and
-    multiplied where negative (Keskar et al. 2019); 1 leaves them."""
+    """Positive logits of tokens that the prompt or the completion has are divided by it, negative
+    ones multiplied (Keskar et al. 2019); 1 leaves them unchanged.
+    """
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit)."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Runs of tokens that are never completed."""
+    """Sequences of tokens that a completion never contains."""
     seed: int | None = None
     """Seed of these requests; None takes the engine's."""
 
@@ -112,14 +114,14 @@ def _wrong(name: str, value: object, must: str) -> ConfigError:
 
 
 def _whole(name: str, value: Any) -> int:
-    """A whole number of whatever type; True is none."""
+    """Convert a whole number of any type; True is not a number."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise _wrong(name, value, "be a whole number")
     return int(value)
 
 
 def _finite(name: str, value: Any) -> float:
-    """A finite number of whatever type; True is none."""
+    """Convert a finite number of any type; True is not a number."""
     if isinstance(value, Real) and not isinstance(value, bool):
         with suppress(OverflowError):
             if math.isfinite(value):
@@ -128,7 +130,7 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _items(name: str, value: Any) -> tuple[Any, ...]:
-    """The values of a list of whatever type; a string is none, None is an empty one."""
+    """Convert a list of any type to a tuple; a string is not a list, and None is an empty list."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable | None):
         raise _wrong(name, value, "be a list")
     return () if value is None else tuple(value)
@@ -148,13 +150,15 @@ class Completion:
     token_ids: list[int]
     """The sampled tokens, the end token included when `finish_reason` is `stop`."""
     logprobs: list[float]
-    """log p(token) in nats under softmax(logits / temperature), untouched by truncation (top-k,
-    top-p, min-p), penalty, bias and bad words: the policy that training scores and that importance
-    ratios are about. Greedy: under softmax(logits)."""
+    """log p(token) in nats under softmax(logits / temperature), without truncation (top-k, top-p,
+    min-p), penalty, bias and bad words. This is the policy that training scores and that importance
+    ratios use. Greedy: under softmax(logits).
+    """
     drawn_logprobs: list[float]
-    """log p(token) under the distribution that the token was drawn from, all of that applied; what
-    an importance ratio against the sampler itself needs. Equal to `logprobs` where nothing of it
-    is asked for."""
+    """log p(token) under the distribution that the token was drawn from, with truncation, penalty,
+    bias and bad words. An importance ratio against the sampler itself needs it. It equals
+    `logprobs` if the request uses none of these.
+    """
     finish_reason: FinishReason
     weights_versions: list[int]
     """The version of the weights that sampled each token; see `Engine.weights_changed`."""
@@ -199,7 +203,7 @@ class Trajectory:
     logprobs: list[float]
     """Behaviour log-probs (see `Completion.logprobs`); 0 where the mask is 0."""
     rewards: list[float]
-    """A turn's reward stands at the turn's last policy token."""
+    """A turn's reward is at the turn's last policy token."""
     group_id: int
     """Episodes that started from the same prompt share it."""
     prompt_length: int
@@ -209,7 +213,8 @@ class Trajectory:
     info: EpisodeInfo = field(default_factory=EpisodeInfo)
     """The texts of the episode, and what its environment reports."""
     rewarded: tuple[int, ...] | None = None
-    """Indices of the tokens at which a reward was given, one of 0 too; None: the last of each turn.
+    """Indices of the tokens at which a reward was given, even a reward of 0. None: the last token
+    of each turn.
     """
     weights_versions: list[int] = field(default_factory=list)
     """The version of the weights that sampled each token; -1 where the mask is 0. Empty where no

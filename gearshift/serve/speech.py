@@ -20,13 +20,13 @@ from gearshift.runtime.terminal import one_line
 from gearshift.runtime.user_functions import load_function
 
 RATE = 16000
-"""Samples a second that pocketsphinx's model takes."""
+"""Samples per second that pocketsphinx's model needs."""
 _PAUSE = 0.3
 """Seconds of near silence around a recording, by which a recogniser measures the background."""
 _HISS = 60.0
-"""Amplitude of the noise that is added, because digital silence has no logarithm."""
+"""Amplitude of the noise that is added, because the logarithm of digital silence is not finite."""
 _WEIGHT = 9.0
-"""How much the expected sentences count against the sounds."""
+"""The weight of the expected sentences relative to the sounds."""
 
 
 def speak(
@@ -70,7 +70,7 @@ def hear(path: str | Path, recogniser: str | None = None, phrases: Iterable[str]
     sound = read_wav(path)
     decoder = _decoder(tuple(phrases))
     decoder.start_utt()
-    # The whole utterance at once: its own mean is taken away, and none that was heard before.
+    # The whole utterance at once, so that its own mean is subtracted, and not that of earlier ones.
     decoder.process_raw(sound.tobytes(), full_utt=True)
     decoder.end_utt()
     best = decoder.hyp()
@@ -142,7 +142,7 @@ def _decoder(phrases: tuple[str, ...]) -> Any:
 
 
 def _pronunciations(path: str) -> Mapping[str, list[str]]:
-    """The dictionary's words, each in its ways."""
+    """The dictionary's words, each with its pronunciations."""
     sounds: dict[str, list[str]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         word, _, says = line.partition(" ")
@@ -153,7 +153,9 @@ def _pronunciations(path: str) -> Mapping[str, list[str]]:
 
 
 def _says(word: str, sounds: Mapping[str, list[str]]) -> list[str]:
-    """How the word is said; a word that the dictionary lacks as two that it has ("sound bar")."""
+    """The pronunciation of the word. A word that is not in the dictionary is split into two that
+    are ("sound bar").
+    """
     if word in sounds:
         return sounds[word]
     cuts = sorted(range(2, len(word) - 1), key=lambda place: abs(2 * place - len(word)))

@@ -1,5 +1,5 @@
-"""An exponential moving average of the policy, which DeepSpeed-Chat saves beside it: often better
-than the last weights, for it forgets the noise of single updates.
+"""An exponential moving average of the policy, as in DeepSpeed-Chat. It is often better than the
+last weights, because it averages the noise of single updates.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Add the present weights to the average."""
         for average, p in zip(self.average, self.model.parameters(), strict=True):
             average.lerp_(p.detach().float().cpu(), 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average inside, and its own weights again after."""
+        """Inside this context the model holds the average, and afterwards its own weights again."""
         own = [p.detach().clone() for p in self.model.parameters()]
-        with shielded():  # a signal between the two would leave weights of both
+        with shielded():  # a signal in the middle would leave a mixture of both
             self._write(self.average)
             try:
                 yield

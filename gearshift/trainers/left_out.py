@@ -1,7 +1,7 @@
 """Episodes that reinforcement learning had to leave out: how many, why, and when that is too many.
 
-One that failed costs itself and never the run; a run that learns from nothing at all ends, at once
-if it never did, and after an outage that lasts if it did.
+An episode that failed never ends the run. A run that has nothing to learn from ends: soon if it has
+never learned, and after a long outage if it has.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ _WORDS: dict[Reason, str] = {
     "no_greedy": "whose greedy episode was lost",
 }
 _PROMPTS = 16
-"""Prompts in a row from which a run ends, if all came to nothing."""
+"""A run ends after this many prompts in a row that all gave nothing to learn from."""
 _ROLLOUTS = 5
-"""So many rollouts too, once something was learned: an outage passes."""
+"""Once a run has learned something, it ends only after this many rollouts too, because an outage
+may pass.
+"""
 
 
 @dataclass
 class LeftOut:
-    """Counts over the whole run: they are in its checkpoints."""
+    """Counts over the whole run; the checkpoints contain them."""
 
     counts: dict[str, int] = field(default_factory=dict)
     """Episodes by `Reason`."""
     why: str = ""
-    """What the last of them was lost to."""
+    """The reason of the last one."""
     barren: int = 0
-    """Rollouts since the last one that there was something to learn from."""
+    """The number of rollouts since the last one that gave something to learn from."""
     tried: int = 0
-    """Their prompts."""
+    """The prompts of these rollouts."""
     learned: bool = False
     """Whether there was such a rollout in this run."""
 
@@ -47,18 +49,18 @@ class LeftOut:
             self.why = why or self.why
 
     def rollout(self, prompts: int, tokens: int) -> None:
-        """So many prompts were tried, and this much was learned from."""
+        """Record how many prompts were tried, and how much of them can be learned from."""
         self.learned = self.learned or tokens > 0
         self.barren = 0 if tokens else self.barren + 1
         self.tried = 0 if tokens else self.tried + prompts
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many prompts in a row came to nothing that the run ends."""
+        """Whether too many prompts in a row gave nothing, so that the run ends."""
         return self.tried >= _PROMPTS and self.barren >= (_ROLLOUTS if self.learned else 1)
 
     def error(self) -> DataError:
-        """Why it ends."""
+        """The reason why the run ends."""
         return DataError(
             f"No episode of the last {self.tried} prompts has a reward to learn from "
             f"({self.describe()}); look at the environment and the rewards."
@@ -70,12 +72,12 @@ class LeftOut:
         )
 
     def metrics(self) -> dict[str, float]:
-        """So far, by reason."""
+        """The counts so far, by reason."""
         names = {r: f"left_out/{r}" for r in _WORDS} | {"environment": "environment/failures"}
         return {name: float(self.counts.get(r, 0)) for r, name in names.items()}
 
     def describe(self) -> str:
-        """In words, for the end of the run; empty where nothing was left out."""
+        """The counts in words, for the end of the run; empty if nothing was left out."""
         parts = [f"{self.counts[r]} {words}" for r, words in _WORDS.items() if r in self.counts]
         if not parts:
             return ""
@@ -83,11 +85,11 @@ class LeftOut:
         return f"episodes left out: {', '.join(parts)}{last}"
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: figures only, the same however threads ran. A run that is taken up
-        again has its patience anew.
+        """The state for a checkpoint: figures only, which do not depend on the order of threads. In
+        a resumed run the count of prompts in a row starts again.
         """
         return {"counts": self.counts, "learned": self.learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From one."""
+        """Load the state of a checkpoint."""
         self.counts, self.learned = dict(state["counts"]), state["learned"]

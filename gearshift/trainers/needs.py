@@ -1,5 +1,5 @@
-"""What a stage's config says of its needs: what its memory depends on, and what it reads. The
-pipeline plans with them and need not know which stage it is.
+"""The needs of a stage by its config: what its memory depends on, and what it reads. The pipeline
+plans with them and need not know which stage it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from gearshift.data import DataConfig
 from gearshift.runtime.optimizer import OptimizerConfig
 
 PROMPT_TOKENS = 128
-"""Tokens that a prompt is taken to have, before any is read."""
+"""The assumed number of tokens of a prompt, before any is read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""A process reward model: one logit at the end of each step of an answer, whether it is right.
+"""A process reward model: one logit at the end of each step of an answer says whether the step is
+right.
 
 loss = mean over steps of the binary cross-entropy (Lightman et al. 2023). Any backbone that
 `AutoModelForTokenClassification` loads; in an encoder a step's logit sees what comes after it too.
@@ -51,7 +52,7 @@ class ProcessRewardConfig(SupervisedStageConfig):
 
 
 class Steps(NamedTuple):
-    """Prompt and answer, where each step ends, and whether it is right."""
+    """The tokens of prompt and answer, where each step ends, and whether it is right."""
 
     ids: list[int]
     ends: list[int]
@@ -65,8 +66,8 @@ def render_steps(
     max_length: int,
     context: int = 2**20,
 ) -> list[Steps]:
-    """Token ids of each row, a step at a time; raises `OverlongError` for one that is longer than
-    `max_length`, or than the model's `context`.
+    """Token ids of each row, made step by step. Raises `OverlongError` for a row that is longer
+    than `max_length`, or than the model's `context`.
     """
     rows = []
     for number, example in enumerate(examples, start=1):
@@ -82,7 +83,7 @@ def render_steps(
 
 
 def _step(tokenizer: PreTrainedTokenizerBase, step: str, separator: str) -> list[int]:
-    """The separator may be a special token; what a step spells stays letters."""
+    """The separator may be a special token, but a step's own text never becomes one."""
     if names_special_token(tokenizer, step):
         end = tokenizer.encode(separator, add_special_tokens=False)
         return [*encode_plain(tokenizer, step), *end]
@@ -127,7 +128,7 @@ def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def step_accuracy(runner: ModelRunner, rows: Sequence[Steps], at_once: int = 8) -> float:
-    """Fraction of steps that are judged rightly."""
+    """The fraction of steps that the model judges correctly."""
     right = []
     for first in range(0, len(rows), at_once):
         logits_S, labels_S = step_logits(runner, rows[first : first + at_once])

@@ -31,7 +31,9 @@ from gearshift.trainers.update import update
 
 
 class Pair(NamedTuple):
-    """Token ids of prompt + chosen and of prompt + rejected, and by how much the one should win."""
+    """Token ids of prompt + chosen and of prompt + rejected, and the margin by which chosen should
+    win.
+    """
 
     chosen: list[int]
     rejected: list[int]
@@ -108,14 +110,14 @@ def micro_batches(
 
 
 def score_pairs(runner: ModelRunner, pairs: Sequence[Pair]) -> Tensor:
-    """[2 * pairs] float32, with gradients: each pair's chosen score, then its rejected one. What
-    both sides begin with is computed once, where the runner can.
+    """[2 * pairs] float32, with gradients: each pair's chosen score, then its rejected one. The
+    common beginning of both sides is computed once if the runner can do so.
     """
     return runner.scores(_packed(pairs).to(runner.model.device))
 
 
 def _shared(pair: Pair) -> int:
-    """Tokens that both sides begin with, one less than the shorter at most."""
+    """The number of tokens that both sides begin with, less than the length of the shorter side."""
     both = zip(pair.chosen, pair.rejected, strict=False)
     same = next((i for i, (a, b) in enumerate(both) if a != b), min(map(len, pair.sides)))
     return min(same, *(len(side) - 1 for side in pair.sides))
@@ -159,7 +161,7 @@ def train_reward_model(
 
 
 def pair_accuracy(runner: ModelRunner, pairs: Sequence[Pair]) -> float:
-    """Fraction of pairs whose chosen side scores higher, as Hugging Face's forward scores them."""
+    """The fraction of pairs whose chosen side has the higher score, by Hugging Face's forward."""
     exact = ModelRunner(runner.model, undescribed=EXACT)
     scores = exact.score_all([side for pair in pairs for side in pair.sides])
     return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))

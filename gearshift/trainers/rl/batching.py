@@ -1,6 +1,5 @@
-"""A rollout as a trainer reads it: trajectories as one packed batch, rewards at tokens, metrics.
-
-It must not import what samples or trains.
+"""Makes one packed batch, rewards at tokens and metrics from a rollout's trajectories. It must not
+import code that samples or trains.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gearshift.rollouts.backend import GenerationBackend
 from gearshift.types import Trajectory
 
 RewardParts = dict[str, list[float | None]]
-"""Each part of the rewards by its name, a value for each trajectory."""
+"""Each part of the rewards by its name, with a value for each trajectory."""
 
 
 def by_group(trajectories: Iterable[Trajectory]) -> dict[int, list[Trajectory]]:
@@ -71,7 +70,7 @@ def place_rewards(trajectories: Sequence[Trajectory]) -> Tensor:
 
 
 def written_lengths(trajectories: Sequence[Trajectory]) -> Tensor:
-    """[N] tokens that the policy wrote in each."""
+    """[N]: how many tokens the policy wrote in each trajectory."""
     return torch.tensor([sum(t.loss_mask) for t in trajectories])
 
 
@@ -134,7 +133,7 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: RewardParts) -> 
 
 
 def describe_generation(backend: GenerationBackend) -> dict[str, float]:
-    """Where the generation gear's time went in this step."""
+    """How the generation gear spent its time in this step."""
     return {f"engine/{name}": value for name, value in backend.stats().items()}
 
 

@@ -1,5 +1,5 @@
-"""The episodes that a step learns from: prompts are sampled, episodes collected and rewarded. What
-is lost is left out and counted. This file must not import the trainer.
+"""The episodes that a step learns from: prompts are sampled, episodes collected and rewarded. Lost
+episodes are left out and counted. This file must not import the trainer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gearshift.types import SamplingParams, Trajectory
 
 
 class RewardModel(Protocol):
-    """What gives trajectories their rewards: `CompositeReward`. Its state goes into checkpoints."""
+    """Gives trajectories their rewards, as `CompositeReward` does. Checkpoints hold its state."""
 
     missing: dict[str, float]
     """The share of the last call's episodes whose reward was lost, by the part's name."""
@@ -103,8 +103,8 @@ class RolloutSampler:
         return [t for group in chosen for t in group], metrics
 
     def comparable(self, groups: Iterable[list[Trajectory]]) -> list[list[Trajectory]]:
-        """The groups without those that have shrunk to one episode, where an advantage compares:
-        alone it has no baseline.
+        """The groups without those that have only one episode left, if the advantage compares
+        episodes: a single episode has no baseline.
         """
         if self.config.advantage.name not in NEEDS_GROUPS:
             return list(groups)
@@ -115,7 +115,7 @@ class RolloutSampler:
     def collect(
         self, starts: Sequence[EpisodeSpec], params: SamplingParams
     ) -> tuple[list[Trajectory], RewardParts]:
-        """Episodes from these starts, those that have a reward, with it; and every part of it."""
+        """Episodes from these starts that have a reward, with the reward and every part of it."""
         with self.stage.phase("generate"), self.engine.generating():
             for optimizer in self.optimizers:
                 optimizer.offload_state()
@@ -143,8 +143,8 @@ class RolloutSampler:
         return dict(zip([t.group_id for t in trajectories], returns, strict=True))
 
     def starts(self, step: int, nth: int = 0) -> list[EpisodeSpec]:
-        """The prompts of a step's `nth` rollout: rows in an order shuffled anew each epoch, a
-        function of (seed, step).
+        """The prompts of a step's `nth` rollout: rows in an order that is shuffled again for each
+        epoch, a function of (seed, step).
         """
         prompts, seed = self.config.rollout.prompts, self.stage.seed
         first = (step * (1 + self.config.rollout.replace_zero_std) + nth) * prompts
@@ -166,7 +166,7 @@ class RolloutSampler:
         ]
 
     def rewarded(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], RewardParts]:
-        """The trajectories that have a reward, with it, and every part of it by name."""
+        """The trajectories that have a reward, with the reward, and every part of it by name."""
         totals, parts = self.score(trajectories)
         kept = [i for i, total in enumerate(totals) if total is not None]
         self.left_out.add("no_reward", len(totals) - len(kept), self.score.last_failure)

@@ -31,20 +31,20 @@ Decode = Callable[[list[int]], str]
 
 
 class Critic(Protocol):
-    """What the trainer needs of a critic."""
+    """The interface that the trainer needs of a critic."""
 
     runner: ModelRunner
     """Runs its model."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds of it."""
+        """The part of the critic that a checkpoint saves."""
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """[M] values of the scored tokens, each from what was known before it."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What its optimizer trains."""
+        """The parameters that its optimizer trains."""
 
 
 class TokenCritic:
@@ -66,8 +66,9 @@ class TokenCritic:
 class PromptCritic:
     """An encoder with a score: V of the prompt, the same for every token that answers it.
 
-    An encoder reads both ways, so it is shown nothing that the policy has written: a baseline that
-    knew the answer would bias the gradient. It reads the prompt's text in its own tokens.
+    An encoder reads in both directions, so it gets nothing that the policy has written: a baseline
+    that depends on the answer would bias the gradient. It reads the prompt's text in its own
+    tokens.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class PromptCritic:
 
 
 def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Critic:
-    """A critic from a policy's folder, its head zero; from a reward model's, with its score head;
-    or, where that is an encoder, of the prompt. `decode`: the policy's tokens to text.
+    """Load a critic: from a policy's folder with a head of zeros, from a reward model's folder with
+    its score head, or, if that is an encoder, a critic of the prompt. `decode`: the policy's tokens
+    to text.
     """
     if folder is None or writes_text(config, folder):
         trunk = load_policy(config, folder)

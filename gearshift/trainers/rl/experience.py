@@ -29,7 +29,7 @@ from gearshift.types import Trajectory
 
 @dataclass
 class AdaptiveState:
-    """What adapts from rollout to rollout."""
+    """State that adapts from rollout to rollout."""
 
     beta: float
     """Weight of the KL."""
@@ -52,7 +52,9 @@ class Models:
     engine: Engine
     reference: ModelRunner | None = None
     head: ValueHead | None = None
-    """Values from the policy's states; or they come from `critic`; or there are none."""
+    """The head that reads values from the policy's states. Without it, values come from `critic`,
+    or there are none.
+    """
     critic: Critic | None = None
 
     def scores(self, batch: PackedBatch, temperature: float) -> TokenScores:
@@ -65,7 +67,7 @@ class Models:
 
 @dataclass
 class ExperienceMaker:
-    """Gives a packed rollout its advantages, and what the loss compares with."""
+    """Adds to a packed rollout its advantages and the log-probs and values that the loss needs."""
 
     config: RLConfig
     models: Models
@@ -163,7 +165,7 @@ class ExperienceMaker:
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        """[M] log-probs under the reference policy: a model of its own, or the policy's with its
+        """[M] log-probs under the reference policy: a separate model, or the policy with its
         adapters off.
         """
         reference, temperature = self.models.reference, self.config.rollout.temperature
@@ -177,7 +179,7 @@ class ExperienceMaker:
 
 
 def shaped_rewards(trajectories: Sequence[Trajectory], config: RLConfig) -> Tensor:
-    """[M] rewards at the tokens that earn them, clipped and with what length costs."""
+    """[M] rewards at the tokens that earn them, clipped and with the penalties on length."""
     shaping, longest = config.shaping, config.rollout.max_new_tokens
     rewards_M = place_rewards(trajectories)
     if shaping.clip is not None:
@@ -193,5 +195,5 @@ def shaped_rewards(trajectories: Sequence[Trajectory], config: RLConfig) -> Tens
 
 
 def _groups(trajectories: Sequence[Trajectory], device: torch.device) -> Tensor:
-    """[N] each one's group."""
+    """[N]: the group of each trajectory."""
     return torch.tensor([t.group_id for t in trajectories], device=device)
