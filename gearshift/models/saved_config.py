@@ -77,7 +77,7 @@ def _reading(path: Path) -> Iterator[None]:
         reason = "it is nested too deep" if deep else getattr(error, "strerror", None) or str(error)
         raise ModelError(
             f"{path} cannot be read ({one_line(reason, 150)}); save the model again, or copy this "
-            "file anew."
+            "file again."
         ) from error
 
 

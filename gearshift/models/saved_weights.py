@@ -85,7 +85,7 @@ def tensors_in(path: Path) -> dict[str, Saved]:
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{path} is no whole safetensors file ({one_line(str(error), 150)}); copy or save it "
-            "anew."
+            "again."
         ) from error
 
 
@@ -104,13 +104,13 @@ def _indexed(folder: Path) -> dict[str, Saved]:
                 "put the file beside the index",
             )  # fmt: skip
         if not path.is_file():
-            refuse(index, f"names {one_line(file, 100)}, which is not there", "copy it anew")
+            refuse(index, f"names {one_line(file, 100)}, which is not there", "copy it again")
         held = tensors_in(path)
         if twice := held.keys() & weights.keys():
             refuse(path, f"holds {listed(twice)}, as another file does", "save the model again")
         lost = [n for n, f in places.items() if f == file and n not in held]
         if lost:
-            refuse(path, f"lacks {listed(lost)}, which its index names", "copy it anew")
+            refuse(path, f"lacks {listed(lost)}, which its index names", "copy it again")
         weights |= held
     return weights
 

@@ -1,4 +1,4 @@
-"""Speech: a recording to the words in it, and words to a recording. Other programs do the work:
+"""Speech: turns a recording into words, and words into a recording. Other programs do the work:
 pocketsphinx or the user's own recogniser listens, and espeak-ng speaks. It must not import a task.
 """
 
