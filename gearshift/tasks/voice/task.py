@@ -151,6 +151,38 @@ def _split_languages(
     return splits, foreign
 
 
+class _Requests:
+    """The requests of the files: each is drawn once."""
+
+    def __init__(self, config: VoiceConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.languages = tuple(dict.fromkeys(config.languages))
+        self.splits, self.foreign = _split_languages(config, seed, self.languages)
+        self.used: set[str] = set()
+
+    def take(self, name: str, split: str = "train") -> list[Draw]:
+        """The requests of a file, the languages in turn."""
+        count: int = getattr(self.config, name)
+        each: list[list[Draw]] = []
+        for i, language in enumerate(self.languages):
+            draws = new_requests(
+                self.splits[language][split], request_rng(self.seed, name, language), self.used,
+                self.foreign.get((language, split)),
+            )  # fmt: skip
+            each.append(list(itertools.islice(draws, len(range(i, count, len(self.languages))))))
+        taken = [draw for turn in itertools.zip_longest(*each) for draw in turn if draw]
+        if len(taken) < count:
+            raise DataError(
+                f"The templates gave {len(taken)} requests for {name}={count}; ask for fewer."
+            )
+        return taken
+
+    def rows(self, name: str, draws: Sequence[Draw], noise: float | None = None) -> list[Row]:
+        """The rows of a file, with the config's noise unless another is given."""
+        noise = self.config.noise if noise is None else noise
+        return _rows(draws, self.languages, noise, request_rng(self.seed, f"{name}/noise"))
+
+
 def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     """Write the task's files into `folder`, the same for the same seed; returns them by name.
 
@@ -171,30 +203,8 @@ def prepare(config: VoiceConfig, seed: int, folder: Path) -> dict[str, Path]:
     No request is in two files, except that pairs use requests of train. Raises `DataError` if
     the templates have fewer requests than are asked for.
     """
-    languages = tuple(dict.fromkeys(config.languages))
-    used: set[str] = set()
-    splits, foreign = _split_languages(config, seed, languages)
-
-    def take(name: str, split: str = "train") -> list[Draw]:
-        """The requests of the languages in turn."""
-        count: int = getattr(config, name)
-        each: list[list[Draw]] = []
-        for i, language in enumerate(languages):
-            draws = new_requests(
-                splits[language][split], request_rng(seed, name, language), used,
-                foreign.get((language, split)),
-            )  # fmt: skip
-            each.append(list(itertools.islice(draws, len(range(i, count, len(languages))))))
-        taken = [draw for turn in itertools.zip_longest(*each) for draw in turn if draw]
-        if len(taken) < count:
-            raise DataError(
-                f"The templates gave {len(taken)} requests for {name}={count}; ask for fewer."
-            )
-        return taken
-
-    def rows(name: str, draws: Sequence[Draw], noise: float = config.noise) -> list[Row]:
-        return _rows(draws, languages, noise, request_rng(seed, f"{name}/noise"))
-
+    requests = _Requests(config, seed)
+    take, rows = requests.take, requests.rows
     labelled, train = take("labelled"), take("train")
     unseen = {split: take(split, split) for split in HELDOUT}
     if config.pairs > len(train):
