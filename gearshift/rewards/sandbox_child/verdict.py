@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO, NoReturn
 
-from gearshift.rewards.sandbox_child import FAILED, PASSED, UNUSABLE, analysis, rewrite, test_runner
+from gearshift.rewards.sandbox_child import FAILED, PASSED, UNUSABLE, analysis, harness, rewrite
 from gearshift.rewards.sandbox_child.access import allowed_operation, library_name, rebuild_recipe
 from gearshift.rewards.sandbox_child.analysis import TestAnalysis, UnusableError
 from gearshift.rewards.sandbox_child.channel import DEEP_RECURSION, Channel, decode, encode
@@ -317,12 +317,12 @@ def check(source: str, entry_point: str, gets: BinaryIO, sends: BinaryIO) -> NoR
     space[rewrite.NEXT], space[rewrite.SEEN] = _next, tester.seen
     tester.settle()
     try:
-        test_runner.prepare(space, read)
+        harness.prepare(space, read)
         for name in read.in_classes:
             with suppress(NameError):
                 space.setdefault(name, space[name])
         exec(read.code, space)
-        test_runner.run(space, read)
+        harness.run(space, read)
     except UnusableError as error:
         unusable(str(error))
     except SystemExit as error:
