@@ -14,7 +14,7 @@ from gearshift.models.load import load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.rl.batching import pack_trajectories
+from gearshift.trainers.rl.batching import describe_rollout, pack_trajectories
 from gearshift.trainers.rl.experience import shaped_rewards
 from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.sft import supervised_batch, supervised_loss
@@ -312,3 +312,13 @@ def test_the_average_of_the_policy(tmp_path: Path) -> None:
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(average, now, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(own, it.engine.model.parameters(), strict=True))
     assert not torch.equal(own[0], average[0])
+
+
+def test_lengths_of_what_ended_stand_beside_those_of_all() -> None:
+    some = [turns([4, 4], [0, 1]), turns([3], [1]), turns([6, 7], [0, 1], cut=True)]
+    metrics = describe_rollout(some, {})
+    of_all = [metrics[f"completions/{kind}_length"] for kind in ("mean", "min", "max")]
+    ended = [metrics[f"completions/{kind}_terminated_length"] for kind in ("mean", "min", "max")]
+    assert of_all == [8.0, 3.0, 13.0] and ended == [5.5, 3.0, 8.0]
+    assert metrics["completions/clipped_ratio"] == 1 / 3
+    assert "completions/mean_terminated_length" not in describe_rollout(some[2:], {})

@@ -121,9 +121,15 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: RewardParts) -> 
         "frac_reward_zero_std": fmean(map(has_zero_std, groups)),
         "success": fmean(t.info.success for t in trajectories),
         "completions/mean_length": fmean(lengths),
+        "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean(t.finish_reason == "length" for t in trajectories),
     }
+    pairs = zip(lengths, trajectories, strict=True)
+    if ended := [length for length, t in pairs if t.finish_reason != "length"]:
+        metrics["completions/mean_terminated_length"] = fmean(ended)
+        metrics["completions/min_terminated_length"] = float(min(ended))
+        metrics["completions/max_terminated_length"] = float(max(ended))
     for name, values in parts.items():
         known = [v for v in values if v is not None]
         if known:
