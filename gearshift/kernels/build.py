@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from gearshift.errors import KernelError
-from gearshift.kernels.specs import BLOCK
+from gearshift.kernels.specs import BLOCK, VOCABULARY_BLOCK
 from gearshift.runtime.files import cache_folder
 
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=off", "-fopenmp", "-fPIC", f"-DBLOCK_SIZE={BLOCK}",
+    f"-DVOCABULARY_BLOCK={VOCABULARY_BLOCK}",
 )  # fmt: skip
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
 _ARGUMENTS = {

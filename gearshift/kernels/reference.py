@@ -18,6 +18,7 @@ from gearshift.kernels.attention import PackedSequences, attend
 from gearshift.kernels.autograd import LogSoftmaxAt
 from gearshift.kernels.specs import (
     BLOCK,
+    VOCABULARY_BLOCK,
     AttentionMetadata,
     AttentionOptions,
     Gate,
@@ -27,9 +28,6 @@ from gearshift.kernels.specs import (
     Rotary,
     Run,
 )
-
-_BLOCK = 256
-"""Tokens whose weights are added up at once by `inverse_cdf`."""
 
 
 class PrepackedLinear(Protocol):
@@ -221,18 +219,18 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     It has two levels, so that no running sum goes over all of V: first the block, then the token
     inside it. Weights need not be normalised; a token of weight 0 is never sampled.
     """
-    B, V = weights_BV.shape
-    blocks = -(-V // _BLOCK)
-    padded = torch.nn.functional.pad(weights_BV, (0, blocks * _BLOCK - V)).view(B, blocks, _BLOCK)
+    (B, V), size = weights_BV.shape, VOCABULARY_BLOCK
+    blocks = -(-V // size)
+    padded = torch.nn.functional.pad(weights_BV, (0, blocks * size - V)).view(B, blocks, size)
     block_ends_BG = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = (uniforms_B * block_ends_BG[:, -1])[:, None]
     block_B1 = torch.searchsorted(block_ends_BG, target_B1, right=True).clamp(max=blocks - 1)
     before_B1 = torch.where(block_B1 > 0, block_ends_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, _BLOCK)).squeeze(1)
+    inside = padded.gather(1, block_B1[:, :, None].expand(B, 1, size)).squeeze(1)
     ends = inside.double().cumsum(-1)
     token_B1 = torch.searchsorted(ends, target_B1 - before_B1, right=True)
     # Rounding may push the target past the block's own sum: take its last token that can be
     # sampled.
-    slots = torch.arange(_BLOCK, device=weights_BV.device)
+    slots = torch.arange(size, device=weights_BV.device)
     last_B1 = torch.where(inside > 0, slots, 0).amax(-1, keepdim=True)
-    return (block_B1 * _BLOCK + torch.minimum(token_B1, last_B1)).squeeze(1)
+    return (block_B1 * size + torch.minimum(token_B1, last_B1)).squeeze(1)

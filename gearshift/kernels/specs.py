@@ -13,6 +13,10 @@ from torch import Tensor, nn
 BLOCK = 16
 """P: positions in a block, as many as the widest registers of a CPU have lanes."""
 
+VOCABULARY_BLOCK = 256
+"""Tokens of the vocabulary whose weights are added up at once, before they are added to the sum.
+Sampling first finds such a block, then the token inside it."""
+
 TILE = 8
 """Sequences in a tile: a GPU reads the blocks that they have in common once for all of them."""
 

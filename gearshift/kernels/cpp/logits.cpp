@@ -4,12 +4,13 @@
 
 namespace {
 
+constexpr int64_t BLOCK = VOCABULARY_BLOCK;  // specs.py's
+
 // log p(target) of each row of logits, and the entropy of p = softmax(logits / temperature). `norm`
 // is the log of the sum, which the backward pass needs.
 template <typename S>
 void token_logprobs(const S* logits, const int64_t* targets, float* logprobs, float* entropy,
                     float* norm, int64_t M, int64_t V, float temperature) {
-  constexpr int64_t BLOCK = 256;
   const float factor = 1.0f / temperature;
 #pragma omp for schedule(static)
   for (int64_t m = 0; m < M; ++m) {
@@ -63,7 +64,6 @@ void token_logprobs_backward(S* logits, const int64_t* targets, const float* ent
 template <typename S>
 void sample(const S* logits, const float* temperature, const double* uniform, int64_t* tokens,
             float* logprobs, int64_t B, int64_t V) {
-  constexpr int64_t BLOCK = 256;
   const int64_t blocks = (V + BLOCK - 1) / BLOCK;
   std::vector<double> ends(static_cast<size_t>(blocks));
 #pragma omp for schedule(dynamic, 1)
