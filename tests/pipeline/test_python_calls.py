@@ -4,6 +4,7 @@ the same in each.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,12 @@ def test_closures_of_one_source_have_runs_of_their_own() -> None:
         recipe, _ = arguments.recipe(None, Callbacks())
         folders.add(recipe.run.dir)
     assert len(folders) == 2
+
+
+def test_type_checkers_know_which_keys_have_defaults() -> None:
+    """PEP 681 reads `default=` alone; a default without the name would make its key required."""
+    root = Path(gearshift.__file__).parent
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Field":
+                assert not node.args, f"{file}:{node.lineno}: write Field(default=...)"
