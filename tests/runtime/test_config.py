@@ -273,7 +273,7 @@ def test_home_is_found_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [p.path for p in loaded.places] == ["/home/a/x", "a~b"]
     assert loaded.places[0].model == "/home/a/y"
     for text in ("''", '"a\\0b"'):
-        with pytest.raises(ConfigError, match=r"`path`: a path has at least one character"):
+        with pytest.raises(ConfigError, match=r"`path`: a path needs at least one character"):
             load(Place, None, [f"path={text}"])
     assert "every: int = 5  - Between two." in describe_keys(Place)
 
@@ -317,7 +317,7 @@ def test_an_address_with_a_secret_is_refused_wherever_it_stands() -> None:
         ("rewards=[{name: 'http://h/?token=S'}]", "rewards.0.name"),
         ("named={a: {name: 'judge:http://S@h/v1'}}", "named.a.name"),
     ):
-        with pytest.raises(ConfigError, match=f"`{key}`: an address") as refused:
+        with pytest.raises(ConfigError, match=f"`{key}`: .*an address") as refused:
             load(Recipe, None, ["model=tiny", override])
         assert "S@" not in str(refused.value) and "=S" not in str(refused.value)
     with pytest.raises(ValueError) as wrong:
