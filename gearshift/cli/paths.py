@@ -1,4 +1,4 @@
-"""What the words of a command line name: a run's folder."""
+"""Turns a word of the command line into a run's folder."""
 
 from __future__ import annotations
 

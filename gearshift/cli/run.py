@@ -82,7 +82,7 @@ def options_first(words: list[str]) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run a recipe, or one of its stages, and print what came of it."""
+    """Run a recipe, or one of its stages, and print the results."""
     from gearshift.pipeline.recipe import STAGES as ALL
     from gearshift.pipeline.recipe import Recipe
     from gearshift.pipeline.run import Run

@@ -150,7 +150,7 @@ def _open(
 
 
 def _prompt(arguments: argparse.Namespace, task: Task | None, run: Path | None) -> str:
-    """The prompt; of a recording the words in it."""
+    """The prompt, or the words of a recording."""
     from gearshift.serve.speech import hear
 
     if not arguments.prompt.lower().endswith(".wav"):
@@ -160,13 +160,13 @@ def _prompt(arguments: argparse.Namespace, task: Task | None, run: Path | None) 
         phrases = task.phrases(run)
     words = hear(arguments.prompt, arguments.recogniser, phrases)
     if not words:
-        raise DataError(f"No words were heard in {arguments.prompt}; record it again.")
+        raise DataError(f"No words were found in {arguments.prompt}; record it again.")
     echo(f"heard: {words}", file=sys.stderr)
     return words
 
 
 def _text(word: str) -> str:
-    """A word of the command line as Unicode; bytes that are none in it are replaced."""
+    """A word of the command line as Unicode; bytes that are not valid are replaced."""
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 

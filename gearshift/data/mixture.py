@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 
 class Mixture(Generic[T]):
-    """An epoch is a multiset of the sources' rows, shuffled anew each time. Each source has its own
-    shuffled order, so no row repeats before all rows of its source have come once.
+    """An epoch is a multiset of the sources' rows, shuffled again for each epoch. Each source has
+    its own shuffled order, so no row repeats before all rows of its source have come once.
     """
 
     def __init__(self, sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> None:

@@ -1,5 +1,5 @@
-"""The tokens that a reward model reads. A text must not be able to deceive it: a special token that
-somebody typed in letters stays letters, and an answer that was cut has no end token.
+"""The tokens that a reward model reads. A text must not be able to deceive it: the name of a
+special token in a text stays letters, and an answer that was cut has no end token.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
 
 
 def source_digest(path: str, split: str = "train") -> str:
-    """A digest that tells two versions of a source apart: that of the file, or of the rows that the
-    hub gave.
+    """A digest that differs between two versions of a source: that of the file, or of the rows that
+    the hub gave.
     """
     file = Path(path).expanduser()
     if file.is_file():

@@ -60,7 +60,7 @@ class OpenEnvEnvironment(TextEnvironment):
         self._inner: Any = (
             _LocalClient(environment, fields) if environment else _connect(str(url), timeout)
         )
-        # The client's thread keeps the client alive, so a client that nobody closed would keep its
+        # The client's thread keeps the client alive, so a client that was not closed would keep its
         # session.
         self._gone = weakref.finalize(self, _close_in_thread, self._inner)
         self._gone.atexit = False

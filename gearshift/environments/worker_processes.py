@@ -128,7 +128,7 @@ class ProcessEnvironment(TextEnvironment):
         return answer
 
     def kill(self) -> None:
-        """Kill the process, whatever it does; a caller that waits for its answer gets a
+        """Kill the process at any time; a caller that waits for its answer gets a
         `ProcessError`.
         """
         if self._pid:

@@ -180,7 +180,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _only_ours(path: Path) -> bool:
-    """Whether nobody but this user and root can have written there."""
+    """Whether only this user and root can have written there."""
     status = path.stat()
     # A group that has the user's number is the user's own, on most systems.
     shared = stat.S_IWOTH | (0 if status.st_gid == status.st_uid else stat.S_IWGRP)

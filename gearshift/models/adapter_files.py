@@ -1,4 +1,4 @@
-"""The files of an adapter: where they lie, what they say, and which model it was trained on."""
+"""The files of an adapter: where they are, what they contain, and which model it was trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gearshift.runtime.yaml_text import read_yaml
 SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MOST = 8
-"""The greatest number of adapters that stand on each other."""
+"""The greatest number of adapters of which each was trained on the one before."""
 
 
 def adapter_folder(name: str | Path) -> Path | None:

@@ -41,7 +41,7 @@ class AdapterConfig(Config):
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Put a fresh adapter into the model, in place; only it is trained from now on.
+    """Add a new adapter to the model, in place. From then on only the adapter is trained.
 
     Raises `ModelError` if `peft` is missing or a target is not there.
     """
@@ -80,7 +80,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters; any model, for one without adapters."""
+    """The model under its adapters; a model without adapters is returned unchanged."""
     on = [layer for _, layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:
         layer.enable_adapters(False)
@@ -92,7 +92,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def switched(layer: Any) -> tuple[object, ...]:
-    """What of its adapters a layer adds to its output, and what its weight has of them."""
+    """The adapters that a layer adds to its output, and those that are merged into its weight."""
     added = () if layer.disable_adapters else tuple(layer.active_adapters)
     return added, tuple(layer.merged_adapters), tuple(layer.scaling.values())
 

@@ -1,5 +1,5 @@
-"""Attention as both gears compute it: one function for the arithmetic, and its entry in Hugging
-Face's registry.
+"""The attention of both gears: one function for the arithmetic, and its entry in Hugging Face's
+registry.
 
 What a layer may attend to is an argument of the model's forward (`layout=`), never a global. L is
 the keys of a row; `gearshift/types.py` explains the other letters.
@@ -97,8 +97,8 @@ def require_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, Hugging Face's own attention is on; after it, the model's attention is as before.
-    Raises `ModelError` where the model keeps another one.
+    """Inside this context the model uses Hugging Face's own attention; afterwards its attention is
+    as before. Raises `ModelError` where the model keeps another one.
     """
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]

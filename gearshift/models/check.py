@@ -1,6 +1,6 @@
-"""Whether a model is computed rightly on the checkpoint at hand: a few tokens run through the forms
-that will be used, and are compared with Hugging Face's own forward of each sequence alone. This
-file does not know the engine.
+"""Checks that a model is computed correctly for the loaded checkpoint: a few tokens run through the
+forms that will be used, and are compared with Hugging Face's own forward of each sequence alone.
+This file does not know the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gearshift.models.hf_forward import hf_hidden
 _LENGTHS = 8, 17
 """Tokens of the two sequences; the longer one needs a second block of the cache."""
 NEW = 3
-"""Tokens of each that are written one by one."""
+"""How many tokens of each sequence are written one by one."""
 _DRAWS = 3
 """Different sequences that are tried before a model is refused: in a mixture of experts two may
 score alike, and a rounding then picks another.
@@ -105,7 +105,7 @@ def _difference(
     decode: Decode | None,
     head: bool,
 ) -> str | None:
-    """What these sequences show to be wrong; None where nothing is."""
+    """The fault that these sequences show; None if there is none."""
     with eager_attention(model):  # refuses at once where attention cannot be switched
         pass
     if "position_ids" not in signature(trunk_of(model).forward).parameters:

@@ -1,4 +1,4 @@
-"""Sequences to scores: a reward model's forward, for training it and for asking it.
+"""Turns sequences into scores: a reward model's forward, for training and for scoring.
 
 Any backbone that `AutoModelForSequenceClassification` loads, decoder or encoder; so the forward is
 Hugging Face's own, on padded rows, and a saved model scores elsewhere exactly as it did here.
@@ -68,7 +68,7 @@ def pack_unscored(sequences: Sequence[Sequence[int]]) -> PackedBatch:
 
 
 def leaves(batch: PackedBatch) -> list[int]:
-    """Which sequences no other one continues."""
+    """The sequences that no other one continues."""
     parents = set(batch.parents.tolist())
     return [i for i in range(len(batch.parents)) if i not in parents]
 
@@ -114,7 +114,7 @@ def reads_last_token(model: PreTrainedModel) -> bool:
 
 
 def context(model: PreTrainedModel) -> int:
-    """How many tokens the model takes at most."""
+    """The greatest number of tokens that the model accepts."""
     longest = context_length(model.config) or 2**20
     for name, module in model.named_modules():
         first = getattr(module, "padding_idx", None)
@@ -124,7 +124,7 @@ def context(model: PreTrainedModel) -> int:
 
 
 def _padded(model: PreTrainedModel, part: nn.Module, sequences: Sequence[Sequence[int]]) -> Any:
-    """What the model, or a part of it, makes of these sequences, padded on the right."""
+    """The output of the model, or of a part of it, for these sequences, padded on the right."""
     longest, limit = max(map(len, sequences)), context(model)
     if longest > limit:
         raise CapacityError(

@@ -1,4 +1,4 @@
-"""What an architecture is made of, read off a Hugging Face model: its head, and a plan by which a
+"""Reads the parts of an architecture from a Hugging Face model: its head, and a plan by which a
 described one (`families.py`) runs without Hugging Face's modules. It computes nothing.
 """
 
@@ -68,7 +68,7 @@ class Plan:
 
 
 def described(model: PreTrainedModel) -> tuple[Plan | None, str | None]:
-    """The plan of a model that is known; or why there is none, so that it runs through Hugging
+    """The plan of a known model; or the reason why there is none, so that it runs through Hugging
     Face's forward.
     """
     kind = model.config.model_type
@@ -95,7 +95,7 @@ def base_layer(module: Module) -> Module:
 
 
 def _read(parts: Parts, config: Any, base: Any) -> Plan:
-    """Raises `_UnknownError` for a model whose parts are other ones."""
+    """Raises `_UnknownError` for a model with other parts."""
     final_norm = _at(base, parts.final_norm)
     # Gemma 3 has a rotary embedding for each kind of layer.
     kinds = list(getattr(base.rotary_emb, "layer_types", ())) if parts.rotary else []

@@ -1,4 +1,4 @@
-"""How far a model is computed as Hugging Face does, and why it is not where it is not."""
+"""Up to which length a model is computed as Hugging Face does, and the reason for the limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE = re.compile(
 
 
 class Limit(NamedTuple):
-    """Sequences are right up to so many tokens."""
+    """Sequences are computed correctly up to this many tokens."""
 
     tokens: int
     why: str
@@ -57,7 +57,7 @@ def limits(model: PreTrainedModel, windows: set[int | None]) -> list[Limit]:
 
 
 def shortest(found: list[Limit]) -> Limit | None:
-    """The limit that is met first."""
+    """The lowest of the limits."""
     return min(found, default=None)
 
 
@@ -93,7 +93,9 @@ def _window_limits(config: Any, windows: set[int | None]) -> Iterator[Limit]:
 
 
 def keeps_state(model: PreTrainedModel) -> str | None:
-    """Why a token depends on more than the keys and values of those before it, if it does."""
+    """The reason why a token depends on more than the keys and values of earlier tokens; None if it
+    does not.
+    """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
     indexed = any(hasattr(config, name) for name in ("index_topk", "indexer_budget"))

@@ -23,7 +23,7 @@ class Parts:
     """
 
     norm: Callable[[Any], Norm]
-    """Reads a normalisation off its module."""
+    """Reads a normalisation from its module."""
     embed: Callable[[Any], Callable[[Tensor, Tensor], Tensor]]
     """The trunk's embedding, see `Plan.embed`."""
     layers: str

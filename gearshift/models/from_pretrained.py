@@ -1,5 +1,5 @@
-"""What Hugging Face's library loads, checked before and after: a model whose every weight is the
-files', quietly, with errors of ours.
+"""Loads a model with Hugging Face's library, and checks it before and after: every weight comes
+from the files, nothing is logged, and errors are Gearshift's own.
 """
 
 from __future__ import annotations

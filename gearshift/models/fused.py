@@ -166,14 +166,16 @@ class AliasedWeights:
         yield from (*self.qkv, *self.out, *self.up, *self.down, self.head)
 
     def restore(self) -> int:
-        """Alias again whatever lost its aliasing; returns how many buffers had."""
+        """Alias again the parameters that lost their aliasing; returns in how many buffers there
+        were any.
+        """
         broken = [linear for linear in self if not linear.is_aliased()]
         for linear in broken:
             linear.realias()
         return len(broken)
 
     def prepack(self, kernels: Kernels, version: int, rows: int) -> None:
-        """Have prepacked copies of this version of the weights."""
+        """Make prepacked copies of this version of the weights, if there are none."""
         for linear in self:
             linear.prepack(kernels, version, rows)
 

@@ -1,5 +1,5 @@
-"""What a model is made of: digests of its files, recorded when something starts from it or writes
-it, and compared before it is used.
+"""Digests of a model's files, which are recorded when a stage starts from the model or writes it,
+and compared before it is used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLACES = ("", "adapter", "ema", "ema/adapter")
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of the files in a folder that a model is made of."""
+    """The names of the files in a folder that belong to a model."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in names if any(fnmatch(name, pattern) for pattern in _FILES)]
 
@@ -59,7 +59,7 @@ def made_of(name: str) -> Digests:
             config = try_to_load_from_cache(name, "config.json")
             return {"commit": Path(config).parent.name} if isinstance(config, str) else {}
         return {}
-    # The embedded model is converted anew by each machine, whose library writes its settings.
+    # Each machine converts the embedded model itself, and its library writes the settings.
     files = [f for f in files_of(source) if name != EMBEDDED or f.endswith(".safetensors")]
     found = {file: file_digest(source / file) for file in files}
     if adapter_folder(source):

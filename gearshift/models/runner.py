@@ -39,9 +39,11 @@ from gearshift.models.vocabulary import vocabulary_size
 
 Form = Literal["described", "hugging_face"]
 Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
-"""Token sequences to the logits of each one's last tokens, as a generating engine computes them."""
+"""A function from token sequences to the logits of each one's last tokens, as a generating engine
+computes them.
+"""
 EXACT = "its scores are to be exactly those of Hugging Face's forward"
-"""Why a classifier that is only asked runs through Hugging Face's modules."""
+"""The reason why a classifier that is not trained runs through Hugging Face's modules."""
 OF_TOKENS = "the logits of a token classifier are not described"
 
 

@@ -1,5 +1,6 @@
-"""Whether the weights of a saved model are whole and fit its config. An error names the file and
-the weight: a library fills what is missing with random numbers, and drops what it does not know.
+"""Checks that the weights of a saved model are complete and fit its config. An error names the file
+and the weight: a library fills what is missing with random numbers, and drops what it does not
+know.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def saved_weights(folder: Path) -> dict[str, Saved]:
 def check_kinds(
     folder: Path, weights: dict[str, Saved], good: Set[str] = FLOATS | _WHOLE
 ) -> dict[str, Saved]:
-    """The weights. Raises `ModelError` for types that only say something with a scale."""
+    """The weights. Raises `ModelError` for types that have a meaning only with a scale."""
     if kinds := {w.kind for w in weights.values()} - good:
         names = listed(name for name, w in weights.items() if w.kind in kinds)
         refuse(
@@ -98,7 +99,7 @@ def _indexed(folder: Path) -> dict[str, Saved]:
     weights: dict[str, Saved] = {}
     for file in sorted(set(places.values())):
         path = folder / file
-        if Path(file).is_absolute() or ".." in Path(file).parts:  # a link is the user's own
+        if Path(file).is_absolute() or ".." in Path(file).parts:  # the user made the link
             refuse(
                 index, f"names {one_line(file, 100)}, which lies outside of its folder",
                 "put the file beside the index",

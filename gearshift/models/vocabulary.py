@@ -1,5 +1,5 @@
-"""Whether a model and a tokenizer have the same tokens. A token outside the embedding is refused
-when the two are opened: later it would be an index error, which on a GPU ends the process.
+"""Checks that a model and a tokenizer have the same tokens. A token outside the embedding is
+refused when the two are opened: later it would be an index error, which on a GPU ends the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gearshift.errors import ConfigError, ModelError
 
 
 class Policy(Protocol):
-    """A policy's tokens; an engine has them."""
+    """A policy's vocabulary, as an engine has it."""
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int

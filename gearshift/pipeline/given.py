@@ -32,7 +32,7 @@ class Given:
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Rewards and environments that no module holds, by their names in the recipe: `given:NAME`."""
     callbacks: Callbacks = field(default_factory=Callbacks)
-    """What is called between steps."""
+    """The functions that are called between steps."""
 
     def write(self, run: Path, begun: bool) -> None:
         """Write the rows into the run's folder. Raises `ConfigError` if the run has begun with
@@ -51,7 +51,7 @@ class Given:
             write_text(path, text)
 
     def digests(self) -> Digests:
-        """What tells one version of each function from another."""
+        """A digest of each function, which differs between its versions."""
         return {name: function_mark(function) for name, function in self.functions.items()}
 
 
@@ -78,7 +78,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number or an array of NumPy or torch as Python has it."""
+    """A number or an array of NumPy or torch as a Python value."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError

@@ -125,8 +125,8 @@ def measure(
 def _rewards(
     data: TaskData, engine: Engine
 ) -> Iterator[Callable[[Sequence[Trajectory]], list[Trajectory | None]] | None]:
-    """What scores held-out episodes where the environment has no reward: the recipe's rewards. None
-    where it has one.
+    """The recipe's rewards, which score held-out episodes if the environment has no reward; None if
+    it has one.
     """
     if getattr(data.config, "reward", "") is not None:
         yield None
@@ -146,8 +146,8 @@ def evaluate_run(
     split: Split = "validation",
 ) -> tuple[str, dict[str, Record]]:
     """(title, records) of a run's policies, or of a model, on the rows of a split of `recipe`, None
-    for the run's own. What was evaluated before is not again. Rows that the run trained on are left
-    out, and counted.
+    for the run's own. A policy that was evaluated before is not evaluated again. Rows that the run
+    trained on are left out, and counted.
 
     Records lie in the run's folder: in that of the split, or in `eval/<recipe>/<split>`; a model's
     lie in that of the recipe. Raises `ConfigError` if a model has no recipe, `DataError` if the run
@@ -204,7 +204,7 @@ def _data_of(
 
 
 def _data_of_another(recipe: Recipe, folder: Path) -> tuple[TaskData, Path, Trained | None]:
-    """The same of another recipe than the run's own."""
+    """The same for a recipe that is not the run's own."""
     home, trained = run_of(folder), None
     if home:
         made = recipe_of(home)
@@ -221,7 +221,7 @@ def _data_of_another(recipe: Recipe, folder: Path) -> tuple[TaskData, Path, Trai
 
 
 def _policies(run: Path) -> dict[str, str | None]:
-    """What a run's finished stages made, by name; the base model, None, is the first."""
+    """The policies of a run's finished stages, by name; the base model, None, is the first."""
     stages = [name for name in POLICIES if (run / name / DONE).exists()]
     return {"base": None, **{name: str(run / name) for name in stages}}
 

@@ -36,7 +36,7 @@ from gearshift.types import Message, SamplingParams
 Model = str | os.PathLike[str] | ModelConfig | Mapping[str, Any]
 """A name, a folder, what a training function returned, or a recipe's section `model`."""
 Prompt = str | Sequence[Message]
-"""What the user says, or a conversation."""
+"""The user's message, or a conversation."""
 
 
 def load(model: Model, *, seed: int = 0, **config: Any) -> Engine:

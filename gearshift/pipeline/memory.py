@@ -19,16 +19,16 @@ from gearshift.trainers.needs import MemoryNeeds
 
 GIB = 2**30
 _PROGRAM = 0.47 * GIB
-"""Python and its libraries in the host's memory."""
+"""Bytes that Python and its libraries take in the host's memory."""
 _SLACK = 0.1
-"""What allocators hold between their blocks."""
+"""The part that allocators lose between their blocks."""
 _STEP = 4 << 25
-"""The gradient of one of the optimizer's buffers in fp32."""
+"""Bytes of the gradient of one of the optimizer's buffers in fp32."""
 _TRAINED_COPY = 1.6
 """Bytes that the weights of a trained model take on a CPU, over their own: the file that they were
 read from stays mapped, and the allocator keeps what loading freed. Measured."""
 _LOADED_COPY = 1.3
-"""The same of a model that is only run. Measured."""
+"""The same for a model that is only run. Measured."""
 _LOGIT_BYTES = 6.0
 """Bytes of a decode step for one logit: in the model's dtype, and in fp32 to sample from."""
 _UNCOUNTED = 1.09
@@ -66,7 +66,7 @@ class Shape:
         layers = getattr(config, "per_layer_config", None) or [config]
 
         def most(name: str, otherwise: int) -> int:
-            """The largest of the layers, where they differ."""
+            """The largest value among the layers, if they differ."""
             given = [getattr(layer, name, None) or otherwise for layer in layers]
             return max(max(x) if isinstance(x, list) else x for x in given)
 
@@ -104,7 +104,7 @@ class Shape:
         return float(self.item * kept)
 
     def cache(self, rows: int, length: int) -> float:
-        """Bytes of the keys and values of so many rows."""
+        """Bytes of the keys and values of this many rows."""
         return 2.0 * self.layers * self.key_heads * self.head_size * rows * length * self.item
 
 
@@ -158,7 +158,7 @@ def with_total(parts: dict[str, float]) -> dict[str, float]:
 
 
 def resident(device: torch.device) -> float:
-    """Bytes that this process holds there already."""
+    """Bytes that this process already holds on the device."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))
     return resident_bytes()
@@ -189,7 +189,7 @@ def micro_batch(
 
 
 def shortage(total: float, free: float) -> str:
-    """In words, that what a stage is to take at its peak is not there; empty if it is.
+    """A warning that the memory is less than the stage's predicted peak; empty if it is enough.
 
     It is a warning and does not stop the run: the peak is an estimate, and other programs may end.
     """

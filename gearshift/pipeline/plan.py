@@ -54,7 +54,7 @@ def _stages(recipe: Recipe) -> list[str]:
 
 
 def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """What each stage takes, and by purpose what the largest does."""
+    """The memory of each stage, and that of the largest stage by purpose."""
     shape, device = Shape.of(model, dtype), resolve_device(recipe.model.device)
     lora = recipe.model.lora
     stages: dict[str, dict[str, float]] = {}

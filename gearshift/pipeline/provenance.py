@@ -1,4 +1,4 @@
-"""What a run is made from: digests of the files that its stages read, and the rows that it learned
+"""The inputs of a run: digests of the files that its stages read, and the rows that it learned
 from. It must not import an engine.
 """
 
@@ -72,7 +72,7 @@ def recorded_made_from(stage: Path) -> Digests:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run has learned from."""
+    """The rows that a run has learned from."""
 
     run: Path
     """Its folder."""
@@ -145,7 +145,9 @@ def _source_rows(data: DataConfig, run: Path, stage: Path, begun: bool) -> list[
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or is a part of: a stage, its adapter, its average."""
+    """The run to which a folder belongs: the folder may be the run's own, or that of a stage, its
+    adapter or its average.
+    """
     near = (folder, *folder.parents)[:3] if folder.is_dir() else ()
     return next((place for place in near if (place / "recipe.yaml").exists()), None)
 

@@ -36,7 +36,7 @@ STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
 POLICIES = ("sft", "preference", "rl")
 """Stages that train the policy."""
 RECORD = "run.json"
-"""What a run was begun with: its recipe, and digests of the model that it starts from."""
+"""The file with a run's recipe, and digests of the model that it starts from."""
 
 
 class RunConfig(Config):
@@ -148,7 +148,7 @@ def add_task(task: Task) -> None:
 
 
 def today() -> datetime.date:
-    """The date of this day."""
+    """The date of today."""
     return datetime.date.today()
 
 
@@ -240,8 +240,8 @@ def record_model(folder: Path, made: Digests) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether anything came of the folder's recipe yet; a run that failed in its first minute, with
-    its data or its model, left none.
+    """Whether the folder has results of its recipe. A run that failed early, because of its data or
+    its model, has none.
     """
     own = ("recipe.yaml", RECORD, LOCK_FILE, FALLBACK_LOCK_FILE, GIVEN)
     there = folder.iterdir() if folder.is_dir() else ()

@@ -38,7 +38,7 @@ def read_record(path: Path) -> Record:
 
 
 def format_record(record: Record) -> str:
-    """The figure in words: `chrf 0.412 [0.395, 0.430] of 256 problems`."""
+    """The figure as text: `chrf 0.412 [0.395, 0.430] of 256 problems`."""
     episodes = "" if record["episodes"] == record["n"] else f" in {record['episodes']} episodes"
     failed = f", {record['failures']} failed" if record["failures"] else ""
     if record["left_out"]:
@@ -50,7 +50,7 @@ def format_record(record: Record) -> str:
 
 
 def comparisons(found: Mapping[str, Record]) -> list[Comparison]:
-    """Each policy with the one before it, and the last with the first."""
+    """Compare each policy with the one before it, and the last with the first."""
     names = list(found)
     pairs = [*pairwise(names)]
     if len(names) > 2:

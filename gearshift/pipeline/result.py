@@ -1,4 +1,4 @@
-"""What a finished run gives to the Python program that started it."""
+"""The result of a finished run, for the Python program that started it."""
 
 from __future__ import annotations
 

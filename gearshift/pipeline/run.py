@@ -1,8 +1,8 @@
 """A recipe's run in its folder: prepare data, evaluate, the stages, evaluate after each, report.
 
-Everything is kept in the run's folder as it is done, and nothing that lies there is done again: the
-same command goes on after an interrupt, and a second run of a finished recipe only prints its
-table. What a stage does is in `stages.py`.
+Each result is kept in the run's folder at once, and work whose result is there is not repeated. So
+the same command continues after an interrupt, and a second run of a finished recipe only prints its
+table. The stages are in `stages.py`.
 """
 
 from __future__ import annotations

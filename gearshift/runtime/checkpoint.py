@@ -120,7 +120,7 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
         if not isinstance(value, Tensor):
             kind, where = type(value).__name__, path.strip(".")
             raise TypeError(f"A checkpoint cannot hold the {kind} at `{where}`.")
-        # The number tells apart two paths that look alike: those of the key 1 and of the key "1".
+        # The number distinguishes two paths that look alike: those of the key 1 and of the key "1".
         name = f"{len(tensors)}{path}"
         tensors[name] = value
         return {"tensor": name}

@@ -130,7 +130,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
 
 
 def _overridden(cls: type[Config], tree: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """The tree with the overrides; a section that they make one of another kind begins anew."""
+    """The tree with the overrides; a section whose kind they change starts empty."""
     changed = copy.deepcopy(tree)
     for override in overrides:
         _apply(changed, override)
