@@ -131,8 +131,8 @@ def _from_header(
     if MARK not in asking or not header.strip() or not between.startswith(header):
         return None
     start = len(opening) - len(between) + len(header)
-    told = opening.endswith(between) and whole.startswith(opening[:start])
-    return whole[start:] if told else None
+    matches = opening.endswith(between) and whole.startswith(opening[:start])
+    return whole[start:] if matches else None
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, whole: str, tail: str) -> int:

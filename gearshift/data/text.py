@@ -41,14 +41,14 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
     before a punctuation mark.
     """
     ids: list[int] = []
-    told = 0
+    sent = 0
     for token in tokens:
         ids.append(token)
         text = _settled(tokenizer, ids)
-        if len(text) > told:
-            yield text[told:]
-            told = len(text)
-    rest = decode(tokenizer, ids, skip_special_tokens=True)[told:]
+        if len(text) > sent:
+            yield text[sent:]
+            sent = len(text)
+    rest = decode(tokenizer, ids, skip_special_tokens=True)[sent:]
     if rest:
         yield rest
 

@@ -118,8 +118,8 @@ class RowEnvironment(TextEnvironment):
         row = self.rows[self._row]
         tools = {"tools": row["tools"]} if row.get("tools") else {}
         options = {**tools, **(row.get("chat_template_kwargs") or {})}
-        told = {"messages": messages, "row": self._row, "template_options": options}
-        return messages[-1]["content"], told
+        info = {"messages": messages, "row": self._row, "template_options": options}
+        return messages[-1]["content"], info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Score the answer; the episode ends. `info` has the row's columns, and the verdict if the
@@ -139,9 +139,9 @@ class RowEnvironment(TextEnvironment):
         lists = {column: [value] for column, value in columns.items()}
         named = [(name, self.score, 1.0)]
         [[reward]] = call_rewards(named, [self._prompt(row)], [action], None, lists)
-        told = reward is not None and math.isfinite(reward)
+        has_reward = reward is not None and math.isfinite(reward)
         info = {**columns, "row": index}
-        info |= self.verdict(row, action, cast(float, reward)) if told else {}
+        info |= self.verdict(row, action, cast(float, reward)) if has_reward else {}
         return "", cast(float, reward), True, False, info
 
     def verdict(self, row: Mapping[str, Any], action: str, reward: float) -> dict[str, Any]:

@@ -59,9 +59,9 @@ class GuessNumber(TextEnvironment):
             if guess >= self._number:
                 self._high = min(self._high, guess - (guess > self._number))
         found = guess == self._number
-        told = math.log(before / (self._high - self._low + 1)) / math.log(self.top)
+        learned = math.log(before / (self._high - self._low + 1)) / math.log(self.top)
         info = {"success": found, "gold": str(self._number)}
         if found:
             self._left = 0
         over = not found and not self._left
-        return "" if found or over else answer, 0.5 * told + 0.5 * found, found, over, info
+        return "" if found or over else answer, 0.5 * learned + 0.5 * found, found, over, info

@@ -47,8 +47,8 @@ class Words:
 
 def _lake(game: Any, numbers: Numbers) -> dict[str, Any]:
     row, column = divmod(numbers[0], game.ncol)
-    told = "/".join(b"".join(r).decode() for r in game.desc)
-    return {"row": row, "column": column, "letter": chr(ord("A") + numbers[0]), "map": told}
+    tiles = "/".join(b"".join(r).decode() for r in game.desc)
+    return {"row": row, "column": column, "letter": chr(ord("A") + numbers[0]), "map": tiles}
 
 
 def _cliff(game: Any, numbers: Numbers) -> dict[str, Any]:

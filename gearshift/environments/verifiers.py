@@ -311,8 +311,8 @@ def _told(taskset: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError, TypeError, ValueError, LookupError, OSError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"The taskset {taskset} cannot be loaded: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The taskset {taskset} cannot be loaded: {reason}") from error
 
 
 def _needs_runtime(hook: Callable[..., Any]) -> bool:

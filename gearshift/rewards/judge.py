@@ -102,16 +102,16 @@ class JudgeReward:
         self, prompt: list[Message], completion: str, row: dict[str, Any]
     ) -> list[Message]:
         """The messages that ask the judge about one answer."""
-        told = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        conversation = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         rubric = re.sub(
             r"\{(\w+)\}", lambda name: str(row.get(name[1], name[0])), self.config.rubric
         )
         # An answer cannot contain its own digest, so nobody can fake these lines.
-        code = hashlib.sha256(f"{told}\0{completion}".encode()).hexdigest()[:16]
+        code = hashlib.sha256(f"{conversation}\0{completion}".encode()).hexdigest()[:16]
         words = {
             "rubric": rubric,
             "code": code,
-            "conversation": told,
+            "conversation": conversation,
             "answer": completion,
             "low": self.config.low,
             "high": self.config.high,

@@ -227,15 +227,16 @@ def _report_overlap(
             if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
                 one, place = (split, equal[0]), theirs[mine[equal[0]]]
                 echo(
-                    f"data: {len(equal)} rows left out of {split}, for {other} has their prompts "
-                    f"or clusters: {where(one)} is as {where(place)}"
+                    f"data: {len(equal)} rows left out of {split}, because {other} has their prompts "
+                    f"or clusters; for example {where(one)} is like {where(place)}"
                 )
         texts, others = first(split, keys), first(other, keys)
         if pairs := list(near_duplicates([*texts], [*others])):
             i, j = pairs[0]
             echo(
-                f"data: {len(pairs)} prompts of {split} are nearly prompts of {other}, and stay: "
-                f"{where([*texts.values()][i])} and {where([*others.values()][j])}"
+                f"data: {split} and {other} share nearly equal prompts, which stay in both ({len(pairs)} "
+                f"in {split}); for example {where([*texts.values()][i])} and "
+                f"{where([*others.values()][j])}"
             )
 
 

@@ -140,7 +140,7 @@ def test_files_of_ones_own_win_over_training(
     assert not (tmp_path / "c").exists()
 
 
-def test_nearly_equal_prompts_are_told(
+def test_nearly_equal_prompts_are_reported(
     tmp_path: Path, rewards: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     story = "Write a story about a lighthouse keeper who finds a letter in a bottle"
@@ -149,7 +149,7 @@ def test_nearly_equal_prompts_are_told(
     test = write(tmp_path / "test.jsonl", near)
     t.prepare(config(source, rewards, validation=0.2, test=test), 1, tmp_path / "data")
     out = capsys.readouterr().out
-    assert "1 prompts of train are nearly prompts of test, and stay: " in out
+    assert "train and test share nearly equal prompts, which stay in both (1 in train); " in out
     assert f"{source}, line 6 and {test}, line 1" in out, "a sum of other numbers is another prompt"
 
 
