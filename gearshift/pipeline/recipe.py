@@ -90,7 +90,9 @@ class Recipe(Config):
     sft: SFTConfig | None = None
     """Step 1: supervised fine-tuning."""
     preference: PreferenceConfig | None = None
-    """Learning from judged completions: DPO and its kin, in place of a reward model and RL."""
+    """Learning from judged completions (DPO and similar methods), in place of a reward model and
+    RL.
+    """
     reward: RewardModelConfig | None = None
     """Step 2: the reward model."""
     process: ProcessRewardConfig | None = None

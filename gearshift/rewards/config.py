@@ -53,7 +53,7 @@ class RewardSource(Config):
     `package.module:function`; `file.py:function`.
     """
     weight: float = 1.0
-    """The weight of this part in the sum of rewards; with 0 it is only logged."""
+    """The weight of this source in the sum of rewards; with 0 it is only logged."""
     ensemble: Literal["mean", "min", "mean_less_std"] = "mean"
     """How the scores of several reward models become one. `min` and `mean_less_std` (the mean minus
     the standard deviation) guard against the mistakes of a single model (Coste et al. 2023).

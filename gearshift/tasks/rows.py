@@ -49,8 +49,8 @@ class RowsConfig(TaskConfig):
     """A file of rows by which settings are chosen; or a share of the prompts of `train`."""
     test: PathText | float = 0.1
     """A file of rows that are evaluated once, at the end; or a share of the prompts of `train`. A
-    column `cluster` names rows that are one problem, as rows with equal prompts are; no problem
-    stands in two splits."""
+    column `cluster` names rows that are one problem (rows with equal prompts are one too); no
+    problem stands in two splits."""
     reward: PathText | None = None
     """The environment's own reward, with TRL's signature: `file.py:function`,
     `package.module:function` or `http://...`. null: it has none, and `rl.rewards` names the
@@ -227,15 +227,15 @@ def _report_overlap(
             if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
                 one, place = (split, equal[0]), theirs[mine[equal[0]]]
                 echo(
-                    f"data: {len(equal)} rows left out of {split}, because {other} has their prompts "
-                    f"or clusters; for example {where(one)} is like {where(place)}"
+                    f"data: {len(equal)} rows left out of {split}, because {other} has their "
+                    f"prompts or clusters; for example {where(one)} is like {where(place)}"
                 )
         texts, others = first(split, keys), first(other, keys)
         if pairs := list(near_duplicates([*texts], [*others])):
             i, j = pairs[0]
             echo(
-                f"data: {split} and {other} share nearly equal prompts, which stay in both ({len(pairs)} "
-                f"in {split}); for example {where([*texts.values()][i])} and "
+                f"data: {split} and {other} share nearly equal prompts, which stay in both "
+                f"({len(pairs)} in {split}); for example {where([*texts.values()][i])} and "
                 f"{where([*others.values()][j])}"
             )
 

@@ -128,11 +128,11 @@ def test_files_of_ones_own_win_over_training(
     sizes = {name: len(load(path)) for name, path in paths.items()}
     assert sizes == {"train": 36, "validation": 2, "test": 10}
     out = capsys.readouterr().out
-    assert "10 rows left out of validation, for test has their prompts or clusters: " in out
-    assert "20 rows left out of train, for test has their prompts or clusters: " in out
-    assert f"{source}, line 1 is as {test}, line 1" in out
-    assert "4 rows left out of train, for validation has their prompts or clusters: " in out
-    assert f"{source}, line 11 is as {validation}, line 11" in out
+    assert "10 rows left out of validation, because test has their prompts or clusters; " in out
+    assert "20 rows left out of train, because test has their prompts or clusters; " in out
+    assert f"{source}, line 1 is like {test}, line 1" in out
+    assert "4 rows left out of train, because validation has their prompts or clusters; " in out
+    assert f"{source}, line 11 is like {validation}, line 11" in out
     with pytest.raises(DataError, match=r"No row is left for train"):
         t.prepare(config(test, rewards, validation=source, test=validation), 5, tmp_path / "b")
     with pytest.raises(DataError, match=r"No row is left for validation"):
