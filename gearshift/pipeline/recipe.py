@@ -117,6 +117,11 @@ class Recipe(Config):
     def _names_one_algorithm(self) -> Self:
         name = "preference" if self.algorithm in PREFERENCE else "rl"
         section = self.preference if self.algorithm in PREFERENCE else self.rl
+        if section and section.algorithm is None and self.algorithm:
+            raise ValueError(
+                f"algorithm is {self.algorithm}, and {name} was made without it; "
+                f"give it to {type(section).__name__} too."
+            )
         if section and section.algorithm != self.algorithm:
             raise ValueError(
                 f"algorithm is {self.algorithm} and {name}.algorithm is {section.algorithm}; "

@@ -35,7 +35,7 @@ def explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetail
         return _tag_problem(list(_steps(cls, same[0]["loc"]).kinds), key, same[0])
     wanted = " or ".join(dict.fromkeys(_wanted(e) for e in same))
     if kind == "model_attributes_type" and (kinds := _steps(cls, same[0]["loc"]).kinds):
-        wanted += f", such as {{{_tag(kinds)}}}"
+        wanted += f", such as {{{_tag(kinds, same[0]['input'])}}}"
     if kind == "value_error":
         return f"`{shown}`: {wanted}{more}" if key else f"{wanted}{more}"
     return f"`{shown}` is {short(same[0]['input'])}; it should be {wanted}.{more}"
@@ -43,18 +43,23 @@ def explain(cls: type[BaseModel], tree: dict[str, Any], errors: list[ErrorDetail
 
 def _tag_problem(known: list[str], key: str, error: ErrorDetails) -> str:
     """Explain that the key that selects one of several sections is missing or wrong."""
-    which = f"{key}.{error['ctx']['discriminator'].strip(chr(39))}"
+    name = error["ctx"]["discriminator"].strip("'")
+    which, section = f"{key}.{name}", error["input"]
     tag = error["ctx"].get("tag")
     if tag is None:
         return f"`{which}` is missing; there are {', '.join(known)}."
     near = difflib.get_close_matches(str(tag), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-    return f"`{which}` is {short(tag)}; {hint}"
+    given = section.get(name) if isinstance(section, dict) else tag
+    return f"`{which}` is {short(given)}; {hint}"
 
 
-def _tag(kinds: dict[str, type[BaseModel]]) -> str:
-    """The first of these kinds of a section, as the section says it: `name: gae`."""
-    tag, model = next(iter(kinds.items()))
+def _tag(kinds: dict[str, type[BaseModel]], given: Any) -> str:
+    """The kind that was given in place of a section, or else the first one, as the section says it:
+    `name: gae`.
+    """
+    tag = given if isinstance(given, str) and given in kinds else next(iter(kinds))
+    model = kinds[tag]
     fields = model.model_fields.items()
     return next(f"{name}: {tag}" for name, f in fields if tag in typing.get_args(f.annotation))
 
@@ -111,6 +116,8 @@ def _dotted(cls: type[BaseModel], node: Any, error: ErrorDetails) -> str:
 def _wanted(error: ErrorDetails) -> str:
     if error["type"] in ("model_type", "model_attributes_type"):
         return "a section with keys of its own"
+    if error["type"] in ("tuple_type", "list_type"):
+        return "a list"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return message.removeprefix("Input should be ").split(", unable to")[0]
 

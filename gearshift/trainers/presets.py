@@ -136,7 +136,7 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = recipe.get("algorithm")
     for section in ("rl", "preference"):
-        name = name or _written(recipe, section).get("algorithm")
+        name = name or kind_of(recipe.get(section), "algorithm")
     if not isinstance(name, str):
         return dict(recipe)
     if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
@@ -162,7 +162,10 @@ def _written(recipe: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 
 
 def _with(name: str, section: Any) -> Any:
-    return {"algorithm": name, **section} if isinstance(section, Mapping) else section
+    if not isinstance(section, Mapping):
+        return section
+    own = {key: value for key, value in section.items() if key != "algorithm" or value is not None}
+    return {"algorithm": name, **own}
 
 
 def kind_of(section: Any, tag: str) -> str | None:
@@ -174,9 +177,17 @@ def kind_of(section: Any, tag: str) -> str | None:
 def _under(preset: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**preset, **own}
     for key, value in preset.items():
-        said = own.get(key)
+        said = _set_keys(own.get(key))
         if not (isinstance(value, Mapping) and isinstance(said, Mapping)):
             continue
         if all(said.get(tag, value.get(tag)) == value.get(tag) for tag in ("name", "kind")):
             merged[key] = _under(value, said)
     return merged
+
+
+def _set_keys(section: Any) -> Any:
+    """The keys that a config was made with, and its kind; what is no config stays as it is."""
+    if not hasattr(section, "model_fields_set"):
+        return section
+    kinds = [tag for tag in ("name", "kind") if hasattr(section, tag)]
+    return {key: getattr(section, key) for key in [*kinds, *section.model_fields_set]}

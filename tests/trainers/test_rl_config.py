@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gearshift.errors import ConfigError
 from gearshift.pipeline.recipe import Recipe
-from gearshift.runtime.config import load
+from gearshift.runtime.config import dump, load, validated
 from gearshift.trainers import presets
 from gearshift.trainers.preference import PreferenceConfig
-from gearshift.trainers.rl.config import RLConfig
+from gearshift.trainers.rl.config import KLConfig, RLConfig, RolloutConfig
 from gearshift.trainers.rl.methods import CriticConfig, GSPOLoss, PPOClipLoss
 
 REFUSED = [
@@ -27,12 +30,16 @@ REFUSED = [
     (["rl.rollout={group_size: 1, replace_zero_std: 1}"], "`rl.rollout.replace_zero_std`: rewards"),
     (["rl.kl.ratio=true"], "`rl.kl.ratio`: it multiplies a KL in the loss;"),
     (["rl.kl={beta: 0, target: 6}"], "`rl.kl.target`: beta is 0"),
+    (["algorithm=grpo", "rl.kl={beta: 0, ratio: true}"], "`rl.kl.ratio`: beta is 0"),
     (["rl.kl={beta: 0, reference: teacher}"], "`rl.kl.reference`: beta is 0"),
     (["rl.kl.horizon=100"], "`rl.kl.horizon`: only a target adapts beta;"),
     (["rl.importance.cap=3"], "`rl.importance.mode` is missing"),
     (["rl.sft_mix.weight=0.1"], "rl.sft_mix.data.sources is empty"),
     (["algorithm=grpo", "rl.algorithm=rloo"], "algorithm is grpo and rl.algorithm is rloo"),
-    (["rl.advantage=grpo"], "`rl.advantage` is \"grpo\"; it should be a section"),
+    (["rl.advantage=grpo"], "it should be a section with keys of its own, such as {name: grpo}."),
+    (["rl.value=both"], "it should be a section with keys of its own, such as {kind: head}."),
+    (["rl.advantage.name=null"], "`rl.advantage.name` is null;"),
+    (["rl.rewards={source: model}"], '`rl.rewards` is {"source": "model"}; it should be a list.'),
     (["rl.loss.name=gpso"], '`rl.loss.name` is "gpso"; did you mean gspo?'),
 ]  # fmt: skip
 MEANT = [
@@ -90,6 +97,28 @@ def test_what_is_said_stands_over_the_preset() -> None:
     assert RLConfig(algorithm="ppo", advantage={"name": "rloo"}).value is None
 
 
+def test_a_section_made_in_python_stands_over_the_preset_by_what_it_sets() -> None:
+    made = RLConfig(
+        algorithm="dapo",
+        rollout=RolloutConfig(prompts=2),
+        loss=PPOClipLoss(dual_clip=3.0),
+    )
+    written = {"rollout": {"prompts": 2}, "loss": {"dual_clip": 3.0}}
+    assert made == RLConfig.model_validate({"algorithm": "dapo", **written})
+    assert made.rollout.replace_zero_std == 2 and made.loss.clip_high == 0.28
+    grpo = RLConfig(algorithm="grpo", kl=KLConfig(beta=0.1))
+    assert (grpo.kl.beta, grpo.kl.estimator, grpo.kl.where) == (0.1, "k3", "loss")
+    ppo = RLConfig(algorithm="ppo", value=CriticConfig(init_from="reward"))
+    assert ppo == RLConfig(algorithm="ppo", value={"init_from": "reward"})
+    assert Recipe(rl=made) == Recipe(algorithm="dapo", rl=made)
+    with pytest.raises(ValidationError, match="rl was made without it; give it to RLConfig too"):
+        Recipe(algorithm="grpo", rl=RLConfig(steps=3))
+
+
+def test_a_null_algorithm_of_the_section_is_none_of_its_own() -> None:
+    assert load(Recipe, None, ["algorithm=ppo", "rl.algorithm=null"]).algorithm == "ppo"
+
+
 def test_another_kind_on_the_command_line_begins_a_section_anew(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -112,3 +141,46 @@ def test_another_kind_on_the_command_line_begins_a_section_anew(tmp_path: Path) 
     assert other.loss == PPOClipLoss(aggregation="sequence_mean", clip_high=0.3)
     with pytest.raises(ConfigError, match="rloo has no lam"):
         rl("rl.advantage.name=rloo", "rl.advantage.lam=0.8")
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "kl": {"estimator": "k2", "where": "loss", "target": 1.0},
+    "sft_mix": {"data": {"sources": [{"path": "a.jsonl"}]}},
+    "importance": {"mode": "token_mask"},
+}
+"""What a section must have, so that each of its keys may be set."""
+
+
+@st.composite
+def written(draw: st.DrawFn) -> dict[str, Any]:
+    """A section `rl`: a preset, and any of the other keys, nested, with values near their own."""
+    name = draw(st.sampled_from(sorted(presets.RL)))
+    tree: dict[str, Any] = {"algorithm": name, "steps": draw(st.integers(1, 1000))}
+    whole = RLConfig(algorithm=name)
+    for section in ("rollout", "shaping", "advantage", "loss", "value", "kl", "update"):
+        made = getattr(whole, section)
+        keys = sorted(made.model_dump(exclude={"name", "kind"})) if made else []
+        for key in draw(st.lists(st.sampled_from(keys), unique=True)) if keys else []:
+            value = getattr(made, key)
+            if isinstance(value, float) and value:
+                value *= draw(st.floats(0.5, 1.0))
+            needed = NEEDED.get(section, {})
+            tree.setdefault(section, dict(needed))[key] = needed.get(key, value)
+    for section in draw(st.sets(st.sampled_from(["sft_mix", "importance"]))):
+        tree[section] = NEEDED[section]
+    return tree
+
+
+@settings(max_examples=30)
+@given(tree=written())
+def test_a_config_is_the_same_after_it_was_written_and_read(tree: dict[str, Any]) -> None:
+    try:
+        recipe = Recipe.model_validate({"rl": tree})
+    except ValidationError:
+        assume(False)
+    text = dump(recipe)
+    again = validated(Recipe, yaml.safe_load(text))
+    assert again == recipe and dump(again) == text
+    assert recipe.rl is not None and RLConfig.model_validate(recipe.rl.model_dump()) == (
+        recipe.rl.model_copy(update={"algorithm": None})
+    )

@@ -106,7 +106,7 @@ class KLConfig(Config):
             return value
         if name == "ratio" and known.get("where") == "reward":
             raise ValueError("it multiplies a KL in the loss; set where=loss, or leave it out.")
-        if name != "ratio" and known.get("beta") == 0:
+        if known.get("beta") == 0:
             raise ValueError("beta is 0, so there is no KL; set kl.beta, or leave it out.")
         if name == "horizon" and known.get("target") is None:
             raise ValueError("only a target adapts beta; set kl.target, or leave it out.")
