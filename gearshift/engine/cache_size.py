@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gearshift.engine.config import EngineConfig
 from gearshift.kernels.specs import BLOCK
 from gearshift.runtime.free_memory import free_bytes
 
-_CPU_FRACTION, _GPU_FRACTION = 0.5, 0.1
+_CPU_FRACTION, GPU_FRACTION = 0.5, 0.1
 """The share of the free memory that the cache may have, even if the first request needs less. On a
 CPU the cache takes memory only as it is used; on a GPU it takes all of it at once.
 """
@@ -24,7 +24,7 @@ def cache_capacity(
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens // BLOCK
     longest = -(-max_length // BLOCK)
-    fraction = _CPU_FRACTION if model.device.type == "cpu" else _GPU_FRACTION
+    fraction = _CPU_FRACTION if model.device.type == "cpu" else GPU_FRACTION
     affordable = fraction * free_bytes(model.device) / (BLOCK * position_bytes(model))
     return int(min(config.max_num_seqs * longest, max(longest, needed, affordable)))
 
@@ -32,14 +32,16 @@ def cache_capacity(
 def position_bytes(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one position in all layers, at most."""
     config = model.config.get_text_config()
-    layers = getattr(config, "per_layer_config", None) or [config]
-
-    def most(name: str, otherwise: int) -> int:
-        """The greatest figure of this name among the layers, where they differ."""
-        given = [getattr(layer, name, None) or otherwise for layer in layers]
-        return max(max(x) if isinstance(x, list) else x for x in given)
-
-    heads = most("num_attention_heads", 1)
-    size = most("head_dim", config.hidden_size // heads)
-    key_heads = most("num_key_value_heads", heads)
+    heads = largest(config, "num_attention_heads", 1)
+    size = largest(config, "head_dim", config.hidden_size // heads)
+    key_heads = largest(config, "num_key_value_heads", heads)
     return 2 * int(config.num_hidden_layers) * key_heads * size * model.dtype.itemsize
+
+
+def largest(config: PretrainedConfig, name: str, otherwise: int) -> int:
+    """The greatest value of this key among the layers, which may differ; `otherwise` where a layer
+    has none.
+    """
+    layers = getattr(config, "per_layer_config", None) or [config]
+    given = [getattr(layer, name, None) or otherwise for layer in layers]
+    return max(max(x) if isinstance(x, list) else x for x in given)

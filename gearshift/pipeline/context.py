@@ -156,9 +156,9 @@ class Context:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora, engine = self.recipe.model.lora is not None, self.recipe.engine
         needs = config.memory_needs()
-        parts = parts_of(needs, engine, shape, trained, model.device, lora)
         # The parts count what is loaded by now, too.
         free = free_bytes(model.device) + resident(model.device)
+        parts = parts_of(needs, engine, shape, trained, model.device, lora, free)
         tokens, recompute = micro_batch(needs, engine, shape, parts, free)
         parts["activations"] = tokens * shape.token(recompute, needs.padded)
         if short := shortage(with_total(parts)["total"], free):

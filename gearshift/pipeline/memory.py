@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig
+from gearshift.engine.cache_size import GPU_FRACTION, largest
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import MemoryNeeds
@@ -63,23 +64,16 @@ class Shape:
     def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
         """The shape of a model, which may be on the meta device."""
         config = model.config.get_text_config()
-        layers = getattr(config, "per_layer_config", None) or [config]
-
-        def most(name: str, otherwise: int) -> int:
-            """The largest value among the layers, if they differ."""
-            given = [getattr(layer, name, None) or otherwise for layer in layers]
-            return max(max(x) if isinstance(x, list) else x for x in given)
-
-        hidden, heads = config.hidden_size, most("num_attention_heads", 1)
-        key_heads = most("num_key_value_heads", heads)
+        hidden, heads = config.hidden_size, largest(config, "num_attention_heads", 1)
+        key_heads = largest(config, "num_key_value_heads", heads)
         return Shape(
             sum(p.numel() for p in model.parameters()),
             config.num_hidden_layers,
             hidden,
-            most("intermediate_size", 4 * hidden),
+            largest(config, "intermediate_size", 4 * hidden),
             heads + 2 * key_heads,
             key_heads,
-            most("head_dim", hidden // heads),
+            largest(config, "head_dim", hidden // heads),
             config.vocab_size,
             dtype.itemsize,
         )
@@ -115,8 +109,11 @@ def parts_of(
     trained: int,
     device: torch.device,
     adapters: bool = False,
+    free: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes of a stage by purpose, without activations. `trained` parameters learn."""
+    """Bytes of a stage by purpose, without activations. `trained` parameters learn; `free` bytes
+    are there when the stage begins.
+    """
     on_cpu = device.type == "cpu"
     one_micro_batch = 0 < needs.update_tokens <= needs.micro_batch_tokens
     parts = _learning(shape, needs.optimizer, trained, device, cut=not one_micro_batch)
@@ -125,7 +122,7 @@ def parts_of(
     if needs.rollout:
         sequences, length = needs.rollout
         rows = min(engine.max_num_seqs, sequences)
-        parts[f"KV cache of {rows} rows x {length} tokens"] = shape.cache(rows, length)
+        parts.update(_cache(shape, engine, rows, length, 0.0 if on_cpu else GPU_FRACTION * free))
         parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
         if on_cpu and engine.prepack_weights and shape.item == 2:
             parts["prepacked weights"] = float(shape.weights)
@@ -136,6 +133,24 @@ def parts_of(
         critic = _learning(shape, needs.critic, shape.parameters, device, cut)
         parts["critic, its gradients and its optimizer"] = sum(critic.values())
     return parts
+
+
+def _cache(
+    shape: Shape, engine: EngineConfig, rows: int, length: int, allowed: float
+) -> dict[str, float]:
+    """Bytes of the cache. On a CPU it takes memory as it is written. A GPU gives it all at once:
+    what is needed, or more where as many bytes as `allowed` hold it (`engine.cache_size`).
+    """
+    needed = shape.cache(rows, length)
+    if (tokens := engine.kv_cache_tokens) is not None:
+        given = shape.cache(1, tokens)
+        return {f"KV cache of {tokens} tokens": given if allowed else min(given, needed)}
+    longest = engine.max_length
+    most = shape.cache(engine.max_num_seqs, longest) if longest else allowed
+    name = f"KV cache of {rows} rows x {length} tokens"
+    if min(allowed, most) <= needed:
+        return {name: needed}
+    return {f"{name}, and more as memory allows": min(allowed, most)}
 
 
 def _learning(

@@ -65,8 +65,9 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         policy = name in POLICIES
         trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
         needs = config.memory_needs()
-        parts = parts_of(needs, recipe.engine, shape, trained, device, lora is not None)
-        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, free_bytes(device))
+        free, adapters = free_bytes(device), lora is not None
+        parts = parts_of(needs, recipe.engine, shape, trained, device, adapters, free)
+        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, free)
         activations = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
         parts[activations] = tokens * shape.token(recompute, needs.padded)
         stages[name] = with_total(parts)

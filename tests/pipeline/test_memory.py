@@ -164,3 +164,21 @@ def test_what_is_not_there_is_told_before(
     monkeypatch.setattr("gearshift.pipeline.plan.free_bytes", lambda device: 1e6)
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out
+
+
+def test_the_cache_takes_what_the_engine_gives_it() -> None:
+    """On a CPU what is written; on a GPU a tenth of what is free, if it needs no more."""
+    needs = RLConfig().memory_needs()
+    assert needs.rollout is not None
+    needed = LLAMA_1B.cache(*needs.rollout)
+
+    def cache(device: torch.device, free: float, **keys: int) -> float:
+        parts = parts_of(needs, EngineConfig(**keys), LLAMA_1B, 1, device, free=free)
+        return next(size for name, size in parts.items() if name.startswith("KV cache"))
+
+    assert cache(CPU, 80 * GIB) == cache(GPU, 1 * GIB) == needed < 8 * GIB
+    assert cache(GPU, 80 * GIB) == 8 * GIB
+    assert cache(GPU, 80 * GIB, max_length=64, max_num_seqs=64) <= needed
+    assert cache(CPU, 80 * GIB, kv_cache_tokens=1024) == LLAMA_1B.cache(1, 1024)
+    assert cache(CPU, 80 * GIB, kv_cache_tokens=1 << 20) == needed
+    assert cache(GPU, 80 * GIB, kv_cache_tokens=1 << 20) == LLAMA_1B.cache(1, 1 << 20)
