@@ -23,7 +23,7 @@ from gearshift.rewards.functions import (
     Rewards,
     call_rewards,
 )
-from gearshift.runtime.user_functions import load_function
+from gearshift.runtime.user_functions import GIVEN, load_function
 from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
 
@@ -46,6 +46,12 @@ class ProcessReward:
 
     def __init__(self, spec: str, processes: int, timeout: float) -> None:
         """Raises `ConfigError` like `load_function`."""
+        if spec.startswith(GIVEN):
+            raise ConfigError(
+                f"The reward `{spec}` has no module that its process could import; move the "
+                "function into a module and name it module:name, or set no timeout and no "
+                "processes."
+            )
         load_function(spec, "reward")  # an error is reported here once, not by each worker
         self.spec, self.timeout, self.parallel = spec, timeout, processes
         self._lock = Lock()

@@ -15,6 +15,7 @@ from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import combine_rewards
 from gearshift.rewards.worker_pool import ProcessReward
+from gearshift.runtime.user_functions import given_functions
 from gearshift.types import EpisodeInfo, Trajectory
 
 FUNCTION = """
@@ -173,3 +174,11 @@ def test_a_worker_that_hangs_does_not_hold_up_the_end(file: str) -> None:
     assert done.returncode == 0, done.stderr
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(path) not in left
+
+
+def test_a_function_without_a_module_has_no_process() -> None:
+    with (
+        given_functions({"given:mine": lambda completions, **_: [1.0] * len(completions)}),
+        pytest.raises(ConfigError, match=r"`given:mine` has no module .* name it module:name"),
+    ):
+        ProcessReward("given:mine", 1, 1.0)
