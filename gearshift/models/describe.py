@@ -95,7 +95,7 @@ def base_layer(module: Module) -> Module:
 
 
 def _read(parts: Parts, config: Any, base: Any) -> Plan:
-    """Raises `_UnknownError` for a model with other parts."""
+    """Read the plan. Raises `_UnknownError` for a model with other parts."""
     final_norm = _at(base, parts.final_norm)
     # Gemma 3 has a rotary embedding for each kind of layer.
     kinds = list(getattr(base.rotary_emb, "layer_types", ())) if parts.rotary else []

@@ -85,8 +85,8 @@ def post(
     pause: float = 0.5,
 ) -> T:
     """Send a POST and return what `read` finds in the JSON of the answer. The request is repeated
-    if nobody answers, the server is broken or busy, or `read` finds nothing; the pause before it
-    doubles each time (or is what the server asks for, at most a minute). A try ends `timeout`
+    if there is no answer, the server is broken or busy, or `read` finds nothing; the pause before
+    it doubles each time (or is what the server asks for, at most a minute). A try ends `timeout`
     seconds after it began, and reads at most `_MAX_BYTES`.
 
     Raises `NoAnswerError` after the last try, and `ConfigError` if the server refuses the request.

@@ -1,4 +1,6 @@
-"""A digest that tells one version of a caller's function from another. It calls no user code."""
+"""A digest that distinguishes one version of a caller's function from another. It calls no user
+code.
+"""
 
 from __future__ import annotations
 

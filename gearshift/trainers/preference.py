@@ -110,7 +110,7 @@ class Judged:
     reference: list[float] | None = None
     """Log-prob of each completion under the reference, once it is known."""
     other: list[int] = field(default_factory=list)
-    """Another row's completion, from which KTO estimates the KL."""
+    """Another row's completion, with which KTO estimates the KL."""
     other_reference: float = 0.0
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ def train_preference(
     reference: ModelRunner | None = None,
 ) -> None:
     """Train the engine's model in place on judged rows. Without a `reference` the policy as it
-    starts is the reference, and what it says of all rows is computed before the first step; a
+    starts is the reference, and its log-probs of all rows are computed before the first step; a
     `reference` is run at each step, and with adapters is the policy's own runner.
     """
     loss = PreferenceLoss(config, engine, reference)
@@ -194,7 +194,7 @@ class PreferenceLoss:
         self.config, self.engine, self.reference = config, engine, reference
 
     def precompute(self, rows: Sequence[Judged]) -> None:
-        """Keep in all these rows what the reference says of them, while the policy still is the
+        """Store the reference's log-probs in all these rows, while the policy still is the
         reference.
         """
         if self.config.loss in NEEDS_REFERENCE:
@@ -300,7 +300,7 @@ class PreferenceLoss:
 
     @torch.no_grad()
     def accuracy(self, pairs: Sequence[Judged]) -> float:
-        """Fraction of held-out pairs whose chosen side has the greater reward."""
+        """The fraction of held-out pairs whose chosen side has the greater reward."""
         wins = []
         with self.engine.training(), torch.no_grad():
             for packed, rows in self.micros(pairs):

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: maximise the log-probability of what the assistant should have said.
+"""Supervised fine-tuning: maximise the log-probability of the assistant's answers.
 
 loss = - sum over trained tokens of log p(token) / (trained tokens in the whole batch).
-Differs from the textbook in nothing but the packing: no padding, and the mean is over tokens, not
-over rows.
+It differs from the textbook only in the packing: there is no padding, and the mean is over tokens,
+not over rows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What every trainer needs around its loop: a folder, resuming, checkpoints, metrics, progress,
-clean interrupts.
+"""The parts that every trainer needs around its loop: a folder, resuming, checkpoints, metrics,
+progress, clean interrupts.
 
 A trainer iterates `stage.steps()` and calls `stage.log()`; the rest happens between its steps. All
 state that a step may read is either tracked here or a function of (seed, step), so a resumed run
@@ -66,7 +66,7 @@ class StageConfig(Config):
 
 
 class Stateful(Protocol):
-    """Anything that a checkpoint holds."""
+    """An object whose state a checkpoint holds."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> Any: ...
@@ -78,9 +78,11 @@ class _Mark(NamedTuple):
     step: int
     """The step to go on from."""
     updates: list[int]
-    """How many updates each optimizer had begun: as long as it is so, no weight has changed."""
+    """How many updates each optimizer had begun. While this number is the same, no weight has
+    changed.
+    """
     small: dict[str, Any]
-    """The states that change before the weights do: averages, counts."""
+    """The states that change before the weights change: averages, counts."""
 
 
 class Stage:
@@ -185,7 +187,7 @@ class Stage:
         return f"the same command begins {self.name} anew"
 
     def forget(self) -> None:
-        """`keep` saves nothing: the steps since the last checkpoint are to be done again."""
+        """Make `keep` save nothing: the steps since the last checkpoint must be done again."""
         self._mark = None
 
     def phase(self, name: str) -> Any:
@@ -195,8 +197,8 @@ class Stage:
         return self.timer(name)
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Record a finished step: `tokens` it worked on, its metrics, and the seconds of its
-        phases.
+        """Record a finished step: how many `tokens` it processed, its metrics, and the seconds of
+        its phases.
         """
         seconds = self.timer.pop()
         record = {
@@ -212,8 +214,9 @@ class Stage:
             self._progress.advance(1, tokens=tokens, **shown)
 
     def save(self, step: int, small: Mapping[str, Any] | None = None) -> Path | None:
-        """Write a checkpoint to go on from at `step`, unless there is one of then or later; its
-        folder. `small`: states that stand in place of what the objects have now.
+        """Write a checkpoint from which `step` can start, unless there is one of this step or a
+        later one; return its folder. `small`: states that stand in place of what the objects have
+        now.
         """
         if checkpoint.newest_step(self.folder / "checkpoints") >= step:
             return None
@@ -232,7 +235,7 @@ class Stage:
         return checkpoint.save(place, step, tensors, state, keep=self.config.keep)
 
     def _marked(self, step: int) -> _Mark:
-        """That the state is now what this step begins with."""
+        """Record that the present state is the one with which this step begins."""
         large = torch.nn.Module | MasterAdamW | MovingAverage
         small = {
             name: copy.deepcopy(thing.state_dict())
@@ -291,7 +294,7 @@ class Stage:
             write_sealed(path, {"made_from": self._made_from})
 
     def _same_files(self, what: Path, before: Digests) -> None:
-        """Raises `CheckpointError` where the files that something was made from are others now."""
+        """Raises `CheckpointError` if the files that something was made from have changed."""
         if changed := changed_files(before, self._made_from):
             raise CheckpointError(
                 f"{what} was made from other files ({changed}); put that back as it was, or "
@@ -299,7 +302,9 @@ class Stage:
             )
 
     def _changed(self, state: Mapping[str, Any]) -> str:
-        """In words, what a checkpoint was made under and is not so now; empty if nothing."""
+        """The differences between the checkpoint's settings and the present ones, as text; empty if
+        there are none.
+        """
         if "recipe" not in state or "records" not in state:
             return "an earlier version wrote it"
         before = state["recipe"]

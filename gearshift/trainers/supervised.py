@@ -1,4 +1,4 @@
-"""What the stages that learn from rows have in common: their keys, the rows of an update, and the
+"""The common parts of the stages that learn from rows: their keys, the rows of an update, and the
 check that a row is not too long. It must not import a model.
 """
 
@@ -22,9 +22,9 @@ from gearshift.trainers.stage import StageConfig
 
 Row = TypeVar("Row")
 _UNCOUNTED_SIZE = 1 << 20
-"""A row of at most so many characters is always tokenized before it is called too long."""
+"""A row of at most this many characters is always tokenized before it is refused as too long."""
 _LONG_TOKEN = 32
-"""Characters of an uncommonly long token; text has about four characters a token."""
+"""The number of characters of a very long token; text has about four characters per token."""
 
 
 class SupervisedStageConfig(StageConfig):
@@ -48,11 +48,11 @@ class SupervisedStageConfig(StageConfig):
     rows_are: ClassVar[str] = "rows"
 
     def seen(self, rows: int) -> int:
-        """Rows that are learned from in all, each as often as it is seen."""
+        """The total number of rows that are learned from; a row counts at each use."""
         return max(1, math.ceil(round(self.epochs * rows, 6)))
 
     def steps(self, rows: int) -> int:
-        """Updates in all."""
+        """The total number of updates."""
         return math.ceil(self.seen(rows) / self.batch_size)
 
     def batch(self, rows: Mixture[Row], step: int) -> list[Row]:

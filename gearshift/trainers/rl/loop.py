@@ -43,7 +43,7 @@ from gearshift.types import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class RLData:
-    """What reinforcement learning samples from, and what rewards it."""
+    """The sources of prompts and rewards for reinforcement learning."""
 
     collector: Collector
     """Plays episodes of the policy in the task's environment."""
@@ -82,7 +82,7 @@ def train_rl(
 
 
 class RLTrainer:
-    """Holds what lives across steps; `train` is the loop."""
+    """Holds the state between steps; `train` is the loop."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class RLTrainer:
         self.state, self.left_out = AdaptiveState(config.kl.beta), LeftOut()
         self.models = Models(engine, reference)
         updates = config.updates
-        if config.value:  # the policy has no part in the value net's warm-up
+        if config.value:  # the policy does not learn in the value net's warm-up
             updates -= min(config.value.warmup, config.steps) * config.updates_a_step
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.update.optimizer, updates)]
         stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
@@ -153,7 +153,7 @@ class RLTrainer:
             metrics |= self.adapt(metrics, len(sampled))
             self.stage.log(step, metrics, tokens)
             if self.left_out.hopeless:
-                if self.left_out.learned:  # these rollouts changed nothing, and are run again
+                if self.left_out.learned:  # these rollouts changed no weight, and are run again
                     self.stage.save(step + 1 - self.left_out.barren)
                 self.stage.forget()
                 raise self.left_out.error()
@@ -218,7 +218,7 @@ class RLTrainer:
         return {name: fmean(h[name] for h in history) for name in (history[:1] or [{}])[0]}
 
     def adapt(self, metrics: dict[str, float], completions: int) -> dict[str, float]:
-        """Bring beta nearer to what keeps the KL at its target."""
+        """Change beta so that the KL comes closer to its target."""
         kl = self.config.kl
         if kl.target is None or "kl" not in metrics:
             return {}
@@ -239,7 +239,7 @@ class RLTrainer:
     def only_advantages_count(self) -> bool:
         """Whether a completion whose advantage is 0 has no gradient and need not be computed.
 
-        Its weight in the mean stays: the gradient is the same, sooner.
+        Its weight in the mean stays, so the gradient is the same and takes less time.
         """
         kl = self.config.kl
         return not self.config.value and (kl.beta == 0 or kl.where == "reward")

@@ -71,6 +71,6 @@ def rl_loss(
 
 
 def kl_loss(logprobs_M: Tensor, ref_M: Tensor, old_M: Tensor, config: KLConfig) -> Tensor:
-    """[M] the KL to the reference as the loss has it."""
+    """[M]: the KL to the reference in the form that the loss uses."""
     kl_M = KL_ESTIMATORS[config.estimator](logprobs_M, ref_M)
     return with_ratio(kl_M, logprobs_M, old_M) if config.ratio else kl_M
