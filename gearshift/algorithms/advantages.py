@@ -17,37 +17,38 @@ from gearshift.algorithms.normalize import pad_rows, row_mask, totals
 
 
 class Advantages(NamedTuple):
-    """What the policy loss weights tokens with."""
+    """The weight of each token in the policy loss."""
 
     advantages_M: Tensor
     returns_M: Tensor | None = None
-    """What a value net should have predicted; None where the advantage has no use for one."""
+    """The targets of the value net; None if the advantage uses no value net."""
     baseline: float | None = None
-    """The moving average of returns, this rollout's among them, where the advantage keeps one."""
+    """The moving average of returns including this rollout's, if the advantage keeps one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What an advantage function may look at."""
+    """The inputs of an advantage function."""
 
     rewards_M: Tensor
-    """At the tokens that earn them."""
+    """The rewards, at the tokens that earn them."""
     lengths_N: Tensor
     group_N: Tensor
     """Completions of one prompt have the same number."""
     values_M: Tensor | None = None
-    """A value net's, where there is one."""
+    """The values of a value net, if there is one."""
     baseline: float | None = None
     """The moving average of returns so far; None before the first."""
     greedy_N: Tensor | None = None
-    """The return of the greedy completion of each one's prompt, where it was sampled."""
+    """The return of the greedy completion of each completion's prompt, if it was sampled."""
     given_M: Tensor | None = None
-    """True where a reward was given, one of 0 too; None: where it is not 0."""
+    """True where a reward was given, even a reward of 0. None: where it is not 0."""
 
 
 AdvantageFn = Callable[..., Advantages]
-"""(rollout, and the advantage's own numbers) -> advantages; the loop is blind to the method. Raises
-ValueError where what it needs is missing."""
+"""(rollout, and the advantage's own numbers) -> advantages. The loop does not know the method.
+Raises ValueError if an input that it needs is missing.
+"""
 
 
 def returns(rewards_M: Tensor, lengths_N: Tensor, gamma: float = 1.0) -> Tensor:

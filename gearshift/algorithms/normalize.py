@@ -1,4 +1,4 @@
-"""Sums and whitening over completions, and what each token counts for in a loss.
+"""Sums and whitening over completions, and the weight of each token in a loss.
 
 Tensors only: [M] tokens that the policy wrote, completion after completion, [N] completions, and A
 tokens of the longest.

@@ -1,4 +1,4 @@
-"""Policy and value losses of single tokens; what each token counts for is the caller's weight.
+"""Policy and value losses of single tokens; the caller gives the weight of each token.
 
 Tensors only. Legend: M policy tokens of the batch, N completions; `lengths_N` are the tokens of
 each completion, which lie end to end in M. ratio = p / p_old; advantages and old log-probs are

@@ -1,4 +1,4 @@
-"""What becomes of rewards before they are advantages. Tensors only."""
+"""Changes of rewards before they become advantages. Tensors only."""
 
 from __future__ import annotations
 

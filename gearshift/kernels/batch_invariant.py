@@ -25,7 +25,7 @@ formula than those that fill a register."""
 _PIECE = 1 << 14
 """Elements that one thread computes: a multiple of `_REGISTERS`."""
 _REGISTERS = 64
-"""Elements that fill the registers of one step; a multiple of what any CPU takes."""
+"""Elements that fill the registers of one step; a multiple of every CPU's number."""
 
 
 class BatchInvariant(TorchDispatchMode):

@@ -141,7 +141,7 @@ class CPUKernels(Kernels):
         fits = x.shape[1:] == (K,) and (bias is None or bias.shape == (N,))
         given = {t.dtype for t in (x, weight, bias) if t is not None}
         if not self._has_linear or not fits or given != {torch.float32} or not K:
-            return super().linear(x, weight, bias)  # which names what does not fit
+            return super().linear(x, weight, bias)  # this call names the argument that does not fit
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         out = self._empty((len(x), N), torch.float32)
         self._call(

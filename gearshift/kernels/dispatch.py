@@ -1,4 +1,4 @@
-"""The one choice of kernels: by where a tensor lies, its type, and what this machine has."""
+"""The only place that chooses kernels: by a tensor's device and type, and by this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kernels_for(weight: Tensor) -> Kernels:
 
 
 def kernels_of(model: PreTrainedModel) -> Kernels:
-    """The fastest for this model as it is: compiled ones want all weights in one type."""
+    """The fastest kernels for this model: compiled ones need all weights in one type."""
     parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
     uniform = len({p.dtype for p in parameters}) == 1
     return kernels_for(parameters[0]) if uniform else Kernels()

@@ -43,7 +43,7 @@ class Kernels:
     """Every operation as tensor functions; `CPUKernels` and `TritonKernels` replace some."""
 
     def padded_rows(self, rows: int) -> int:
-        """How many rows a captured step has that serves this many."""
+        """The number of rows of the captured step that is used for this many rows."""
         return rows
 
     def capture(self, prepare: Prepare, run: Run) -> Run | None:

@@ -65,7 +65,7 @@ MUTATIONS = (
     Mutation(
         "the value net's warm-up uses the policy's schedule up",
         "trainers/rl/loop.py",
-        "        if config.value:  # the policy has no part in the value net's warm-up",
+        "        if config.value:  # the policy does not learn in the value net's warm-up",
         "        if False:",
         "tests/trainers/test_guards.py -k schedule",
     ),
