@@ -106,7 +106,7 @@ class JudgeReward:
         rubric = re.sub(
             r"\{(\w+)\}", lambda name: str(row.get(name[1], name[0])), self.config.rubric
         )
-        # An answer cannot contain its own digest, so nobody can fake these lines.
+        # An answer cannot contain its own digest, so an answer cannot fake these lines.
         code = hashlib.sha256(f"{conversation}\0{completion}".encode()).hexdigest()[:16]
         words = {
             "rubric": rubric,
