@@ -62,12 +62,12 @@ def give_back_freed_memory() -> None:
 def short_of_memory(error: BaseException) -> str:
     """The reason, if this error means that memory ran out; else an empty text."""
     text = " ".join(str(error).split())
-    said = any(words in text.lower() for words in _NO_MEMORY)
+    matches = any(words in text.lower() for words in _NO_MEMORY)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return text or "it was refused"
     # torch, CUDA and safetensors raise errors of different classes for this.
     other = isinstance(error, GearshiftError) and not isinstance(error, ModelError)
-    return text[:200] if isinstance(error, Exception) and said and not other else ""
+    return text[:200] if isinstance(error, Exception) and matches and not other else ""
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "cannot allocate memory",

@@ -31,8 +31,8 @@ def main(seconds: float, memory: int) -> None:
     asks, answers = sys.stdin.buffer, sys.stdout.buffer
     while head := asks.read(8):
         requests = json.loads(asks.read(int.from_bytes(head)))
-        told = b"[" + b",".join(_timed(r, templates, seconds) for r in requests) + b"]"
-        answers.write(len(told).to_bytes(8) + told)
+        reply = b"[" + b",".join(_timed(r, templates, seconds) for r in requests) + b"]"
+        answers.write(len(reply).to_bytes(8) + reply)
         answers.flush()
 
 

@@ -94,7 +94,7 @@ class _Steady:
 
     def __init__(self, stream: IO[str], other: IO[str], name: str) -> None:
         self._stream, self._other, self._name = stream, other, name
-        self._told = False
+        self._reported = False
 
     def write(self, text: str) -> int:
         try:
@@ -118,10 +118,10 @@ class _Steady:
     def _refused(self, error: Exception) -> None:
         silence(self._stream)
         reason = getattr(error, "strerror", None) or str(error)
-        if self._told:
+        if self._reported:
             return
-        self._told = True
-        told = f"gearshift: standard {self._name} is lost ({reason}); the run goes on.\n"
+        self._reported = True
+        message = f"gearshift: standard {self._name} is lost ({reason}); the run goes on.\n"
         with suppress(OSError, ValueError):
-            self._other.write(told)
+            self._other.write(message)
             self._other.flush()

@@ -87,10 +87,10 @@ def describe_error(error: BaseException) -> str:
     URLs.
     """
     try:
-        said = str(error)
+        text = str(error)
     except Exception:  # the class may be the user's own
-        said = ""
-    return one_line(redact_urls(f"{type(error).__name__}: {said[:2000]}")).rstrip(".: ")
+        text = ""
+    return one_line(redact_urls(f"{type(error).__name__}: {text[:2000]}")).rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:

@@ -138,8 +138,8 @@ def read_answer(completion: str, form: Format) -> str:
     """The answer in a completion; empty if the tags are missing, or only in the reasoning part."""
     if form == "whole":
         return completion.strip()
-    said = without_thoughts(completion)
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", said, flags=re.DOTALL)
+    text = without_thoughts(completion)
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
     return found[-1].strip() if found else ""
 
 

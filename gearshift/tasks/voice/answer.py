@@ -162,8 +162,8 @@ def spoken_answer(text: str, language: str = "en") -> str:
     if language == "en" and "{what}" in sentence:
         what = f"the {what or words['home']}"
     parts = {"what": what, "value": value, "all": ", ".join(p for p in (what, value) if p)}
-    said = sentence.format(**parts).strip().removesuffix(":").removesuffix(" to").strip()
-    return f"{said}."
+    text = sentence.format(**parts).strip().removesuffix(":").removesuffix(" to").strip()
+    return f"{text}."
 
 
 def _what(slots: Mapping[str, Any], language: str) -> str:

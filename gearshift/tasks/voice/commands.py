@@ -151,9 +151,9 @@ def _broken(gold: Reading, values: Values, rng: random.Random) -> str:
 
 def _prose(gold: Reading, values: Values, rng: random.Random) -> str:
     text = command_text(gold)
-    told = " and ".join(f"{name} {value}" for name, value in gold.slots.items()) or gold.intent
+    order = " and ".join(f"{name} {value}" for name, value in gold.slots.items()) or gold.intent
     return rng.choice(
-        (f"Sure! {text}", f"{text} Done.", f"Okay, I will do that: {told}.", "I cannot do that.")
+        (f"Sure! {text}", f"{text} Done.", f"Okay, I will do that: {order}.", "I cannot do that.")
     )
 
 
