@@ -53,7 +53,7 @@ def run(folder: Path, *changes: str) -> None:
             f"rl.rewards={sources}", *changes,
         ],
     )  # fmt: skip
-    Run(recipe, say=lambda text: None).execute()
+    Run(recipe, echo=lambda text: None).execute()
 
 
 def test_a_run_leaves_nothing_open(tmp_path: Path) -> None:

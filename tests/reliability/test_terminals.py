@@ -26,7 +26,7 @@ def pieces(*_: Any, **__: Any) -> Iterator[str]:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gearshift.serve.chat.pieces", pieces)
+    monkeypatch.setattr("gearshift.serve.chat.stream_text", pieces)
 
 
 def seen(capsys: pytest.CaptureFixture[str]) -> str:
@@ -91,7 +91,7 @@ def test_nor_in_an_error(
         raise DataError(f"{HOSTILE} at https://me:secret@h/a?token=secret.")
         yield ""
 
-    monkeypatch.setattr("gearshift.serve.chat.pieces", fails)
+    monkeypatch.setattr("gearshift.serve.chat.stream_text", fails)
     with pytest.raises(SystemExit):
         main(["generate", "tiny", "hello"])
     said = seen(capsys)
