@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tests.mutations import (
     Mutation,
+    api,
     chat,
     determinism,
     doors,
@@ -40,7 +41,7 @@ from tests.mutations import (
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
-    hostile, failing, verdicts, doors, determinism,
+    hostile, failing, verdicts, doors, determinism, api,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 import gearshift
 from gearshift.cli.main import main
 from gearshift.errors import ConfigError, InterruptedRunError
+from gearshift.pipeline.arguments import Arguments
+from gearshift.trainers.callbacks import Callbacks
 
 TINY: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1}
 CHATS = [
@@ -173,6 +175,18 @@ def test_a_second_call_goes_on_and_other_rows_are_refused(
     assert again.metrics == first.metrics and "done before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="made from other rows"):
         gearshift.train_sft("tiny", CHATS[:4], **call)
+
+
+def test_without_an_output_other_rows_have_a_run_of_their_own() -> None:
+    def folder(rows: list[dict[str, Any]], **config: Any) -> str:
+        arguments = Arguments("sft", "sft")
+        arguments.put("model", {"name": "tiny"})
+        arguments.data("sft.data", rows, "data")
+        arguments.add(config)
+        return arguments.recipe(None, Callbacks())[0].run.dir
+
+    assert folder(CHATS) == folder(CHATS)
+    assert len({folder(CHATS), folder(CHATS[:4]), folder(CHATS, epochs=2)}) == 3
 
 
 def test_a_policy_is_measured_on_rows_and_environments() -> None:
