@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gearshift.cli.paths import resolve_folder
 from gearshift.errors import ConfigError
 from gearshift.pipeline.shipped import find_recipe
-from gearshift.runtime.terminal import echo, one_line, printable
+from gearshift.runtime.terminal import echo, one_line, printable, tolerate_lost_output
 
 if TYPE_CHECKING:
     from gearshift.pipeline.records import Record
@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     keep_freed_memory()
     stages = ALL if command == "run" else (command,)
-    _print_summary(Path(recipe.run.dir), Run(recipe).execute(stages))
+    with tolerate_lost_output():  # the run is done, whether or not its table can be printed
+        _print_summary(Path(recipe.run.dir), Run(recipe).execute(stages))
 
 
 def _print_summary(folder: Path, summary: Summary) -> None:
