@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of what was compared."""
+    """The versions of what was compared."""
     found = {}
     for package in ("gearshift", "torch", "transformers", *packages):
         try:

@@ -435,7 +435,7 @@ def reset_peak() -> None:
 
 
 def peak_gib() -> float:
-    """Of this process, since the last reset."""
+    """The peak of this process since the last reset."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     [line] = [line for line in status.split("\n") if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024**2

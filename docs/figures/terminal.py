@@ -11,7 +11,7 @@ import sys
 from html import escape
 
 WIDTH, LINE, LEFT, TOP = 7.23, 17, 14, 40
-"""Of a character, of a line, and of the frame, in pixels."""
+"""The sizes of a character, of a line, and of the frame, in pixels."""
 
 
 def drawn(lines: list[str]) -> str:

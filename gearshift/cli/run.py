@@ -101,8 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     keep_freed_memory()
     stages = ALL if command == "run" else (command,)
+    summary = Run(recipe).execute(stages)
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
-        _print_summary(Path(recipe.run.dir), Run(recipe).execute(stages))
+        _print_summary(Path(recipe.run.dir), summary)
 
 
 def _print_summary(folder: Path, summary: Summary) -> None:

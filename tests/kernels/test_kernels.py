@@ -251,7 +251,7 @@ def test_the_norms_gradient(added: bool, offset: bool, dtype: torch.dtype) -> No
 def test_fp32_products_do_not_depend_on_the_rows_beside(
     rows: int, out: int, size: int, bias: bool
 ) -> None:
-    """Of a weight as it lies, and of one that lies turned (GPT-2's)."""
+    """The weight as it lies, and a weight that lies transposed (GPT-2's)."""
     kernels = kernels_for(torch.empty(0))
     x, weight = torch.randn(rows, size), torch.randn(out, size)
     added = torch.randn(out) if bias else None

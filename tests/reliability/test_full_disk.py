@@ -21,7 +21,7 @@ from tests.chaos.runs import fingerprint
 
 RECIPE = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
 NTH = [1, 4, 9, 16, 23, 31, 40, 50]
-"""Of the short run's writes, those that the fast suite has fail."""
+"""The writes of the short run that the fast suite makes fail."""
 
 
 class Disk:
