@@ -111,7 +111,7 @@ def test_whole_recipes_in_a_page_are_right(page: Path) -> None:
         if block.language == "yaml" and block.title:
             tree = yaml.load(block.text, yaml.CSafeLoader)
             if tree["task"]["name"] not in TASKS:  # the page makes that task
-                del tree["task"]
+                tree["task"] = {"name": "sentiment"}
             Recipe.model_validate(tree)
 
 

@@ -88,6 +88,8 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
         raise DataError(f"{path} does not exist{_nearest(file)}")
     if file.is_dir():
         raise DataError(f"{path} is a folder; name a file in it.")
+    if split != "train":
+        raise DataError(f"{path} is a file, which has no split {show(split)}; leave out `split`.")
     if not file.is_file():  # a pipe or a device may have no end, and cannot be read twice
         raise DataError(f"{path} is not a regular file; write its content into one.")
     rows = _parquet(file) if kind == ".parquet" else _read(file, kind)

@@ -6,6 +6,7 @@ from either. Keyword arguments are the recipe's keys: see `Arguments.add`.
 
 from __future__ import annotations
 
+import os
 import time
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
-from gearshift.pipeline.arguments import NO_ENVIRONMENT, Arguments, Data, plain
+from gearshift.pipeline.arguments import NO_ENVIRONMENT, Arguments, Data, Default, plain
 from gearshift.pipeline.recipe import STAGES, Recipe
 from gearshift.pipeline.records import format_record
 from gearshift.pipeline.result import RunResult
@@ -39,7 +40,7 @@ Reward = str | Path | RunResult | Callable[..., Any]
 Environment = str | Callable[[], TextEnvironment]
 """A class or a function that makes a `TextEnvironment`; or its name: `module:Class`, an id that
 Gymnasium knows."""
-_DEFAULT, _PREFERENCE_DEFAULT = "grpo", "dpo"
+_DEFAULT, _PREFERENCE_DEFAULT = Default("grpo"), Default("dpo")
 OnStep = Callable[[int, dict[str, Any]], object]
 OnRollout = Callable[[int, list[dict[str, Any]]], object]
 OnCheckpoint = Callable[[int, Path], object]
@@ -50,7 +51,7 @@ def train_sft(
     data: Data,
     *,
     output: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = True,
     on_step: OnStep | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -73,7 +74,7 @@ def train_reward_model(
     *,
     heldout: Data | None = None,
     output: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = True,
     on_step: OnStep | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -96,7 +97,7 @@ def train_process_reward_model(
     *,
     heldout: Data | None = None,
     output: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = True,
     on_step: OnStep | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -119,7 +120,7 @@ def train_dpo(
     algorithm: str = _PREFERENCE_DEFAULT,
     heldout: Data | None = None,
     output: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = True,
     on_step: OnStep | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -150,7 +151,7 @@ def train_rl(
     validation: Data | float | None = None,
     test: Data | float | None = None,
     output: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = True,
     on_step: OnStep | None = None,
     on_rollout: OnRollout | None = None,
@@ -229,9 +230,10 @@ def _known(algorithm: object, known: Iterable[str], function: str) -> None:
         raise ConfigError(f"{function} has no algorithm {algorithm!r}; it has {', '.join(names)}.")
 
 
-def _start(arguments: Arguments, model: Model, seed: int) -> None:
+def _start(arguments: Arguments, model: Model, seed: int | None) -> None:
     arguments.model(model)
-    arguments.put("run.seed", seed)
+    if seed is not None:
+        arguments.put("run.seed", seed)
 
 
 def _pairs(arguments: Arguments, section: str, data: Data, heldout: Data | None) -> None:
@@ -273,10 +275,15 @@ def _run(
     callbacks: Callbacks,
     verbose: bool,
 ) -> RunResult:
-    arguments.add(config)
+    folder = {"run": {"dir": os.fspath(output)}} if isinstance(output, str | os.PathLike) else {}
+    if arguments.section:  # a config must not contradict what the call says; `run` overrides
+        for key, value in folder.items():
+            arguments.put(key, value)
+        folder = arguments.tree
+    arguments.add(config, folder)
     own = (arguments.tree.get(arguments.section or "") or {}).get("algorithm")
-    if own and arguments.tree.get("algorithm") in (_DEFAULT, _PREFERENCE_DEFAULT):
-        arguments.put("algorithm", own)  # a config object's, in place of the default
+    if isinstance(default := arguments.tree.get("algorithm"), Default):
+        arguments.put("algorithm", own or str(default))
     recipe, given = arguments.recipe(output, callbacks)
     stages = [name for name in STAGES if getattr(recipe, name) is not None]
     if not stages:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN, Given, as_jsonl
 from gearshift.pipeline.recipe import Recipe, RunConfig, add_task
-from gearshift.runtime.config import Config, identity, validated
+from gearshift.runtime.config import Config, identity, overridden, validated
 from gearshift.runtime.keys import models_of
 from gearshift.runtime.user_functions import GIVEN as GIVEN_NAME
 from gearshift.runtime.user_functions import name_of
@@ -41,6 +41,10 @@ _HERE = "<output>"
 """Stands for the run's folder until that is known."""
 
 
+class Default(str):
+    """The default of an argument, which gives way to the same key in a config."""
+
+
 class Arguments:
     """A recipe that is being made from the arguments of a call."""
 
@@ -53,20 +57,30 @@ class Arguments:
 
     def put(self, key: str, value: Any) -> None:
         """Write a key of the recipe, over what it has there."""
-        *path, last = key.split(".")
-        node = self.tree
-        for part in path:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        node[last] = _over(node.get(last), plain(value))
+        _put(self.tree, key, value)
 
-    def add(self, config: Mapping[str, Any]) -> None:
+    def add(self, config: Mapping[str, Any], given: Tree | None = None) -> None:
         """Write the caller's keys. A key may leave out its section where that is the stage, a part
         of the stage, the task, the model or the run; `"a.b"` is the key `b` of the section `a`.
+
+        Raises `ConfigError` for a key that has another value in `given`, the tree of the call's
+        other arguments.
         """
-        for key, value in config.items():
-            self.put(self._whole(key), value)
+        before = self.tree.get("task")
+        task = _over(before, plain(config["task"])) if "task" in config else before
+        keys = {self._whole(key, task): value for key, value in config.items()}
+
+        def write(tree: Tree) -> None:
+            for key, value in keys.items():
+                _put(tree, key, value)
+
+        own: Tree = {}
+        write(own)
+        for key, one, other in _contradictions(given or {}, own):
+            raise ConfigError(
+                f"The call gives `{key}` twice, as {one:.60} and as {other:.60}; give it once."
+            )
+        self.tree = overridden(Recipe, self.tree, write)
 
     def rows(self, data: Data, name: str, text: str, messages: str) -> list[Tree]:
         """The sources that a recipe names for the data. Given rows go to the file `name` of the
@@ -156,13 +170,13 @@ class Arguments:
         folder = os.path.expanduser(str(self.tree["run"]["dir"]))
         return validated(Recipe, _settled(self.tree, folder)), given
 
-    def _whole(self, key: str) -> str:
+    def _whole(self, key: str, task: Any) -> str:
         first = key.partition(".")[0]
         if first in Recipe.model_fields:
             return key
         homes: dict[str | None, Iterable[str]] = {
             **(_homes(self.section) if self.section else {}),
-            "task": _task_keys(self.tree.get("task")),
+            "task": _task_keys(task),
             "model": ModelConfig.model_fields,
             "run": RunConfig.model_fields,
         }
@@ -188,6 +202,26 @@ def plain(value: Any) -> Any:
 
 def _literals(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
+def _put(tree: Tree, key: str, value: Any) -> None:
+    """Write a key of the tree, and make the sections that it needs."""
+    *path, last = key.split(".")
+    node = tree
+    for part in path:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[last] = _over(node.get(last), plain(value))
+
+
+def _contradictions(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """The keys that have two values, with these as texts; None and a default give way."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() & other.keys():
+            yield from _contradictions(one[name], other[name], f"{key}.{name}" if key else name)
+    elif one is not None and not isinstance(one, Default) and one != other:
+        yield key, show(one), show(other)
 
 
 def _over(before: Any, value: Any) -> Any:

@@ -16,6 +16,7 @@ from gearshift.engine import EngineConfig
 from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN
+from gearshift.pipeline.unused import unused_keys
 from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
@@ -79,7 +80,8 @@ class Recipe(Config):
     """The model to start from."""
     algorithm: Algorithm | None = None
     """A published method by name. It fills in the keys of `rl`, or of `preference` in place of
-    `rl`, that it stands for; what the recipe sets itself stays.
+    `rl`, that it stands for; what the recipe sets itself stays. A recipe of `preference` methods
+    must not set keys of `rl`.
     """
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
@@ -106,6 +108,15 @@ class Recipe(Config):
     def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """The tree with its algorithm in the section that it is about."""
         return expand(tree)
+
+    @classmethod
+    def unused(cls, tree: dict[str, Any]) -> dict[tuple[str, ...], str]:
+        """The keys of stages, `eval`, `environment` and `model` that nothing reads."""
+        sections: dict[str, type[Config]] = {
+            "eval": EvalConfig,
+            "environment": EnvironmentConfig,
+        }
+        return dict(unused_keys(tree, STAGES, POLICIES, sections))
 
     @model_validator(mode="before")
     @classmethod

@@ -90,6 +90,8 @@ class RewardSource(Config):
             )
         if kind == "environment" and self.normalize:
             raise ValueError("normalize is for functions and models; see whiten for advantages.")
+        if self.ensemble != "mean" and (kind != "model" or "," not in self.source):
+            raise ValueError("ensemble is for several reward models, `model:FOLDER,FOLDER`.")
         if kind in ("http", "https", "judge") and self.processes:
             raise ValueError("processes are only for functions; remove them from this address.")
         if kind not in ("http", "https", "judge") and self.key_env:

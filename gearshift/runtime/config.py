@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -63,6 +63,8 @@ class Config(BaseModel):
         if not isinstance(tree, dict):
             return coerce(tree, Any)
         _check_no_secret(tree)
+        for key, why in cls.unused(tree).items():
+            raise ValueError(f"`{'.'.join(key)}` is set and not used, because {why}")
         tree = cls.filled(tree)
         types = {name: field.annotation for name, field in cls.model_fields.items()}
         return {key: coerce(value, types.get(key, Any)) for key, value in tree.items()}
@@ -72,17 +74,30 @@ class Config(BaseModel):
         """The tree with what one of its keys stands for; a class with presets says what."""
         return tree
 
+    @classmethod
+    def unused(cls, tree: dict[str, Any]) -> dict[tuple[str, ...], str]:
+        """The keys that the tree sets and that nothing reads, each with the reason and the way out;
+        a class whose sections exclude each other says which.
+        """
+        return {}
+
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     """The config in the YAML file at `path` (None: all defaults), changed by `overrides`.
 
     An override is `key.sub=value` or, for a list, `key.0.sub=value`; its value is one scalar up to
     its last letter, or YAML in brackets, braces or quotes. A key of type text gets the text as it
-    is written. Where overrides make a section one of another kind (`task.name=...`), nothing of
-    the file's section stays. Raises `ConfigError`, one line, on a missing or broken file, a bad
-    override, or a bad key, type or value.
+    is written. Where overrides make a section one of another kind (`task.name=...`), or one that
+    is not used (`algorithm=dpo`), nothing of the file's section stays. Raises `ConfigError`, one
+    line, on a missing or broken file, a bad override, or a bad key, type or value.
     """
-    tree = _overridden(cls, read_mapping(path) if path else {}, overrides)
+    tree = read_mapping(path) if path else {}
+
+    def write(tree: dict[str, Any]) -> None:
+        for override in overrides:
+            _apply(tree, override)
+
+    tree = overridden(cls, tree, write)
     return validated(cls, tree, f"{path}: " if path else "")
 
 
@@ -129,19 +144,22 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
     return [] if before == after else [f"`{key}` was {short(before)} and is {short(after)}"]
 
 
-def _overridden(cls: type[Config], tree: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """The tree with the overrides; a section whose kind they change starts empty."""
+def overridden(
+    cls: type[Config], tree: dict[str, Any], write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The tree after `write` has changed it; a section whose kind the change switches, or that it
+    puts out of use, starts empty.
+    """
     changed = copy.deepcopy(tree)
-    for override in overrides:
-        _apply(changed, override)
-    after = _kinds(cls, changed)
-    switched = [key for key, kind in _kinds(cls, tree) if (key, kind) not in after]
+    write(changed)
+    kinds, unused = _kinds(cls, changed), cls.unused(tree)
+    switched = [key for key, kind in _kinds(cls, tree) if (key, kind) not in kinds]
+    switched += [key for key in cls.unused(changed) if key not in unused]
     if not switched:
         return changed
     for key in switched:
         _delete(tree, key)
-    for override in overrides:
-        _apply(tree, override)
+    write(tree)
     return tree
 
 

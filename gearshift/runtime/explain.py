@@ -143,7 +143,8 @@ def _nearest(cls: type[BaseModel], loc: Sequence[int | str], key: str) -> str:
 
 def _inside(cls: type[BaseModel], path: Sequence[str], last: str) -> list[str]:
     """The keys in the section at `path` that have this name, alone or after their section's; else
-    those that a part of it names (`reward_clip`: `clip`), or that are spelt nearly so.
+    those that a part of it names (`reward_clip`: `clip`), or that are spelt nearly so; without a
+    spelling that is very near, also those with the same last word.
     """
     ways = [re.sub(r"\[.*?\]", "", key).split(".") for key, _ in leaves(cls)]
     known = dict.fromkeys(".".join(way[: i + 1]) for way in ways for i in range(len(way)))
@@ -157,5 +158,9 @@ def _inside(cls: type[BaseModel], path: Sequence[str], last: str) -> list[str]:
         for key, name in names.items()
         if last.endswith(f"_{name[-1]}") or f"_{last}_" in f"_{name[-1]}_"
     ]
-    near = difflib.get_close_matches(last, [name[-1] for name in names.values()], n=1, cutoff=0.7)
-    return part or [key for key, name in names.items() if name[-1] in near]
+    ends = [name[-1] for name in names.values()]
+    typo, near = (difflib.get_close_matches(last, ends, n=1, cutoff=c) for c in (0.85, 0.7))
+    noun = last.rpartition("_")[2]  # `max_tokens` may be any number of tokens
+    near += [] if typo or noun == last else [end for end in ends if end.endswith(f"_{noun}")]
+    found = [key for end in near for key, name in names.items() if name[-1] == end]
+    return part or list(dict.fromkeys(found))

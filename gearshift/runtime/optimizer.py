@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -46,7 +46,8 @@ class OptimizerConfig(Config):
     )
     """How the learning rate changes after the warm-up."""
     warmup: int = Field(default=0, ge=0)
-    """How many steps the learning rate takes to rise linearly from 0 to its peak."""
+    """How many steps the learning rate takes to rise linearly from 0 to its peak; the schedule
+    `constant` has no such steps."""
     moments: Literal["float32", "8bit"] = "float32"
     """The precision of Adam's moments; `8bit` (Dettmers et al. 2022; it needs torchao) takes a
     quarter of the memory.
@@ -56,6 +57,15 @@ class OptimizerConfig(Config):
     `while_generating` moves them there while the policy generates; `always` also computes the
     update there. Without a GPU the key has no effect.
     """
+
+    @field_validator("warmup")
+    @classmethod
+    def _is_used(cls, warmup: int, info: ValidationInfo) -> int:
+        if warmup and info.data.get("schedule") == "constant":
+            raise ValueError(
+                "schedule=constant does not read it; leave it out, or take constant_with_warmup."
+            )
+        return warmup
 
 
 class MasterAdamW:

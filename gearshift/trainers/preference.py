@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,10 +39,19 @@ from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
+from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
-NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
+NEEDS_REFERENCE = ("dpo", "ipo", "kto")
+_OF_LOSS = {
+    "label_smoothing": ("dpo",),
+    "margin": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "supervised_weight": ("dpo", "ipo", "kto", "simpo"),
+    "reference": NEEDS_REFERENCE,
+}
+"""Keys that only some losses read."""
 
 
 class PreferenceConfig(SupervisedStageConfig):
@@ -53,7 +62,7 @@ class PreferenceConfig(SupervisedStageConfig):
     own `algorithm`."""
     data: DataConfig = DataConfig()
     """`prompt`/`chosen`/`rejected` rows; for `kto` also `prompt`/`completion`/`label`."""
-    heldout: DataConfig = DataConfig()
+    heldout: HeldoutConfig = DataConfig()
     """Pairs that only measure accuracy."""
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
     """The method; `docs/algorithms.md` has their formulas."""
@@ -92,6 +101,15 @@ class PreferenceConfig(SupervisedStageConfig):
     def memory_needs(self) -> MemoryNeeds:
         copied = self.reference == "each_step" and self.loss in NEEDS_REFERENCE
         return replace(super().memory_needs(), reference=copied)
+
+    @field_validator(*_OF_LOSS)
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        wanted, loss = _OF_LOSS[name], info.data.get("loss")
+        if value != cls.model_fields[name].default and loss is not None and loss not in wanted:
+            raise ValueError(f"loss={loss} does not read it; leave it out, or take {wanted[0]}.")
+        return value
 
     @model_validator(mode="after")
     def _enough_rows(self) -> Self:

@@ -130,20 +130,30 @@ def preference_filled(section: Mapping[str, Any]) -> dict[str, Any]:
     return _under(_preset(PREFERENCE, section), section)
 
 
-def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's tree with its `algorithm` also in the section that it is about, `rl` or
-    `preference`, which fills in the keys. A section's own `algorithm` counts as the recipe's.
-    """
+def algorithm_of(recipe: Mapping[str, Any]) -> Any:
+    """The `algorithm` of a recipe's tree; that of a section counts as the recipe's."""
     name = recipe.get("algorithm")
     for section in ("rl", "preference"):
         name = name or kind_of(recipe.get(section), "algorithm")
-    if not isinstance(name, str):
-        return dict(recipe)
+    return name if isinstance(name, str) else None
+
+
+def takes_pairs_of_reward(recipe: Mapping[str, Any]) -> bool:
+    """Whether the preference stage learns from the data of `reward`, as it names none itself."""
+    own = recipe.get("preference") or {}
+    return isinstance(own, Mapping) and not own.get("data")
+
+
+def expand(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's tree with its `algorithm` also in the section that it is about, `rl` or
+    `preference`, which fills in the keys.
+    """
+    name = algorithm_of(recipe)
     if name in RL and recipe.get("rl", {}) is not None:  # a stage set to null stays out
         return {**recipe, "algorithm": name, "rl": _with(name, recipe.get("rl", {}))}
     if name in PREFERENCE:
         own, reward = recipe.get("preference") or {}, _written(recipe, "reward")
-        if isinstance(own, Mapping) and not own.get("data"):  # the reward model's pairs
+        if takes_pairs_of_reward(recipe):
             own = {**own, **{k: reward[k] for k in ("data", "heldout") if k in reward}}
             recipe = {**recipe, "reward": None}
         return {**recipe, "algorithm": name, "preference": _with(name, own), "rl": None}

@@ -25,7 +25,7 @@ from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
+from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 
@@ -34,7 +34,7 @@ class ProcessRewardConfig(SupervisedStageConfig):
 
     data: DataConfig = DataConfig()
     """`prompt`/`completions`/`labels` rows: the steps of an answer, and whether each is right."""
-    heldout: DataConfig = DataConfig()
+    heldout: HeldoutConfig = DataConfig()
     """Rows that only measure accuracy."""
     model: PathText | None = None
     """The backbone: a folder or a name, a decoder or an encoder; null starts from the newest

@@ -26,7 +26,7 @@ from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.needs import Inputs
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
+from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
 
 
@@ -50,7 +50,7 @@ class RewardModelConfig(SupervisedStageConfig):
 
     data: DataConfig = DataConfig()
     """`prompt`/`chosen`/`rejected` rows; a `margin` (Touvron et al. 2023) where there is one."""
-    heldout: DataConfig = DataConfig()
+    heldout: HeldoutConfig = DataConfig()
     """Pairs that only measure accuracy."""
     model: PathText | None = None
     """The backbone: a folder or a name, a decoder or an encoder; null starts from the stage

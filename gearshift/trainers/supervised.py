@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gearshift.data import DataConfig, Mixture, errors_at
 from gearshift.data.rows import text_size
@@ -25,6 +25,16 @@ _UNCOUNTED_SIZE = 1 << 20
 """A row of at most this many characters is always tokenized before it is refused as too long."""
 _LONG_TOKEN = 32
 """The number of characters of a very long token; text has about four characters per token."""
+
+
+def _unweighted(config: DataConfig) -> DataConfig:
+    if any(source.weight != 1.0 for source in config.sources):
+        raise ValueError("held-out sources are not mixed; leave out their weight.")
+    return config
+
+
+HeldoutConfig = Annotated[DataConfig, AfterValidator(_unweighted)]
+"""The data that a stage only measures by: all rows of its sources."""
 
 
 class SupervisedStageConfig(StageConfig):

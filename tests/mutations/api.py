@@ -31,4 +31,11 @@ MUTATIONS = (
         "import importlib\n\nimport torch\n",
         "tests/pipeline/test_api.py -k imports_nothing",
     ),
+    Mutation(
+        "an algorithm that is given gives way to a config's",
+        "pipeline/api.py",
+        'if isinstance(default := arguments.tree.get("algorithm"), Default):',
+        'if own and isinstance(default := arguments.tree.get("algorithm"), str):',
+        "tests/pipeline/test_python_calls.py -k wrong_argument",
+    ),
 )

@@ -146,4 +146,18 @@ MUTATIONS = (
         "    if True:\n",
         "tests/trainers/test_rl_config.py -k anew",
     ),
+    Mutation(
+        "what a recipe sets and does not use is dropped without a word",
+        "runtime/config.py",
+        "for key, why in cls.unused(tree).items():",
+        "for key, why in {}.items():",
+        "tests/trainers/test_rl_config.py -k set_and_not_used",
+    ),
+    Mutation(
+        "a policy that never trains is trained",
+        "trainers/rl/config.py",
+        "value.warmup > steps:",
+        "False:",
+        "tests/trainers/test_rl_config.py -k set_and_not_used",
+    ),
 )

@@ -393,5 +393,5 @@ def test_a_reward_model_alone_is_a_reward(tmp_path: Path) -> None:
     assert isinstance(own, float)
     found = gearshift.evaluate(result, PROMPTS[:2], judge, max_new_tokens=4)
     assert found.episodes == 2 and found.value != 0
-    with pytest.raises(ConfigError, match="reward is null"):
+    with pytest.raises(ConfigError, match="twice"):
         gearshift.train_rl("tiny", PROMPTS, judge, **{"rl.rewards": [{"source": "environment"}]})

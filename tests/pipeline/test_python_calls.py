@@ -18,9 +18,12 @@ import gearshift
 from gearshift.errors import GearshiftError
 from gearshift.pipeline.arguments import Arguments, plain
 from gearshift.trainers.callbacks import Callbacks
+from gearshift.trainers.rl.config import RLConfig
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(3)]
 PROMPTS = [row["prompt"] for row in ROWS]
+CUT: dict[str, Any] = {"task.validation": 0.3}
+IPO = gearshift.PreferenceConfig(algorithm="ipo")
 ENGINE = gearshift.load("tiny", device="cpu")
 
 
@@ -68,6 +71,24 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: gearshift.train_rl("tiny", PROMPTS, one, reward_weights=1.0), "a list"),  # type: ignore[arg-type]
     (lambda: gearshift.train_rl("tiny", PROMPTS, one, "dpo"), "train_rl has no algorithm 'dpo'"),
     (lambda: gearshift.train_dpo("tiny", ROWS, algorithm="grpo"), "it has dpo, cdpo"),
+    (
+        lambda: gearshift.train_rl("tiny", PROMPTS, one, "grpo", rl=RLConfig(algorithm="ppo")),
+        "algorithm is grpo and rl.algorithm is ppo; name one of them",
+    ),
+    (
+        lambda: gearshift.train_dpo("tiny", ROWS, algorithm="dpo", preference=IPO),
+        "algorithm is dpo and preference.algorithm is ipo",
+    ),
+    (
+        lambda: gearshift.train_sft("tiny", ROWS, seed=0, run={"seed": 3}),
+        "`run.seed` twice, as 0 and as 3",
+    ),
+    (lambda: gearshift.train_sft("tiny", ROWS, name="small"), "`model.name` twice"),
+    (lambda: gearshift.train_sft("tiny", ROWS, output="a", dir="b"), "`run.dir` twice"),
+    (
+        lambda: gearshift.train_rl("tiny", PROMPTS, one, validation=0.2, **CUT),
+        "`task.validation` twice, as 0.2 and as 0.3",
+    ),
     (lambda: gearshift.train_sft(ENGINE.model, ROWS), "save_pretrained"),  # type: ignore[arg-type]
     (lambda: gearshift.train_sft("tiny", ROWS, output=3), "the path of a folder"),  # type: ignore[arg-type]
     (lambda: gearshift.train_sft("tiny", ROWS, on_step=3), "on_step is 3"),  # type: ignore[arg-type]

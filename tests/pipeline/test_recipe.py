@@ -12,7 +12,13 @@ from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
 from gearshift.runtime.folder_lock import lock_run_folder
 
-BASE = ["model.name=tiny", "rl.steps=3", "sft.epochs=1", "rl.rewards=[{source: environment}]"]
+BASE = [
+    "model.name=tiny",
+    "task.name=sentiment",
+    "rl.steps=3",
+    "sft.epochs=1",
+    "rl.rewards=[{source: environment}]",
+]
 
 
 def recipe(*changes: str) -> Recipe:
@@ -54,7 +60,7 @@ def test_what_does_is_named(change: str, named: str, tmp_path: Path) -> None:
 
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """Keys that it does not have count as their defaults; layout and comments say nothing."""
-    text = "# ours\nrl: {rewards: [{source: environment}], steps: 3}\n"
+    text = "# ours\ntask: {name: sentiment}\nrl: {rewards: [{source: environment}], steps: 3}\n"
     (tmp_path / "recipe.yaml").write_text(text + "model: {name: tiny}\nsft: {epochs: 1}\n")
     write_json(tmp_path / "data" / "done.json", {})
     record_recipe(tmp_path, with_date(recipe(), tmp_path))

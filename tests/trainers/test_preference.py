@@ -114,7 +114,8 @@ def slow_loss(config: PreferenceConfig, policy: Any, reference: Any, rows: list[
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo"])
 def test_packed_is_one_by_one(loss: str, micro_batch_tokens: int) -> None:
     """Loss and gradient, in one micro-batch and in many."""
-    config = settings(loss, micro_batch_tokens=micro_batch_tokens, margin=0.3, label_smoothing=0.1)
+    own = {"dpo": {"label_smoothing": 0.1}, "simpo": {"margin": 0.3}}.get(loss, {})
+    config = settings(loss, micro_batch_tokens=micro_batch_tokens, **own)
     engine, reference = moved_engine(), load_policy(TINY)
     examples = single(8) if loss == "kto" else pairs(8)
     rows = render_judged(examples, engine.tokenizer, 512)

@@ -67,7 +67,7 @@ def test_a_stage_set_to_null_stays_out() -> None:
 
 def test_one_word_makes_preferences_of_a_recipe_with_a_reward_model() -> None:
     pairs = {"data": {"sources": [{"path": "pairs.jsonl"}]}}
-    recipe = Recipe.model_validate({"algorithm": "dpo", "reward": pairs, "rl": {"steps": 3}})
+    recipe = Recipe.model_validate({"algorithm": "dpo", "reward": pairs})
     assert recipe.preference is not None and recipe.reward is None and recipe.rl is None
     assert recipe.preference.data.sources[0].path == "pairs.jsonl"
     own = {"data": {"sources": [{"path": "own.jsonl"}]}}

@@ -36,6 +36,19 @@ REFUSED = [
     (["rl.importance.cap=3"], "`rl.importance.mode` is missing"),
     (["rl.sft_mix.weight=0.1"], "rl.sft_mix.data.sources is empty"),
     (["algorithm=grpo", "rl.algorithm=rloo"], "algorithm is grpo and rl.algorithm is rloo"),
+    (["algorithm=dpo", "rl.steps=3"], "`rl.steps` is set and not used, because algorithm=dpo t"),
+    (["preference.algorithm=ipo", "rl.steps=3"], "`rl.steps` is set and not used"),
+    (["algorithm=dpo", "reward.center=1"], "`reward.center` is set and not used"),
+    (["rl.steps=3", "eval.limit=4"], "`eval.limit` is set and not used, because the recipe has no"),
+    (["sft.epochs=1", "environment.processes=2"], "`environment.processes` is set and not used"),
+    (["task.name=sentiment", "eval.perplexity=true"], "`eval.perplexity` is set and not used"),
+    (["reward.epochs=1", "model.lora.rank=2"], "`model.lora` is set and not used, because no s"),
+    (["preference={loss: ipo, margin: 1}"], "`preference.margin`: loss=ipo does not read it;"),
+    (["algorithm=orpo", "preference.reference=each_step"], "`preference.reference`: loss=orpo"),
+    (["reward.heldout.sources=[{path: a, weight: 2}]"], "`reward.heldout`: held-out sources are"),
+    (["rl.rewards=[{source: 'model:a', ensemble: min}]"], "ensemble is for several reward models"),
+    (["sft.optimizer={schedule: constant, warmup: 3}"], "`sft.optimizer.warmup`: schedule=const"),
+    (["rl={steps: 3, value: {warmup: 4}}"], "`rl.value`: warmup=4 is more than steps=3, so the"),
     (["rl.advantage=grpo"], "it should be a section with keys of its own, such as {name: grpo}."),
     (["rl.value=both"], "it should be a section with keys of its own, such as {kind: head}."),
     (["rl.advantage.name=null"], "`rl.advantage.name` is null;"),
@@ -49,6 +62,8 @@ MEANT = [
     ("rl.value_optimizer.lr", "`rl.value.optimizer`"), ("rl.value_clip", "`rl.value.clip`"),
     ("rl.episode_timeout", "`rl.rollout.timeout` or `rl.rewards.0.timeout`"),
     ("rl.missing_end_penalty", "`rl.shaping.missing_eos_penalty`"), ("rl.stepz", "`rl.steps`"),
+    ("rl.max_tokens", "`rl.rollout.max_new_tokens` or `rl.update.micro_batch_tokens`"),
+    ("sft.max_tokens", "`sft.micro_batch_tokens`"), ("rl.grup_size", "`rl.rollout.group_size`"),
     ("rl.truncated", "`rl.shaping.mask_truncated_completions`"), ("rl.ema", "`rl.update.ema`"),
 ]  # fmt: skip
 
@@ -58,6 +73,26 @@ def test_what_is_set_and_not_used_is_refused_by_name(words: list[str], said: str
     with pytest.raises(ConfigError) as refused:
         load(Recipe, None, words)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_override_may_choose_what_puts_a_section_of_the_file_out_of_use(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "task: {name: sentiment}\nreward: {epochs: 2, data: {sources: [{path: a}]}}\n"
+        "rl: {steps: 3}\neval: {limit: 4, perplexity: true}\n"
+    )
+    recipe = load(Recipe, file, ["algorithm=dpo"])
+    assert recipe.rl is recipe.reward is None and recipe.preference
+    assert recipe.preference.data.sources[0].path == "a"
+    assert (recipe.eval.limit, recipe.eval.perplexity) == (4, False)
+    assert load(Recipe, file, ["algorithm=grpo"]).rl == RLConfig(algorithm="grpo", steps=3)
+    with pytest.raises(ConfigError, match=r"`rl.rollout` is set and not used"):
+        load(Recipe, file, ["algorithm=dpo", "rl.rollout.prompts=2"])
+    file.write_text("algorithm: dpo\nrl: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"`rl.steps` is set and not used"):
+        load(Recipe, file)
+    (tmp_path / "whole.yaml").write_text(dump(recipe))
+    assert load(Recipe, tmp_path / "whole.yaml") == recipe
 
 
 @pytest.mark.parametrize(("key", "meant"), MEANT)

@@ -222,6 +222,17 @@ class RLConfig(StageConfig):
             )
         return value
 
+    @field_validator("value")
+    @classmethod
+    def _trains_the_policy(cls, value: Any, info: ValidationInfo) -> Any:
+        steps = info.data.get("steps")
+        if value and steps is not None and value.warmup > steps:
+            raise ValueError(
+                f"warmup={value.warmup} is more than steps={steps}, so the policy would never "
+                "train; lower it, or raise rl.steps."
+            )
+        return value
+
     @field_validator("update")
     @classmethod
     def _has_prompts(cls, update: UpdateConfig, info: ValidationInfo) -> UpdateConfig:
