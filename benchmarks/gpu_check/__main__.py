@@ -16,6 +16,12 @@ from pathlib import Path
 
 STEPS = {
     "env": "env",
+    "sdpa": "sdpa",
+    "triton": "decode_kernels",
+    "graphs": "graphs",
+    "parity": "parity",
+    "batching": "batching",
+    "decode": "decode",
 }  # fmt: skip
 """The steps in order of importance, and the file of each."""
 NEEDED = (

@@ -30,6 +30,8 @@ _GRACE = 2.0
 """Seconds after its alarm at which a child is killed."""
 _STUCK = 10.0
 """Seconds that a killed child may take to end; a driver can hold it for longer."""
+_TINY = 0.2
+"""The share of its budget that a part may need on a CPU, where sizes are tiny."""
 _TURN = 0.2
 """Seconds after which a silent child is looked at."""
 
@@ -54,11 +56,6 @@ class Step:
     error: str = ""
     """Why it cannot run."""
 
-    @property
-    def seconds(self) -> float:
-        """Its budget."""
-        return sum(part.seconds for part in self.parts)
-
 
 @dataclass
 class Check:
@@ -78,7 +75,7 @@ class Check:
         end = time.monotonic() + self.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         self.header = {"device": str(self.device), **card(), "versions": versions(*PACKAGES)}
-        budgets = [step.seconds for step in steps]
+        budgets = [self._budget(*step.parts) for step in steps]
         with (self.folder / "gpu_check.log").open("w", encoding="utf-8") as log:
             for i, step in enumerate(steps):
                 self._step(step, end - sum(budgets[i + 1 :]), end, log)
@@ -98,16 +95,20 @@ class Check:
         if step.error:
             self._ended(step.name, "died", step.error)
         for i, part in enumerate(step.parts):
-            left = end - time.monotonic()
-            if left < part.seconds:
-                why = f"it may take {part.seconds:g} s, and {left:.0f} s are left"
+            budget, left = self._budget(part), end - time.monotonic()
+            if left < budget:
+                why = f"it may take {budget:g} s, and {left:.0f} s are left"
                 self._ended(step.name, "skipped", why)
                 continue
-            later = sum(other.seconds for other in step.parts[i + 1 :])
-            seconds = max(part.seconds, own_end - later - time.monotonic() - 2 * _GRACE)
+            later = self._budget(*step.parts[i + 1 :])
+            seconds = max(budget, own_end - later - time.monotonic() - 2 * _GRACE)
             why = in_child(step.name, part, seconds, self.device, log, self._received)
             if why:
                 self._ended(step.name, "died", why)
+
+    def _budget(self, *parts: Part) -> float:
+        share = 1.0 if self.device.type == "cuda" else _TINY
+        return share * sum(part.seconds for part in parts)
 
     def _received(self, line: Line) -> None:
         self.lines.append(line)
