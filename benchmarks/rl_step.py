@@ -36,6 +36,7 @@ from gearshift.models.embedded import embedded_folder
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.allocator import keep_freed_memory
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl.batching import pack_trajectories
 from gearshift.trainers.rl.config import RLConfig
@@ -227,7 +228,7 @@ class Ours:
         trajectories = self.trajectories()
         self.reward = fmean(t.reward for t in trajectories)
         times.append(time.perf_counter())
-        batch = pack_trajectories(trajectories, MAX_TOKENS)
+        batch = pack_trajectories(trajectories)
         batch, _ = self.trainer.make_experience(batch, trajectories)
         times.append(time.perf_counter())
         optimizer, spent = self.trainer.optimizers[0], 0.0
@@ -294,7 +295,7 @@ def cosine(prompts: list[str], beta: float) -> float:
         peer.ask({"policy": policy, "save": save, "completions": completions})
         theirs = load_file(save)
     peer.close()
-    batch = pack_trajectories(ours.trajectories(), MAX_TOKENS)
+    batch = pack_trajectories(ours.trajectories())
     batch, _ = ours.trainer.make_experience(batch, ours.trajectories())
     stepped = ours.trainer.optimizers[0]
     stepped.step = lambda: 0.0  # type: ignore[method-assign]  # the gradient is what we want
@@ -355,11 +356,12 @@ def supervised(rounds: int) -> dict[str, Any]:
     model = ModelConfig()
     engine = Engine(load_policy(model), load_tokenizer(model))
     optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(lr=LR), 10**6)
+    size = MicroBatchSize(MAX_TOKENS)
 
     def ours() -> None:
         with engine.training(dropout=True):
             batch = supervised_batch(rows)
-            update(batch.split(MAX_TOKENS), lambda b: supervised_loss(engine, b), optimizer)
+            update(batch.split, size, lambda b: supervised_loss(engine, b), optimizer)
         engine.weights_changed()
 
     samples = in_turn({"gearshift": ours, "trl": lambda: float(peer.ask({})["seconds"])}, rounds)

@@ -4,6 +4,7 @@ explains the letters of shapes.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -161,18 +162,21 @@ class PackedBatch:
     def slice(self, first: int, last: int) -> PackedBatch:
         """Sequences [first, last) as a batch of their own; they must be whole trees."""
         start, end = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
-        cut = {
-            f.name: getattr(self, f.name)[start:end]
-            for f in fields(self)
-            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
-        }
         parents = self.parents[first:last]
         return replace(
             self,
-            **cut,
+            **self._at(slice(start, end)),
             cu_seqlens=self.cu_seqlens[first : last + 1] - start,
             parents=torch.where(parents >= 0, parents - first, parents),
         )
+
+    def _at(self, where: builtins.slice | Tensor) -> dict[str, Tensor]:
+        """The fields of these tokens."""
+        return {
+            f.name: getattr(self, f.name)[where]
+            for f in fields(self)
+            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
+        }
 
     def select_sequences(self, wanted_T: Tensor) -> PackedBatch:
         """The sequences that hold a wanted token (`wanted_T` [T] bool), and those that they
@@ -189,17 +193,51 @@ class PackedBatch:
         kept_N = torch.tensor(kept)
         kept_T = torch.repeat_interleave(kept_N, lengths).to(wanted_T.device)
         moved_N = kept_N.cumsum(0) - 1
-        cut = {
-            f.name: getattr(self, f.name)[kept_T]
-            for f in fields(self)
-            if f.name not in ("cu_seqlens", "parents") and getattr(self, f.name) is not None
-        }
         old = self.parents[kept_N]
         return replace(
             self,
-            **cut,
+            **self._at(kept_T),
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths[kept_N].cumsum(0)]),
             parents=torch.where(old >= 0, moved_N[old.clamp(min=0)], -1),
+        )
+
+    def split_groups(self, micro_batch_tokens: int) -> Iterator[PackedBatch]:
+        """The micro-batches of `split`, in which groups of more than `micro_batch_tokens` are cut,
+        too: into trees that fit, each with the prompt. The scored tokens keep their order.
+        """
+        return self._with_cut_groups(micro_batch_tokens).split(micro_batch_tokens)
+
+    def _with_cut_groups(self, most: int) -> PackedBatch:
+        starts, old = self.cu_seqlens.tolist(), self.parents.tolist()
+        sizes = [end - start for start, end in pairwise(starts)]
+        trees = self.prompt_groups()
+        if all(starts[end] - starts[first] <= most for first, end in trees):
+            return self
+        scored = self.completion_lengths.tolist()
+        order: list[int] = []  # which sequences follow each other, a prompt as often as needed
+        parents: list[int] = []
+        for first, end in trees:
+            moved = len(order) - first
+            group = not scored[first] and set(old[first + 1 : end]) == {first}
+            if not group or starts[end] - starts[first] <= most:
+                order += range(first, end)
+                parents += [p + moved if p >= 0 else -1 for p in old[first:end]]
+                continue
+            root = size = -1
+            for i in range(first + 1, end):
+                if root < 0 or size + sizes[i] > most:
+                    root, size = len(order), sizes[first]
+                    order.append(first)
+                    parents.append(-1)
+                order.append(i)
+                parents.append(root)
+                size += sizes[i]
+        tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
+        return replace(
+            self,
+            **self._at(tokens.to(self.input_ids.device)),
+            cu_seqlens=torch.tensor([0, *(sizes[i] for i in order)]).cumsum(0),
+            parents=torch.tensor(parents),
         )
 
     def split(self, micro_batch_tokens: int) -> Iterator[PackedBatch]:
@@ -239,16 +277,13 @@ def pack(sequences: Sequence[Piece]) -> PackedBatch:
 
 
 def pack_groups(
-    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]],
-    micro_batch_tokens: int | None = None,
-    share: bool = True,
+    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]], share: bool = True
 ) -> PackedBatch:
     """A batch of prompts with their continuations (ids, mask), in the continuations' order.
 
-    share=True stores a prompt once, as the parent of its continuations; a group of more than
-    `micro_batch_tokens` is cut into trees that fit, each with the prompt; an empty prompt leaves
-    its continuations as sequences of their own. share=False repeats the prompt, unscored, before
-    each continuation.
+    share=True stores a prompt once, as the parent of its continuations; an empty prompt leaves its
+    continuations as sequences of their own. share=False repeats the prompt, unscored, before each
+    continuation.
     """
     if not share:
         return pack(
@@ -258,29 +293,21 @@ def pack_groups(
                 for ids, mask in continuations
             ]
         )
-    return _pack(_trees(groups, micro_batch_tokens))
+    return _pack(_trees(groups))
 
 
 def _trees(
-    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]], micro_batch_tokens: int | None
+    groups: Sequence[tuple[Sequence[int], Sequence[Piece]]],
 ) -> Iterable[tuple[Sequence[int], Sequence[int], int, int]]:
     count = 0
     for prompt, continuations in groups:
-        root, size = -1, 0
+        root = count if prompt and continuations else -1
+        if root >= 0:
+            yield prompt, [0] * len(prompt), 0, -1
+            count += 1
         for ids, mask in continuations:
-            if not prompt:
-                yield ids, mask, 0, -1
-                count += 1
-                continue
-            if root < 0 or (
-                micro_batch_tokens is not None and size + len(ids) > micro_batch_tokens
-            ):
-                root, size = count, len(prompt)
-                yield prompt, [0] * len(prompt), 0, -1
-                count += 1
             yield ids, mask, len(prompt), root
             count += 1
-            size += len(ids)
 
 
 def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> PackedBatch:

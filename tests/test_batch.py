@@ -32,7 +32,11 @@ def context(batch: PackedBatch, index: int) -> list[int]:
 @given(GROUPS, st.sampled_from([None, 7, 12]))
 @settings(max_examples=80, deadline=None)
 def test_shared_scores_what_repeated_scores(groups: list, micro_batch_tokens: int | None) -> None:
-    shared = pack_groups(groups, micro_batch_tokens=micro_batch_tokens)
+    shared = pack_groups(groups)
+    if micro_batch_tokens is not None:
+        parts = list(shared.split_groups(micro_batch_tokens))
+        assert all(len(p) <= micro_batch_tokens or len(p.parents) == 2 for p in parts)
+        shared = PackedBatch.join(parts)
     repeated = pack_groups(groups, share=False)
     assert shared.targets.tolist() == repeated.targets.tolist()
     seen = [[context(batch, int(i)) for i in batch.logit_indices] for batch in (shared, repeated)]

@@ -71,7 +71,7 @@ def short_of_memory(error: BaseException) -> str:
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "cannot allocate memory",
-              "bad_alloc", "bad allocation")  # fmt: skip
+              "bad_alloc", "bad allocation", "alloc_failed")  # fmt: skip
 
 
 class HeapGuard:

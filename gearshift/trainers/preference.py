@@ -35,6 +35,7 @@ from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import Neutral
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
@@ -183,9 +184,9 @@ def train_preference(
     starts is the reference, and its log-probs of all rows are computed before the first step; a
     `reference` is run at each step, and with adapters is the policy's own runner.
     """
-    loss = PreferenceLoss(config, engine, reference)
+    loss = PreferenceLoss(config, engine, reference, stage.micro_batch)
     optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
-    stage.track(model=engine.model, optimizer=optimizer)
+    stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
     if reference is None:
         loss.precompute(rows.rows())
     for step in stage.steps(on_resume=engine.weights_changed):
@@ -195,7 +196,7 @@ def train_preference(
         with stage.phase("train"), engine.training():
             baseline = loss.kl(batch) if config.loss == "kto" else torch.zeros(())
             loss_of = partial(loss.loss_of, batch=batch, baseline=baseline)
-            metrics = update(loss.micros(batch), loss_of, optimizer)
+            metrics = update(partial(loss.micros, batch), stage.micro_batch, loss_of, optimizer)
         engine.weights_changed()
         if config.loss == "kto":
             metrics["kl"] = float(baseline)
@@ -206,10 +207,16 @@ class PreferenceLoss:
     """The loss between a policy and its reference on judged rows."""
 
     def __init__(
-        self, config: PreferenceConfig, engine: Engine, reference: ModelRunner | None = None
+        self,
+        config: PreferenceConfig,
+        engine: Engine,
+        reference: ModelRunner | None = None,
+        micro_batch: MicroBatchSize | None = None,
     ) -> None:
         """Without a `reference` the policy is its own: see `precompute`."""
         self.config, self.engine, self.reference = config, engine, reference
+        size = MicroBatchSize(config.micro_batch_tokens, "preference.micro_batch_tokens")
+        self.micro_batch = micro_batch or size
 
     def precompute(self, rows: Sequence[Judged]) -> None:
         """Store the reference's log-probs in all these rows, while the policy still is the
@@ -225,29 +232,23 @@ class PreferenceLoss:
         """Log-probs of the rows' completions under the reference, kept in the rows."""
         runner = self.reference or self.engine.runner
 
-        def sums(micro: PackedBatch) -> list[float]:
-            scores = runner.logprobs(micro)
-            counts = micro.completion_lengths[micro.completion_lengths > 0].to(
-                scores.logprobs.device
-            )
-            return row_sums(scores.logprobs, counts).tolist()
+        def sums(micros: Sequence[Micro]) -> Iterator[float]:
+            with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
+                found = [_sums(micro, runner.logprobs(micro).logprobs)[0] for micro, _ in micros]
+            return iter(torch.cat(found).tolist())
 
-        with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
-            for micro, some in self.micros(rows):
-                values = iter(sums(micro))
-                for row in some:
-                    row.reference = [next(values) for _ in row.completions]
-            if self.config.loss == "kto":
-                for micro, some in self.micros(rows, other=True):
-                    for row, value in zip(some, sums(micro), strict=True):
-                        row.other_reference = value
+        values = self.micro_batch.run(partial(self.micros, rows), sums)
+        for row in rows:
+            row.reference = [next(values) for _ in row.completions]
+        if self.config.loss == "kto":
+            values = self.micro_batch.run(partial(self.micros, rows, other=True), sums)
+            for row in rows:
+                row.other_reference = next(values)
 
-    def micros(self, rows: Sequence[Judged], other: bool = False) -> Iterator[Micro]:
-        """Micro-batches with their rows: one tree each."""
+    def micros(self, rows: Sequence[Judged], tokens: int, other: bool = False) -> Iterator[Micro]:
+        """Micro-batches of so many tokens with their rows: one tree each."""
         first = 0
-        for micro in (
-            judged_batch(rows, other).to(self.engine.device).split(self.config.micro_batch_tokens)
-        ):
+        for micro in judged_batch(rows, other).to(self.engine.device).split(tokens):
             end = first + len(micro.prompt_groups())
             yield micro, rows[first:end]
             first = end
@@ -255,11 +256,17 @@ class PreferenceLoss:
     @torch.no_grad()
     def kl(self, rows: Sequence[Judged]) -> Tensor:
         """KTO's z0: the mean log-ratio of completions that answer other prompts, at least 0."""
-        total = torch.zeros((), device=self.engine.device)
-        for micro, some in self.micros(rows, other=True):
-            scores = self.engine.logprobs(micro)
-            known = sum(row.other_reference for row in some)
-            total += scores.logprobs.sum() - known
+
+        def work(micros: Sequence[Micro]) -> Tensor:
+            total = torch.zeros((), device=self.engine.device)
+            with torch.no_grad():
+                for micro, some in micros:
+                    scores = self.engine.logprobs(micro)
+                    known = sum(row.other_reference for row in some)
+                    total += scores.logprobs.sum() - known
+            return total
+
+        total = self.micro_batch.run(partial(self.micros, rows, other=True), work)
         return (total / len(rows)).clamp(min=0.0)
 
     def loss_of(
@@ -272,8 +279,7 @@ class PreferenceLoss:
         packed, rows = micro
         scores = self.engine.logprobs(packed)
         device = scores.logprobs.device
-        counts_N = packed.completion_lengths[packed.completion_lengths > 0].to(device)
-        logprob_N = row_sums(scores.logprobs, counts_N)
+        logprob_N, counts_N = _sums(packed, scores.logprobs)
         mean_N = logprob_N / counts_N
         good_N = torch.tensor([g for row in rows for g in row.good], device=device)
         if config.loss in NEEDS_REFERENCE:
@@ -319,17 +325,26 @@ class PreferenceLoss:
     @torch.no_grad()
     def accuracy(self, pairs: Sequence[Judged]) -> float:
         """The fraction of held-out pairs whose chosen side has the greater reward."""
+        means = pairs[0].reference is None
+
+        def work(micros: Sequence[Micro]) -> list[float]:
+            found: list[float] = []
+            with self.engine.training(), torch.no_grad():
+                for micro, _ in micros:
+                    sums, counts = _sums(micro, self.engine.logprobs(micro).logprobs)
+                    found += (sums / counts if means else sums).tolist()
+            return found
+
+        values = iter(self.micro_batch.run(partial(self.micros, pairs), work))
         wins = []
-        with self.engine.training(), torch.no_grad():
-            for packed, rows in self.micros(pairs):
-                scores = self.engine.logprobs(packed)
-                counts = packed.completion_lengths[packed.completion_lengths > 0].to(
-                    scores.logprobs.device
-                )
-                sums = row_sums(scores.logprobs, counts)
-                values = iter((sums / counts if rows[0].reference is None else sums).tolist())
-                for row in rows:
-                    known = row.reference or [0.0, 0.0]
-                    chosen, rejected = (next(values) - value for value in known)
-                    wins.append(chosen > rejected)
+        for row in pairs:
+            known = row.reference or [0.0, 0.0]
+            chosen, rejected = (next(values) - value for value in known)
+            wins.append(chosen > rejected)
         return fmean(wins)
+
+
+def _sums(batch: PackedBatch, logprobs_M: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] log-prob of each completion, and its number of tokens."""
+    counts_N = batch.completion_lengths[batch.completion_lengths > 0].to(logprobs_M.device)
+    return row_sums(logprobs_M, counts_N), counts_N

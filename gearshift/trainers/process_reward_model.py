@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -97,22 +98,28 @@ def train_process_reward_model(
     """Train the runner's token classifier in place."""
     model = runner.model
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
-    stage.track(model=model, optimizer=optimizer)
+    stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
     model.train()
     for step in stage.steps():
         batch = sorted(config.batch(rows, step), key=lambda row: len(row.ids))
         total = sum(len(row.ends) for row in batch)
 
-        def loss_of(some: list[Steps], total: int = total) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(some: Sequence[Steps], total: int = total) -> tuple[Tensor, dict[str, Tensor]]:
             logits_S, labels_S = step_logits(runner, some)
             loss = step_loss(logits_S, labels_S).sum() / total
             return loss, {"accuracy": ((logits_S > 0) == labels_S).sum() / total}
 
-        chunks = chunks_by_tokens([len(row.ids) for row in batch], config.micro_batch_tokens)
         with stage.phase("train"):
-            metrics = update([batch[where] for where in chunks], loss_of, optimizer)
+            cut = partial(micro_batches, batch)
+            metrics = update(cut, stage.micro_batch, loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(row.ids) for row in batch))
     model.eval()
+
+
+def micro_batches(rows: Sequence[Steps], micro_batch_tokens: int) -> list[Sequence[Steps]]:
+    """The rows in micro-batches of at most so many padded tokens, one row at least."""
+    lengths = [len(row.ids) for row in rows]
+    return [rows[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
 
 
 def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Tensor]:

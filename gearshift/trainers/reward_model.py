@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import ClassVar, NamedTuple
 
@@ -139,7 +140,7 @@ def train_reward_model(
     model = runner.model
     model.train()
     optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
-    stage.track(model=model, optimizer=optimizer)
+    stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     for step in stage.steps():
         batch = config.batch(pairs, step)
@@ -154,8 +155,8 @@ def train_reward_model(
             return loss, {"accuracy": right, "margin": (chosen_P - rejected_P).mean() * share}
 
         with stage.phase("train"):
-            micros = micro_batches(runner, batch, config.micro_batch_tokens)
-            metrics = update(micros, loss_of, optimizer)
+            cut = partial(micro_batches, runner, batch)
+            metrics = update(cut, stage.micro_batch, loss_of, optimizer)
         stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
     model.eval()
 

@@ -82,7 +82,7 @@ def supervised_loss(engine: Engine, batch: PackedBatch) -> tuple[Tensor, dict[st
 def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], stage: Stage) -> None:
     """Train the engine's model in place on rendered examples."""
     optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
-    stage.track(model=engine.model, optimizer=optimizer)
+    stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return supervised_loss(engine, batch)
@@ -90,6 +90,6 @@ def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], st
     for step in stage.steps(on_resume=engine.weights_changed):
         batch = supervised_batch(config.batch(examples, step)).to(engine.device)
         with stage.phase("train"), engine.training(dropout=True):
-            metrics = update(batch.split(config.micro_batch_tokens), loss_of, optimizer)
+            metrics = update(batch.split, stage.micro_batch, loss_of, optimizer)
         engine.weights_changed()
         stage.log(step, metrics, tokens=len(batch))

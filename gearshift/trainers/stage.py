@@ -12,8 +12,10 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field, ValidationError
@@ -27,6 +29,7 @@ from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import Interrupt, shielded
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
@@ -47,6 +50,8 @@ class StageConfig(Config):
     """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
     """Where metrics go besides `metrics.jsonl`."""
+
+    micro_batch_key: ClassVar[str] = "micro_batch_tokens"
 
     def describe(self) -> str:
         """What the stage does, in a few words."""
@@ -124,6 +129,12 @@ class Stage:
         self._progress: Progress | None = None
         self._mark: _Mark | None = None
         self._callbacks = callbacks or Callbacks()
+
+    @cached_property
+    def micro_batch(self) -> MicroBatchSize:
+        """The size of the stage's micro-batches; for those who track it and cut by it."""
+        key = self.config.micro_batch_key
+        return MicroBatchSize(attrgetter(key)(self.config), f"{self.name}.{key}")
 
     def track(self, **objects: Stateful) -> None:
         """Put these objects' state into every checkpoint."""
@@ -271,6 +282,8 @@ class Stage:
             raise CheckpointError(f"{newest} holds {name}; rename it, or delete it.")
         try:
             saved = checkpoint.unflatten(tensors, state["tracked"])
+            if "micro_batch" in self._tracked:  # earlier versions did not save it
+                saved.setdefault("micro_batch", self.micro_batch.state_dict())
             for name, thing in self._tracked.items():
                 thing.load_state_dict(saved[name])
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

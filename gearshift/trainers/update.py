@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
 from gearshift.errors import NumericalError
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW
 
 Micro = TypeVar("Micro")
 
 
 def update(
-    micro_batches: Iterable[Micro],
+    cut: Callable[[int], Iterable[Micro]],
+    size: MicroBatchSize,
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     *optimizers: MasterAdamW,
 ) -> dict[str, float]:
@@ -25,10 +27,27 @@ def update(
 
     A micro-batch's loss is already weighted over the whole batch, so that the sum is the batch's
     loss and its gradient does not depend on the split: of several, gradients in bf16 are added up
-    in fp32. Raises `NumericalError` if the loss or any gradient is not finite, before any optimizer
-    steps; nothing is updated, and no gradient is left.
+    in fp32. `cut` gives them for a number of tokens; where memory runs out before any optimizer
+    steps, the gradients are dropped and computed again by smaller micro-batches (`MicroBatchSize`).
+
+    Raises `NumericalError` if the loss or any gradient is not finite, before any optimizer steps;
+    nothing is updated, and no gradient is left.
     """
-    micros = list(micro_batches)
+    totals, norms = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers))
+    lr = optimizers[0].lr
+    for optimizer, norm in zip(optimizers, norms, strict=True):
+        optimizer.step(norm)
+    return {**totals, "grad_norm": norms[0], "learning_rate": lr}
+
+
+def _gradients(
+    micros: Sequence[Micro],
+    loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
+    optimizers: Sequence[MasterAdamW],
+) -> tuple[dict[str, float], list[float]]:
+    """The sums of losses and metrics, and the norm of each optimizer's gradient, which the
+    parameters hold then. If it raises, they hold none.
+    """
     totals: dict[str, float] = defaultdict(float)
     try:
         for micro in micros:
@@ -45,12 +64,8 @@ def update(
             if len(micros) > 1:
                 for optimizer in optimizers:
                     optimizer.accumulate()
-        norms = [optimizer.norm() for optimizer in optimizers]
+        return totals, [optimizer.norm() for optimizer in optimizers]
     except BaseException:
         for optimizer in optimizers:
             optimizer.drop_gradients()
         raise
-    lr = optimizers[0].lr
-    for optimizer, norm in zip(optimizers, norms, strict=True):
-        optimizer.step(norm)
-    return {**totals, "grad_norm": norms[0], "learning_rate": lr}

@@ -121,8 +121,8 @@ MUTATIONS = (
     Mutation(
         "the policy steps before the value net's gradient is looked at",
         "trainers/update.py",
-        "        norms = [optimizer.norm() for optimizer in optimizers]\n",
-        "        norms = [optimizers[0].norm(), *[0.0] * (len(optimizers) - 1)]\n",
+        "[optimizer.norm() for optimizer in optimizers]",
+        "[optimizers[0].norm(), *[0.0] * (len(optimizers) - 1)]",
         "tests/trainers/test_update.py -k no_optimizer",
     ),
     Mutation(
@@ -131,6 +131,20 @@ MUTATIONS = (
         "            if len(micros) > 1:\n",
         "            if False:\n",
         "tests/trainers/test_update.py -k bf16",
+    ),
+    Mutation(
+        "micro-batches that are done again after an error of memory draw other random numbers",
+        "runtime/micro_batch.py",
+        "            _set_random_state(state)\n",
+        "",
+        "tests/trainers/test_out_of_memory.py -k random_numbers",
+    ),
+    Mutation(
+        "gradients of micro-batches before an error of memory count twice",
+        "trainers/update.py",
+        "            optimizer.drop_gradients()\n",
+        "            pass\n",
+        "tests/trainers/test_out_of_memory.py -k begin_anew",
     ),
     Mutation(
         "a critic that no advantage asks for is loaded",

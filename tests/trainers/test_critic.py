@@ -51,7 +51,7 @@ def test_a_reward_models_score_is_the_first_value(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "rm" / "model.safetensors")
     assert torch.equal(critic.head.linear.weight, saved["score.weight"])
     # V after the whole sequence is the score: read it where a further token would be predicted.
-    batch = pack_trajectories(episodes([False], [1.0]), 4096)
+    batch = pack_trajectories(episodes([False], [1.0]))
     ids = batch.input_ids
     with torch.no_grad():
         scores = [float(model(ids[None, :n]).logits) for n in (3, 4, 5, 6)]
@@ -65,10 +65,10 @@ def test_an_encoder_values_the_prompt_and_nothing_else(encoder: str) -> None:
     group = episodes([False, False], [1.0, 0.0])
     other = [replace(t, token_ids=[*t.token_ids[:3], 60, 61, 62, 63]) for t in group]
     with torch.no_grad():
-        values = critic(pack_trajectories(group, 4096))
-        again = critic(pack_trajectories(other, 4096))
+        values = critic(pack_trajectories(group))
+        again = critic(pack_trajectories(other))
         asked = [replace(t, token_ids=[1, 21, *t.token_ids[2:]]) for t in group]
-        elsewhere = critic(pack_trajectories(asked, 4096))
+        elsewhere = critic(pack_trajectories(asked))
     assert values.shape == (8,) and len(set(values.tolist())) == 1
     assert torch.equal(values, again) and not torch.allclose(values, elsewhere)
 
@@ -113,7 +113,7 @@ def test_a_critic_starts_from_any_policy_or_reward_model(tmp_path: Path) -> None
     save_model(
         tmp_path / "lora", model, tiny_tokenizer(), "a card", lora, str(tmp_path / "base")
     )  # fmt: skip
-    batch = pack_trajectories(episodes([False], [1.0]), 4096)
+    batch = pack_trajectories(episodes([False], [1.0]))
     for name in ("gpt2", "lora"):
         critic = load_critic(TINY, str(tmp_path / name), str)
         assert isinstance(critic, TokenCritic)

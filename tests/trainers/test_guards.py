@@ -13,6 +13,7 @@ from gearshift.engine import Engine
 from gearshift.models.load import load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.rl.batching import describe_rollout, pack_trajectories
 from gearshift.trainers.rl.experience import shaped_rewards
@@ -41,7 +42,7 @@ def gradient(it: RLTrainer, trajectories: list[Trajectory]) -> torch.Tensor:
     """Of one update's loss."""
     for optimizer in it.optimizers:
         optimizer.step = lambda norm: norm  # type: ignore[method-assign]
-    batch, _ = it.make_experience(pack_trajectories(trajectories, 4096), trajectories)
+    batch, _ = it.make_experience(pack_trajectories(trajectories), trajectories)
     it.engine.model.zero_grad()
     it.update(batch, 0)
     grads = [p.grad for p in it.engine.model.parameters()]
@@ -122,11 +123,9 @@ def test_advantages_are_whitened_by_what_counts(tmp_path: Path, how: str) -> Non
         kl=NO_KL,
     )
     cut = episodes([False, True, False, False], [1.0, 100.0, 0.5, 0.0])
-    batch, _ = trainer(config, tmp_path / "cut").make_experience(pack_trajectories(cut, 4096), cut)
+    batch, _ = trainer(config, tmp_path / "cut").make_experience(pack_trajectories(cut), cut)
     kept = [t for t in cut if t.finish_reason == "stop"]
-    alone, _ = trainer(config, tmp_path / "kept").make_experience(
-        pack_trajectories(kept, 4096), kept
-    )
+    alone, _ = trainer(config, tmp_path / "kept").make_experience(pack_trajectories(kept), kept)
     assert torch.allclose(batch.scored("advantages"), alone.scored("advantages"), atol=1e-6)
     assert float(batch.scored("advantages").mean()) == pytest.approx(0.0, abs=1e-6)
 
@@ -135,16 +134,14 @@ def test_a_turns_reward_of_0_is_a_reward(tmp_path: Path) -> None:
     """Turns of 1 and 0, 0 and 0: mean 1/4, not 1; where the environment gave none, none counts."""
     config = small(advantage={"name": "grpo_turns"}, kl=NO_KL)
     both = [turns([2, 2], [1.0, 0.0]), turns([2, 2], [0.0, 0.0])]
-    batch, _ = trainer(config, tmp_path / "a").make_experience(pack_trajectories(both, 4096), both)
+    batch, _ = trainer(config, tmp_path / "a").make_experience(pack_trajectories(both), both)
     std = 0.5 + 1e-4  # of 1, 0, 0, 0
     good, bad = 0.75 / std, -0.25 / std
     wanted = [good + bad] * 2 + [bad] * 2 + [2 * bad] * 2 + [bad] * 2
     assert batch.scored("advantages").tolist() == pytest.approx(wanted)
     assert both[0].rewarded is not None
     sparse = [replace(t, rewarded=(t.rewarded or ())[:1]) for t in both]
-    batch, _ = trainer(config, tmp_path / "b").make_experience(
-        pack_trajectories(sparse, 4096), sparse
-    )
+    batch, _ = trainer(config, tmp_path / "b").make_experience(pack_trajectories(sparse), sparse)
     up = 0.5 / (0.5**0.5 + 1e-4)  # of 1 and 0
     wanted = [up, up, 0, 0, -up, -up, 0, 0]
     assert batch.scored("advantages").tolist() == pytest.approx(wanted)
@@ -183,7 +180,7 @@ def test_minibatches_of_nothing_but_cut_completions_are_left_out(tmp_path: Path)
     cut = [replace(t, group_id=1) for t in episodes([True, True], [1.0, 0.0])]
     whole = episodes([False, False], [1.0, 0.0])
     it = trainer(config, tmp_path)
-    batch, _ = it.make_experience(pack_trajectories([*whole, *cut], 4096), [*whole, *cut])
+    batch, _ = it.make_experience(pack_trajectories([*whole, *cut]), [*whole, *cut])
     before = [p.clone() for p in it.engine.model.parameters()]
     metrics = it.update(batch, 0)
     assert all(v == v for v in metrics.values()) and metrics["grad_norm"] > 0
@@ -272,8 +269,8 @@ def test_supervised_micro_batches_add_up_to_one_mean() -> None:
         optimizer = MasterAdamW(engine.model.parameters(), OptimizerConfig(), 1)
         optimizer.step = lambda norm: norm  # type: ignore[method-assign]
         with engine.training():
-            micros = supervised_batch(rows).split(tokens)
-            update(micros, lambda b, e=engine: supervised_loss(e, b), optimizer)  # type: ignore[misc]
+            cut, size = supervised_batch(rows).split, MicroBatchSize(tokens)
+            update(cut, size, lambda b, e=engine: supervised_loss(e, b), optimizer)  # type: ignore[misc]
         parameters = engine.model.parameters()
         grads.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[0].norm()

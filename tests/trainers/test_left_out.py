@@ -196,7 +196,7 @@ def group(number: int, count: int = 2) -> list[Trajectory]:
 
 
 def test_fewer_groups_than_minibatches_are_fewer_updates() -> None:
-    batch = pack_trajectories([*group(0), *group(1)], 4096)
+    batch = pack_trajectories([*group(0), *group(1)])
     for count, wanted in ((1, [4]), (2, [2, 2]), (3, [2, 2]), (8, [2, 2])):
         cut = minibatches(batch, count, torch.Generator())
         assert [int(mini.loss_mask.sum()) for mini in cut] == wanted

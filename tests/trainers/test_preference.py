@@ -124,7 +124,7 @@ def test_packed_is_one_by_one(loss: str, micro_batch_tokens: int) -> None:
     with engine.training():
         baseline = trainer.kl(rows) if loss == "kto" else torch.zeros(())
         ours = 0.0
-        for micro in trainer.micros(rows):
+        for micro in trainer.micros(rows, micro_batch_tokens):
             part, _ = trainer.loss_of(micro, rows, baseline)
             part.backward()
             ours += float(part)

@@ -147,7 +147,7 @@ def test_two_turns_are_one_sequence_of_the_sampled_tokens() -> None:
         text = engine.tokenizer.decode(t.token_ids)
         assert text.count("<|im_start|>assistant\n") == 2 and "and again<|im_end|>" in text
         assert text.count("<|im_start|>user") == 2
-    batch = pack_trajectories(finished, 4096)
+    batch = pack_trajectories(finished)
     with engine.training(), torch.no_grad():
         scored = engine.logprobs(batch).logprobs
     assert (scored - batch.scored("sampler_logprobs")).abs().max() <= 1e-5

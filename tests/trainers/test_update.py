@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.errors import NumericalError
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.update import update
+
+SIZE = MicroBatchSize(1)
 
 
 def gradient(micros: int, rows: int = 1024) -> tuple[Tensor, float]:
@@ -28,7 +31,7 @@ def gradient(micros: int, rows: int = 1024) -> tuple[Tensor, float]:
     def loss_of(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return ((net(x_RD[part])[:, 0].float() - y_R[part]) ** 2).sum() / rows, {}
 
-    norm = update(torch.arange(rows).chunk(micros), loss_of, optimizer)["grad_norm"]
+    norm = update(lambda _: torch.arange(rows).chunk(micros), SIZE, loss_of, optimizer)["grad_norm"]
     assert all(p.grad is None for p in net.parameters())
     return torch.cat(found), norm
 
@@ -44,7 +47,9 @@ def test_micro_batches_add_up_to_the_bit_of_an_fp32_sum() -> None:
     """Gradients of 3, 1/256 and -3: in bf16 the small one is lost."""
     weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight], OptimizerConfig(), total_steps=1)
-    metrics = update([3.0, 2.0**-8, -3.0], lambda scale: ((weight * scale).sum(), {}), optimizer)
+    metrics = update(
+        lambda _: [3.0, 2.0**-8, -3.0], SIZE, lambda scale: ((weight * scale).sum(), {}), optimizer
+    )
     assert metrics["grad_norm"] == pytest.approx(4 * 2.0**-8)
     assert optimizer.flats[0].sums is None and weight.grad is None
 
@@ -64,11 +69,13 @@ def test_where_any_gradient_is_not_finite_no_optimizer_steps(broken: int, micros
 
     rates = [optimizer.lr for optimizer in optimizers]
     with pytest.raises(NumericalError, match="nothing was updated"):
-        update([True, False][:micros], loss_of, *optimizers)
+        update(lambda _: [True, False][:micros], SIZE, loss_of, *optimizers)
     for net, optimizer, rate in zip(nets, optimizers, rates, strict=True):
         assert (net == 0).all() and net.grad is None and optimizer.flats[0].sums is None
         assert not optimizer.optimizer.state and optimizer.lr == rate
-    update([False], loss_of, *optimizers)  # and the next one is as if nothing had been
+    update(
+        lambda _: [False], SIZE, loss_of, *optimizers
+    )  # and the next one is as if nothing had been
     assert all((net == -1).all() for net in nets)
 
 
@@ -76,5 +83,5 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient_for_the_next_update() -> N
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight], OptimizerConfig(), total_steps=1)
     with pytest.raises(NumericalError, match="The loss is nan"):
-        update([1.0, float("nan")], lambda s: ((weight * s).sum(), {}), optimizer)
+        update(lambda _: [1.0, float("nan")], SIZE, lambda s: ((weight * s).sum(), {}), optimizer)
     assert weight.grad is None and optimizer.flats[0].sums is None

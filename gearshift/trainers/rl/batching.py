@@ -33,7 +33,7 @@ def has_zero_std(group: Sequence[Trajectory]) -> bool:
     return pstdev(t.reward for t in group) < 1e-8
 
 
-def pack_trajectories(trajectories: Sequence[Trajectory], micro_batch_tokens: int) -> PackedBatch:
+def pack_trajectories(trajectories: Sequence[Trajectory]) -> PackedBatch:
     """Groups with their prompt stored once, in the order of the trajectories, which come group by
     group.
     """
@@ -44,8 +44,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory], micro_batch_tokens: in
                 [(t.token_ids[t.prompt_length :], t.loss_mask[t.prompt_length :]) for t in members],
             )
             for members in by_group(trajectories).values()
-        ],
-        micro_batch_tokens=micro_batch_tokens,
+        ]
     )
     sampled = [
         logprob

@@ -4,7 +4,7 @@ weights of tokens, how the policy learns from them. It must import no trainer.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -192,6 +192,8 @@ class RLConfig(StageConfig):
     """Labelled examples mixed into each update; null mixes none in."""
     update: UpdateConfig = UpdateConfig()
     """How a rollout becomes optimizer steps."""
+
+    micro_batch_key: ClassVar[str] = "update.micro_batch_tokens"
 
     @classmethod
     def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:

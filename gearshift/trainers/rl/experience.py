@@ -21,6 +21,7 @@ from gearshift.models.adapters import adapters_off
 from gearshift.models.heads import ValueHead
 from gearshift.models.logprobs import TokenScores
 from gearshift.models.runner import ModelRunner
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.trainers.rl.batching import given_rewards, place_rewards, turns, written_lengths
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic
@@ -72,6 +73,7 @@ class ExperienceMaker:
     config: RLConfig
     models: Models
     state: AdaptiveState
+    micro_batch: MicroBatchSize
 
     def __call__(
         self,
@@ -156,10 +158,13 @@ class ExperienceMaker:
     @torch.no_grad()
     def old_scores(self, batch: PackedBatch) -> TokenScores:
         """[M] log-probs, entropy and values before this rollout's updates."""
-        parts = []
-        for micro in batch.split(self.config.update.micro_batch_tokens):
+        temperature = self.config.rollout.temperature
+
+        def work(micros: Sequence[PackedBatch]) -> list[TokenScores]:
             with self.models.engine.training(), torch.no_grad():
-                parts.append(self.models.scores(micro, self.config.rollout.temperature))
+                return [self.models.scores(micro, temperature) for micro in micros]
+
+        parts = self.micro_batch.run(batch.split_groups, work)
         joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
         return TokenScores(*joined)
 
@@ -171,11 +176,12 @@ class ExperienceMaker:
         reference, temperature = self.models.reference, self.config.rollout.temperature
         if reference is None:
             raise ValueError("kl.beta > 0 needs a reference model.")
-        with adapters_off(reference.model):
-            return torch.cat([
-                reference.logprobs(micro, temperature).logprobs
-                for micro in batch.split(self.config.update.micro_batch_tokens)
-            ])  # fmt: skip
+
+        def work(micros: Sequence[PackedBatch]) -> list[Tensor]:
+            with adapters_off(reference.model), torch.no_grad():
+                return [reference.logprobs(micro, temperature).logprobs for micro in micros]
+
+        return torch.cat(self.micro_batch.run(batch.split_groups, work))
 
 
 def shaped_rewards(trajectories: Sequence[Trajectory], config: RLConfig) -> Tensor:

@@ -24,9 +24,9 @@ def logprob_gap(
         trajectories = collector.collect(starts, params, rewarded="any")
     if not trajectories:
         return {"tokens": 0.0}
-    batch = pack_trajectories(trajectories, micro_batch_tokens=4096).to(engine.device)
+    batch = pack_trajectories(trajectories).to(engine.device)
     gaps = []
-    for micro in batch.split(4096):
+    for micro in batch.split_groups(4096):
         with engine.training(), torch.no_grad():
             scored = engine.logprobs(micro, params.temperature).logprobs
         gaps.append((scored - micro.scored("sampler_logprobs")).abs())

@@ -109,6 +109,7 @@ class RLTrainer:
         self.optimizers = [MasterAdamW(engine.model.parameters(), config.update.optimizer, updates)]
         stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
         stage.track(rewards=score, left_out=self.left_out)
+        stage.track(micro_batch=stage.micro_batch)
         if config.value:
             self._add_value_net(config.value, critic)
         ema = config.update.ema
@@ -118,7 +119,7 @@ class RLTrainer:
         self.sampler = RolloutSampler(
             config, engine, collector, rows, score, stage, self.optimizers, self.left_out
         )
-        self.make_experience = ExperienceMaker(config, self.models, self.state)
+        self.make_experience = ExperienceMaker(config, self.models, self.state, stage.micro_batch)
 
     def _add_value_net(self, config: ValueNet, critic: Critic | None) -> None:
         if config.kind == "critic":
@@ -176,8 +177,7 @@ class RLTrainer:
 
     def packed(self, trajectories: list[Trajectory]) -> PackedBatch:
         """The trajectories as one batch on the policy's device."""
-        tokens = self.config.update.micro_batch_tokens
-        return pack_trajectories(trajectories, tokens).to(self.engine.device)
+        return pack_trajectories(trajectories).to(self.engine.device)
 
     def update(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """All updates of one rollout; metrics are means over them."""
@@ -200,7 +200,6 @@ class RLTrainer:
                     assert mini.advantages is not None
                     mini = mini.select_sequences(mini.advantages != 0)
                 with self.engine.training():
-                    micros = [*mini.split(config.micro_batch_tokens), *self.supervised(nth)]
                     computed = float(mini.scored("loss_weights").sum())
                     loss_of = partial(
                         rl_loss,
@@ -209,7 +208,8 @@ class RLTrainer:
                         beta=self.state.beta,
                         computed=computed,
                     )
-                    history.append(update(micros, loss_of, *learning))
+                    cut = partial(self.micro_batches, mini, self.supervised(nth))
+                    history.append(update(cut, self.stage.micro_batch, loss_of, *learning))
                 if warming:
                     self.engine.model.zero_grad()
                 self.engine.weights_changed()
@@ -227,13 +227,19 @@ class RLTrainer:
         self.state.beta = adaptive_beta(used, nats, kl.target, kl.horizon, completions)
         return {"kl/beta": used}
 
-    def supervised(self, nth: int) -> list[PackedBatch]:
-        """The labelled examples beside the `nth` update, in micro-batches."""
+    def supervised(self, nth: int) -> PackedBatch | None:
+        """The labelled examples beside the `nth` update."""
         if self.examples is None or self.config.sft_mix is None:
-            return []
+            return None
         rows = self.examples.batch(nth, self.config.sft_mix.batch_size)
-        batch = supervised_batch(rows).to(self.engine.device)
-        return list(batch.split(self.config.update.micro_batch_tokens))
+        return supervised_batch(rows).to(self.engine.device)
+
+    @staticmethod
+    def micro_batches(
+        mini: PackedBatch, supervised: PackedBatch | None, tokens: int
+    ) -> list[PackedBatch]:
+        """The micro-batches of an update: those of the rollout, then those of its examples."""
+        return [*mini.split_groups(tokens), *(supervised.split(tokens) if supervised else ())]
 
     @property
     def only_advantages_count(self) -> bool:
