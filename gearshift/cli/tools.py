@@ -1,8 +1,9 @@
-"""The commands around a run: `recipes`, `keys` and `doctor`."""
+"""The commands around a run: `recipes`, `keys`, `doctor` and `parity`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,27 @@ def add_commands(commands: Any) -> None:
         "model", nargs="?", help="a folder or a name: print how this model would run"
     )
     doctor_command.set_defaults(do=doctor)
+    parity_command = commands.add_parser(
+        "parity",
+        help="compare how both gears and Hugging Face compute a model",
+        description="Print the gaps between the two gears and Hugging Face's own forward, for one "
+        "turn and for two, and of each layer where they are large. Over the bound the exit code is "
+        "1.",
+    )
+    parity_command.add_argument(
+        "model", help="a run's folder, a stage's folder, or any model (a folder or a name)"
+    )
+    parity_command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="the precision; auto",
+    )
+    parity_command.add_argument("--device", default="auto", help="the device; auto")
+    parity_command.add_argument(
+        "--json", action="store_true", help="print JSON in place of a table"
+    )
+    parity_command.set_defaults(do=parity)
 
 
 def recipes(arguments: argparse.Namespace) -> None:
@@ -126,3 +148,20 @@ def doctor(arguments: argparse.Namespace) -> None:
         from gearshift.pipeline.forms import form_of
 
         echo(f"model        {form_of(str(Path(arguments.model).expanduser()))}")
+
+
+def parity(arguments: argparse.Namespace) -> None:
+    """Print how far both gears are from each other and from Hugging Face's forward."""
+    import json
+
+    from gearshift.models.load import ModelConfig
+    from gearshift.pipeline.parity import parity
+    from gearshift.pipeline.policy import find_policy
+
+    name, recipe = find_policy(arguments.model)
+    config = recipe.model if recipe else ModelConfig()
+    update = {"dtype": arguments.dtype, "device": arguments.device}
+    measured = parity(config.model_copy(update=update), name)
+    echo(json.dumps(measured.record(), indent=1) if arguments.json else measured.table())
+    if not measured.ok:
+        sys.exit(1)

@@ -76,7 +76,7 @@ def check(
     found, draw = None, 0
     with _undisturbed(model):
         while draw < _DRAWS:
-            tokens = _sequences(model, draw, longest)
+            tokens = sequences(model, draw, longest)
             try:
                 why = _difference(model, tokens, hidden, decode, head)
             except (torch.OutOfMemoryError, MemoryError):
@@ -112,7 +112,7 @@ def _difference(
         raise ModelError(
             "it counts positions itself: a packed sequence goes on from the one before"
         )
-    hidden_TH = hidden(_packed(tokens, model.device))
+    hidden_TH = hidden(packed(tokens, model.device))
     if head:
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -121,17 +121,17 @@ def _difference(
             raise ModelError(_HEAD)
     lengths = [len(row) for row in tokens]
     ours = (head_of(model).logits(hidden_TH) if head else hidden_TH).split(lengths)
-    theirs = [_alone(model, row, head) for row in tokens]
+    theirs = [alone(model, row, head) for row in tokens]
     if not all(bool(row.isfinite().all()) for row in theirs):
         raise ModelError(
             "Hugging Face's own forward of it gives numbers that are not finite, so its config "
             "(eps, rotary parameters) is not that of its weights"
         )
     if not (gap := _gap(model, ours, theirs)) <= 1:
-        exact = [_alone(model, row, False) for row in tokens]
+        exact = [alone(model, row, False) for row in tokens]
         if head and _gap(model, hidden_TH.split(lengths), exact) <= 1:
             return _HEAD
-        if _gap(model, [_alone(model, row, False, counted=True) for row in tokens], exact) > 1:
+        if _gap(model, [alone(model, row, False, counted=True) for row in tokens], exact) > 1:
             return "its positions do not count from 0"
         return f"packed sequences differ from each alone, by {gap:.3g} times what is tolerated"
     if decode is not None:
@@ -145,22 +145,32 @@ def _difference(
 def _gap(model: PreTrainedModel, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """How far the rows of each sequence are from Hugging Face's, relative to how far those spread,
     over what is tolerated: above 1 is too far. Softmax does not see what all logits have in common.
-
-    In fp32 the worst row counts; in bf16 each sequence's median, for there a rounding sends single
-    tokens to other experts.
     """
-    fine = model.dtype in (torch.float32, torch.float64)
     worst = 0.0
     for pair in zip(ours, theirs, strict=True):
         mine, exact = (x.float() - x.float().mean(-1, keepdim=True) for x in pair)
-        gaps = (mine - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
-        gap = float(gaps.max() / _FINE if fine else gaps.median() / _COARSE)
+        gap = tolerated(model, relative(mine, exact))
         if not gap <= worst:  # a NaN too
             worst = gap
     return worst
 
 
-def _sequences(model: PreTrainedModel, draw: int, longest: int) -> list[list[int]]:
+def relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[S]: the distance of the rows of `ours` [S, n] from those of `theirs`, over their length."""
+    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)
+
+
+def tolerated(model: PreTrainedModel, gaps: Tensor) -> float:
+    """The gap of a sequence, from the [S] relative gaps of its tokens, over what is tolerated. In
+    fp32 the worst token counts; in bf16 the median, for there a rounding sends single tokens to
+    other experts.
+    """
+    if model.dtype in (torch.float32, torch.float64):
+        return float(gaps.max() / _FINE)
+    return float(gaps.median() / _COARSE)
+
+
+def sequences(model: PreTrainedModel, draw: int, longest: int) -> list[list[int]]:
     """Tokens from the middle of the vocabulary, where no special ones are."""
     rows = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(draw)
@@ -171,7 +181,7 @@ def _sequences(model: PreTrainedModel, draw: int, longest: int) -> list[list[int
     ]
 
 
-def _packed(tokens: list[list[int]], device: torch.device) -> PackedBatch:
+def packed(tokens: list[list[int]], device: torch.device) -> PackedBatch:
     """The first row whole; the second as a prompt and what follows it."""
     first, second = tokens
     cut = max(1, len(second) - NEW)
@@ -186,7 +196,7 @@ def _packed(tokens: list[list[int]], device: torch.device) -> PackedBatch:
     )
 
 
-def _alone(model: PreTrainedModel, row: list[int], head: bool, counted: bool = False) -> Tensor:
+def alone(model: PreTrainedModel, row: list[int], head: bool, counted: bool = False) -> Tensor:
     """Logits (or hidden states) of one sequence by Hugging Face's forward; `counted`: with its
     positions given, from 0 on.
     """

@@ -63,6 +63,7 @@ class ModelRunner:
         undescribed: str | None = None,
         fuse: bool = True,
         decode: Decode | None = None,
+        checked: bool = True,
     ) -> None:
         """Fuse the weights of a described architecture, and compare what is computed with Hugging
         Face's own forward; raises `ModelError` where they differ.
@@ -75,6 +76,7 @@ class ModelRunner:
                 described.
             fuse: see `FusedLinear`.
             decode: compare what a generating engine computes, too.
+            checked: False makes no comparison, for the one caller that shows the differences.
         """
         self.model, self.value_head, self.recompute = model, value_head, recompute
         self.plan: Plan | None = None
@@ -96,7 +98,7 @@ class ModelRunner:
         self.vocabulary = vocabulary_size(model)
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
-        if packs:
+        if packs and checked:
             hidden = None if self.weights is None else self._described
             written = None if decode is None else lambda tokens: decode(self, tokens)
             self.limit = check(model, self.plan, hidden, written, head=self.head is not None)

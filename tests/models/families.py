@@ -619,7 +619,9 @@ def page(found: dict[str, Verdict]) -> str:
         "- or not at all: what would be computed wrongly is **refused** in one line that says why.",
         "",
         "Whenever an engine is made, it compares your checkpoint with Hugging Face's own forward. "
-        "References and critics are compared too.",
+        "References and critics are compared too. "
+        "`gearshift parity MODEL` prints the differences: of the two gears and of Hugging Face, "
+        "for one turn and for two, and of each layer where they are large.",
         "",
         f"This page says what the code of each type can do. `AutoModelForCausalLM` of transformers "
         f"{transformers.__version__} knows {len(kinds) + len(NOT_RUN)} types. For each, a small "

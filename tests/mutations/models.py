@@ -4,6 +4,13 @@ from tests.mutations import Mutation
 
 MUTATIONS = (
     Mutation(
+        "parity compares Hugging Face's forward with itself",
+        "pipeline/parity.py",
+        'compare("training and Hugging Face", trained, exact)',
+        'compare("training and Hugging Face", exact, exact)',
+        "tests/pipeline/test_parity.py::test_a_right_model_is_within_the_bound",
+    ),
+    Mutation(
         "a state beside keys and values is not looked for",
         "models/exact.py",
         "        if isinstance(module, nn.Conv1d) or _STATE.search(kind):",
