@@ -30,7 +30,7 @@ from gearshift.pipeline.memory import (
     shortage,
     with_total,
 )
-from gearshift.pipeline.provenance import Trained, functions_of, made_from
+from gearshift.pipeline.provenance import Trained, check_sources, functions_of, made_from
 from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
@@ -83,9 +83,10 @@ class Context:
         self.made = {"made_from": found}
         if self.recipe.model.lora:
             self.made["base"] = made_of(start or self.recipe.model.name)
-        functions = functions_of(config, self.recipe) | self.given.digests()
-        origins, callbacks = (self.recipe, found, functions), self.given.callbacks
-        folder = self.folder / name
+        functions, folder = functions_of(config, self.recipe), self.folder / name
+        check_sources(self.folder, folder, found | functions)
+        origins = self.recipe, found, functions | self.given.digests()
+        callbacks = self.given.callbacks
         self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks)
         return self.stage
 

@@ -4,21 +4,29 @@ from. It must not import an engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gearshift.data import DataConfig, clean, load_rows
 from gearshift.data.overlap import prompt_keys, row_prompts
-from gearshift.data.sources import source_digest
+from gearshift.data.sources import SourceConfig, source_digest
 from gearshift.errors import DataError, StorageError
 from gearshift.models.made import DONE, made_of
-from gearshift.pipeline.recipe import STAGES, Recipe, recipe_of
-from gearshift.runtime.digests import Digests, check_unchanged, file_digest, read_sealed
+from gearshift.pipeline.recipe import SOURCES, STAGES, Recipe, StageName, has_begun, recipe_of
+from gearshift.runtime.digests import (
+    Digests,
+    check_unchanged,
+    file_digest,
+    first_change,
+    read_sealed,
+    write_sealed,
+)
 from gearshift.tasks.registry import get_task
 from gearshift.trainers.needs import Inputs
-from gearshift.trainers.stage import StageConfig
+from gearshift.trainers.stage import BEGUN, StageConfig
 from gearshift.types import Message
 
 
@@ -38,13 +46,12 @@ def made_from(config: StageConfig, start: str | None, run: Path) -> Digests:
     """
     found: Digests = {}
     inputs = config.inputs()
-    for data in (*inputs.learned, *inputs.heldout):
-        for source in data.sources:
-            if source.path.startswith("task:"):
-                path = prepared(run / "data", source.path.removeprefix("task:"))
-                found[f"data/{path.name}"] = file_digest(path)
-            else:
-                found[source.path] = source_digest(source.path, source.split)
+    for source in _sources(inputs):
+        if source.path.startswith("task:"):
+            path = prepared(run / "data", source.path.removeprefix("task:"))
+            found[f"data/{path.name}"] = file_digest(path)
+        else:
+            found[source.path] = source_digest(source.path, source.split)
     if inputs.task and (path := prepared(run / "data", "train")).exists():
         found[f"data/{path.name}"] = file_digest(path)
     for model in filter(None, (start, *inputs.models)):
@@ -59,6 +66,77 @@ def functions_of(config: StageConfig, recipe: Recipe) -> Digests:
     named = [*config.inputs().functions, str(getattr(recipe.task, "reward", ""))]
     files = {name.rpartition(":")[0] for name in named}
     return {file: file_digest(Path(file)) for file in sorted(files) if Path(file).is_file()}
+
+
+def record_sources(run: Path, recipe: Recipe, names: Iterable[StageName]) -> str:
+    """Record digests of the user's files that these stages read, before the run makes anything of
+    them. Later, compare the files with that record as `check_sources` does; a file of a reward
+    function may be repaired between two starts, and the change is returned as text.
+    """
+    files: Digests = {}
+    functions: Digests = {}
+    for name in names:
+        if not _stage_began(run / name):  # one that began has a record of its own
+            config = getattr(recipe, name)
+            files |= _files_of_user(config, run)
+            functions |= functions_of(config, recipe)
+    known = _recorded_sources(run) if has_begun(run) else {}
+    _check_same(run, known, files)
+    write_sealed(run / SOURCES, {"files": known | files | functions})
+    return _changed(known, functions)
+
+
+def check_sources(run: Path, stage: Path, now: Digests) -> None:
+    """Raises `StorageError` if a file that a stage has just read changed since the run began. A
+    stage that began earlier compares its own record.
+    """
+    if not _stage_began(stage):
+        _check_same(run, _recorded_sources(run), now)
+
+
+def _check_same(run: Path, known: Digests, now: Digests) -> None:
+    if changed := _changed(known, now):
+        raise StorageError(
+            f"{changed} since the run in {run} began; put it back as it was, or delete "
+            f"{run / SOURCES} to go on with it as it is now."
+        )
+
+
+def _changed(known: Digests, now: Digests) -> str:
+    """The first file with another digest, of those that both have, as text; empty for none."""
+    both = sorted(known.keys() & now.keys())
+    return first_change({name: known[name] for name in both}, {name: now[name] for name in both})
+
+
+def _recorded_sources(run: Path) -> Digests:
+    path = run / SOURCES
+    way_out = "delete it, and the files count as they are now."
+    return read_sealed(path, way_out).get("files", {}) if path.exists() else {}
+
+
+def _files_of_user(config: StageConfig, run: Path) -> Digests:
+    """Digests of the local files of rows and models that a stage reads and that the run does not
+    make, by the names that `made_from` gives them.
+    """
+    found: Digests = {}
+    inputs = config.inputs()
+    for source in _sources(inputs):
+        if os.path.isfile(file := os.path.expanduser(source.path)):
+            found[source.path] = file_digest(Path(file))
+    for model in inputs.models:
+        if os.path.isdir(model) and not Path(model).resolve().is_relative_to(run.resolve()):
+            found |= {f"{model}/{file}": known for file, known in made_of(model).items()}
+    return found
+
+
+def _sources(inputs: Inputs) -> Iterator[SourceConfig]:
+    for data in (*inputs.learned, *inputs.heldout):
+        yield from data.sources
+
+
+def _stage_began(stage: Path) -> bool:
+    """Whether a stage began; a checkpoint shows it where an earlier version wrote the folder."""
+    return any((stage / name).exists() for name in (BEGUN, "checkpoints", DONE))
 
 
 def recorded_made_from(stage: Path) -> Digests:

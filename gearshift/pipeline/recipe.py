@@ -38,6 +38,8 @@ POLICIES = ("sft", "preference", "rl")
 """Stages that train the policy."""
 RECORD = "run.json"
 """The file with a run's recipe, and digests of the model that it starts from."""
+SOURCES = "sources.json"
+"""The file with digests of the user's files that a run reads, as they are when it begins."""
 
 
 class RunConfig(Config):
@@ -261,7 +263,7 @@ def has_begun(folder: Path) -> bool:
     """Whether the folder has results of its recipe. A run that failed early, because of its data or
     its model, has none.
     """
-    own = ("recipe.yaml", RECORD, LOCK_FILE, FALLBACK_LOCK_FILE, GIVEN)
+    own = ("recipe.yaml", RECORD, SOURCES, LOCK_FILE, FALLBACK_LOCK_FILE, GIVEN)
     there = folder.iterdir() if folder.is_dir() else ()
     others = [p for p in there if p.name not in own and not p.match(UNFINISHED)]
     return any(not p.is_dir() or any(p.iterdir()) for p in others)

@@ -20,7 +20,7 @@ from gearshift.models.made import DONE, check_kept, written_by
 from gearshift.pipeline.context import Context
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import open_engine
-from gearshift.pipeline.provenance import trained_on
+from gearshift.pipeline.provenance import record_sources, trained_on
 from gearshift.pipeline.recipe import STAGES, Recipe, StageName, has_begun, record_recipe, with_date
 from gearshift.pipeline.records import records
 from gearshift.pipeline.stages import STAGE_FUNCTIONS
@@ -71,6 +71,8 @@ class Run:
         records(self.folder / "validation")  # a broken record is an error before hours of work
         if left:
             run.record_model()
+            if changed := record_sources(self.folder, recipe, named):
+                run.echo(f"{changed} since the run began; what comes is rewarded by it")
         if recipe.task:
             with doing("while preparing the data"):
                 run.task.prepare()

@@ -164,13 +164,13 @@ def rl(config: RLConfig, run: Context) -> Result:
         )
         opened.enter_context(closing(score))
         rows = usable_rows(config, run, collector, engine)
-        stage = run.begin_stage("rl", config.steps, config, start)
         critic, examples = None, None
-        if isinstance(config.value, CriticConfig):
-            critic = load_value_model(config.value, run, engine, start)
         if mixed := config.sft_mix:
             render = partial(_render_supervised, engine=engine, max_length=mixed.max_length)
             examples = mix(mixed.data, run, render_sources(mixed.data, run, render))
+        stage = run.begin_stage("rl", config.steps, config, start)
+        if isinstance(config.value, CriticConfig):
+            critic = load_value_model(config.value, run, engine, start)
         data = RLData(collector, rows, score, examples)
         trainer = train_rl(config, engine, data, stage, reference, critic)
     folder = run.folder / "rl"

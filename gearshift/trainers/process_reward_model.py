@@ -46,7 +46,8 @@ class ProcessRewardConfig(SupervisedStageConfig):
     rows_are: ClassVar[str] = "answers"
 
     def inputs(self) -> Inputs:
-        return replace(super().inputs(), heldout=(self.heldout,))
+        models = (self.model,) if self.model else ()
+        return replace(super().inputs(), heldout=(self.heldout,), models=models)
 
     def memory_needs(self) -> MemoryNeeds:
         return replace(super().memory_needs(), padded=True)

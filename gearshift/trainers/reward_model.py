@@ -63,7 +63,8 @@ class RewardModelConfig(SupervisedStageConfig):
     rows_are: ClassVar[str] = "pairs"
 
     def inputs(self) -> Inputs:
-        return replace(super().inputs(), heldout=(self.heldout,))
+        models = (self.model,) if self.model else ()
+        return replace(super().inputs(), heldout=(self.heldout,), models=models)
 
 
 def render_pairs(

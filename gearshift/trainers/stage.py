@@ -38,6 +38,8 @@ from gearshift.trainers.callbacks import Callbacks
 from gearshift.trainers.ema import MovingAverage
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 
+BEGUN = "begun.json"
+"""The file in a stage's folder with digests of what the stage is made from."""
 _STOPPING = "\nStopping after this step; a second signal stops at once.\n"
 
 
@@ -299,7 +301,7 @@ class Stage:
         """Record what the stage is made from, for a start that finds no checkpoint yet; or compare
         it with that.
         """
-        path = self.folder / "begun.json"
+        path = self.folder / BEGUN
         if path.exists():
             known = read_sealed(path, f"delete {self.folder} to do this stage again.")
             self._same_files(self.folder, known.get("made_from", {}))

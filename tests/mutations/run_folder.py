@@ -116,6 +116,20 @@ MUTATIONS = (
         "tests/pipeline/test_recipe.py",
     ),
     Mutation(
+        "a stage reads a file that changed since the run began",
+        "pipeline/context.py",
+        "        check_sources(self.folder, folder, found | functions)\n",
+        "",
+        "tests/pipeline/test_provenance.py::test_a_file_that_changes_while_the_run_works_ends_it",
+    ),
+    Mutation(
+        "a run goes on with files that changed before their stage",
+        "pipeline/provenance.py",
+        "    _check_same(run, known, files)\n",
+        "",
+        "tests/pipeline/test_provenance.py::test_a_run_goes_on_with_the_files_that_it_began_with",
+    ),
+    Mutation(
         "rows that were learned from count as unseen",
         "pipeline/provenance.py",
         "if was and source_digest(path, source.split) != was:",
