@@ -84,9 +84,10 @@ $(VENV)/.triton: $(READY)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
 	touch $@
 
-# What some tests use, and no recipe needs.
+# What some tests use, and no recipe needs; a kernel runs the notebook.
 $(VENV)/.rest: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao lm-eval
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao lm-eval \
+	  nbclient ipykernel
 	touch $@
 
 $(VENV)/docs/.ready: pyproject.toml constraints.txt

@@ -12,6 +12,7 @@ import pytest
 from tests.pages import DOCS, ROOT, blocks
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOK = ROOT / "examples" / "gearshift.ipynb"
 MOST_LINES = 40
 
 
@@ -36,11 +37,28 @@ def test_an_example_runs(
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = ROOT / "examples" / "gearshift.ipynb"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 3 and not any("%" in text[:1] for text in code)
-    run("\n".join(code), path, monkeypatch, tmp_path)
+    run("\n".join(code), NOTEBOOK, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_kernel_runs_the_notebook(tmp_path: Path) -> None:
+    """As Jupyter does: cell after cell in a kernel, whose loop runs meanwhile."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    book = nbformat.reads(NOTEBOOK.read_text(encoding="utf-8"), as_version=4)
+    nbformat.validate(book)
+    for cell in book.cells:
+        cell.source = cell.source.replace('"embedded"', '"tiny"')
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", resources=place).execute()
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    shown = [output for cell in code for output in cell.outputs]
+    assert not [output for output in shown if output.output_type == "error"]
+    values = [output for output in shown if output.output_type == "execute_result"]
+    assert len(values) == len(code), "each cell ends with a value that is shown"
 
 
 def test_the_page_of_the_api_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
