@@ -26,7 +26,7 @@ class CapacityError(GearshiftError):
 
 
 class KernelError(GearshiftError):
-    """The compiled kernels do not belong to the code that calls them."""
+    """Kernels cannot be compiled or captured, or do not belong to the code that calls them."""
 
 
 class CheckpointError(GearshiftError):

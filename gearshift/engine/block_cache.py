@@ -155,7 +155,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """
     size = math.prod(shape) * like.itemsize
     if not like.is_cpu or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return _zeros_on_gpu(shape, like, size)
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -164,3 +164,13 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
             f"({error.strerror}); lower engine.max_num_seqs or set engine.kv_cache_tokens."
         ) from None
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def _zeros_on_gpu(shape: tuple[int, ...], like: Tensor, size: int) -> Tensor:
+    try:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"The GPU does not give {size / 2**20:.0f} MiB to each layer of the cache; lower "
+            "engine.gpu_memory_utilization or set engine.kv_cache_tokens."
+        ) from None

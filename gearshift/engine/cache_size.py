@@ -5,28 +5,47 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gearshift.engine.config import EngineConfig
+from gearshift.errors import CapacityError
 from gearshift.kernels.specs import BLOCK
-from gearshift.runtime.free_memory import free_bytes
+from gearshift.runtime.free_memory import free_bytes, total_bytes
 
-_CPU_FRACTION, GPU_FRACTION = 0.5, 0.1
-"""The share of the free memory that the cache may have, even if the first request needs less. On a
-CPU the cache takes memory only as it is used; on a GPU it takes all of it at once.
+_CPU_FRACTION = 0.5
+"""The share of the free memory that the cache may have on a CPU, even if the first request needs
+less: there the cache takes memory only as it is used.
 """
 
 
 def cache_capacity(
     model: PreTrainedModel, config: EngineConfig, max_length: int, needed: int
 ) -> int:
-    """The number of blocks for `kv_cache_tokens`. If that is null: those that are `needed` now, and
-    more if the free memory allows it, up to `max_num_seqs` of the longest sequences and at least
-    one.
+    """The number of blocks of the cache: those of `kv_cache_tokens`, or else at most `max_num_seqs`
+    of the longest sequences. A GPU has as many of these as `gpu_memory_utilization` allows, which
+    depends on no request. A CPU has those that are `needed` now, and more if the free memory
+    allows it, but at least one longest sequence.
+
+    Raises `CapacityError` for a GPU that has room for no block.
     """
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens // BLOCK
-    longest = -(-max_length // BLOCK)
-    fraction = _CPU_FRACTION if model.device.type == "cpu" else GPU_FRACTION
-    affordable = fraction * free_bytes(model.device) / (BLOCK * position_bytes(model))
-    return int(min(config.max_num_seqs * longest, max(longest, needed, affordable)))
+    longest, block = -(-max_length // BLOCK), BLOCK * position_bytes(model)
+    most = config.max_num_seqs * longest
+    if model.device.type != "cuda":
+        affordable = _CPU_FRACTION * free_bytes(model.device) / block
+        return int(min(most, max(longest, needed, affordable)))
+    weights, total = sum(p.nbytes for p in model.parameters()), total_bytes(model.device)
+    allowed = gpu_cache_bytes(config, weights, total)
+    if allowed < block:
+        raise CapacityError(
+            f"The weights take {weights / 2**30:.2f} of the GPU's {total / 2**30:.2f} GiB, which "
+            f"leaves no room for a cache; raise "
+            f"engine.gpu_memory_utilization={config.gpu_memory_utilization:g}."
+        )
+    return int(min(most, allowed / block))
+
+
+def gpu_cache_bytes(config: EngineConfig, weights: float, total: float) -> float:
+    """Bytes that a GPU of `total` bytes has for the cache beside the weights."""
+    return config.gpu_memory_utilization * total - weights
 
 
 def position_bytes(model: PreTrainedModel) -> int:

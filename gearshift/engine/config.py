@@ -19,7 +19,14 @@ class EngineConfig(Config):
     """Prompt tokens that one prefill computes together."""
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose keys and values the cache holds at most. Null makes room for `max_num_seqs` of
-    the longest requests. With less room, sequences wait or are computed again.
+    the longest requests; a GPU has `gpu_memory_utilization` for them. With less room, sequences
+    wait or are computed again.
+    """
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    """The share of a GPU's whole memory that the weights and the cache take together. The cache is
+    allocated once, at the first generation, and no larger than `max_num_seqs` of the longest
+    sequences. Training has what is left. A CPU ignores this key, and so does a cache of
+    `kv_cache_tokens`.
     """
     free_cache_while_training: bool = False
     """Free the memory of the cache and of the prepacked weights at each shift to training."""
@@ -33,6 +40,10 @@ class EngineConfig(Config):
     """Tokens that each sequence samples between two checks of the scheduler. What a sequence
     samples after its end is thrown away, but a GPU does not wait for the scheduler. Null takes 8 on
     a GPU and 1 on a CPU.
+    """
+    capture_steps: bool = True
+    """Capture each decode step once and replay it: as a CUDA graph on a GPU, as a list of kernel
+    calls on a CPU. False makes all calls anew for each token, which is slower.
     """
     prepack_weights: bool = True
     """Multiply by a copy of the weights in the CPU's own layout, made anew for each version of the

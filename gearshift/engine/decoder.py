@@ -15,7 +15,8 @@ from gearshift.engine.captured_step import CapturedDecodeStep
 from gearshift.engine.plan import Column, Decode, Plan, Prefill, Sampled
 from gearshift.engine.sampler import adjusts, sample
 from gearshift.engine.sequence import Sequence
-from gearshift.kernels.specs import AttentionMetadata
+from gearshift.kernels.specs import BLOCK, AttentionMetadata
+from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import philox_uniform
 
 _AHEAD = 64
@@ -25,17 +26,23 @@ _AHEAD = 64
 class Decoder:
     """Samples tokens for plans, with one cache."""
 
-    def __init__(self, forward: CachedForward) -> None:
+    def __init__(self, forward: CachedForward, max_rows: int, capture: bool) -> None:
+        """`max_rows`: sequences that decode together at most; `capture` says whether steps are
+        captured where that is possible.
+        """
         self.forward, self.kernels = forward, forward.kernels
-        self._device = forward.model.device
+        self._device, self._max_rows = forward.model.device, max_rows
+        self._captures = capture and forward.plan is not None
         self._captured: dict[tuple[int, int], CapturedDecodeStep] = {}
 
     def run(self, plan: Plan) -> Sampled:
         """Tokens for the plan's sequences."""
+        if not self._captured and self._captures and self.kernels.captures_ahead:
+            self._capture_ahead()
         return self._prefill(plan) if isinstance(plan, Prefill) else self._decode(plan)
 
     def forget_captures(self) -> None:
-        """Drop the captured steps, because something that they read has another address now."""
+        """Drop the captured steps, because what they read or compute is another now."""
         self._captured.clear()
 
     def decode_steps(
@@ -54,21 +61,49 @@ class Decoder:
         log-probs; see `Kernels.sample`.
         """
         B, width = block_tables.shape
-        rows = self.kernels.padded_rows(B)
+        step = self._step(self.kernels.padded_rows(B), width)
+        inout = step.tensors
+        inout.fill(input_ids, positions, block_tables, temperature)
+        tokens, logprobs = [], []
+        for uniforms_B in uniforms:
+            inout.uniforms[:B] = uniforms_B
+            logits = step.run()
+            tokens.append(inout.ids[:B].clone())
+            logprobs.append(inout.logprobs[:B].clone())
+        return logits[:B], torch.stack(tokens), torch.stack(logprobs)
+
+    def _step(self, rows: int, width: int) -> CapturedDecodeStep:
+        """The step for so many rows of at most `width` blocks."""
+        if self._captures and self.kernels.captures_ahead:
+            width = self._longest
         # The last column is block 0, which belongs to no sequence: a row that has ended writes
         # there.
         columns = -(-(width + 1) // 8) * 8
         step = self._captured.get((rows, columns))
         if step is None:
-            step = self._captured[rows, columns] = CapturedDecodeStep(self.forward, rows, columns)
-        step.fill(input_ids, positions, block_tables, temperature)
-        tokens, logprobs = [], []
-        for uniforms_B in uniforms:
-            step.uniforms[:B] = uniforms_B
-            logits = step.run()
-            tokens.append(step.ids[:B].clone())
-            logprobs.append(step.logprobs[:B].clone())
-        return logits[:B], torch.stack(tokens), torch.stack(logprobs)
+            step = CapturedDecodeStep(self.forward, rows, columns, self._captures)
+            self._captured[rows, columns] = step
+        return step
+
+    @property
+    def _longest(self) -> int:
+        """The blocks of the longest sequence that there can be."""
+        return min(-(-self.forward.max_length // BLOCK), self.forward.cache.capacity)
+
+    def _capture_ahead(self) -> None:
+        """Capture the steps of all sizes: the largest first, so that the others use its memory
+        again.
+        """
+        sizes = {self.kernels.padded_rows(rows) for rows in range(1, self._max_rows + 1)}
+        # This step allocates the cache, on the stream that uses it.
+        CapturedDecodeStep(self.forward, 1, self._longest + 1, capture=False).run()
+        with Progress(len(sizes), "capturing decode steps") as progress:
+            for rows in sorted(sizes, reverse=True):
+                progress.phase(f"{rows} rows")
+                if not self._step(rows, 0).capture():
+                    self._captures = False
+                    return
+                progress.advance()
 
     def _decode(self, plan: Decode) -> Sampled:
         live = plan.sequences

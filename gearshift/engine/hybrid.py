@@ -87,6 +87,7 @@ class Engine:
         self._check_limit()
         self._watch = WeightsWatch(model)
         self._placement = self._watch.placement
+        self._capacity: int | None = None
         self.loop = EngineLoop(self)
         """The loop that runs all requests. Rollouts and servers await its completions; the
         synchronous calls use it too.
@@ -213,7 +214,12 @@ class Engine:
     def limits(self) -> SamplingLimits:
         """The limits of a completion, and what ends it."""
         return SamplingLimits(
-            self.vocabulary, self.max_length, self._cache_limit, self.seed, self.end_tokens
+            self.vocabulary,
+            self.max_length,
+            self._cache_limit,
+            "kv_cache_tokens" if self.config.kv_cache_tokens else "gpu_memory_utilization",
+            self.seed,
+            self.end_tokens,
         )
 
     def new_generation(self, groups: list[Group]) -> tuple[Scheduler, Decoder]:
@@ -225,7 +231,8 @@ class Engine:
         forward = CachedForward(self.runner, self.runner.kernels, cache, self.max_length)
         ahead = self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8)
         to_text = partial(decode, self.tokenizer)
-        return Scheduler(cache, self.config, ahead, to_text, self._stats), Decoder(forward)
+        scheduler = Scheduler(cache, self.config, ahead, to_text, self._stats)
+        return scheduler, Decoder(forward, self.config.max_num_seqs, self.config.capture_steps)
 
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
@@ -287,7 +294,8 @@ class Engine:
         """Detect changes of the weights."""
         if self._watch.placement != self._placement:
             self._give_back()
-            self._placement = self._watch.placement
+            self.runner.kernels = kernels_of(self.model)
+            self._placement, self._capacity = self._watch.placement, None
         restored = self.runner.weights.restore() if self.runner.weights else 0
         if self._watch.moved():
             self.loop.forget_captures()
@@ -305,7 +313,7 @@ class Engine:
         self.loop.release()
         if self.runner.weights:
             self.runner.weights.drop_prepacked()
-        self.runner.kernels = kernels_of(self.model)
+        self.runner.kernels.free_workspace()
 
     def _require(self, gear: Gear, what: str) -> None:
         self._owner.check(self)
@@ -317,9 +325,12 @@ class Engine:
 
     @property
     def _cache_limit(self) -> int | None:
-        """The number of tokens in the blocks of the configured cache."""
-        tokens = self.config.kv_cache_tokens
-        return None if tokens is None else tokens // BLOCK * BLOCK
+        """The number of tokens in the cache, where the requests do not decide it."""
+        if self.config.kv_cache_tokens is None and self.device.type != "cuda":
+            return None
+        if self._capacity is None:
+            self._capacity = cache_capacity(self.model, self.config, self.max_length, 0)
+        return self._capacity * BLOCK
 
     def _probe(self, runner: ModelRunner, tokens: list[list[int]]) -> list[Tensor]:
         """See `models.check`. The check uses a separate cache, so that it leaves nothing behind."""

@@ -112,7 +112,9 @@ class SamplingLimits:
     max_length: int
     """Longest prompt plus completion."""
     cache_tokens: int | None
-    """Tokens that the configured cache holds."""
+    """Tokens that the cache holds, if that is known."""
+    cache_key: str
+    """The engine's key that decides it."""
     seed: int
     """The seed of requests that give none."""
     end_tokens: frozenset[int]
@@ -150,7 +152,7 @@ class SamplingLimits:
             raise CapacityError(f"{name} is empty; give at least one token.")
         limits = {
             "the limit": self.max_length,
-            "the cache, engine.kv_cache_tokens": self.cache_tokens,
+            f"the cache, engine.{self.cache_key}": self.cache_tokens,
         }
         for what, limit in limits.items():
             if limit is not None and length + new > limit:

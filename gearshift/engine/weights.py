@@ -21,7 +21,7 @@ class WeightsWatch:
         self._model = model
         self._parameters: list[nn.Parameter] = []
         self._adapted: list[nn.Module] = []
-        self._addresses: list[int] = []
+        self._captured: tuple[list[int], list[object]] = [], []
         self._state: tuple[object, ...] = ()
         self.moved()
         self.accept()
@@ -32,14 +32,16 @@ class WeightsWatch:
         return next(self._model.parameters()).device, self._model.dtype
 
     def moved(self) -> bool:
-        """Whether any parameter has another address than at the last call. Captured steps read the
-        parameters by address.
+        """Whether any parameter has another address than at the last call, or an adapter was
+        switched, scaled or merged. Captured steps read the parameters by address, and repeat what
+        adapters there were.
         """
-        before = self._addresses
+        before = self._captured
         self._parameters = list(self._model.parameters())
         self._adapted = [layer for _, layer in adapted_layers(self._model)]
-        self._addresses = [p.data_ptr() for p in self._parameters]
-        return self._addresses != before
+        addresses = [p.data_ptr() for p in self._parameters]
+        self._captured = addresses, [*map(switched, self._adapted)]
+        return self._captured != before
 
     def written(self) -> bool:
         """Whether the weights differ from those of the last `accept`: after every in-place write to

@@ -1,11 +1,10 @@
-"""Captured steps: a series of kernel calls that is made once, kept, and made again by one call. On
-a CPU it is a table of calls, on a GPU a CUDA graph.
+"""Captured steps of a CPU: a series of kernel calls that is made once, kept as a table, and made
+again by one call. Those of a GPU are in `cuda_graphs.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from ctypes import c_int64, c_void_p
 from typing import Any
@@ -16,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gearshift.kernels import build
 from gearshift.kernels.specs import Prepare, Run
-
-log = logging.getLogger(__name__)
 
 
 class KernelCalls:
@@ -45,6 +42,10 @@ class KernelCalls:
     def bytes(self) -> int:
         """Bytes that captured steps write to."""
         return self._workspace.bytes()
+
+    def free(self) -> None:
+        """Free the memory that captured steps write to. None of them is used again."""
+        self._workspace = _Workspace()
 
     def capture(self, prepare: Prepare, run: Run) -> Run | None:
         """See `Kernels.capture`. It is None if `run` computes anything outside the kernels."""
@@ -119,29 +120,3 @@ class _OnlyKernels(TorchDispatchMode):
 
 
 _ALLOCATES = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
-
-
-def capture_cuda_graph(prepare: Prepare, run: Run, pool: Any) -> Run | None:
-    """See `Kernels.capture`. It is None if `run` does something that a graph cannot hold. `pool` is
-    the graph's memory, which graphs can share that never run at the same time.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled and chosen here, not in the graph
-        prepare()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            prepare()
-            out = run()
-    except RuntimeError as error:
-        log.warning("Decode steps run without a CUDA graph, slower: %s", error)
-        return None
-
-    def again() -> Tensor:
-        graph.replay()
-        return out
-
-    return again

@@ -49,6 +49,9 @@ class CPUKernels(Kernels):
     def workspace_bytes(self) -> int:
         return self._calls.bytes()
 
+    def free_workspace(self) -> None:
+        self._calls.free()
+
     def capture(self, prepare: Prepare, run: Run) -> Run | None:
         return self._calls.capture(prepare, run)
 

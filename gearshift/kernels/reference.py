@@ -42,6 +42,11 @@ class PrepackedLinear(Protocol):
 class Kernels:
     """Every operation as tensor functions; `CPUKernels` and `TritonKernels` replace some."""
 
+    captures_ahead = False
+    """Whether the steps of all sizes are captured before the first token, each with room for the
+    longest sequence. Otherwise a step is captured when it is first used.
+    """
+
     def padded_rows(self, rows: int) -> int:
         """The number of rows of the captured step that is used for this many rows."""
         return rows
@@ -58,6 +63,9 @@ class Kernels:
     def workspace_bytes(self) -> int:
         """Bytes that captured functions write to."""
         return 0
+
+    def free_workspace(self) -> None:
+        """Free these bytes. No captured function is used again."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         """[T, H] each: the residual stream x + delta, and its norm. `x` may be overwritten."""

@@ -7,14 +7,18 @@ rows of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from gearshift.kernels.capture import capture_cuda_graph
+from gearshift.errors import KernelError
+from gearshift.kernels.cuda_graphs import CudaGraphs
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions, Prepare, Run
 
@@ -117,6 +121,7 @@ def _own_part(  # type: ignore[no-untyped-def]
     blocks = tl.load(common + row // TILE)
     first = blocks
     if window > 0:
+        blocks *= 0  # there is no shared part; the type stays
         begin = tl.maximum(end - window, 0)
         first = tl.maximum(position + 1 - window, 0) // P
     place = row * (K * R) + head
@@ -137,17 +142,20 @@ def _own_part(  # type: ignore[no-untyped-def]
 class TritonKernels(Kernels):
     """The tensor functions, except for attention in decode steps, and for captured steps."""
 
+    captures_ahead = True
+
     def __init__(self) -> None:
-        self._pool: Any = None
-        """The memory of all graphs, which never run at the same time."""
+        self._graphs = CudaGraphs()
 
     def padded_rows(self, rows: int) -> int:
         """The next power of two, or multiple of 64, so that few graphs serve all sizes."""
         return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
     def capture(self, prepare: Prepare, run: Run) -> Run | None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return capture_cuda_graph(prepare, run, self._pool)
+        return self._graphs.capture(prepare, run)
+
+    def workspace_bytes(self) -> int:
+        return self._graphs.bytes()
 
     def attend(
         self, query: Tensor, store: Tensor, metadata: AttentionMetadata, options: AttentionOptions
@@ -158,22 +166,43 @@ class TritonKernels(Kernels):
         K = store.shape[2]
         R, W = Q // K, metadata.block_tables.shape[1]
         window, softcap = options.window or 0, options.softcap or 0.0
-        common = torch.zeros_like(metadata.common) if window else metadata.common
-        state = query.new_empty((B * Q, D + 2), dtype=torch.float32)
-        tops, totals, sums = (part.contiguous() for part in state.split((1, 1, D), 1))
+        common = metadata.common
+        tops, totals = (query.new_empty(B * Q, dtype=torch.float32) for _ in range(2))
+        sums = query.new_empty((B * Q, D), dtype=torch.float32)
         out = torch.empty((B, Q, D), dtype=query.dtype, device=query.device)
         numbers = (query.stride(0), options.scaling, softcap)
         shape: dict[str, Any] = {
             "R": R, "K": K, "D": D, "DP": max(16, triton.next_power_of_2(D)), "P": BLOCK,
             "TILE": TILE, "N": _TOGETHER,
         }  # fmt: skip
-        _shared_part[len(common), K](
-            query, store, metadata.block_tables, common, tops, totals, sums, B, W, *numbers,
-            store.stride(0), **shape, M=max(16, triton.next_power_of_2(TILE * R)),
-        )  # fmt: skip
-        _own_part[B, K](
-            query, store, metadata.block_tables, metadata.positions, common, tops, totals, sums,
-            out, W, *numbers, window, store.stride(0), **shape,
-            M=max(16, triton.next_power_of_2(R)),
-        )  # fmt: skip
+        with _named_errors(D):
+            if not window:  # rows of a window see different blocks
+                _shared_part[len(common), K](
+                    query, store, metadata.block_tables, common, tops, totals, sums, B, W,
+                    *numbers, store.stride(0), **shape, M=max(16, triton.next_power_of_2(TILE * R)),
+                )  # fmt: skip
+            _own_part[B, K](
+                query, store, metadata.block_tables, metadata.positions, common, tops, totals, sums,
+                out, W, *numbers, window, store.stride(0), **shape,
+                M=max(16, triton.next_power_of_2(R)),
+            )  # fmt: skip
         return out
+
+
+@contextmanager
+def _named_errors(head_size: int) -> Iterator[None]:
+    """Errors of Triton's compiler become a `KernelError`."""
+    try:
+        yield
+    except OutOfResources as error:
+        raise KernelError(
+            f"This GPU is too small for the attention kernel of {head_size} numbers a head "
+            f"({error}); set model.dtype=bfloat16, or model.device=cpu."
+        ) from error
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise KernelError(
+            "Triton finds no C compiler, which its kernels need; install gcc, or name a compiler "
+            "in CC."
+        ) from error

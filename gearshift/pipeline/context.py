@@ -35,7 +35,7 @@ from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import writing
-from gearshift.runtime.free_memory import free_bytes
+from gearshift.runtime.free_memory import free_bytes, total_bytes
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
@@ -159,7 +159,8 @@ class Context:
         needs = config.memory_needs()
         # The parts count what is loaded by now, too.
         free = free_bytes(model.device) + resident(model.device)
-        parts = parts_of(needs, engine, shape, trained, model.device, lora, free)
+        total = total_bytes(model.device)
+        parts = parts_of(needs, engine, shape, trained, model.device, lora, total)
         tokens, recompute = micro_batch(needs, engine, shape, parts, free)
         parts["activations"] = tokens * shape.token(recompute, needs.padded)
         if short := shortage(with_total(parts)["total"], free):

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig
-from gearshift.engine.cache_size import GPU_FRACTION, largest
+from gearshift.engine.cache_size import gpu_cache_bytes, largest
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import MemoryNeeds
@@ -109,10 +109,10 @@ def parts_of(
     trained: int,
     device: torch.device,
     adapters: bool = False,
-    free: float = 0.0,
+    total: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes of a stage by purpose, without activations. `trained` parameters learn; `free` bytes
-    are there when the stage begins.
+    """Bytes of a stage by purpose, without activations. `trained` parameters learn; the device has
+    `total` bytes (0: unknown).
     """
     on_cpu = device.type == "cpu"
     one_micro_batch = 0 < needs.update_tokens <= needs.micro_batch_tokens
@@ -122,7 +122,8 @@ def parts_of(
     if needs.rollout:
         sequences, length = needs.rollout
         rows = min(engine.max_num_seqs, sequences)
-        parts.update(_cache(shape, engine, rows, length, 0.0 if on_cpu else GPU_FRACTION * free))
+        allowed = 0.0 if on_cpu else gpu_cache_bytes(engine, shape.weights, total)
+        parts.update(_cache(shape, engine, rows, length, max(0.0, allowed)))
         parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
         if on_cpu and engine.prepack_weights and shape.item == 2:
             parts["prepacked weights"] = float(shape.weights)
@@ -139,18 +140,18 @@ def _cache(
     shape: Shape, engine: EngineConfig, rows: int, length: int, allowed: float
 ) -> dict[str, float]:
     """Bytes of the cache. On a CPU it takes memory as it is written. A GPU gives it all at once:
-    what is needed, or more where as many bytes as `allowed` hold it (`engine.cache_size`).
+    the `allowed` bytes, if the longest sequences can use them (`engine.cache_size`).
     """
     needed = shape.cache(rows, length)
     if (tokens := engine.kv_cache_tokens) is not None:
         given = shape.cache(1, tokens)
         return {f"KV cache of {tokens} tokens": given if allowed else min(given, needed)}
+    if not allowed:
+        return {f"KV cache of {rows} rows x {length} tokens": needed}
     longest = engine.max_length
     most = shape.cache(engine.max_num_seqs, longest) if longest else allowed
-    name = f"KV cache of {rows} rows x {length} tokens"
-    if min(allowed, most) <= needed:
-        return {name: needed}
-    return {f"{name}, and more as memory allows": min(allowed, most)}
+    share = f"engine.gpu_memory_utilization={engine.gpu_memory_utilization:g}"
+    return {f"KV cache ({share})": min(allowed, most)}
 
 
 def _learning(

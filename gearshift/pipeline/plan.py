@@ -20,7 +20,7 @@ from gearshift.pipeline.memory import (
 )
 from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe
 from gearshift.runtime.config import dump
-from gearshift.runtime.free_memory import free_bytes
+from gearshift.runtime.free_memory import free_bytes, total_bytes
 
 
 def plan(recipe: Recipe) -> str:
@@ -66,7 +66,9 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
         needs = config.memory_needs()
         free, adapters = free_bytes(device), lora is not None
-        parts = parts_of(needs, recipe.engine, shape, trained, device, adapters, free)
+        parts = parts_of(
+            needs, recipe.engine, shape, trained, device, adapters, total_bytes(device)
+        )
         tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, free)
         activations = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
         parts[activations] = tokens * shape.token(recompute, needs.padded)

@@ -213,7 +213,8 @@ def usable_rows(
     count, path = run.task.rows("train"), run.task.path("train")
     if count is None:
         return None
-    longest = min(engine.max_length, engine.config.kv_cache_tokens or engine.max_length)
+    limits = engine.limits
+    longest = min(limits.max_length, limits.cache_tokens or limits.max_length)
     if config.rollout.max_new_tokens >= longest:
         raise ConfigError(
             f"rl.rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no place for a "

@@ -18,6 +18,13 @@ def free_bytes(device: torch.device) -> float:
     return min(_of_machine(), of_control_groups(Path("/proc/self/cgroup")), _of_limits())
 
 
+def total_bytes(device: torch.device) -> float:
+    """Bytes that a device has, free or not. A CPU's count as those that are free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    return free_bytes(device)
+
+
 def _of_machine() -> float:
     return _kilobytes(Path("/proc/meminfo")).get("MemAvailable", math.inf)
 

@@ -4,11 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from gearshift.engine import Engine, EngineConfig
+from gearshift.errors import KernelError
+from gearshift.kernels import triton_ops
+from gearshift.kernels.cuda_graphs import HostWaits
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
 from gearshift.kernels.triton_ops import TritonKernels
@@ -62,32 +66,26 @@ def test_common_blocks_are_those_that_all_rows_of_a_tile_see_whole() -> None:
     assert places.common.tolist() == [2, 2]
 
 
-class NoSync(TorchDispatchMode):
-    """Refuses what makes a host wait for its device, which a CUDA graph cannot hold."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "bincount"))
-        assert "masked_select" not in name and "unique" not in name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_step_waits_for_nothing(family: str) -> None:
     """What a GPU would capture runs on fixed memory, without a sync, and samples the same."""
 
     def record(prepare: Any, run: Any) -> Any:
         def again() -> torch.Tensor:
-            with NoSync():
+            with HostWaits() as waits:
                 prepare()
-                return run()
+                out = run()
+            assert waits.found is None
+            return out
 
         again()
         return again
 
     written = []
     for kernels in (TritonKernels(), Kernels()):
-        config = EngineConfig(decode_steps_per_sync=4 if isinstance(kernels, TritonKernels) else 1)
+        config = EngineConfig(
+            max_num_seqs=4, decode_steps_per_sync=4 if isinstance(kernels, TritonKernels) else 1
+        )
         engine = Engine(random_model(family), tiny_tokenizer(), config, seed=3)
         engine.runner.kernels = kernels
         if isinstance(kernels, TritonKernels):
@@ -96,3 +94,38 @@ def test_a_whole_step_waits_for_nothing(family: str) -> None:
             groups = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=6))
         written.append([[c.token_ids for c in group] for group in groups])
     assert written[0] == written[1]
+
+
+class Broken:
+    """A kernel that Triton cannot compile."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "way_out"),
+    [
+        (RuntimeError("Failed to find C compiler."), KernelError, "install gcc"),
+        (OutOfResources(120_000, 101_376, "shared memory"), KernelError, "model.dtype=bfloat16"),
+        (RuntimeError("another"), RuntimeError, "another"),
+    ],
+)
+def test_a_kernel_that_cannot_be_compiled_says_what_is_missing(
+    error: Exception, raised: type[Exception], way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_ops, "_own_part", Broken(error))
+    store, places = rows([5], 0, 2, 16, torch.float32)
+    with pytest.raises(raised, match=way_out):
+        TritonKernels().attend(torch.zeros(1, 4, 16), store, places, AttentionOptions(0.25))
+
+
+def test_a_window_reads_no_shared_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "_shared_part", Broken(AssertionError()))
+    store, places = rows([40] * 8, 2, 1, 16, torch.float32)
+    query, options = torch.randn(8, 2, 16), AttentionOptions(0.25, window=20)
+    ours = TritonKernels().attend(query, store, places, options)
+    assert torch.allclose(ours, Kernels().attend(query, store, places, options), atol=1e-5)

@@ -27,6 +27,7 @@ from tests.mutations import (
     failing,
     figures,
     files,
+    gpu,
     hostile,
     loop,
     models,
@@ -41,7 +42,7 @@ from tests.mutations import (
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
-    hostile, failing, verdicts, doors, determinism, api,
+    hostile, failing, verdicts, doors, determinism, api, gpu,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

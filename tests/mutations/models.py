@@ -55,8 +55,8 @@ MUTATIONS = (
     Mutation(
         "a table of positions is read beyond its end",
         "engine/captured_step.py",
-        "self.positions.add_(1).clamp_(max=forward.max_length - 1)",
-        "self.positions.add_(1)",
+        "tensors.positions.add_(1).clamp_(max=forward.max_length - 1)",
+        "tensors.positions.add_(1)",
         "tests/engine/test_steps.py",
     ),
     Mutation(

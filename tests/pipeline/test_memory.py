@@ -167,17 +167,19 @@ def test_what_is_not_there_is_told_before(
 
 
 def test_the_cache_takes_what_the_engine_gives_it() -> None:
-    """On a CPU what is written; on a GPU a tenth of what is free, if it needs no more."""
+    """On a CPU what is written; on a GPU its share of the memory, beside the weights."""
     needs = RLConfig().memory_needs()
     assert needs.rollout is not None
     needed = LLAMA_1B.cache(*needs.rollout)
 
-    def cache(device: torch.device, free: float, **keys: int) -> float:
-        parts = parts_of(needs, EngineConfig(**keys), LLAMA_1B, 1, device, free=free)
+    def cache(device: torch.device, total: float, **keys: float) -> float:
+        config = EngineConfig.model_validate(keys)
+        parts = parts_of(needs, config, LLAMA_1B, 1, device, total=total)
         return next(size for name, size in parts.items() if name.startswith("KV cache"))
 
-    assert cache(CPU, 80 * GIB) == cache(GPU, 1 * GIB) == needed < 8 * GIB
-    assert cache(GPU, 80 * GIB) == 8 * GIB
+    assert cache(CPU, 80 * GIB) == cache(GPU, 0) == needed < 8 * GIB
+    assert cache(GPU, 80 * GIB) == 40 * GIB - LLAMA_1B.weights
+    assert cache(GPU, 80 * GIB, gpu_memory_utilization=0.25) == 20 * GIB - LLAMA_1B.weights
     assert cache(GPU, 80 * GIB, max_length=64, max_num_seqs=64) <= needed
     assert cache(CPU, 80 * GIB, kv_cache_tokens=1024) == LLAMA_1B.cache(1, 1024)
     assert cache(CPU, 80 * GIB, kv_cache_tokens=1 << 20) == needed

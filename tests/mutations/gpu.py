@@ -1,0 +1,55 @@
+"""Faults of captured steps and of the cache on a GPU, which tests find without one."""
+
+from tests.mutations import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "captured steps outlive a switch of adapters",
+        "engine/weights.py",
+        "addresses, [*map(switched, self._adapted)]",
+        "addresses, []",
+        "tests/engine/test_captures.py",
+    ),
+    Mutation(
+        "what a row samples after its end is looked at",
+        "engine/scheduler.py",
+        "                if sequence.finish_reason is not None:\n                    continue",
+        "                if False:\n                    continue",
+        "tests/engine/test_captures.py",
+    ),
+    Mutation(
+        "a pool is opened again after its graphs are gone",
+        "kernels/cuda_graphs.py",
+        "if newest else torch.cuda.graph_pool_handle()",
+        "if newest else (0, 1)",
+        "tests/kernels/test_cuda_graphs.py",
+    ),
+    Mutation(
+        "a capture forbids other threads to use the GPU",
+        "kernels/cuda_graphs.py",
+        'capture_error_mode="thread_local"',
+        'capture_error_mode="global"',
+        "tests/kernels/test_cuda_graphs.py",
+    ),
+    Mutation(
+        "a step that waits for the device is captured",
+        "kernels/cuda_graphs.py",
+        "            if waits.found:\n",
+        "            if False:\n",
+        "tests/kernels/test_cuda_graphs.py",
+    ),
+    Mutation(
+        "each width of block tables has its own graphs",
+        "engine/decoder.py",
+        "            width = self._longest\n",
+        "            pass\n",
+        "tests/engine/test_captures.py",
+    ),
+    Mutation(
+        "a GPU's cache depends on the first request",
+        "engine/cache_size.py",
+        "return int(min(most, allowed / block))",
+        "return int(min(most, needed))",
+        "tests/engine/test_captures.py",
+    ),
+)
