@@ -14,6 +14,12 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
+from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.free_memory import free_bytes
+
+_READ = 2**29
+"""Bytes that are read at a time to measure the bandwidth: more than any cache holds."""
+
 
 @dataclass(slots=True)
 class GenerationStats:
@@ -65,7 +71,9 @@ class GenerationStats:
         used = [p for p in model.parameters() if p is not unread]
         weights, elements = sum(p.nbytes for p in used), sum(p.numel() for p in used)
         read = self.decode_steps * weights + self.decode_positions * position_bytes
-        roofline = measure(next(model.parameters()).device, model.dtype)
+        roofline = measure_if_it_fits(next(model.parameters()).device, model.dtype)
+        if roofline is None:
+            return float("nan")
         return roofline.seconds(read, 2.0 * elements * self.decode_tokens) / self.decode_seconds
 
 
@@ -83,12 +91,35 @@ class Roofline:
 
 @lru_cache(4)
 def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Read much more than caches hold, and multiply large matrices; medians of several rounds."""
-    big = torch.ones(2**27, dtype=torch.float32, device=device)  # 512 MiB
+    """Read much more than caches hold, and multiply large matrices; medians of several rounds. It
+    takes up to 512 MiB.
+    """
+    return Roofline(_bytes_per_second(device), _flops_per_second(device, dtype))
+
+
+def measure_if_it_fits(device: torch.device, dtype: torch.dtype) -> Roofline | None:
+    """The same; None where less than 2 GiB are free, as a figure must not end a run. A later call
+    tries again.
+    """
+    if free_bytes(device) < 4 * _READ:
+        return None
+    try:
+        return measure(device, dtype)
+    except (MemoryError, RuntimeError) as error:
+        if short_of_memory(error):
+            return None
+        raise
+
+
+def _bytes_per_second(device: torch.device) -> float:
+    big = torch.ones(_READ // 4, dtype=torch.float32, device=device)
+    return big.nbytes / _seconds(big.sum, device)
+
+
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     size = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    bandwidth = big.nbytes / _seconds(big.sum, device)
-    return Roofline(bandwidth, 2 * size**3 / _seconds(lambda: a @ b, device))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -11,7 +11,7 @@ one is lost beside the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.config import Config
+from gearshift.runtime.transfers import Staging, Transfers
 
 _BLOCK = 256
 """How many numbers share a scale in 8-bit moments; the flat buffers consist of whole blocks."""
@@ -79,10 +80,17 @@ class MasterAdamW:
         """How many updates have begun to write, whether or not they came to their end."""
         self.parameters = [p for p in parameters if p.requires_grad]
         self.config = config
-        device = "cpu" if config.offload == "always" else self.parameters[0].device
-        self.device = torch.device(device)
-        decayed = _flats([p for p in self.parameters if p.ndim >= 2], self.device)
-        plain = _flats([p for p in self.parameters if p.ndim < 2], self.device)
+        place, always = self.parameters[0].device, config.offload == "always"
+        self.device = torch.device("cpu") if always else place
+        offloads = config.offload != "never" and place.type == "cuda"
+        self.transfers = Transfers(place) if offloads else None
+        self._host: dict[tuple[int, str, str], Tensor] = {}
+        """The host's memory that each part of the state is moved to, the same each time."""
+        self._away = False
+        """Whether the state is in the host's memory until the next step."""
+        staging = Staging(self.transfers) if self.transfers and always else None
+        decayed = _flats([p for p in self.parameters if p.ndim >= 2], self.device, staging)
+        plain = _flats([p for p in self.parameters if p.ndim < 2], self.device, staging)
         self.flats = [*decayed, *plain]
         groups = [
             {"params": [flat.master for flat in decayed], "weight_decay": config.weight_decay},
@@ -98,13 +106,16 @@ class MasterAdamW:
     def accumulate(self) -> None:
         """Add the gradients of one of several micro-batches to sums in fp32."""
         for flat in self.flats:
-            flat.accumulate(self.device)
+            flat.accumulate()
 
     def norm(self) -> float:
         """The gradient's norm. Raises `NumericalError` if it is not finite."""
         sums = [flat.sums for flat in self.flats if flat.sums is not None]
         grads = [*sums, *(p.grad for p in self.parameters if p.grad is not None)]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.float32).to(self.parameters[0].device)
+            for g in grads
+        ]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         if not norm < float("inf"):
             raise NumericalError(
@@ -132,7 +143,7 @@ class MasterAdamW:
             except NumericalError:
                 self.drop_gradients()
                 raise
-        self._move(self.device)
+        self._bring_back()
         scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
         self.begun += 1
         for flat in self.flats:
@@ -144,11 +155,11 @@ class MasterAdamW:
         return norm
 
     def offload_state(self) -> None:
-        """Move the state to the host's memory while the policy generates, if the config says so;
-        `step` moves it back.
+        """Begin to move the state to the host's memory while the policy generates, if the config
+        says so; `step` moves it back.
         """
-        if self.config.offload == "while_generating":
-            self._move(torch.device("cpu"))
+        if self.config.offload == "while_generating" and self.transfers and not self._away:
+            self._move(self.transfers, to_host=True)
 
     @property
     def lr(self) -> float:
@@ -166,6 +177,8 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, the schedule and the fp32 master weights."""
+        if self.transfers:
+            self.transfers.wait()
         state = self.optimizer.state_dict()
         moments = {
             str(i): {k: _plain(x) if isinstance(x, Tensor) else x for k, x in kept.items()}
@@ -179,6 +192,7 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state, and write the model's parameters from the master weights."""
+        self._bring_back()
         now = self.optimizer.state_dict()
         now["state"] = {
             int(i): {k: _whole(x) if isinstance(x, dict) else x for k, x in kept.items()}
@@ -192,24 +206,45 @@ class MasterAdamW:
             for flat, saved in zip(self.flats, state["masters"], strict=True):
                 flat.master.copy_(saved)
                 flat.scatter()
-        self._move(self.device)
 
-    def _move(self, device: torch.device) -> None:
-        for flat in self.flats:
-            if flat.master.device == device:
-                continue
-            flat.master.data = flat.master.data.to(device)
+    def _bring_back(self) -> None:
+        if self._away and self.transfers:
+            self._move(self.transfers, to_host=False)
+
+    def _move(self, transfers: Transfers, to_host: bool) -> None:
+        """Queue the moves of master weights and moments to the host's memory, or back."""
+
+        def moved(x: Tensor, *key: Any) -> Tensor:
+            parts = _plain(x)
+            for name, part in parts.items():
+                if not part.ndim:  # a flag of a quantised tensor
+                    continue
+                if to_host and (*key, name) not in self._host:
+                    buffer = transfers.host_buffer(part.numel(), part.dtype)
+                    self._host[*key, name] = buffer.view(part.shape)
+                there = self._host[*key, name]
+                parts[name] = there if to_host else torch.empty_like(part, device=self.device)
+                transfers.copy(parts[name], part)
+            return _whole(parts)
+
+        for i, flat in enumerate(self.flats):
+            flat.master.data = moved(flat.master.data, i, "master")
             state = self.optimizer.state[flat.master]
             for name, x in state.items():
                 if isinstance(x, Tensor) and x.ndim:
-                    state[name] = x.to(device)
+                    state[name] = moved(x, i, name)
+        transfers.join()
+        self._away = to_host
 
 
 class _Flat:
     """Parameters end to end in one fp32 buffer."""
 
-    def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
-        self.parameters = parameters
+    def __init__(
+        self, parameters: list[nn.Parameter], device: torch.device, staging: Staging | None
+    ) -> None:
+        """`staging` is between a buffer on the host and parameters on a GPU."""
+        self.parameters, self._device, self._staging = parameters, device, staging
         sizes = [p.numel() for p in parameters]
         size = -(-sum(sizes) // _BLOCK) * _BLOCK
         self._sizes = [*sizes, size - sum(sizes)]
@@ -222,41 +257,53 @@ class _Flat:
         precision.
         """
 
-    def accumulate(self, device: torch.device) -> None:
+    def accumulate(self) -> None:
         """Add the parameters' gradients to the sums and clear them. Gradients in fp32 need no sums:
         torch itself adds them up.
         """
         if all(p.dtype.itemsize >= 4 for p in self.parameters):
             return
         if self.sums is None:
-            self.sums = torch.zeros(self.master.shape, device=device)
-        for parameter, part in zip(self.parameters, self._parts(self.sums), strict=False):
-            if parameter.grad is not None:
-                part += parameter.grad.flatten().to(part.device)
-            parameter.grad = None
+            self.sums = torch.zeros(self.master.shape, device=self._device)
+        for grad, part in self._gradients(self.sums):
+            part += grad
 
     def gather(self, scale: float) -> Tensor:
         """The gradients in fp32 times `scale`, end to end; afterwards the parameters have none."""
         flat, self.sums = self.sums, None
         if flat is None:
             flat = torch.zeros_like(self.master)
-            for parameter, part in zip(self.parameters, self._parts(flat), strict=False):
-                if parameter.grad is not None:
-                    part.copy_(parameter.grad.flatten())
-                parameter.grad = None
+            for grad, part in self._gradients(flat):
+                part.copy_(grad)
         return flat.mul_(scale) if scale != 1.0 else flat
 
     @torch.no_grad()
     def scatter(self) -> None:
         """Write the model's parameters in place."""
+        if self._staging:
+            self._staging.write(self.parameters, self._parts(self.master)[:-1])
+            return
         for parameter, part in zip(self.parameters, self._parts(self.master), strict=False):
             parameter.copy_(part.view_as(parameter))
+
+    def _gradients(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each gradient, flattened, with its part of `flat`. Each parameter then has none."""
+        pairs = zip(self.parameters, self._parts(flat), strict=False)
+        known = [(p, part) for p, part in pairs if p.grad is not None]
+        grads = [p.grad for p, _ in known if p.grad is not None]
+        if self._staging:
+            grads = self._staging.read(grads)
+        for (parameter, part), grad in zip(known, grads, strict=True):
+            yield grad.flatten(), part
+            parameter.grad = None
 
     def _parts(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split_with_sizes(self._sizes)
 
 
-def _flats(parameters: list[nn.Parameter], device: torch.device) -> list[_Flat]:
+def _flats(
+    parameters: list[nn.Parameter], device: torch.device, staging: Staging | None
+) -> list[_Flat]:
     """The parameters in order, in as few buffers as `_LARGEST` allows."""
     runs: list[list[nn.Parameter]] = []
     size = 0
@@ -266,7 +313,7 @@ def _flats(parameters: list[nn.Parameter], device: torch.device) -> list[_Flat]:
             size = 0
         runs[-1].append(parameter)
         size += parameter.numel()
-    return [_Flat(run, device) for run in runs]
+    return [_Flat(run, device, staging) for run in runs]
 
 
 def _adamw(config: OptimizerConfig) -> Any:

@@ -181,8 +181,22 @@ MUTATIONS = (
         "runtime/optimizer.py",
         "flat.master.grad = flat.gather(scale)",
         "flat.master.grad = flat.gather(scale)\n"
-        "            flat.master.data = _Flat(flat.parameters, self.device).master.data",
+        "            flat.master.data = _Flat(flat.parameters, self.device, None).master.data",
         "tests/runtime/test_optimizer.py",
+    ),
+    Mutation(
+        "the host reads gradients before their copy from the GPU is done",
+        "runtime/transfers.py",
+        "            self._transfers.copy(part, tensor)\n        self._transfers.wait()\n",
+        "            self._transfers.copy(part, tensor)\n",
+        "tests/runtime/test_optimizer.py -k comes_and_goes",
+    ),
+    Mutation(
+        "a checkpoint holds what has not yet come from the GPU",
+        "runtime/optimizer.py",
+        "            self.transfers.wait()\n",
+        "            pass\n",
+        "tests/runtime/test_optimizer.py -k comes_and_goes",
     ),
     Mutation(
         "DPO prefers what was rejected",

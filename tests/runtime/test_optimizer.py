@@ -1,13 +1,15 @@
 """fp32 masters: small updates to bf16 weights are not lost, and the update is torch's AdamW."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.transfers import Staging, Transfers
 
 
 def test_small_updates_of_bf16_weights_add_up() -> None:
@@ -53,6 +55,80 @@ def test_it_is_adamw_of_all_parameters(
         peer.zero_grad()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=1e-6) and a.grad is None
+
+
+class Queue(Transfers):
+    """A GPU that copies as late as it may; here its memory is the host's, too."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[Tensor] = []
+
+    def host_buffer(self, size: int, dtype: torch.dtype) -> Tensor:
+        self.buffers.append(torch.zeros(size, dtype=dtype))
+        return self.buffers[-1]
+
+    @torch.no_grad()
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        assert into.shape == source.shape and into.dtype == source.dtype
+        into.fill_(float("nan") if into.is_floating_point() else 0)
+        self.queue.append((into, source.detach()))
+
+    def join(self) -> None:
+        host = {x.untyped_storage().data_ptr() for x in self.buffers}
+        to_gpu = [into.untyped_storage().data_ptr() not in host for into, _ in self.queue]
+        self._run(max((i + 1 for i, is_so in enumerate(to_gpu) if is_so), default=0))
+
+    def wait(self) -> None:
+        self._run(len(self.queue))
+
+    @torch.no_grad()
+    def _run(self, count: int) -> None:
+        for into, source in self.queue[:count]:
+            into.copy_(source)
+        del self.queue[:count]
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("offload", ["always", "while_generating"])
+@pytest.mark.parametrize("micros", [1, 3])
+def test_state_that_comes_and_goes_is_the_same(moments: str, offload: str, micros: int) -> None:
+    """Copies that end as late as they may change no bit, and take the same memory each time."""
+    if moments == "8bit":
+        pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    values = [torch.randn(64, 80).bfloat16(), torch.randn(7), torch.randn(9).bfloat16()]
+
+    def run(queue: Queue | None) -> tuple[list[Tensor], dict[str, Any]]:
+        parameters = [nn.Parameter(v.clone()) for v in values]
+        config = OptimizerConfig.model_validate(
+            {"lr": 1e-2, "offload": offload, "moments": moments}
+        )
+        optimizer = MasterAdamW(parameters, config, total_steps=10)
+        optimizer.transfers = queue
+        for flat in optimizer.flats:
+            flat._staging = Staging(queue) if queue and offload == "always" else None
+        for _ in range(4):
+            optimizer.offload_state()
+            optimizer.offload_state()  # as for the greedy completions of the same step
+            made.append(len(queue.buffers) if queue else 0)
+            for micro in range(micros):
+                for parameter in parameters[: 2 + micro % 2]:
+                    new = parameter.detach().sin() + micro
+                    parameter.grad = new if parameter.grad is None else parameter.grad + new
+                if micros > 1:
+                    optimizer.accumulate()
+            optimizer.step()
+        optimizer.offload_state()
+        return [p.detach() for p in parameters], optimizer.state_dict()
+
+    queue, made = Queue(), list[int]()
+    (plain, state), (moved, again) = run(None), run(queue)
+    for a, b in zip(plain, moved, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(state["masters"], again["masters"], strict=True):
+        assert torch.equal(a, b)
+    assert 0 < made[-3] == made[-1]
 
 
 def test_moments_in_8_bits_learn_about_the_same() -> None:

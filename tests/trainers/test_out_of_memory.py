@@ -201,7 +201,7 @@ def test_gradients_and_random_numbers_begin_anew() -> None:
             nonlocal calls
             calls += 1
             if fail(calls):
-                optimizer.flats[0].accumulate(optimizer.device)
+                optimizer.flats[0].accumulate()
                 raise torch.OutOfMemoryError("out of memory")
             plain()
 
