@@ -22,6 +22,8 @@ STEPS = {
     "parity": "parity",
     "batching": "batching",
     "decode": "decode",
+    "train": "train",
+    "grpo": "grpo",
 }  # fmt: skip
 """The steps in order of importance, and the file of each."""
 NEEDED = (

@@ -133,4 +133,4 @@ def hugging_face(probe: Probe) -> float:
     return B * new / probe.wall(lambda: write(new))
 
 
-PARTS = (Part(of_135m, 25), Part(of_1b, 20), Part(of_8b, 35))
+PARTS = (Part(of_135m, 25), Part(of_1b, 20, tiny=False), Part(of_8b, 35, tiny=False))

@@ -1,0 +1,283 @@
+"""Step 7: how fast the training gear learns, what it waits for, and whether it takes the memory
+that was predicted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.harness import Part
+from benchmarks.gpu_check.models import engine_of, groups_batch, llama, model_of, rows_batch
+from benchmarks.gpu_check.probe import GIB, Probe
+from benchmarks.gpu_check.profiles import profiled
+from gearshift.batch import PackedBatch
+from gearshift.engine import Engine
+from gearshift.models.logprobs import token_logprobs
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.trainers.sft import supervised_loss
+from gearshift.trainers.update import update
+
+PEAK = 989e12
+"""bf16 products a second that the maker of the H100 names."""
+MICRO = (4096, 16_384)
+LARGE = (2048,)
+"""Micro-batches of 3B weights, whose optimizer leaves little room."""
+
+
+def of_135m(probe: Probe) -> None:
+    """Everything."""
+    Learner(probe, "135M").everything()
+
+
+def of_1b(probe: Probe) -> None:
+    """Everything."""
+    Learner(probe, "1B").everything()
+
+
+def of_3b(probe: Probe) -> None:
+    """Everything, in small micro-batches."""
+    Learner(probe, "3B").everything(LARGE)
+
+
+class Learner:
+    """One model with its optimizer, which is measured."""
+
+    def __init__(self, probe: Probe, name: str) -> None:
+        self.probe, self.name = probe, name
+        self.engine = engine_of(probe, name, max_length=probe.size(2048, 128))
+        self.optimizer = MasterAdamW(self.engine.model.parameters(), OptimizerConfig(lr=1e-4), 1000)
+        self.reached = product_rate(probe)
+        """Products a second of large matrices in this process."""
+
+    def everything(self, micro_batches: tuple[int, ...] = MICRO) -> None:
+        """Measure it all, the most important first."""
+        probe, name = self.probe, self.name
+        with probe.case(f"{name}: supervised rows"):
+            self.supervised(micro_batches[-1])
+        for tokens in micro_batches:
+            with probe.case(f"{name}: ragged, {tokens}"):
+                self.ragged(tokens)
+        with probe.case(f"{name}: parts"):
+            self.parts()
+        with probe.case(f"{name}: recompute"):
+            self.recomputed(micro_batches[-1])
+
+    def rows(self, seed: int) -> PackedBatch:
+        """8 rows of 1,024 tokens."""
+        shape = self.probe.size((8, 1024), (2, 12))
+        return rows_batch(self.probe, self.engine, *shape, seed=seed)
+
+    def groups(self, seed: int) -> PackedBatch:
+        """8 prompts with 8 completions each, of 64 to 512 tokens."""
+        shape = self.probe.size((8, 8, 128, (64, 512)), (2, 2, 6, (2, 9)))
+        return groups_batch(self.probe, self.engine, *shape, seed=seed)
+
+    def learn(self, batch: PackedBatch, micro: int) -> float:
+        """One update; returns the loss."""
+        with self.engine.training():
+            done = update(batch.split(micro), self.loss_of, self.optimizer)
+        self.engine.weights_changed()
+        return done["loss"]
+
+    def loss_of(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The supervised loss of a micro-batch."""
+        return supervised_loss(self.engine, batch)
+
+    def supervised(self, micro: int) -> None:
+        """A shape that is seen again at each step; the loss of the same rows must fall."""
+        probe, batch = self.probe, self.rows(0)
+        losses = [self.learn(batch, micro)]
+        seconds = [probe.wall(lambda: losses.append(self.learn(batch, micro))) for _ in "1234"]
+        falls = losses[-1] < losses[0]
+        probe.holds(f"{self.name}: the loss falls", falls, [losses[0], losses[-1]])
+        self.told(f"{self.name}: {len(batch)} tokens of rows", batch, min(seconds))
+
+    def ragged(self, tokens: int) -> None:
+        """Batches of a rollout, each of which has new shapes; and one of them again."""
+        probe, micro = self.probe, self.probe.size(tokens, 40)
+        name = f"{self.name}: ragged, micro-batches of {tokens}"
+        self.learn(self.groups(10), micro)
+        batch = self.groups(11)
+        first = probe.wall(lambda: self.learn(batch, micro))
+        again = min(probe.wall(lambda: self.learn(batch, micro)) for _ in range(2))
+        self.told(f"{name}, new shapes", batch, first)
+        self.told(f"{name}, the same shapes", batch, again)
+
+    def told(self, case: str, batch: PackedBatch, seconds: float) -> None:
+        """Tokens a second, and the share of what the card can multiply."""
+        flops = training_flops(self.engine, batch) / seconds
+        found = {
+            "tokens/s": len(batch) / seconds,
+            "MFU": flops / PEAK,
+            "of measured": flops / self.reached,
+        }
+        self.probe.shows(case, found)
+
+    def parts(self) -> None:
+        """Forward, backward, head and optimizer alone; kernels, and waits of the host."""
+        probe, name = self.probe, self.name
+        batch = next(iter(self.groups(12).split(probe.size(MICRO[0], 40))))
+        with self.engine.training():
+            forward = probe.seconds(lambda: self.loss_of(batch), 3, 1)
+            both = probe.seconds(lambda: self.loss_of(batch)[0].backward(), 3, 1)
+            found = profiled(probe, lambda: self.loss_of(batch)[0].backward())
+            with waits(probe) as counted:
+                update([batch], self.loss_of, self.optimizer)
+        self.engine.weights_changed()
+        parts = {"forward": forward, "backward": both - forward, "head": self.head(batch)}
+        parts["optimizer"] = self.optimize()
+        probe.shows(f"{name}: parts of {len(batch)} tokens", ms(parts), "ms")
+        probe.shows(f"{name}: kernels of forward and backward", found.kernels)
+        probe.shows(f"{name}: device's time by class", found.classes, "ms")
+        probe.shows(f"{name}: waits for the device in an update", len(counted))
+
+    def head(self, batch: PackedBatch) -> float:
+        """Seconds of the head alone, forward and backward."""
+        head = self.engine.head
+        targets, width = batch.targets, head.linear.in_features
+        hidden = self.probe.randn(len(targets), width, dtype=torch.bfloat16).requires_grad_()
+
+        def run() -> None:
+            scores = token_logprobs(head, hidden, targets)
+            (scores.logprobs.sum() + scores.entropy.sum()).backward()
+
+        seconds = self.probe.seconds(run, 3, 1)
+        self.optimizer.drop_gradients()
+        return seconds
+
+    def optimize(self) -> float:
+        """Seconds of an update's last part, with gradients that are there."""
+
+        def gradients() -> None:
+            for parameter in self.engine.model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+
+        gradients()
+        self.optimizer.step()
+        gradients()
+        seconds = self.probe.wall(self.optimizer.step)
+        self.engine.weights_changed()
+        return seconds
+
+    def recomputed(self, micro: int) -> None:
+        """Layers that are computed again in the backward pass."""
+        probe, batch = self.probe, self.rows(1)
+        self.engine.runner.recompute = True
+        try:
+            self.learn(batch, micro)
+            seconds = probe.wall(lambda: self.learn(batch, micro))
+        finally:
+            self.engine.runner.recompute = False
+        self.told(f"{self.name}: rows, layers computed again", batch, seconds)
+
+
+@contextmanager
+def waits(probe: Probe) -> Iterator[list[object]]:
+    """What made the host wait for the device."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if probe.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        found: list[object] = []
+        try:
+            yield found
+        finally:
+            if probe.cuda:
+                torch.cuda.set_sync_debug_mode("default")
+    found += [w for w in seen if "synchroniz" in str(w.message)]
+
+
+def training_flops(engine: Engine, batch: PackedBatch) -> float:
+    """Products of an update: 6 a weight and token, and those of attention."""
+    model = engine.model
+    config, embedding = model.config, model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= embedding.numel()
+    head = engine.head.linear.weight.numel()
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
+    parents = torch.where(batch.parents >= 0, lengths[batch.parents.clamp(min=0)], 0.0)
+    pairs = float((lengths * (lengths / 2 + parents)).sum())
+    attention = 12 * config.num_hidden_layers * config.hidden_size * pairs
+    return 6.0 * ((weights - head) * len(batch) + head * len(batch.targets)) + attention
+
+
+def product_rate(probe: Probe) -> float:
+    """Products a second of large matrices in this process."""
+    n = probe.size(8192, 64)
+    a, b = probe.randn(n, n, dtype=torch.bfloat16), probe.randn(n, n, dtype=torch.bfloat16)
+    return 2 * n**3 / probe.seconds(lambda: a @ b)
+
+
+def ms(seconds: dict[str, float]) -> dict[str, float]:
+    """Milliseconds."""
+    return {name: 1e3 * x for name, x in seconds.items()}
+
+
+def reference(probe: Probe) -> None:
+    """Hugging Face's own forward with causal attention, as it is and compiled; no optimizer."""
+    model = model_of(probe, llama(probe, "1B"), attention="sdpa").train()
+    rows, length = probe.size((8, 1024), (2, 12))
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), device=probe.device)
+
+    def learned(run: Callable[..., Tensor]) -> Callable[[], None]:
+        def once() -> None:
+            run(ids).backward()
+            model.zero_grad()
+
+        return once
+
+    def loss(ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return found
+
+    forms = {"eager": loss, "compiled": torch.compile(loss)} if probe.cuda else {"eager": loss}
+    for name, run in forms.items():
+        with probe.case(f"Hugging Face {name}"):
+            first = probe.wall(learned(run))
+            seconds = probe.seconds(learned(run), 3, 1)
+            told = {"tokens/s": ids.numel() / seconds, "first call, s": first}
+            probe.shows(f"1B: Hugging Face, forward and backward, {name}", told)
+
+
+def predicted(probe: Probe) -> None:
+    """The memory of an update against what was predicted for it."""
+    from gearshift.pipeline.memory import Shape, parts_of, with_total
+    from gearshift.trainers.sft import SFTConfig
+
+    for name in ("135M", "1B"):
+        for padded in ("rows", "ragged"):
+            learner = Learner(probe, name)
+            batch = learner.rows(0) if padded == "rows" else learner.groups(0)
+            needs = SFTConfig(micro_batch_tokens=len(batch)).memory_needs()
+            model = learner.engine.model
+            shape = Shape.of(model, model.dtype)
+            parts = parts_of(needs, learner.engine.config, shape, shape.parameters, probe.device)
+            parts["activations"] = len(batch) * shape.token()
+            told = with_total(parts)["total"]
+            probe.tidy()
+            if probe.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            learner.learn(batch, len(batch))
+            case = f"{name}: memory of {len(batch)} tokens ({padded}), over the prediction"
+            if probe.cuda:
+                share = torch.cuda.max_memory_allocated() / told
+                probe.holds(case, 0.85 <= share <= 1.15, share, "0.85 to 1.15")
+            else:
+                probe.shows(f"{case}: predicted", told / GIB, "GiB")
+            del learner, model
+            probe.tidy()
+
+
+PARTS = (
+    Part(of_1b, 30),
+    Part(of_135m, 15, tiny=False),
+    Part(predicted, 15),
+    Part(of_3b, 25, tiny=False),
+    Part(reference, 25),
+)
