@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="print the whole recipe, the plan and the memory; train nothing",
+            help="check files, print the whole recipe, the plan and the memory; train nothing",
         )
         command.set_defaults(do=run, command=name)
     evaluation = commands.add_parser(
@@ -94,13 +94,15 @@ def run(arguments: argparse.Namespace) -> None:
     command = {"dpo": "preference"}.get(arguments.command, arguments.command)
     if command in ALL and getattr(recipe, command) is None:
         raise ConfigError(f"The recipe has no section `{command}`; add one to run that stage.")
+    stages = ALL if command == "run" else (command,)
     if arguments.dry_run:
+        from gearshift.pipeline.check import check_recipe
         from gearshift.pipeline.plan import plan
 
+        check_recipe(recipe, stages)
         echo(plan(recipe))
         return
     keep_freed_memory()
-    stages = ALL if command == "run" else (command,)
     summary = Run(recipe).execute(stages)
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
         _print_summary(Path(recipe.run.dir), summary)

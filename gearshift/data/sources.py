@@ -74,16 +74,9 @@ class DataConfig(Config):
 
 def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     """All rows of a file or a data set. Raises `DataError` with the file and the line."""
-    file = Path(path).expanduser()
-    try:
-        kind, _ = _kind(file), file.exists()
-    except (OSError, ValueError) as error:  # the path is too long, or no path at all
-        raise DataError(f"{one_line(path, 100)} cannot be a file ({error.args[-1]}).") from None
-    # Names on the hub may contain dots (`owner/set-v1.5`); a file's folder exists.
-    if not (file.exists() or kind or path.startswith((".", "/", "~"))) and (
-        not file.suffix or not file.parent.is_dir()
-    ):
+    if is_on_hub(path):
         return _from_hub(path, split)
+    file = Path(path).expanduser()
     if not file.exists():
         raise DataError(f"{path} does not exist{_nearest(file)}")
     if file.is_dir():
@@ -92,10 +85,24 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
         raise DataError(f"{path} is a file, which has no split {show(split)}; leave out `split`.")
     if not file.is_file():  # a pipe or a device may have no end, and cannot be read twice
         raise DataError(f"{path} is not a regular file; write its content into one.")
+    kind = _kind(file)
     rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
     return rows
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether the path is the name of a data set on the hub. Raises `DataError` for what can be no
+    path.
+    """
+    file = Path(path).expanduser()
+    try:
+        named = file.exists() or _kind(file) or path.startswith((".", "/", "~"))
+    except (OSError, ValueError) as error:  # the path is too long, or no path at all
+        raise DataError(f"{one_line(path, 100)} cannot be a file ({error.args[-1]}).") from None
+    # Names on the hub may contain dots (`owner/set-v1.5`); a file's folder exists.
+    return not named and (not file.suffix or not file.parent.is_dir())
 
 
 def source_digest(path: str, split: str = "train") -> str:

@@ -202,4 +202,9 @@ def _play(environment: TextEnvironment, seed: int, known: set[str]) -> tuple[lis
             return messages, bool(info.get("success", False))
 
 
-TASK = Task("gym", GymConfig, prepare, make)
+def check(config: GymConfig) -> None:
+    """Raises `GearshiftError` if the environment cannot be made."""
+    make(config, Path("labelled.jsonl")).close()
+
+
+TASK = Task("gym", GymConfig, prepare, make, check=check)

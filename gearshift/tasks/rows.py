@@ -9,27 +9,28 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from gearshift.data.check import check_source
 from gearshift.data.clean import CleanConfig, clean
-from gearshift.data.formats import ChatExample, SourceRow, to_prompt, to_supervised
-from gearshift.data.messages import ROLES, show
+from gearshift.data.formats import to_prompt
 from gearshift.data.overlap import near_duplicates, prompt_keys
 from gearshift.data.rows import filled_columns
 from gearshift.data.sources import SourceConfig, load_rows
 from gearshift.environments.base import RowEnvironment
 from gearshift.errors import ConfigError, DataError
 from gearshift.rewards.build import load_reward
-from gearshift.rewards.functions import ARGUMENTS, RewardFunction
+from gearshift.rewards.functions import RewardFunction
 from gearshift.rollouts.intervals import merged
 from gearshift.runtime.config import PathText
 from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
+from gearshift.tasks.row_forms import has_answer, labelled_row, prompt_row
 from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 
@@ -132,9 +133,9 @@ def prepare(config: RowsConfig, seed: int, folder: Path) -> dict[str, Path]:
     trained = [(rows[i], prompt_row(rows[i], config.system), times[i]) for _, i in kept["train"]]
     files["train"] = [prompt for _, prompt, count in trained for _ in range(count)]
     labelled = [
-        _labelled(row, config.system)
+        labelled_row(row, config.system)
         for row, _, count in trained
-        if _has_answer(row)
+        if has_answer(row)
         for _ in range(count)
     ]
     if labelled:
@@ -240,70 +241,6 @@ def _report_overlap(
             )
 
 
-def prompt_row(row: Mapping[str, Any], system: str | None) -> Row:
-    """A row as the environment reads it: the prompt as messages, and the reward's columns. Raises
-    `DataError` that names the file and the row.
-    """
-    example = to_prompt(row)
-    raw = getattr(row, "raw", row)
-    columns = {}
-    for column, value in example.columns.items():
-        if column in ARGUMENTS:
-            raise DataError(
-                f"{getattr(row, 'where', 'A row')}: reward functions get something else as "
-                f"`{column}`; rename the column."
-            )
-        # A reward reads the values exactly as the file has them.
-        columns[column] = raw[column] if isinstance(value, str) else value
-        try:
-            json.dumps(columns[column], ensure_ascii=False, allow_nan=False).encode()
-        except (TypeError, ValueError):
-            raise DataError(
-                f"{getattr(row, 'where', 'A row')}: `{column}` is {show(value)}, which JSON cannot "
-                "hold; make it a text or a finite number."
-            ) from None
-    return {
-        **columns,
-        "prompt": _with_system(example.prompt, system),
-        **_options(example.options),
-    }
-
-
-def _has_answer(row: Mapping[str, Any]) -> bool:
-    """Whether the row says what to answer."""
-    row = filled_columns(row)
-    if "prompt" in row:
-        return "completion" in row
-    turns = row.get("messages") or row.get("conversations") or [{}]
-    who = turns[-1].get("role", turns[-1].get("from"))
-    return "output" in row or ROLES.get(who) == "assistant"
-
-
-def _labelled(row: Mapping[str, Any], system: str | None) -> Row:
-    own = to_prompt(row).columns.keys() - {"completion", "output"}
-    kept = {key: value for key, value in row.items() if key not in own}
-    example = to_supervised(SourceRow(kept, getattr(row, "where", "A row")))
-    assert isinstance(example, ChatExample)  # the row has a prompt
-    messages = [
-        {**message, "train": False} if i in example.untrained else message
-        for i, message in enumerate(example.messages)
-    ]
-    return {"messages": _with_system(messages, system), **_options(example.options)}
-
-
-def _options(options: Mapping[str, Any]) -> Row:
-    """The columns of these template arguments, as a row has them."""
-    rest = {name: value for name, value in options.items() if name != "tools"}
-    columns = {"tools": options.get("tools"), "chat_template_kwargs": rest}
-    return {name: value for name, value in columns.items() if value}
-
-
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    if system is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
 class RowsEnvironment(RowEnvironment):
     """One prompt, one answer, scored by the user's function. `info` holds the row's columns."""
 
@@ -346,4 +283,14 @@ def make(config: RowsConfig, path: Path) -> RowsEnvironment:
     return RowsEnvironment(path, config.reward, config.success_threshold)
 
 
-TASK = Task("data", RowsConfig, prepare, make, metric="reward")
+def check(config: RowsConfig) -> None:
+    """Raises `GearshiftError` for a reward, a file or one of its first rows that cannot be used."""
+    if config.reward:
+        load_reward(config.reward)
+    heldout = [getattr(config, split) for split in _HELDOUT]
+    files = [SourceConfig(path=named) for named in heldout if isinstance(named, str)]
+    for source in (*config.train, *files):
+        check_source(source, config.clean, partial(prompt_row, system=config.system))
+
+
+TASK = Task("data", RowsConfig, prepare, make, check=check, metric="reward")

@@ -60,3 +60,6 @@ class Task:
     phrases: Callable[[Path], Sequence[str]] | None = None
     """(run's folder) -> sentences that a speech recogniser expects in front of a run's model, in
     small letters, words alone; None expects any sentence."""
+    check: Callable[[Any], object] | None = None
+    """(config) -> raises `GearshiftError` for what the config names and is not there, such as a
+    file. `--dry-run` calls it, so it must be quick and write nothing."""

@@ -115,4 +115,11 @@ MUTATIONS = (
         'pack([(e["token_ids"], [0, *[1] * (len(e["token_ids"]) - 1)]) for e in episodes])',
         "tests/pipeline/test_perplexity.py",
     ),
+    Mutation(
+        "a dry run passes a recipe whose files are not there",
+        "cli/run.py",
+        "        check_recipe(recipe, stages)\n",
+        "",
+        "tests/pipeline/test_check.py -k dry_run",
+    ),
 )
