@@ -27,6 +27,7 @@ from gearshift.data.rows import TEXT_COLUMNS, from_json, text_size
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.digests import file_digest
+from gearshift.runtime.hub import hub_is_reachable
 from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
@@ -93,9 +94,7 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
 
 
 def is_on_hub(path: str) -> bool:
-    """Whether the path is the name of a data set on the hub. Raises `DataError` for what can be no
-    path.
-    """
+    """Whether the path names a data set on the hub. Raises `DataError` for what can be no path."""
     file = Path(path).expanduser()
     try:
         named = file.exists() or _kind(file) or path.startswith((".", "/", "~"))
@@ -287,6 +286,7 @@ def _from_hub(name: str, split: str) -> list[SourceRow]:
             f"{name} is no file here, and a data set of the hub needs pip install "
             "'gearshift[data]'."
         ) from None
+    datasets.config.HF_HUB_OFFLINE = not hub_is_reachable()  # else the library asks for a minute
     try:
         rows = [*datasets.load_dataset(name, split=split)]
         whole = hashlib.blake2b()

@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from gearshift.errors import ModelError
 from gearshift.models.saved_config import is_folder, settings_in
 from gearshift.models.saved_weights import FLOATS, Saved, check_kinds, tensors_in
+from gearshift.runtime.hub import hub_is_reachable
 from gearshift.runtime.yaml_text import read_yaml
 
 SETTINGS = "adapter_config.json"
@@ -38,6 +39,7 @@ def file_of(name: str | Path, file: str) -> Path | None:
         found = cached_file(
             name,
             file,
+            local_files_only=not hub_is_reachable(),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,

@@ -4,6 +4,7 @@ encoder.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import logging
 import shutil
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gearshift.errors import ModelError, StorageError
+from gearshift.models.tiny import SIZES
 from gearshift.runtime.files import cache_folder, digest, read_json, sync, write_json, writing
 
 EMBEDDED = "embedded"
@@ -28,10 +30,17 @@ log = logging.getLogger(__name__)
 
 
 def source_of(name: str) -> str | Path:
-    """What `from_pretrained` takes for this model name."""
+    """What `from_pretrained` takes for this model name. Raises `ModelError` for one that is nearly
+    the name of a model that ships.
+    """
     if name == MINILM:
         return minilm_folder()
-    return embedded_folder() if name == EMBEDDED else name
+    if name == EMBEDDED:
+        return embedded_folder()
+    near = difflib.get_close_matches(name, [EMBEDDED, MINILM, *SIZES], n=1, cutoff=0.8)
+    if near and name not in SIZES and not Path(name).exists():
+        raise ModelError(f"There is no model {name!r}; did you mean {near[0]}?")
+    return name
 
 
 def minilm_folder() -> Path:

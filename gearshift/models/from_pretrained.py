@@ -25,6 +25,7 @@ from gearshift.models.saved_weights import (
     check_size,
     saved_weights,
 )
+from gearshift.runtime.hub import hub_is_reachable
 from gearshift.runtime.terminal import one_line
 
 
@@ -92,7 +93,7 @@ def model_of(
 
 def from_pretrained(auto: Any, name: str, trust_remote_code: bool, **kwargs: Any) -> Any:
     source = source_of(name)
-    local = is_folder(source)
+    local = is_folder(source) or not hub_is_reachable()
     with loading(name, "The tokenizer of" if auto is AutoTokenizer else "Model"):
         return auto.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=local, **kwargs

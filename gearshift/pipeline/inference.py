@@ -28,8 +28,7 @@ from gearshift.rollouts.evaluate import Evaluation, Split
 from gearshift.runtime.config import Config
 from gearshift.runtime.terminal import quiet
 from gearshift.runtime.user_functions import given_functions
-from gearshift.tasks.row_forms import prompt_row
-from gearshift.tasks.rows import RowsConfig, write_rows
+from gearshift.tasks.rows import RowsConfig, prompt_row, write_rows
 from gearshift.tasks.task import Task
 from gearshift.trainers.callbacks import Callbacks
 from gearshift.types import Message, SamplingParams

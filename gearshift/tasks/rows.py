@@ -30,7 +30,8 @@ from gearshift.runtime.config import PathText
 from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
-from gearshift.tasks.row_forms import has_answer, labelled_row, prompt_row
+from gearshift.tasks.row_forms import has_answer, labelled_row
+from gearshift.tasks.row_forms import prompt_row as prompt_row
 from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
 

@@ -108,4 +108,18 @@ MUTATIONS = (
         "        pass",
         "tests/models/test_fused.py",
     ),
+    Mutation(
+        "a misspelt name of a shipped model is looked for on the hub",
+        "models/embedded.py",
+        "if near and name not in SIZES",
+        "if False and name not in SIZES",
+        "tests/runtime/test_hub.py -k misspelt",
+    ),
+    Mutation(
+        "a hub that cannot be reached is asked again and again",
+        "runtime/hub.py",
+        "        return False\n",
+        "        return True\n",
+        "tests/runtime/test_hub.py -k waits",
+    ),
 )

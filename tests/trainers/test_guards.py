@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gearshift.engine import Engine
+from gearshift.engine.stats import measure
 from gearshift.models.load import load_policy
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
@@ -319,3 +320,21 @@ def test_lengths_of_what_ended_stand_beside_those_of_all() -> None:
     assert of_all == [8.0, 3.0, 13.0] and ended == [5.5, 3.0, 8.0]
     assert metrics["completions/clipped_ratio"] == 1 / 3
     assert "completions/mean_terminated_length" not in describe_rollout(some[2:], {})
+
+
+def test_the_machine_is_measured_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, which belong to no step."""
+    it = trainer(small(steps=1, kl=NO_KL), tmp_path)
+    known: list[int] = []
+    rollout = it.sampler.rollout
+
+    def begins(step: int) -> Any:
+        known.append(measure.cache_info().currsize)
+        return rollout(step)
+
+    monkeypatch.setattr(type(it.sampler), "rollout", lambda self, step: begins(step))
+    measure.cache_clear()
+    it.train()
+    assert known == [1]

@@ -21,6 +21,7 @@ from gearshift.algorithms.normalize import loss_weights
 from gearshift.batch import PackedBatch
 from gearshift.data import Mixture
 from gearshift.engine import Engine
+from gearshift.engine.stats import measure
 from gearshift.models.heads import ValueHead
 from gearshift.models.runner import ModelRunner
 from gearshift.rollouts.collector import Collector
@@ -138,6 +139,7 @@ class RLTrainer:
 
     def train(self) -> None:
         """Sample prompts, collect, score, advantages, update; until the stage's last step."""
+        measure(self.engine.device, self.engine.model.dtype)  # it takes seconds, in no step's time
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
             sampled, metrics = self.sampler.rollout(step)
             trajectories, greedy = self.with_greedy(step, sampled)
