@@ -80,9 +80,9 @@ def chat(arguments: argparse.Namespace) -> None:
     """Talk to a model in the terminal."""
     from gearshift.serve.chat import chat
 
-    engine, system, _, _ = _open(arguments)
-    # A task's model was trained on single requests, so it never saw earlier turns.
-    remember = arguments.system is not None or system is None
+    engine, system, task, _ = _open(arguments)
+    # Such a task's model was trained on single requests, so it never saw earlier turns.
+    remember = arguments.system is not None or task is None or task.system is None
     chat(engine, system, _params(arguments, engine), remember=remember)
 
 
@@ -142,7 +142,7 @@ def _open(
     config = recipe.model if recipe else ModelConfig()
     model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
     task = get_task(recipe.task.name) if recipe and recipe.task else None
-    system = task.system if task else None
+    system = task.system or getattr(recipe.task, "system", None) if recipe and task else None
     if arguments.system is not None:
         system = _text(arguments.system)
     run = Path(recipe.run.dir) if recipe else None

@@ -61,6 +61,13 @@ MUTATIONS = (
         "::test_a_dead_address_leaves_the_episode_out_and_is_counted",
     ),
     Mutation(
+        "a model is asked without the system message that its recipe trained it with",
+        "cli/talk.py",
+        'task.system or getattr(recipe.task, "system", None)',
+        "task.system",
+        "tests/serve/test_chat.py::test_a_run_is_asked_with_the_system_message_of_its_recipe",
+    ),
+    Mutation(
         "a terminal obeys what a model writes in a chat",
         "serve/chat.py",
         'echo(piece, end="")',

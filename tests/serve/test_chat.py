@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from gearshift.cli.main import main
 from gearshift.engine import Engine, EngineConfig
 from gearshift.errors import DataError
 from gearshift.models.tiny import tiny_tokenizer
+from gearshift.pipeline.recipe import Recipe
 from gearshift.serve.chat import chat, reply
 from gearshift.types import SamplingParams
 from tests.zoo import random_model
@@ -80,3 +82,23 @@ def test_a_request_that_fails_is_told_as_it_is(
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     chat(engine, None, SamplingParams(), remember=True)
     assert capsys.readouterr().out.count("refuses [/this] role") == 2
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_run_is_asked_with_the_system_message_of_its_recipe(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def answer(_: Engine, messages: list[dict[str, str]], *args: object, **kwargs: object):
+        asked.append([m["content"] for m in messages])
+        yield "fine"
+
+    task = {"name": "data", "train": [{"path": "rows.jsonl"}], "system": "Be brief."}
+    run = Recipe.model_validate({"model": {"name": "tiny"}, "task": task})
+    monkeypatch.setattr("gearshift.pipeline.policy.find_policy", lambda name: ("tiny", run))
+    monkeypatch.setattr("gearshift.serve.chat.reply", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    main([command, "runs/mine", *(["one"] if command == "generate" else [])])
+    first, then = ["Be brief.", "one"], ["Be brief.", "one", "fine", "two"]
+    assert asked == ([first, then] if command == "chat" else [first])
