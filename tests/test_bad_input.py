@@ -203,3 +203,9 @@ def test_links_and_home_stand_for_what_they_lead_to(
     ]  # fmt: skip
     named = load(Recipe, None, words).model_dump_json()
     assert "~" not in named and named.count(str(tmp_path)) == 9
+
+
+def test_the_command_alone_shows_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "talk to a run's model in the terminal" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = run.options_first(list(sys.argv[1:] if argv is None else argv))
     arguments = argparse.Namespace()
     try:
-        arguments = make_parser().parse_args(words)
+        arguments = make_parser().parse_args(words or ["--help"])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise NotBuiltError(
                 "Training on several processes is not built yet; start one process, "

@@ -165,10 +165,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from gearshift.pipeline.records import changed, comparisons
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
-    if arguments.split == "test":
-        echo("test: these rows are for the end; choose no setting by what they say")
     run = resolve_folder(arguments.run)
     title, found = evaluate_run(run, recipe, arguments.overrides, arguments.split)
+    if arguments.split == "test":
+        echo("test: these rows are for the end; choose no setting by what they say")
     compared = comparisons(found)
     _print_table(title, found, compared)
     if not compared:

@@ -19,6 +19,7 @@ from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_policy, load_tokenizer
 from gearshift.models.made import DONE, made_of
+from gearshift.pipeline.policy import find_policy
 from gearshift.pipeline.provenance import Trained, run_of, trained_on
 from gearshift.pipeline.recipe import (
     POLICIES,
@@ -155,6 +156,8 @@ def evaluate_run(
     """
     folder = Path(run)
     whole = (folder / "recipe.yaml").exists()
+    if not whole:
+        find_policy(run)  # raises if no such folder is there
     data, home, trained = _data_of(run, recipe, overrides)
     policies = _policies(folder) if whole else {folder.name: run}
     to = home / split

@@ -119,6 +119,21 @@ def test_a_run_that_trained_on_all_of_it_is_refused(
     assert "trains on all 24 validation rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--recipe", "sums.yaml"]])
+def test_a_folder_that_is_not_there_is_named(
+    more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.yaml").write_text("task: {name: data, train: [{path: sums.jsonl}]}")
+    with pytest.raises(SystemExit):
+        main(["eval", "runs/nowhere", "--split", "test", *more])
+    out, err = capsys.readouterr()
+    assert err == "gearshift: There is no folder runs/nowhere; check the path.\n" and not out
+
+
 def test_test_rows_have_a_place_of_their_own(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
