@@ -306,7 +306,8 @@ def save_model(
     adapted = bool(adapted_layers(model))
     if adapted:
         alone = lora is not None and lora.save == "adapter"
-        save_adapter(folder if alone else folder / "adapter", model, base)
+        with without_bars():
+            save_adapter(folder if alone else folder / "adapter", model, base)
     if not (adapted and alone):
         state = {k: v for k, v in merged_state(model).items() if k not in tied}
         model._hf_peft_config_loaded = False  # or only the adapter would be written

@@ -37,6 +37,22 @@ Data = str | Path | Config | Mapping[str, Any] | Iterable[Any]
 texts or lists of messages, such as a data set of the library `datasets`."""
 NO_ENVIRONMENT = ("model:", "judge:")
 """What begins the name of a reward that scores whole batches, and so is no environment's own."""
+_OF_TRL = {
+    "bf16": '`dtype="bfloat16"`',
+    "eval_dataset": "`heldout`; for train_rl `validation` and `test`",
+    "learning_rate": '`optimizer={"lr": ...}`',
+    "lr_scheduler_type": '`optimizer={"schedule": ...}`',
+    "max_completion_length": "`max_new_tokens`",
+    "max_steps": "`epochs`; for train_rl `steps`",
+    "num_generations": "`group_size`",
+    "num_train_epochs": "`epochs`",
+    "output_dir": "`output`",
+    "peft_config": '`lora={"rank": ...}`',
+    "per_device_train_batch_size": "`batch_size`",
+    "report_to": "`trackers`",
+    "save_steps": "`save_every`",
+}
+"""Names of TRL's arguments, which no section has, and what they are here."""
 _HERE = "<output>"
 """Stands for the run's folder until that is known."""
 
@@ -63,9 +79,12 @@ class Arguments:
         """Write the caller's keys. A key may leave out its section where that is the stage, a part
         of the stage, the task, the model or the run; `"a.b"` is the key `b` of the section `a`.
 
-        Raises `ConfigError` for a key that has another value in `given`, the tree of the call's
-        other arguments.
+        Raises `ConfigError` for a name of TRL's, and for a key that has another value in `given`,
+        the tree of the call's other arguments.
         """
+        for key in config:
+            if key in _OF_TRL:
+                raise ConfigError(f"`{key}` is a name of TRL's; here it is {_OF_TRL[key]}.")
         before = self.tree.get("task")
         task = _over(before, plain(config["task"])) if "task" in config else before
         keys = {self._whole(key, task): value for key, value in config.items()}
@@ -91,9 +110,9 @@ class Arguments:
         if isinstance(data, SourceConfig):
             return [plain(data)]
         if isinstance(data, Mapping):
-            splits = ", ".join(map(str, data))
+            first = next(map(str, data), "train")
             raise DataError(
-                f"{name} is one mapping of {splits}; give a list of rows, or one of these."
+                f'{name} is a mapping, and not rows; give a list, or one split: {name}["{first}"].'
             )
         items = _items(data, name)
         if items and all(map(_is_source, items)):

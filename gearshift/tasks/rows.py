@@ -203,7 +203,7 @@ def _cut(
         if not places:
             raise DataError(
                 f"No row is left for {split}: every prompt or cluster of it is held out for "
-                "another split."
+                "another split; give more rows."
             )
     return kept
 

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 import gearshift
 from gearshift.cli.main import main
 from gearshift.errors import ConfigError, InterruptedRunError
-from gearshift.pipeline.arguments import Arguments
+from gearshift.pipeline.arguments import _OF_TRL, Arguments
+from gearshift.pipeline.recipe import Recipe
+from gearshift.runtime.keys import leaves
 from gearshift.trainers.callbacks import Callbacks
 
 TINY: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -316,6 +318,22 @@ def test_verbose_false_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     gearshift.train_sft("tiny", CHATS, epochs=1, output=tmp_path / "b", **TINY)
     out, err = capfd.readouterr()
     assert out.splitlines()[-1].startswith("sft: 1 steps") and "1/1" in err
+
+
+def test_an_adapter_is_saved_without_the_bars_of_the_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"lora": {"rank": 2}, "epochs": 1, "output": tmp_path, "verbose": False}
+    gearshift.train_sft("tiny", CHATS, **keys, **TINY)
+    out, err = capfd.readouterr()
+    assert not out and not err
+
+
+def test_a_name_of_trl_leads_to_its_name_here() -> None:
+    with pytest.raises(ConfigError, match=r"a name of TRL's; here it is `group_size`"):
+        gearshift.train_rl("tiny", ["a", "b", "c"], len, num_generations=2)
+    ours = {key.rpartition(".")[2] for key, _ in leaves(Recipe)}
+    assert not ours & _OF_TRL.keys()
 
 
 def test_config_objects_mean_what_their_keys_mean(tmp_path: Path) -> None:
