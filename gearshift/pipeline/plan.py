@@ -77,7 +77,7 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         return []
     largest = max(stages, key=lambda name: stages[name]["total"])
     lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
-    lines += [f"of these, {largest}:"]
+    lines += [f"the peak of {largest} is the sum of:"]
     lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
     if short := shortage(stages[largest]["total"], free_bytes(device)):
         lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")

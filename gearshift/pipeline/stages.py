@@ -319,5 +319,5 @@ def _step_times(steps: Sequence[dict[str, float]]) -> str:
     return (
         f"rl: {middle('step_time'):.2f} s a step ({listed}); decoding "
         f"{middle('engine/decode_tokens_per_second'):,.0f} tokens/s, "
-        f"{middle('engine/roofline_fraction'):.0%} of the most that this machine can do"
+        f"{middle('engine/roofline_fraction'):.0%} of what this machine's measured speed allows"
     )

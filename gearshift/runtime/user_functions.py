@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, GearshiftError
 from gearshift.runtime.terminal import one_line
 from gearshift.runtime.urls import redact_urls
 
@@ -84,13 +84,14 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
 
 def describe_error(error: BaseException) -> str:
     """`ValueError: its text` in one line, without a full stop at the end and without the secrets of
-    URLs.
+    URLs. One of Gearshift's own errors is its text alone, which is a sentence.
     """
     try:
         text = str(error)
     except Exception:  # the class may be the user's own
         text = ""
-    return one_line(redact_urls(f"{type(error).__name__}: {text[:2000]}")).rstrip(".: ")
+    name = "" if isinstance(error, GearshiftError) else f"{type(error).__name__}: "
+    return one_line(redact_urls(f"{name}{text[:2000]}")).rstrip(".: ")
 
 
 def _import_file(path: Path, what: str) -> ModuleType:

@@ -258,11 +258,12 @@ class RLConfig(StageConfig):
 
     def describe(self) -> str:
         """What the stage does, in a few words."""
+        kl = self.kl
+        weight = f"KL {kl.estimator} x {kl.beta:g} in the {kl.where}" if kl.beta else "no KL"
         return (
             f"{self.steps} steps of {self.rollout.prompts} prompts x {self.rollout.group_size} "
             f"completions, advantage {self.advantage.name}, loss {self.loss.name}, "
-            f"{self.updates_a_step} updates a step, "
-            f"KL {self.kl.estimator} x {self.kl.beta:g} in the {self.kl.where}"
+            f"{self.updates_a_step} update{'s' * (self.updates_a_step > 1)} a step, {weight}"
         )
 
     def inputs(self) -> Inputs:
