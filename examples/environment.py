@@ -10,7 +10,8 @@ class Guess(TextEnvironment):
         super().reset(seed=seed)  # it seeds self.np_random
         self.number, self.left = int(self.np_random.integers(1, 21)), 5
         text = "I think of a number from 1 to 20. Guess it; answer with one number only."
-        return text, {"messages": [{"role": "user", "content": text}]}
+        # `row` names the problem: without it all episodes, which start alike, would count as one.
+        return text, {"messages": [{"role": "user", "content": text}], "row": self.number}
 
     def step(self, action):
         """Answer -> (what the user says next, reward, terminated, truncated, info)."""
