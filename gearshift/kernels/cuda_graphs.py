@@ -81,14 +81,16 @@ class CudaGraphs:
                 graph.capture_end()
             raise
         graph.capture_end()
-        return _Graph(graph, out)
+        return _Graph(graph, out, (prepare, run))
 
 
 class _Graph:
-    """A captured step."""
+    """A captured step. It holds the functions that were captured, because the graph reads and
+    writes their tensors by address.
+    """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor) -> None:
-        self.graph, self._out = graph, out
+    def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor, step: tuple[Prepare, Run]) -> None:
+        self.graph, self._out, self._step = graph, out, step
 
     def __call__(self) -> Tensor:
         self.graph.replay()

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 from weakref import ref
@@ -23,6 +24,9 @@ from gearshift.models.adapters import AdapterConfig, adapted_layers, adapters_of
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import Completion, SamplingParams
 from tests.zoo import PROMPTS, random_model
+
+CARD = os.environ.get("GEARSHIFT_TEST_DEVICE", "cpu").startswith("cuda")
+on_card = pytest.mark.skipif(not CARD, reason="needs GEARSHIFT_TEST_DEVICE=cuda")
 
 
 class Ahead(Kernels):
@@ -53,6 +57,11 @@ def engine(kernels: Kernels | None = None, name: str = "llama", **config: Any) -
     if kernels is not None:
         one.runner.kernels = kernels
     return one
+
+
+def on_gpu(**config: Any) -> Engine:
+    model = random_model("llama").to("cuda", torch.bfloat16)
+    return Engine(model, tiny_tokenizer(), EngineConfig(max_num_seqs=8, **config), seed=3)
 
 
 def written(e: Engine, new: int = 6, n: int = 2) -> list[list[Completion]]:
@@ -215,3 +224,41 @@ def test_a_gpu_that_has_no_memory_for_the_cache_names_the_key(
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(CapacityError, match=r"lower engine\.gpu_memory_utilization"):
         KVCache(4).layer(0, like)
+
+
+@on_card
+def test_a_card_gives_everything_back_without_a_collection(no_collection: None) -> None:
+    """Cache and graphs, twice, while another engine keeps its own."""
+    kept, e = on_gpu(), on_gpu(free_cache_while_training=True)
+    expected = tokens(written(kept))
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        assert tokens(written(e)) == expected
+        assert e.memory()["steps"] > 0
+        with e.training():
+            assert e.memory()["steps"] == e.memory()["cache"] == 0
+            assert torch.cuda.memory_allocated() - before < 2**26  # cuBLAS's workspace
+        assert tokens(written(kept)) == expected
+
+
+@on_card
+def test_a_card_captures_what_it_computes() -> None:
+    e, plain = on_gpu(), on_gpu(capture_steps=False)
+    for new, n in ((1, 1), (9, 3), (200, 2)):
+        assert tokens(written(e, new, n)) == tokens(written(plain, new, n))
+    with torch.no_grad():
+        for one in (e, plain):
+            one.model.model.layers[0].mlp.down_proj.weight.mul_(-2)
+            one.weights_changed()
+    assert tokens(written(e)) == tokens(written(plain))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@on_card
+def test_a_card_survives_the_end_of_a_table_of_positions() -> None:
+    e = Engine(random_model("gpt2").cuda(), tiny_tokenizer(), EngineConfig(decode_steps_per_sync=8))
+    e.end_tokens = frozenset()
+    with e.generating():
+        [[c]] = e.generate([[5] * (e.max_length - 3)], SamplingParams(max_new_tokens=3))
+    torch.cuda.synchronize()
+    assert len(c.token_ids) == 3

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_a_pool_whose_graphs_are_gone_is_not_opened_again(cuda: FakeCuda) -> Non
     assert graphs.capture(*step(cuda)) is not None
     assert len(cuda.live) == 2
     assert cuda.streams == 2, "the stream stays, and cuBLAS's workspace with it"
+
+
+def test_a_graph_keeps_the_tensors_of_its_step(cuda: FakeCuda) -> None:
+    """It reads them by address, and the memory of a tensor that is gone becomes another's."""
+
+    def capture(x: Tensor, y: Tensor) -> Any:
+        def prepare() -> None:
+            y.zero_()
+
+        return CudaGraphs().capture(prepare, lambda: x + y)
+
+    held = [torch.ones(3), torch.ones(3)]
+    alive = [*map(ref, held)]
+    captured = capture(*held)
+    held.clear()
+    assert all(one() is not None for one in alive)
+    del captured
+    assert [one() for one in alive] == [None, None]
 
 
 @pytest.mark.parametrize(

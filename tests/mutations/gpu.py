@@ -25,6 +25,13 @@ MUTATIONS = (
         "tests/kernels/test_cuda_graphs.py",
     ),
     Mutation(
+        "a graph reads tensors that are gone",
+        "kernels/cuda_graphs.py",
+        "return _Graph(graph, out, (prepare, run))",
+        "return _Graph(graph, out, ())",
+        "tests/kernels/test_cuda_graphs.py",
+    ),
+    Mutation(
         "a capture forbids other threads to use the GPU",
         "kernels/cuda_graphs.py",
         'capture_error_mode="thread_local"',
