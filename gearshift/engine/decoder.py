@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gearshift.engine.cached_forward import CachedForward
 from gearshift.engine.captured_step import CapturedDecodeStep
+from gearshift.engine.config import EngineConfig
 from gearshift.engine.plan import Column, Decode, Plan, Prefill, Sampled
 from gearshift.engine.sampler import adjusts, sample
 from gearshift.engine.sequence import Sequence
@@ -26,13 +27,11 @@ _AHEAD = 64
 class Decoder:
     """Samples tokens for plans, with one cache."""
 
-    def __init__(self, forward: CachedForward, max_rows: int, capture: bool) -> None:
-        """`max_rows`: sequences that decode together at most; `capture` says whether steps are
-        captured where that is possible.
-        """
+    def __init__(self, forward: CachedForward, config: EngineConfig) -> None:
         self.forward, self.kernels = forward, forward.kernels
-        self._device, self._max_rows = forward.model.device, max_rows
-        self._captures = capture and forward.plan is not None
+        self._device, self._max_rows = forward.model.device, config.max_num_seqs
+        self._most_tokens = config.max_num_batched_tokens
+        self._captures = config.capture_steps and forward.plan is not None
         self._captured: dict[tuple[int, int], CapturedDecodeStep] = {}
 
     def run(self, plan: Plan) -> Sampled:
@@ -119,6 +118,18 @@ class Decoder:
         return Sampled([*zip(*columns, strict=True)])
 
     def _prefill(self, plan: Prefill) -> Sampled:
+        logits = self._prompt_logits(plan)
+        if plan.copies:
+            sources, targets = zip(*plan.copies, strict=True)
+            self.forward.cache.copy(sources, targets)
+        sizes = torch.tensor([len(group) for group in plan.groups])
+        logits = logits.repeat_interleave(sizes.to(self._device), 0)
+        return self._sample(plan.sequences, logits, self._uniforms(plan.sequences, 1)[0])
+
+    def _prompt_logits(self, plan: Prefill) -> Tensor:
+        """[groups, V]: the logits after each group's prompt. A prompt that is too long for one
+        forward is computed in pieces, each of which sees the keys of those before.
+        """
         leaders = [group[0] for group in plan.groups]
         ids = [
             torch.tensor(leader.tokens[cached:])
@@ -132,19 +143,21 @@ class Decoder:
                 for new, cached in zip(ids, plan.cached, strict=True)
             ]
         )
-        metadata = AttentionMetadata(
-            rows.to(self._device),
-            positions.to(self._device),
-            self._block_tables(leaders),
-            (counts.cumsum(0) - 1).to(self._device),
-        )
-        logits = self.forward(torch.cat(ids).to(self._device), metadata)
-        if plan.copies:
-            sources, targets = zip(*plan.copies, strict=True)
-            self.forward.cache.copy(sources, targets)
-        sizes = torch.tensor([len(group) for group in plan.groups])
-        logits = logits.repeat_interleave(sizes.to(self._device), 0)
-        return self._sample(plan.sequences, logits, self._uniforms(plan.sequences, 1)[0])
+        tokens, ends = torch.cat(ids), counts.cumsum(0) - 1
+        tables = self._block_tables(leaders)
+        logits = []
+        for first in range(0, len(tokens), self._most_tokens):
+            some = slice(first, first + self._most_tokens)
+            row, last_row = rows[some].aminmax()
+            ending = ends[(ends >= some.start) & (ends < some.stop)] - first
+            metadata = AttentionMetadata(
+                (rows[some] - row).to(self._device),
+                positions[some].to(self._device),
+                tables[row : last_row + 1],
+                ending.to(self._device),
+            )
+            logits.append(self.forward(tokens[some].to(self._device), metadata))
+        return torch.cat(logits)
 
     def _sample(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Sampled:
         """One token for each of the sequences. If that fails, each sequence is tried alone, and

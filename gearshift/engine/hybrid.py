@@ -232,7 +232,7 @@ class Engine:
         ahead = self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8)
         to_text = partial(decode, self.tokenizer)
         scheduler = Scheduler(cache, self.config, ahead, to_text, self._stats)
-        return scheduler, Decoder(forward, self.config.max_num_seqs, self.config.capture_steps)
+        return scheduler, Decoder(forward, self.config)
 
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None

@@ -50,24 +50,23 @@ class SlicedLinear(torch.autograd.Function):
 
 
 class Pick(torch.autograd.Function):
-    """x[index]. The gradient comes from the entries `kept` alone (None means all of them). They
-    pick each row of x at most once, so that nothing has to be added up.
+    """x[index]. The gradient of each entry goes to the row of x that `target` names (None means the
+    index), and len(x) names no row. Each row is named at most once, so that nothing has to be added
+    up.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, target: Tensor | None) -> Tensor:
         ctx.rows = len(x)
-        ctx.save_for_backward(index, kept)
+        ctx.save_for_backward(index if target is None else target)
         return x[index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, kept = ctx.saved_tensors
-        if kept is not None:
-            index, grad = index[kept], grad[kept]
-        back = grad.new_zeros((ctx.rows, *grad.shape[1:]))
-        back[index] = grad
-        return back, None, None
+        (target,) = ctx.saved_tensors
+        back = grad.new_zeros((ctx.rows + 1, *grad.shape[target.dim() :]))
+        back[target] = grad
+        return back[:-1], None, None
 
 
 class Inherit(torch.autograd.Function):

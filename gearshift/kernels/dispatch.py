@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gearshift.kernels import build
+from gearshift.kernels.chunked import ChunkedKernels
 from gearshift.kernels.cpu import CPUKernels
 from gearshift.kernels.reference import Kernels
 
@@ -21,14 +23,19 @@ def kernels_for(weight: Tensor) -> Kernels:
         from gearshift.kernels.triton_ops import TritonKernels
 
         return TritonKernels()
-    return Kernels()
+    return tensor_functions(weight.device)
 
 
 def kernels_of(model: PreTrainedModel) -> Kernels:
     """The fastest kernels for this model: compiled ones need all weights in one type."""
     parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
     uniform = len({p.dtype for p in parameters}) == 1
-    return kernels_for(parameters[0]) if uniform else Kernels()
+    return kernels_for(parameters[0]) if uniform else tensor_functions(parameters[0].device)
+
+
+def tensor_functions(device: torch.device) -> Kernels:
+    """The kernels that PyTorch alone computes: on a CPU in whole rows, elsewhere in chunks."""
+    return Kernels() if device.type == "cpu" else ChunkedKernels()
 
 
 @lru_cache(1)

@@ -93,7 +93,7 @@ class Kernels:
         qkv = self.apply_rotary(qkv, rotary, K)
         query, key, value = qkv.split((qkv.shape[1] - 2 * K, K, K), dim=1)
         blocks, inside = metadata.slot_mapping // BLOCK, metadata.slot_mapping % BLOCK
-        keys, values = _cached(store, D)
+        keys, values = cached(store, D)
         keys[blocks, :, :, inside] = key.unflatten(-1, (D // 2, 2))
         values[blocks, :, inside // 2, :, inside % 2] = value
         return query
@@ -103,13 +103,11 @@ class Kernels:
     ) -> Tensor:
         """[T, Q, D] queries, each over the stored keys up to its own position -> [T, Q, D]."""
         D = query.shape[2]
-        keys, values = _cached(store, D)
+        keys, values = cached(store, D)
         # [B, W, K, D / 2, P, 2] and [B, W, K, P / 2, D, 2] -> [B, K, W * P, D]
         key = keys[metadata.blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
         value = values[metadata.blocks].permute(0, 2, 1, 3, 5, 4).flatten(2, 4)
-        mask = metadata.distance >= 0
-        if options.window is not None:
-            mask = mask & (metadata.distance < options.window)
+        mask = metadata.seen(options.window)
         padded = query[metadata.padded].transpose(1, 2)  # [B, Q, S, D]
         out = attend(padded, key, value, mask, options)
         return out.transpose(1, 2).flatten(0, 1)[metadata.flat]
@@ -204,7 +202,7 @@ class _MkldnnLinear:
         return y
 
 
-def _cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:
+def cached(store: Tensor, D: int) -> tuple[Tensor, Tensor]:
     """Views of a layer's store: keys [blocks, K, D / 2, P, 2], values [blocks, K, P / 2, D, 2]."""
     keys = store[:, 0].unflatten(-1, (D // 2, BLOCK, 2))
     return keys, store[:, 1].unflatten(-1, (BLOCK // 2, D, 2))

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gearshift.kernels.rows import MOST_KEYS, Part, Rows, alike, filled_up, place
+
 BLOCK = 16
 """P: positions in a block, as many as the widest registers of a CPU have lanes."""
 
@@ -106,7 +108,7 @@ class AttentionMetadata:
         written in place. `slot_mapping` keeps its memory.
         """
         self.slot_mapping.copy_(self._slot_mapping())
-        for name in ("padded", "flat", "blocks", "distance", "common"):
+        for name in ("padded", "flat", "blocks", "rows", "common"):
             self.__dict__.pop(name, None)
 
     def _slot_mapping(self) -> Tensor:
@@ -148,8 +150,32 @@ class AttentionMetadata:
         """[B, W]: the blocks that some token of this forward may look at."""
         return self.block_tables[:, : int(self.positions.max()) // BLOCK + 1]
 
-    @cached_property
-    def distance(self) -> Tensor:
-        """[B, S, L]: how far before each token each position lies; below 0 it lies after."""
+    def seen(self, window: int | None) -> Tensor:
+        """[B, S, L] bool: which of the blocks' positions each token of `padded` looks at."""
         L = self.blocks.shape[1] * BLOCK
-        return self.positions[self.padded][:, :, None] - torch.arange(L, device=self.seq_ids.device)
+        keys = torch.arange(L, device=self.positions.device)
+        own = self.positions[self.padded][:, :, None]
+        seen = keys <= own
+        return seen if window is None else seen & (keys > own - window)
+
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """Sequences with about as many new tokens and as many positions, as rows. The one part of
+        their keys is the positions of the blocks, and `which` is the sequence. It waits for the
+        device once.
+        """
+        seq_ids, positions = torch.stack((self.seq_ids, self.positions)).cpu()
+        counts = torch.bincount(seq_ids, minlength=len(self.block_tables))
+        ends = counts.cumsum(0)
+        lengths = (positions[ends - 1] // BLOCK + 1) * BLOCK
+        sizes = zip(counts.tolist(), lengths.tolist(), strict=True)
+        kinds = [(new.bit_length(), length.bit_length()) for new, length in sizes]
+        many = []
+        for members in alike(kinds, lengths.tolist(), MOST_KEYS):
+            some, none = torch.tensor(members), torch.empty((0, 0), dtype=torch.int64)
+            tokens, targets = filled_up((ends - counts)[some], counts[some], len(seq_ids))
+            keys = torch.arange(int(lengths[some].max()))[None]
+            part = Part(keys, some, none, none)
+            many.append(Rows(tokens, targets, positions[tokens], [part]))
+        place(many, counts[:0], self.positions.device)
+        return many

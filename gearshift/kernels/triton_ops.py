@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from gearshift.errors import KernelError
+from gearshift.kernels.chunked import ChunkedKernels
 from gearshift.kernels.cuda_graphs import CudaGraphs
-from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions, Prepare, Run
 
 _TOGETHER = 4
@@ -139,7 +139,7 @@ def _own_part(  # type: ignore[no-untyped-def]
     tl.store(out + at, summed.to(out.dtype.element_ty), mask=whole)
 
 
-class TritonKernels(Kernels):
+class TritonKernels(ChunkedKernels):
     """The tensor functions, except for attention in decode steps, and for captured steps."""
 
     captures_ahead = True

@@ -5,9 +5,14 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
 from gearshift.engine import Engine, EngineConfig
+from gearshift.engine.cached_forward import CachedForward
 from gearshift.errors import CapacityError, GearshiftError, NumericalError
+from gearshift.kernels.chunked import ChunkedKernels
+from gearshift.kernels.reference import Kernels
+from gearshift.kernels.specs import AttentionMetadata
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.zoo import PROMPTS, random_model
@@ -40,6 +45,31 @@ def test_a_request_longer_than_the_cache_is_refused() -> None:
     e = engine(kv_cache_tokens=40)
     with e.generating(), pytest.raises(CapacityError, match=r"engine.kv_cache_tokens of 32"):
         e.generate([[3] * 20], SamplingParams(max_new_tokens=16))
+
+
+@pytest.mark.parametrize("kernels", [None, ChunkedKernels()])
+def test_a_long_prompt_is_computed_in_pieces(kernels: Kernels | None) -> None:
+    """By the kernels of this machine, and by those of a GPU."""
+    prompts = [[3 + i % 200 for i in range(n)] for n in (100, 33, 5, 64, 1)]
+    params, forward = SamplingParams(n=2, max_new_tokens=8), CachedForward.__call__
+    written, longest = [], []
+
+    def counted(self: CachedForward, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        longest[-1] = max(longest[-1], len(ids))
+        return forward(self, ids, metadata)
+
+    for most in (32, 4096):
+        e = engine(max_num_batched_tokens=most)
+        e.runner.kernels = kernels or e.runner.kernels
+        longest.append(0)
+        with e.generating(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CachedForward, "__call__", counted)
+            groups = e.generate(prompts, params)
+        written.append([(c.token_ids, c.logprobs) for group in groups for c in group])
+    assert longest[0] == 32 and longest[1] > 100
+    assert [tokens for tokens, _ in written[0]] == [tokens for tokens, _ in written[1]]
+    for (_, ours), (_, theirs) in zip(*written, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_common_beginning_is_computed_once() -> None:
