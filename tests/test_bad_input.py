@@ -50,6 +50,7 @@ BAD_WORDS = [
     (["chat", "runs/no_such_run"], "no_such_run"),
     (["recipes", "no_such_recipe"], "no_such_recipe"),
     (["keys", "no_such_key"], "no_such_key"),
+    (["keys", "task.no_such_task"], "task.no_such_task"),
     (["serve", "runs/none"], "no folder runs/none"),
 ]
 

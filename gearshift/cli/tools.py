@@ -33,7 +33,10 @@ def add_commands(commands: Any) -> None:
         description="Print the keys of a recipe: type, default, meaning.",
     )
     keys_command.add_argument(
-        "prefix", nargs="?", default="", help="only keys that start with this, such as rl.kl"
+        "prefix",
+        nargs="?",
+        default="",
+        help="only keys that start with this: rl.kl, task.gym",
     )
     keys_command.set_defaults(do=keys)
     doctor_command = commands.add_parser(
@@ -99,7 +102,7 @@ def keys(arguments: argparse.Namespace) -> None:
     from gearshift.pipeline.recipe import Recipe
     from gearshift.runtime.keys import describe_keys
 
-    lines = [line for line in describe_keys(Recipe) if line.startswith(arguments.prefix)]
+    lines = describe_keys(Recipe, arguments.prefix)
     if not lines:
         raise ConfigError(
             f"No key starts with {arguments.prefix!r}; `gearshift keys` lists them all."

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,13 @@ from gearshift.pipeline.recipe import (
 from gearshift.pipeline.records import Record, format_record, read_record, records
 from gearshift.pipeline.task_data import EPISODES, TaskData, problems_of
 from gearshift.rewards.composite import CompositeReward
-from gearshift.rollouts.evaluate import Evaluation, Split, evaluate, starts_of
+from gearshift.rollouts.evaluate import Evaluation, Scorer, Split, evaluate, starts_of
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.terminal import echo
-from gearshift.types import Trajectory
 
 
 def open_engine(
@@ -123,9 +122,7 @@ def measure(
 
 
 @contextmanager
-def _rewards(
-    data: TaskData, engine: Engine
-) -> Iterator[Callable[[Sequence[Trajectory]], list[Trajectory | None]] | None]:
+def _rewards(data: TaskData, engine: Engine) -> Iterator[Scorer | None]:
     """The recipe's rewards, which score held-out episodes if the environment has no reward; None if
     it has one.
     """
@@ -137,7 +134,7 @@ def _rewards(
         raise ConfigError("Nothing scores the answers: task.reward is null; name a reward.")
     folder = data.folder.parent / "reward"
     with closing(CompositeReward(sources, data.recipe.model, folder, engine.tokenizer)) as rewards:
-        yield lambda trajectories: rewards(trajectories)[0]
+        yield lambda trajectories: (rewards(trajectories)[0], rewards.last_failure)
 
 
 def evaluate_run(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -32,6 +33,9 @@ Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = ("validation", "test")
 """The split by which settings are chosen, and the split that is evaluated once at the end."""
 
+Scorer = Callable[[Sequence[Trajectory]], tuple[Iterable[Trajectory | None], str]]
+"""Episodes -> the episodes with their rewards, None for one that gets none; and why the last of
+those gets none."""
 Sample = dict[str, Any]
 """One episode: row, problem, messages, prompt, completion, its tokens (in `loss_mask` 1 for those
 that the policy sampled), reward, success, failed, gold, metrics.
@@ -98,32 +102,40 @@ def evaluate(
     corpus: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None,
     progress: Callable[[int, int], None] = lambda episodes, tokens: None,
     at_once: int = 64,
-    score: Callable[[Sequence[Trajectory]], Iterable[Trajectory | None]] | None = None,
+    score: Scorer | None = None,
 ) -> Evaluation:
     """Run an episode from each start greedily, `at_once` together. `problems` names the problem of
     each start's group; where it is not given, episodes are one problem if they start from one row
     of the environment's, or from equal messages. `progress` gets the episodes and tokens of each
-    batch. `score` gives the rewards where the environment has none; None for an episode that it
-    cannot score.
+    batch. `score` gives the rewards where the environment has none.
 
-    Raises `DataError` if no episode came to its end, `ConfigError` if one lacks the metric.
+    Raises `DataError` if every episode failed, `ConfigError` if one lacks the metric.
     """
     samples: list[Sample] = []
+    lost, why = Counter[str](), dict[str, str]()
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     for first in range(0, len(starts), at_once):
         portion = starts[first : first + at_once]
         ran_now = collector.collect(portion, params, rewarded="any" if score else "needed")
-        scored = score(ran_now) if score else ran_now
+        scored, reason = score(ran_now) if score else (ran_now, "")
         ended = {t.group_id: t for t in scored if t is not None}
         samples += [
             sample(ended[s.group_id]) if s.group_id in ended else _failed(s.group_id)
             for s in portion
         ]
+        for what, failed, last in (
+            ("lost to the environment", len(portion) - len(ran_now), collector.last_failure),
+            ("without a reward", len(ran_now) - len(ended), reason),
+        ):
+            if failed:
+                lost[what], why[what] = lost[what] + failed, last.rstrip(".")
         progress(len(portion), sum(sum(t.loss_mask) for t in ended.values()))
     ran = [s for s in samples if not s["failed"]]
     if not ran:
+        each = (f"{count} {what} (the last: {why[what]})" for what, count in lost.items())
         raise DataError(
-            f"No held-out episode came to its end; the last failure: {collector.last_failure}."
+            f"Every held-out episode failed: {', '.join(each)}; look at the environment and the "
+            "rewards."
         )
     _name_problems(samples, problems)
     counted = [s for s in samples if has_value(s, metric)]

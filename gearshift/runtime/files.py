@@ -23,6 +23,19 @@ UNFINISHED = ".writing-*"
 """
 
 
+_FULL = "free some space, or give another folder"
+_FORBIDDEN = "the folder is not writable for you; change its permissions, or give another one"
+_WAYS_OUT = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or give another folder",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: "its disk is read-only; give another folder",
+    None: _FULL,  # a library's error has no number
+}
+
+
 def cache_folder() -> Path:
     """The folder for what is made once for each machine: `$GEARSHIFT_CACHE`, or
     `~/.cache/gearshift`.
@@ -38,9 +51,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         named = Path(str(getattr(error, "filename", None) or path))
         what = path if named.match(UNFINISHED) else named
-        raise StorageError(
-            f"{what} cannot be written ({_reason(error)}); free some space, or give another folder."
-        ) from error
+        way_out = _WAYS_OUT.get(getattr(error, "errno", None), "give another folder")
+        raise StorageError(f"{what} cannot be written ({_reason(error)}); {way_out}.") from error
 
 
 @contextmanager

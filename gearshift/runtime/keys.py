@@ -15,15 +15,29 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 
-def describe_keys(cls: type[BaseModel]) -> list[str]:
-    """One line for each key, `key: type = default - docstring`; nested keys are dotted."""
+def describe_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line for each key that starts with `prefix`, `key: type = default - docstring`; nested
+    keys are dotted. A section of several kinds may be written as `task[gym]`, as `task.gym`, or as
+    its keys are, `task.id`.
+    """
     lines = []
     for key, field in leaves(cls):
+        if not any(way.startswith(prefix) for way in _ways(key)):
+            continue
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = "" if default is PydanticUndefined else f" = {short(default)}"
         text = f"  - {' '.join(field.description.split())}" if field.description else ""
         lines.append(f"{key}: {_type_name(field.annotation)}{shown}{text}")
     return lines
+
+
+def _ways(key: str) -> list[str]:
+    """The ways to write a key: `rl.loss[gspo|sapo].name` is `rl.loss.name`, `rl.loss.gspo.name`."""
+    section, bracket, rest = key.partition("[")
+    if not bracket:
+        return [key]
+    tags, _, rest = rest.partition("]")
+    return [key, section + rest, *(f"{section}.{tag}{rest}" for tag in tags.split("|"))]
 
 
 def tags_of(field: FieldInfo) -> dict[str, type[BaseModel]]:

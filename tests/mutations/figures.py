@@ -87,4 +87,11 @@ MUTATIONS = (
         "clusters = list(range(len(named)))",
         "tests/tasks/test_rows.py::test_no_cluster_stands_in_two_splits",
     ),
+    Mutation(
+        "why every held-out episode failed is not said",
+        "rollouts/evaluate.py",
+        'lost[what], why[what] = lost[what] + failed, last.rstrip(".")',
+        'lost[what], why[what] = lost[what] + failed, ""',
+        "tests/rollouts/test_evaluate.py -k made_every_episode_fail",
+    ),
 )

@@ -91,6 +91,20 @@ class Fails(RowEnvironment):
         return {"success": True, "metrics": {"points": 3.0}}
 
 
+def test_what_made_every_episode_fail_is_said_with_its_count() -> None:
+    engine = Engine(random_model("llama"), tiny_tokenizer())
+    collector = Collector(Fails, engine.tokenizer, engine.loop)
+    with engine.generating():
+        for rows, said in (
+            ([0, 4], "failed: 2 lost to the environment (the last: OSError: the disk is full);"),
+            ([0, 1, 2], "full), 2 without a reward (the last: f raised);"),
+        ):
+            starts = starts_of("test", len(rows), rows)
+            with pytest.raises(DataError) as failed:
+                evaluate(collector, starts, 4, score=lambda ran: ([None] * len(ran), "f raised."))
+            assert said in str(failed.value)
+
+
 def test_failed_episodes_count_in_the_success_rate() -> None:
     engine = Engine(random_model("llama"), tiny_tokenizer())
     collector = Collector(Fails, engine.tokenizer, engine.loop)

@@ -325,3 +325,10 @@ def test_an_address_with_a_secret_is_refused_wherever_it_stands() -> None:
     assert "=S" not in str(wrong.value)  # which would show what it was given
     kept = load(Recipe, None, ["model=http://h/${KEY}?a=${KEY}"])
     assert kept.model == "http://h/${KEY}?a=${KEY}"
+
+
+def test_the_keys_of_one_kind_of_section_are_found_however_it_is_written() -> None:
+    whole = describe_keys(Recipe, "task[talk]")
+    assert whole and whole == describe_keys(Recipe, "task.talk")
+    assert set(whole) < set(describe_keys(Recipe, "task"))
+    assert not describe_keys(Recipe, "task.tell")

@@ -1,5 +1,6 @@
 """The files of a run: whole or not there, and one line for what fails."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_missing_file_and_folder_in_its_place_are_one_line(tmp_path: Path) -> No
     with pytest.raises(StorageError, match="folder cannot be written"):
         write_text(tmp_path / "folder", "text")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.EACCES, "is not writable"), (errno.EPERM, "is not writable"),
+        (errno.EROFS, "read-only"), (errno.ENOSPC, "free some space"), (errno.EIO, "give another"),
+    ],
+)  # fmt: skip
+def test_the_way_out_is_that_of_the_error(number: int, way_out: str, tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as refused, writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert way_out in str(refused.value)
+    assert ("space" in way_out) == ("free some space" in str(refused.value))
 
 
 def test_digest_is_of_every_byte(tmp_path: Path) -> None:
