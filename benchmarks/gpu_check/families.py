@@ -84,7 +84,7 @@ def family_model(
     probe: Probe, family: str, dtype: torch.dtype, attention: str = ATTENTION
 ) -> PreTrainedModel:
     """The same weights at each call; biases and norms are random, too."""
-    model = model_of(probe, config_of(probe, family), dtype, attention, sharp=1.0)
+    model = model_of(probe, config_of(probe, family), dtype, attention)
     torch.manual_seed(7)
     for parameter in model.parameters():
         if parameter.ndim == 1:

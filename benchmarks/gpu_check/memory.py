@@ -72,6 +72,7 @@ def offloaded(probe: Probe) -> None:
     step()
     size, before = optimizer.nbytes(), probe.allocated()
     away = probe.wall(optimizer.offload_state)
+    probe.tidy()
     freed = before - probe.allocated()
     back = probe.wall(step)
     told = {"away": away, "GB/s": size / away / 1e9, "back, with a step": back}

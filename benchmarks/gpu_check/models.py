@@ -31,9 +31,9 @@ SHAPES = {
 }
 """Llamas by their number of weights; the values are of `_SIZES`."""
 _TINY = (48, 96, 2, 6, 2, 320, 512, True)
-_SHARP = 8.0
-"""Random logits are flat, which hides differences; the last norm's weight times this makes them as
-different as those of a trained model.
+_SPREAD = 3.5
+"""Random logits are flat, which hides differences: a weight on the last norm gives them about the
+standard deviation of a trained model's.
 """
 
 
@@ -41,13 +41,14 @@ def llama(probe: Probe, shape: str, **changes: Any) -> LlamaConfig:
     """The config of this shape; a tiny one on a CPU."""
     sizes = dict(zip(_SIZES, probe.size(SHAPES[shape], _TINY), strict=True))
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    return LlamaConfig(**{**sizes, **tokens, **changes})
+    # The layers of a narrow model would add little to the token that they read.
+    weights = {"initializer_range": probe.size(0.02, 0.2)}
+    return LlamaConfig(**{**sizes, **tokens, **weights, **changes})
 
 
 def model_of(
-    probe: Probe, config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = ATTENTION,
-    sharp: float = _SHARP,
-) -> PreTrainedModel:  # fmt: skip
+    probe: Probe, config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = ATTENTION
+) -> PreTrainedModel:
     """A model with weights drawn on the device; the same ones at each call."""
     torch.manual_seed(0)
     with probe.device:
@@ -56,7 +57,8 @@ def model_of(
         )
     model.to(probe.device)
     if (norm := getattr(model.base_model, "norm", None)) is not None:
-        norm.weight.data.mul_(sharp)
+        width = config.initializer_range * config.hidden_size**0.5
+        norm.weight.data.mul_(_SPREAD / width)
     return model.eval()
 
 
