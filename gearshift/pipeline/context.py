@@ -30,7 +30,13 @@ from gearshift.pipeline.memory import (
     shortage,
     with_total,
 )
-from gearshift.pipeline.provenance import Trained, check_sources, functions_of, made_from
+from gearshift.pipeline.provenance import (
+    Trained,
+    check_functions,
+    check_sources,
+    functions_of,
+    made_from,
+)
 from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
@@ -173,6 +179,7 @@ class Context:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
         to = self.folder / "validation"
         if self.recipe.task and not (to / f"{name}.json").exists():
+            check_functions(self.folder, self.recipe)
             evaluate_policy(self.task, engine_of(), name, to, trained=self.trained)
 
     def save(

@@ -74,12 +74,10 @@ def record_sources(run: Path, recipe: Recipe, names: Iterable[StageName]) -> str
     function may be repaired between two starts, and the change is returned as text.
     """
     files: Digests = {}
-    functions: Digests = {}
     for name in names:
         if not _stage_began(run / name):  # one that began has a record of its own
-            config = getattr(recipe, name)
-            files |= _files_of_user(config, run)
-            functions |= functions_of(config, recipe)
+            files |= _files_of_user(getattr(recipe, name), run)
+    functions = _all_functions(recipe)
     known = _recorded_sources(run) if has_begun(run) else {}
     _check_same(run, known, files)
     write_sealed(run / SOURCES, {"files": known | files | functions})
@@ -92,6 +90,18 @@ def check_sources(run: Path, stage: Path, now: Digests) -> None:
     """
     if not _stage_began(stage):
         _check_same(run, _recorded_sources(run), now)
+
+
+def check_functions(run: Path, recipe: Recipe) -> None:
+    """Raises `StorageError` if a file of a reward function changed since the run was last started:
+    policies that are measured by different functions cannot be compared.
+    """
+    _check_same(run, _recorded_sources(run), _all_functions(recipe))
+
+
+def _all_functions(recipe: Recipe) -> Digests:
+    configs = filter(None, (getattr(recipe, name) for name in STAGES))
+    return {n: known for config in configs for n, known in functions_of(config, recipe).items()}
 
 
 def _check_same(run: Path, known: Digests, now: Digests) -> None:

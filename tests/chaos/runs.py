@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -67,6 +68,8 @@ class Command:
     output: Path
     code: int | None = field(default=None)
     """Its exit code; minus the signal's number where one ended it."""
+    pipe: subprocess.Popen[bytes] | None = None
+    """What writes the output, where the command itself may not write so much into a file."""
 
     def running(self) -> bool:
         if self.code is None:
@@ -101,6 +104,8 @@ class Command:
             time.sleep(0.01)
 
     def said(self) -> str:
+        if self.pipe and self.code is not None:
+            self.pipe.wait()
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def told(self) -> str:
@@ -121,20 +126,31 @@ def start(folder: Path, largest_file: int | None = None) -> Command:
     count = len(list(folder.glob("output-*")))
     output = folder / f"output-{count}"
     output.touch()
+    pipe = None
+    if largest_file is not None:
+        with output.open("wb") as file:
+            pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
-        return Command(folder, pid, output)
+        if pipe and pipe.stdin:
+            pipe.stdin.close()
+        return Command(folder, pid, output, pipe=pipe)
     try:
         os.setsid()
         os.chdir(folder)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        handle = os.open(output, os.O_WRONLY | os.O_APPEND)
+        if pipe and pipe.stdin:
+            handle = pipe.stdin.fileno()
+        else:
+            handle = os.open(output, os.O_WRONLY | os.O_APPEND)
         for old in (1, 2):
             os.dup2(handle, old)
+        # The parent's streams believe that what they write to can be sought in; a pipe cannot.
+        sys.stdout, sys.stderr = (os.fdopen(old, "w", closefd=False) for old in (1, 2))
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         gearshift(["run", "recipe.yaml", "run.dir=run"])

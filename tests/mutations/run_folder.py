@@ -130,6 +130,13 @@ MUTATIONS = (
         "tests/pipeline/test_provenance.py::test_a_run_goes_on_with_the_files_that_it_began_with",
     ),
     Mutation(
+        "a policy is measured by a reward function that changed meanwhile",
+        "pipeline/context.py",
+        "            check_functions(self.folder, self.recipe)\n",
+        "",
+        "tests/pipeline/test_provenance.py",
+    ),
+    Mutation(
         "rows that were learned from count as unseen",
         "pipeline/provenance.py",
         "if was and source_digest(path, source.split) != was:",

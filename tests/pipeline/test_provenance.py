@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 
 from gearshift.errors import StorageError
-from gearshift.pipeline.provenance import check_sources, functions_of, made_from, record_sources
+from gearshift.pipeline.given import Given
+from gearshift.pipeline.provenance import (
+    check_functions,
+    check_sources,
+    functions_of,
+    made_from,
+    record_sources,
+)
 from gearshift.pipeline.recipe import Recipe, StageName
 from gearshift.pipeline.run import Run
 from gearshift.runtime.config import load
 from gearshift.runtime.files import write_json
+from gearshift.trainers.callbacks import Callbacks
 
 NAMES: tuple[StageName, ...] = ("sft", "reward", "rl")
 FILES = ["rows.jsonl", "pairs.jsonl", "heldout.jsonl", "mixed.jsonl", "teacher/config.json"]
@@ -22,11 +30,10 @@ REWARD = "def one(prompts, completions, **columns):\n    return [1.0 for _ in co
 
 def lay_out(folder: Path) -> Recipe:
     """A recipe whose stages read files of the user; its folder is `run`, in which nothing is."""
-    row = {"prompt": "turn on the lamp", "completion": "on"}
-    pair = {"prompt": "turn on the lamp", "chosen": "on", "rejected": "off"}
+    row, pair = {"completion": "on"}, {"chosen": "on", "rejected": "off"}
     for name in ("rows", "pairs", "heldout", "mixed"):
-        rows = [pair if name in ("pairs", "heldout") else row] * 4
-        lines = [json.dumps({**row, "number": i}) + "\n" for i, row in enumerate(rows)]
+        answers = pair if name in ("pairs", "heldout") else row
+        lines = [json.dumps({"prompt": f"Lamp {i}?", **answers}) + "\n" for i in range(4)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "rewards.py").write_text(REWARD)
     (folder / "teacher").mkdir()
@@ -87,9 +94,25 @@ def test_a_reward_function_may_be_repaired_between_two_starts(tmp_path: Path) ->
     recipe, run = lay_out(tmp_path), tmp_path / "run"
     assert not record_sources(run, recipe, NAMES)
     write_json(run / "data" / "done.json", {})
+    write_json(run / "rl" / "begun.json", {})
     change(tmp_path / "rewards.py")
     assert record_sources(run, recipe, NAMES) == f"{tmp_path / 'rewards.py'} changed"
     assert not record_sources(run, recipe, NAMES)
+    check_functions(run, recipe)
+
+
+def test_no_policy_is_measured_by_a_function_that_changed_while_the_run_works(
+    tmp_path: Path,
+) -> None:
+    recipe = lay_out(tmp_path)
+    task = {"name": "data", "train": [{"path": str(tmp_path / "rows.jsonl")}], "validation": 0.25}
+    tree = recipe.model_dump(exclude_unset=True, exclude={"reward", "rl"})
+    tree["task"] = {**task, "test": 0.25, "reward": f"{tmp_path / 'rewards.py'}:one"}
+    tree["sft"] = {"data": {"sources": [{"path": "task:labelled"}]}}
+    meanwhile = Callbacks(on_step=lambda *_: change(tmp_path / "rewards.py"))
+    with pytest.raises(StorageError, match=r"rewards\.py changed since the run"):
+        Run(Recipe.model_validate(tree), given=Given(callbacks=meanwhile)).execute()
+    assert not (tmp_path / "run" / "validation" / "sft.json").exists()
 
 
 def test_a_file_that_a_later_command_reads_counts_from_then_on(tmp_path: Path) -> None:
