@@ -56,8 +56,7 @@ class CleanConfig(Config):
     """
     strip: bool = True
     """Remove a byte order mark and blank lines at the beginning of a text, and white space at its
-    end; turn CR LF into newlines where all lines end so. Indentation stays.
-    """
+    end; replace CR LF by newlines in a text whose lines all end with CR LF. Indentation stays."""
     drop_empty: bool = True
     """Drop rows in which a text that the stage needs is empty, null, or missing although other rows
     of the source have it. A system message or a tool's result may be empty.
@@ -65,9 +64,10 @@ class CleanConfig(Config):
     drop_duplicates: bool = True
     """Drop rows that are exactly equal to an earlier row after cleaning."""
     min_chars: int = Field(default=0, ge=0)
-    """Drop rows with fewer characters in total."""
+    """How many characters a row must have in total; shorter rows are dropped."""
     max_chars: int | None = Field(default=None, ge=1)
-    """Drop rows with more characters in total; null keeps them all."""
+    """How many characters a row may have in total; longer rows are dropped, and null keeps them
+    all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ def cache_capacity(
     """
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens // BLOCK
-    longest, block = -(-max_length // BLOCK), BLOCK * position_bytes(model)
+    longest = -(-max_length // BLOCK)
+    block = BLOCK * position_bytes(model, model.dtype.itemsize)
     most = config.max_num_seqs * longest
     if model.device.type != "cuda":
         affordable = _CPU_FRACTION * free_bytes(model.device) / block
@@ -37,7 +38,7 @@ def cache_capacity(
     if allowed < block:
         raise CapacityError(
             f"The weights take {weights / 2**30:.2f} of the GPU's {total / 2**30:.2f} GiB, which "
-            f"leaves no room for a cache; raise "
+            f"leaves no memory for a cache; raise "
             f"engine.gpu_memory_utilization={config.gpu_memory_utilization:g}."
         )
     return int(min(most, allowed / block))
@@ -48,13 +49,22 @@ def gpu_cache_bytes(config: EngineConfig, weights: float, total: float) -> float
     return config.gpu_memory_utilization * total - weights
 
 
-def position_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one position in all layers, at most."""
+def position_bytes(model: PreTrainedModel, item: int) -> int:
+    """Bytes of the keys and values of one position in all layers, at most; `item` are the bytes of
+    one number.
+    """
     config = model.config.get_text_config()
+    _, key_heads, size = head_sizes(config)
+    return 2 * int(config.num_hidden_layers) * key_heads * size * item
+
+
+def head_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
+    """The number of query heads, the number of key heads and the size of a head, each the largest
+    among the layers.
+    """
     heads = largest(config, "num_attention_heads", 1)
     size = largest(config, "head_dim", config.hidden_size // heads)
-    key_heads = largest(config, "num_key_value_heads", heads)
-    return 2 * int(config.num_hidden_layers) * key_heads * size * model.dtype.itemsize
+    return heads, largest(config, "num_key_value_heads", heads), size
 
 
 def largest(config: PretrainedConfig, name: str, otherwise: int) -> int:

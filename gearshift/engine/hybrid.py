@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gearshift.batch import PackedBatch
 from gearshift.data.chat import end_token_ids
-from gearshift.data.text import decode
+from gearshift.data.text import has_stop
 from gearshift.engine.block_cache import KVCache
 from gearshift.engine.cache_size import cache_capacity
 from gearshift.engine.cached_forward import CachedForward
@@ -230,8 +230,8 @@ class Engine:
             cache.open(cache.capacity)
         forward = CachedForward(self.runner, self.runner.kernels, cache, self.max_length)
         ahead = self.config.decode_steps_per_sync or (1 if self.device.type == "cpu" else 8)
-        to_text = partial(decode, self.tokenizer)
-        scheduler = Scheduler(cache, self.config, ahead, to_text, self._stats)
+        ends = partial(has_stop, self.tokenizer)
+        scheduler = Scheduler(cache, self.config, ahead, ends, self._stats)
         return scheduler, Decoder(forward, self.config)
 
     def logprobs(

@@ -14,7 +14,7 @@ from gearshift.engine.block_cache import KVCache
 from gearshift.engine.config import EngineConfig
 from gearshift.engine.plan import Decode, Plan, Prefill, Sampled
 from gearshift.engine.sampler import adjusts
-from gearshift.engine.sequence import Detokenize, Sequence
+from gearshift.engine.sequence import HasStop, Sequence
 from gearshift.engine.stats import GenerationStats
 from gearshift.errors import NumericalError
 from gearshift.kernels.specs import BLOCK
@@ -31,7 +31,7 @@ class Scheduler:
         cache: KVCache,
         config: EngineConfig,
         steps_per_sync: int,
-        detokenize: Detokenize,
+        has_stop: HasStop,
         stats: GenerationStats,
     ) -> None:
         """`steps_per_sync` tokens are drawn for each sequence between two checks, where that is
@@ -42,7 +42,7 @@ class Scheduler:
         self.cache, self.stats = cache, stats
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        self._steps_per_sync, self._detokenize = steps_per_sync, detokenize
+        self._steps_per_sync, self._has_stop = steps_per_sync, has_stop
 
     def add(self, groups: list[Group]) -> None:
         """Queue completions; each group holds those of one prompt."""
@@ -100,9 +100,7 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     continue
                 if _is_number(logprob) and _is_number(drawn_logprob):
-                    sequence.append(
-                        token, logprob, drawn_logprob, weights_version, self._detokenize
-                    )
+                    sequence.append(token, logprob, drawn_logprob, weights_version, self._has_stop)
                 else:
                     sequence.fail(
                         NumericalError(

@@ -13,8 +13,8 @@ from typing import Any
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
 from gearshift.types import Completion, FinishReason, SamplingParams
 
-Detokenize = Callable[[list[int]], str]
-"""Tokens to text."""
+HasStop = Callable[[list[int], tuple[str, ...]], bool]
+"""Whether the text of these tokens contains one of the strings."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +56,7 @@ class Sequence:
         )
 
     def append(
-        self, token: int, logprob: float, drawn_logprob: float, version: int, detokenize: Detokenize
+        self, token: int, logprob: float, drawn_logprob: float, version: int, has_stop: HasStop
     ) -> None:
         """Add a token that weights of this version sampled, and find out whether it is the last."""
         self.token_ids.append(token)
@@ -64,7 +64,9 @@ class Sequence:
         self.drawn_logprobs.append(drawn_logprob)
         self.weights_versions.append(version)
         try:
-            ends = token in self.end_tokens or self._has_stop_string(detokenize)
+            ends = token in self.end_tokens or (
+                bool(self.params.stop) and has_stop(self.token_ids, self.params.stop)
+            )
         except Exception as error:  # the tokenizer has a method for it
             self.fail(error)
             return
@@ -96,12 +98,6 @@ class Sequence:
             self.finish_reason or "abort",
             self.weights_versions,
         )
-
-    def _has_stop_string(self, detokenize: Detokenize) -> bool:
-        if not self.params.stop:
-            return False
-        text = detokenize(self.token_ids)
-        return any(stop in text for stop in self.params.stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,20 +24,19 @@ class AdapterConfig(Config):
     """LoRA on the policy; the rest of it is not trained."""
 
     rank: int = Field(default=16, ge=1)
-    """How wide each update is: a weight gains up @ down, and `rank` is the size between them."""
+    """The rank of an adapter: it adds the product of two thin matrices to a weight, and `rank` is
+    the size that they share."""
     alpha: float = Field(default=32.0, gt=0)
-    """The update is scaled by alpha / rank."""
+    """An adapter's product is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """The dropout on an adapter's input, in supervised training."""
+    """The probability of dropout on an adapter's input, in supervised training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which layers get an adapter: all linear ones but the head, or those whose names end so
-    (`q_proj`).
-    """
+    """Which layers get an adapter: `all-linear` means every linear layer except the head; a list
+    names layers by the ends of their names, for example `q_proj`."""
     save: Literal["merged", "adapter"] = "merged"
-    """What a stage's folder holds. `merged`: the whole model with the adapter in its weights, and
-    the adapter itself beside it in `adapter/`. `adapter`: the adapter alone, which loads where its
-    base model lies.
-    """
+    """What a stage's folder contains. `merged`: the whole model with the adapter added to its
+    weights, and the adapter itself in `adapter/`. `adapter`: only the adapter, which can be loaded
+    only where its base model is available."""
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -77,21 +77,22 @@ class ModelConfig(Config):
     or a Hugging Face name.
     """
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the weights in both gears; masters are always float32. `auto`: bfloat16 where
-    the hardware has it.
-    """
+    """The precision of the weights in training and in generation; the optimizer's master weights
+    are always float32. `auto` is bfloat16 where the hardware multiplies it fast, and float32
+    elsewhere."""
     device: str = "auto"
     """`auto` takes a GPU if there is one; otherwise a torch device such as `cpu` or `cuda:1`."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch; None leaves torch's choice."""
+    """How many CPU threads torch uses; null leaves the choice to torch."""
     lora: AdapterConfig | None = None
-    """Train low-rank adapters in place of the whole policy."""
+    """Low-rank adapters (LoRA), which are trained in place of the whole policy; null trains the
+    policy."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What the policy's chat template is given besides, in training, rollouts, evaluation and chat;
-    for example `{enable_thinking: false}`. Reward models render without it.
-    """
+    """Further arguments of the policy's chat template, in training, rollouts, evaluation and chat;
+    for example `{enable_thinking: false}`. Reward models do not get them."""
     date: datetime.date | None = None
-    """What chat templates take for today; None: the day on which the run began. A run keeps it."""
+    """The date that chat templates use as today. null is the day on which the run began, also after
+    a resume."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code here."""
 

@@ -70,7 +70,7 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """All randomness of the run flows from it."""
+        """The seed from which all random numbers of the run are drawn."""
         return self.recipe.run.seed
 
     @property

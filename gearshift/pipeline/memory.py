@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig
-from gearshift.engine.cache_size import gpu_cache_bytes, largest
+from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, position_bytes
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import MemoryNeeds
@@ -54,8 +54,9 @@ class Shape:
     """Width of the feed-forward part."""
     heads: int
     """Heads of queries, keys and values together."""
-    key_heads: int
     head_size: int
+    position_bytes: int
+    """Bytes of the keys and values of one token in the cache."""
     vocabulary: int
     item: int
     """Bytes of a weight."""
@@ -64,18 +65,17 @@ class Shape:
     def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
         """The shape of a model, which may be on the meta device."""
         config = model.config.get_text_config()
-        hidden, heads = config.hidden_size, largest(config, "num_attention_heads", 1)
-        key_heads = largest(config, "num_key_value_heads", heads)
+        heads, key_heads, head_size = head_sizes(config)
         return Shape(
-            sum(p.numel() for p in model.parameters()),
-            config.num_hidden_layers,
-            hidden,
-            largest(config, "intermediate_size", 4 * hidden),
-            heads + 2 * key_heads,
-            key_heads,
-            largest(config, "head_dim", hidden // heads),
-            config.vocab_size,
-            dtype.itemsize,
+            parameters=sum(p.numel() for p in model.parameters()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            inner=largest(config, "intermediate_size", 4 * config.hidden_size),
+            heads=heads + 2 * key_heads,
+            head_size=head_size,
+            position_bytes=position_bytes(model, dtype.itemsize),
+            vocabulary=config.vocab_size,
+            item=dtype.itemsize,
         )
 
     @property
@@ -99,7 +99,7 @@ class Shape:
 
     def cache(self, rows: int, length: int) -> float:
         """Bytes of the keys and values of this many rows."""
-        return 2.0 * self.layers * self.key_heads * self.head_size * rows * length * self.item
+        return float(self.position_bytes * rows * length)
 
 
 def parts_of(
@@ -115,8 +115,8 @@ def parts_of(
     `total` bytes (0: unknown).
     """
     on_cpu = device.type == "cpu"
-    one_micro_batch = 0 < needs.update_tokens <= needs.micro_batch_tokens
-    parts = _learning(shape, needs.optimizer, trained, device, cut=not one_micro_batch)
+    cut = not 0 < needs.update_tokens <= needs.micro_batch_tokens
+    parts = _learning(shape, needs.optimizer, trained, device, cut)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
     if needs.rollout:
@@ -130,7 +130,6 @@ def parts_of(
     if needs.reference and not adapters:
         parts["reference"] = _LOADED_COPY * shape.weights
     if needs.critic:
-        cut = not one_micro_batch
         critic = _learning(shape, needs.critic, shape.parameters, device, cut)
         parts["critic, its gradients and its optimizer"] = sum(critic.values())
     return parts
@@ -157,6 +156,9 @@ def _cache(
 def _learning(
     shape: Shape, optimizer: OptimizerConfig, trained: int, device: torch.device, cut: bool
 ) -> dict[str, float]:
+    """Bytes of a model that learns. `cut`: an update has several micro-batches, whose gradients are
+    summed in fp32.
+    """
     moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
     on_host = optimizer.offload == "always" and device.type != "cpu"
     return {

@@ -48,25 +48,25 @@ class RunConfig(Config):
     dir: Neutral[PathText] = "runs/run"
     """The run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """All randomness of the run flows from it."""
+    """The seed from which all random numbers of the run are drawn."""
 
 
 class EnvironmentConfig(Config):
     """Where the task's environments run, in training and in evaluation."""
 
     processes: Neutral[int] = Field(default=0, ge=0)
-    """0 runs environments in threads of this process. A number gives each environment a process of
-    its own, so that a crash, or a hang that is killed, costs its episode alone; so many of them
-    work at a time. There are as many processes as episodes of one rollout."""
+    """How many environments run at the same time, each in its own process; a crash, or a hang that
+    is killed, then costs one episode only. There are as many processes as one rollout has episodes.
+    0 runs the environments in threads of this process."""
 
 
 class EvalConfig(Config):
     """Held-out evaluation, on the validation rows, before the first stage and after each."""
 
     limit: int | None = Field(default=None, ge=1)
-    """The first rows of a split to use, this many; null takes all."""
+    """How many rows of a split are evaluated, counted from the first; null evaluates all."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of the longest answer of one turn."""
+    """How many tokens the answer of one turn has, at most."""
     perplexity: bool = False
     """Whether RL ends by measuring the perplexity of each policy's held-out answers under the
     policy that RL began from, which shows whether they are still fluent.
@@ -81,10 +81,9 @@ class Recipe(Config):
     model: ModelConfig = ModelConfig()
     """The model to start from."""
     algorithm: Algorithm | None = None
-    """A published method by name. It fills in the keys of `rl`, or of `preference` in place of
-    `rl`, that it stands for; what the recipe sets itself stays. A recipe of `preference` methods
-    must not set keys of `rl`.
-    """
+    """A published method by name. It sets the keys of `rl`, or of `preference` for a method that
+    learns from preferences; a key that the recipe sets itself keeps its value. With a method of
+    `preference`, a recipe must not set keys of `rl`."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
     task: AnyTaskConfig | None = Field(default=None, discriminator="name")

@@ -20,8 +20,8 @@ class JudgeConfig(Config):
     model: str = ""
     """The judge's name on its server."""
     rubric: str = "How good, correct and helpful the answer is."
-    """What the judge marks. `{NAME}` is replaced by the row's column NAME, for example a reference
-    answer."""
+    """What the judge has to judge, in words. `{NAME}` is replaced by the row's column NAME, for
+    example a reference answer."""
     low: float = 0.0
     """The worst mark; as a reward it is 0."""
     high: float = 10.0

@@ -35,7 +35,8 @@ class OptimizerConfig(Config):
     lr: float = Field(default=1e-5, gt=0)
     """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """How fast the averages of the gradient and of its square forget (beta1 and beta2 of Adam)."""
+    """Adam's beta1 and beta2: the decay of its averages of the gradient and of the squared
+    gradient."""
     eps: float = Field(default=1e-8, gt=0)
     """A small number that Adam adds to the denominator of an update."""
     weight_decay: float = Field(default=0.0, ge=0)

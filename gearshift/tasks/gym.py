@@ -31,32 +31,34 @@ class GymConfig(TaskConfig):
     """A text environment that Gymnasium knows."""
 
     name: Literal["gym"] = "gym"
-    """Which task this is."""
+    """The name of the task."""
     id: str = "gearshift/GymInWords-v0"
     """The environment's id, or `my_module:MyEnvironment-v0`, where the module registers it."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """The arguments that it is made with."""
+    """The arguments with which the environment is made."""
     system: str | None = None
-    """A system message before each episode."""
+    """The system message at the beginning of each episode; null adds none."""
     validation: int = Field(default=64, ge=1)
-    """Episodes of validation, at most."""
+    """How many episodes validation has, at most."""
     test: int = Field(default=64, ge=1)
-    """Episodes of the test, at most."""
+    """How many episodes the test has, at most."""
     starts: int | None = Field(default=None, ge=0)
-    """Seeds that are drawn to find how episodes start, so that no start is in two of training,
-    validation and test. 0 draws episodes by seeds, other ones for each split, and they may start
-    alike. null is 1000 for `gearshift/GymInWords-v0`, and 0 for others."""
+    """How many seeds are tried to list the different starts of an episode, so that training,
+    validation and test share no start. 0 gives each split its own seeds, and episodes of two splits
+    may start alike. null is 1000 for `gearshift/GymInWords-v0`, and 0 for other environments."""
     heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the different starts that training never sees: half of them are for validation, half
-    for the test."""
+    """The share of the different starts that training does not use; half of them are for
+    validation, the other half for the test."""
     labelled: int = Field(default=0, ge=0)
-    """Episodes of random play (answers drawn from the environment's action space), for supervised
-    fine-tuning: they teach what an answer looks like, not which one is good."""
+    """How many episodes of random play there are for supervised fine-tuning. Their answers are
+    drawn from the environment's action space: they teach the form of an answer, but not which
+    answer is good."""
     labelled_won: bool = False
-    """Keep only those of them that the environment calls a success."""
+    """Whether only those episodes of random play are kept that the environment reports as a
+    success."""
     metric: str = "success"
-    """The figure that policies are compared by: `success` where the environment reports it, else
-    `reward`, or the name of one of its metrics."""
+    """The figure by which policies are compared: `success` if the environment reports it, `reward`,
+    or the name of one of its metrics."""
 
 
 class WithSystem(gymnasium.Wrapper[str, str, str, str]):

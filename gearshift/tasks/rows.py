@@ -42,25 +42,26 @@ class RowsConfig(TaskConfig):
     """Your own data: prompts, whatever else the reward function reads, and the function."""
 
     name: Literal["data"] = "data"
-    """Which task this is."""
+    """The name of the task."""
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     """Files or data sets with `prompt` (text or messages) and the reward's columns. Rows that have
     an answer too (`completion`, `messages`, ...) can be learned from as `task:labelled`. Each of
     several sources gives all its rows; a source with twice the least weight gives them twice."""
     validation: PathText | float = 0.1
-    """A file of rows by which settings are chosen; or a share of the prompts of `train`."""
+    """A file of rows on which settings are compared; or the share of the prompts of `train` that is
+    used for this."""
     test: PathText | float = 0.1
-    """A file of rows that are evaluated once, at the end; or a share of the prompts of `train`. A
-    column `cluster` names rows that are one problem (rows with equal prompts are one too); no
-    problem stands in two splits."""
+    """A file of rows that are evaluated once, at the end; or the share of the prompts of `train`
+    that is used for this. Rows with the same value in a column `cluster`, or with equal prompts,
+    are one problem, and no problem is in two splits."""
     reward: PathText | None = None
     """The environment's own reward, with TRL's signature: `file.py:function`,
-    `package.module:function` or `http://...`. null: it has none, and `rl.rewards` names the
-    rewards, which held-out answers are measured by too."""
+    `package.module:function` or `http://...`. With null it has none; `rl.rewards` names the
+    rewards, and they also measure held-out answers."""
     success_threshold: float | None = 1.0
     """The reward from which an answer counts as a success; null reports no success."""
     system: str | None = None
-    """A system message put before every prompt that has none."""
+    """A system message that is added to every prompt without one."""
     clean: CleanConfig = CleanConfig()
     """How the rows of each source are cleaned."""
 

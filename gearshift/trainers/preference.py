@@ -59,30 +59,32 @@ class PreferenceConfig(SupervisedStageConfig):
     """Learning from judged completions, in place of the reward model and RL."""
 
     algorithm: Neutral[PreferenceAlgorithm | None] = Field(default=None, exclude=True)
-    """A published method by name: fills in the keys that it stands for. The same as the recipe's
-    own `algorithm`."""
+    """A published method by name, which sets the other keys of this section; the same as the
+    recipe's own `algorithm`."""
     data: DataConfig = DataConfig()
     """`prompt`/`chosen`/`rejected` rows; for `kto` also `prompt`/`completion`/`label`."""
     heldout: HeldoutConfig = DataConfig()
     """Pairs that only measure accuracy."""
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
-    """The method; `docs/algorithms.md` has their formulas."""
+    """The preference loss; `docs/algorithms.md` has the formulas."""
     beta: float = Field(default=0.1, gt=0)
-    """How strongly preferences count against the reference; for `orpo` the weight of its odds."""
+    """How strongly the policy is held at the reference: a larger value allows less change. For
+    `orpo` it is the weight of the odds ratio."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """`dpo`: the chance that a label is wrong (cDPO)."""
+    """For `dpo`: the probability that a label is wrong (cDPO)."""
     margin: float = Field(default=0.0, ge=0)
-    """`simpo`: by how much the chosen side should win."""
+    """For `simpo`: by how much the chosen completion's score should exceed the rejected one's."""
     desirable_weight: float = Field(default=1.0, gt=0)
-    """`kto`: weight of good completions."""
+    """For `kto`: the weight of good completions."""
     undesirable_weight: float = Field(default=1.0, gt=0)
-    """`kto`: weight of bad completions."""
+    """For `kto`: the weight of bad completions."""
     supervised_weight: float = Field(default=0.0, ge=0)
-    """Weight of the chosen completion's mean token loss, which is added to the preference loss; for
-    `orpo` it is 1 by definition."""
+    """The weight of the chosen completion's mean token loss, which is added to the preference loss;
+    for `orpo` it is 1 by definition."""
     reference: Literal["precompute", "each_step"] = "precompute"
-    """When the reference's log-probs are computed: all before the first step, without a second copy
-    of the weights; or at each step, which is cheaper where few of the rows are used."""
+    """When the reference's log-probabilities are computed. `precompute`: all of them before the
+    first step, without a second copy of the weights. `each_step`: those of each update, which is
+    cheaper if the stage uses few of its rows."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="linear")
     """AdamW and its schedule."""
 

@@ -38,8 +38,8 @@ class ProcessRewardConfig(SupervisedStageConfig):
     heldout: HeldoutConfig = DataConfig()
     """Rows that only measure accuracy."""
     model: PathText | None = None
-    """The backbone: a folder or a name, a decoder or an encoder; null starts from the newest
-    policy."""
+    """The model that becomes the reward model, a decoder or an encoder: a folder or a name. null is
+    the newest policy."""
     separator: str = "\n"
     """The text after each step; its last token carries the step's logit."""
 

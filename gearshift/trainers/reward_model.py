@@ -54,10 +54,11 @@ class RewardModelConfig(SupervisedStageConfig):
     heldout: HeldoutConfig = DataConfig()
     """Pairs that only measure accuracy."""
     model: PathText | None = None
-    """The backbone: a folder or a name, a decoder or an encoder; null starts from the stage
-    before."""
+    """The model that becomes the reward model, a decoder or an encoder: a folder or a name. null is
+    the newest policy."""
     center: float = Field(default=0.0, ge=0)
-    """Weight of (score(chosen) + score(rejected))^2, which keeps scores around zero."""
+    """The weight of the loss term (score(chosen) + score(rejected))^2, which keeps scores near
+    zero."""
 
     sequences_in_row: ClassVar[int] = 2
     rows_are: ClassVar[str] = "pairs"

@@ -37,7 +37,7 @@ class SFTConfig(SupervisedStageConfig):
     data: DataConfig = DataConfig()
     """Examples: `text`, `messages`, `prompt`/`completion`, ShareGPT or Alpaca rows."""
     epochs: float = Field(default=3.0, gt=0)
-    """Passes over the rows."""
+    """How often the stage passes over its rows."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, schedule="linear")
     """AdamW and its schedule."""
 

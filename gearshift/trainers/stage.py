@@ -47,11 +47,11 @@ class StageConfig(Config):
     """Saving and logging, the same for every stage."""
 
     save_every: Neutral[int] = Field(default=50, ge=0)
-    """Steps between checkpoints; 0 saves at an interrupt only."""
+    """How many steps lie between two checkpoints; with 0 only an interrupt makes one."""
     keep: Neutral[int] = Field(default=2, ge=1)
-    """Checkpoints that are kept; with two, a run goes on if the newer one is damaged."""
+    """How many checkpoints are kept; with two, a run can continue if the newer one is damaged."""
     trackers: Neutral[tuple[TrackerName, ...]] = ()
-    """Where metrics go besides `metrics.jsonl`."""
+    """The programs that receive the metrics, in addition to `metrics.jsonl`."""
 
     micro_batch_key: ClassVar[str] = "micro_batch_tokens"
 

@@ -43,14 +43,14 @@ class SupervisedStageConfig(StageConfig):
     data: DataConfig = DataConfig()
     """The rows to learn from."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the rows."""
+    """How often the stage passes over its rows."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows in one update; the last update of all takes what is left."""
+    """How many rows one update has; the last update has the remaining rows."""
     max_length: int = Field(default=1024, ge=2)
-    """Rows with more tokens are an error, or are left out (`data.overlong`)."""
+    """How many tokens a row may have; `data.overlong` decides what happens to longer rows."""
     micro_batch_tokens: int = Field(default=4096, ge=0)
-    """Tokens in one micro-batch, which bounds the memory and does not change the gradient. 0: as
-    many as the memory has room for when the stage begins."""
+    """How many tokens one micro-batch has, at most. This limits the memory and does not change the
+    gradient. With 0 it is as many as fit into the memory when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, schedule="linear")
     """AdamW and its schedule."""
 

@@ -76,7 +76,7 @@ MUTATIONS = (
     ),
     Mutation(
         "double BOS: special tokens are added to a rendered chat",
-        "data/chat.py",
+        "data/chat_template.py",
         "add_special_tokens=False",
         "add_special_tokens=True",
         "tests/data/test_chat.py tests/data/test_chat_template.py",

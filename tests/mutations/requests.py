@@ -53,6 +53,27 @@ MUTATIONS = (
         "tests/data/test_text.py",
     ),
     Mutation(
+        "stop strings: the end of the text begins in a run of bytes",
+        "data/text.py",
+        "if _is_open(tokenizer, ids[start]):",
+        "if False:",
+        "tests/data/test_text.py -k stop",
+    ),
+    Mutation(
+        "stop strings: only as many tokens as the string has letters are decoded",
+        "data/text.py",
+        "if len(text) >= before + last:",
+        "if True:",
+        "tests/data/test_text.py -k stop",
+    ),
+    Mutation(
+        "stop strings: quotes that clean-up joins in pairs are counted from the cut",
+        "data/text.py",
+        "            break  # where patterns overlap",
+        "            pass  # where patterns overlap",
+        "tests/data/test_text.py -k stop",
+    ),
+    Mutation(
         "the last code block is run, whatever its language",
         "rewards/code_rewards.py",
         "found = python or [block for block in blocks if not block.language]",

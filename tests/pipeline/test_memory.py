@@ -1,4 +1,4 @@
-"""The memory that is told before a run adds up, and what is left open is chosen to fit in it."""
+"""The memory that is predicted before a run adds up, and open keys are chosen to fit in it."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-LLAMA_1B = Shape(1_200_000_000, 16, 2048, 8192, 48, 8, 64, 128_256, 2)
+LLAMA_1B = Shape(1_200_000_000, 16, 2048, 8192, 48, 64, 2 * 16 * 8 * 64 * 2, 128_256, 2)
 
 
 def total(config: SFTConfig | RLConfig, engine: EngineConfig, free: float) -> float:
@@ -94,7 +94,7 @@ def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() ->
         return parts["gradients"] / LLAMA_1B.parameters
 
     assert [gradients(micro_batch_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
-    wide = Shape(*(6, 2, 8, 8, 3, 1, 8, 259), item=4)
+    wide = Shape(*(6, 2, 8, 8, 3, 8, 128, 259), item=4)
     parts = parts_of(SFTConfig(micro_batch_tokens=8).memory_needs(), EngineConfig(), wide, 6, GPU)
     assert parts["gradients"] == 4 * 6
 

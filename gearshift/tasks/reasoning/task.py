@@ -39,21 +39,24 @@ class ReasoningConfig(TaskConfig):
     """Which questions, and how many of them."""
 
     name: Literal["reasoning"] = "reasoning"
-    """Which task this is."""
+    """The name of the task."""
     dataset: str | tuple[str, ...] = "chain_sum"
-    """A generator of reasoning-gym, or several that share the rows equally."""
+    """A generator of reasoning-gym, or several generators, which make equally many rows."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The generator's own options; of several generators, options by generator."""
+    """The generator's own options; for several generators, a mapping from each generator's name to
+    its options."""
     answer: Format = "whole"
-    """What of a completion is the answer: all of it, or what stands in <answer> ... </answer>."""
+    """Which part of a completion is the answer: `whole` is all of it, `tagged` is the text in
+    <answer> ... </answer>."""
     labelled: int = Field(default=64, ge=0)
-    """Questions with their answers, for supervised fine-tuning; a few generators know none."""
+    """How many questions with an answer there are for supervised fine-tuning; a few generators
+    cannot give answers."""
     train: int = Field(default=2000, ge=1)
-    """Questions for reinforcement learning."""
+    """How many questions there are for reinforcement learning."""
     validation: int = Field(default=256, ge=1)
-    """Questions that stand in no other file."""
+    """How many questions there are for validation; they are in no other split."""
     test: int = Field(default=256, ge=1)
-    """Questions for the test, which stand in no other file."""
+    """How many questions there are for the test; they are in no other split."""
 
     @property
     def datasets(self) -> dict[str, dict[str, Any]]:

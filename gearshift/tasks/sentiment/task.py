@@ -41,18 +41,19 @@ class SentimentConfig(TaskConfig):
     """The reviews' passages: how many are written, and for which purpose."""
 
     name: Literal["sentiment"] = "sentiment"
-    """Which task this is."""
+    """The name of the task."""
     labelled: int = Field(default=256, ge=1)
-    """Passages with the reviewer's own continuation, for supervised fine-tuning."""
+    """How many passages with the reviewer's own continuation there are for supervised fine-tuning.
+    """
     train: int = Field(default=384, ge=1)
-    """Beginnings alone, for reinforcement learning."""
+    """How many beginnings without a continuation there are for reinforcement learning."""
     validation: int = Field(default=160, ge=1)
-    """Beginnings from validation reviews."""
+    """How many beginnings of reviews there are for validation."""
     test: int = Field(default=160, ge=1)
-    """Beginnings from test reviews."""
+    """How many beginnings of reviews there are for the test."""
     heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the reviews that training never sees: half of them are for validation, half for the
-    test."""
+    """The share of the reviews that training does not use; half of them are for validation, the
+    other half for the test."""
 
 
 def positive(texts: Sequence[str]) -> list[float]:

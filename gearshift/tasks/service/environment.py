@@ -16,7 +16,7 @@ from gearshift.tasks.service.shop import CHANGES, Shop, outcome_text, refuses, t
 from gearshift.types import Message
 
 TURNS = 6
-"""How many messages an agent may write in an episode."""
+"""How many messages the policy may write in an episode."""
 LOOKUP, ACT, TOLD = 0.1, 0.2, 0.7
 """Rewards: the agent looked up the order; the order is as the policy wants it; the customer knows
 the outcome. They add up to 1, and only a solved problem gets them all.

@@ -59,27 +59,31 @@ class RepliesConfig(TaskConfig):
     """The one-answer customer service: how much of what, and what is held out."""
 
     name: Literal["customer_replies"] = "customer_replies"
-    """Which task this is."""
+    """The name of the task."""
     labelled: int = Field(default=32, ge=1)
-    """Right replies to customers, for supervised fine-tuning."""
+    """How many right replies to customers there are for supervised fine-tuning."""
     dialogues: int = Field(default=96, ge=0)
-    """Real remarks and replies, for supervised fine-tuning."""
+    """How many real remarks with their replies there are for supervised fine-tuning."""
     train: int = Field(default=6000, ge=1)
-    """Customers without replies, for reinforcement learning."""
+    """How many customers without a reply there are for reinforcement learning."""
     validation: int = Field(default=256, ge=1)
-    """Customers with words, items, streets and order numbers of their own."""
+    """How many customers there are for validation; their words, items, streets and order numbers
+    occur in no other split."""
     test: int = Field(default=256, ge=1)
-    """Customers with other words, items, streets and order numbers again, for the test."""
+    """How many customers there are for the test; their words, items, streets and order numbers
+    occur in no other split."""
     pairs: int = Field(default=6000, ge=1)
-    """Right against wrong replies to training customers, for the reward model."""
+    """How many pairs of a right and a wrong reply to a training customer there are for the reward
+    model."""
     talk_pairs: int = Field(default=250, ge=0)
-    """Real replies against wrong ones."""
+    """How many pairs of a real reply and a wrong one there are for the reward model."""
     pairs_heldout: int = Field(default=200, ge=1)
-    """Both kinds of pairs (a fifth of them real dialogues), of other customers, who speak as those
-    of validation do, and of other dialogues."""
+    """How many pairs measure the reward model. A fifth of them are from real dialogues that it did
+    not learn from; the others are from further customers, who use the words of validation."""
     heldout_fraction: float = Field(default=0.35, gt=0, lt=1)
-    """Share of phrasings, items, streets and order numbers, and of dialogues, that training never
-    sees: half of the former are for validation, half for the test."""
+    """The share of the phrasings, items, streets, order numbers and dialogues that training does
+    not use. Half of these phrasings, items, streets and order numbers are for validation, the other
+    half for the test."""
 
 
 class CustomerRepliesEnvironment(RowEnvironment):

@@ -34,18 +34,20 @@ class ServiceConfig(TaskConfig):
     """The shop's customers: how many, and what is held out."""
 
     name: Literal["customer_service"] = "customer_service"
-    """Which task this is."""
+    """The name of the task."""
     labelled: int = Field(default=72, ge=1)
-    """Conversations of an expert, for supervised fine-tuning."""
+    """How many conversations of an expert there are for supervised fine-tuning."""
     train: int = Field(default=1000, ge=1)
-    """Customers for reinforcement learning."""
+    """How many customers there are for reinforcement learning."""
     validation: int = Field(default=192, ge=1)
-    """Customers with words, items, streets and order numbers of their own."""
+    """How many customers there are for validation; their words, items, streets and order numbers
+    occur in no other split."""
     test: int = Field(default=192, ge=1)
-    """Customers with other words, items, streets and order numbers again, for the test."""
+    """How many customers there are for the test; their words, items, streets and order numbers
+    occur in no other split."""
     heldout_fraction: float = Field(default=0.35, gt=0, lt=1)
-    """Share of phrasings, items, streets and order numbers that training never sees: half of them
-    are for validation, half for the test."""
+    """The share of the phrasings, items, streets and order numbers that training does not use; half
+    of them are for validation, the other half for the test."""
 
 
 def converse(row: Row) -> list[Message]:

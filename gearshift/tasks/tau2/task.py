@@ -40,11 +40,11 @@ class Tau2Config(TaskConfig):
     """Which of tau2's domains, and how much of it is in the prompt."""
 
     name: Literal["tau2"] = "tau2"
-    """Which task this is."""
+    """The name of the task."""
     domain: Domain = "retail"
-    """The domain: its customers and its tools."""
+    """The domain of tau2, which has its own customers and tools."""
     turns: int = Field(default=20, ge=1)
-    """How many messages an agent may write in an episode."""
+    """How many messages the policy may write in an episode."""
     policy: bool = True
     """Whether the prompt has the domain's policy (some 1,700 tokens)."""
     tools: bool = True

@@ -41,26 +41,29 @@ class TranslationConfig(TaskConfig):
     """The translator's data: which products' messages, which languages, and how many."""
 
     name: Literal["translation"] = "translation"
-    """Which task this is."""
+    """The name of the task."""
     languages: list[Literal["es", "de", "fr"]] = Field(default=["es", "de", "fr"], min_length=1)
     """Languages to translate into, from English."""
     products: list[PathText] = Field(default=["wagtail", "Django"], min_length=1)
-    """Whose catalogues are trained on: installed packages, or folders with
-    LANGUAGE/LC_MESSAGES/*.po."""
+    """The products whose message catalogues are trained on: names of installed packages, or folders
+    with LANGUAGE/LC_MESSAGES/*.po."""
     validation_product: PathText = "django-oscar"
-    """Whose catalogues are for validation; a message that another product has too is left out."""
+    """The product whose catalogues are for validation; a message that another product also has is
+    left out."""
     test_product: PathText = "django-helpdesk"
-    """Whose catalogues are for the test; a message that another product has too is left out."""
+    """The product whose catalogues are for the test; a message that another product also has is
+    left out."""
     labelled: int = Field(default=1500, ge=1)
-    """Messages with translations, for supervised fine-tuning."""
+    """How many messages with a translation there are for supervised fine-tuning."""
     train: int = Field(default=1500, ge=1)
-    """Further messages, for reinforcement learning."""
+    """How many further messages there are for reinforcement learning."""
     validation: int = Field(default=480, ge=1)
-    """Messages of the validation product, each once and in one language."""
+    """How many messages of the validation product are evaluated; each occurs once, in one language.
+    """
     test: int = Field(default=400, ge=1)
-    """Messages of the test product, each once and in one language."""
+    """How many messages of the test product are evaluated; each occurs once, in one language."""
     max_words: int = Field(default=12, ge=1)
-    """Longer messages are left out."""
+    """How many words a message may have; longer messages are left out."""
 
     @field_validator("languages")
     @classmethod

@@ -50,27 +50,27 @@ class VoiceConfig(TaskConfig):
     """The voice assistant's data: what is written, and how much of it."""
 
     name: Literal["voice_assistant"] = "voice_assistant"
-    """Which task this is."""
+    """The name of the task."""
     labelled: int = Field(default=64, ge=1)
-    """Requests with their commands, for supervised fine-tuning."""
+    """How many requests with their command there are for supervised fine-tuning."""
     train: int = Field(default=2000, ge=1)
-    """Requests without commands, for reinforcement learning."""
+    """How many requests without a command there are for reinforcement learning."""
     pairs: int = Field(default=384, ge=1)
-    """Pairs of a right and a wrong command, for the reward model."""
+    """How many pairs of a right and a wrong command there are for the reward model."""
     pairs_heldout: int = Field(default=128, ge=1)
-    """Pairs from validation templates, which only measure the reward model."""
+    """How many pairs from validation templates measure the reward model."""
     validation: int = Field(default=256, ge=1)
-    """Requests from validation templates, which no other template matches."""
+    """How many requests from validation templates there are; no other template matches them."""
     test: int = Field(default=256, ge=1)
-    """Requests from test templates, which no other template matches."""
+    """How many requests from test templates there are; no other template matches them."""
     heldout_fraction: float = Field(default=0.3, gt=0, lt=1)
-    """Share of each intent's sentence templates that training never sees: half of them are for
-    validation, half for the test."""
+    """The share of each intent's sentence templates that training does not use; half of them are
+    for validation, the other half for the test."""
     languages: tuple[Literal["en", "de", "es", "fr"], ...] = Field(default=("en",), min_length=1)
-    """Languages of the requests, in equal parts. The prompt does not say which one it is."""
+    """The languages of the requests, in equal parts. The prompt does not name the language."""
     noise: float = Field(default=0.0, ge=0, le=0.5)
-    """Word error rate of a simulated speech recogniser, which every second request passes through;
-    the right command stays that of the request without errors. 0: no request has errors.
+    """The word error rate of a simulated speech recogniser, through which every second request
+    passes. The right command is that of the request without errors. With 0 no request has errors.
     """
 
 

@@ -35,23 +35,23 @@ class RolloutConfig(Config):
     group_size: int = Field(default=8, ge=1, le=1 << 16)
     """How many completions each prompt gets."""
     temperature: float = Field(default=1.0, ge=1e-5, le=1e5)
-    """Temperature of sampling, and so of the policy that is trained."""
+    """The temperature of sampling; log-probabilities in training have it too."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sampling keeps the smallest set of tokens with this probability. Below 1 the sampler is not
-    the policy that is trained; ratios stay about the untruncated policy."""
+    the policy that is trained; ratios are those of the untruncated policy."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Most tokens of one turn's completion."""
+    """How many tokens the completion of one turn has, at most."""
     replace_zero_std: int = Field(default=0, ge=0)
-    """Most further rollouts of a step that replace groups whose rewards are all equal (DAPO's
-    dynamic sampling)."""
+    """How many further rollouts a step may make to replace groups whose rewards are all equal
+    (DAPO's dynamic sampling)."""
     # A run that went on under `error` had no such row, so `drop` changes nothing of it.
     overlong_prompts: Neutral[Literal["error", "drop"]] = "error"
-    """What happens to rows whose prompt leaves no place for `max_new_tokens`, or that the chat
-    template refuses: the run stops before its first step, or goes on without them. Where the
-    environment has no rows, an episode with such a prompt is left out when it comes."""
+    """What happens to rows whose prompt is too long for `max_new_tokens` more tokens, or which the
+    chat template refuses. `error` stops the run before its first step; `drop` leaves them out. If
+    the environment has no rows, an episode with such a prompt is left out."""
     timeout: float | None = Field(default=300.0, gt=0)
-    """Seconds for one answer of the environment; an environment that takes longer loses its
-    episode. null waits for ever."""
+    """How many seconds the environment has for one answer; if it takes longer, its episode is left
+    out. null has no limit."""
 
     @field_validator("replace_zero_std")
     @classmethod
@@ -65,38 +65,41 @@ class ShapingConfig(Config):
     """What changes the rewards before the advantage reads them."""
 
     clip: float | None = Field(default=None, gt=0)
-    """Rewards are kept within this distance of zero, before the KL is subtracted; null keeps them
-    as they are."""
+    """The largest absolute value of a reward: larger ones are clipped to it before the KL is
+    subtracted. null does not clip."""
     mask_truncated_completions: bool = False
-    """Leave completions that reached `max_new_tokens` out of the loss (DAPO's overlong
+    """Whether completions that reached `max_new_tokens` are left out of the loss (DAPO's overlong
     filtering)."""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
-    """This is subtracted from the reward of a completion that reached `max_new_tokens`."""
+    """The number that is subtracted from the reward of a completion that reached `max_new_tokens`.
+    """
     overlong_buffer: float = Field(default=0.0, ge=0, le=1)
-    """The last part of `max_new_tokens`, of this size, costs up to 1 in each turn (DAPO's soft
-    punishment)."""
+    """The share of `max_new_tokens`, at its end, in which the reward falls with each token, by up
+    to 1 in each turn (DAPO's soft punishment); with 0 it does not fall."""
 
 
 class KLConfig(Config):
     """How the policy is kept near the reference."""
 
     beta: float = Field(default=0.02, ge=0)
-    """Weight of the KL; at 0 no reference model is kept."""
+    """The weight of the KL; with 0 no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the KL is estimated from sampled tokens; in the loss use k2, or `ratio` with k1 or k3."""
+    """How the KL is estimated from sampled tokens; with `where: loss` use k2, or set `ratio` with
+    k1 or k3."""
     where: Literal["reward", "loss"] = "reward"
     """Whether the KL is subtracted from each token's reward, or added to the loss."""
     ratio: bool = False
-    """In the loss, multiply the estimate by the ratio to the policy that sampled, so that the
-    gradient is that of KL(policy, reference), on policy or off. Without it k3 pulls towards the
-    reference by another divergence's gradient, and is biased off policy."""
+    """With `where: loss`, whether the estimate is multiplied by the ratio of the policy to the
+    sampler, so that its gradient is that of KL(policy, reference) for every sampler. Without it k3
+    has the gradient of another divergence, and is biased if the sampler is an older policy."""
     reference: PathText | None = None
-    """The reference policy, of the same vocabulary: a folder or name (a teacher to distil from);
-    null is the policy as it starts."""
+    """The reference policy, with the same vocabulary: a folder or a name, for example of a teacher
+    to distil from. null is the policy at the start of the stage."""
     target: float | None = Field(default=None, gt=0)
-    """KL in nats a completion that beta is adapted to (Ziegler et al. 2019); null keeps beta."""
+    """The KL of a completion, in nats, to which beta is adapted (Ziegler et al. 2019); null keeps
+    beta."""
     horizon: int = Field(default=10_000, ge=1)
-    """Completions over which beta adapts to `target`."""
+    """How many completions beta takes to adapt to `target`."""
 
     @field_validator("ratio", "reference", "target", "horizon")
     @classmethod
@@ -125,9 +128,11 @@ class ImportanceConfig(Config):
     """A correction for a sampler that is not the policy: another program, or older weights."""
 
     mode: ImportanceMode
-    """Truncate or mask the ratio of policy to sampler, of each token or of each completion."""
+    """Whether a large ratio of the policy to the sampler is truncated or masked, and whether the
+    ratio is that of each token or of each completion."""
     cap: float = Field(default=2.0, ge=1)
-    """A ratio above this is truncated, or masked (as is one below 1 / cap)."""
+    """The largest ratio that stays as it is: a larger one is truncated to it, or masked. A mask
+    also removes ratios below 1 / cap."""
 
 
 class SFTMixConfig(Config):
@@ -138,41 +143,43 @@ class SFTMixConfig(Config):
     data: DataConfig = DataConfig()
     """The labelled examples."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight of their mean token loss, beside the policy loss."""
+    """The weight of the labelled examples' mean token loss, which is added to the policy loss."""
     batch_size: int = Field(default=8, ge=1)
-    """Examples beside each update."""
+    """How many labelled examples each update has."""
     max_length: int = Field(default=1024, ge=2)
-    """Most tokens of an example; longer examples are refused."""
+    """How many tokens a labelled example may have; longer examples are refused."""
 
 
 class UpdateConfig(Config):
     """How a rollout becomes optimizer steps."""
 
     epochs: int = Field(default=1, ge=1)
-    """Passes over one rollout."""
+    """How often the updates pass over one rollout."""
     minibatches: int = Field(default=1, ge=1)
-    """Updates in one pass, at most one for each prompt."""
+    """How many updates one pass has, at most one for each prompt."""
     micro_batch_tokens: int = Field(default=4096, ge=0)
-    """Tokens in one micro-batch; bounds memory, does not change the gradient. 0: as many as the
-    memory has room for when the stage begins."""
+    """How many tokens one micro-batch has, at most. This limits the memory and does not change the
+    gradient. With 0 it is as many as fit into the memory when the stage begins."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=5)
     """The optimizer of the policy."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the policy, saved beside it in `ema`; null keeps none."""
+    """The decay of a moving average of the policy's weights, which is saved in the stage's folder
+    `ema`; null keeps no average."""
 
 
 class RLConfig(StageConfig):
     """Step 3: reinforcement learning."""
 
     algorithm: Neutral[RLAlgorithm | None] = Field(default=None, exclude=True)
-    """A published method by name: fills in the keys that it stands for. The same as the recipe's
-    own `algorithm`."""
+    """A published method by name, which sets the other keys of this section; the same as the
+    recipe's own `algorithm`."""
     steps: int = Field(default=60, ge=1)
-    """How many rollouts the stage makes; updates follow each."""
+    """How many rollouts the stage makes; each is followed by its updates."""
     rollout: RolloutConfig = RolloutConfig()
     """What a step samples."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
-    """What is rewarded; the environment's own reward is logged in any case."""
+    """The rewards, whose weighted sum is maximised; the environment's own reward is always logged.
+    """
     shaping: ShapingConfig = ShapingConfig()
     """What changes the rewards before the advantage reads them."""
     advantage: Advantage = Field(
@@ -182,14 +189,14 @@ class RLConfig(StageConfig):
     loss: PolicyLoss = Field(default=ReinforceLoss(), discriminator="name")
     """The policy loss."""
     value: ValueNet | None = Field(default=None, discriminator="kind")
-    """The value net of an advantage that needs one (`value_baseline`, `gae`); null is the preset's,
-    or else a head on the policy."""
+    """The value net, for an advantage that needs one (`value_baseline`, `gae`). null is that of the
+    `algorithm`, or a head on the policy if it has none."""
     kl: KLConfig = KLConfig()
     """Penalty on the distance to the reference policy."""
     importance: ImportanceConfig | None = None
-    """A correction for a sampler that is not the policy; null has none."""
+    """The correction for a sampler that is not the policy; null has none."""
     sft_mix: SFTMixConfig | None = None
-    """Labelled examples mixed into each update; null mixes none in."""
+    """Labelled examples that are added to each update; null adds none."""
     update: UpdateConfig = UpdateConfig()
     """How a rollout becomes optimizer steps."""
 

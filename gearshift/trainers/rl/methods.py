@@ -16,10 +16,12 @@ from gearshift.runtime.optimizer import OptimizerConfig
 class AdvantageBase(Config):
     name: str
     whiten: Literal["none", "batch", "group"] = "none"
-    """Bring the advantages of the rollout, or of each group, to mean 0 and variance 1."""
+    """Whether advantages are scaled to mean 0 and variance 1: over the rollout (`batch`), in each
+    group (`group`), or not at all (`none`)."""
     positive_only: bool = False
-    """Learn only from what beat its baseline, as rejection sampling does (RAFT, Dong et al. 2023).
-    This is not the policy gradient, but it has less noise where samples are few."""
+    """Whether negative advantages become 0, so that only samples above their baseline are learned
+    from, as in rejection sampling (RAFT, Dong et al. 2023). This is not the policy gradient, but it
+    has less noise if there are few samples."""
 
     def parameters(self) -> dict[str, Any]:
         """What the advantage function takes besides the rollout."""
@@ -41,7 +43,7 @@ class ReturnAdvantage(AdvantageBase):
     name: Literal["none", "value_baseline", "remax"]
     """The function that turns rewards into a weight for each token."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount from token to token."""
+    """The discount of a reward for each token between the action and the reward."""
 
 
 class MovingAverageAdvantage(AdvantageBase):
@@ -50,9 +52,9 @@ class MovingAverageAdvantage(AdvantageBase):
     name: Literal["moving_average"] = "moving_average"
     """The function that turns rewards into a weight for each token."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount from token to token."""
+    """The discount of a reward for each token between the action and the reward."""
     decay: float = Field(default=0.9, ge=0, lt=1)
-    """The part of the old average that each rollout keeps."""
+    """The weight of the old average after each rollout; the rollout's own mean has the rest."""
 
 
 class GAE(AdvantageBase):
@@ -61,16 +63,18 @@ class GAE(AdvantageBase):
     name: Literal["gae"] = "gae"
     """The function that turns rewards into a weight for each token."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount from token to token."""
+    """The discount of a reward for each token between the action and the reward."""
     lam: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of GAE: 0 trusts the value net after one token, 1 the rewards alone."""
+    """The lambda of GAE: with 0 an advantage uses one reward and the value net's next prediction;
+    with 1 it uses all rewards to come."""
 
 
 class LossBase(Config):
     name: str
     aggregation: Aggregation = "token_mean"
-    """Whether each token or each completion counts the same; or each token, over `max_new_tokens`
-    for each completion (`fixed_length`)."""
+    """How the loss of the tokens becomes one number. `token_mean`: each token has the same weight.
+    `sequence_mean`: each completion has the same weight. `fixed_length`: the sum over the tokens,
+    divided by `max_new_tokens` for each completion."""
 
     def parameters(self) -> dict[str, Any]:
         """What the loss function takes besides tensors."""
@@ -90,11 +94,11 @@ class PPOClipLoss(LossBase):
     name: Literal["ppo_clip"] = "ppo_clip"
     """The policy loss."""
     clip_low: float = Field(default=0.2, gt=0)
-    """The ratio stays above 1 - clip_low."""
+    """The ratio of a token is clipped to at least 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
-    """The ratio stays below 1 + clip_high."""
+    """The ratio of a token is clipped to at most 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
-    """Where the advantage is negative, the ratio counts for at most this; null has no bound."""
+    """The largest ratio that counts if the advantage is negative; null has no limit."""
 
 
 class GSPOLoss(LossBase):
@@ -103,9 +107,9 @@ class GSPOLoss(LossBase):
     name: Literal["gspo"] = "gspo"
     """The policy loss."""
     clip_low: float = Field(default=3e-4, gt=0)
-    """The completion's ratio stays above 1 - clip_low."""
+    """The ratio of a completion is clipped to at least 1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0)
-    """The completion's ratio stays below 1 + clip_high."""
+    """The ratio of a completion is clipped to at most 1 + clip_high."""
 
 
 class CISPOLoss(LossBase):
@@ -114,9 +118,9 @@ class CISPOLoss(LossBase):
     name: Literal["cispo"] = "cispo"
     """The policy loss."""
     clip_low: float = Field(default=1.0, gt=0)
-    """The weight stays above 1 - clip_low."""
+    """The weight of a token is clipped to at least 1 - clip_low."""
     clip_high: float = Field(default=4.0, gt=0)
-    """The weight stays below 1 + clip_high."""
+    """The weight of a token is clipped to at most 1 + clip_high."""
 
 
 class SAPOLoss(LossBase):
@@ -125,19 +129,20 @@ class SAPOLoss(LossBase):
     name: Literal["sapo"] = "sapo"
     """The policy loss."""
     tau_positive: float = Field(default=1.0, gt=0)
-    """How sharply a positive advantage's gate closes away from ratio 1."""
+    """How fast the gate of a positive advantage closes as the ratio moves away from 1."""
     tau_negative: float = Field(default=1.05, gt=0)
-    """How sharply a negative advantage's gate closes away from ratio 1."""
+    """How fast the gate of a negative advantage closes as the ratio moves away from 1."""
 
 
 class ValueBase(Config):
     kind: str
     warmup: int = Field(default=0, ge=0)
-    """Rollouts from which only the value net learns; the policy's schedule begins after them."""
+    """How many rollouts at the beginning train only the value net; the policy's schedule begins
+    after them."""
     coefficient: float = Field(default=0.5, ge=0)
-    """Weight of the value loss."""
+    """The weight of the value loss."""
     clip: float | None = Field(default=None, gt=0)
-    """Values stay within this distance of those before the update; null has no bound."""
+    """How far a value may move from its value before the update; null has no limit."""
 
 
 class ValueHeadConfig(ValueBase):
@@ -155,8 +160,9 @@ class CriticConfig(ValueBase):
     kind: Literal["critic"] = "critic"
     """Whether values come from a head on the policy, or from a model of their own."""
     init_from: PathText | None = None
-    """The model that the critic starts from: a folder, or `reward` (this run's reward model); null
-    is the policy. An encoder values the prompt, a decoder each token."""
+    """The model from which the critic starts: a folder, or `reward` (this run's reward model); null
+    is the policy. A critic that is an encoder gives one value for the prompt, a decoder gives one
+    for each token."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
     """The optimizer of the critic."""
 

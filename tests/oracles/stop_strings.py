@@ -1,0 +1,17 @@
+"""Where a completion ends at a stop string, by decoding all of its tokens after each one."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from gearshift.data.text import decode
+
+
+def first_stop(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str]
+) -> int | None:
+    """The least number of tokens whose text contains one of the strings; None if there is none."""
+    for count in range(1, len(ids) + 1):
+        if any(stop in decode(tokenizer, ids[:count]) for stop in stops):
+            return count
+    return None
