@@ -1,5 +1,5 @@
-"""Models that come with installed packages: the embedded one, converted once for a machine, and an
-encoder.
+"""Models that are in installed packages: the embedded model, which is converted once on each
+machine, and an encoder. It must not import the engine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ EMBEDDED = "embedded"
 MINILM = "minilm"
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
 _RECORD = "converted.json"
-"""The record of what the files in the embedded model's folder are."""
+"""The file that records size, time and digest of the files in the embedded model's folder."""
 
 log = logging.getLogger(__name__)
 
 
 def source_of(name: str) -> str | Path:
-    """What `from_pretrained` takes for this model name. Raises `ModelError` for one that is nearly
-    the name of a model that ships.
+    """The folder or name that `from_pretrained` takes for this model name. Raises `ModelError` for
+    a name that is nearly that of the embedded model, the encoder or a random model.
     """
     if name == MINILM:
         return minilm_folder()
@@ -44,7 +44,7 @@ def source_of(name: str) -> str | Path:
 
 
 def minilm_folder() -> Path:
-    """The encoder all-MiniLM-L6-v2 as a `save_pretrained` folder: the installed package's own.
+    """The folder of the encoder all-MiniLM-L6-v2 in its installed package.
 
     Raises `ModelError` if the package is missing.
     """
@@ -56,8 +56,8 @@ def embedded_folder() -> Path:
     """The embedded model as a `save_pretrained` folder, converted once from the installed package's
     GGUF file.
 
-    It lies in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the package
-    is missing.
+    The folder is in `$GEARSHIFT_CACHE` (default `~/.cache/gearshift`). Raises `ModelError` if the
+    package is missing.
     """
     return _embedded_in(cache_folder())
 
@@ -75,11 +75,11 @@ def _embedded_in(cache: Path) -> Path:
             _convert(gguf, partial / "new")
             write_json(partial / "new" / _RECORD, _files_of(partial / "new"))
             if folder.exists():
-                log.warning("%s is damaged, or of an older version; it is made anew.", folder)
+                log.warning("%s is damaged, or from an older version; it is made again.", folder)
                 folder.rename(partial / "old")
             (partial / "new").rename(folder)
         except OSError:
-            if not _as_converted(folder):  # else another process was first
+            if not _as_converted(folder):  # another process may have been first
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -87,8 +87,8 @@ def _embedded_in(cache: Path) -> Path:
 
 
 def _as_converted(folder: Path) -> bool:
-    """Whether the files are those that were written. A digest takes a second, so it is taken of a
-    file that has another time of change or another size.
+    """Whether the files are those that were written. A digest takes a second, so only a file with
+    another size or time of change is digested.
     """
     try:
         record = read_json(folder / _RECORD)
@@ -102,14 +102,14 @@ def _as_converted(folder: Path) -> bool:
 
 
 def _files_of(folder: Path) -> dict[str, Any]:
-    """Size, time of change and digest of each file, synced."""
+    """The size, time of change and digest of each file, which is written to disk first."""
     for path in folder.iterdir():
         sync(path)
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, digest(p)] for p in folder.iterdir()}
 
 
 def _file_of(package: str, ending: str, whose: str) -> Path:
-    """The file of an installed package whose path ends so."""
+    """The file of an installed package whose path has this ending."""
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:

@@ -1,5 +1,5 @@
-"""The forward of Hugging Face's own modules over packed tokens: for any model whose attention goes
-through Hugging Face's interface.
+"""The forward of Hugging Face's own modules over packed tokens, for any model whose attention goes
+through Hugging Face's interface. It must not import the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gearshift.models.describe import trunk_of
 
 def hf_hidden(model: PreTrainedModel, batch: PackedBatch, layout: Layout | None = None) -> Tensor:
     """[T, H] last hidden states of the packed tokens. There is no padding, and no token sees
-    another sequence. `layout` is the attention, where it is another one than the batch's.
+    another sequence. `layout` replaces the batch's own attention layout if it is given.
     """
     require_attention(model)
     out = trunk_of(model)(
@@ -28,13 +28,13 @@ def hf_hidden(model: PreTrainedModel, batch: PackedBatch, layout: Layout | None 
 
 
 def has_dropout(model: PreTrainedModel) -> bool:
-    """Whether the model has some dropout, be it on or off."""
+    """Whether the model has a dropout above 0, in training or in evaluation mode."""
     dropped = any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
     return dropped or _attention_dropout(model) > 0
 
 
 def has_active_dropout(model: PreTrainedModel) -> bool:
-    """Whether some dropout of this model is on now."""
+    """Whether a dropout above 0 is active in the model's present mode."""
     dropped = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
     return dropped or bool(model.training and _attention_dropout(model))
 

@@ -1,7 +1,5 @@
-"""Where models come from: the embedded one, the tiny one, a local folder, or a Hugging Face name;
-and how they are saved.
-
-Nothing is loaded by pickle: safetensors only.
+"""Loads models (the embedded one, a tiny one, a local folder, or a Hugging Face name), and saves
+them. Weights are read from safetensors only, never from a pickle.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ _ENCODER_TEMPLATE = (
 )
 Loaded = TypeVar("Loaded")
 _HEADS = ("SEQ_CLS", "TOKEN_CLS")
-"""Tasks of adapters that come with a score."""
+"""The task types of adapters that have a score head."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -94,11 +92,13 @@ class ModelConfig(Config):
     """The date that chat templates use as today. null is the day on which the run began, also after
     a resume."""
     trust_remote_code: bool = False
-    """Let the model's repository run its own Python code here."""
+    """Whether the model's repository may run its own Python code on this machine."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` -> a GPU if there is one; raises `ModelError` for a device that is not there."""
+    """The device of this name; `auto` is a GPU if there is one. Raises `ModelError` for a device
+    that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -110,7 +110,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` -> bfloat16 where products in it are fast, else float32."""
+    """The dtype of this name; `auto` is bfloat16 if the device multiplies it fast, else float32."""
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cuda":
@@ -121,7 +121,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel:
-    """A causal language model, ready for the engine: our attention, evaluation mode, one dtype."""
+    """A causal language model that is ready for the engine: with our attention, in evaluation mode,
+    in one dtype. Raises `ModelError` for a model that does not write text.
+    """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     name = name or config.name
@@ -136,12 +138,12 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
     else:
         kinds = load_config(config, name).architectures or ()
         if any(kind.endswith("Classification") for kind in kinds):
-            raise ModelError(  # with a tied head it would load
-                f"{name} holds a model that gives scores, which writes no text; give a language "
+            raise ModelError(  # if its embedding can be the head, it would load
+                f"{name} contains a model that gives scores and writes no text; name a language "
                 "model."
             )
         model, _ = model_of(AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION)
-        if not is_tied(model):  # a head of other numbers than the embedding's stays apart
+        if not is_tied(model):  # the saved head differs from the embedding
             untie(model)
     check_finite(name, model)
     return model.to(device).eval()
@@ -150,11 +152,11 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
 def load_classifier(
     config: ModelConfig, name: str | None = None, of_tokens: bool = False, fresh_head: bool = False
 ) -> PreTrainedModel:
-    """A sequence classifier with one label (a reward model) from any backbone, decoder or encoder;
-    with `of_tokens` a token classifier with one label (a process reward model).
+    """A sequence classifier with one label (a reward model) from a decoder or an encoder; with
+    `of_tokens` a token classifier with one label (a process reward model).
 
-    Raises `ModelError` for a model without a trained score head; with `fresh_head` it gets a head
-    that is drawn from a fixed seed, to be trained.
+    Raises `ModelError` for a model without a trained score head. With `fresh_head` the model gets a
+    new head instead, which is drawn from a fixed seed.
     """
     name = name or config.name
     check_made(name)
@@ -171,7 +173,7 @@ def load_classifier(
 def _classifier(
     config: ModelConfig, name: str, of_tokens: bool, fresh_head: bool
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and which weights of its head are fresh."""
+    """The model, and the names of the weights of its head that are not trained."""
     auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -195,8 +197,8 @@ def _classifier(
         if not fresh_head and any(kind.endswith(other) for kind in kinds):
             one, two = ("answer", "token") if of_tokens else ("token", "answer")
             raise ModelError(
-                f"{name} holds a model that scores each {one}, and one that scores each {two} is "
-                "needed; give another."
+                f"{name} contains a model that scores each {one}, but a model that scores each "
+                f"{two} is needed; name another model."
             )
         model, untrained = model_of(
             auto, name, config.trust_remote_code, dtype, None, fresh_head, num_labels=1
@@ -205,14 +207,15 @@ def _classifier(
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a model was saved there, or an adapter."""
-    # A folder that is not there is no name on the hub, which would be asked for an adapter.
-    here = folder.is_dir()
-    return here and ((folder / "config.json").is_file() or adapter_folder(folder) is not None)
+    """Whether a model or an adapter was saved in this folder."""
+    # `adapter_folder` would ask the hub for a folder that does not exist.
+    return folder.is_dir() and (
+        (folder / "config.json").is_file() or adapter_folder(folder) is not None
+    )
 
 
 def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfig:
-    """The model's own config; an adapter's is that of the model that it was trained on."""
+    """The model's own config; for an adapter, the config of the model that it was trained on."""
     name = name or config.name
     if name in SIZES:
         return tiny_model(**SIZES[name]).config
@@ -222,8 +225,8 @@ def load_config(config: ModelConfig, name: str | None = None) -> PreTrainedConfi
 
 
 def writes_text(config: ModelConfig, name: str) -> bool:
-    """Whether the model of this name is a causal language model; else it gives scores, or states
-    that a score can be made of.
+    """Whether the model of this name is a causal language model; other models give scores, or
+    hidden states for a score head.
     """
     if name in SIZES:
         return True
@@ -240,9 +243,10 @@ def writes_text(config: ModelConfig, name: str) -> bool:
 def load_tokenizer(
     config: ModelConfig, name: str | None = None, of_policy: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token (the end token where it has none). An encoder's,
-    which has no chat template, gets one that sets messages apart. `of_policy`: its chats have the
-    config's arguments. Raises `ConfigError` if its template does not read one of them.
+    """The model's tokenizer. If it has no pad token, the end token becomes its pad token. An
+    encoder's tokenizer without a chat template gets one that separates the messages. `of_policy`:
+    the chat template gets the config's `chat_template_kwargs`. Raises `ConfigError` if the template
+    does not use one of them.
     """
     name = name or config.name
     check_made(name)
@@ -266,14 +270,14 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
         )
     except ModelError:
         if here:
-            check_tokenizer_files(here)  # with a clearer error
+            check_tokenizer_files(here)  # its error is clearer
         raise
     named = tokenizer.vocab_files_names
     words = [named[key] for key in ("vocab_file", "merges_file") if key in named]
     lost = [f for f in words or named.values() if not held(name, f)]
     if lost and not (held(name, "tokenizer.json") or held(name, "tokenizer.model")):
-        raise ModelError(  # it would know no words, or other ones
-            f"{name} has neither tokenizer.json nor {lost[0]}; copy its model's tokenizer into it."
+        raise ModelError(  # transformers would make a tokenizer with an empty or a wrong vocabulary
+            f"{name} has neither tokenizer.json nor {lost[0]}; copy the model's tokenizer into it."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -283,7 +287,7 @@ def _tokenizer(config: ModelConfig, name: str) -> PreTrainedTokenizerBase:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a completion: the tokenizer's, and those of the generation config."""
+    """The tokens that end a completion: those of the tokenizer and of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(t for t in (*listed, tokenizer.eos_token_id) if t is not None)
@@ -297,12 +301,12 @@ def save_model(
     lora: AdapterConfig | None = None,
     base: str = "",
 ) -> None:
-    """Write what `from_pretrained` reads: safetensors, config, generation config, tokenizer, chat
-    template, card. A model with adapters is saved as `lora.save` says; `base` names what they were
-    trained on.
+    """Write the files that `from_pretrained` reads: safetensors, config, generation config,
+    tokenizer, chat template, and the model's card. `lora.save` decides how a model with adapters is
+    saved; `base` names the model that they were trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Aliased parameters are slices of one buffer; the file gets each as a tensor of its own.
+    # Aliased parameters are slices of one buffer; the file has each as a separate tensor.
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied(model) else set()
     adapted = bool(adapted_layers(model))
     if adapted:
@@ -311,7 +315,7 @@ def save_model(
             save_adapter(folder if alone else folder / "adapter", model, base)
     if not (adapted and alone):
         state = {k: v for k, v in merged_state(model).items() if k not in tied}
-        model._hf_peft_config_loaded = False  # or only the adapter would be written
+        model._hf_peft_config_loaded = False  # otherwise only the adapter is written
         with without_bars():
             model.save_pretrained(folder, state_dict=state)
         model._hf_peft_config_loaded = adapted
@@ -320,9 +324,9 @@ def save_model(
 
 
 def _base(adapter: Path, load: Callable[[str], Loaded]) -> Loaded:
-    """`load` of the model that an adapter was trained on."""
+    """What `load` gives for the model that an adapter was trained on."""
     base = base_of(adapter)
-    if Path(base).name == EMBEDDED_FOLDER and not is_folder(base):  # another machine's cache
+    if Path(base).name == EMBEDDED_FOLDER and not is_folder(base):  # the cache of another machine
         base = EMBEDDED
     try:
         return load(base)

@@ -1,5 +1,5 @@
-"""Random Llamas of a few thousand weights with a byte-level tokenizer: every test and smoke run
-starts from one, and so does a game that is learned from nothing.
+"""Random Llama models of a few thousand weights, with a byte-level tokenizer: for tests, and for
+games that a model learns without a pretrained policy. It must not import the engine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {"hidden_size": 64, "initializer_range": 0.06},
 }
-"""The names under which recipes know them, and how they are made."""
+"""Their names in recipes, and the arguments of `tiny_model` that make them."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte and ChatML markers: 259 tokens, no training, no download."""
+    """A tokenizer with one token for each byte and three ChatML markers, 259 tokens in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
@@ -51,7 +51,8 @@ def tiny_model(
     initializer_range: float = 0.2,
 ) -> LlamaForCausalLM:
     """A Llama with grouped-query attention and tied embeddings, its weights drawn from `seed`, in
-    fp32. So wide a range makes its choices differ, as tests want; a narrower one learns better.
+    fp32. A wide `initializer_range` makes the probabilities of tokens differ, as tests need it; a
+    model with a narrower one learns better.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -17,12 +17,12 @@ class HttpReward:
     """A reward from a server. The server gets `{"prompts", "completions", ...columns}` as JSON and
     answers `{"rewards": [number or null, ...]}`, as `gearshift serve` does for a reward model.
 
-    The value of the environment variable `key_env` is sent as a bearer token. A server that does
-    not answer loses these rewards; it does not end the run.
+    The value of the environment variable `key_env` is sent as a bearer token. If the server does
+    not answer, these rewards are missing, and the run continues.
     """
 
     last_failure = ""
-    """Why the server last gave no answer."""
+    """The reason of the last request without an answer."""
 
     def __init__(
         self, url: str, timeout: float | None = None, tries: int = 3, key_env: str | None = None
@@ -44,10 +44,10 @@ class HttpReward:
         rewards: list[float | None] = []
         for at in range(0, len(completions), MAX_ROWS):
             part = {name: column and column[at : at + MAX_ROWS] for name, column in body.items()}
-            told = self._ask(part)
-            if len(told) != len(part["completions"]):
-                return told  # the caller reports the wrong number
-            rewards += told
+            scored = self._ask(part)
+            if len(scored) != len(part["completions"]):
+                return scored  # the caller reports the wrong number
+            rewards += scored
         return rewards
 
     def _ask(self, body: dict[str, Any]) -> Rewards:
@@ -59,6 +59,6 @@ class HttpReward:
 
 
 def _rewards(answer: Any) -> list[float | None]:
-    """The rewards in a server's answer; those at places that it names as lost are missing."""
+    """The rewards in a server's answer; those at the places that it lists in `lost` are missing."""
     lost = answer.get("lost") or ()
     return [REWARD_MISSING if i in lost else reward for i, reward in enumerate(answer["rewards"])]

@@ -1,6 +1,6 @@
 """JSON requests over HTTP, with limits on time, size and the number of tries.
 
-This file knows no rewards: the caller says how an answer is read.
+This file knows no rewards: the caller gives the function that reads an answer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 
 def bearer_key(named: str | None, default: str) -> str | None:
-    """The key in the environment variable `named`; if None is named, the key in `default`, which
-    may be missing. A key is sent only to the address for which it was named.
+    """The key in the environment variable `named`; if that is None, the key in `default`, which may
+    be missing. A key is sent only to the address for which it was named.
 
     Raises `ConfigError` if the variable is missing, or its value cannot stand in a header.
     """
@@ -73,7 +73,7 @@ def is_loopback(host: str) -> bool:
 
 
 class NoAnswerError(Exception):
-    """A server did not answer, or its answers did not have what was asked for, in all tries."""
+    """In all tries, a server did not answer, or its answer lacked what the request asked for."""
 
 
 def post(
@@ -101,7 +101,7 @@ def post(
         time.sleep(wait)
         wait = pause * 2**attempt
         try:
-            status, reason, told_of, told = run_with_timeout(
+            status, reason, answer_headers, content = run_with_timeout(
                 timeout, partial(_answer, request, timeout)
             )
         except TimeoutError:
@@ -115,26 +115,26 @@ def post(
             continue
         if status < 300 or status == _IN_PART:
             with suppress(*_UNREADABLE):
-                if (found := read(json.loads(told))) is not None:
+                if (found := read(json.loads(content))) is not None:
                     return found
         # a repeated request would get the same answer
         if 300 <= status < 500 and status not in _BUSY:
-            said = f"{reason} {told.decode('utf-8', 'replace')}"
-            if place := told_of.get("Location"):
-                said = f"It redirects to {place}; name that address. {said}"
-            raise ConfigError(f"{address.display} refused: {status} {address.redact(said)}")
-        said = repr(address.redact(told.decode("utf-8", "replace"), 60))
-        why = f"what was asked for is not in its answer {said}"
+            text = f"{reason} {content.decode('utf-8', 'replace')}"
+            if place := answer_headers.get("Location"):
+                text = f"It redirects to {place}; name that address. {text}"
+            raise ConfigError(f"{address.display} refused: {status} {address.redact(text)}")
+        shown = repr(address.redact(content.decode("utf-8", "replace"), 60))
+        why = f"what was asked for is not in its answer {shown}"
         if status >= 300:
             why = f"it answers {status} {reason}"
-            asked = told_of.get("Retry-After", "")
+            asked = answer_headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
     raise NoAnswerError(f"{address.display}: {address.redact(why)}, {tries} times")
 
 
 def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]:
     """Status, reason, headers and body of the answer."""
-    # An http proxy sees everything that is sent, the key too; an https proxy sees only the host.
+    # An http proxy would see the key; an https proxy sees only the host.
     proxies = {scheme: by for scheme, by in getproxies().items() if scheme == "https"}
     opener = build_opener(_NoRedirect, ProxyHandler(proxies))
     try:
@@ -147,11 +147,11 @@ def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]
 
 _BUSY = frozenset({408, 409, 425, 429})
 _IN_PART = 422
-"""The status for an answer to a part of the request; `gearshift serve` says which part."""
+"""The status of an answer that lacks some of the rewards; `gearshift serve` lists their places."""
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError)
 """The errors that `read` raises for an answer of an unexpected form."""
 _MAX_BYTES = 8 << 20
-"""How many bytes of an answer are read: far more than the rewards of the largest group."""
+"""How many bytes of an answer are read, far more than the rewards of the largest group have."""
 
 
 class _NoRedirect(HTTPRedirectHandler):

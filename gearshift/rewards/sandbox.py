@@ -1,9 +1,9 @@
-"""Runs a program that may be malicious where it can reach nothing. bubblewrap gives it namespaces
-of its own (no network, no other process, no file except Python's own, nothing writable); a
-system-call filter forbids a second process and sockets; limits bound time and memory.
+"""Runs a program that may be malicious, in a sandbox. bubblewrap gives it namespaces of its own (no
+network, no other process, no file except Python's own, nothing writable); a system-call filter
+forbids a second process and sockets; limits bound time and memory.
 
-This file and `seccomp` are all that holds a program, and they are never optional: without a
-sandbox, nothing runs. They know programs and what they print; they must not import rewards.
+Only this file and `seccomp` confine a program, and no key switches them off: without a sandbox, no
+program runs. They know programs and what they print; they must not import rewards.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class SandboxLimits:
     """
 
     seconds: float = 5.0
-    """Processor seconds, rounded up. By the clock it is three times as long, because training uses
-    the processor too.
+    """Processor seconds, rounded up. The limit by the clock is three times as long, because
+    training uses the processor too.
     """
     memory_mib: int = 512
     """Address space, in MiB."""
@@ -66,7 +66,7 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended, and what it printed."""
+    """How a program ended, and what it printed to standard output."""
 
     status: Status
     """`ok`; `error` (an exception, a signal, or an exit code other than 0); `timeout`; `output` (it
@@ -99,7 +99,7 @@ def check_sandboxed(
     Tests and program are in two sandboxes. A name that the tests use and do not define is requested
     from the program's sandbox, and plain data crosses. So the program sees its arguments, but
     neither the expected value nor the comparison. `entry_point` is the argument of
-    `check(candidate)` if the tests do not call it. Raises like `run_sandboxed`.
+    `check(candidate)` if the tests do not call it. It raises what `run_sandboxed` raises.
     """
     _check_sandbox_works()
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def check_sandboxed(
         program = stack.enter_context(
             _SandboxProcess("serve", {PROGRAM: code}, ask_read, answer_write, limits)
         )
-        # there may be many tests; the clock's limit stays the same
+        # There may be many tests. The limit by the clock stays the same.
         long = replace(limits, seconds=3 * limits.seconds)
         tester = stack.enter_context(
             _SandboxProcess("check", {TESTS: tests}, answer_read, ask_write, long, entry_point)
@@ -118,13 +118,13 @@ def check_sandboxed(
         if not tester.wait(limits.end()):
             return Outcome("timeout")
         if tester.exit_code is None:
-            raise SandboxFailedError(tester.said())
+            raise SandboxFailedError(tester.last_error_line())
         if tester.exit_code == UNUSABLE:
-            return Outcome("unusable", why=tester.said())
+            return Outcome("unusable", why=tester.last_error_line())
         if tester.exit_code == PASSED:
             return Outcome("ok")
         if program.wait(time.monotonic() + 0.5) and program.exit_code is None:
-            raise SandboxFailedError(program.said())
+            raise SandboxFailedError(program.last_error_line())
         return Outcome("error")
 
 
@@ -135,7 +135,7 @@ def _run(code: str, stdin: str, limits: SandboxLimits) -> Outcome:
         with _SandboxProcess("run", {PROGRAM: code}, given, out, limits) as box:
             in_time = box.wait(limits.end())
             if in_time and box.exit_code is None:
-                raise SandboxFailedError(box.said())
+                raise SandboxFailedError(box.last_error_line())
         most = limits.output_kib * 1024
         size = out.seek(0, os.SEEK_END)
         out.seek(0)
@@ -148,7 +148,7 @@ def _run(code: str, stdin: str, limits: SandboxLimits) -> Outcome:
 
 
 class _SandboxProcess:
-    """One process under bubblewrap. Leaving the context ends it and everything in it."""
+    """One process under bubblewrap. The end of the context ends it and all processes in it."""
 
     def __init__(
         self,
@@ -160,8 +160,8 @@ class _SandboxProcess:
         *more: str,
     ) -> None:
         self._read, write = os.pipe()
-        self._told = b""
-        self._noise = TemporaryFile()  # noqa: SIM115 - closed on leaving
+        self._status = b""
+        self._stderr = TemporaryFile()  # noqa: SIM115 - closed on leaving
         with ExitStack() as stack:
             filter_fd = _readable(stack, seccomp_filter())
             contents = {
@@ -180,7 +180,7 @@ class _SandboxProcess:
                     command,
                     stdin=stdin,
                     stdout=stdout,
-                    stderr=self._noise,
+                    stderr=self._stderr,
                     pass_fds=(filter_fd, write, *contents),
                     env={},
                     cwd="/",
@@ -193,7 +193,7 @@ class _SandboxProcess:
                 os.close(write)
 
     def wait(self, until: float) -> bool:
-        """Whether it ends before this time: bubblewrap keeps its status pipe open until then."""
+        """Whether the process ends before this time: bubblewrap closes its status pipe then."""
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
         while (left := until - time.monotonic()) > 0:
@@ -201,29 +201,29 @@ class _SandboxProcess:
                 read = os.read(self._read, 4096)
                 if not read:
                     return True
-                self._told += read
+                self._status += read
         return False
 
     @property
     def exit_code(self) -> int | None:
-        """The program's exit code; None if it never began (bubblewrap failed) or has not ended."""
-        words = [json.loads(line) for line in self._told.decode().splitlines()]
+        """The program's exit code; None if bubblewrap did not start it, or it has not ended."""
+        words = [json.loads(line) for line in self._status.decode().splitlines()]
         return next((word["exit-code"] for word in words if "exit-code" in word), None)
 
-    def said(self) -> str:
-        """The last line on standard error."""
-        self._noise.seek(0)
-        lines = self._noise.read(10_000).decode("utf-8", "replace").strip().splitlines()
-        return lines[-1] if lines else "no word"
+    def last_error_line(self) -> str:
+        """The last line that the process wrote to standard error."""
+        self._stderr.seek(0)
+        lines = self._stderr.read(10_000).decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else "it printed no error"
 
     def __enter__(self) -> _SandboxProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # its own processes die with it: --die-with-parent
+        self._process.kill()  # --die-with-parent: its own processes end with it
         self._process.wait()
         os.close(self._read)
-        self._noise.close()
+        self._stderr.close()
 
 
 def _bwrap_arguments() -> Sequence[str]:
@@ -231,20 +231,21 @@ def _bwrap_arguments() -> Sequence[str]:
     needs.
     """
     prefix = os.path.realpath(sys.base_prefix)
-    walls = [
+    arguments = [
         "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
         "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox",
         "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv",
     ]  # fmt: skip
     for place in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(place):
-            walls += ["--symlink", os.readlink(place), place]
+            arguments += ["--symlink", os.readlink(place), place]
         elif os.path.isdir(place):
-            walls += ["--ro-bind", place, place]
-    own = _python_path() if prefix in ("/", "/usr") else prefix
-    ours = str(Path(sandbox_child.__file__).resolve().parent)
-    walls += ["--dev-bind", "/dev/null", "/dev/null"]  # programs send output there
-    return [*walls, "--ro-bind", own, own, "--ro-bind", ours, _CHILD_PATH, "--chdir", "/"]
+            arguments += ["--ro-bind", place, place]
+    python = _python_path() if prefix in ("/", "/usr") else prefix
+    child = str(Path(sandbox_child.__file__).resolve().parent)
+    arguments += ["--dev-bind", "/dev/null", "/dev/null"]  # many programs write to it
+    arguments += ["--ro-bind", python, python, "--ro-bind", child, _CHILD_PATH]
+    return [*arguments, "--chdir", "/"]
 
 
 def _limit_arguments(limits: SandboxLimits) -> list[str]:
@@ -284,8 +285,8 @@ def _bwrap_path() -> Path:
     if found := shutil.which("bwrap"):
         return Path(found)
     raise ConfigError(
-        "Rewards that run code need bubblewrap, which isolates the code; install it: apt install "
-        "bubblewrap, or the package of your system."
+        "Rewards that run code need bubblewrap, which isolates the code; install it with `apt "
+        "install bubblewrap`, or the package of your system."
     )
 
 
@@ -296,11 +297,11 @@ def _check_sandbox_works() -> None:
     compileall.compile_dir(os.path.dirname(sandbox_child.__file__), quiet=2, optimize=0)
     try:
         outcome = _run("print(6 * 7)", "", SandboxLimits(seconds=30))
-        said = f"it gave {outcome.status}"
+        reason = f"its status is {outcome.status}"
     except (SandboxFailedError, OSError) as error:
-        outcome, said = None, str(error)
+        outcome, reason = None, str(error)
     if outcome != Outcome("ok", "42\n"):
         raise ConfigError(
-            f"The sandbox for code does not start ({said}); bubblewrap needs a Linux that allows"
-            " user namespaces (in a container: run it with its own seccomp profile)."
+            f"The sandbox for code does not start ({reason}); bubblewrap needs a Linux that allows"
+            " user namespaces, so in a container give the container a seccomp profile with them."
         )

@@ -1,6 +1,6 @@
 """The system-call filter of the sandbox, as a program in classic BPF.
 
-This file knows numbers of system calls; it starts no process.
+It knows the numbers of system calls, and starts no process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import struct
 
 from gearshift.errors import ConfigError
 
-# The numbers on (x86_64, aarch64) of the calls that a single program that only computes does not
-# need. None: the call does not exist there.
+# System calls that a program which only computes does not need, with their numbers on x86_64 and on
+# aarch64. None: that machine does not have the call.
 _DENIED: dict[str, tuple[int | None, int | None]] = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435),
     "socket": (41, 198), "socketpair": (53, 199),
@@ -25,7 +25,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    # Memory that no limit counts.
+    # No limit counts the memory that these calls give.
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
@@ -50,7 +50,7 @@ def seccomp_filter() -> bytes:
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050001, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    # From here on: does the call belong to x32 (x86_64's second numbering), or is it denied?
+    # x32 is a second numbering of the calls on x86_64, which would pass the list below.
     program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
     for number in numbers:
         if number is not None:

@@ -1,8 +1,9 @@
-"""A reward model behind an address: `POST /score` as `HttpReward` sends it.
+"""A server of a reward model's scores: it answers the `POST /score` that `HttpReward` sends.
 
-The standard library's server: one model answers one request at a time, and no more is needed. What
-a client sends wrongly is answered with a 4xx and one line of JSON; where some completions have no
-score, with the others' scores too, and the places of these. No client holds up another.
+It is the standard library's server, because one model can answer only one request at a time. A
+wrong request gets a 4xx status and one line of JSON. If some completions have no score, the answer
+has the other scores and the places of the missing ones. A slow client delays no other client. This
+file must not import trainers or the pipeline.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from gearshift.serve.score_request import RefusedError, is_local, parse_samples,
 from gearshift.types import Message
 
 MAX_BYTES = 16 << 20
-"""Longest body of a request."""
+"""The largest body of a request, in bytes."""
 CONNECTIONS = 256
-"""Clients at a time; the next one is asked to come again."""
+"""The number of clients at the same time; a further client gets status 503."""
 PATIENCE = 30.0
-"""Seconds in which a client must have sent its whole request, in which it must have taken its whole
-answer, and that a request waits for the model."""
+"""How many seconds a client has to send its request, how many it has to receive its answer, and how
+many a request waits for the model."""
 STOPPING = 20.0
-"""Seconds for the requests in work once a signal has come."""
+"""How many seconds the server finishes the requests that it has read, after a signal."""
 _LINGER = 1.0
 _AGAIN = {"Retry-After": "2"}
-_BUSY = "too many requests at a time; send it again"
+_BUSY = "too many requests at the same time; send it again"
 
 
 class ScoreServer(ThreadingHTTPServer):
@@ -54,7 +55,9 @@ class ScoreServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], reward: RewardFunction, key: str | None) -> None:
         self.reward, self.key, self.one_at_a_time = reward, key, threading.Lock()
         self.parsing = threading.Lock()
-        """JSON of many small parts takes twenty times its size."""
+        """One body is parsed at a time, because JSON of many small parts takes twenty times its
+        size in memory.
+        """
         self._places = threading.Semaphore(CONNECTIONS)
         self._working, self._changed = 0, threading.Condition()
         if ":" in address[0]:
@@ -62,8 +65,8 @@ class ScoreServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def run(self) -> int:
-        """Answer until SIGTERM, SIGINT or another end comes; then finish the requests in work, for
-        a while. Returns the signal.
+        """Answer until SIGTERM, SIGINT or another signal to end; then finish the requests that are
+        read, for at most `STOPPING` seconds. Returns the signal's number.
         """
         with Interrupt() as interrupt, interrupt.between_steps():
             while not interrupt.requested:
@@ -71,26 +74,26 @@ class ScoreServer(ThreadingHTTPServer):
             self.server_close()
             with self._changed:
                 answered = self._changed.wait_for(lambda: not self._working, STOPPING)
-        if not answered:  # Python's own end would abort in a thread that computes
-            echo("gearshift: stopped; a request had no answer yet.", file=sys.stderr)
+        if not answered:  # Python would abort while a thread still computes
+            echo("gearshift: stopped before every request had an answer.", file=sys.stderr)
             os._exit(128 + interrupt.signal)
         return interrupt.signal
 
     def server_bind(self) -> None:
-        """As the base class does, but without asking the network for this machine's name."""
+        """Bind as the base class does, but do not look up this machine's name in the network."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def get_request(self) -> tuple[Any, Any]:
-        """The next client."""
+        """Accept the next client."""
         try:
             return super().get_request()
-        except OSError:  # no descriptor is left: the client stays in the queue
+        except OSError:  # no file descriptor is free: the client stays in the queue
             time.sleep(0.1)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the client a thread, or the answer that there is none."""
+        """Start a thread for the client, or answer 503 if there are too many clients."""
         if self._places.acquire(blocking=False):
             try:
                 super().process_request(request, client_address)
@@ -103,7 +106,7 @@ class ScoreServer(ThreadingHTTPServer):
         request.setblocking(False)
         try:
             request.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-            request.recv(1 << 16)  # if it is not read, the answer is lost
+            request.recv(1 << 16)  # with unread data, the answer would be lost
         except OSError:
             pass
         self.shutdown_request(request)
@@ -116,13 +119,13 @@ class ScoreServer(ThreadingHTTPServer):
             self._places.release()
 
     def work(self, change: int) -> None:
-        """Count the requests that are read and not answered."""
+        """Add to the number of requests that are read and not answered."""
         with self._changed:
             self._working += change
             self._changed.notify_all()
 
     def handle_error(self, *_: Any) -> None:
-        """One line; a client that has gone is worth none."""
+        """Print the error in one line, unless the client closed the connection."""
         error = sys.exc_info()[1]
         if error and not isinstance(error, OSError):
             echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
@@ -131,14 +134,15 @@ class ScoreServer(ThreadingHTTPServer):
 def score_server(
     reward: RewardFunction, host: str = "127.0.0.1", port: int = 8000, key: str | None = None
 ) -> ScoreServer:
-    """The server; call its `run`. Port 0 takes a free one.
+    """The server; call its `run`. Port 0 takes a free port. Clients send the key as `Authorization:
+    Bearer KEY`.
 
-    Raises `ConfigError` for a host beyond loopback without a key, which callers must send as
-    `Authorization: Bearer KEY`, and for a place where it cannot listen.
+    Raises `ConfigError` if other machines can reach the host and there is no key, and if nothing
+    can listen on the host and port.
     """
     if not key and not is_loopback(host):
         raise ConfigError(
-            f"{host} can be reached from elsewhere; set GEARSHIFT_KEY, or serve on 127.0.0.1."
+            f"Other machines can reach {host}; set GEARSHIFT_KEY, or serve on 127.0.0.1."
         )
     try:
         return ScoreServer((host, port), reward, key)
@@ -149,7 +153,7 @@ def score_server(
 
 
 class _UntilThen(io.RawIOBase):
-    """What a socket receives until a moment: a byte a second does not put it off."""
+    """The bytes that a socket receives before a fixed time, however slowly they arrive."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self._connection, self._until = connection, time.monotonic() + seconds
@@ -171,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
     protocol_version = "HTTP/1.1"
     _in_work = False
-    default_request_version = "HTTP/1.0"  # or a line without a version would get no status
+    default_request_version = "HTTP/1.0"  # a line without a version gets a status line too
 
     def setup(self) -> None:
         super().setup()
@@ -179,7 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(_UntilThen(self.connection, self.timeout))
 
     def finish(self) -> None:
-        """Let the client finish: closing on what it still sends would lose the answer."""
+        """Read what the client still sends before the connection is closed, for at most a second:
+        unread data would reset the connection, and the answer would be lost.
+        """
         super().finish()
         if self._in_work:
             self.server.work(-1)
@@ -207,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def handle_expect_100(self) -> bool:
-        return True  # `_body` says so, once it is known that the body is wanted
+        return True  # `_body` answers 100 after the request is allowed
 
     def do_POST(self) -> None:
         try:
@@ -219,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         except RefusedError as error:
             self._answer(error.status, {"error": str(error)}, error.headers)
         except TimeoutError:
-            self._answer(408, {"error": f"the request is not whole after {self.timeout:g} seconds"})
+            self._answer(408, {"error": f"the request is not complete after {self.timeout:g} s"})
         else:
             self._answer_rewards(rewards)
 
@@ -235,13 +241,13 @@ class _Handler(BaseHTTPRequestHandler):
         self, prompts: list[list[Message]], completions: list[str], **ended: list[bool]
     ) -> list[float | None]:
         if not self.server.one_at_a_time.acquire(timeout=self.timeout):
-            raise RefusedError(503, "the model is busy with others; send it again", _AGAIN)
+            raise RefusedError(503, "the model is busy with other requests; send it again", _AGAIN)
         try:
             rewards = self.server.reward(prompts, completions, **ended)
             return [None if r is None else float(r) for r in rewards]  # type: ignore[union-attr]
-        except GearshiftError as error:  # a conversation that the template refuses, say
+        except GearshiftError as error:  # for example, the template refuses a conversation
             raise RefusedError(400, one_line(str(error))) from error
-        except Exception as error:  # a fault of ours, so that it may be asked again
+        except Exception as error:  # the client made no mistake, so it may send the request again
             echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
             reason = f"the model failed ({type(error).__name__}); the server's log says more"
             raise RefusedError(503, reason, _AGAIN) from error
@@ -249,14 +255,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.one_at_a_time.release()
 
     def _allow(self) -> None:
-        """Whether this client may ask at all; nothing of the body is read before."""
+        """Raise `RefusedError` for a client that may not ask, before its body is read."""
         key = self.server.key
         given = self.headers.get("Authorization", "").encode(errors="replace")
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode(errors="replace")):
-            raise RefusedError(401, "a wrong key, or none", {"WWW-Authenticate": "Bearer"})
+            raise RefusedError(401, "the key is wrong or missing", {"WWW-Authenticate": "Bearer"})
         if self.headers.defects:
-            raise RefusedError(400, "a header line that is none")
-        # A page in a browser may send to any address, under any name that it has the DNS give it.
+            raise RefusedError(400, "a header line has no name and value")
+        # A page in a browser can send to this machine under a name that the page's owner has in the
+        # DNS. So a browser is refused, and so is a Host that is not this machine's.
         if "Origin" in self.headers:
             raise RefusedError(403, "pages in a browser are not answered")
         hosts = self.headers.get_all("Host", [])
@@ -278,10 +285,10 @@ class _Handler(BaseHTTPRequestHandler):
         if lengths or not re.fullmatch(r"[0-9]+", length):
             raise RefusedError(400, "Content-Length must be one number, 0 or more")
         if len(length) > 18 or int(length) > MAX_BYTES:
-            raise RefusedError(413, f"more than {MAX_BYTES} bytes")
+            raise RefusedError(413, f"the body has more than {MAX_BYTES} bytes; send it in parts")
         expected = self.headers.get("Expect", "").strip().lower()
         if expected not in ("", "100-continue"):
-            raise RefusedError(417, "Expect may be 100-continue")
+            raise RefusedError(417, "Expect may only be 100-continue")
         if expected and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.rfile.read(int(length))
@@ -295,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
             return parse_samples(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses: a method that is not there, a line that cannot be read."""
+        """Answer a request that the base class refuses: an unknown method, or a wrong line."""
         if code == 501:
             known = path_and_host(self.path)[0] == "/score"
             code, message = 405 if known else 404, "POST to /score"
@@ -318,4 +325,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing of each request."""
+        """Do not log requests."""

@@ -1,5 +1,5 @@
-"""What a request for scores may say: its host, its path and its body. No socket and no model is
-used here.
+"""Checks the host, the path and the body of a request for scores. It must not use a socket or a
+model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_MESSAGES = 1 << 14
 
 
 class RefusedError(Exception):
-    """A request that is answered with this status and these words."""
+    """A request that is refused with this status and this text."""
 
     def __init__(self, status: int, words: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(words)
@@ -37,7 +37,7 @@ def parse_samples(data: bytes) -> dict[str, Any]:
 
 
 def path_and_host(target: str) -> tuple[str, list[str]]:
-    """The path of a request's line, and the host where the line names one."""
+    """The path in a request's first line, and the host if the line names one."""
     try:
         parts = urlsplit(target)
     except ValueError:
@@ -46,7 +46,7 @@ def path_and_host(target: str) -> tuple[str, list[str]]:
 
 
 def is_local(host: str) -> bool:
-    """Whether a Host header names this machine, as no name of a stranger does."""
+    """Whether a Host header has a loopback address or is `localhost`."""
     name = re.sub(r":[0-9]*$", "", host.strip().lower())
     return is_loopback(name.removeprefix("[").removesuffix("]"))
 
@@ -63,7 +63,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _samples(body: Any) -> dict[str, Any]:
-    """The prompts and completions of a request, each looked at; and `ended`, where some were cut
+    """The checked prompts and completions of a request, and `ended` if some completions were cut
     before their end.
     """
     if not isinstance(body, dict):
@@ -74,20 +74,24 @@ def _samples(body: Any) -> dict[str, Any]:
             raise RefusedError(400, f"{name} must be a list, and not empty")
     assert isinstance(prompts, list) and isinstance(completions, list)
     if len(completions) > MAX_ROWS:
-        raise RefusedError(413, f"more than {MAX_ROWS} completions; send them in parts")
+        raise RefusedError(413, f"there are more than {MAX_ROWS} completions; send them in parts")
     if len(prompts) != len(completions):
-        raise RefusedError(400, f"{len(prompts)} prompts and {len(completions)} completions")
+        raise RefusedError(
+            400,
+            f"there are {len(prompts)} prompts and {len(completions)} completions; send as many of "
+            "both",
+        )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not isinstance(prompt, list) or not all(map(_is_message, prompt)):
             raise RefusedError(400, f'prompts[{i}] must be a list of {{"role", "content"}} texts')
         if not _is_text(completion):
-            raise RefusedError(400, f"completions[{i}] must be a text of Unicode")
+            raise RefusedError(400, f"completions[{i}] must be a text of Unicode characters")
     if sum(map(len, prompts)) > MAX_MESSAGES:
-        raise RefusedError(413, f"more than {MAX_MESSAGES} messages; send them in parts")
+        raise RefusedError(413, f"there are more than {MAX_MESSAGES} messages; send them in parts")
     samples = {"prompts": prompts, "completions": completions}
     ended = body.get("ended", [True] * len(prompts))
     if not isinstance(ended, list) or [*map(type, ended)] != [bool] * len(prompts):
-        raise RefusedError(400, "ended must be a list of true and false, one a completion")
+        raise RefusedError(400, "ended must be a list with true or false for each completion")
     return samples if all(ended) else {**samples, "ended": ended}
 
 
@@ -101,5 +105,5 @@ def _is_message(message: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that UTF-8 can write: without half a surrogate pair."""
+    """Whether it is a text that UTF-8 can encode, so without half of a surrogate pair."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)

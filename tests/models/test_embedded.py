@@ -56,7 +56,7 @@ def test_what_is_damaged_is_converted_anew(
             conversions.clear()
             caplog.clear()
             assert used() == folder and used() == folder
-            assert len(conversions) == 1 and "is made anew" in caplog.text
+            assert len(conversions) == 1 and "is made again" in caplog.text
             assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in FILES} == FILES
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     embedded._embedded_in.cache_clear()

@@ -1,4 +1,4 @@
-"""What cannot be loaded is told in one line, whatever a library raises."""
+"""What cannot be loaded gets an error of one line, whatever a library raises."""
 
 import json
 from pathlib import Path
@@ -26,8 +26,8 @@ def refused(folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["falcon", "gptj", "gpt_neo"])
 def test_a_fixed_table_of_attentions(kind: str, tmp_path: Path) -> None:
-    told = refused(saved(random_model(small_config(kind)), tmp_path))
-    assert "does not go through Hugging Face's attention interface" in told
+    message = refused(saved(random_model(small_config(kind)), tmp_path))
+    assert "does not go through Hugging Face's attention interface" in message
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
     for tied in (False, True):
         config.tie_word_embeddings = tied
         model = AutoModelForSequenceClassification.from_config(config)
-        told = refused(saved(model, tmp_path / str(tied)))
-        assert "gives scores, which writes no text" in told
+        message = refused(saved(model, tmp_path / str(tied)))
+        assert "gives scores and writes no text" in message
     folder = saved(random_model(small_config("llama")), tmp_path / "shallow")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(

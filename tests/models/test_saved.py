@@ -241,7 +241,7 @@ def test_what_a_reward_model_is_not(kind: str, saved: Path, tmp_path: Path) -> N
 
 
 def test_one_task_is_not_another(saved: Path) -> None:
-    refused(load_policy, saved / "reward", "gives scores, which writes no text")
+    refused(load_policy, saved / "reward", "gives scores and writes no text")
     refused(load_classifier, saved / "policy", "no weights for score.weight")
     refused(load_classifier, saved / "steps", "scores each token")
     refused(lambda c, n: load_classifier(c, n, of_tokens=True), saved / "reward", "each answer")

@@ -166,7 +166,7 @@ def test_a_model_that_does_not_end_is_left() -> None:
         server.send_signal(signal.SIGTERM)
         _, err = server.communicate(timeout=60)
     assert server.returncode == 128 + signal.SIGTERM
-    assert err == "gearshift: stopped; a request had no answer yet.\n"
+    assert err == "gearshift: stopped before every request had an answer.\n"
 
 
 def test_the_command_ends_with_a_word(served: tuple[subprocess.Popen[str], int]) -> None:

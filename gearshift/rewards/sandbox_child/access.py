@@ -15,8 +15,8 @@ _OPEN = ("__main__", "io", "_io", "types", "unittest.mock")
 
 
 def allowed_operation(target: Any, what: str, given: list[Any]) -> Callable[..., Any]:
-    """The function for an operation. Calls and public parts of plain objects are allowed, and
-    nothing that leads to the tests' own variables.
+    """The function that does an operation. Calls and the public attributes of plain objects are
+    allowed, but nothing through which the program could reach the tests' own variables.
     """
     if what == "call":
         return lambda f, *args, **kwargs: f(*args, **kwargs)

@@ -93,10 +93,10 @@ def analyze(source: str, entry_point: str = "") -> TestAnalysis:
         )  # fmt: skip
         found = TestAnalysis(
             raises=frozenset(n.lineno for n in nodes if isinstance(n, ast.Raise)),
-            objects=any(_speaks_of_objects(n, names) for n in nodes),
+            objects=any(_uses_objects(n, names) for n in nodes),
             operators=any(_uses_as_plain(n, names) for n in nodes),
             prints=re.search(r"stdout|capsys|print", source) is not None,
-            nan=_speaks_of_nan(nodes, source),
+            nan=_expects_nan(nodes, source),
             watched=frozenset(_watched(nodes, names)),
             functions=functions,
             imports=frozenset(m for n in nodes for m in _imported(n)),
@@ -113,7 +113,7 @@ def analyze(source: str, entry_point: str = "") -> TestAnalysis:
 
 
 def _of_program(node: ast.expr, name: str) -> ast.expr:
-    """A node for a name that always means the program's."""
+    """The node for a name that always means the program's function or class."""
     if not isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
         raise UnusableError("they set the program's variables")
     return ast.Name(HARD + name if hasattr(builtins, name) else name, ast.Load())
@@ -150,7 +150,7 @@ def _refuse(nodes: list[ast.AST], names: Names) -> None:
             raise UnusableError(f"they ask for {node.attr}")
         elif "capsys" in names.bound and "err" in (name_of(node), getattr(node, "attr", "")):
             if isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
-                raise UnusableError("they look at standard error")
+                raise UnusableError("they read standard error")
         elif _patches(node, names):
             raise UnusableError("they patch what a program uses")
         elif isinstance(node, ast.ClassDef) and any(
@@ -196,7 +196,7 @@ def _imported(node: ast.AST) -> list[str]:
 
 def _targets(nodes: list[ast.AST], names: Names, entry_point: str) -> Iterator[tuple[int, str]]:
     """The places where a builtin's name means the program's function: in an assertion that would
-    otherwise test nothing of the program, and where a function of the tests receives it.
+    not test the program otherwise, and in the arguments of a function of the tests.
     """
     hard = not any(names.of_program(n) for n in names.read)
     mark = HARD if hard else SOFT
@@ -252,7 +252,7 @@ def _calls(node: ast.AST, names: Names) -> Iterator[ast.Call]:
             yield n
 
 
-def _speaks_of_objects(node: ast.AST, names: Names) -> bool:
+def _uses_objects(node: ast.AST, names: Names) -> bool:
     if isinstance(node, ast.Attribute):
         of_objects = node.attr not in PLAIN_NAMES and not node.attr.startswith("__")
         return of_objects and not names.is_own(node.value)
@@ -276,7 +276,7 @@ def _uses_as_plain(node: ast.AST, names: Names) -> bool:
     return False
 
 
-def _speaks_of_nan(nodes: list[ast.AST], source: str) -> bool:
+def _expects_nan(nodes: list[ast.AST], source: str) -> bool:
     if re.search(r"(?i)(?<![a-z])(is_?)?nan(?![a-z])", source):
         return True
     return any(
@@ -288,7 +288,9 @@ def _speaks_of_nan(nodes: list[ast.AST], source: str) -> bool:
 
 
 def _watched(nodes: list[ast.AST], names: Names) -> Iterator[str]:
-    """Variables in assertions through which alone an assertion depends on the program."""
+    """Variables in assertions that do not use the program directly. Such an assertion depends on
+    the program only if a call of the program has changed the variable's value.
+    """
     for node in nodes:
         parts = [node.test] if isinstance(node, ast.Assert) else _asserted(node)
         read = set().union(*map(_read_but_places, parts))

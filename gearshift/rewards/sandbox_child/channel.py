@@ -1,5 +1,5 @@
-"""How the two sandboxes talk: lines of JSON with plain data. An object that is not plain data stays
-in its process and crosses as a number.
+"""The messages between the two sandboxes: each is one line of JSON with plain data. An object that
+is not plain data stays in its process, and its number crosses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _TIMES = frozenset({"date", "datetime", "time", "timedelta"})
 
 
 class Channel:
-    """One end of the two pipes. While it waits for an answer, the other end may send requests
-    itself.
+    """One end of the two pipes. While it waits for an answer, the other end may send requests of
+    its own.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Channel:
             return json.loads(line, parse_constant=self._constant)
 
     def wait(self) -> Any:
-        """The answer to the last message; requests that come before it are answered first."""
+        """The answer to the last message. Requests that arrive before it are answered first."""
         while True:
             message = self.read()
             if message[0] != "ask":
@@ -70,6 +70,7 @@ class Channel:
             self.answer(message[1])
 
     def answer(self, request: Any) -> None:
+        """Serve one request and send the answer."""
         answer = self._serve(request)
         try:
             self.send(answer)
@@ -108,7 +109,7 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
 
 def _content(name: str, value: Any, other: Callable[[Any], Any]) -> list[Any]:
     if name == "int":
-        return [hex(value)]  # decimal text would have a limit of digits
+        return [hex(value)]  # Python limits the digits of a decimal text
     if name in ("bytes", "bytearray"):
         return [value.hex()]
     if name == "complex":
@@ -179,7 +180,7 @@ def _library(kind: str, rest: list[Any]) -> Any:
 
 
 class DeepRecursion:
-    """Raises the recursion limit inside, as nested data needs it."""
+    """A context with a recursion limit that is high enough for nested data."""
 
     def __enter__(self) -> None:
         self._before = sys.getrecursionlimit()

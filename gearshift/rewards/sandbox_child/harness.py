@@ -1,4 +1,4 @@
-"""Runs tests in functions and classes as unittest and pytest do. It has the part of pytest that
+"""Runs tests in functions and classes, as unittest and pytest do. It has the part of pytest that
 such tests use (`raises`, `approx`, `mark.parametrize`, fixtures, `capsys`), because a sandbox has
 the standard library only.
 """
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 from gearshift.rewards.sandbox_child.analysis import TestAnalysis, UnusableError
 
 _RAN, _RAN_CASES = " ran", " ran cases"
-"""Names that no tests have; they record that the tests have begun."""
+"""Names that no tests can define; they record that the tests have begun."""
 
 
 def prepare(space: dict[str, Any], read: TestAnalysis) -> None:
-    """Before the tests run: make `pytest` importable, and let `unittest.main` run their classes."""
+    """Make `pytest` importable for the tests, and let `unittest.main` run their classes."""
     if "pytest" in read.imports:
         pytest: Any = ModuleType("pytest")
         pytest.raises, pytest.approx, pytest.mark, pytest.fail = raises, Approx, _Mark(), _fail
@@ -81,8 +81,8 @@ def _run_function(test: Any, space: dict[str, Any]) -> None:
 
 
 def _arguments(test: Any, known: dict[str, Any], space: Any, after: ExitStack) -> dict[str, Any]:
-    """The arguments of a test or a fixture: from `known`, or from fixtures, whose values are added
-    to it.
+    """The arguments of a test or a fixture: those in `known`, and the values of fixtures, which are
+    added to `known`.
     """
     import inspect  # importing it is slow, and most tests have no functions
 
@@ -150,7 +150,7 @@ def _not_here(name: str) -> NoReturn:
 
 
 def _label(*args: Any, **_: Any) -> Any:
-    """A mark without an effect here, with arguments or without."""
+    """A mark of pytest that has no effect here, with or without arguments."""
     return args[0] if args and callable(args[0]) else lambda test: test
 
 
@@ -174,7 +174,7 @@ class _Mark:
 
 
 class raises:  # noqa: N801 - pytest's name
-    """Passes if the block raises one of these exceptions, with a text in which `match` is found."""
+    """Passes if the block raises one of these exceptions, and `match` is found in its text."""
 
     def __init__(self, expected: Any, function: Any = None, *args: Any, match: str = "", **kw: Any):
         self.expected, self.match = expected, match
@@ -201,8 +201,8 @@ class raises:  # noqa: N801 - pytest's name
 
 
 class Approx:
-    """Equal within a relative 1e-6 of the expected value, or within 1e-12: numbers, and lists and
-    dicts of them.
+    """Equals a number that differs by at most 1e-6 times the expected value, or by at most 1e-12;
+    and lists and dicts of such numbers.
     """
 
     __hash__ = None  # type: ignore[assignment]

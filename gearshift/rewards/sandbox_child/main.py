@@ -17,13 +17,14 @@ from gearshift.rewards.sandbox_child import PROGRAM, TESTS
 
 
 def main() -> None:
+    """Read the role and the limits from the command line, and do what the role says."""
     sys.path.remove("/box")
     role, *numbers = sys.argv[1:6]
     _limit(*map(int, numbers))
     entry_point = "".join(sys.argv[6:])
     sys.argv = [PROGRAM]
-    # Python outside a sandbox has these two names, and no frames of ours count towards its
-    # recursion limit.
+    # Outside a sandbox, Python defines `exit` and `quit`, and a program can use the whole recursion
+    # limit; here some frames are below it.
     vars(builtins).update(exit=sys.exit, quit=sys.exit)
     sys.setrecursionlimit(sys.getrecursionlimit() + 20)
     if role == "check":
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _limit(seconds: int, memory: int, output: int, files: int) -> None:
-    """Set soft and hard limits alike; without capabilities nothing can raise them again."""
+    """Set soft and hard limits to the same value; without capabilities nothing can raise them."""
     for what, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, output),
@@ -68,8 +69,8 @@ def _limit(seconds: int, memory: int, output: int, files: int) -> None:
 
 
 def _run_threads_in_turn() -> None:
-    """Run each thread where it is started: a sandbox has no threads, and many programs start one
-    only to get a deeper stack.
+    """Run each thread at its start, in the main thread: a sandbox forbids threads, and many
+    programs start one only to get a deeper stack.
     """
     import threading
 
@@ -83,7 +84,7 @@ def _run_threads_in_turn() -> None:
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Take standard input and output, which from now on carry messages and not what is printed."""
+    """Take standard input and output for messages; what is printed goes elsewhere from now on."""
     pipes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 0)
     os.dup2(2, 1)

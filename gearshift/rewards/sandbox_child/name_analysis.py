@@ -24,8 +24,8 @@ _ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
 
 
 class Names:
-    """The names that the tests bind, and the expressions that they are bound to (None: to
-    anything).
+    """The names that the tests bind, and the expressions to which they are bound; None stands for
+    any value.
     """
 
     def __init__(self, read: set[str]) -> None:

@@ -1,4 +1,5 @@
-"""The program's side of the channel: it does what the tests ask of the program's names and objects.
+"""The program's side of the channel: it carries out what the tests request of the program's names
+and objects.
 
 The program runs in the same process and could change all of this code. That gives it nothing: only
 its own answers change.
@@ -128,6 +129,8 @@ class TestsObject:
 
 
 class Server:
+    """Answers the requests of the tests, and keeps the objects that stay in this process."""
+
     def __init__(self, module: ModuleType, gets: BinaryIO, sends: BinaryIO) -> None:
         self.channel = Channel(gets, sends, self.serve, self._too_long)
         self.module = module
@@ -137,7 +140,7 @@ class Server:
         self.tests_objects: dict[int, TestsObject] = {}
 
     def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Ask the tests, in the middle of an answer to them."""
+        """Send a request to the tests while their own request is being answered."""
         self.channel.send(["ask", self._request(what, args, kwargs)])
         kind, *rest = self.channel.wait()
         if kind == "value":
@@ -266,7 +269,7 @@ class Server:
 
 
 def _names(kind: type) -> list[list[Any]]:
-    """The names of a class and of its base classes, each with whether Python itself has it."""
+    """The names of a class and of its base classes, each with whether it is one of Python's own."""
     return [[k.__name__, k.__module__ == "builtins"] for k in kind.__mro__[:50]]
 
 

@@ -1,5 +1,5 @@
-"""Imports of the program in the tests (`from solution import f`): the imported names become the
-program's. It knows syntax trees only.
+"""Replaces imports of the program in the tests (`from solution import f`): the imported names
+become the program's own. It knows syntax trees only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MODULES = frozenset({
 
 
 class ReplaceImports(ast.NodeTransformer):
-    """Removes such imports from the tests, and puts the program's own names in their place."""
+    """Removes imports of the program from the tests, and inserts the program's own names."""
 
     def __init__(self, tree: ast.Module, of_program: Callable[[ast.expr, str], ast.expr]) -> None:
         """`of_program` makes the node that replaces a name of the program."""

@@ -1,5 +1,5 @@
-"""Proxies: what the tests hold in place of the program's objects. A proxy has the object's number,
-and passes operations on to it.
+"""Proxies, which the tests get in place of the program's objects. A proxy has the object's number,
+and sends operations to the object.
 
 A proxy never equals plain data, whatever the object's `__eq__` says, because the expected value
 must not reach the program. An object whose class derives from a plain type is compared here, by its
@@ -151,19 +151,20 @@ class ObjectProxy:
 
     def __contains__(self, item: Any) -> bool:
         if not is_proxy(item) and not self._tester.read.operators:
-            raise TypeError("what is no plain data holds none")
+            raise TypeError("an object of the program does not contain plain data")
         return self._tester.ask("contains", self, item) is True
 
     def __enter__(self) -> Any:
         return self._tester.ask("enter", self)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        """The program may only swallow an exception that a `raise` of the tests caused."""
+        """The program may swallow an exception only if a `raise` of the tests caused it."""
         swallowed = bool(self._tester.ask("exit", self, kind, error, None))
         return swallowed and error is not None and self._tester.raised_by_tests(error)
 
 
 def is_proxy(value: Any) -> bool:
+    """Whether this value stands for an object of the program."""
     return issubclass(type(value), Proxy)
 
 
@@ -172,9 +173,9 @@ def _unary(what: str) -> Any:
 
 
 def _binary(what: str, swapped: bool) -> Any:
-    """An operator between an object and plain data. It is allowed only if the tests mean one of the
-    program's classes: otherwise the object could answer `f(2) - 4` with the value that the tests
-    expect.
+    """An operator between an object and plain data. It is allowed only if the tests use operators
+    on one of the program's classes: otherwise the object could answer `f(2) - 4` with the value
+    that the tests expect.
     """
 
     def operate(self: Any, other: Any) -> Any:

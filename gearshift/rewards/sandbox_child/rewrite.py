@@ -1,6 +1,6 @@
 """Rewrites the tests' syntax tree where Python's own meaning fails across two processes.
 
-Knows syntax trees alone.
+It knows syntax trees only.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Space(dict[str, Any]):
 
 
 class Tester:
-    """One end of the channel, with all that the tests and the program know of each other."""
+    """The tests' end of the channel, with the objects that have crossed it in either direction."""
 
     def __init__(self, read: TestAnalysis, gets: BinaryIO, sends: BinaryIO) -> None:
         self.read = read
@@ -89,8 +89,8 @@ class Tester:
         self.asked = False
 
     def ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
-        """What the program answers, or raises. A program that does not answer is wrong at once,
-        before the tests' own code can react.
+        """The program's answer, or an exception that it raised. A program that does not answer is
+        wrong at once, before the tests' own code can react.
         """
         self.asked = True
         self._give_back()
@@ -102,7 +102,7 @@ class Tester:
             named = {k: encode(v, self._other) for k, v in kwargs.items()}
             self._channel.send(["ask", [what, given, named, watched]])
         except (RecursionError, ValueError):
-            unusable("they pass what is nested too deep, or too long")
+            unusable("they pass an argument that is nested too deeply, or too long")
         except OSError:
             self._wrong()
         error: BaseException | None
@@ -241,7 +241,7 @@ class Tester:
         return error
 
     def _serve(self, request: Any) -> Any:
-        """Answer what the program asks of an object of the tests that it received."""
+        """Answer the program's request to an object of the tests that it received."""
         try:
             what, args, kwargs = request
             target, *given = (decode(a, self._received) for a in args)
@@ -298,6 +298,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def unusable(why: str) -> NoReturn:
+    """End the process with the verdict that no program could pass these tests."""
     print(why, file=sys.stderr, flush=True)
     os._exit(UNUSABLE)
 
