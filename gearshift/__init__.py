@@ -3,7 +3,7 @@
     from gearshift import train_rl
     result = train_rl("HuggingFaceTB/SmolLM2-135M-Instruct", prompts, reward, output="runs/x")
 
-The names below are imported when they are first used, so that `import gearshift` costs nothing.
+The names below are imported when they are first used, so that `import gearshift` is fast.
 """
 
 from __future__ import annotations
@@ -116,16 +116,18 @@ _HOMES = {
     "types": ("Completion", "SamplingParams"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *sorted(_MODULES)]
+if not TYPE_CHECKING:
+    # A type checker has the names from the imports above. It reads `__all__` only where that is a
+    # literal, and with `__getattr__` it would accept any name.
+    __all__ = ["__version__", *sorted(_MODULES)]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
