@@ -48,9 +48,9 @@ def main() -> None:
     systems = {"copy of the source": as_samples(rows, [r["source"] for r in rows.values()])}
     systems["Apertium"] = as_samples(rows, answers)
     for path in sorted((options.run / "validation").glob("*.json")):
-        told = {s["row"]: s["completion"] for s in json.loads(path.read_text())["samples"]}
-        if rows.keys() <= told.keys():
-            systems[path.stem] = as_samples(rows, [told[i] for i in rows])
+        found = {s["row"]: s["completion"] for s in json.loads(path.read_text())["samples"]}
+        if rows.keys() <= found.keys():
+            systems[path.stem] = as_samples(rows, [found[i] for i in rows])
     figures = {name: figures_of(samples) for name, samples in systems.items()}
     for name, samples in systems.items():
         pairs = zip(systems["Apertium"], samples, strict=True)

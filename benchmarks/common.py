@@ -27,8 +27,8 @@ def in_turn(subjects: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     for round_ in range(rounds + 1):
         for name, run in subjects.items():
             began = time.perf_counter()
-            told = run()
-            seconds = told if isinstance(told, float) else time.perf_counter() - began
+            returned = run()
+            seconds = returned if isinstance(returned, float) else time.perf_counter() - began
             if round_:
                 samples[name].append(seconds)
     return samples

@@ -80,7 +80,7 @@ def main() -> None:
         engine.take_stats()
         samples = in_turn(subjects, rounds)
         done = engine.take_stats()
-        told: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "tokens": sum(lengths),
             "tokens_per_second": {k: sum(lengths) / median(v) for k, v in samples.items()},
             "seconds": samples,
@@ -90,11 +90,11 @@ def main() -> None:
             "decode_ms_per_step": 1e3 * done.decode_seconds / done.decode_steps,
         }
         if vllm is not None:
-            told["ratio_vs_vllm"] = ratio(samples, "gearshift", "vllm")
-        result[name] = told
-        rates = ", ".join(f"{k} {v:.0f}" for k, v in told["tokens_per_second"].items())
-        ratios = ", ".join(f"{k} {v:.2f}" for k, v in told.items() if k.startswith("ratio"))
-        print(f"{name}: tokens/s {rates}; {ratios}; roofline {told['roofline_fraction']:.2f}")
+            figures["ratio_vs_vllm"] = ratio(samples, "gearshift", "vllm")
+        result[name] = figures
+        rates = ", ".join(f"{k} {v:.0f}" for k, v in figures["tokens_per_second"].items())
+        ratios = ", ".join(f"{k} {v:.2f}" for k, v in figures.items() if k.startswith("ratio"))
+        print(f"{name}: tokens/s {rates}; {ratios}; roofline {figures['roofline_fraction']:.2f}")
     if vllm is not None:
         vllm.close()
     result["roofline_fraction"] = result["fixed"]["roofline_fraction"]

@@ -77,8 +77,13 @@ def main() -> None:
         raise SystemExit("The two losses differ; nothing was timed.")
     short = [f"Say what one wears in a town by the {x}." for x in ("sea", "lake", "wood", "hill")]
     result["curves"] = curves(short, steps=8 if options.quick else 50)
-    told = result["curves"]
-    print("mean reward of the curves:", told["ours_mean"], told["trl_mean"], told["within_noise"])
+    figures = result["curves"]
+    print(
+        "mean reward of the curves:",
+        figures["ours_mean"],
+        figures["trl_mean"],
+        figures["within_noise"],
+    )
 
     rounds = 1 if options.quick else 3
     rng = random.Random(1)
@@ -107,9 +112,9 @@ def of_defaults(prompts: list[str], lengths: list[int]) -> float:
     """Seconds of a step of TRL at its own settings, after one to warm up."""
     batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     peer = Trl({"task": "rl", "prompts": prompts, "config": {**LOSS, **batch, "beta": 0.0}})
-    told = [peer.step(lengths) for _ in range(2)][-1]
+    figures = [peer.step(lengths) for _ in range(2)][-1]
     peer.close()
-    return float(told["seconds"])
+    return float(figures["seconds"])
 
 
 def compare(
@@ -126,34 +131,34 @@ def compare(
     phases: dict[str, list[dict[str, float]]] = {"gearshift": [], "trl": []}
 
     def our_step() -> float:
-        seconds, told = ours.step(lengths)
-        phases["gearshift"].append(told)
+        seconds, figures = ours.step(lengths)
+        phases["gearshift"].append(figures)
         return seconds
 
     def their_step() -> float:
-        told = peer.step(lengths)
-        phases["trl"].append(told["phases"])
-        result["peak_memory"].setdefault(key, {})["trl_gib"] = told["peak_gib"]
-        return float(told["seconds"])
+        figures = peer.step(lengths)
+        phases["trl"].append(figures["phases"])
+        result["peak_memory"].setdefault(key, {})["trl_gib"] = figures["peak_gib"]
+        return float(figures["seconds"])
 
     reset_peak()
     samples = in_turn({"gearshift": our_step, "trl": their_step}, rounds)
     result["peak_memory"][key]["gearshift_gib"] = peak_gib()
     peer.close()
     result["phases"][key] = {
-        who: {phase: median(t[phase] for t in told[1:]) for phase in told[0]}
-        for who, told in phases.items()
+        who: {phase: median(t[phase] for t in figures[1:]) for phase in figures[0]}
+        for who, figures in phases.items()
     }
     result["phases"][key]["floor"] = ours.floor(lengths, beta)
-    told = {
+    figures = {
         "tokens": sum(lengths),
         "seconds": samples,
         "ratio_vs_trl_best": median(samples["trl"]) / median(samples["gearshift"]),
     }
-    print(f"{key}: {told['ratio_vs_trl_best']:.2f} times TRL's best;", json.dumps(
+    print(f"{key}: {figures['ratio_vs_trl_best']:.2f} times TRL's best;", json.dumps(
         {who: {k: round(v, 2) for k, v in p.items()} for who, p in result["phases"][key].items()}
     ))  # fmt: skip
-    return told
+    return figures
 
 
 class Ours:
@@ -276,8 +281,8 @@ def reward(ids: Sequence[int]) -> float:
 
 
 def cosine(prompts: list[str], beta: float) -> float:
-    """Of the two losses' gradients on the same completions, in fp32, the policy being a little off
-    the reference.
+    """The cosine between the gradients of the two losses, on the same completions and in fp32. The
+    policy differs a little from the reference.
     """
     peer = Trl({"task": "gradients", "prompts": prompts, "config": {**FP32, **LOSS, "beta": beta,
         "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}})  # fmt: skip

@@ -43,8 +43,8 @@ def main() -> None:
 class Turns(TrainerCallback):
     """One step for each line that comes in."""
 
-    def __init__(self, seconds: dict[str, float], told: Callable[[], dict[str, Any]]) -> None:
-        self.seconds, self.told = seconds, told
+    def __init__(self, seconds: dict[str, float], figures: Callable[[], dict[str, Any]]) -> None:
+        self.seconds, self.figures = seconds, figures
         self.order: dict[str, Any] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -60,7 +60,7 @@ class Turns(TrainerCallback):
         phases = dict(self.seconds)
         phases["optimizer"] = total - phases.pop("step")
         phases["train"] = total - sum(phases.values())
-        answer({"seconds": total, "phases": phases, **self.told()})
+        answer({"seconds": total, "phases": phases, **self.figures()})
 
 
 class EndAt(StoppingCriteria):
@@ -182,10 +182,10 @@ def sft(settings: dict[str, Any]) -> None:
     trainer.train()
 
 
-def answer(told: dict[str, Any]) -> None:
+def answer(figures: dict[str, Any]) -> None:
     with open("/proc/self/status", encoding="ascii") as status:  # rusage counts the parent's in
         [peak] = [line for line in status if line.startswith("VmHWM")]
-    print(json.dumps({**told, "peak_gib": int(peak.split()[1]) / 1024**2}), flush=True)
+    print(json.dumps({**figures, "peak_gib": int(peak.split()[1]) / 1024**2}), flush=True)
 
 
 if __name__ == "__main__":

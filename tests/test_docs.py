@@ -95,7 +95,7 @@ def test_keys_are_there(page: Path) -> None:
 @pages
 def test_keys_of_recipes_in_a_page_are_there(page: Path) -> None:
     if page.name in HISTORY:
-        pytest.skip("it tells of recipes that were")
+        pytest.skip("it describes former recipes")
     for block in blocks(page):
         tree = yaml.safe_load(block.text) if block.language == "yaml" else None
         if not isinstance(tree, dict) or not set(tree) <= set(Recipe.model_fields):

@@ -108,8 +108,8 @@ class OpenEnvEnvironment(TextEnvironment):
 
     def _text(self, seen: Mapping[str, Any]) -> str:
         if self.observation is None:
-            told = {k: v for k, v in seen.items() if k not in ("done", "reward", "metadata")}
-            return json.dumps(told, ensure_ascii=False)
+            fields = {k: v for k, v in seen.items() if k not in ("done", "reward", "metadata")}
+            return json.dumps(fields, ensure_ascii=False)
         if self.observation not in seen:
             raise ConfigError(
                 f"The observation has no `{self.observation}`; it has {', '.join(seen)}."
@@ -136,8 +136,8 @@ class _LocalClient:
             hints = inspect.get_annotations(type(self._env).step, eval_str=True)
             self._takes = inspect.signature(self._env.reset).parameters
         except (ImportError, AttributeError, NameError, TypeError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise ConfigError(f"The environment {path} cannot be made: {told}") from error
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"The environment {path} cannot be made: {reason}") from error
         kind: Any = hints.get("action")
         if not hasattr(kind, "model_validate"):
             raise ConfigError(

@@ -125,9 +125,9 @@ class Stage:
             folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.rollouts = MetricsLog(folder / "rollouts.jsonl")
-        told = recipe.model_dump(mode="json") if recipe else {}
+        keys = recipe.model_dump(mode="json") if recipe else {}
         run = folder.resolve().parent.name
-        self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", told)
+        self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", keys)
         self._progress: Progress | None = None
         self._mark: _Mark | None = None
         self._callbacks = callbacks or Callbacks()

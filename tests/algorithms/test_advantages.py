@@ -120,15 +120,15 @@ def test_group_methods_score_the_row_sums(name: str, data: list) -> None:
 
 
 @given(rows(2), st.booleans())
-def test_rewards_of_turns_are_scaled_in_their_group(data: list, told: bool) -> None:
-    """Of turns that end where a reward was given, one of 0 too, with what each token costs."""
+def test_rewards_of_turns_are_scaled_in_their_group(data: list, is_given: bool) -> None:
+    """A turn ends where a reward was given, which may be 0; each token has a cost."""
     rewards = [[0.0 if abs(r) < 1 else r for r in row] for row in column(data, 0)]
     given = [[x > 0 for x in row] for row in column(data, 1)]
-    if not told:
+    if not is_given:
         given = [[r != 0 for r in row] for row in rewards]
     given_M = flat([[float(x) for x in row] for row in given])[0] != 0
     groups = [i % 2 for i in range(len(rewards))]
-    rollout = Rollout(*flat(rewards), torch.tensor(groups), given_M=given_M if told else None)
+    rollout = Rollout(*flat(rewards), torch.tensor(groups), given_M=given_M if is_given else None)
     out = ADVANTAGES["grpo_turns"](rollout)
     assert_rows(out.advantages_M, oracle.grpo_turns(rewards, given, groups), atol=1e-6)
 

@@ -52,9 +52,9 @@ def main() -> None:
         trial = Trial(lay_out(folder), rng, seconds)
         try:
             for name in rng.choices(names, k=rng.randint(2, 4)):
-                told = INJURIES[name](trial)
+                message = INJURIES[name](trial)
                 done[name] += 1
-                print(f"  {name}: {told}", flush=True)
+                print(f"  {name}: {message}", flush=True)
             trial.goes_on(wanted)
         except BrokenError as error:
             failed.append(seed)

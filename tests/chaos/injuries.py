@@ -81,7 +81,7 @@ def asked_to_stop(trial: Trial) -> str:
     if command.code not in (128 + number, -number):
         raise BrokenError(f"{number.name} gave exit {command.code}: {command.said()[-1500:]}")
     # Before `run` has begun, a signal ends the process as it ends any other.
-    return f"{number.name}: {command.told()}" if command.code > 0 else "ended at once"
+    return f"{number.name}: {command.message()}" if command.code > 0 else "ended at once"
 
 
 def hung(trial: Trial) -> str:
@@ -104,11 +104,13 @@ def hung(trial: Trial) -> str:
     command.wait(30)
     if command.code != 128 + signal.SIGINT:
         raise BrokenError(f"exit {command.code}: {command.said()[-1500:]}")
-    return command.told()
+    return command.message()
 
 
 def damaged(trial: Trial) -> str:
-    """A file is changed between two starts: told by name until it is put back, or used nowhere."""
+    """A file changes between two starts: an error names it until it is put back, or no stage uses
+    it.
+    """
     killed(trial)
     files = trial.files()
     if not files:
@@ -135,17 +137,19 @@ def damaged(trial: Trial) -> str:
         if not path.exists():  # what a finished part needs no more may be deleted
             path.write_bytes(before)
         return f"{hurt}: it went on"
-    told = command.told()
+    message = command.message()
     named = {path.name, *(p.name for p in path.relative_to(trial.folder).parents if p.name)}
-    if command.code != 1 or not any(name in told for name in named - {"run"}):
-        raise BrokenError(f"{hurt}: exit {command.code}: {told}")
+    if command.code != 1 or not any(name in message for name in named - {"run"}):
+        raise BrokenError(f"{hurt}: exit {command.code}: {message}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(before)
-    return f"{hurt}: {told}"
+    return f"{hurt}: {message}"
 
 
 def source_changed(trial: Trial) -> str:
-    """The user's own file is another when the run goes on: told, or it was not begun with it."""
+    """The user's own file changes before the run goes on: an error names it, or the run had not
+    used it.
+    """
     killed(trial)
     path = trial.folder / trial.rng.choice(("rows.jsonl", "labelled.jsonl", "pairs.jsonl"))
     before = path.read_text()
@@ -164,14 +168,16 @@ def source_changed(trial: Trial) -> str:
     path.write_text(before)
     if command.code == 0:
         return f"{path.name} changed: it went on"
-    told = command.told()
-    if command.code != 1 or path.name not in told:
-        raise BrokenError(f"{path.name} changed: exit {command.code}: {told}")
-    return f"{path.name} changed: {told}"
+    message = command.message()
+    if command.code != 1 or path.name not in message:
+        raise BrokenError(f"{path.name} changed: exit {command.code}: {message}")
+    return f"{path.name} changed: {message}"
 
 
 def second_hand(trial: Trial) -> str:
-    """The same command is started twice: the second is told who is there, the first is unharmed."""
+    """The same command is started twice: the second gets an error that names the first, and the
+    first goes on.
+    """
     first = trial.begin()
     trial.moment()
     alone = not first.running()
@@ -181,10 +187,10 @@ def second_hand(trial: Trial) -> str:
     first.must_have_ended()
     if second.code == 0:
         return "one after the other" if alone else "the second found the first one's work done"
-    told = second.told()
-    if second.code != 1 or str(first.pid) not in told:
-        raise BrokenError(f"the second: exit {second.code}: {told}")
-    return told
+    message = second.message()
+    if second.code != 1 or str(first.pid) not in message:
+        raise BrokenError(f"the second: exit {second.code}: {message}")
+    return message
 
 
 def small_files(trial: Trial) -> str:
@@ -204,9 +210,9 @@ def full_disk(trial: Trial) -> str:
     left = trial.rng.choice((0, 4_096, 65_536, 262_144))
     with suppress(OSError):  # the run takes some of it meanwhile
         ballast.write_bytes(bytes(max(0, free - left)))
-    told = _refused(trial, command, f"{left} bytes left")
+    message = _refused(trial, command, f"{left} bytes left")
     ballast.unlink(missing_ok=True)
-    return told
+    return message
 
 
 def paused(trial: Trial) -> str:
@@ -236,10 +242,10 @@ def _refused(trial: Trial, command: Command, hurt: str) -> str:
     command.wait()
     if command.code == 0:
         return f"{hurt}: it ended"
-    told = command.told()
-    if command.code != 1 or not re.search(r"run\b|cache|tmp", told):
-        raise BrokenError(f"{hurt}: exit {command.code}: {told}")
-    return f"{hurt}: {told}"
+    message = command.message()
+    if command.code != 1 or not re.search(r"run\b|cache|tmp", message):
+        raise BrokenError(f"{hurt}: exit {command.code}: {message}")
+    return f"{hurt}: {message}"
 
 
 def _mount(trial: Trial, run: Path) -> bool:

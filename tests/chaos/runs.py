@@ -108,7 +108,7 @@ class Command:
             self.pipe.wait()
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def told(self) -> str:
+    def message(self) -> str:
         """The one line that it ended with. Raises `BrokenError` for none, or for a traceback."""
         said = self.said()
         lines = [line for line in said.splitlines() if line.startswith("gearshift: ")]

@@ -1,4 +1,4 @@
-"""Rows that are nearly of a format are told what is wrong, and where they stand."""
+"""Rows that nearly have a format get an error with the mistake and the place."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A chat template is a program of strangers: it is ended, and told in one line."""
+"""A chat template may be a hostile program: it is ended, and the error has one line."""
 
 import os
 import signal

@@ -139,7 +139,7 @@ def changed_by(how: str, engine: Engine) -> None:
     elif how == "merged":
         for layer in layers:
             layer.merge()
-            layer.base_layer.weight.data += 0.1  # which only `merged` tells
+            layer.base_layer.weight.data += 0.1  # which only `merged` shows
     elif how == "scaled":
         for layer in layers:
             layer.set_scale("default", 3.0)

@@ -79,9 +79,9 @@ def test_a_common_beginning_is_computed_once() -> None:
     e = engine()
     with e.generating():
         together = e.generate(prompts, params)
-        told = e.take_stats()
-        assert told.prefill_tokens == 50 + 4 * 2
-        assert told.shared_tokens == 10 * 50 - told.prefill_tokens
+        stats = e.take_stats()
+        assert stats.prefill_tokens == 50 + 4 * 2
+        assert stats.shared_tokens == 10 * 50 - stats.prefill_tokens
         e.generate(prompts, params)
         assert e.take_stats().prefill_tokens == 5 * 2
     lone = engine()
@@ -240,8 +240,8 @@ def test_a_soak_of_ten_thousand_requests() -> None:
     assert len(ended) == 10_000
     free, blocks = available(e)
     assert free == blocks == 24
-    told = e.take_stats()
-    assert told.preemptions > 0 and told.shared_tokens > 0
+    stats = e.take_stats()
+    assert stats.preemptions > 0 and stats.shared_tokens > 0
     reasons = [c.finish_reason for c in ended.values()]
     assert {"stop", "length", "abort"} <= set(reasons)
     lone = engine()

@@ -45,10 +45,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize("keys", WRONG, ids=str)
-def test_wrong_parameters_are_told_when_they_are_made(keys: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"sampling {next(iter(keys))} is .*; it must") as told:
+def test_wrong_parameters_are_refused_when_they_are_made(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"sampling {next(iter(keys))} is .*; it must") as caught:
         SamplingParams(**keys)
-    assert "\n" not in str(told.value) and len(str(told.value)) < 200
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(

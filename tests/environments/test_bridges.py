@@ -1,5 +1,5 @@
 """Environments of verifiers and of OpenEnv through the bridges: they say and pay what the packages
-themselves do, several at a time, and one clear line tells what cannot be.
+themselves do, several at a time, and one clear line names what cannot work.
 
 What needs a package runs where it is installed, best in an environment of its own:
 `pip install 'verifiers[ta]>=0.4'` (with its TextArena games) or `pip install openenv`.
@@ -183,9 +183,9 @@ def test_other_fields_and_the_whole_observation() -> None:
     ],
 )
 def test_bad_names_of_openenv(kwargs: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match) as told:
+    with pytest.raises(ConfigError, match=match) as caught:
         openenv(**kwargs)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_observation_that_is_not_there() -> None:
@@ -258,7 +258,7 @@ def episode(
     **agent: Any,
 ) -> Any:
     """The trace of one episode as the package itself plays it: its agent, its interception, its
-    scoring, and a model on the other side of HTTP that replies as it is told.
+    scoring, and a model on the other side of HTTP that replies as the test says.
     """
     from verifiers.v1.utils import loaders
 
@@ -455,9 +455,9 @@ def test_what_cannot_be_played_is_one_line(
     vf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kwargs: Any, match: str
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=match) as told:
+    with pytest.raises(ConfigError, match=match) as caught:
         verifiers(faulty(tmp_path, **kwargs))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +474,9 @@ def test_what_cannot_be_played_is_one_line(
     ],
 )
 def test_bad_names_of_verifiers(vf: Any, hangman: Any, kwargs: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match) as told:
+    with pytest.raises(ConfigError, match=match) as caught:
         verifiers(**kwargs)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_an_environment_raises_is_raised(
@@ -648,9 +648,9 @@ def test_a_server_that_is_not_there_or_goes(serve: Any) -> None:
     with pytest.raises(Exception, match=r"1012|1006|no close frame|refused|connect"):
         env.step("hello?")
     for bad in (url, "nonsense"):
-        with pytest.raises(ConfigError, match=f"no OpenEnv server at {bad}") as told:
+        with pytest.raises(ConfigError, match=f"no OpenEnv server at {bad}") as caught:
             openenv(url=bad)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     env.close()
 
 

@@ -41,11 +41,11 @@ MOVES = {
 }
 DRY = {"is_slippery": False}
 bare = cache(gymnasium.make)  # Taxi's table takes a while
-told = cache(GymInWords)
+in_words = cache(GymInWords)
 
 
 def understood(game: str, text: str) -> Any:
-    """The game's own observation, out of what is told."""
+    """The game's own observation, out of the text."""
     last = text.splitlines()[-1]
     numbers = [int(n) for n in re.findall(r"\d+", last)]
     if game == BLACKJACK:
@@ -67,7 +67,7 @@ def won(game: str, reward: SupportsFloat, ended: bool) -> bool:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), moves=st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_turn_by_turn_it_is_the_bare_game(game: str, seed: int, moves: list[int]) -> None:
-    numbers, words = bare(game), told(game)
+    numbers, words = bare(game), in_words(game)
     seen, _ = numbers.reset(seed=seed)
     text, info = words.reset(seed=seed)
     assert info["messages"] == [{"role": "user", "content": text}]
@@ -99,7 +99,7 @@ def shortest(game: str, table: dict[int, Any], start: int) -> list[int]:
 
 @pytest.mark.parametrize("game", [LAKE, CLIFF, TAXI])
 def test_who_knows_the_way_wins(game: str) -> None:
-    words = GymInWords(game, DRY) if game == LAKE else told(game)
+    words = GymInWords(game, DRY) if game == LAKE else in_words(game)
     text, _ = words.reset(seed=5)
     way = shortest(game, words.game.unwrapped.P, understood(game, text))  # type: ignore[attr-defined]
     *_, (_, _, ended, cut, info) = [words.step(MOVES[game][move]) for move in way]
@@ -112,7 +112,7 @@ def test_who_knows_the_way_wins(game: str) -> None:
 @pytest.mark.parametrize("game", MOVES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gymnasiums_own_checker(game: str) -> None:
-    check_env(told(game), skip_render_check=True)
+    check_env(in_words(game), skip_render_check=True)
 
 
 @pytest.mark.parametrize(

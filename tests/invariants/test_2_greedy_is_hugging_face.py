@@ -54,7 +54,7 @@ def test_the_embedded_model() -> None:
 
 
 def test_two_hundred_prompts() -> None:
-    """Of all lengths, together in one call, some with a beginning in common."""
+    """Prompts of all lengths run together in one call; some have the same beginning."""
     rng = random.Random(4)
     beginnings = [[rng.randrange(3, 250) for _ in range(20)] for _ in range(4)]
     prompts = [

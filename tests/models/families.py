@@ -1,7 +1,7 @@
 """A small random model of every type that `AutoModelForCausalLM` knows, and whether the engine runs
 it rightly or refuses it: `python -m tests.models.families` writes docs/models.md.
 
-What is right is told by Hugging Face's own forward of each sequence alone, not by the engine.
+Hugging Face's own forward of each sequence alone decides what is right, not the engine.
 """
 
 from __future__ import annotations
@@ -517,13 +517,13 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
             loaded = load_policy(ModelConfig(dtype="float32", device="cpu"), str(folder))
         engine = Engine(loaded, tiny_tokenizer())
     except ModelError as error:
-        return Verdict(False, told(str(error)))
+        return Verdict(False, first_words(str(error)))
     compare(engine, model)
     assert Shape.of(engine.model, torch.float32).token() > 0, "the memory plan"
     return Verdict(True, HOW[engine.runner.form != "described"])
 
 
-def told(error: str) -> str:
+def first_words(error: str) -> str:
     """The reason in a refusal."""
     for pattern in (
         r"refused: (.*)\. docs/models",

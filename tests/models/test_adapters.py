@@ -113,8 +113,9 @@ def test_a_target_that_is_not_there_is_named() -> None:
 
 
 def test_adapters_that_others_made(tmp_path: Path) -> None:
-    """Of a reward model, its score trained whole; with tokens added; with no tokenizer of its own;
-    its base a relative folder, an adapter itself.
+    """Adapters of four kinds are read: of a reward model, whose score head is trained as a whole;
+    with added tokens; without a tokenizer; and with a base that is a relative folder, or itself an
+    adapter.
     """
     base, first, second = (tmp_path / name for name in ("base", "first", "second"))
     save_model(base, random_model("llama"), tiny_tokenizer(), "card")
@@ -206,7 +207,7 @@ def test_an_adapter_of_a_kind_without_a_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"base_model_name_or_path": None}, "does not say which model it was trained on"),
         ({"base_model_name_or_path": "/nowhere"}, "was trained on /nowhere"),
@@ -234,7 +235,7 @@ def test_an_adapter_of_a_kind_without_a_rank(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    settings: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter_merge, "_SECONDS", 2)
     base, saved = tmp_path / "base", tmp_path / "saved"
@@ -244,7 +245,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     save_model(saved, engine.model, engine.tokenizer, "card", lora, str(base))
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load_policy(CPU, str(saved))
     assert "\n" not in str(caught.value)
 
@@ -268,10 +269,10 @@ def test_every_weight_of_an_adapter_is_its_files(tmp_path: Path) -> None:
         ({**state, name: state[name].to(torch.int8)}, "quantised weights .I8"),
         ({}, "has r: "),
     ]
-    for i, (changed, told) in enumerate(changes):
+    for i, (changed, message) in enumerate(changes):
         folder = Path(shutil.copytree(whole, tmp_path / str(i)))
         save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=message):
             load_policy(CPU, str(folder))
     os.truncate(folder / "adapter_model.safetensors", 20)
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is no whole safetensors file"):

@@ -65,12 +65,12 @@ def policy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved / "policy", tmp_path / "policy"))
 
 
-def refused(load: Callable[..., object], folder: Path | str, *told: str) -> None:
+def refused(load: Callable[..., object], folder: Path | str, *message: str) -> None:
     with pytest.raises(ModelError) as error:
         load(CPU, str(folder))
     line = str(error.value)
     assert "\n" not in line and len(line) < 900
-    for part in told:
+    for part in message:
         assert re.search(part, line), line
 
 
@@ -203,16 +203,16 @@ TOKENIZERS: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), [*WEIGHTS, *CONFIGS])
-def test_what_a_policy_is_not(change: Change, told: str, policy: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), [*WEIGHTS, *CONFIGS])
+def test_what_a_policy_is_not(change: Change, message: str, policy: Path) -> None:
     change(policy)
-    refused(load_policy, policy, told, re.escape(str(policy)))
+    refused(load_policy, policy, message, re.escape(str(policy)))
 
 
-@pytest.mark.parametrize(("change", "told"), TOKENIZERS)
-def test_what_a_tokenizer_is_not(change: Change, told: str, policy: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), TOKENIZERS)
+def test_what_a_tokenizer_is_not(change: Change, message: str, policy: Path) -> None:
     change(policy)
-    refused(load_tokenizer, policy, told, re.escape(str(policy)))
+    refused(load_tokenizer, policy, message, re.escape(str(policy)))
 
 
 def test_a_dry_run_refuses_a_hostile_config_too(policy: Path) -> None:
@@ -232,12 +232,12 @@ def test_what_a_reward_model_is_not(kind: str, saved: Path, tmp_path: Path) -> N
         (put(score, lambda t: t.repeat(3, 1)), rf"{score} of shape \[3, "),
         (put(score, lambda t: t * torch.nan), f"not finite.*{score}"),
     ]
-    for i, (change, told) in enumerate(changes):
+    for i, (change, message) in enumerate(changes):
         folder = Path(shutil.copytree(saved / kind, tmp_path / str(i)))
         change(folder)
-        refused(load_classifier, folder, told)
-        refused(lambda config, name: ModelReward(config, Path(name)), folder, told)
-        refused(lambda config, name: load_critic(config, name, str), folder, told)
+        refused(load_classifier, folder, message)
+        refused(lambda config, name: ModelReward(config, Path(name)), folder, message)
+        refused(lambda config, name: load_critic(config, name, str), folder, message)
 
 
 def test_one_task_is_not_another(saved: Path) -> None:
@@ -309,10 +309,10 @@ def test_experts_are_all_there_and_in_order(kind: str, tmp_path: Path) -> None:
         (weights(lambda s: {k.replace(".experts.1.", ".experts.7."): v for k, v in s.items()}),
          "no weights for .*experts.1."),
     ]  # fmt: skip
-    for i, (change, told) in enumerate(changes):
+    for i, (change, message) in enumerate(changes):
         folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(i)))
         change(folder)
-        refused(load_policy, folder, told)
+        refused(load_policy, folder, message)
 
 
 def sharded(folder: Path) -> Path:
@@ -351,10 +351,10 @@ def test_shards(tmp_path: Path) -> None:
         (setting("model.safetensors.index.json", weight_map=5), "has no weight_map"),
         (written("model.safetensors.index.json", DEEP), "nested too deep"),
     ]
-    for i, (change, told) in enumerate(changes):
+    for i, (change, message) in enumerate(changes):
         folder = Path(shutil.copytree(whole, tmp_path / str(i)))
         change(folder)
-        refused(load_policy, folder, told)
+        refused(load_policy, folder, message)
 
 
 def without_in(file: str, name: str) -> Change:

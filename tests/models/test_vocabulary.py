@@ -1,4 +1,4 @@
-"""A model and a tokenizer that do not speak of the same tokens are told when they meet."""
+"""A model and a tokenizer with different tokens are refused when they are used together."""
 
 import json
 from collections.abc import Callable
@@ -83,9 +83,9 @@ def configured(where: str, name: str, value: Any) -> Any:
 def test_what_would_be_an_index_error_is_told(change: Any, said: str) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     change(model, tokenizer)
-    with pytest.raises(ModelError, match=said) as told:
+    with pytest.raises(ModelError, match=said) as caught:
         Engine(model, tokenizer)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_more_rows_than_tokens_are_fine_and_can_be_sampled() -> None:

@@ -42,16 +42,16 @@ def test_the_doctor_and_a_dry_run_say_how_a_model_runs(
 ) -> None:  # fmt: skip
     folder = saved(random_model(small_config(kind, **options)), tmp_path / "model")
     main(["doctor", folder])
-    assert f"model        {folder}: " in (told := capsys.readouterr().out) and line in told
+    assert f"model        {folder}: " in (printed := capsys.readouterr().out) and line in printed
     critic = f"rl.value={{kind: critic, init_from: {tmp_path / 'none'}}}"
     rl = ["rl.kl.beta=0.1", critic, "rl.advantage.name=gae"]
     main(["run", str(RECIPE), f"model.name={folder}", *rl, "--dry-run"])
-    told = capsys.readouterr().out
-    lines = [told_line for told_line in told.splitlines() if line in told_line]
+    printed = capsys.readouterr().out
+    lines = [one for one in printed.splitlines() if line in one]
     assert [told_line.split(":")[0] for told_line in lines] == [
         "#   policy", "#   reward model", "#   reference",
     ]  # fmt: skip
-    assert f"#   critic: {tmp_path / 'none'} cannot be read yet" in told
+    assert f"#   critic: {tmp_path / 'none'} cannot be read yet" in printed
 
 
 def test_a_stage_says_once_how_its_models_run(

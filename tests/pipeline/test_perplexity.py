@@ -27,8 +27,8 @@ def test_only_sampled_tokens_count(longest: int) -> None:
     for sample in samples:
         ids, mask = sample["token_ids"], sample["loss_mask"]
         logprobs = tiny_model()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        told = [float(logprobs[i - 1, ids[i]].detach()) for i in range(len(ids)) if mask[i]]
-        total, count = total - sum(told), count + len(told)
+        found = [float(logprobs[i - 1, ids[i]].detach()) for i in range(len(ids)) if mask[i]]
+        total, count = total - sum(found), count + len(found)
     if longest == 3:
         assert count == 12 and all(s["token_ids"][-1] not in engine.end_tokens for s in samples)
     assert perplexity(engine, samples) == pytest.approx(math.exp(total / count), rel=1e-4)

@@ -53,14 +53,14 @@ class Disk:
         synced = os.fsync
 
         def syncs(handle: int) -> None:
-            self.look(os.readlink(f"/proc/self/fd/{handle}"), told=False)
+            self.look(os.readlink(f"/proc/self/fd/{handle}"), named=False)
             synced(handle)
 
         self._patch(os, "fsync", syncs)
         wrote = safetensors.torch.serialize_file
 
         def serialises(tensors: Any, path: Any, *rest: Any, **named: Any) -> None:
-            self.look(path, told=False)
+            self.look(path, named=False)
             wrote(tensors, path, *rest, **named)
 
         self._patch(safetensors.torch, "serialize_file", serialises)
@@ -69,13 +69,13 @@ class Disk:
     def __exit__(self, *error: object) -> None:
         self._patches.close()
 
-    def look(self, path: Any, told: bool = True) -> None:
-        """Fail, if it is the turn of this one. `told`: whether the error names the file."""
+    def look(self, path: Any, named: bool = True) -> None:
+        """Fail, if it is the turn of this one. `named`: whether the error names the file."""
         if not os.fspath(path).startswith(self.folder):
             return
         self.count += 1
         if self.count == self.full:
-            name = (os.fspath(path),) if told else ()
+            name = (os.fspath(path),) if named else ()
             raise OSError(self.number, os.strerror(self.number), *name)
 
     def _patch(self, owner: Any, name: str, to: Any) -> None:

@@ -28,7 +28,7 @@ def held() -> tuple[int, int, int]:
 
 
 def left(before: tuple[int, int, int]) -> tuple[int, int, int]:
-    """What is held once threads and processes that were told to end have ended."""
+    """What is held once threads and processes that should end have ended."""
     deadline = time.monotonic() + 30
     while held() != before and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -27,7 +27,7 @@ FORMS = [
 
 
 class Echo(BaseHTTPRequestHandler):
-    """A server that tells everybody what it was sent, and scores at times."""
+    """A server that repeats what it was sent, and sometimes gives scores."""
 
     statuses: ClassVar[list[int]] = []
     asked: ClassVar[list[str]] = []

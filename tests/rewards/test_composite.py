@@ -70,11 +70,11 @@ def test_functions_are_asked_by_group_and_once(tmp_path: Path) -> None:
     )
     total = CompositeReward([source(f)], TINY, tmp_path)
     total.begin(EPISODES[:2])
-    told, _ = total(EPISODES)
-    assert [t.reward for t in told if t] == [1, 2, 3]
+    scored, _ = total(EPISODES)
+    assert [t.reward for t in scored if t] == [1, 2, 3]
     assert total.functions[0][1].__globals__["calls"] == [["a", "bb"], ["ccc"]]  # type: ignore[attr-defined]
-    told, _ = total([replace(t, group_id=9) for t in EPISODES])  # nothing is kept for the next
-    assert [t.reward for t in told if t] == [1, 2, 3]
+    scored, _ = total([replace(t, group_id=9) for t in EPISODES])  # nothing is kept for the next
+    assert [t.reward for t in scored if t] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_what_does_not_apply_is_left_out_and_what_is_lost_leaves_the_episode_out
         f"    return [x for x, c in zip({said}, ['a', 'bb', 'ccc']) if c in completions]\n",
     )
     scorer = CompositeReward([source("environment"), source(f, weight)], TINY, tmp_path)
-    told, parts = scorer(EPISODES)
-    assert [t and t.reward for t in told] == wanted
+    scored, parts = scorer(EPISODES)
+    assert [t and t.reward for t in scored] == wanted
     assert scorer.missing == {"environment": 0.0, f: pytest.approx(missing / 3)}
     assert all(v is None or abs(v) <= 3 for v in parts[f])
 
@@ -111,8 +111,8 @@ def test_where_only_the_environment_is_logged_what_applies_to_nothing_has_no_rew
     f = write(
         tmp_path, "def f(gold, **_):\n    return [None if g == 'bb' else 1.0 for g in gold]\n"
     )
-    told, _ = CompositeReward([source(f)], TINY, tmp_path)(EPISODES)
-    assert [t and t.reward for t in told] == [1.0, None, 1.0]
+    scored, _ = CompositeReward([source(f)], TINY, tmp_path)(EPISODES)
+    assert [t and t.reward for t in scored] == [1.0, None, 1.0]
     nothing, _ = CompositeReward([source("environment", 0.0)], TINY, tmp_path)(EPISODES)
     assert [t and t.reward for t in nothing] == [0.0, 0.0, 0.0]  # nothing counts; a KL may
     nothing, _ = CompositeReward([source("environment", 0.0), source(f, 0.0)], TINY, tmp_path)(
@@ -127,12 +127,12 @@ def test_the_environments_own_reward_is_a_part_like_others(tmp_path: Path) -> No
     own = [replace(EPISODES[0], rewarded=(), rewards=[0.0] * 5), episode(0, "bb", math.nan)]
     for weight, wanted in ((1.0, [5.0, None]), (0.0, [5.0, 5.0])):
         scorer = CompositeReward([source("environment", weight), source(f)], TINY, tmp_path)
-        told, parts = scorer(own)
-        assert [t and t.reward for t in told] == wanted
+        scored, parts = scorer(own)
+        assert [t and t.reward for t in scored] == wanted
         assert parts["environment"] == [None, None] and scorer.missing["environment"] == 0.5
-        assert told[0] and told[0].rewarded == (2,)
-    told, _ = CompositeReward([source("environment")], TINY, tmp_path)(own)
-    assert told == [None, None]
+        assert scored[0] and scored[0].rewarded == (2,)
+    scored, _ = CompositeReward([source("environment")], TINY, tmp_path)(own)
+    assert scored == [None, None]
 
 
 def test_normalisation_is_not_poisoned(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_normalisation_is_not_poisoned(tmp_path: Path) -> None:
     episodes = [episode(0, str(i), 10.0) for i in range(6)]
     for weight in (1.0, 0.0):
         sources = [source("environment"), source(f, weight, normalize=True)]
-        told, parts = CompositeReward(sources, TINY, tmp_path)(episodes)
+        scored, parts = CompositeReward(sources, TINY, tmp_path)(episodes)
         assert parts[f] == [None, None, -1.0, None, None, 1.0]
         kept = [10.0, None, 9.0, None, None, 11.0] if weight else [10.0] * 6
-        assert [t and t.reward for t in told] == kept
+        assert [t and t.reward for t in scored] == kept
 
 
 def test_nothing_is_scored_of_no_episodes(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_function_that_raises_at_one_group_loses_that_group(tmp_path: Path) ->
     f = write(tmp_path, SOME)
     scorer = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     mixed = [episode(0, "bad", 1.0), episode(0, "a", 1.0), episode(1, "bb", 1.0)]
-    told, _ = scorer(mixed)
-    assert [t and t.reward for t in told] == [None, None, 3.0]
+    scored, _ = scorer(mixed)
+    assert [t and t.reward for t in scored] == [None, None, 3.0]
     assert scorer.missing[f] == pytest.approx(2 / 3) and "raised SystemExit" in scorer.last_failure
-    told, _ = scorer(mixed[:2])  # it has worked, so this is the group's fault
-    assert told == [None, None]
+    scored, _ = scorer(mixed[:2])  # it has worked, so this is the group's fault
+    assert scored == [None, None]
     resumed = CompositeReward([source("environment"), source(f)], TINY, tmp_path)
     resumed.load_state_dict(scorer.state_dict())
     assert resumed(mixed[:2])[0] == [None, None]
@@ -185,7 +185,7 @@ def test_a_function_that_raises_at_one_group_loses_that_group(tmp_path: Path) ->
         never(mixed[:2])
 
 
-def test_an_error_begun_early_is_told_in_the_end(tmp_path: Path) -> None:
+def test_an_error_begun_early_is_raised_in_the_end(tmp_path: Path) -> None:
     total = CompositeReward([source(write(tmp_path, "def f(**_):\n    1 / 0\n"))], TINY, tmp_path)
     total.begin(EIGHT[:1])
     with pytest.raises(ConfigError, match="f raised ZeroDivisionError"):
@@ -346,7 +346,7 @@ def test_a_served_reward_is_a_function_like_others(address: str) -> None:
     assert totals == [6.0, None]
 
 
-def test_a_wrong_key_is_told_and_a_dead_address_is_lost(
+def test_a_wrong_key_is_an_error_and_a_dead_address_is_lost(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEARSHIFT_KEY", "wrong")
@@ -382,7 +382,7 @@ def test_a_dead_address_leaves_the_episode_out_and_is_counted(
         (200, b'{"rewards": [1' + b"0" * 400 + b"]}", "gave no finite number"),
     ],
 )
-def test_why_an_address_gave_no_reward_is_told(
+def test_why_an_address_gave_no_reward_is_named(
     code: int, answer: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_client.time, "sleep", lambda seconds: None)
@@ -394,7 +394,7 @@ def test_why_an_address_gave_no_reward_is_told(
         assert logged(EPISODES[:1])[0] != [None] and not logged.last_failure
 
 
-def test_a_redirect_is_refused_and_its_place_is_told(tmp_path: Path) -> None:
+def test_a_redirect_is_refused_and_its_place_is_named(tmp_path: Path) -> None:
     with (
         answering(308, b"", Location="/score/") as url,
         pytest.raises(ConfigError, match=r"308 .*redirects to /score/; name that address"),

@@ -1,4 +1,4 @@
-"""Rewards add up as their docstring says, and a faulty function is told by its name."""
+"""Rewards add up as their docstring says, and the error of a faulty function has its name."""
 
 import asyncio
 import itertools
@@ -217,7 +217,7 @@ def test_what_looks_like_ctrl_c_is_so_only_in_the_main_thread() -> None:
         run_with_timeout(None, lambda: run((interrupts, 1.0)))
 
 
-def test_a_coroutine_that_never_ends_can_be_told_to() -> None:
+def test_a_coroutine_that_never_ends_can_be_ended() -> None:
     async def never(**_: Any) -> Any:
         await asyncio.Event().wait()
 

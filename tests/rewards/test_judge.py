@@ -42,8 +42,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        told = body["messages"][-1]["content"]
-        answer = told.split("\nANSWER ")[1].split("\n")[1]
+        text = body["messages"][-1]["content"]
+        answer = text.split("\nANSWER ")[1].split("\n")[1]
         judge = self.server
         with judge.lock:
             judge.asked.append((self.path, self.headers.get("Authorization"), body))

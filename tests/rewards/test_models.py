@@ -153,8 +153,8 @@ def test_tokenizers_agree_if_ids_mean_the_same() -> None:
 
 def test_what_is_longer_than_the_context_is_left_out_and_named(folder: Path) -> None:
     reward = ModelReward(TINY, folder)
-    told = reward([ASKED] * 3, ["Yes.", "x" * 600, "No."])
-    assert [v is not None and math.isnan(v) for v in told] == [False, True, False]
+    scores = reward([ASKED] * 3, ["Yes.", "x" * 600, "No."])
+    assert [v is not None and math.isnan(v) for v in scores] == [False, True, False]
     assert reward([ASKED], ["x" * 600]) == pytest.approx([math.nan], nan_ok=True)
     lost = Ensemble([reward, lambda p, c: [1.0] * 3], "min")([ASKED] * 3, ["Yes.", "x" * 600, ""])  # type: ignore[list-item]
     assert [v is not None and math.isnan(v) for v in lost] == [False, True, False]
@@ -204,8 +204,8 @@ def test_a_conversation_that_the_template_refuses_is_lost(tmp_path: Path) -> Non
         + CHATML
     )
     reward = ModelReward(TINY, saved(tmp_path / "reward", tokenizer))
-    lost, told = reward([ASKED, ASKED[1:]], ["Yes.", "Yes."])
-    assert lost is not None and math.isnan(lost) and told == reward([ASKED[1:]], ["Yes."])[0]
+    lost, known = reward([ASKED, ASKED[1:]], ["Yes.", "Yes."])
+    assert lost is not None and math.isnan(lost) and known == reward([ASKED[1:]], ["Yes."])[0]
     with pytest.raises(DataError, match="no system"):
         reward([ASKED], ["Yes."])
 
@@ -218,7 +218,7 @@ def test_texts_come_with_their_tools(tmp_path: Path) -> None:
     example = PreferenceExample(ASKED, "Yes.", "No.", options=options)
     [pair] = render_pairs([example], tokenizer, 512)
     one = episode([70, 2], ASKED, "Yes.", "stop")
-    told = replace(one, info=replace(one.info, columns={"template_options": options}))
+    other = replace(one, info=replace(one.info, columns={"template_options": options}))
     wanted = hf_scores(load_classifier(TINY, str(folder)), [pair.chosen])
-    assert rewards(folder, [told]) == pytest.approx(wanted, abs=1e-5)
+    assert rewards(folder, [other]) == pytest.approx(wanted, abs=1e-5)
     assert rewards(folder, [one]) != pytest.approx(wanted, abs=1e-3)

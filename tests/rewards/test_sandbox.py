@@ -27,7 +27,7 @@ BARE = ["bwrap", "--unshare-user", "--unshare-net", "--ro-bind", "/", "/", "true
 if shutil.which("bwrap") is None or subprocess.run(BARE, capture_output=True).returncode:
     pytestmark = pytest.mark.skip(reason="bubblewrap is missing, or may not make namespaces here")
 
-# The odd size tells this process's sandboxes from those of tests that run beside it.
+# The odd size distinguishes this process's sandboxes from those of tests that run beside it.
 SHORT = SandboxLimits(seconds=1.0, memory_mib=128 + os.getpid() % 64, output_kib=64)
 PROMPT: list[Any] = [[]]
 
@@ -112,7 +112,7 @@ class World:
         return found
 
     def clean(self) -> None:
-        time.sleep(0.05)  # a listener may yet be told
+        time.sleep(0.05)  # a listener may get it later
         self.reached.clear()
         os.truncate(self.leak, 0)
         for name in set(os.listdir(self.folder)) - set(self.files):
@@ -136,10 +136,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def outcomes(world: World) -> dict[str, Outcome]:
-    """Of all programs: several at a time, since some wait for their limit.
+    """The outcomes of all programs. Several run at the same time, since some wait for their limit.
 
-    Some would end every process of this user, or fill its table, if there were no walls at all: so
-    two harmless looks first.
+    Some of them would end every process of this user, or fill its table, if there were no sandbox.
+    So two harmless programs test the sandbox first.
     """
     own = run_sandboxed("import os\nprint(os.getpid())\nos.fork()", "", SHORT)
     assert int(own.stdout) < 10 and own.status == "error", own

@@ -91,9 +91,9 @@ def test_a_process_that_a_function_forks_does_not_answer_for_it(reward: ProcessR
     [("raise", "f raised KeyError"), ("late", "raised TimeoutError: mine"), ("odd", "a number or")],
 )
 def test_what_raises_is_told_as_in_a_thread(reward: ProcessReward, word: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as told:
+    with pytest.raises(ConfigError, match=said) as caught:
         score(reward, word)
-    assert str(told.value).count("reward function") == 1
+    assert str(caught.value).count("reward function") == 1
 
 
 def test_a_wrong_name_is_told_before_any_worker_starts(file: str) -> None:
@@ -157,7 +157,7 @@ def test_keys_that_do_not_apply_are_refused(keys: dict[str, Any]) -> None:
 
 
 def test_a_worker_that_hangs_does_not_hold_up_the_end(file: str) -> None:
-    """Of the process that started it; and nothing is left."""
+    """The process that started the worker ends, and no process is left."""
     script = (
         "import sys, threading, time\n"
         "from gearshift.rewards.worker_pool import ProcessReward\n"

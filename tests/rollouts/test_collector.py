@@ -75,7 +75,7 @@ def test_an_environment_that_hangs_costs_its_own_episode(engine: Engine) -> None
 
 
 def test_a_group_is_told_of_while_others_still_write(engine: Engine) -> None:
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     running: list[int] = []
 
     class Ends(SayLetters):
@@ -91,15 +91,15 @@ def test_a_group_is_told_of_while_others_still_write(engine: Engine) -> None:
             return self.messages[0]["content"]
 
     def hear(group: list[Trajectory]) -> None:
-        told.append((group[0].group_id, running.count(1)))
+        calls.append((group[0].group_id, running.count(1)))
 
     collector = Collector(Ends, engine.tokenizer, engine.loop)
     # Token 40 ends each turn: the second turn of row 1 begins after its first.
     params = SamplingParams(n=1, max_new_tokens=64, stop_token_ids=tuple(range(3, 200)))
     with engine.generating():
         collector.collect([EpisodeSpec(g, seed=0, row=g) for g in range(2)], params, hear)
-    assert [group for group, _ in told] == [0, 1]
-    assert told[0][1] < told[1][1] == 3
+    assert [group for group, _ in calls] == [0, 1]
+    assert calls[0][1] < calls[1][1] == 3
 
 
 def test_environments_wait_at_the_same_time(engine: Engine) -> None:

@@ -123,9 +123,9 @@ def test_failed_episodes_count_in_the_success_rate() -> None:
 
 @pytest.mark.parametrize("metrics", ["accuracy", None, 3, {"x": None}, {"x": math.nan}, {"x": "a"}])
 def test_figures_that_are_no_numbers_cost_only_themselves(metrics: Any) -> None:
-    told = {"x": np.float32(2.0), "y": np.int64(3)}
+    given = {"x": np.float32(2.0), "y": np.int64(3)}
     messages = [{"role": "assistant", "content": "c"}]
-    infos = [episode_info(messages, "c", {"gold": {1}, "metrics": m}) for m in (told, metrics)]
+    infos = [episode_info(messages, "c", {"gold": {1}, "metrics": m}) for m in (given, metrics)]
     one, other = (
         sample(Trajectory([1, 2], [0, 1], [0.0] * 2, [0.0, 1.0], 0, 1, "stop", info))
         for info in infos

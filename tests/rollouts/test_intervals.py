@@ -24,8 +24,8 @@ def test_wilson() -> None:
 
 def test_student() -> None:
     # Tables of Student's distribution, two-sided 5%.
-    told = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}
-    for freedom, quantile in told.items():
+    known = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}
+    for freedom, quantile in known.items():
         assert t.student(freedom) == pytest.approx(quantile, abs=6e-4)
 
 
@@ -94,7 +94,7 @@ def test_one_cluster_tells_nothing_of_others() -> None:
 
 
 def test_intervals_of_few_clusters_hold_the_truth_often_enough() -> None:
-    """Of eight clusters, each with a rate of its own: 95% of the intervals should hold the mean."""
+    """With eight clusters, each with its own rate, 95% of the intervals should contain the mean."""
     rng, held = np.random.default_rng(0), 0
     clusters = np.repeat(np.arange(8), 6).tolist()
     for _ in range(150):

@@ -55,9 +55,9 @@ def test_round_trip_and_names(tmp_path: Path) -> None:
     state = {"step": 12, "text": "ä", "lr": 0.1, "deep": {"list": [1, None, True]}}
     path = save(tmp_path / "run" / "ckpt", 12, tensors, state)
     assert path.name == "step-000012"
-    back, told = load(path)
+    back, values = load(path)
     assert same({k: back[k] for k in tensors}, tensors)
-    assert same(told, state)
+    assert same(values, state)
 
 
 def test_views_of_one_buffer_come_back_apart(tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_a_broken_manifest_is_told_and_never_passed_over(
         if manifest is not None:
             (broken / "manifest.json").write_text(manifest)
         for use in (latest, lambda _, path=broken: load(path)):
-            with pytest.raises(CheckpointError) as told:
+            with pytest.raises(CheckpointError) as caught:
                 use(tmp_path)
-            said = str(told.value)
+            said = str(caught.value)
             assert f"{broken}: manifest.json is " in said and said.endswith(f"the run then {then}.")
         assert newest_step(tmp_path) == step
         shutil.rmtree(broken)
@@ -209,8 +209,8 @@ def test_flatten_gives_back_what_it_took(
 ) -> None:
     tensors, skeleton = flatten(state)
     path = save(tmp_path_factory.mktemp("flat"), 0, tensors, {"state": skeleton})
-    back, told = load(path)
-    assert same(unflatten(back, told["state"]), state)
+    back, values = load(path)
+    assert same(unflatten(back, values["state"]), state)
 
 
 def test_flatten_names_what_it_cannot_hold() -> None:
@@ -244,8 +244,8 @@ def test_a_resumed_training_is_the_one_that_went_on(tmp_path: Path) -> None:
     tensors, skeleton = flatten(state)
     path = save(tmp_path, 2, tensors, {"all": skeleton})
     resumed = build()
-    loaded, told = load(path)
-    *dicts, draws = unflatten(loaded, told["all"])
+    loaded, values = load(path)
+    *dicts, draws = unflatten(loaded, values["all"])
     for thing, saved in zip(resumed[:3], dicts, strict=True):
         thing.load_state_dict(saved)
     resumed[3].set_state(draws)

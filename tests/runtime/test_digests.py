@@ -29,9 +29,9 @@ def test_how_a_file_is_not_as_it_was(tmp_path: Path) -> None:
     check_unchanged(tmp_path, known, "delete it.")
     for content, how in ((b"w", "it has 1 of 7 bytes"), (b"weighty", "its digest is wrong")):
         path.write_bytes(content)
-        with pytest.raises(StorageError) as told:
+        with pytest.raises(StorageError) as caught:
             check_unchanged(tmp_path, known, "delete it.")
-        assert str(told.value) == (
+        assert str(caught.value) == (
             f"{path} is not as the run wrote it ({how}); put it back as it was, or delete it."
         )
     assert not describe_difference(path, known["model.safetensors"], whole=False), (

@@ -51,9 +51,9 @@ def test_json_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(
         StorageError, match=r"done\.json cannot be read \(.+\); delete it\."
-    ) as told:
+    ) as caught:
         read_json(path, "delete it.")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file_and_folder_in_its_place_are_one_line(tmp_path: Path) -> None:

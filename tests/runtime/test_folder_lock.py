@@ -42,10 +42,10 @@ KINDS = ["with locks", "without locks"]
 
 
 def start(folder: Path, kind: str) -> "subprocess.Popen[str]":
-    """A process that takes the lock when it is told to."""
+    """A process that takes the lock when a line arrives."""
     words = [sys.executable, "-c", HOLD, str(folder), kind]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert told(process) == "ready"
+    assert answer_of(process) == "ready"
     return process
 
 
@@ -55,7 +55,7 @@ def go(process: "subprocess.Popen[str]") -> None:
     process.stdin.flush()
 
 
-def told(process: "subprocess.Popen[str]") -> str:
+def answer_of(process: "subprocess.Popen[str]") -> str:
     assert process.stdout
     return process.stdout.readline().strip()
 
@@ -81,7 +81,7 @@ def test_of_eight_that_start_at_once_one_has_it(tmp_path: Path, kind: str) -> No
     starters = [start(tmp_path, kind) for _ in range(8)]
     for starter in starters:
         go(starter)
-    answers = [told(starter) for starter in starters]
+    answers = [answer_of(starter) for starter in starters]
     assert answers.count("held") == 1
     winner = starters[answers.index("held")]
     who = rf"is in use by process {winner.pid} on {re.escape(socket.gethostname())} since \d{{4}}-"

@@ -99,10 +99,10 @@ def test_records_that_changed_since_the_checkpoint_are_told(tmp_path: Path, chan
         "gone": b"",
     }[change]
     log.path.unlink() if change == "gone" else log.path.write_bytes(changed)
-    with pytest.raises(StorageError) as told:
+    with pytest.raises(StorageError) as caught:
         resumed(log, extent)
-    assert f"{log.path} is not as the run wrote it (it " in str(told.value)
-    assert f"or delete {tmp_path} to do this stage again." in str(told.value)
+    assert f"{log.path} is not as the run wrote it (it " in str(caught.value)
+    assert f"or delete {tmp_path} to do this stage again." in str(caught.value)
     assert not log.path.exists() or log.path.read_bytes() == changed, "nothing is cut off it"
     log.path.write_bytes(before)
     assert len(read_metrics(resumed(log, extent).path)) == 3
@@ -234,12 +234,12 @@ def test_a_resumed_run_goes_on_in_its_trackers_run(
 ) -> None:
     calls = Calls()
     monkeypatch.setitem(sys.modules, module, calls)
-    told = []
+    seen = []
     for step in (0, 50):
         calls.made.clear()
         Trackers([name], tmp_path, "run/rl", {"lr": 1e-5}).open(step)
-        told.append({call[0]: (call[1], call[2]) for call in calls.made})
-    first, again = told
+        seen.append({call[0]: (call[1], call[2]) for call in calls.made})
+    first, again = seen
     config = {"lr": 1e-5}
     if name == "tensorboard":
         assert first["SummaryWriter"][1] == {"purge_step": None}

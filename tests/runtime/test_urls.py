@@ -36,9 +36,9 @@ def test_an_address_with_a_secret_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"an address|behind the host") as refused:
         check_no_secret(url)
     assert "S" not in str(refused.value).replace("${NAME}", "")
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         Endpoint.of(url)
-    assert "S" not in str(told.value).replace("${NAME}", "").replace("HTTPS", "")
+    assert "S" not in str(caught.value).replace("${NAME}", "").replace("HTTPS", "")
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_what_was_sent_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     forms += [base64.b64encode(SECRET.encode()).decode()]
     for at in (0, 250, 297, 299):  # where the text is cut too
         for form in forms:
-            told = address.redact("x" * at + f"{form}\x1b[31m\n" + "y" * 500)
-            assert len(told) <= 300 and "\x1b" not in told and "\n" not in told
-            assert not any(form[:n] in told for n in (len(form), 5))
+            shown = address.redact("x" * at + f"{form}\x1b[31m\n" + "y" * 500)
+            assert len(shown) <= 300 and "\x1b" not in shown and "\n" not in shown
+            assert not any(form[:n] in shown for n in (len(form), 5))
     assert address.redact("go to https://u:p@h/a/b?t=1#f, now") == "go to https://h/a/b now"
 
 

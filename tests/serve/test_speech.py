@@ -71,14 +71,14 @@ def test_a_recogniser_of_your_own(tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("def hear(path): return path[-5:]\ndef none(path): return None\nnumber = 1\n")
     assert hear(wav, f"{mine}:hear") == "a.wav"
-    for spec, told in (
+    for spec, error in (
         (f"{mine}:none", "no text"),
         (f"{mine}:number", "no function `number`"),
         (f"{tmp_path}/no.py:hear", "no recogniser file"),
         ("hear", "not of the form"),
         ("no_such_module:hear", "no_such_module"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=error):
             hear(wav, spec)
 
 
@@ -90,12 +90,12 @@ def test_recordings(tmp_path: Path) -> None:
         assert abs(len(sound) - len(plain)) < 8 and sound.dtype == np.int16
     text = tmp_path / "c.wav"
     text.write_text("no sound")
-    for path, told in (
+    for path, error in (
         (record(tmp_path / "d.wav", 8000), "16000 or more"),
         (text, "no WAV"),
         (tmp_path / "e.wav", "no recording"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=error):
             hear(path)
 
 

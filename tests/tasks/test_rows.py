@@ -1,5 +1,5 @@
-"""The user's own rows and reward: what reaches the function, what is held out, and how faults are
-told.
+"""The user's own rows and reward: what reaches the function, what is held out, and which errors
+faults give.
 """
 
 import csv

@@ -36,8 +36,8 @@ def test_repetition_is_counted_in_threes_and_pairs() -> None:
     assert s.repeated("") == s.repeated("good") == 0.0
     # Threes: (so good so) (good so good) (so good so) (good so good): two of four again.
     assert s.repeated("So good so good so good") == pytest.approx(0.5)
-    told = s.diversity([{"completion": "a good film"}, {"completion": "A good film"}])
-    assert told == {"distinct_2": 0.5}
+    found = s.diversity([{"completion": "a good film"}, {"completion": "A good film"}])
+    assert found == {"distinct_2": 0.5}
     assert s.diversity([{"completion": ""}]) == {"distinct_2": 0.0}
 
 

@@ -32,7 +32,7 @@ from gearshift.tasks.service.shop import (
     Outcome,
     Wish,
     outcome_text,
-    tells,
+    states_facts,
     to_row,
     tool_line,
 )
@@ -73,7 +73,7 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def begin(case: Case, **script: Any) -> e.CustomerServiceEnvironment:
-    """An episode with the customer of this case, who gives the order number unless told not to."""
+    """An episode with the customer of this case, who gives the order number if `given`."""
     said = c.Script(
         **{"problem": "Help!", "number": "A123.", "given": True, "yes": "Yes.", **script}
     )
@@ -127,7 +127,7 @@ CASE = Case(KETTLE, "refund")
 def test_policy(order: Order, wish: Wish, outcome: Outcome) -> None:
     case = Case(order, wish, "9 Oak Road" if wish == "address" else "")
     assert case.outcome == outcome
-    assert tells(outcome_text(case), case)
+    assert states_facts(outcome_text(case), case)
     assert (case.goal != order) == (outcome in ("refund", "handover", "cancel", "address"))
 
 
@@ -144,7 +144,7 @@ def test_policy(order: Order, wish: Wish, outcome: Outcome) -> None:
     ],
 )
 def test_wrong_words_do_not_tell_the_outcome(text: str) -> None:
-    assert tells(TOLD, CASE) and not tells(text, CASE)
+    assert states_facts(TOLD, CASE) and not states_facts(text, CASE)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

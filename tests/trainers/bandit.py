@@ -56,7 +56,7 @@ def probabilities(engine: Engine, model: PreTrainedModel | None = None) -> torch
 
 
 def expected_reward(engine: Engine) -> float:
-    """Of the policy, over all tokens."""
+    """The policy's expected reward, over all tokens."""
     texts = [
         engine.tokenizer.decode([t], skip_special_tokens=True)
         for t in range(engine.model.config.vocab_size)

@@ -131,6 +131,6 @@ def test_a_critic_must_take_the_longest_episode(
     for key, value in (("rl.value.init_from", critic), ("rl.kl.reference", ["rl.kl.beta=1"])):
         with pytest.raises(SystemExit):
             main([*words, *value, f"{key}={tmp_path / 'short'}", f"run.dir={tmp_path / key}"])
-        told = capsys.readouterr().err
-        assert f"{key}: {tmp_path / 'short'} takes 256 tokens" in told
-        assert "set engine.max_length=256" in told
+        printed = capsys.readouterr().err
+        assert f"{key}: {tmp_path / 'short'} takes 256 tokens" in printed
+        assert "set engine.max_length=256" in printed

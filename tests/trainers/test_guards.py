@@ -1,4 +1,4 @@
-"""Quiet failures that no crash tells of: cut completions, groups that teach nothing, the sign of
+"""Failures that end in no crash: cut completions, groups that teach nothing, the sign of
 the KL, the temperature, the size of a supervised micro-batch.
 """
 
@@ -40,7 +40,7 @@ def episodes(cut: list[bool], rewards: list[float]) -> list[Trajectory]:
 
 
 def gradient(it: RLTrainer, trajectories: list[Trajectory]) -> torch.Tensor:
-    """Of one update's loss."""
+    """The gradient of one update's loss."""
     for optimizer in it.optimizers:
         optimizer.step = lambda norm: norm  # type: ignore[method-assign]
     batch, _ = it.make_experience(pack_trajectories(trajectories), trajectories)

@@ -87,9 +87,9 @@ class Outage(OwnReward):
         self.rollouts, self.nth = rollouts, -1
 
     def __call__(self, trajectories: Any) -> Any:
-        told, parts = super().__call__(trajectories)
+        scored, parts = super().__call__(trajectories)
         self.nth += 1
-        return ([None] * len(told) if self.nth in self.rollouts else told), parts
+        return ([None] * len(scored) if self.nth in self.rollouts else scored), parts
 
 
 def with_outage(folder: Path, rollouts: range) -> Any:
@@ -227,8 +227,8 @@ def test_a_reward_that_is_lost_leaves_its_episode_out(tmp_path: Path) -> None:
         last_failure = "the judge is away"
 
         def __call__(self, trajectories: Any) -> Any:
-            told, parts = plain(self, trajectories)
-            return [None if i % 4 == 0 else t for i, t in enumerate(told)], parts
+            scored, parts = plain(self, trajectories)
+            return [None if i % 4 == 0 else t for i, t in enumerate(scored)], parts
 
     it.sampler.score = Loses()
     it.train()
@@ -289,12 +289,12 @@ def test_prompts_that_are_too_long_are_told_before_the_first_step_or_left_out(
     path = recipe(tmp_path, "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     with pytest.raises(SystemExit):
         main(["rl", path])
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "train.jsonl, line 8: the prompt has 2" in told
-        and "rl.rollout.overlong_prompts=drop" in told
+        "train.jsonl, line 8: the prompt has 2" in printed
+        and "rl.rollout.overlong_prompts=drop" in printed
     )
-    assert "Traceback" not in told and not (tmp_path / "run" / "rl" / "metrics.jsonl").exists()
+    assert "Traceback" not in printed and not (tmp_path / "run" / "rl" / "metrics.jsonl").exists()
     main(["rl", path, "rl.rollout.overlong_prompts=drop", f"run.dir={tmp_path / 'other'}"])
     assert "2 of 22 rows cannot be used, and are left out" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "other" / "rl" / "metrics.jsonl")

@@ -314,7 +314,9 @@ def test_records_that_lost_a_line_stop_the_run(tmp_path: Path, name: str) -> Non
 def test_a_source_that_changed_since_the_checkpoint_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where it has as many rows as before; of a reward's function it is only told."""
+    """A file with as many rows as before is refused too; for a reward's function there is only a
+    warning.
+    """
 
     def made_from(rows: str, function: str) -> Stage:
         files = {"rows.jsonl": rows}, {"rewards.py": function}

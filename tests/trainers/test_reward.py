@@ -1,5 +1,5 @@
 """The reward model: packed and padded training are the same, loss and gradient; pairs that are too
-long are told or left out before the first step.
+long are named or left out before the first step.
 """
 
 import json
@@ -74,8 +74,8 @@ def test_rows_longer_than_the_model_takes(
     words = [stage, str(tmp_path / "r.yaml"), f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit):
         main(words)
-    told = capsys.readouterr().err
-    assert f"{where}.jsonl, line 3: it has 5" in told and "the 512 of the model" in told
+    printed = capsys.readouterr().err
+    assert f"{where}.jsonl, line 3: it has 5" in printed and "the 512 of the model" in printed
     assert not (tmp_path / "run" / section / "metrics.jsonl").exists()
     main([*words, f"{section}.{where}.overlong=drop", f"run.dir={tmp_path / 'other'}"])
     assert "1 of 4 rows are too long, left out" in capsys.readouterr().out

@@ -12,7 +12,14 @@ import gymnasium
 from gearshift.environments.base import TextEnvironment
 from gearshift.tasks.rows import read_rows
 from gearshift.tasks.service.customers import Row, opening, read_row, sample_rows, user_message
-from gearshift.tasks.service.shop import CHANGES, Shop, outcome_text, refuses, tells, to_order
+from gearshift.tasks.service.shop import (
+    CHANGES,
+    Shop,
+    outcome_text,
+    refuses,
+    states_facts,
+    to_order,
+)
 from gearshift.types import Message
 
 TURNS = 6
@@ -128,7 +135,7 @@ class CustomerServiceEnvironment(TextEnvironment):
             return user_message(script.problem), WASTE
         if self._refused:
             return None, self._final if refuses(text) else HARM
-        if not (self._found and self.shop.orders == self._goal and tells(text, self.case)):
+        if not (self._found and self.shop.orders == self._goal and states_facts(text, self.case)):
             return None, HARM
         if script.plea:
             self._refused = True

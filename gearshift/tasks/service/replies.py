@@ -31,7 +31,7 @@ from gearshift.tasks.service.shop import (
     RETURN_DAYS,
     Case,
     outcome_text,
-    tells,
+    states_facts,
     to_order,
     to_row,
 )
@@ -102,7 +102,10 @@ class CustomerRepliesEnvironment(RowEnvironment):
         return {
             "success": reward == 1.0,
             "gold": outcome_text(case),
-            "metrics": {"facts": float(tells(action, case)), "manners": float(has_manners(action))},
+            "metrics": {
+                "facts": float(states_facts(action, case)),
+                "manners": float(has_manners(action)),
+            },
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gearshift.tasks.service.shop import Case, tells, to_order
+from gearshift.tasks.service.shop import Case, states_facts, to_order
 from gearshift.types import Message
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ def judge(text: str, case: Case) -> float:
     """1 for a reply that gives the outcome with the right facts and has good manners; 0.2 for
     manners alone, 0.6 for the facts alone.
     """
-    right, civil = tells(text, case), has_manners(text)
+    right, civil = states_facts(text, case), has_manners(text)
     return 1.0 if right and civil else 0.6 * right + 0.2 * civil
 
 

@@ -160,7 +160,7 @@ def refuses(text: str) -> bool:
     return bool(_NO.search(text))
 
 
-def tells(text: str, case: Case) -> bool:
+def states_facts(text: str, case: Case) -> bool:
     """Whether the text gives the customer the outcome: what was done, or that it cannot be done and
     why. The text must have the facts that matter (the sum, the new street, the days), and no number
     that neither the order nor the policy has.
