@@ -32,7 +32,7 @@ def bearer_key(named: str | None, default: str) -> str | None:
     """The key in the environment variable `named`; if that is None, the key in `default`, which may
     be missing. A key is sent only to the address for which it was named.
 
-    Raises `ConfigError` if the variable is missing, or its value cannot stand in a header.
+    Raises `ConfigError` if the variable is missing, or a header cannot carry its value.
     """
     try:
         checked_variable(named or default)

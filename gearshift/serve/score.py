@@ -249,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(400, one_line(str(error))) from error
         except Exception as error:  # the client made no mistake, so it may send the request again
             echo(f"gearshift: a request failed: {describe_error(error)}", file=sys.stderr)
-            reason = f"the model failed ({type(error).__name__}); the server's log says more"
+            reason = f"the model failed ({type(error).__name__}); see the server's log"
             raise RefusedError(503, reason, _AGAIN) from error
         finally:
             self.server.one_at_a_time.release()

@@ -22,7 +22,7 @@ own functions. The comparison and the verdict are in a process that it cannot re
 4. The tests compare the answer with 4 in their own process. An exception of the program is raised
    in the tests, and they may catch it.
 5. If the tests pass a function or an object of their own to the program, it stays in the tests'
-   process too, and the program gets a proxy; `access` says what the program may do with it.
+   process too, and the program gets a proxy; `access` decides what the program may do with it.
 6. `harness` runs functions and classes of tests, as unittest and pytest do.
 7. If the tests come to their end, the process exits with `PASSED`; in any other case, an exit or a
    crash included, the program has failed.

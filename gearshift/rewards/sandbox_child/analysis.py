@@ -48,7 +48,7 @@ class UnusableError(Exception):
 
 
 class TestAnalysis(NamedTuple):
-    """The compiled tests, and what their text says."""
+    """The compiled tests, and what their text shows."""
 
     code: CodeType
     raises: frozenset[int]

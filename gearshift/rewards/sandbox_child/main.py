@@ -17,7 +17,7 @@ from gearshift.rewards.sandbox_child import PROGRAM, TESTS
 
 
 def main() -> None:
-    """Read the role and the limits from the command line, and do what the role says."""
+    """Read the role and the limits from the command line, and carry out the role."""
     sys.path.remove("/box")
     role, *numbers = sys.argv[1:6]
     _limit(*map(int, numbers))

@@ -1,5 +1,5 @@
-"""Which names the tests bind, and which values come from the tests alone. It knows syntax trees
-only.
+"""Finds the names that the tests bind, and the values that come only from the tests. It knows
+syntax trees only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Names:
         self.caught: set[str] = set()
         self.defined: set[str] = set()
         self.clean: set[str] = set()
-        """Names whose value comes from the tests alone."""
+        """Names whose value comes only from the tests."""
         self.own: set[str] = set()
         """Names of objects that the tests or the standard library made."""
         self.instances: set[str] = set()
@@ -54,7 +54,7 @@ class Names:
         )  # fmt: skip
 
     def is_clean(self, node: ast.AST) -> bool:
-        """Whether all names in this node come from the tests alone."""
+        """Whether all names in this node come only from the tests."""
         return all(map(self._from_tests, names_in(node)))
 
     def _from_tests(self, name: str) -> bool:

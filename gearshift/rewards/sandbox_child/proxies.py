@@ -1,7 +1,7 @@
 """Proxies, which the tests get in place of the program's objects. A proxy has the object's number,
 and sends operations to the object.
 
-A proxy never equals plain data, whatever the object's `__eq__` says, because the expected value
+A proxy never equals plain data, even if the object's `__eq__` is True, because the expected value
 must not reach the program. An object whose class derives from a plain type is compared here, by its
 data.
 """

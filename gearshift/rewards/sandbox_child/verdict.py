@@ -4,7 +4,7 @@ define belongs to the program, and is requested through the channel.
 A program is wrong unless the tests come to their end. An answer that is not plain data becomes a
 proxy (see `proxies`), which equals no plain data. The tests are unusable if no program could pass
 them: they do not parse, they need what a sandbox does not have, or they never ask the program.
-Their text alone decides this.
+Only their text decides this.
 """
 
 from __future__ import annotations
