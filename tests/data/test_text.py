@@ -5,7 +5,7 @@ the tokenizer does around a token.
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def ends_at(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_completion_ends_at_its_first_stop_string(kind: str, data: st.DataObject) -> None:
     """The strings are parts of a text that was there in between, so that each length occurs."""
     tokenizer = KINDS[kind]
