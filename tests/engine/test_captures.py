@@ -194,7 +194,7 @@ class OnGPU:
 
 def test_a_gpus_cache_is_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = OnGPU()
-    weights, block = sum(p.nbytes for p in model.parameters()), BLOCK * position_bytes(model)
+    weights, block = sum(p.nbytes for p in model.parameters()), BLOCK * position_bytes(model, 4)
     monkeypatch.setattr(sizes, "total_bytes", lambda device: 2.0 * (weights + 10.5 * block))
     config = EngineConfig(max_num_seqs=4)
     assert [cache_capacity(model, config, 256, needed) for needed in (1, 500)] == [10, 10]
