@@ -196,3 +196,4 @@ def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
     python = ByT5Tokenizer()
     assert decode(python, [100, 1000, 2**21, 101]) == python.decode([100, 101])
     assert decode(tiny_tokenizer(), [3, 5000, 4]) == '!"'
+    assert joins(ByT5Tokenizer(clean_up_tokenization_spaces=True), [100, 2**21, 101]) == ["a", "b"]
