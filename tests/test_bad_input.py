@@ -10,7 +10,7 @@ import pytest
 from gearshift.cli.main import main
 from gearshift.errors import ConfigError
 from gearshift.pipeline.policy import find_policy
-from gearshift.pipeline.recipe import Recipe, record_recipe
+from gearshift.pipeline.recipe import Recipe, has_begun, record_recipe
 from gearshift.runtime.config import load
 
 RECIPE = str(Path(__file__).parent / "smoke" / "tiny.yaml")
@@ -204,6 +204,16 @@ def test_links_and_home_stand_for_what_they_lead_to(
     ]  # fmt: skip
     named = load(Recipe, None, words).model_dump_json()
     assert "~" not in named and named.count(str(tmp_path)) == 9
+
+
+def test_a_wrong_name_of_a_model_can_be_corrected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", RECIPE, f"run.dir={tmp_path}", "model.name=./no/such/folder"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "no/such/folder" in capsys.readouterr().err
+    assert not has_begun(tmp_path)  # so that the same folder takes the right name
 
 
 def test_the_command_alone_shows_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,5 +135,5 @@ def said(error: Exception) -> str:
     """A library's error, in one line."""
     if isinstance(error, KeyError) and error.args == (ATTENTION,):
         return NO_INTERFACE
-    line = one_line(str(error), 250)
+    line = one_line(str(error), 300)
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gearshift.errors import CapacityError
+from gearshift.models.load import load_config
 from gearshift.models.made import DONE, check_kept, written_by
 from gearshift.pipeline.context import Context
 from gearshift.pipeline.given import Given
@@ -71,6 +72,8 @@ class Run:
         records(self.folder / "validation")  # a broken record is an error before hours of work
         if left:
             run.record_model()
+            if not has_begun(self.folder):  # with data it has, and another name would be refused
+                load_config(recipe.model)
             if changed := record_sources(self.folder, recipe, named):
                 run.echo(f"{changed} since the run began; what comes is rewarded by it")
         if recipe.task:
