@@ -19,6 +19,7 @@ from gearshift.data.messages import ROLES
 from gearshift.data.rows import TEXT_COLUMNS, is_empty_row, parse_json_columns
 from gearshift.data.text import replace_surrogates
 from gearshift.runtime.config import Config
+from gearshift.runtime.terminal import counted
 
 _LONGEST = 1 << 20
 """Mojibake is looked for only in texts up to this many characters, because that takes a while for
@@ -85,7 +86,8 @@ class CleanReport:
         dropped = (
             f"{self.empty} empty, {self.duplicate} duplicate, {self.length} of the wrong length"
         )
-        return f"{self.kept} of {self.rows} rows kept ({self.changed} repaired; dropped {dropped})"
+        kept = f"{self.kept} of {counted(self.rows, 'row')} kept"
+        return f"{kept} ({self.changed} repaired; dropped {dropped})"
 
 
 def clean(

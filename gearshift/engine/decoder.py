@@ -19,6 +19,7 @@ from gearshift.engine.sequence import Sequence
 from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import philox_uniform
+from gearshift.runtime.terminal import counted
 
 _AHEAD = 64
 """How many tokens the uniforms are drawn ahead for: many cost as much as one."""
@@ -98,7 +99,7 @@ class Decoder:
         CapturedDecodeStep(self.forward, 1, self._longest + 1, capture=False).run()
         with Progress(len(sizes), "capturing decode steps") as progress:
             for rows in sorted(sizes, reverse=True):
-                progress.phase(f"{rows} rows")
+                progress.phase(counted(rows, "row"))
                 if not self._step(rows, 0).capture():
                     self._captures = False
                     return

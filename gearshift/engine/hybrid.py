@@ -49,6 +49,7 @@ from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
 from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
+from gearshift.runtime.terminal import counted
 from gearshift.types import Completion, SamplingParams
 
 Gear = Literal["training", "generation"]
@@ -160,8 +161,9 @@ class Engine:
         request_ids = range(len(prompts)) if request_ids is None else request_ids
         if not len(prompts) == len(each) == len(request_ids):
             raise ConfigError(
-                f"{len(prompts)} prompts have {len(each)} sampling parameters and "
-                f"{len(request_ids)} request ids; give as many of each."
+                f"The call gives {counted(len(prompts), 'prompt')}, "
+                f"{len(each)} SamplingParams and "
+                f"{counted(len(request_ids), 'request id')}; give as many of each."
             )
         return self.loop.complete(zip(prompts, each, request_ids, strict=True))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gearshift.errors import ModelError
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import counted, one_line
 
 INDEX = "model.safetensors.index.json"
 _SETTINGS = (
@@ -47,7 +47,7 @@ def is_folder(name: str | Path) -> bool:
 def listed(names: Iterable[str]) -> str:
     """The first few, and how many more there are."""
     every = sorted(names)
-    more = f" and {len(every) - 3} others" if every[3:] else ""
+    more = f" and {counted(len(every) - 3, 'other')}" if every[3:] else ""
     return ", ".join(one_line(name, 100) for name in every[:3]) + more
 
 

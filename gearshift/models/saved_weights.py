@@ -25,7 +25,7 @@ from gearshift.models.saved_config import (
     refuse,
     settings_in,
 )
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import counted, one_line
 
 WEIGHTS = "model.safetensors"
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -209,7 +209,7 @@ def check_loaded(
                 f"Model {name!r} gives {has[0]} scores ({key} of shape {list(has)}), and a reward "
                 "model gives one; give one trained with num_labels=1, or a language model."
             )
-        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        more = f" and {counted(len(wrong) - 1, 'other')}" if len(wrong) > 1 else ""
         raise ModelError(
             f"Model {name!r} has {key} of shape {list(has)}{more}, and its config.json asks for "
             f"{list(needs)}; give the config and the weights of one model."

@@ -27,7 +27,7 @@ from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.allocator import freed_memory_kept
 from gearshift.runtime.config import Config, read_mapping
 from gearshift.runtime.metrics import read_metrics
-from gearshift.runtime.terminal import echo, quiet
+from gearshift.runtime.terminal import counted, echo, quiet
 from gearshift.tasks.task import Task
 from gearshift.trainers.callbacks import Callbacks
 from gearshift.trainers.presets import PREFERENCE, RLAlgorithm
@@ -252,7 +252,8 @@ def _put_rewards(
     weights = [*weights]
     if len(weights) != len(names):
         raise ConfigError(
-            f"There are {len(weights)} reward_weights for {len(names)} rewards; give each one."
+            f"reward_weights has {counted(len(weights), 'weight')} for "
+            f"{counted(len(names), 'reward')}; give one each."
         )
     pairs = zip(names, weights, strict=True)
     arguments.put("rl.rewards", [{"source": name, "weight": weight} for name, weight in pairs])
@@ -297,7 +298,8 @@ def _run(
             figures.append(f"accuracy {result.accuracy:.3f}")
         shown = "".join(f", {figure}" for figure in figures)
         seconds = time.perf_counter() - began
-        echo(f"{stages[-1]}: {len(result.metrics)} steps{shown}; {seconds:.1f} s; {result.model}")
+        steps = counted(len(result.metrics), "step")
+        echo(f"{stages[-1]}: {steps}{shown}; {seconds:.1f} s; {result.model}")
     return result
 
 

@@ -38,7 +38,7 @@ from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.progress import Progress
-from gearshift.runtime.terminal import echo
+from gearshift.runtime.terminal import counted, echo
 
 
 def open_engine(
@@ -169,8 +169,8 @@ def evaluate_run(
         left, rows = data.unseen(split, trained), data.rows(split)
         if left is not None and rows is not None and len(left) < rows:
             echo(
-                f"{split}: {rows - len(left)} of {rows} rows are left out, for {folder} trained "
-                "on them"
+                f"{split}: {rows - len(left)} of {counted(rows, 'row')} left out, for {folder} "
+                "trained on them"
             )
         for name, where in policies.items():
             if not (to / f"{name}.json").exists():

@@ -26,7 +26,7 @@ from gearshift.pipeline.task_data import TaskData
 from gearshift.rewards.models import ModelReward
 from gearshift.rollouts.evaluate import Evaluation, Split
 from gearshift.runtime.config import Config
-from gearshift.runtime.terminal import quiet
+from gearshift.runtime.terminal import counted, quiet
 from gearshift.runtime.user_functions import given_functions
 from gearshift.tasks.rows import RowsConfig, prompt_row, write_rows
 from gearshift.tasks.task import Task
@@ -94,7 +94,8 @@ def score(
     answers = [completions] if isinstance(completions, str) else [*completions]
     if len(chats) != len(answers):
         raise ConfigError(
-            f"There are {len(chats)} prompts for {len(answers)} completions; give one each."
+            f"The call gives {counted(len(chats), 'prompt')} for "
+            f"{counted(len(answers), 'completion')}; give one each."
         )
     scores = ModelReward(recipe.model, Path(name or recipe.model.name))(chats, answers)
     return [None if value is None or math.isnan(value) else value for value in scores]

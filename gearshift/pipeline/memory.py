@@ -16,6 +16,7 @@ from gearshift.engine import EngineConfig
 from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, position_bytes
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import MemoryNeeds
 
 GIB = 2**30
@@ -146,7 +147,7 @@ def _cache(
         given = shape.cache(1, tokens)
         return {f"KV cache of {tokens} tokens": given if allowed else min(given, needed)}
     if not allowed:
-        return {f"KV cache of {rows} rows x {length} tokens": needed}
+        return {f"KV cache of {counted(rows, 'row')} x {length} tokens": needed}
     longest = engine.max_length
     most = shape.cache(engine.max_num_seqs, longest) if longest else allowed
     share = f"engine.gpu_memory_utilization={engine.gpu_memory_utilization:g}"

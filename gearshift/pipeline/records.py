@@ -13,6 +13,7 @@ from gearshift.errors import StorageError
 from gearshift.pipeline.recipe import POLICIES
 from gearshift.rollouts.evaluate import Comparison, compare, span, value_of
 from gearshift.runtime.digests import read_sealed
+from gearshift.runtime.terminal import counted
 
 Record = dict[str, Any]
 """An `Evaluation`'s summary, its samples, and the seconds that it took."""
@@ -39,13 +40,15 @@ def read_record(path: Path) -> Record:
 
 def format_record(record: Record) -> str:
     """The figure as text: `chrf 0.412 [0.395, 0.430] of 256 problems`."""
-    episodes = "" if record["episodes"] == record["n"] else f" in {record['episodes']} episodes"
+    episodes = (
+        "" if record["episodes"] == record["n"] else f" in {counted(record['episodes'], 'episode')}"
+    )
     failed = f", {record['failures']} failed" if record["failures"] else ""
     if record["left_out"]:
-        failed += f"; {record['left_out']} rows left out that were trained on"
+        failed += f"; {counted(record['left_out'], 'row')} left out as trained on"
     return (
-        f"{record['metric']} {record['value']:.3f} {span(record['interval'])} of {record['n']} "
-        f"problems{episodes}{failed}"
+        f"{record['metric']} {record['value']:.3f} {span(record['interval'])} of "
+        f"{counted(record['n'], 'problem')}{episodes}{failed}"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.pipeline.summary import Summary
+from gearshift.runtime.terminal import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +41,4 @@ class RunResult:
             f", {name} {record['metric']} {record['value']:.3f}"
             for name, record in self.heldout.items()
         )
-        return f"RunResult({self.model}, {len(self.metrics)} steps{figures})"
+        return f"RunResult({self.model}, {counted(len(self.metrics), 'step')}{figures})"

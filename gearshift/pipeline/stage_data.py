@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from gearshift.data import DataConfig, Mixture, clean, load_rows
 from gearshift.errors import ConfigError, OverlongError
 from gearshift.pipeline.context import Context
+from gearshift.runtime.terminal import counted
 
 Example = TypeVar("Example")
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ def render_sources(
             sources[i] = [row for row in rows if _fits(row, render)]
             if left := len(rows) - len(sources[i]):
                 path = config.sources[i].path
-                run.echo(f"data: {path}: {left} of {len(rows)} rows are too long, left out")
+                run.echo(f"data: {path}: {left} of {counted(len(rows), 'row')} left out, too long")
     return [render(rows) for rows in sources]
 
 

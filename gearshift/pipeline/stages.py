@@ -33,6 +33,7 @@ from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.runtime.digests import write_sealed
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.terminal import counted
 from gearshift.tasks.registry import TASKS
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
@@ -224,7 +225,9 @@ def usable_rows(
     if not unusable:
         return range(count)
     row, why = next(iter(unusable.items()))
-    message = f"{path}, line {row + 1}: {why}; {len(unusable)} of {count} rows cannot be used"
+    message = (
+        f"{path}, line {row + 1}: {why}; {len(unusable)} of {counted(count, 'row')} cannot be used"
+    )
     if config.rollout.overlong_prompts == "error" or len(unusable) == count:
         drop = "" if len(unusable) == count else ", or set rl.rollout.overlong_prompts=drop"
         raise DataError(f"{message}. Shorten them or lower rl.rollout.max_new_tokens{drop}.")

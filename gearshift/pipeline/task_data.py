@@ -25,7 +25,7 @@ from gearshift.rollouts.evaluate import Split
 from gearshift.rollouts.intervals import merged
 from gearshift.runtime.digests import file_digests, write_sealed
 from gearshift.runtime.files import writing
-from gearshift.runtime.terminal import echo
+from gearshift.runtime.terminal import counted, echo
 from gearshift.runtime.user_functions import describe_error
 from gearshift.tasks.registry import get_task
 from gearshift.tasks.task import Task, TaskConfig
@@ -111,8 +111,8 @@ class TaskData:
         left = trained.unseen(rows, self.task.cluster)
         if not left:
             raise DataError(
-                f"{trained.run} trains on all {len(rows)} {split} rows, so they cannot show how "
-                "good it is; take the stages' data from task:labelled, or name other rows."
+                f"{trained.run} trains on all {counted(len(rows), f'{split} row')}, so they cannot "
+                "show how good it is; take the stages' data from task:labelled, or name other rows."
             )
         return left
 

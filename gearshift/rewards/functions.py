@@ -19,6 +19,7 @@ from typing import Any, Protocol, SupportsFloat
 
 from gearshift.errors import ConfigError
 from gearshift.rewards.http_client import short_repr
+from gearshift.runtime.terminal import counted
 from gearshift.runtime.user_functions import describe_error
 from gearshift.runtime.worker_threads import CallAbandoned, run_with_timeout
 from gearshift.types import Message
@@ -195,10 +196,11 @@ def _check_rewards(name: str, result: Any, samples: int) -> list[float | None]:
     with _name_failures(name):  # a generator runs only now, and may have no end
         values = list(islice(result, samples + 1))
     if len(values) != samples:
-        count = f"more than {samples}" if len(values) > samples else str(len(values))
+        less = counted(len(values), "reward")
+        count = f"more than {counted(samples, 'reward')}" if len(values) > samples else less
         raise ConfigError(
-            f"The reward function {name} returned {count} rewards for {samples} completions;"
-            " it must return one each."
+            f"The reward function {name} returned {count} for "
+            f"{counted(samples, 'completion')}; it must return one each."
         )
     return [None if value is None else _check_reward(name, value) for value in values]
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
 from gearshift.errors import ConfigError
+from gearshift.runtime.terminal import counted
 from gearshift.runtime.urls import Endpoint, checked_variable, redact_urls
 from gearshift.runtime.user_functions import describe_error
 from gearshift.runtime.worker_threads import run_with_timeout
@@ -129,7 +130,7 @@ def post(
             why = f"it answers {status} {reason}"
             asked = answer_headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(asked))) if asked.isdecimal() else wait
-    raise NoAnswerError(f"{address.display}: {address.redact(why)}, {tries} times")
+    raise NoAnswerError(f"{address.display}: {address.redact(why)}, {counted(tries, 'time')}")
 
 
 def _answer(request: Request, timeout: float) -> tuple[int, str, Headers, bytes]:

@@ -27,6 +27,7 @@ from gearshift.rollouts.intervals import (
     merged,
     sign_flip,
 )
+from gearshift.runtime.terminal import counted
 from gearshift.types import SamplingParams, Trajectory
 
 Split = Literal["validation", "test"]
@@ -284,8 +285,9 @@ class Comparison:
         apart = "" if self.told_apart else "; this may be chance"
         return (
             f"{self.before} -> {self.after}: {self.difference:+.3f} "
-            f"{span(finite(self.interval), '+.3f')}, p = {self.p:.2g}; {len(self.wins)} rows "
-            f"better, {len(self.losses)} worse, {self.n} problems{apart}"
+            f"{span(finite(self.interval), '+.3f')}, p = {self.p:.2g}; "
+            f"{counted(len(self.wins), 'row')} better, {len(self.losses)} worse, "
+            f"{counted(self.n, 'problem')}{apart}"
         )
 
 

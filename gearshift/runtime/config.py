@@ -233,8 +233,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             slot = int(part) if part.isdecimal() and len(part) < 10 else len(node)
             if slot >= len(node):
                 raise ConfigError(
-                    f"The override `{shown}`: the list `{here}` has {len(node)} entries,"
-                    f" counted from 0, and no `{one_line(part, 40)}`."
+                    f"The override `{shown}`: the list `{here}` has no entry"
+                    f" `{one_line(part, 40)}`; it has {len(node)}, counted from 0."
                 )
         elif not isinstance(node, dict):
             raise ConfigError(

@@ -25,7 +25,7 @@ import torch
 
 from gearshift.errors import ConfigError, StorageError
 from gearshift.runtime.files import read_json, reading, sync, write_json, writing
-from gearshift.runtime.terminal import echo, one_line
+from gearshift.runtime.terminal import counted, echo, one_line
 from gearshift.runtime.urls import redact_urls
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -221,7 +221,7 @@ class Trackers:
             except Exception as error:
                 self._tell(f"{name} did not close ({_first_line(error)})")
         for lost, steps in self.lost.items():
-            self._tell(f"{lost} was not sent {steps} steps")
+            self._tell(f"{lost} was not sent {counted(steps, 'step')}")
         self._open = {}
 
     def _tell(self, what: str) -> None:

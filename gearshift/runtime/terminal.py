@@ -38,6 +38,11 @@ def one_line(text: str, most: int = 300) -> str:
     return printable(" ".join(text[: 4 * most + 100].split()), most)
 
 
+def counted(count: int, noun: str) -> str:
+    """The number with its noun: `1 row`, `2 rows`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def echo(text: str, end: str = "\n", file: IO[str] | None = None) -> None:
     """Print the text at once, made printable; to standard output if no file is given."""
     if not _quiet:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from gearshift.rewards.http import MAX_ROWS
 from gearshift.rewards.http_client import is_loopback
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import counted, one_line
 
 MAX_MESSAGES = 1 << 14
 """The largest number of messages in all prompts of a request together."""
@@ -78,8 +78,8 @@ def _samples(body: Any) -> dict[str, Any]:
     if len(prompts) != len(completions):
         raise RefusedError(
             400,
-            f"there are {len(prompts)} prompts and {len(completions)} completions; send as many of "
-            "both",
+            f"the request has {counted(len(prompts), 'prompt')} and "
+            f"{counted(len(completions), 'completion')}; send as many of both",
         )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not isinstance(prompt, list) or not all(map(_is_message, prompt)):

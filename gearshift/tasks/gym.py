@@ -18,7 +18,7 @@ from gearshift.environments.base import TextEnvironment
 from gearshift.environments.registry import make_environment
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import echo
+from gearshift.runtime.terminal import counted, echo
 from gearshift.tasks.rows import read_rows, write_rows
 from gearshift.tasks.task import Task, TaskConfig
 from gearshift.types import Message
@@ -143,7 +143,7 @@ def _split_starts(
         prompt = opening if info.get("row") is None else []
         by_start.setdefault(key, []).append({"prompt": prompt, "cluster": key, "seed": start})
     if draws and len(by_start) < 3:
-        few = f"{config.id} starts in {len(by_start)} way(s) only"
+        few = f"{config.id} starts in {counted(len(by_start), 'way')} only"
         if config.starts:
             raise ConfigError(f"{few}, too few to hold some out; set task.starts=0.")
         echo(f"data: {few}: held-out episodes start as those of training do")
@@ -180,8 +180,8 @@ def _labelled(
             break
     else:
         raise DataError(
-            f"Random play was won {len(rows)} times in {_TRIES * config.labelled} episodes of "
-            f"{config.id}; lower labelled, or set labelled_won=false."
+            f"Random play was won {counted(len(rows), 'time')} in {_TRIES * config.labelled} "
+            f"episodes of {config.id}; lower labelled, or set labelled_won=false."
         )
     return rows
 

@@ -29,7 +29,7 @@ from gearshift.rollouts.intervals import merged
 from gearshift.runtime.config import PathText
 from gearshift.runtime.files import write_text
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import echo
+from gearshift.runtime.terminal import counted, echo
 from gearshift.tasks.row_forms import has_answer, labelled_row
 from gearshift.tasks.row_forms import prompt_row as prompt_row
 from gearshift.tasks.task import Task, TaskConfig
@@ -230,8 +230,8 @@ def _report_overlap(
             if equal := [i for i, problem in enumerate(mine) if problem in theirs]:
                 one, place = (split, equal[0]), theirs[mine[equal[0]]]
                 echo(
-                    f"data: {len(equal)} rows left out of {split}, because {other} has their "
-                    f"prompts or clusters; for example {where(one)} is like {where(place)}"
+                    f"data: {counted(len(equal), 'row')} left out of {split}, because {other} has "
+                    f"their prompts or clusters; for example {where(one)} is like {where(place)}"
                 )
         texts, others = first(split, keys), first(other, keys)
         if pairs := list(near_duplicates([*texts], [*others])):

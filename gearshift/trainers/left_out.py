@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gearshift.errors import DataError
+from gearshift.runtime.terminal import counted
 
 Reason = Literal["environment", "overlong_prompt", "no_reward", "alone", "no_greedy"]
 _WORDS: dict[Reason, str] = {
@@ -62,7 +63,7 @@ class LeftOut:
     def error(self) -> DataError:
         """The reason why the run ends."""
         return DataError(
-            f"No episode of the last {self.tried} prompts has a reward to learn from "
+            f"No episode of the last {counted(self.tried, 'prompt')} has a reward to learn from "
             f"({self.describe()}); look at the environment and the rewards."
             + (
                 " What was learned before them is saved, and the same command goes on from there."

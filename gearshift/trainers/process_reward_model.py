@@ -43,7 +43,7 @@ class ProcessRewardConfig(SupervisedStageConfig):
     separator: str = "\n"
     """The text after each step; its last token carries the step's logit."""
 
-    rows_are: ClassVar[str] = "answers"
+    row_is: ClassVar[str] = "answer"
 
     def inputs(self) -> Inputs:
         models = (self.model,) if self.model else ()

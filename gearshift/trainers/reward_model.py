@@ -61,7 +61,7 @@ class RewardModelConfig(SupervisedStageConfig):
     zero."""
 
     sequences_in_row: ClassVar[int] = 2
-    rows_are: ClassVar[str] = "pairs"
+    row_is: ClassVar[str] = "pair"
 
     def inputs(self) -> Inputs:
         models = (self.model,) if self.model else ()

@@ -33,7 +33,7 @@ from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
-from gearshift.runtime.terminal import echo, one_line
+from gearshift.runtime.terminal import counted, echo, one_line
 from gearshift.trainers.callbacks import Callbacks
 from gearshift.trainers.ema import MovingAverage
 from gearshift.trainers.needs import Inputs, MemoryNeeds
@@ -328,5 +328,5 @@ class Stage:
                 before = identity(type(self._recipe).model_validate(before))
         lines = differences(before, identity(self._recipe))
         if not lines and state["total"] != self.total:
-            lines = [f"the data made {state['total']} steps and make {self.total}"]
+            lines = [f"the data made {counted(state['total'], 'step')} and make {self.total}"]
         return "; ".join(lines)

@@ -17,6 +17,7 @@ from gearshift.data import DataConfig, Mixture, errors_at
 from gearshift.data.rows import text_size
 from gearshift.errors import OverlongError
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import StageConfig
 
@@ -55,7 +56,7 @@ class SupervisedStageConfig(StageConfig):
     """AdamW and its schedule."""
 
     sequences_in_row: ClassVar[int] = 1
-    rows_are: ClassVar[str] = "rows"
+    row_is: ClassVar[str] = "row"
 
     def seen(self, rows: int) -> int:
         """The total number of rows that are learned from; a row counts at each use."""
@@ -72,7 +73,8 @@ class SupervisedStageConfig(StageConfig):
         return [rows.example_at(i) for i in range(first, end)]
 
     def describe(self) -> str:
-        return f"{self.epochs:g} epochs in batches of {self.batch_size} {self.rows_are}"
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs:g} epochs"
+        return f"{epochs} in batches of {counted(self.batch_size, self.row_is)}"
 
     def inputs(self) -> Inputs:
         return Inputs(learned=(self.data,))

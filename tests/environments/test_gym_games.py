@@ -312,7 +312,7 @@ def test_no_start_is_in_two_splits(tmp_path: Path) -> None:
 def test_a_game_with_one_start_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = t.GymConfig(kwargs={"game": "CliffWalking-v1"})
     assert t.prepare(config, 0, tmp_path) == {}
-    assert "starts in 1 way(s) only" in capsys.readouterr().out
+    assert "starts in 1 way only" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"too few to hold some out; set task.starts=0"):
         t.prepare(config.model_copy(update={"starts": 50}), 0, tmp_path)
 

@@ -317,7 +317,7 @@ def test_verbose_false_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert not out and not err
     gearshift.train_sft("tiny", CHATS, epochs=1, output=tmp_path / "b", **TINY)
     out, err = capfd.readouterr()
-    assert out.splitlines()[-1].startswith("sft: 1 steps") and "1/1" in err
+    assert out.splitlines()[-1].startswith("sft: 1 step;") and "1/1" in err
 
 
 def test_an_adapter_is_saved_without_the_bars_of_the_library(
@@ -366,7 +366,7 @@ def test_several_rewards_have_weights(tmp_path: Path) -> None:
     assert tree["task"]["reward"] == named
     assert found == [("environment", 1.0), ("given:capital", 0.5), ("given:lambda", 2.0)]
     assert "rewards/given:capital/mean" in result.metrics[0]
-    with pytest.raises(ConfigError, match="2 reward_weights for 1 rewards"):
+    with pytest.raises(ConfigError, match="reward_weights has 2 weights for 1 reward;"):
         gearshift.train_rl("tiny", PROMPTS, short, reward_weights=[1, 2])
 
 

@@ -69,7 +69,7 @@ def test_rows_that_the_run_trained_on_are_left_out(
     other = recipe(place, "other", task=task)
     main(["eval", str(place / "run"), "--recipe", str(other)])
     out = " ".join(capsys.readouterr().out.split())
-    assert "validation: 24 of 41 rows are left out, for" in out
+    assert "validation: 24 of 41 rows left out, for" in out
     found = json.loads((place / "run/eval/other/validation/sft.json").read_text())
     assert (found["episodes"], found["left_out"]) == (17, 24)
     rows = [json.loads(line) for line in (place / "run/data/train.jsonl").open()]
@@ -92,7 +92,7 @@ def test_a_stage_that_reads_the_whole_file_takes_its_rows_from_the_evaluation(
     main(["run", str(made)])
     record = json.loads((place / "leaky/validation/base.json").read_text())
     assert 0 < record["left_out"] < 20 and record["episodes"] == 20 - record["left_out"]
-    assert f"{record['left_out']} rows left out that were trained on" in capsys.readouterr().out
+    assert f"{record['left_out']} rows left out as trained on" in capsys.readouterr().out
     assert all(int(s["prompt"].split()[0]) >= 20 for s in record["samples"])
     main(["eval", str(place / "leaky"), "--split", "test"])
     tested = json.loads((place / "leaky/test/sft.json").read_text())

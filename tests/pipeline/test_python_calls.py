@@ -67,7 +67,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: gearshift.evaluate(ENGINE, environment=NotAnEnvironment, verbose=False),
         "is not a text environment",
     ),
-    (lambda: gearshift.score("tiny", PROMPTS, ["a"]), "3 prompts for 1 completions"),
+    (lambda: gearshift.score("tiny", PROMPTS, ["a"]), "3 prompts for 1 completion;"),
     (lambda: gearshift.train_rl("tiny", PROMPTS, one, reward_weights=1.0), "a list"),  # type: ignore[arg-type]
     (lambda: gearshift.train_rl("tiny", PROMPTS, one, "dpo"), "train_rl has no algorithm 'dpo'"),
     (lambda: gearshift.train_dpo("tiny", ROWS, algorithm="grpo"), "it has dpo, cdpo"),

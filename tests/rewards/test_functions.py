@@ -136,7 +136,7 @@ def test_two_functions_of_one_name_are_both_reported() -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ([1.0], "returned 1 rewards for 2"),
+        ([1.0], "returned 1 reward for 2"),
         (None, "returned None"),
         (1.0, "returned 1.0"),
         (["1", "2"], "returned '1' as a reward"),

@@ -106,8 +106,8 @@ BAD = [
     ("model: m", ["=3"], ["override `=3`", "key.sub=value"]),
     ("model: m", ["steps=[1"], ["override `steps=[1`", "not valid YAML", "quote it"]),
     ("model: m", ["model.x=3"], ['`model` is "m"', "contains no keys"]),
-    ("model: m\nrewards: [{name: a}]", ["rewards.1.name=b"], ["`rewards` has 1 entries", "`1`"]),
-    ("model: m\nrewards: [{name: a}]", ["rewards.name=b"], ["`rewards` has 1 entries", "`name`"]),
+    ("model: m\nrewards: [{name: a}]", ["rewards.1.name=b"], ["`rewards` has no entry `1`"]),
+    ("model: m\nrewards: [{name: a}]", ["rewards.name=b"], ["`rewards` has no entry `name`"]),
     ("model: m", ["optimizer.lrr=1"], ["`optimizer.lrr`", "did you mean `optimizer.lr`"]),
 ]
 

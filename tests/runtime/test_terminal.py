@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearshift.runtime.terminal import one_line, printable
+from gearshift.runtime.terminal import counted, one_line, printable
 
 TEXTS = st.text(st.characters())  # surrogates and control characters too
 
@@ -42,3 +42,7 @@ def test_what_is_shown() -> None:
     )
     assert printable("abcdefgh", 6) == "abc..." and printable("abcdef", 6) == "abcdef"
     assert one_line(" a\n\n  b\x00 ") == "a b\\x00"
+
+
+def test_a_number_stands_before_its_noun() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]

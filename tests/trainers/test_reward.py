@@ -78,5 +78,5 @@ def test_rows_longer_than_the_model_takes(
     assert f"{where}.jsonl, line 3: it has 5" in printed and "the 512 of the model" in printed
     assert not (tmp_path / "run" / section / "metrics.jsonl").exists()
     main([*words, f"{section}.{where}.overlong=drop", f"run.dir={tmp_path / 'other'}"])
-    assert "1 of 4 rows are too long, left out" in capsys.readouterr().out
+    assert "1 of 4 rows left out, too long" in capsys.readouterr().out
     assert (tmp_path / "other" / section / "done.json").exists()

@@ -14,6 +14,7 @@ from gearshift.data import DataConfig
 from gearshift.rewards.config import RewardSource
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import PROMPT_TOKENS, Inputs, MemoryNeeds
 from gearshift.trainers.presets import RLAlgorithm, rl_filled
 from gearshift.trainers.rl.methods import (
@@ -268,9 +269,10 @@ class RLConfig(StageConfig):
         kl = self.kl
         weight = f"KL {kl.estimator} x {kl.beta:g} in the {kl.where}" if kl.beta else "no KL"
         return (
-            f"{self.steps} steps of {self.rollout.prompts} prompts x {self.rollout.group_size} "
-            f"completions, advantage {self.advantage.name}, loss {self.loss.name}, "
-            f"{self.updates_a_step} update{'s' * (self.updates_a_step > 1)} a step, {weight}"
+            f"{counted(self.steps, 'step')} of {counted(self.rollout.prompts, 'prompt')} x "
+            f"{counted(self.rollout.group_size, 'completion')}, "
+            f"advantage {self.advantage.name}, loss {self.loss.name}, "
+            f"{counted(self.updates_a_step, 'update')} a step, {weight}"
         )
 
     def inputs(self) -> Inputs:
