@@ -8,10 +8,12 @@ to one version of the weights: `reset_prefix_cache` makes what another version c
 
 from __future__ import annotations
 
+import gc
 import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -167,10 +169,12 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _zeros_on_gpu(shape: tuple[int, ...], like: Tensor, size: int) -> Tensor:
-    try:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    except torch.OutOfMemoryError:
-        raise CapacityError(
-            f"The GPU does not give {size / 2**20:.0f} MiB to each layer of the cache; lower "
-            "engine.gpu_memory_utilization or set engine.kv_cache_tokens."
-        ) from None
+    for again in (True, False):
+        with suppress(torch.OutOfMemoryError):
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if again:
+            gc.collect()  # an engine that nothing uses any more may still have its cache
+    raise CapacityError(
+        f"The GPU does not give {size / 2**20:.0f} MiB to each layer of the cache; lower "
+        "engine.gpu_memory_utilization or set engine.kv_cache_tokens."
+    )

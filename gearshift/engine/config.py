@@ -28,8 +28,8 @@ class EngineConfig(Config):
     `max_num_seqs` of the longest sequences. The key has no effect on a CPU, or with
     `kv_cache_tokens`."""
     free_cache_while_training: bool = False
-    """Whether the memory of the cache and of the prepacked weights is freed before each training
-    phase."""
+    """Whether the memory of the cache, of captured steps and of the prepacked weights is freed
+    before each training phase. They are made again at the next generation."""
     recompute: bool | None = None
     """Whether training keeps only the input of each layer, and computes the layer again in the
     backward pass (activation checkpointing). This costs a third more work and saves most of the

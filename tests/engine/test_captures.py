@@ -141,6 +141,19 @@ def test_the_cache_is_freed_without_a_collection(
     assert [one() for one in held] == [None] * len(held)
 
 
+def test_kernels_stay_while_the_model_does() -> None:
+    """With them a GPU keeps its stream, and cuBLAS's workspace for it."""
+    e = engine(free_cache_while_training=True)
+    kernels = e.runner.kernels
+    written(e)
+    with e.training():
+        assert e.memory()["steps"] == 0
+    assert e.runner.kernels is kernels
+    e.model.to(torch.bfloat16)
+    written(e)
+    assert e.runner.kernels is not kernels
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_steps_follow_adapters(dtype: torch.dtype) -> None:
     """What was captured without adapters is not replayed with them, nor the other way round."""
@@ -212,6 +225,23 @@ def test_a_request_beyond_a_gpus_cache_names_the_key() -> None:
     limits = SamplingLimits(259, 256, 32, "gpu_memory_utilization", 0, frozenset())
     with pytest.raises(CapacityError, match=r"engine\.gpu_memory_utilization of 32"):
         limits.sequence([3] * 30, SamplingParams(max_new_tokens=5), 0)
+
+
+def test_an_engine_that_nothing_uses_makes_room_for_the_cache(
+    no_collection: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros, old = torch.zeros, engine()
+    written(old)
+    alive = ref(old)
+    del old
+
+    def full(*shape: Any, **how: Any) -> Tensor:
+        if alive() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(*shape, **how)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    assert len(KVCache(4).layer(0, torch.empty(1, 2, 8, device="meta"))) == 5
 
 
 def test_a_gpu_that_has_no_memory_for_the_cache_names_the_key(
