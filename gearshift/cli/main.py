@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if isinstance(stream, io.TextIOWrapper):  # text outside its encoding is no error
             stream.reconfigure(errors=errors)
+    # A GPU's memory then falls less into pieces. PyTorch reads this when it first takes some.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if argv is None:
         exit_on_signals()
     words = run.options_first(list(sys.argv[1:] if argv is None else argv))

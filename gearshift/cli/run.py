@@ -42,6 +42,11 @@ def add_commands(commands: Any) -> None:
             action="store_true",
             help="check files, print the whole recipe, the plan and the memory; train nothing",
         )
+        command.add_argument(
+            "--profile",
+            action="store_true",
+            help="record two steps of each stage in profile.json in its folder, a Chrome trace",
+        )
         command.set_defaults(do=run, command=name)
     evaluation = commands.add_parser(
         "eval",
@@ -89,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
     from gearshift.runtime.allocator import keep_freed_memory
     from gearshift.runtime.config import load
 
-    recipe = load(Recipe, find_recipe(arguments.recipe), arguments.overrides)
+    overrides = [*arguments.overrides, *(["run.profile=true"] if arguments.profile else [])]
+    recipe = load(Recipe, find_recipe(arguments.recipe), overrides)
     arguments.folder_of_run = Path(recipe.run.dir)
     command = {"dpo": "preference"}.get(arguments.command, arguments.command)
     if command in ALL and getattr(recipe, command) is None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gearshift import __version__
 from gearshift.errors import ConfigError, DataError
 from gearshift.pipeline.shipped import recipe_folder
 from gearshift.runtime.terminal import echo
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_commands(commands: Any) -> None:
@@ -131,6 +135,9 @@ def doctor(arguments: argparse.Namespace) -> None:
         f"device       {device} ({name}), weights in "
         f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
     )
+    for line in _gpu(device) if device.type == "cuda" else ():
+        echo(line)
+    echo(f"kernels      {_kernels(device)}")
     wanted = {
         "torch": "",
         "transformers": "",
@@ -168,3 +175,45 @@ def parity(arguments: argparse.Namespace) -> None:
     echo(json.dumps(measured.record(), indent=1) if arguments.json else measured.table())
     if not measured.ok:
         sys.exit(1)
+
+
+def _gpu(device: torch.device) -> Iterator[str]:
+    """What a GPU is and has, a line each."""
+    import torch
+
+    free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    major, minor = torch.cuda.get_device_capability(device)
+    yield f"memory       {free:.1f} of {whole:.1f} GiB are free"
+    yield f"capability   {major}.{minor}, driver {_driver()}, CUDA {torch.version.cuda}"
+    yield f"cuDNN        {torch.backends.cudnn.version()}"
+
+
+def _driver() -> str:
+    """The version of the GPU's driver."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return found.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _kernels(device: torch.device) -> str:
+    """Which kernels a model in the default precision runs with here, and why not faster ones."""
+    import importlib.metadata
+
+    import torch
+
+    from gearshift.kernels.dispatch import kernels_for
+    from gearshift.models.load import resolve_dtype
+
+    weight = torch.empty(1, dtype=resolve_dtype("auto", device), device=device)
+    name = type(kernels_for(weight)).__name__
+    if name == "TritonKernels":
+        return f"Triton {importlib.metadata.version('triton')}, CUDA graphs"
+    if name == "CPUKernels":
+        return "compiled for this CPU"
+    missing = "a C++ compiler" if device.type == "cpu" else "triton (pip install triton)"
+    return f"tensor functions; {missing} would make generation faster"

@@ -36,6 +36,7 @@ from gearshift.models.layers import described_hidden
 from gearshift.models.logprobs import TokenScores, token_logprobs
 from gearshift.models.units import make_unit, run_in
 from gearshift.models.vocabulary import vocabulary_size
+from gearshift.models.work import TrainingWork
 
 Form = Literal["described", "hugging_face"]
 Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
@@ -96,6 +97,8 @@ class ModelRunner:
                 make_unit(layer.unit)
         self.kernels: Kernels = kernels_of(model)
         self.vocabulary = vocabulary_size(model)
+        self.work = TrainingWork(model, self.plan)
+        """What was trained: see there."""
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
         if packs and checked:
@@ -177,6 +180,7 @@ class ModelRunner:
             )
         if self.limit:
             self.limit.check(batch)
+        self.work.add(batch)
         if self.weights is not None and not has_active_dropout(self.model):
             return self._described(batch)
         if self.recompute:
@@ -195,6 +199,7 @@ class ModelRunner:
     ) -> TokenScores:
         assert self.head is not None
         rows_MH = self._hidden(batch)[batch.logit_indices]
+        self.work.add_head(batch)
         scores = token_logprobs(self.head, rows_MH, batch.targets, temperature)
         return scores if value_head is None else scores._replace(values=value_head(rows_MH))
 

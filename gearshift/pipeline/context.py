@@ -92,8 +92,8 @@ class Context:
         functions, folder = functions_of(config, self.recipe), self.folder / name
         check_sources(self.folder, folder, found | functions)
         origins = self.recipe, found, functions | self.given.digests()
-        callbacks = self.given.callbacks
-        self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks)
+        callbacks, profile = self.given.callbacks, self.recipe.run.profile
+        self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks, profile)
         return self.stage
 
     def record_model(self) -> None:

@@ -49,6 +49,8 @@ class RunConfig(Config):
     """The run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """The seed from which all random numbers of the run are drawn."""
+    profile: Neutral[bool] = False
+    """Record two steps of each stage in `profile.json` in its folder, a Chrome trace."""
 
 
 class EnvironmentConfig(Config):

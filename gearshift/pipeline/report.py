@@ -35,6 +35,9 @@ _CURVES = (
     ("Margin of pairs", ("margin",)),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
+    ("Trained tokens a second", ("speed/tokens_per_second",)),
+    ("Model FLOPs utilisation", ("speed/mfu",)),
+    ("Peak of the GPU's memory, GiB", ("memory/peak_gib/*",)),
 )
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#94a3b8")
 _POLICY = "POLICY"

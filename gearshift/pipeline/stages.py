@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -319,8 +320,11 @@ def _step_times(steps: Sequence[dict[str, float]]) -> str:
     parts = {name: middle(f"engine/{name}_seconds") for name in ("shift", "prefill", "decode")}
     parts |= {name: middle(f"seconds/{name}") for name in ("reward", "score", "train")}
     listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    mfu = middle("speed/mfu")
+    used = "" if isnan(mfu) else f" ({mfu:.0%} of the GPU's promised rate)"
     return (
         f"rl: {middle('step_time'):.2f} s a step ({listed}); decoding "
         f"{middle('engine/decode_tokens_per_second'):,.0f} tokens/s, "
-        f"{middle('engine/roofline_fraction'):.0%} of what this machine's measured speed allows"
+        f"{middle('engine/roofline_fraction'):.0%} of what this machine's measured speed allows; "
+        f"training {middle('speed/tokens_per_second'):,.0f} tokens/s{used}"
     )

@@ -293,15 +293,24 @@ _OPEN: dict[TrackerName, Callable[[Any, TrackedRun], _Tracker]] = {
 }
 
 
+MEASURED = ("seconds/", "speed/", "memory/", "engine/", "step_time")
+"""How the names of metrics begin that measure the machine, and differ from one run to the next."""
+
+
 class PhaseTimer:
-    """Adds up seconds by phase until they are taken: `with timer("generate"): ...`."""
+    """Adds up seconds by phase until they are taken, and on a GPU measures the memory at the peak
+    of each phase: `with timer("generate"): ...`.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the time of this context towards `phase`; phases do not nest."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
             yield
@@ -310,9 +319,16 @@ class PhaseTimer:
                 # Kernels still run after Python goes on; their time belongs to the phase that
                 # launched them.
                 torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                self._peaks[phase] = max(peak, self._peaks.get(phase, 0.0))
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def pop(self) -> dict[str, float]:
-        """The seconds since the last call of `pop`."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+        """The figures since the last call of `pop`: `seconds/PHASE`, and on a GPU
+        `memory/peak_gib/PHASE`.
+        """
+        seconds, peaks, self._seconds, self._peaks = self._seconds, self._peaks, {}, {}
+        return {
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            **{f"memory/peak_gib/{phase}": value for phase, value in peaks.items()},
+        }

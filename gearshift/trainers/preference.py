@@ -202,7 +202,7 @@ def train_preference(
         engine.weights_changed()
         if config.loss == "kto":
             metrics["kl"] = float(baseline)
-        stage.log(step, metrics, tokens=sum(map(len, batch)))
+        stage.log(step, metrics, sum(map(len, batch)), engine.runner)
 
 
 class PreferenceLoss:

@@ -113,7 +113,7 @@ def train_process_reward_model(
         with stage.phase("train"):
             cut = partial(micro_batches, batch)
             metrics = update(cut, stage.micro_batch, loss_of, optimizer)
-        stage.log(step, metrics, tokens=sum(len(row.ids) for row in batch))
+        stage.log(step, metrics, sum(len(row.ids) for row in batch), runner)
     model.eval()
 
 

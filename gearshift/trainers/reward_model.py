@@ -159,7 +159,8 @@ def train_reward_model(
         with stage.phase("train"):
             cut = partial(micro_batches, runner, batch)
             metrics = update(cut, stage.micro_batch, loss_of, optimizer)
-        stage.log(step, metrics, tokens=sum(len(side) for pair in batch for side in pair.sides))
+        tokens = sum(len(side) for pair in batch for side in pair.sides)
+        stage.log(step, metrics, tokens, runner)
     model.eval()
 
 

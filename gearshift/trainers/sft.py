@@ -92,4 +92,4 @@ def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], st
         with stage.phase("train"), engine.training(dropout=True):
             metrics = update(batch.split, stage.micro_batch, loss_of, optimizer)
         engine.weights_changed()
-        stage.log(step, metrics, tokens=len(batch))
+        stage.log(step, metrics, len(batch), engine.runner)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from operator import attrgetter
@@ -20,7 +20,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from pydantic import Field, ValidationError
 
+from gearshift.engine.stats import peak_flops
 from gearshift.errors import CheckpointError, GearshiftError
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
@@ -31,6 +33,7 @@ from gearshift.runtime.interrupt import Interrupt, shielded
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.runtime.profile import profiled
 from gearshift.runtime.progress import Progress
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import counted, echo, one_line
@@ -106,9 +109,11 @@ class Stage:
         made_from: Digests | None = None,
         functions: Digests | None = None,
         callbacks: Callbacks | None = None,
+        profile: bool = False,
     ) -> None:
         """`recipe` and the files of `made_from` are what a checkpoint must have been made under to
         be used again; a changed file of `functions` is only reported. Trackers get the recipe.
+        `profile`: two steps are recorded in `profile.json`.
         Raises `StorageError` if the folder cannot be made.
         """
         self.name, self.folder, self.total, self.seed, self.config = (
@@ -129,6 +134,7 @@ class Stage:
         run = folder.resolve().parent.name
         self._trackers = Trackers(config.trackers, folder, f"{run}/{name}", keys)
         self._progress: Progress | None = None
+        self._profile = profile
         self._mark: _Mark | None = None
         self._callbacks = callbacks or Callbacks()
 
@@ -159,7 +165,9 @@ class Stage:
         ):
             self._progress, heap = progress, HeapGuard()
             self._mark = self._marked(start)
-            for step in range(start, self.total):
+            steps = range(start, self.total)
+            path = self.folder / "profile.json"
+            for step in profiled(steps, path) if self._profile else steps:
                 interrupt.where = f"in step {step + 1} of {self.total} ({self.name})"
                 torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
                 self._began = time.perf_counter()
@@ -209,14 +217,15 @@ class Stage:
             self._progress.phase(name)
         return self.timer(name)
 
-    def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Record a finished step: how many `tokens` it processed, its metrics, and the seconds of
-        its phases.
+    def log(self, step: int, metrics: dict[str, float], tokens: int, *runners: ModelRunner) -> None:
+        """Record a finished step: how many `tokens` it processed, its metrics, the seconds of its
+        phases, and how fast these `runners` trained; the first is the one whose tokens count.
         """
-        seconds = self.timer.pop()
+        figures = self.timer.pop()
         record = {
             **metrics,
-            **{f"seconds/{phase}": s for phase, s in seconds.items()},
+            **figures,
+            **_speed(figures.get("seconds/train", 0.0), runners),
             "step_time": time.perf_counter() - self._began,
             "num_tokens": float(tokens),
         }
@@ -330,3 +339,19 @@ class Stage:
         if not lines and state["total"] != self.total:
             lines = [f"the data made {counted(state['total'], 'step')} and make {self.total}"]
         return "; ".join(lines)
+
+
+def _speed(seconds: float, runners: Sequence[ModelRunner]) -> dict[str, float]:
+    """Tokens a second of the training, and on a GPU the share of its rate that the models' products
+    took (model FLOPs utilisation).
+    """
+    done = [(runner.model, *runner.work.take()) for runner in runners]
+    if not done or not seconds or not done[0][1]:
+        return {}
+    figures = {"speed/tokens_per_second": done[0][1] / seconds}
+    parts = [
+        operations / peak_flops(model.device, model.dtype)
+        for model, _, operations in done
+        if model.device.type == "cuda" and operations
+    ]
+    return {**figures, "speed/mfu": sum(parts) / seconds} if parts else figures

@@ -22,12 +22,11 @@ from typing import Any
 
 import gearshift.pipeline.run
 from gearshift.cli.main import main as gearshift
+from gearshift.runtime.metrics import MEASURED
 
 HERE = Path(__file__).parent
 PATIENCE = 300.0
 """Seconds after which a command counts as hung."""
-TIMES = ("seconds/", "step_time", "engine/")
-"""Metrics that are no function of the recipe."""
 
 
 class BrokenError(Exception):
@@ -194,7 +193,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
             found[str(path.relative_to(run))] = digest
     for path in sorted(run.glob("*/metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+        kept = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
         found[str(path.relative_to(run))] = json.dumps(kept)
     for path in sorted(run.glob("*/rollouts.jsonl")):
         found[str(path.relative_to(run))] = path.read_text()

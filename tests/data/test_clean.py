@@ -38,6 +38,7 @@ def test_the_ends_go_and_the_inside_stays() -> None:
 RIGHT = {
     "entities": "Write &amp; in the source.",
     "code about entities": "assert unescape('&amp;') == '&' and escape('<') == '&lt;'",
+    "entities beside accents": "Écrire &amp; ici, &eacute; là.",
     "numeric entities": "&#39; &#x27; &nbsp; &eacute; &euro;",
     "one indented line": "    return x",
     "a tab": "\treturn x",

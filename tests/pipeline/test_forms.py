@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from gearshift.cli import tools
 from gearshift.cli.main import main
 from gearshift.models.load import save_model
 from gearshift.models.tiny import tiny_tokenizer
@@ -74,3 +76,19 @@ def test_a_stage_says_once_how_its_models_run(
     printed = capsys.readouterr().out.splitlines()
     for role in ("policy", "reference", "reward model"):
         assert printed.count(f"{role}: described layers (llama)") == 1
+
+
+def test_the_doctor_says_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(tools, "_driver", lambda: "580.1")
+    text = "\n".join(tools._gpu(device))
+    for part in ("70.0 of 80.0 GiB", "capability   9.0", "driver 580.1", "cuDNN        91002"):
+        assert part in text
+
+
+def test_the_doctor_names_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    assert "kernels      compiled for this CPU" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -148,3 +149,23 @@ def test_a_program_leaves_with_one_line(how: str, code: int, said: str) -> None:
     )
     assert done.returncode == code and done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_a_gpus_allocator_is_set_unless_the_user_did(
+    given: dict[str, str], ours: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.main(["keys", "run.seed"])
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == ours

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,8 +302,23 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError), timer("update"):
         clock.now += 4
         _ = 1 / 0
-    assert timer.pop() == {"generate": 3.5, "update": 4.0}
+    assert timer.pop() == {"seconds/generate": 3.5, "seconds/update": 4.0}
     assert timer.pop() == {}
+
+
+def test_phases_have_peaks_of_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak is that of its phase alone; of a phase that comes twice, the higher one."""
+    gpu = SimpleNamespace(peak=0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(gpu, "peak", 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.peak)
+    timer = PhaseTimer()
+    for phase, gibibytes in (("generate", 3), ("train", 2), ("train", 1)):
+        with timer(phase):
+            gpu.peak = max(gpu.peak, gibibytes * 2**30)
+    peaks = {name: x for name, x in timer.pop().items() if name.startswith("memory/")}
+    assert peaks == {"memory/peak_gib/generate": 3.0, "memory/peak_gib/train": 2.0}
 
 
 @pytest.mark.parametrize(("name", "module", "opened", "closed"), CASES)

@@ -70,8 +70,8 @@ def run(name: str, folder: Path, seed: int = 0, **changes: Any) -> tuple[Any, li
     earned = [expected_reward(it.engine)]
     log = it.stage.log
 
-    def log_and_measure(step: int, metrics: dict[str, float], tokens: int) -> None:
-        log(step, metrics, tokens)
+    def log_and_measure(step: int, metrics: dict[str, float], tokens: int, *of: Any) -> None:
+        log(step, metrics, tokens, *of)
         earned.append(expected_reward(it.engine))
 
     it.stage.log = log_and_measure  # type: ignore[method-assign]

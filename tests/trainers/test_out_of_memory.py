@@ -18,7 +18,7 @@ from gearshift.errors import CapacityError
 from gearshift.models.load import ModelConfig, load_classifier, load_policy
 from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.metrics import MEASURED, read_metrics
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.preference import Judged, PreferenceConfig, train_preference
@@ -157,7 +157,7 @@ class Driven:
             self.weights = run(folder).state_dict()
         self.operations = full.seen
         self.metrics = [
-            {k: v for k, v in m.items() if not k.startswith(("seconds/", "engine/", "step_time"))}
+            {k: v for k, v in m.items() if not k.startswith(MEASURED)}
             for m in read_metrics(folder / "metrics.jsonl")
         ]
 

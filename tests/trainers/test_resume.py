@@ -22,7 +22,7 @@ from gearshift.errors import (
 from gearshift.models.tiny import tiny_model
 from gearshift.runtime import checkpoint, metrics
 from gearshift.runtime.config import Config, Neutral
-from gearshift.runtime.metrics import read_metrics
+from gearshift.runtime.metrics import MEASURED, read_metrics
 from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.stage import Stage, StageConfig
 from tests.trainers.rl_runs import small, trainer
@@ -42,11 +42,7 @@ def fingerprint(run: RLTrainer) -> dict[str, str]:
         )
     folder = run.stage.folder
     metrics = [
-        {
-            k: v
-            for k, v in json.loads(line).items()
-            if not k.startswith(("seconds/", "step_time", "engine/"))
-        }
+        {k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     return {

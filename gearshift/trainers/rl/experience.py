@@ -58,6 +58,11 @@ class Models:
     """
     critic: Critic | None = None
 
+    @property
+    def trained(self) -> list[ModelRunner]:
+        """The runners of the models that learn, the policy's first."""
+        return [self.engine.runner, *([self.critic.runner] if self.critic else [])]
+
     def scores(self, batch: PackedBatch, temperature: float) -> TokenScores:
         """[M] log-probs, entropy and values under the policy and the value net, in the training
         gear.

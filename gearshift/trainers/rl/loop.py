@@ -154,7 +154,7 @@ class RLTrainer:
             self.left_out.rollout(self.config.rollout.prompts, tokens)
             metrics |= self.left_out.metrics() | describe_generation(self.engine.loop)
             metrics |= self.adapt(metrics, len(sampled))
-            self.stage.log(step, metrics, tokens)
+            self.stage.log(step, metrics, tokens, *self.models.trained)
             if self.left_out.hopeless:
                 if self.left_out.learned:  # these rollouts changed no weight, and are run again
                     self.stage.save(step + 1 - self.left_out.barren)
