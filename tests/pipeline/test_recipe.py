@@ -29,8 +29,8 @@ def recipe(*changes: str) -> Recipe:
     "change",
     [
         "rl.save_every=7", "rl.keep=3", "rl.trackers=[tensorboard]", "sft.save_every=0",
-        "run.dir=elsewhere", "run.profile=true", "preference=null", "rl.rollout.overlong_prompts=drop",
-        "sft.data.overlong=drop",
+        "run.dir=elsewhere", "run.profile=true", "preference=null",
+        "rl.rollout.overlong_prompts=drop", "sft.data.overlong=drop",
     ],
 )  # fmt: skip
 def test_what_cannot_change_the_result_may_change(change: str, tmp_path: Path) -> None:
