@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -32,11 +33,12 @@ def new_tokens(probe: Probe) -> int:
 
 def of_135m(probe: Probe) -> None:
     """The smallest, which waits for launches; and Hugging Face's `generate` beside it."""
+    ours = shape(probe, "135M", (64, 256))
     with probe.case("Hugging Face"):
         theirs = hugging_face(probe)
         probe.shows("135M, B=64: Hugging Face's generate", theirs, "tokens/s")
-    ours = shape(probe, "135M", (64, 256))
-    probe.fast("135M, B=64: over Hugging Face's generate", ours[64] / theirs, 5.0, "x")
+        ratio = ours.get(64, float("nan")) / theirs
+        probe.fast("135M, B=64: over Hugging Face's generate", ratio, 5.0, "x")
 
 
 def of_1b(probe: Probe) -> None:
@@ -92,6 +94,13 @@ def timed(probe: Probe, engine: Engine, name: str, B: int) -> float:
     probe.shows(f"{name}: generation", B * new / seconds, "tokens/s")
     fraction = done.roofline_fraction(engine.model, engine.loop.position_bytes)
     probe.fast(f"{name}: of what this card can do", fraction, 0.35)
+    with probe.case(f"{name}: profile"):
+        located(probe, write, name, step)
+    return B * new / seconds
+
+
+def located(probe: Probe, write: Callable[[int], None], name: str, step: float) -> None:
+    """Where the time of a step goes, which takes `step` milliseconds."""
     short = probe.size(16, 4)
     found = profiled(probe, lambda: write(short))
     device = found.milliseconds / short
@@ -99,7 +108,6 @@ def timed(probe: Probe, engine: Engine, name: str, B: int) -> float:
     probe.shows(f"{name}: a step (with the prefill's part)", told)
     probe.shows(f"{name}: share of the host", max(0.0, 1 - device / max(step, 1e-9)))
     probe.shows(f"{name}: ms by class", {k: x / short for k, x in found.classes.items()})
-    return B * new / seconds
 
 
 def skewed(probe: Probe, engine: Engine, name: str, B: int) -> None:

@@ -126,16 +126,18 @@ class Learner:
         with self.engine.training():
             forward = probe.seconds(lambda: self.loss_of(batch), 3, 1)
             both = probe.seconds(lambda: self.loss_of(batch)[0].backward(), 3, 1)
-            found = profiled(probe, lambda: self.loss_of(batch)[0].backward())
             with waits(probe) as counted:
                 update(batch.split, MicroBatchSize(len(batch)), self.loss_of, self.optimizer)
         self.engine.weights_changed()
         parts = {"forward": forward, "backward": both - forward, "head": self.head(batch)}
         parts["optimizer"] = self.optimize()
         probe.shows(f"{name}: parts of {len(batch)} tokens", ms(parts), "ms")
-        probe.shows(f"{name}: kernels of forward and backward", found.kernels)
-        probe.shows(f"{name}: device's time by class", found.classes, "ms")
         probe.shows(f"{name}: waits for the device in an update", len(counted))
+        with probe.case(f"{name}: profile"), self.engine.training():
+            found = profiled(probe, lambda: self.loss_of(batch)[0].backward())
+            probe.shows(f"{name}: kernels of forward and backward", found.kernels)
+            probe.shows(f"{name}: device's time by class", found.classes, "ms")
+        self.optimizer.drop_gradients()
 
     def head(self, batch: PackedBatch) -> float:
         """Seconds of the head alone, forward and backward."""
