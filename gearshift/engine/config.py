@@ -17,7 +17,8 @@ class EngineConfig(Config):
     """The largest length of a prompt with its completion, in tokens; null is the model's own limit.
     """
     max_num_batched_tokens: int = Field(default=4096, ge=1)
-    """How many prompt tokens one prefill computes, at most."""
+    """How many prompt tokens one prefill computes, at most. A longer prompt is computed in pieces.
+    """
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     """How many tokens the cache of keys and values holds, at most. null is enough for
     `max_num_seqs` of the longest requests; on a GPU `gpu_memory_utilization` limits it. With a

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,13 +15,17 @@ from torch.backends.cuda import cudnn_sdp_enabled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gearshift.batch import PackedBatch, pack, pack_groups
+from gearshift.engine import Engine, EngineConfig
 from gearshift.kernels import attention, rows
 from gearshift.kernels.attention import PackedSequences
 from gearshift.kernels.chunked import ChunkedKernels
 from gearshift.kernels.dispatch import kernels_for, tensor_functions
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
+from gearshift.models.tiny import tiny_tokenizer
+from gearshift.types import SamplingParams
 from tests.oracles import attention as oracle
+from tests.zoo import FAMILIES, PROMPTS, pack_completions, random_model
 
 DEVICE = os.environ.get("GEARSHIFT_TEST_DEVICE", "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -298,3 +302,36 @@ def test_dropped_scores_are_dropped_again_in_the_backward_pass() -> None:
     assert v.grad is not None
     assert torch.allclose(v.grad.sum(), out.sum(), rtol=1e-4)
     assert not torch.allclose(out, torch.ones_like(out), atol=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_computes_the_same_in_chunks(
+    family: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both gears agree, and gradients are those of whole rows; layers that are computed again in
+    the backward pass too.
+    """
+    results = []
+    for chunked in (True, False):
+        engine = Engine(random_model(family), tiny_tokenizer(), EngineConfig(recompute=recompute))
+        if chunked:
+            engine.runner.kernels = ChunkedKernels()
+            monkeypatch.setattr(
+                "gearshift.models.attention.kernels_for", lambda _: ChunkedKernels()
+            )
+        with bounds(200, 50, 2**20) if chunked else nullcontext():
+            if not results:
+                with engine.generating():
+                    groups = engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12))
+            with engine.training():
+                scores = engine.logprobs(pack_completions(PROMPTS, groups))
+                (scores.logprobs * torch.linspace(0, 1, len(scores.logprobs))).sum().backward()
+        grads = [p.grad.flatten() for p in engine.model.parameters() if p.grad is not None]
+        results.append((scores.logprobs.detach(), torch.cat(grads)))
+        monkeypatch.undo()
+    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    (ours, our_grads), (theirs, their_grads) = results
+    assert torch.allclose(ours, sampled, atol=2e-5)
+    assert torch.allclose(ours, theirs, atol=2e-5)
+    assert (our_grads - their_grads).norm() <= 1e-5 * their_grads.norm()

@@ -71,7 +71,7 @@ MUTATIONS = (
         "kernels/rows.py",
         "self._masks.get((chunk, window, dtype))",
         "next(iter(self._masks.values()), None)",
-        "tests/kernels/test_chunked.py",
+        "tests/kernels/test_chunked.py::test_masks_and_index_tensors_are_made_once_a_batch",
     ),
     Mutation(
         "what fills up a row takes the gradient of its last token",
