@@ -129,10 +129,10 @@ class KVCache:
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the blocks `sources` to the blocks `targets`."""
+        pairs = torch.tensor([sources, targets])
         for store in self._layers.values():
-            store[torch.tensor(targets, device=store.device)] = store[
-                torch.tensor(sources, device=store.device)
-            ]
+            source, target = pairs = pairs.to(store.device)
+            store[target] = store[source]
 
     def bytes(self) -> int:
         """The bytes that the cache takes: on a CPU those of the open blocks, elsewhere those of all

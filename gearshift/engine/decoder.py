@@ -115,8 +115,8 @@ class Decoder:
         )
         if any(adjusts(s.params) for s in live):
             return self._sample(live, logits, uniforms[0])
-        columns = tokens.tolist(), logprobs.tolist(), logprobs.tolist()
-        return Sampled([*zip(*columns, strict=True)])
+        drawn = logprobs.tolist()
+        return Sampled([*zip(tokens.tolist(), drawn, drawn, strict=True)])
 
     def _prefill(self, plan: Prefill) -> Sampled:
         logits = self._prompt_logits(plan)

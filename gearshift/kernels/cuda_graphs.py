@@ -42,7 +42,10 @@ class CudaGraphs:
                 prepare()  # here kernels are compiled, and cuBLAS gets its workspace
                 run()
             if waits.found:
-                log.warning("Decode steps run without CUDA graphs: %s waits.", waits.found)
+                log.warning(
+                    "Decode steps run without CUDA graphs, slower: %s waits for the GPU.",
+                    waits.found,
+                )
                 return None
             if self._live() is None:
                 gc.collect()  # graphs of an earlier set that nothing uses any more
