@@ -77,7 +77,11 @@ def two_steps_of_rl(folder: Path, task: dict[str, Any]) -> list[dict[str, float]
         "task": {"name": "gym", "validation": 2, "metric": "reward", **task},
         "sft": None,
         "reward": None,
-        "rl": {"steps": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 6, "kl": {"beta": 0}},
+        "rl": {
+            "steps": 2,
+            "rollout": {"prompts": 2, "group_size": 2, "max_new_tokens": 6},
+            "kl": {"beta": 0},
+        },
         "eval": {"max_new_tokens": 4},
     }
     path = folder / "recipe.yaml"
@@ -615,7 +619,7 @@ def test_a_full_server_says_so_and_is_freed_by_who_is_gone(
 ) -> None:
     url, _ = serve(2)
     envs = [openenv(url=url) for _ in range(2)]
-    monkeypatch.setattr(from_openenv, "_PATIENCE", 0.5)
+    monkeypatch.setattr(from_openenv, "_CONNECT_SECONDS", 0.5)
     with pytest.raises(ConfigError, match="accepts no further session; raise its max_concurrent"):
         openenv(url=url)
     monkeypatch.undo()
