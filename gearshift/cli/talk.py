@@ -118,6 +118,10 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; name a reward model's.")
+    if (folder / "recipe.yaml").exists():
+        raise ConfigError(
+            f"{folder} is a run's folder; name its reward model, {folder / 'reward'}."
+        )
     reward = ModelReward(ModelConfig(), folder)
     server = score_server(reward, arguments.host, arguments.port, bearer_key(None, "GEARSHIFT_KEY"))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

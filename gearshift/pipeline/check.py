@@ -1,5 +1,5 @@
 """The faults of a recipe that can be found without training: files, functions and first rows.
-`--dry-run` looks for them. This file must not import what runs a recipe.
+`--dry-run` and the start of a run look for them. This file must not import what runs a recipe.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from gearshift.errors import CapacityError
 from gearshift.models.load import load_config
 from gearshift.models.made import DONE, check_kept, written_by
+from gearshift.pipeline.check import check_recipe
 from gearshift.pipeline.context import Context
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import open_engine
@@ -74,6 +75,7 @@ class Run:
             run.record_model()
             if not has_begun(self.folder):  # with data it has, and another name would be refused
                 load_config(recipe.model)
+                check_recipe(recipe, named)  # an error now, and not after a stage of hours
             if changed := record_sources(self.folder, recipe, named):
                 run.echo(f"{changed} since the run began; what comes is rewarded by it")
         if recipe.task:

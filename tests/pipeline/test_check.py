@@ -11,6 +11,7 @@ from gearshift.cli.main import main
 from gearshift.errors import GearshiftError
 from gearshift.pipeline.check import check_recipe
 from gearshift.pipeline.recipe import STAGES, Recipe
+from gearshift.pipeline.run import Run
 from gearshift.runtime.config import load
 
 DATA = "task={name: data, train: [{path: rows.jsonl}], reward: 'rewards.py:good'}"
@@ -68,3 +69,11 @@ def test_a_dry_run_looks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rewards.py has no function `go" in shown.err and "# Plan" not in shown.out
     main(["run", "recipe.yaml", "--dry-run", *RL])
     assert "# Plan" in capsys.readouterr().out
+
+
+def test_a_run_ends_before_its_first_stage(tmp_path: Path) -> None:
+    base = ["model={name: tiny, device: cpu}", *RL, "sft.data.sources=[{path: rows.jsonl}]"]
+    wanted = load(Recipe, None, [*base, "rl.rewards=[{source: 'rewards.py:god'}]"])
+    with pytest.raises(GearshiftError, match="no function `god`"):
+        Run(wanted).execute()
+    assert not (Path(wanted.run.dir) / "sft").exists()
