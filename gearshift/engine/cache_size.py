@@ -13,6 +13,8 @@ _CPU_FRACTION = 0.5
 """The share of the free memory that the cache may have on a CPU, even if the first request needs
 less: there the cache takes memory only as it is used.
 """
+_GPU_FRACTION = 0.3
+"""The share of what the weights leave of a GPU that the cache has; the rest is for training."""
 
 
 def cache_capacity(
@@ -38,15 +40,16 @@ def cache_capacity(
     if allowed < block:
         raise CapacityError(
             f"The weights take {weights / 2**30:.2f} of the GPU's {total / 2**30:.2f} GiB, which "
-            f"leaves no memory for a cache; raise "
-            f"engine.gpu_memory_utilization={config.gpu_memory_utilization:g}."
+            f"leaves no memory for a cache; raise engine.gpu_memory_utilization, or take a "
+            f"smaller model."
         )
     return int(min(most, allowed / block))
 
 
 def gpu_cache_bytes(config: EngineConfig, weights: float, total: float) -> float:
     """Bytes that a GPU of `total` bytes has for the cache beside the weights."""
-    return config.gpu_memory_utilization * total - weights
+    share = config.gpu_memory_utilization
+    return _GPU_FRACTION * (total - weights) if share is None else share * total - weights
 
 
 def position_bytes(model: PreTrainedModel, item: int) -> int:

@@ -23,11 +23,11 @@ class EngineConfig(Config):
     """How many tokens the cache of keys and values holds, at most. null is enough for
     `max_num_seqs` of the longest requests; on a GPU `gpu_memory_utilization` limits it. With a
     smaller cache, sequences wait or are computed again."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """The share of a GPU's whole memory that the weights and the cache take together; training has
-    the rest. The cache is allocated once, at the first generation, and is at most as large as
-    `max_num_seqs` of the longest sequences. The key has no effect on a CPU, or with
-    `kv_cache_tokens`."""
+    the rest. null gives the cache 0.3 of what the weights leave. The cache is allocated once, at
+    the first generation, and is at most as large as `max_num_seqs` of the longest sequences. The
+    key has no effect on a CPU, or with `kv_cache_tokens`."""
     free_cache_while_training: bool = False
     """Whether the memory of the cache, of captured steps and of the prepacked weights is freed
     before each training phase. They are made again at the next generation."""

@@ -150,8 +150,7 @@ def _cache(
         return {f"KV cache of {counted(rows, 'row')} x {length} tokens": needed}
     longest = engine.max_length
     most = shape.cache(engine.max_num_seqs, longest) if longest else allowed
-    share = f"engine.gpu_memory_utilization={engine.gpu_memory_utilization:g}"
-    return {f"KV cache ({share})": min(allowed, most)}
+    return {"KV cache (engine.gpu_memory_utilization)": min(allowed, most)}
 
 
 def _learning(

@@ -208,16 +208,16 @@ class OnGPU:
 def test_a_gpus_cache_is_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = OnGPU()
     weights, block = sum(p.nbytes for p in model.parameters()), BLOCK * position_bytes(model, 4)
-    monkeypatch.setattr(sizes, "total_bytes", lambda device: 2.0 * (weights + 10.5 * block))
+    monkeypatch.setattr(sizes, "total_bytes", lambda device: weights + 10.5 / 0.3 * block)
     config = EngineConfig(max_num_seqs=4)
     assert [cache_capacity(model, config, 256, needed) for needed in (1, 500)] == [10, 10]
-    more = config.model_copy(update={"gpu_memory_utilization": 1.0})
+    more = config.model_copy(update={"gpu_memory_utilization": 0.95})
     assert cache_capacity(model, more, 256, 1) > 20
     assert cache_capacity(model, more, 2 * BLOCK, 1) == 8  # 4 of the longest sequences
     bounded = EngineConfig(kv_cache_tokens=100 * BLOCK)
     assert cache_capacity(model, bounded, 256, 1) == 100
     full = EngineConfig(gpu_memory_utilization=0.01)
-    with pytest.raises(CapacityError, match=r"raise engine\.gpu_memory_utilization=0\.01"):
+    with pytest.raises(CapacityError, match=r"raise engine\.gpu_memory_utilization"):
         cache_capacity(model, full, 256, 1)
 
 
