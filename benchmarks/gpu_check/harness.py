@@ -31,6 +31,7 @@ _GRACE = 2.0
 """Seconds after its alarm at which a child is killed."""
 _STUCK = 10.0
 """Seconds that a killed child may take to end; a driver can hold it for longer."""
+_BLANK: Line = {"want": None, "got": None, "unit": "", "seconds": None, "peak_gb": None}
 _TINY = 0.2
 """The share of its budget that a part may need on a CPU, where sizes are tiny."""
 _TURN = 0.2
@@ -116,6 +117,7 @@ class Check:
         return share * sum(part.seconds for part in parts)
 
     def _received(self, line: Line) -> None:
+        line = {**_BLANK, **line}
         self.lines.append(line)
         print(shown(line), flush=True)
 
@@ -293,7 +295,7 @@ def table(check: Check) -> str:
 def checked(files: Mapping[str, str], folder: Path, seconds: float, cpu: bool) -> int:
     """Run the steps, whose parts are in these files; print the table; returns the exit code."""
     check = Check(folder, torch.device("cpu" if cpu else "cuda"), seconds)
-    if not cpu and in_child("card", Part(_touch, 60), 60, check.device, sys.stderr, print):
+    if not cpu and in_child("card", Part(_touch, 60), 60, check.device, sys.stderr, _say):
         print("CUDA does not work here; --cpu runs the same code in tiny sizes.")
         return 2
     check.run([load(name, file) for name, file in files.items()])
@@ -311,3 +313,7 @@ def load(name: str, file: str) -> Step:
 
 def _touch(probe: Probe) -> None:
     torch.zeros(1, device=probe.device)
+
+
+def _say(line: Line) -> None:
+    print(line["error"])
