@@ -16,8 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_check.harness import Part
 from benchmarks.gpu_check.probe import Probe
-from gearshift.batch import PackedBatch, pack
+from gearshift.batch import PackedBatch, pack, pack_groups
+from gearshift.kernels.attention import PackedSequences
+from gearshift.kernels.chunked import ChunkedKernels
 from gearshift.kernels.dispatch import kernels_for
+from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import AttentionOptions
 from gearshift.models.attention import PackedLayout
 
@@ -42,6 +45,44 @@ def backends(probe: Probe) -> None:
                 )
                 found[form] = SDPBackend(choice).name
             probe.shows(f"kernel, {str(dtype).removeprefix('torch.')}, D={D}", found)
+
+
+def exact(probe: Probe) -> None:
+    """The attention that trains and its gradients against the same in fp64, over trees."""
+    lengths = probe.size((300, 40, 200, 1, 700, 65), (5, 3, 9, 1, 17, 4))
+    rows = [([3] * n, [0] * n) for n in lengths]
+    batch = pack_groups([(rows[0][0], rows[1:3]), (rows[3][0], rows[4:])]).to(probe.device)
+    sequences = PackedLayout(batch).sequences
+    forms = {"": {}, ", window": {"window": 8}, ", softcap": {"softcap": 2.0}}
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for D in probe.size((64, 128, 256), (16,)):
+            for form, more in forms.items():
+                case = f"attention {str(dtype).removeprefix('torch.')}, D={D}{form}"
+                with probe.case(case):
+                    options = AttentionOptions(D**-0.5, **more)
+                    gaps = differences(probe, sequences, dtype, D, options)
+                    probe.at_most(case, max(gaps), most, "relative")
+
+
+def differences(
+    probe: Probe, sequences: PackedSequences, dtype: torch.dtype, D: int, options: AttentionOptions
+) -> list[float]:
+    """Of the output and of the gradients, over the largest value of each."""
+    T = len(sequences.batch)
+    ours = [probe.randn(T, n, D, dtype=dtype).requires_grad_() for n in (8, 2, 2)]
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    weight = probe.randn(T, 8, D, dtype=dtype)
+    out = card_kernels(probe, ours[0]).attend_packed(*ours, sequences, options)
+    out.backward(weight)
+    right = Kernels().attend_packed(*theirs, sequences, options)
+    right.backward(weight.double())
+    pairs = [(out, right), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
+    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
+
+
+def card_kernels(probe: Probe, like: Tensor) -> Kernels:
+    """The kernels of a card; on a CPU their tensor functions."""
+    return kernels_for(like) if probe.cuda else ChunkedKernels()
 
 
 def plans(probe: Probe) -> None:
@@ -114,7 +155,7 @@ def packed(probe: Probe, batch: PackedBatch) -> Callable[[], None]:
 
     def run() -> None:
         sequences = PackedLayout(batch).sequences
-        out = kernels_for(q).attend_packed(q, k, v, sequences, options)
+        out = card_kernels(probe, q).attend_packed(q, k, v, sequences, options)
         out.backward(torch.randn_like(out))
 
     return run
@@ -208,4 +249,4 @@ def varlen(probe: Probe) -> None:
     probe.shows("varlen_attn: forward and backward", told)
 
 
-PARTS = (Part(plans, 6), Part(backends, 2), Part(others, 7))
+PARTS = (Part(exact, 3), Part(plans, 4), Part(backends, 1), Part(others, 7))
