@@ -16,7 +16,8 @@ def ceilings(probe: Probe) -> None:
         card = torch.cuda.get_device_properties(probe.device)
         told = f"sm_{card.major}{card.minor}, {card.multi_processor_count} multiprocessors"
         probe.shows("card", f"{card.name}, {told}, {card.total_memory / 2**30:.1f} GiB")
-    probe.shows("cuDNN", torch.backends.cudnn.version())
+    with probe.case("cuDNN"):
+        probe.shows("cuDNN", torch.backends.cudnn.version())
     copy(probe)
     for dtype, least in ((torch.bfloat16, 600.0), (torch.float32, 30.0)):
         product(probe, dtype, least)
