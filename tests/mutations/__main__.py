@@ -86,9 +86,10 @@ def is_caught(mutation: Mutation, copy: Path) -> bool:
         path.write_text(source, encoding="utf-8")
     if done is None:
         return True
-    if done.returncode not in (0, 1):  # 1: tests ran, and some failed
+    interrupted = done.returncode == 2 and "! KeyboardInterrupt !" in done.stdout
+    if done.returncode not in (0, 1) and not interrupted:  # 1: tests ran, and some failed
         raise SystemExit(f"{mutation.name}: pytest could not run.\n{done.stdout[-2000:]}")
-    return done.returncode == 1
+    return done.returncode != 0
 
 
 def run_tests(
