@@ -38,7 +38,7 @@ from gearshift.engine.probe import blocks_of, decode_given
 from gearshift.engine.scheduler import Group, Scheduler, blocks_for
 from gearshift.engine.sequence import SamplingLimits
 from gearshift.engine.stats import GenerationStats
-from gearshift.engine.weights import WeightsWatch, copy_weights
+from gearshift.engine.weights import WeightsWatch, copy_weights, require_whole
 from gearshift.errors import ConfigError, GearshiftError, ModelError
 from gearshift.kernels.dispatch import kernels_of
 from gearshift.kernels.specs import BLOCK
@@ -83,8 +83,8 @@ class Engine:
         self.weights_version = 0
         self.gear: Gear | None = None
         self._stats = GenerationStats()
-        recompute = bool(self.config.recompute)
-        self.runner = ModelRunner(model, recompute=recompute, decode=self._probe)
+        require_whole(model)
+        self.runner = ModelRunner(model, recompute=bool(self.config.recompute), decode=self._probe)
         self._check_limit()
         self._watch = WeightsWatch(model)
         self._placement = self._watch.placement
@@ -268,7 +268,8 @@ class Engine:
     def _shifted(self, gear: Gear) -> Iterator[None]:
         self._owner.take(self)
         try:
-            yield from self._in_gear(gear)
+            with torch.cuda.device_of(next(self.model.parameters())):  # streams are this device's
+                yield from self._in_gear(gear)
         finally:
             self._owner.leave()
 
@@ -294,6 +295,7 @@ class Engine:
 
     def _follow(self) -> None:
         """Detect changes of the weights."""
+        require_whole(self.model)
         if self._watch.placement != self._placement:
             self._give_back()
             self.runner.kernels = kernels_of(self.model)

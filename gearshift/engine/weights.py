@@ -58,6 +58,18 @@ class WeightsWatch:
         return written, *map(switched, self._adapted)
 
 
+def require_whole(model: PreTrainedModel) -> None:
+    """Raises `ModelError` if a parameter is split over processes, as FSDP and ZeRO-3 do."""
+    for name, parameter in model.named_parameters():
+        # A DTensor's mesh, FSDP1's flat parameters, and what ZeRO-3 leaves of a parameter.
+        split = hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param")
+        if split or not parameter.numel():
+            raise ModelError(
+                f"`{name}` is split over processes, as FSDP and DeepSpeed do, and an engine needs "
+                "whole weights in one process; give it a model that is not wrapped."
+            )
+
+
 @torch.no_grad()
 def copy_weights(model: PreTrainedModel, weights: Path | Mapping[str, Tensor]) -> None:
     """Write the weights of a saved model's folder, or tensors by parameters' names, into the model.

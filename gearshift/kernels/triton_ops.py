@@ -175,7 +175,7 @@ class TritonKernels(ChunkedKernels):
             "R": R, "K": K, "D": D, "DP": max(16, triton.next_power_of_2(D)), "P": BLOCK,
             "TILE": TILE, "N": _TOGETHER,
         }  # fmt: skip
-        with _named_errors(D):
+        with torch.cuda.device_of(query), _named_errors(D):  # Triton takes the current device
             if not window:  # rows of a window see different blocks
                 _shared_part[len(common), K](
                     query, store, metadata.block_tables, common, tops, totals, sums, B, W,

@@ -8,7 +8,9 @@ a layout of its own, a prepacked copy is a cache of one version of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gearshift.errors import ModelError
 from gearshift.kernels.autograd import SlicedLinear
 from gearshift.kernels.reference import Kernels, PrepackedLinear
 from gearshift.kernels.specs import Linear
@@ -133,15 +136,8 @@ def _end_to_end(parameters: Sequence[nn.Parameter]) -> Tensor:
     else a copy, to which they are pointed.
     """
     first = parameters[0].data
-    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
-    rows = sum(map(len, parameters))
-    for parameter in parameters:
-        part = parameter.data
-        lies_next = part.untyped_storage().data_ptr() == storage and part.storage_offset() == place
-        if not (lies_next and part.is_contiguous() and part.dtype == first.dtype):
-            break
-        place += part.numel()
-    else:
+    if _lie_end_to_end(parameters):
+        rows = sum(map(len, parameters))
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     if len(parameters) == 1:
         return first
@@ -151,11 +147,49 @@ def _end_to_end(parameters: Sequence[nn.Parameter]) -> Tensor:
     return whole
 
 
+def _lie_end_to_end(parameters: Sequence[nn.Parameter]) -> bool:
+    first = parameters[0].data
+    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    for parameter in parameters:
+        part = parameter.data
+        lies_next = part.untyped_storage().data_ptr() == storage and part.storage_offset() == place
+        if not (lies_next and part.is_contiguous() and part.dtype == first.dtype):
+            return False
+        place += part.numel()
+    return True
+
+
+def _require_movable(layers: Iterable[Sequence[nn.Module]]) -> None:
+    """Raises `ModelError` if parameters that must be moved together lie in one buffer with others:
+    who laid them there, as DeepSpeed does, would go on writing where nothing reads.
+    """
+    groups = []
+    for modules in layers:
+        linears: list[Any] = [base_layer(module) for module in modules]
+        groups.append([linear.weight for linear in linears])
+        if linears[0].bias is not None:
+            groups.append([linear.bias for linear in linears])
+    held: dict[int, set[int]] = defaultdict(set)
+    """By storage: the parameters that lie there."""
+    for parameter in chain.from_iterable(groups):
+        held[parameter.untyped_storage()._cdata].add(id(parameter))
+    for group in groups:
+        here, stays = set(map(id, group)), len(group) == 1 or _lie_end_to_end(group)
+        if not stays and any(held[p.untyped_storage()._cdata] - here for p in group):
+            raise ModelError(
+                "Another library, such as DeepSpeed, keeps the weights in a buffer of its own, in "
+                "an order that the engine cannot use; train without it, or give each parameter its "
+                "own storage (`p.data = p.data.clone()`)."
+            )
+
+
 class AliasedWeights:
     """The linear layers of a plan's decoder layers, and the head."""
 
     def __init__(self, plan: Plan, head: nn.Module, fuse: bool = True) -> None:
         """For `fuse` see `FusedLinear`."""
+        if fuse:
+            _require_movable(each for layer in plan.layers for each in (layer.qkv, layer.up))
         self.qkv = [FusedLinear(layer.qkv, fuse) for layer in plan.layers]
         self.out = [FusedLinear([layer.out], fuse) for layer in plan.layers]
         self.up = [FusedLinear(layer.up, fuse) for layer in plan.layers]
@@ -167,9 +201,11 @@ class AliasedWeights:
 
     def restore(self) -> int:
         """Alias again the parameters that lost their aliasing; returns in how many buffers there
-        were any.
+        were any. Raises `ModelError` if another library moved them into a buffer of its own.
         """
         broken = [linear for linear in self if not linear.is_aliased()]
+        if broken:
+            _require_movable(linear.modules for linear in self)
         for linear in broken:
             linear.realias()
         return len(broken)

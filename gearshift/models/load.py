@@ -96,17 +96,21 @@ class ModelConfig(Config):
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name; `auto` is a GPU if there is one. Raises `ModelError` for a device
-    that this machine does not have.
+    """The device of this name; `auto` is a GPU if there is one. A GPU becomes this thread's current
+    one, whose memory and waits the metrics measure. Raises `ModelError` for a device that this
+    machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"Device {name!r} is not available here; use device=auto or cpu."
         ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -114,7 +118,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32

@@ -1,5 +1,7 @@
 """The GPU's kernels, in Triton's interpreter, are the tensor functions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -121,6 +123,32 @@ def test_a_kernel_that_cannot_be_compiled_says_what_is_missing(
     store, places = rows([5], 0, 2, 16, torch.float32)
     with pytest.raises(raised, match=way_out):
         TritonKernels().attend(torch.zeros(1, 4, 16), store, places, AttentionOptions(0.25))
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current device, which may be another one."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    store, places = rows([5], 0, 2, 16, torch.float32)
+    query, launched = torch.zeros(1, 4, 16), []
+
+    class Launched:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: launched.append(current == [query])
+
+    for name in ("_shared_part", "_own_part"):
+        monkeypatch.setattr(triton_ops, name, Launched())
+    TritonKernels().attend(query, store, places, AttentionOptions(0.25))
+    assert launched == [True, True]
 
 
 def test_a_window_reads_no_shared_part(monkeypatch: pytest.MonkeyPatch) -> None:

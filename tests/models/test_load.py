@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gearshift.cli.main import main
 from gearshift.errors import ModelError
-from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.load import ModelConfig, load_policy, resolve_device, resolve_dtype
 from tests.models.families import random_model, small_config
 
 
@@ -28,6 +30,27 @@ def refused(folder: Path) -> str:
 def test_a_fixed_table_of_attentions(kind: str, tmp_path: Path) -> None:
     message = refused(saved(random_model(small_config(kind)), tmp_path))
     assert "does not go through Hugging Face's attention interface" in message
+
+
+def test_the_gpu_of_a_model_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its streams are made there, and its memory is measured."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(
+        torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(device))
+    )
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert current == [torch.device("cuda", 1)]
+
+
+def test_a_gpu_that_only_emulates_bf16_takes_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
 
 
 def test_broken_files(tmp_path: Path) -> None:
