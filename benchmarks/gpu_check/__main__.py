@@ -62,7 +62,8 @@ def _prepare(cpu: bool) -> None:
     os.environ["TRITON_INTERPRET"] = "1" if cpu else "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as `gearshift` does
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,24 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.harness import Part
-from benchmarks.gpu_check.models import engine_of, groups_batch, llama, model_of, rows_batch
+from benchmarks.gpu_check.models import (
+    engine_of,
+    groups_batch,
+    llama,
+    model_of,
+    quick_limits,
+    rows_batch,
+)
 from benchmarks.gpu_check.probe import GIB, Probe
 from benchmarks.gpu_check.profiles import profiled
 from gearshift.batch import PackedBatch
-from gearshift.engine import Engine
+from gearshift.engine import stats
 from gearshift.models.logprobs import token_logprobs
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.sft import supervised_loss
 from gearshift.trainers.update import update
 
-PEAK = 989e12
-"""bf16 products a second that the maker of the H100 names."""
 MICRO = (4096, 16_384)
 LARGE = (2048,)
 """Micro-batches of 3B weights, whose optimizer leaves little room."""
@@ -50,6 +55,7 @@ class Learner:
 
     def __init__(self, probe: Probe, name: str) -> None:
         self.probe, self.name = probe, name
+        quick_limits(probe)
         self.engine = engine_of(probe, name, max_length=probe.size(2048, 128))
         self.optimizer = MasterAdamW(self.engine.model.parameters(), OptimizerConfig(lr=1e-4), 1000)
         self.reached = product_rate(probe)
@@ -89,35 +95,36 @@ class Learner:
         """The supervised loss of a micro-batch."""
         return supervised_loss(self.engine, batch)
 
+    def timed(self, batch: PackedBatch, micro: int, case: str = "", times: int = 1) -> list[float]:
+        """Do an update so many times; returns the losses. Of the fastest the case reports tokens a
+        second and the share of what the card can multiply.
+        """
+        losses, seconds, work = [], [], self.engine.runner.work
+        for _ in range(times):
+            work.take()
+            seconds.append(self.probe.wall(lambda: losses.append(self.learn(batch, micro))))
+        if case:
+            flops = work.take()[1] / min(seconds)
+            promised = stats.peak_flops(self.engine.device, self.engine.model.dtype)
+            found = {"tokens/s": len(batch) / min(seconds), "MFU": flops / promised}
+            self.probe.shows(f"{self.name}: {case}", {**found, "of measured": flops / self.reached})
+        return losses
+
     def supervised(self, micro: int) -> None:
         """A shape that is seen again at each step; the loss of the same rows must fall."""
-        probe, batch = self.probe, self.rows(0)
-        losses = [self.learn(batch, micro)]
-        seconds = [probe.wall(lambda: losses.append(self.learn(batch, micro))) for _ in "1234"]
+        batch = self.rows(0)
+        losses = self.timed(batch, micro)
+        losses += self.timed(batch, micro, f"{len(batch)} tokens of rows", 4)
         falls = losses[-1] < losses[0]
-        probe.holds(f"{self.name}: the loss falls", falls, [losses[0], losses[-1]])
-        self.told(f"{self.name}: {len(batch)} tokens of rows", batch, min(seconds))
+        self.probe.holds(f"{self.name}: the loss falls", falls, [losses[0], losses[-1]])
 
     def ragged(self, tokens: int) -> None:
         """Batches of a rollout, each of which has new shapes; and one of them again."""
-        probe, micro = self.probe, self.probe.size(tokens, 40)
-        name = f"{self.name}: ragged, micro-batches of {tokens}"
-        self.learn(self.groups(10), micro)
+        micro, case = self.probe.size(tokens, 40), f"ragged, micro-batches of {tokens}"
+        self.timed(self.groups(10), micro)
         batch = self.groups(11)
-        first = probe.wall(lambda: self.learn(batch, micro))
-        again = min(probe.wall(lambda: self.learn(batch, micro)) for _ in range(2))
-        self.told(f"{name}, new shapes", batch, first)
-        self.told(f"{name}, the same shapes", batch, again)
-
-    def told(self, case: str, batch: PackedBatch, seconds: float) -> None:
-        """Tokens a second, and the share of what the card can multiply."""
-        flops = training_flops(self.engine, batch) / seconds
-        found = {
-            "tokens/s": len(batch) / seconds,
-            "MFU": flops / PEAK,
-            "of measured": flops / self.reached,
-        }
-        self.probe.shows(case, found)
+        self.timed(batch, micro, f"{case}, new shapes")
+        self.timed(batch, micro, f"{case}, the same shapes", 2)
 
     def parts(self) -> None:
         """Forward, backward, head and optimizer alone; kernels, and waits of the host."""
@@ -169,14 +176,13 @@ class Learner:
 
     def recomputed(self, micro: int) -> None:
         """Layers that are computed again in the backward pass."""
-        probe, batch = self.probe, self.rows(1)
+        batch = self.rows(1)
         self.engine.runner.recompute = True
         try:
-            self.learn(batch, micro)
-            seconds = probe.wall(lambda: self.learn(batch, micro))
+            self.timed(batch, micro)
+            self.timed(batch, micro, "rows, layers computed again")
         finally:
             self.engine.runner.recompute = False
-        self.told(f"{self.name}: rows, layers computed again", batch, seconds)
 
 
 @contextmanager
@@ -193,21 +199,6 @@ def waits(probe: Probe) -> Iterator[list[object]]:
             if probe.cuda:
                 torch.cuda.set_sync_debug_mode("default")
     found += [w for w in seen if "synchroniz" in str(w.message)]
-
-
-def training_flops(engine: Engine, batch: PackedBatch) -> float:
-    """Products of an update: 6 a weight and token, and those of attention."""
-    model = engine.model
-    config, embedding = model.config, model.get_input_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters())
-    if not config.tie_word_embeddings:
-        weights -= embedding.numel()
-    head = engine.head.linear.weight.numel()
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
-    parents = torch.where(batch.parents >= 0, lengths[batch.parents.clamp(min=0)], 0.0)
-    pairs = float((lengths * (lengths / 2 + parents)).sum())
-    attention = 12 * config.num_hidden_layers * config.hidden_size * pairs
-    return 6.0 * ((weights - head) * len(batch) + head * len(batch.targets)) + attention
 
 
 def product_rate(probe: Probe) -> float:
