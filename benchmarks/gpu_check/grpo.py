@@ -128,7 +128,8 @@ def learned(probe: Probe, shape: str) -> None:
     if probe.cuda:
         peaks = {n.split("/")[-1]: max(s[n] for s in steps) for n in first if "peak_gib" in n}
         probe.shows(f"{shape}: peaks by phase", peaks, "GiB")
-        probe.shows(f"{shape}: MFU of the updates", median(s.get("speed/mfu", 0.0) for s in steps[2:]))
+        used = median(s.get("speed/mfu", 0.0) for s in steps[2:])
+        probe.shows(f"{shape}: MFU of the updates", used)
     rate = median(step["num_tokens"] / step["step_time"] for step in steps[2:])
     probe.shows(f"{shape}: tokens of a step a second", rate, "tokens/s")
 
