@@ -20,6 +20,7 @@ from gearshift.models.embedded import source_of
 from gearshift.models.load import load_classifier, load_policy, load_tokenizer, save_model
 from gearshift.models.made import DONE, made_of
 from gearshift.models.runner import OF_TOKENS, ModelRunner
+from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
 from gearshift.pipeline.memory import (
@@ -167,8 +168,10 @@ class Context:
         free = free_bytes(model.device) + resident(model.device)
         total = total_bytes(model.device)
         parts = parts_of(needs, engine, shape, trained, model.device, lora, total)
-        tokens, recompute = micro_batch(needs, engine, shape, parts, free)
-        parts["activations"] = tokens * shape.token(recompute, needs.padded)
+        adapter = self.recipe.model.lora if needs.head == "logprobs" else None
+        activations = Activations(model.config, needs, model.dtype, model.device, adapter)
+        tokens, recompute = micro_batch(needs, engine, activations, parts, free)
+        parts["activations"] = activations.bytes(tokens, recompute)
         if short := shortage(with_total(parts)["total"], free):
             self.echo(f"memory: {short}")
         if not needs.micro_batch_tokens:

@@ -1,8 +1,8 @@
 """How much memory a stage will take, before it takes it; and the largest micro-batch that fits.
 
-The prediction is a sum: weights, master weights, moments, gradients, cache, and activations by a
-count of the tensors that a layer keeps for its backward pass. `docs/performance.md` compares it
-with measured peaks. This file knows no stage: `MemoryNeeds` says what a stage needs.
+The prediction is a sum: weights, master weights, moments, gradients, cache, and a micro-batch's
+forward and backward pass as `activations.py` measures it. `docs/performance.md` compares it with
+measured peaks. This file knows no stage: `MemoryNeeds` says what a stage needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gearshift.engine import EngineConfig
 from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, position_bytes
+from gearshift.pipeline.activations import Activations
 from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
@@ -33,15 +34,6 @@ _LOADED_COPY = 1.3
 """The same for a model that is only run. Measured."""
 _LOGIT_BYTES = 6.0
 """Bytes of a decode step for one logit: in the model's dtype, and in fp32 to sample from."""
-_UNCOUNTED = 1.09
-"""Bytes that a described layer keeps, over those of the tensors that are counted: statistics of
-norms and of attention. Measured."""
-_MODULE_HIDDEN, _MODULE_INNER = 12, 5
-"""Tensors of the hidden and of the feed-forward width that a layer of Hugging Face's modules keeps
-for its backward pass: counted in Llama's."""
-_LAYER_HIDDEN, _LAYER_HEADS, _LAYER_INNER = 5, 2, 3
-"""Tensors of the hidden width, of all heads and of the feed-forward width that a described layer
-keeps."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +75,6 @@ class Shape:
     def weights(self) -> int:
         """Bytes."""
         return self.parameters * self.item
-
-    def token(self, recompute: bool = False, padded: bool = False) -> float:
-        """Bytes that one token keeps for the backward pass: in described layers; with `recompute`
-        the input of each layer, and one layer at a time; or in Hugging Face's modules (`padded`).
-        """
-        if padded:
-            layer = _MODULE_HIDDEN * self.hidden + _MODULE_INNER * self.inner
-            return float(self.item * self.layers * layer)
-        attention = self.heads * self.head_size
-        layer = _LAYER_HIDDEN * self.hidden + _LAYER_HEADS * attention + _LAYER_INNER * self.inner
-        kept = 2 * self.hidden * self.layers + layer
-        if not recompute:
-            return float(self.item * _UNCOUNTED * layer * self.layers)
-        return float(self.item * kept)
 
     def cache(self, rows: int, length: int) -> float:
         """Bytes of the keys and values of this many rows."""
@@ -185,7 +163,7 @@ def resident(device: torch.device) -> float:
 def micro_batch(
     needs: MemoryNeeds,
     engine: EngineConfig,
-    shape: Shape,
+    activations: Activations,
     parts: dict[str, float],
     free: float,
 ) -> tuple[int, bool]:
@@ -197,12 +175,14 @@ def micro_batch(
     """
     asked, most = needs.micro_batch_tokens, needs.update_tokens
     room = 0.9 * free / (1 + _SLACK) - sum(parts.values())
+    tokens = min(asked or 4096, most)
     again = engine.recompute
     if again is None:
-        again = not needs.padded and room < min(asked or 4096, most) * shape.token()
+        again = needs.head == "logprobs" and room < activations.bytes(tokens, False)
     if asked:
-        return min(asked, most), again
-    fitting = int(room / shape.token(again, needs.padded))
+        return tokens, again
+    taken = activations.bytes(tokens, again)
+    fitting = int(tokens * room / taken) if taken else tokens
     return max(1, min(most, 65_536, fitting)), again
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from gearshift.models.adapters import AdapterConfig
 from gearshift.models.load import resolve_device, resolve_dtype
+from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.forms import forms, shapes
 from gearshift.pipeline.memory import (
     GIB,
@@ -69,9 +70,12 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         parts = parts_of(
             needs, recipe.engine, shape, trained, device, adapters, total_bytes(device)
         )
-        tokens, recompute = micro_batch(needs, recipe.engine, shape, parts, free)
-        activations = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
-        parts[activations] = tokens * shape.token(recompute, needs.padded)
+        activations = Activations(model.config, needs, dtype, device, lora if policy else None)
+        tokens, recompute = micro_batch(needs, recipe.engine, activations, parts, free)
+        size = activations.bytes(tokens, recompute)
+        what = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
+        unknown = f" (not measured: {activations.unknown})" if activations.unknown else ""
+        parts[what + unknown] = size
         stages[name] = with_total(parts)
     if not stages:
         return []

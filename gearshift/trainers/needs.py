@@ -5,12 +5,24 @@ plans with them and need not know which stage it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gearshift.data import DataConfig
 from gearshift.runtime.optimizer import OptimizerConfig
 
 PROMPT_TOKENS = 128
 """The assumed number of tokens of a prompt, before any is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The largest tree of sequences that a micro-batch has."""
+
+    prompt: int
+    """Tokens of the prompt that all continue; 0 for a single sequence."""
+    completions: int
+    length: int
+    """Tokens of each completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +35,12 @@ class MemoryNeeds:
     """Tokens of a micro-batch as the recipe has them; 0 leaves them to the memory."""
     update_tokens: int
     """Tokens of one update at most: no micro-batch is larger."""
-    padded: bool = False
-    """Whether the model runs on padded rows, through Hugging Face's modules."""
+    tree: Tree
+    """What the micro-batches consist of."""
+    head: Literal["logprobs", "scores", "token_logits"] = "logprobs"
+    """What the model computes, by the name of the runner's method."""
+    dropout: bool = False
+    """Whether the model's dropout is on."""
     reference: bool = False
     """Whether a second copy of the policy is loaded, unless the policy has adapters."""
     critic: OptimizerConfig | None = None

@@ -37,7 +37,7 @@ from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import Neutral
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.needs import Inputs, MemoryNeeds
+from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
@@ -103,7 +103,9 @@ class PreferenceConfig(SupervisedStageConfig):
 
     def memory_needs(self) -> MemoryNeeds:
         copied = self.reference == "each_step" and self.loss in NEEDS_REFERENCE
-        return replace(super().memory_needs(), reference=copied)
+        half = -(-self.max_length // 2)
+        tree = Tree(half, 2, half)
+        return replace(super().memory_needs(), reference=copied, tree=tree, dropout=False)
 
     @field_validator(*_OF_LOSS)
     @classmethod

@@ -50,7 +50,7 @@ class ProcessRewardConfig(SupervisedStageConfig):
         return replace(super().inputs(), heldout=(self.heldout,), models=models)
 
     def memory_needs(self) -> MemoryNeeds:
-        return replace(super().memory_needs(), padded=True)
+        return replace(super().memory_needs(), head="token_logits")
 
 
 class Steps(NamedTuple):

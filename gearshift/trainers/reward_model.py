@@ -25,7 +25,7 @@ from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.runtime.config import PathText
 from gearshift.runtime.optimizer import MasterAdamW
-from gearshift.trainers.needs import Inputs
+from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
 from gearshift.trainers.update import update
@@ -66,6 +66,10 @@ class RewardModelConfig(SupervisedStageConfig):
     def inputs(self) -> Inputs:
         models = (self.model,) if self.model else ()
         return replace(super().inputs(), heldout=(self.heldout,), models=models)
+
+    def memory_needs(self) -> MemoryNeeds:
+        half = -(-self.max_length // 2)
+        return replace(super().memory_needs(), head="scores", tree=Tree(half, 2, half))
 
 
 def render_pairs(

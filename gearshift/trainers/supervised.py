@@ -18,7 +18,7 @@ from gearshift.data.rows import text_size
 from gearshift.errors import OverlongError
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
-from gearshift.trainers.needs import Inputs, MemoryNeeds
+from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.stage import StageConfig
 
 Row = TypeVar("Row")
@@ -81,7 +81,8 @@ class SupervisedStageConfig(StageConfig):
 
     def memory_needs(self) -> MemoryNeeds:
         most = self.sequences_in_row * self.batch_size * self.max_length
-        return MemoryNeeds(self.optimizer, self.micro_batch_tokens, most)
+        tree = Tree(0, 1, self.max_length)
+        return MemoryNeeds(self.optimizer, self.micro_batch_tokens, most, tree, dropout=True)
 
 
 @contextmanager

@@ -27,7 +27,10 @@ from gearshift.engine import Engine
 from gearshift.errors import ModelError
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.tiny import tiny_tokenizer
+from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.memory import Shape
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.needs import MemoryNeeds, Tree
 from gearshift.types import SamplingParams
 
 VOCABULARY = 300
@@ -519,7 +522,10 @@ def judge(kind: str, options: dict[str, Any], folder: Path) -> Verdict:
     except ModelError as error:
         return Verdict(False, first_words(str(error)))
     compare(engine, model)
-    assert Shape.of(engine.model, torch.float32).token() > 0, "the memory plan"
+    assert Shape.of(engine.model, torch.float32).cache(1, 1) > 0, "the memory plan"
+    needs = MemoryNeeds(OptimizerConfig(), 64, 64, Tree(8, 2, 12))
+    plan = Activations(engine.model.config, needs, torch.float32, torch.device("cpu"))
+    assert plan.bytes(64, False) > 0, "the memory plan"
     return Verdict(True, HOW[engine.runner.form != "described"])
 
 

@@ -15,7 +15,7 @@ from gearshift.rewards.config import RewardSource
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
-from gearshift.trainers.needs import PROMPT_TOKENS, Inputs, MemoryNeeds
+from gearshift.trainers.needs import PROMPT_TOKENS, Inputs, MemoryNeeds, Tree
 from gearshift.trainers.presets import RLAlgorithm, rl_filled
 from gearshift.trainers.rl.methods import (
     Advantage,
@@ -296,6 +296,7 @@ class RLConfig(StageConfig):
             update.optimizer,
             update.micro_batch_tokens,
             -(-tokens // update.minibatches),
+            Tree(PROMPT_TOKENS, rollout.group_size, rollout.max_new_tokens),
             reference=self.kl.beta > 0,
             critic=self.value.optimizer if self.value and self.value.kind == "critic" else None,
             rollout=(

@@ -1,0 +1,147 @@
+"""The memory of a micro-batch's forward and backward pass, measured on models of two and of three
+layers: their difference is what a layer takes, and the rest is taken by head and embedding. It
+needs no weights of the real model. It must not import a stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from gearshift.batch import PackedBatch, pack_groups
+from gearshift.kernels.build import kernels_left_out
+from gearshift.models.adapters import AdapterConfig, add_adapter
+from gearshift.models.attention import ATTENTION
+from gearshift.models.exact import context_length
+from gearshift.models.runner import OF_TOKENS, ModelRunner
+from gearshift.runtime.peak_memory import NoDraws, peak_bytes
+from gearshift.runtime.terminal import one_line
+from gearshift.trainers.needs import MemoryNeeds, Tree
+
+_MOST = 4096
+"""Tokens that are measured at most; more take as many times the memory."""
+_CLASSES = {
+    "logprobs": AutoModelForCausalLM,
+    "scores": AutoModelForSequenceClassification,
+    "token_logits": AutoModelForTokenClassification,
+}
+
+
+@dataclass
+class Activations:
+    """What a stage's micro-batches take, beside the gradients of the whole model."""
+
+    config: PretrainedConfig
+    needs: MemoryNeeds
+    dtype: torch.dtype
+    device: torch.device
+    lora: AdapterConfig | None = None
+    unknown: str = ""
+    """Why they could not be measured."""
+    _known: dict[tuple[int, bool], float] = field(default_factory=dict)
+
+    def bytes(self, tokens: int, recompute: bool) -> float:
+        """At the peak of a micro-batch of so many tokens; `recompute`: layers are computed again in
+        the backward pass. The embedding's gradient is in it, and no other one. 0 if it cannot be
+        measured: a figure ends no run.
+        """
+        key = min(tokens, _MOST), recompute
+        if key not in self._known:
+            try:
+                self._known[key] = self._measured(*key)
+            except Exception as error:  # a model of the hub runs code of its own
+                self._known[key] = 0.0
+                self.unknown = one_line(f"{type(error).__name__}: {error}", 200)
+        return self._known[key] * tokens / key[0]
+
+    def _measured(self, tokens: int, recompute: bool) -> float:
+        tree, longest = self.needs.tree, context_length(self.config) or 2**20
+        prompt = min(tree.prompt, longest // 2)
+        tree = Tree(prompt, tree.completions, min(tree.length, longest - prompt))
+        batch = _batch(tree, tokens, self.needs.head != "token_logits").to(self.device)
+        two, three = (self._peak(layers, batch, recompute) for layers in (2, 3))
+        layer = max(0.0, three - two)
+        layers = self.config.get_text_config().num_hidden_layers
+        trunks = layers * (2 if self.needs.critic else 1)
+        return (two + (trunks - 2) * layer) * max(1.0, tokens / len(batch))
+
+    def _peak(self, layers: int, batch: PackedBatch, recompute: bool) -> float:
+        """The peak of one pass through a model of so many layers, without its layers' gradients."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            runner = self._runner(layers, recompute)
+
+            def run() -> None:
+                score: Any = getattr(runner, self.needs.head)
+                out = score(batch)
+                (out.logprobs if self.needs.head == "logprobs" else out).sum().backward()
+
+            if self.device.type == "cuda":
+                run()  # what libraries allocate once
+            with kernels_left_out():
+                return peak_bytes(self.device, run)
+
+    def _runner(self, layers: int, recompute: bool) -> ModelRunner:
+        config, kind = _cut_to(self.config, layers), self.needs.head
+        with NoDraws(), torch.device(self.device):
+            model: PreTrainedModel = _CLASSES[kind].from_config(config, dtype=self.dtype)
+            if kind == "logprobs":
+                model.set_attn_implementation(ATTENTION)
+                if self.lora:
+                    add_adapter(model, self.lora)
+            model.eval()
+            undescribed = OF_TOKENS if kind == "token_logits" else None
+            again = recompute and kind == "logprobs"
+            runner = ModelRunner(model, recompute=again, undescribed=undescribed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget)
+        model.train(self.needs.dropout)
+        return runner
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _cut_to(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The config of a model with so many layers, the first ones."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, (value * layers)[:layers])
+    text.num_hidden_layers = layers
+    cut.num_labels = 1
+    return cut
+
+
+def _batch(tree: Tree, tokens: int, spread: bool) -> PackedBatch:
+    """So many tokens, unless one row is longer: whole trees, and what is left over. With `spread`
+    the completions have between half of their length and all of it, as attention may pad them.
+    """
+    groups: list[tuple[list[int], list[tuple[list[int], list[int]]]]] = []
+    left, nth = tokens, 0
+    while left > tree.prompt + 1 or not groups:
+        left -= tree.prompt
+        rows: list[tuple[list[int], list[int]]] = []
+        while len(rows) < tree.completions and (left > 1 or not (rows or groups)):
+            share = 1 - (0.382 * nth % 1) / 2 if spread else 1.0
+            length = max(2, round(share * tree.length))
+            if nth:
+                length = min(length, left)
+            nth, left = nth + 1, left - length
+            rows.append(([1] * length, [int(tree.prompt > 0), *[1] * (length - 1)]))
+        groups.append(([1] * tree.prompt, rows))
+    return pack_groups(groups)

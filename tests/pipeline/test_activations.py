@@ -1,0 +1,97 @@
+"""The memory of a micro-batch, measured on two small models, is that of the whole model."""
+
+import pytest
+import torch
+
+from gearshift.engine import EngineConfig
+from gearshift.kernels.build import kernels_left_out
+from gearshift.models.load import ModelConfig, load_classifier
+from gearshift.models.runner import ModelRunner
+from gearshift.models.tiny import tiny_model
+from gearshift.pipeline.activations import Activations, _batch
+from gearshift.pipeline.memory import micro_batch
+from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.runtime.peak_memory import Counted, peak_bytes
+from gearshift.trainers.needs import MemoryNeeds, Tree
+
+CPU = torch.device("cpu")
+ROWS, SHORT, LONG = Tree(0, 1, 64), Tree(16, 4, 32), Tree(128, 8, 32)
+"""Rows of supervised examples; completions of short prompts and of long ones."""
+
+
+def needs(tree: Tree, tokens: int) -> MemoryNeeds:
+    return MemoryNeeds(OptimizerConfig(), tokens, tokens, tree)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tree", [ROWS, SHORT, LONG])
+def test_two_small_models_tell_the_peak_of_a_deep_one(
+    tree: Tree, dtype: torch.dtype, again: bool
+) -> None:
+    model = tiny_model(hidden_size=64, layers=9).to(dtype)
+    told = Activations(model.config, needs(tree, 512), dtype, CPU).bytes(512, again)
+    model.set_attn_implementation("gearshift")
+    runner = ModelRunner(model, recompute=again)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = _batch(tree, 512, True)
+    whole = peak_bytes(CPU, lambda: runner.logprobs(batch).logprobs.sum().backward())
+    assert told == pytest.approx(whole, rel=0.03)
+
+
+def test_it_is_the_same_count_where_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(), _batch(SHORT, 1024, True)
+    model.set_attn_implementation("gearshift")
+    runner = ModelRunner(model)
+
+    def run() -> None:
+        runner.logprobs(batch).logprobs.sum().backward()
+        model.zero_grad()
+
+    with kernels_left_out():
+        quick = peak_bytes(CPU, run)
+    monkeypatch.setattr("gearshift.runtime.peak_memory._LARGE", 1 << 40)
+    assert quick == peak_bytes(CPU, run) == peak_bytes(CPU, run)
+
+
+def test_memory_counts_until_the_last_view_of_it_is_gone() -> None:
+    with Counted() as counted:
+        whole = torch.zeros(1000)
+        view, other = whole[:10], torch.ones(50, dtype=torch.int64)
+        del whole
+        assert counted.live == counted.peak == 4400
+        del view
+        assert (counted.live, counted.peak) == (400, 4400)
+    assert int(other.sum()) == 50
+
+
+def test_padded_classifiers_and_long_rows_are_measured() -> None:
+    """A row that is longer than the micro-batch is not cut, and one that the model cannot read is
+    as long as it can.
+    """
+    config = load_classifier(ModelConfig(name="tiny", dtype="float32", device="cpu")).config
+    for head in ("scores", "token_logits"):
+        asked = MemoryNeeds(OptimizerConfig(), 64, 4096, Tree(0, 1, 100), head=head)  # type: ignore[arg-type]
+        plan = Activations(config, asked, torch.float32, CPU)
+        assert plan.bytes(64, False) == pytest.approx(plan.bytes(100, False), rel=0.01)
+        assert 0 < 1.5 * plan.bytes(100, False) < plan.bytes(400, False)
+    endless = Activations(config, needs(Tree(400, 2, 1 << 20), 4096), torch.float32, CPU)
+    assert endless.bytes(4096, False) > 0
+
+
+def test_a_batch_has_so_many_tokens() -> None:
+    for tree in (ROWS, SHORT, LONG):
+        for tokens in (300, 512, 1000):
+            batch = _batch(tree, tokens, True)
+            assert tokens - tree.prompt - 2 <= len(batch) <= tokens
+            assert batch.longest <= tree.prompt + tree.length
+    assert len(_batch(Tree(0, 1, 100), 64, True)) == 100
+
+
+def test_a_model_that_cannot_be_measured_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Activations(tiny_model().config, needs(ROWS, 64), torch.float32, CPU)
+    monkeypatch.setattr(Activations, "_runner", lambda *_: 1 / 0)
+    assert plan.bytes(64, False) == 0 and "ZeroDivisionError" in plan.unknown
+    left_open = MemoryNeeds(OptimizerConfig(), 0, 64, ROWS)
+    assert micro_batch(left_open, EngineConfig(), plan, {}, 1e12) == (64, False)
