@@ -6,11 +6,12 @@ needs no weights of the real model. It must not import a stage.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,7 +26,7 @@ from gearshift.models.adapters import AdapterConfig, add_adapter
 from gearshift.models.attention import ATTENTION
 from gearshift.models.exact import context_length
 from gearshift.models.runner import OF_TOKENS, ModelRunner
-from gearshift.runtime.peak_memory import NoDraws, peak_bytes
+from gearshift.runtime.peak_memory import NoDraws, peak_memory
 from gearshift.runtime.terminal import one_line
 from gearshift.trainers.needs import MemoryNeeds, Tree
 
@@ -70,26 +71,42 @@ class Activations:
         prompt = min(tree.prompt, longest // 2)
         tree = Tree(prompt, tree.completions, min(tree.length, longest - prompt))
         batch = _batch(tree, tokens, self.needs.head != "token_logits").to(self.device)
-        two, three = (self._peak(layers, batch, recompute) for layers in (2, 3))
-        layer = max(0.0, three - two)
+        (two, _), (three, whole) = (self._peaks(n, batch, recompute) for n in (2, 3))
         layers = self.config.get_text_config().num_hidden_layers
         trunks = layers * (2 if self.needs.critic else 1)
-        return (two + (trunks - 2) * layer) * max(1.0, tokens / len(batch))
+        deep = two + (trunks - 2) * max(0.0, three - two)
+        return max(deep, whole) * max(1.0, tokens / len(batch))
 
-    def _peak(self, layers: int, batch: PackedBatch, recompute: bool) -> float:
-        """The peak of one pass through a model of so many layers, without its layers' gradients."""
+    def _peaks(self, layers: int, batch: PackedBatch, recompute: bool) -> tuple[float, float]:
+        """The peak of one pass through a model of so many layers, without its layers' gradients: up
+        to the first layer's gradient, and with the embedding's, which takes as much in a deep model
+        and can be the peak of a shallow one only.
+        """
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             runner = self._runner(layers, recompute)
+            model, up_to_layers = runner.model, 0.0
+            tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
 
-            def run() -> None:
+            def run(peak: Callable[[], float]) -> None:
+                def arrived(parameter: Tensor) -> None:
+                    nonlocal up_to_layers
+                    parameter.grad = None
+                    if parameter not in tables:
+                        up_to_layers = peak()
+
+                learned = [p for p in model.parameters() if p.requires_grad]
+                hooks = [p.register_post_accumulate_grad_hook(arrived) for p in learned]
                 score: Any = getattr(runner, self.needs.head)
                 out = score(batch)
                 (out.logprobs if self.needs.head == "logprobs" else out).sum().backward()
+                for hook in hooks:
+                    hook.remove()
 
             if self.device.type == "cuda":
-                run()  # what libraries allocate once
-            with kernels_left_out():
-                return peak_bytes(self.device, run)
+                run(lambda: 0.0)  # what libraries allocate once
+            with kernels_left_out(), peak_memory(self.device) as peak:
+                run(peak)
+                return up_to_layers, peak()
 
     def _runner(self, layers: int, recompute: bool) -> ModelRunner:
         config, kind = _cut_to(self.config, layers), self.needs.head
@@ -103,15 +120,8 @@ class Activations:
             undescribed = OF_TOKENS if kind == "token_logits" else None
             again = recompute and kind == "logprobs"
             runner = ModelRunner(model, recompute=again, undescribed=undescribed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget)
         model.train(self.needs.dropout)
         return runner
-
-
-def _forget(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _cut_to(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -27,6 +27,7 @@ from gearshift.pipeline.memory import (
     Shape,
     micro_batch,
     parts_of,
+    passing,
     resident,
     shortage,
     with_total,
@@ -38,7 +39,7 @@ from gearshift.pipeline.provenance import (
     functions_of,
     made_from,
 )
-from gearshift.pipeline.recipe import POLICIES, Recipe, StageName, record_model
+from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import writing
@@ -171,8 +172,11 @@ class Context:
         adapter = self.recipe.model.lora if needs.head == "logprobs" else None
         activations = Activations(model.config, needs, model.dtype, model.device, adapter)
         tokens, recompute = micro_batch(needs, engine, activations, parts, free)
-        parts["activations"] = activations.bytes(tokens, recompute)
-        if short := shortage(with_total(parts)["total"], free):
+        taken = activations.bytes(tokens, recompute)
+        parts["activations"] = passing(needs, shape, trained, taken)
+        stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))
+        key = f"{stage}.{config.micro_batch_key}"
+        if short := shortage(with_total(parts)["total"], free, key):
             self.echo(f"memory: {short}")
         if not needs.micro_batch_tokens:
             config = config.with_micro_batch(tokens)

@@ -94,7 +94,7 @@ def parts_of(
     `total` bytes (0: unknown).
     """
     on_cpu = device.type == "cpu"
-    cut = not 0 < needs.update_tokens <= needs.micro_batch_tokens
+    cut = _is_cut(needs)
     parts = _learning(shape, needs.optimizer, trained, device, cut)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
@@ -141,10 +141,25 @@ def _learning(
     on_host = optimizer.offload == "always" and device.type != "cpu"
     return {
         "weights": (_TRAINED_COPY if device.type == "cpu" else 1.0) * shape.weights,
-        "gradients": float(trained * (shape.item + (4 if cut and shape.item < 4 else 0))),
+        "sums of gradients": 4.0 * trained if cut else 0.0,
         "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments),
         "the optimizer's step": float(min(_STEP, 4 * trained)),
     }
+
+
+def passing(needs: MemoryNeeds, shape: Shape, trained: int, activations: float) -> float:
+    """Bytes of a micro-batch's pass beside the sums of gradients: its activations, or the gradients
+    that come as these go, in the weights' type; in fp32 gradients are summed where they are.
+    """
+    if _is_cut(needs) and shape.item == 4:
+        return activations
+    learned = trained + (shape.parameters if needs.critic else 0)
+    return max(activations, float(learned * shape.item))
+
+
+def _is_cut(needs: MemoryNeeds) -> bool:
+    """Whether an update may have several micro-batches."""
+    return not 0 < needs.update_tokens <= needs.micro_batch_tokens
 
 
 def with_total(parts: dict[str, float]) -> dict[str, float]:
@@ -179,6 +194,7 @@ def micro_batch(
     again = engine.recompute
     if again is None:
         again = needs.head == "logprobs" and room < activations.bytes(tokens, False)
+        again = again and activations.bytes(tokens, True) > 0  # not built for every model
     if asked:
         return tokens, again
     taken = activations.bytes(tokens, again)
@@ -186,8 +202,9 @@ def micro_batch(
     return max(1, min(most, 65_536, fitting)), again
 
 
-def shortage(total: float, free: float) -> str:
+def shortage(total: float, free: float, key: str) -> str:
     """A warning that the memory is less than the stage's predicted peak; empty if it is enough.
+    `key` sets the stage's micro-batches.
 
     It is a warning and does not stop the run: the peak is an estimate, and other programs may end.
     """
@@ -195,6 +212,6 @@ def shortage(total: float, free: float) -> str:
         return ""
     return (
         f"it may take {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; "
-        "lower micro_batch_tokens or what is sampled at a time, take adapters (model.lora) or a "
-        "smaller model"
+        f"lower {key} or engine.max_num_seqs, set engine.recompute=true, or take adapters "
+        "(model.lora) or a smaller model"
     )

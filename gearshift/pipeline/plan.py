@@ -16,6 +16,7 @@ from gearshift.pipeline.memory import (
     Shape,
     micro_batch,
     parts_of,
+    passing,
     shortage,
     with_total,
 )
@@ -72,7 +73,7 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         )
         activations = Activations(model.config, needs, dtype, device, lora if policy else None)
         tokens, recompute = micro_batch(needs, recipe.engine, activations, parts, free)
-        size = activations.bytes(tokens, recompute)
+        size = passing(needs, shape, trained, activations.bytes(tokens, recompute))
         what = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
         unknown = f" (not measured: {activations.unknown})" if activations.unknown else ""
         parts[what + unknown] = size
@@ -83,7 +84,8 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
     lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
     lines += [f"the peak of {largest} is the sum of:"]
     lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
-    if short := shortage(stages[largest]["total"], free_bytes(device)):
+    key = f"{largest}.{getattr(recipe, largest).micro_batch_key}"
+    if short := shortage(stages[largest]["total"], free_bytes(device), key):
         lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")
     return lines
 

@@ -5,7 +5,8 @@ where large tensors are not computed, so that the count takes little time. It kn
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,19 +21,19 @@ _LARGE = 1 << 16
 """Tensors of fewer numbers are computed."""
 
 
-def peak_bytes(device: torch.device, run: Callable[[], object]) -> float:
-    """The most bytes that `run` allocates at a time on a GPU or in the host's memory, over what is
-    there before.
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Inside, gives a function that tells the most bytes that were allocated at a time since the
+    start, on a GPU or in the host's memory, over what was there before.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
-        return float(torch.cuda.max_memory_allocated(device) - before)
-    with Counted() as counted:
-        run()
-    return float(counted.peak)
+        yield lambda: float(torch.cuda.max_memory_allocated(device) - before)
+    else:
+        with Counted() as counted:
+            yield lambda: float(counted.peak)
 
 
 class NoDraws(TorchDispatchMode):
