@@ -241,18 +241,26 @@ def reference(probe: Probe) -> None:
 
 def predicted(probe: Probe) -> None:
     """The memory of an update against what was predicted for it."""
-    from gearshift.pipeline.memory import Shape, parts_of, with_total
-    from gearshift.trainers.sft import SFTConfig
+    from gearshift.pipeline.activations import Activations
+    from gearshift.pipeline.memory import Shape, parts_of, passing, with_total
+    from gearshift.trainers.needs import MemoryNeeds, Tree
 
     for name in probe.size(("135M", "1B"), ("135M",)):
         for padded in ("rows", "ragged"):
             learner = Learner(probe, name)
             batch = learner.rows(0) if padded == "rows" else learner.groups(0)
-            needs = SFTConfig(micro_batch_tokens=len(batch)).memory_needs()
+            lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+            first, end = batch.prompt_groups()[0]
+            alone = end - first == 1
+            prompt, longest = 0 if alone else lengths[first], max(lengths)
+            tree = Tree(prompt, 1 if alone else end - first - 1, longest)
+            needs = MemoryNeeds(learner.optimizer.config, len(batch), len(batch), tree)
             model = learner.engine.model
             shape = Shape.of(model, model.dtype)
+            plan = Activations(model.config, needs, model.dtype, probe.device)
             parts = parts_of(needs, learner.engine.config, shape, shape.parameters, probe.device)
-            parts["activations"] = len(batch) * shape.token()
+            taken = plan.bytes(len(batch), False)
+            parts["activations"] = passing(needs, shape, shape.parameters, taken)
             told = with_total(parts)["total"]
             probe.tidy()
             if probe.cuda:
