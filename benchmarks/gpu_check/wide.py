@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.gpu_check.harness import Part
 from benchmarks.gpu_check.models import engine_with, llama, model_of, rows_batch
 from benchmarks.gpu_check.probe import Probe, described
+from gearshift.batch import PackedBatch
 from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
 from gearshift.trainers.sft import supervised_loss
@@ -32,6 +33,40 @@ def fsdp(probe: Probe) -> None:
             fully_shard(layer)
         refused_or_right(probe, "FSDP2", model, None)
         dist.destroy_process_group()
+
+
+def flat_weights(probe: Probe) -> None:
+    """What ZeRO-1 and ZeRO-2 do to weights, without their library: all lie in a buffer of their
+    own, and updates are written there. It happens before the engine is made, or after.
+    """
+    for when in ("before", "after"):
+        with probe.case(f"weights in another's buffer, {when} the engine is made"):
+            model = model_of(probe, llama(probe, "135M", num_hidden_layers=2))
+            try:
+                if when == "before":
+                    whole, engine = moved(model), engine_with(model, max_length=128)
+                else:
+                    engine, whole = engine_with(model, max_length=128), moved(model)
+                batch = rows_batch(probe, engine, 2, 12)
+                before = scores(engine, batch)
+                with torch.no_grad():
+                    whole.mul_(1.1)
+                engine.weights_changed()
+                changed = bool((scores(engine, batch) != before).any())
+                found = "works" if changed else "frozen"
+            except GearshiftError as error:
+                changed, found = True, described(error)[:200]
+            case = f"weights moved {when} the engine is made: works, or is refused"
+            probe.holds(case, changed, found)
+
+
+def moved(model: nn.Module) -> torch.Tensor:
+    """A new buffer in which the model's weights lie end to end, in their order."""
+    parameters = list(model.parameters())
+    whole = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    return whole
 
 
 def zero(probe: Probe) -> None:
@@ -68,12 +103,7 @@ def refused_or_right(probe: Probe, name: str, model: nn.Module, wrapped: object)
 def stepped(probe: Probe, engine: Engine, wrapped: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs before and after an update."""
     batch = rows_batch(probe, engine, 2, 12)
-
-    def scores() -> torch.Tensor:
-        with engine.training(), torch.no_grad():
-            return engine.logprobs(batch).logprobs.cpu()
-
-    before = scores()
+    before = scores(engine, batch)
     with engine.training():
         loss = supervised_loss(engine, batch)[0]
         if wrapped is None:
@@ -83,7 +113,13 @@ def stepped(probe: Probe, engine: Engine, wrapped: object) -> tuple[torch.Tensor
             wrapped.backward(loss)  # type: ignore[attr-defined]
             wrapped.step()  # type: ignore[attr-defined]
     engine.weights_changed()
-    return before, scores()
+    return before, scores(engine, batch)
+
+
+def scores(engine: Engine, batch: PackedBatch) -> torch.Tensor:
+    """Log-probs of the scored tokens."""
+    with engine.training(), torch.no_grad():
+        return engine.logprobs(batch).logprobs.cpu()
 
 
 def begin(probe: Probe, folder: Path) -> None:
@@ -95,4 +131,4 @@ def begin(probe: Probe, folder: Path) -> None:
     )
 
 
-PARTS = (Part(fsdp, 18), Part(zero, 12))
+PARTS = (Part(fsdp, 13), Part(flat_weights, 5), Part(zero, 12))
