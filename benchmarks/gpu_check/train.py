@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from gearshift.pipeline.activations import Activations
 from torch import Tensor
 
 from benchmarks.gpu_check.harness import Part
@@ -26,6 +25,7 @@ from benchmarks.gpu_check.profiles import profiled
 from gearshift.batch import PackedBatch
 from gearshift.engine import stats
 from gearshift.models.logprobs import token_logprobs
+from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.memory import Shape, parts_of, passing
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
