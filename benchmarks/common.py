@@ -26,12 +26,42 @@ def in_turn(subjects: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     for round_ in range(rounds + 1):
         for name, run in subjects.items():
-            began = time.perf_counter()
+            began = now()
             returned = run()
+            wait()
             seconds = returned if isinstance(returned, float) else time.perf_counter() - began
             if round_:
                 samples[name].append(seconds)
     return samples
+
+
+def wait() -> None:
+    """Return when the GPU, where one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def now() -> float:
+    """Seconds of a clock, when what came before is done."""
+    wait()
+    return time.perf_counter()
+
+
+def reset_peak() -> None:
+    """Begin to count this process's peak memory anew: the GPU's where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_gib() -> float:
+    """The peak since the last reset."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    [line] = [line for line in status.split("\n") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024**2
 
 
 def skewed_lengths(count: int, longest: int, rng: random.Random) -> list[int]:

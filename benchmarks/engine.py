@@ -16,7 +16,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -31,7 +30,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.common import in_turn, machine, ratio, skewed_lengths, versions, write
+from benchmarks.common import in_turn, machine, now, ratio, skewed_lengths, versions, write
 from gearshift.batch import pack_groups
 from gearshift.engine import Engine, EngineConfig
 from gearshift.engine.stats import measure
@@ -59,7 +58,8 @@ def main() -> None:
     engine.end_tokens = frozenset()  # each request has its own length
     peer = load_policy(model_config)
     peer.set_attn_implementation("sdpa")
-    vllm = None if options.quick else Vllm()
+    # Its build is one for CPUs.
+    vllm = None if options.quick or engine.device.type != "cpu" else Vllm()
 
     result: dict[str, Any] = {"machine": machine(), "versions": versions()}
     if vllm is not None:
@@ -163,14 +163,14 @@ def continuous(peer: PreTrainedModel, prompts: list[list[int]], lengths: Sequenc
     with peer.continuous_batching_context_manager(
         generation_config=sampling, continuous_batching_config=config
     ) as manager:
-        began = time.perf_counter()
+        began = now()
         for ids, new in zip(prompts, lengths, strict=True):
             manager.add_request(ids, max_new_tokens=new)
         left = len(prompts)
         while left:
             result = manager.get_result(timeout=1)
             left -= result is not None and result.is_finished()
-        return time.perf_counter() - began
+        return now() - began
 
 
 def gaps(config: ModelConfig, tokenizer: Any) -> tuple[float, float]:
@@ -185,11 +185,11 @@ def gaps(config: ModelConfig, tokenizer: Any) -> tuple[float, float]:
             (prompt, [(c.token_ids, [1] * len(c.token_ids)) for c in group])
             for prompt, group in zip(prompts, groups, strict=True)
         ]
-    )
+    ).to(engine.device)
     with engine.training(), torch.no_grad():
         scored = engine.logprobs(batch).logprobs
     sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    gap = (scored - sampled).abs()
+    gap = (scored.cpu() - sampled).abs()
     return float(gap.max()), float(gap.mean())
 
 

@@ -19,8 +19,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -29,7 +29,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import in_turn, machine, skewed_lengths, versions, write
+from benchmarks.common import (
+    in_turn,
+    machine,
+    now,
+    peak_gib,
+    reset_peak,
+    skewed_lengths,
+    versions,
+    write,
+)
 from gearshift.engine import Engine
 from gearshift.engine.stats import measure
 from gearshift.models.embedded import embedded_folder
@@ -227,29 +236,29 @@ class Ours:
 
     def step(self, lengths: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Seconds, in all and by phase."""
-        times = [time.perf_counter()]
+        times = [now()]
         self.sample(lengths)
-        times.append(time.perf_counter())
+        times.append(now())
         trajectories = self.trajectories()
         self.reward = fmean(t.reward for t in trajectories)
-        times.append(time.perf_counter())
-        batch = pack_trajectories(trajectories)
+        times.append(now())
+        batch = pack_trajectories(trajectories).to(self.engine.device)
         batch, _ = self.trainer.make_experience(batch, trajectories)
-        times.append(time.perf_counter())
+        times.append(now())
         optimizer, spent = self.trainer.optimizers[0], 0.0
         plain = optimizer.step
 
         def timed(known: float | None = None) -> float:
             nonlocal spent
-            began = time.perf_counter()
+            began = now()
             norm = plain(known)
-            spent = time.perf_counter() - began
+            spent = now() - began
             return norm
 
         optimizer.step = timed  # type: ignore[method-assign]
         self.trainer.update(batch, self.steps)
         optimizer.step = plain  # type: ignore[method-assign]
-        times.append(time.perf_counter())
+        times.append(now())
         self.steps += 1
         a = [after - before for before, after in pairwise(times)]
         return sum(a), {
@@ -300,13 +309,13 @@ def cosine(prompts: list[str], beta: float) -> float:
         peer.ask({"policy": policy, "save": save, "completions": completions})
         theirs = load_file(save)
     peer.close()
-    batch = pack_trajectories(ours.trajectories())
+    batch = pack_trajectories(ours.trajectories()).to(ours.engine.device)
     batch, _ = ours.trainer.make_experience(batch, ours.trajectories())
     stepped = ours.trainer.optimizers[0]
     stepped.step = lambda: 0.0  # type: ignore[method-assign]  # the gradient is what we want
     ours.trainer.update(batch, 0)
     a, b = (
-        torch.cat([g[n].double().flatten() for n in sorted(theirs)])
+        torch.cat([g[n].double().flatten().cpu() for n in sorted(theirs)])
         for g in ({n: p.grad for n, p in weights.items()}, theirs)
     )
     return float(a @ b / a.norm() / b.norm())
@@ -365,7 +374,7 @@ def supervised(rounds: int) -> dict[str, Any]:
 
     def ours() -> None:
         with engine.training(dropout=True):
-            batch = supervised_batch(rows)
+            batch = supervised_batch(rows).to(engine.device)
             update(batch.split, size, lambda b: supervised_loss(engine, b), optimizer)
         engine.weights_changed()
 
@@ -431,21 +440,10 @@ def set_up() -> None:
         return
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "install"]
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    subprocess.run([*pip, "--constraint", "constraints.txt", "torch"], check=True)
+    same = f"torch==={version('torch')}"  # for a GPU too, where ours is
+    subprocess.run([*pip, "--constraint", "constraints.txt", same], check=True)
     subprocess.run([*pip, "--constraint", "constraints.txt", TRL], check=True)
     (folder / ".ready").touch()
-
-
-def reset_peak() -> None:
-    """Begin to count this process's peak memory anew."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_gib() -> float:
-    """The peak of this process since the last reset."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    [line] = [line for line in status.split("\n") if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024**2
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ QUIET = {
     "save_strategy": "no",
     "logging_strategy": "no",
     "disable_tqdm": True,
-    "use_cpu": True,
+    "use_cpu": not torch.cuda.is_available(),
     "max_steps": 10**6,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
@@ -53,10 +53,10 @@ class Turns(TrainerCallback):
             raise SystemExit
         self.order = json.loads(line)
         self.seconds.clear()
-        self.began = time.perf_counter()
+        self.began = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        total = time.perf_counter() - self.began
+        total = now() - self.began
         phases = dict(self.seconds)
         phases["optimizer"] = total - phases.pop("step")
         phases["train"] = total - sum(phases.values())
@@ -70,7 +70,7 @@ class EndAt(StoppingCriteria):
         self.ends = torch.tensor([prompt + n for n in lengths])
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return input_ids.shape[1] >= self.ends
+        return input_ids.shape[1] >= self.ends.to(input_ids.device)
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -131,10 +131,10 @@ def timed(trainer: GRPOTrainer, seconds: dict[str, float]) -> None:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             counts = only()
-            began = time.perf_counter()
+            began = now()
             result = method(*args, **kwargs)
             if counts:
-                seconds[phase] += time.perf_counter() - began
+                seconds[phase] += now() - began
             return result
 
         setattr(trainer, name, run)
@@ -171,9 +171,9 @@ def sft(settings: dict[str, Any]) -> None:
     step = trainer.training_step
 
     def training_step(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
-        began = time.perf_counter()
+        began = now()
         loss = step(model, inputs, *args)
-        seconds["step"] += time.perf_counter() - began
+        seconds["step"] += now() - began
         return loss
 
     trainer.training_step = training_step
@@ -182,10 +182,21 @@ def sft(settings: dict[str, Any]) -> None:
     trainer.train()
 
 
+def now() -> float:
+    """Seconds of a clock, when the GPU, where one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def answer(figures: dict[str, Any]) -> None:
-    with open("/proc/self/status", encoding="ascii") as status:  # rusage counts the parent's in
-        [peak] = [line for line in status if line.startswith("VmHWM")]
-    print(json.dumps({**figures, "peak_gib": int(peak.split()[1]) / 1024**2}), flush=True)
+    if torch.cuda.is_initialized():
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        with open("/proc/self/status", encoding="ascii") as status:  # rusage counts the parent's in
+            [peak] = [line for line in status if line.startswith("VmHWM")]
+        gib = int(peak.split()[1]) / 1024**2
+    print(json.dumps({**figures, "peak_gib": gib}), flush=True)
 
 
 if __name__ == "__main__":

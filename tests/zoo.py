@@ -1,8 +1,11 @@
-"""Small random models of many families, and the batches that tests make of what they wrote."""
+"""Small random models of many families, and the batches that tests make of what they wrote, on the
+device of the tests.
+"""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +28,9 @@ from gearshift.engine import Engine
 from gearshift.kernels.reference import Kernels
 from gearshift.models.attention import ATTENTION
 from gearshift.models.runner import EXACT, ModelRunner
+from gearshift.models.tiny import tiny_model as tiny_on_cpu
 from gearshift.types import Completion
+from tests.device import ON_CPU, device
 
 VOCABULARY = 259
 _COMMON = {
@@ -109,7 +114,12 @@ def random_model(family: str, attention: str = ATTENTION) -> PreTrainedModel:
         if parameter.ndim == 1:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.add_(0.1 * noise)
-    return model.eval()
+    return model.eval().to(device())
+
+
+def tiny_model() -> PreTrainedModel:
+    """The model of this name."""
+    return tiny_on_cpu().to(device())
 
 
 def pack_completions(
@@ -122,12 +132,38 @@ def pack_completions(
             for prompt, group in zip(prompts, groups, strict=True)
         ],
         share=share,
-    )
+    ).to(device())
 
 
 def sampled_logprobs(groups: Sequence[Sequence[Completion]]) -> torch.Tensor:
     """[M], in the order of `pack_completions`."""
-    return torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    return torch.tensor([x for group in groups for c in group for x in c.logprobs], device=device())
+
+
+Written = list[list[tuple[list[int], list[float], str | None]]]
+
+
+def written(groups: Iterable[Iterable[Completion]]) -> Written:
+    """Tokens, log-probs, and what ended them."""
+    return [
+        [(c.token_ids, c.logprobs + c.drawn_logprobs, c.finish_reason) for c in group]
+        for group in groups
+    ]
+
+
+def assert_same(ours: Written, theirs: Written) -> None:
+    """They are equal: on a CPU to the bit; on a GPU, which is asked in fp32, each token, and the
+    log-probs to rounding.
+    """
+    if ON_CPU:
+        assert ours == theirs
+        return
+    for group, other in zip(ours, theirs, strict=True):
+        for (tokens, logprobs, end), (their_tokens, their_logprobs, their_end) in zip(
+            group, other, strict=True
+        ):
+            assert (tokens, end) == (their_tokens, their_end)
+            assert logprobs == pytest.approx(their_logprobs, abs=1e-4)
 
 
 def hf_scores(classifier: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:

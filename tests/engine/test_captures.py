@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 from weakref import ref
@@ -23,10 +22,8 @@ from gearshift.kernels.specs import BLOCK
 from gearshift.models.adapters import AdapterConfig, adapted_layers, adapters_off, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import Completion, SamplingParams
+from tests.device import on_card
 from tests.zoo import PROMPTS, random_model
-
-CARD = os.environ.get("GEARSHIFT_TEST_DEVICE", "cpu").startswith("cuda")
-on_card = pytest.mark.skipif(not CARD, reason="needs GEARSHIFT_TEST_DEVICE=cuda")
 
 
 class Ahead(Kernels):
@@ -60,7 +57,7 @@ def engine(kernels: Kernels | None = None, name: str = "llama", **config: Any) -
 
 
 def on_gpu(**config: Any) -> Engine:
-    model = random_model("llama").to("cuda", torch.bfloat16)
+    model = random_model("llama").to(torch.bfloat16)
     return Engine(model, tiny_tokenizer(), EngineConfig(max_num_seqs=8, **config), seed=3)
 
 
@@ -286,7 +283,7 @@ def test_a_card_captures_what_it_computes() -> None:
 
 @on_card
 def test_a_card_survives_the_end_of_a_table_of_positions() -> None:
-    e = Engine(random_model("gpt2").cuda(), tiny_tokenizer(), EngineConfig(decode_steps_per_sync=8))
+    e = Engine(random_model("gpt2"), tiny_tokenizer(), EngineConfig(decode_steps_per_sync=8))
     e.end_tokens = frozenset()
     with e.generating():
         [[c]] = e.generate([[5] * (e.max_length - 3)], SamplingParams(max_new_tokens=3))

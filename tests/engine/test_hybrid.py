@@ -8,6 +8,7 @@ from gearshift.errors import CapacityError, ConfigError, GearshiftError, ModelEr
 from gearshift.models.adapters import AdapterConfig, adapted_layers, adapters_off, add_adapter
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.device import ON_CPU
 from tests.zoo import PROMPTS, pack_completions, random_model, sampled_logprobs
 
 
@@ -77,7 +78,9 @@ def test_memory_is_reported_and_given_back() -> None:
     with engine.generating():
         engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=3))
     # 8 rows x 2 blocks, and nobody's, of 16 positions x 2 layers x (k, v) x 2 heads x 8 x 4 bytes
-    assert engine.memory()["cache"] == (8 * 2 + 1) * 16 * 2 * 2 * 2 * 8 * 4
+    needed = (8 * 2 + 1) * 16 * 2 * 2 * 2 * 8 * 4
+    cache = engine.memory()["cache"]
+    assert cache == needed if ON_CPU else cache >= needed  # a GPU's has its size from the start
     with engine.training():
         assert engine.memory()["cache"] == 0
 

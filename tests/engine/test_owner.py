@@ -12,9 +12,9 @@ import torch
 
 from gearshift.engine import Engine
 from gearshift.errors import GearshiftError
-from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
-from tests.zoo import PROMPTS, pack_completions
+from tests.zoo import PROMPTS, pack_completions, tiny_model
 
 PARAMS = SamplingParams(n=2, max_new_tokens=8)
 

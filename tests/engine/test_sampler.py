@@ -13,9 +13,12 @@ from gearshift.engine.sampler import truncate
 from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.reference import Kernels, inverse_cdf
 from gearshift.types import SamplingParams
+from tests.device import device
 from tests.oracles import sampler as oracle
 
-KERNELS = [Kernels(), kernels_for(torch.zeros(1))]
+pytestmark = pytest.mark.usefixtures("made_on_device")
+
+KERNELS = [Kernels(), kernels_for(torch.zeros(1, device=device()))]
 
 
 def sample(

@@ -19,9 +19,9 @@ from tests.zoo import PROMPTS, random_model
 
 
 def engine(**config: object) -> Engine:
-    return Engine(
-        random_model("llama"), tiny_tokenizer(), EngineConfig.model_validate(config), seed=3
-    )
+    """A GPU looks after each step, as a CPU does."""
+    keys = EngineConfig.model_validate({"decode_steps_per_sync": 1, **config})
+    return Engine(random_model("llama"), tiny_tokenizer(), keys, seed=3)
 
 
 def available(e: Engine) -> tuple[int, int]:

@@ -11,12 +11,13 @@ import torch
 from gearshift.engine import Engine, EngineConfig
 from gearshift.engine import decoder as decoding
 from gearshift.errors import ConfigError, DataError, GearshiftError
-from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
-from tests.zoo import random_model
+from tests.zoo import random_model, tiny_model
 
 PROMPT = [5, 6, 7]
-CONFIG = EngineConfig(max_length=64, kv_cache_tokens=2048)  # for several at a time
+# For several requests at a time; a GPU looks after each step, as a CPU does.
+CONFIG = EngineConfig(max_length=64, kv_cache_tokens=2048, decode_steps_per_sync=1)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from gearshift.engine import stats
 from gearshift.engine.stats import GenerationStats
-from gearshift.models.tiny import tiny_model
+from tests.zoo import tiny_model
 
 DECODED = GenerationStats(decode_seconds=1.0, decode_tokens=8, decode_steps=4, decode_positions=64)
 

@@ -7,6 +7,7 @@ from gearshift.engine import Engine, EngineConfig
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.device import device
 from tests.oracles.scores import lone_logprobs
 from tests.zoo import (
     FAMILIES,
@@ -55,7 +56,7 @@ def test_every_path_of_the_generation_gear(family: str, path: str) -> None:
 
 
 def test_bf16_gap_of_the_embedded_model_is_at_most_a_hundredth_nat() -> None:
-    config = ModelConfig(dtype="bfloat16")
+    config = ModelConfig(dtype="bfloat16", device=str(device()))
     tokenizer = load_tokenizer(config)
     engine = Engine(load_policy(config), tokenizer)
     prompts = [tokenizer.encode(text) for text in ("The capital of France is", "def add(a, b):")]

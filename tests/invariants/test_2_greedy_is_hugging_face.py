@@ -11,13 +11,14 @@ from gearshift.engine import Engine, EngineConfig
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.device import device
 from tests.zoo import FAMILIES, PATHS, PROMPTS, random_model, take_path
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
 
 
 def hugging_face(model: PreTrainedModel, prompt: list[int], new: int, end: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -41,7 +42,7 @@ def test_every_family(family: str, path: str) -> None:
 
 
 def test_the_embedded_model() -> None:
-    config = ModelConfig(dtype="float32")
+    config = ModelConfig(dtype="float32", device=str(device()))
     tokenizer = load_tokenizer(config)
     texts = ["The capital of France is", "Once upon a time", "1, 2, 3,", "def add(a, b):"]
     prompts = [tokenizer.encode(text) for text in texts]

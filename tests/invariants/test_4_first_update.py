@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.models.tiny import tiny_model
 from gearshift.runtime.metrics import read_metrics
 from tests.trainers.rl_runs import small, trainer
+from tests.zoo import tiny_model
 
 
 @pytest.mark.parametrize("advantage", ["value_baseline", "grpo"])

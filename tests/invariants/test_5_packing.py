@@ -41,14 +41,14 @@ def assert_same(a: tuple[float, list[Tensor]], b: tuple[float, list[Tensor]]) ->
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8 * whole
 
 
-def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
+def test_shared_equals_packed_equals_one_at_a_time(family: str, device: torch.device) -> None:
     engine = Engine(random_model(family), tiny_tokenizer())
     with engine.generating():
         groups = engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12))
     shared = pack_completions(PROMPTS, groups, share=True)
     repeated = pack_completions(PROMPTS, groups, share=False)
     assert len(shared) < len(repeated)
-    weights = torch.rand(int(shared.loss_mask.sum()))
+    weights = torch.rand(int(shared.loss_mask.sum())).to(device)
     of_shared = gradients(engine, [shared.with_scored(loss_weights=weights)])
     of_repeated = gradients(engine, [repeated.with_scored(loss_weights=weights)])
     assert_same(of_shared, of_repeated)
@@ -57,7 +57,7 @@ def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
     assert_same(gradients(engine, many), of_shared)
 
     alone = random_model(family, attention="eager")
-    i, loss = 0, torch.zeros(())
+    i, loss = 0, torch.zeros((), device=device)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for c in group:
             logprobs, _ = lone_logprobs(alone, prompt, c.token_ids)
@@ -68,7 +68,7 @@ def test_shared_equals_packed_equals_one_at_a_time(family: str) -> None:
     assert_same(of_shared, (loss.item(), grads))
 
 
-def test_layers_computed_again_give_the_same_gradients(family: str) -> None:
+def test_layers_computed_again_give_the_same_gradients(family: str, device: torch.device) -> None:
     results = []
     for recompute in (False, True):
         config = EngineConfig(recompute=recompute)
@@ -76,6 +76,6 @@ def test_layers_computed_again_give_the_same_gradients(family: str) -> None:
         with engine.generating():
             groups = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=6))
         batch = pack_completions(PROMPTS, groups)
-        weights = torch.linspace(-1, 1, int(batch.loss_mask.sum()))
+        weights = torch.linspace(-1, 1, int(batch.loss_mask.sum()), device=device)
         results.append(gradients(engine, [batch.with_scored(loss_weights=weights)]))
     assert_same(*results)

@@ -1,6 +1,7 @@
 """Invariant 6: after updates and gear shifts in any order the gears still agree, on one storage."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +67,12 @@ def test_broken_aliasing_is_restored_at_the_shift() -> None:
     assert all(rows.is_aliased() for rows in engine.runner.weights)
 
 
-def test_a_saved_model_is_the_model_that_was_trained(tmp_path) -> None:
+def test_a_saved_model_is_the_model_that_was_trained(tmp_path: Path, device: torch.device) -> None:
     engine = Engine(random_model("llama"), tiny_tokenizer())
     save_model(tmp_path / "model", engine.model, engine.tokenizer, "card")
-    loaded = load_policy(ModelConfig(name=str(tmp_path / "model"), dtype="float32"))
+    loaded = load_policy(
+        ModelConfig(name=str(tmp_path / "model"), dtype="float32", device=str(device))
+    )
     for name, value in engine.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.kernels import build
 from gearshift.models.adapters import AdapterConfig, add_adapter
-from gearshift.models.tiny import tiny_model
+from tests.device import bits
 from tests.gyms import TwoTurns
 from tests.trainers.rl_runs import small, trainer
 from tests.trainers.test_resume import fingerprint
+from tests.zoo import tiny_model
 
 
 class Unsteady(TwoTurns):
@@ -35,9 +35,7 @@ class Unsteady(TwoTurns):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp32 adapter", "bf16 adapter"])
 def test_how_fast_environments_answer_changes_nothing(tmp_path: Path, kind: str) -> None:
-    if not build.has("linear", torch.float32) or (
-        "bf16" in kind and not build.has("prepacked_linear", torch.bfloat16)
-    ):
+    if not bits(torch.bfloat16 if "bf16" in kind else torch.float32):
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     config = small(
         steps=2,

@@ -1,6 +1,5 @@
 """A GPU's attention: it is exact attention, it stays within its bounds, and waits for nothing."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,10 +23,11 @@ from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.device import device
 from tests.oracles import attention as oracle
-from tests.zoo import FAMILIES, PROMPTS, pack_completions, random_model
+from tests.zoo import FAMILIES, PROMPTS, pack_completions, random_model, sampled_logprobs
 
-DEVICE = os.environ.get("GEARSHIFT_TEST_DEVICE", "cpu")
+DEVICE = device()
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 HEADS = [(1, 1, 8), (4, 2, 16), (3, 3, 24), (6, 2, 20), (8, 1, 8), (2, 1, 136)]
@@ -286,15 +286,15 @@ def test_attention_keeps_its_inputs_alone_for_the_backward_pass() -> None:
 
 def test_only_a_cpu_attends_in_whole_rows() -> None:
     assert type(tensor_functions(torch.device("cpu"))) is Kernels
-    for device in ("cuda", "meta"):
-        assert isinstance(tensor_functions(torch.device(device)), ChunkedKernels)
+    for name in ("cuda", "meta"):
+        assert isinstance(tensor_functions(torch.device(name)), ChunkedKernels)
 
 
 def test_dropped_scores_are_dropped_again_in_the_backward_pass() -> None:
     """With value vectors of one, a row of weights sums up to what was not dropped."""
     batch = pack([([1] * 40, [1] * 40)])
-    q, k = torch.randn(2, 40, 1, 8).unbind()
-    v = torch.ones(40, 1, 8, requires_grad=True)
+    q, k = torch.randn(2, 40, 1, 8).to(DEVICE).unbind()
+    v = torch.ones(40, 1, 8, device=DEVICE, requires_grad=True)
     out = ChunkedKernels().attend_packed(
         q, k, v, PackedSequences(batch), AttentionOptions(0.3, dropout=0.5)
     )
@@ -326,11 +326,12 @@ def test_a_model_computes_the_same_in_chunks(
                     groups = engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12))
             with engine.training():
                 scores = engine.logprobs(pack_completions(PROMPTS, groups))
-                (scores.logprobs * torch.linspace(0, 1, len(scores.logprobs))).sum().backward()
+                weights = torch.linspace(0, 1, len(scores.logprobs), device=DEVICE)
+                (scores.logprobs * weights).sum().backward()
         grads = [p.grad.flatten() for p in engine.model.parameters() if p.grad is not None]
         results.append((scores.logprobs.detach(), torch.cat(grads)))
         monkeypatch.undo()
-    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    sampled = sampled_logprobs(groups)
     (ours, our_grads), (theirs, their_grads) = results
     assert torch.allclose(ours, sampled, atol=2e-5)
     assert torch.allclose(ours, theirs, atol=2e-5)

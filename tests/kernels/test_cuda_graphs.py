@@ -3,7 +3,6 @@
 """
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from gearshift.errors import KernelError
 from gearshift.kernels.cuda_graphs import CudaGraphs, HostWaits
-
-CARD = os.environ.get("GEARSHIFT_TEST_DEVICE", "cpu").startswith("cuda")
-on_card = pytest.mark.skipif(not CARD, reason="needs GEARSHIFT_TEST_DEVICE=cuda")
+from tests.device import on_card
 
 
 class FakeCuda:
@@ -210,9 +207,9 @@ def test_a_capture_that_fails_says_so(cuda: FakeCuda, error: Exception, way_out:
 
 
 @on_card
-def test_graphs_on_a_card_compute_what_their_steps_do() -> None:
+def test_graphs_on_a_card_compute_what_their_steps_do(device: torch.device) -> None:
     """Also after all graphs of a pool are gone, and while another thread could use the card."""
-    x, weight = torch.zeros(8, 64, device="cuda"), torch.randn(64, 64, device="cuda")
+    x, weight = torch.zeros(8, 64, device=device), torch.randn(64, 64, device=device)
     graphs = CudaGraphs()
     for _ in range(3):
         captured = [graphs.capture(lambda: None, lambda n=n: x[:n] @ weight) for n in (8, 4, 1)]

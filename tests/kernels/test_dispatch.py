@@ -8,6 +8,7 @@ from gearshift.kernels import build
 from gearshift.kernels.cpu import CPUKernels
 from gearshift.kernels.dispatch import kernels_for, kernels_of
 from gearshift.kernels.reference import Kernels
+from tests.device import on_card
 
 
 def model(*dtypes: torch.dtype) -> nn.Module:
@@ -17,6 +18,11 @@ def model(*dtypes: torch.dtype) -> nn.Module:
 def test_other_types_and_models_of_several_types_run_as_tensor_functions() -> None:
     assert type(kernels_for(torch.zeros(1, dtype=torch.float64))) is Kernels
     assert type(kernels_of(model(torch.float32, torch.bfloat16))) is Kernels  # type: ignore[arg-type]
+
+
+@on_card
+def test_a_card_runs_its_own_kernels(device: torch.device) -> None:
+    assert type(kernels_for(torch.zeros(1, device=device))).__name__ == "TritonKernels"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

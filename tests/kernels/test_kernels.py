@@ -1,5 +1,5 @@
-"""The compiled kernels compute what the tensor functions do, in fp32 and in bf16 to the bit or
-nearly; and the tensor functions' attention is plain attention.
+"""The compiled kernels (on a GPU, its kernels) compute what the tensor functions do, in fp32 and in
+bf16 to the bit or nearly; and the tensor functions' attention is plain attention.
 """
 
 import pytest
@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from gearshift.kernels import build
 from gearshift.kernels.cpu import CPUKernels
 from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions, Gate, Norm
+from tests.device import ON_CPU, bits
+
+pytestmark = pytest.mark.usefixtures("made_on_device")
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLOW = Kernels()
@@ -21,7 +23,7 @@ SLOW = Kernels()
 
 def fast(dtype: torch.dtype) -> Kernels:
     kernels = kernels_for(torch.zeros(1, dtype=dtype))
-    if not isinstance(kernels, CPUKernels):
+    if ON_CPU and not isinstance(kernels, CPUKernels):
         pytest.skip("no C++ compiler here")
     return kernels
 
@@ -187,7 +189,7 @@ def test_packed_products(rows: int, out: int, size: int) -> None:
 def test_a_packed_product_does_not_depend_on_the_rows_beside(out: int, size: int) -> None:
     weight, x, bias = (torch.randn(s).bfloat16() for s in ((out, size), (203, size), (out,)))
     product = fast(torch.bfloat16).prepacked_linear(weight, 32)
-    if product is None or not build.has("prepacked_linear", torch.bfloat16):
+    if product is None or not bits(torch.bfloat16):
         pytest.skip("this CPU has no bf16 dot products")
     whole = product(x, bias)
     for a, b in [(0, 1), (3, 20), (100, 132), (150, 203)]:
@@ -258,7 +260,7 @@ def test_fp32_products_do_not_depend_on_the_rows_beside(
     together = kernels.linear(x, weight, added)
     exact = torch.nn.functional.linear(x.double(), weight.double(), None)
     assert (together - (exact if added is None else exact + added)).abs().max() < 1e-3
-    if not build.has("linear", torch.float32):
+    if not bits():
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     assert torch.equal(together, kernels.linear(x, weight.t().contiguous().t(), added))
     for i in range(rows):
@@ -277,7 +279,7 @@ def test_fp32_products_of_what_does_not_fit_are_refused_and_a_broadcast_bias_is_
 @pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "mish", "elu", "selu"])
 def test_alone_an_activation_does_not_depend_on_the_rows_beside(name: str) -> None:
     kernels = fast(torch.float32)
-    if not build.has("linear", torch.float32):
+    if not bits():
         pytest.skip("the promise is of compiled kernels, which this machine lacks")
     x, act = 3 * torch.randn(64, 7), getattr(torch.nn.functional, name)
     with kernels.batch_invariant():

@@ -1,4 +1,4 @@
-"""The GPU's kernels, in Triton's interpreter, are the tensor functions."""
+"""The GPU's kernels, in Triton's interpreter or on a GPU, are the tensor functions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,11 @@ from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
 from gearshift.kernels.triton_ops import TritonKernels
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
+from tests.device import ON_CPU, device
 from tests.zoo import FAMILIES, PROMPTS, random_model
+
+HALF = torch.float16 if ON_CPU else torch.bfloat16
+"""The interpreter has no bf16."""
 
 
 def rows(
@@ -36,10 +40,11 @@ def rows(
             row[w] = common[w] if w < shared else next(order)
     store = torch.randn(len(lengths) * width + shared + 1, 2, K, BLOCK * D).to(dtype)
     positions = torch.tensor(lengths) - 1
-    return store, AttentionMetadata(torch.arange(len(lengths)), positions, table)
+    places = torch.arange(len(lengths)), positions, table
+    return store.to(device()), AttentionMetadata(*(x.to(device()) for x in places))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("H", "K", "D"), [(9, 3, 64), (4, 4, 24), (8, 1, 80)])
 @pytest.mark.parametrize("shared", [0, 3])
 @pytest.mark.parametrize("more", [{}, {"window": 20}, {"softcap": 2.0}])
@@ -50,7 +55,7 @@ def test_decode_attention(
     torch.manual_seed(H + shared)
     lengths = [49, 50, 97, 64, 120, 51, 80, 128, 49, 48, 77] if shared else [1, 16, 17, 100]
     store, places = rows(lengths, shared, K, D, dtype)
-    query = torch.randn(len(lengths), H + 2 * K, D).to(dtype)[:, :H]
+    query = torch.randn(len(lengths), H + 2 * K, D).to(device(), dtype)[:, :H]
     options = AttentionOptions(scaling=D**-0.5, **more)
     ours = TritonKernels().attend(query, store, places, options).float()
     theirs = Kernels().attend(query, store, places, options).float()
@@ -122,7 +127,8 @@ def test_a_kernel_that_cannot_be_compiled_says_what_is_missing(
     monkeypatch.setattr(triton_ops, "_own_part", Broken(error))
     store, places = rows([5], 0, 2, 16, torch.float32)
     with pytest.raises(raised, match=way_out):
-        TritonKernels().attend(torch.zeros(1, 4, 16), store, places, AttentionOptions(0.25))
+        query = torch.zeros(1, 4, 16, device=device())
+        TritonKernels().attend(query, store, places, AttentionOptions(0.25))
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(
@@ -139,7 +145,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     store, places = rows([5], 0, 2, 16, torch.float32)
-    query, launched = torch.zeros(1, 4, 16), []
+    query, launched = torch.zeros(1, 4, 16, device=device()), []
 
     class Launched:
         def __getitem__(self, grid: Any) -> Any:
@@ -154,6 +160,6 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 def test_a_window_reads_no_shared_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "_shared_part", Broken(AssertionError()))
     store, places = rows([40] * 8, 2, 1, 16, torch.float32)
-    query, options = torch.randn(8, 2, 16), AttentionOptions(0.25, window=20)
+    query, options = torch.randn(8, 2, 16).to(device()), AttentionOptions(0.25, window=20)
     ours = TritonKernels().attend(query, store, places, options)
     assert torch.allclose(ours, Kernels().attend(query, store, places, options), atol=1e-5)

@@ -32,6 +32,7 @@ from gearshift.pipeline.memory import Shape
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import MemoryNeeds, Tree
 from gearshift.types import SamplingParams
+from tests.device import device
 
 VOCABULARY = 300
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -396,7 +397,7 @@ def random_model(config: Any, seed: int = 3) -> PreTrainedModel:
                 parameter.data.add_(0.1 * torch.randn(parameter.shape))
             else:
                 parameter.data.normal_(std=0.15)
-    return model.eval()
+    return model.eval().to(device())
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

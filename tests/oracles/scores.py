@@ -13,7 +13,7 @@ def lone_logprobs(
     """[A] log-prob of each completion token and [A] entropy of its distribution. `model` uses eager
     attention.
     """
-    ids = torch.tensor([prompt + completion])
+    ids = torch.tensor([prompt + completion], device=model.device)
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
     log_p = torch.log_softmax(logits, -1)
     chosen = torch.stack([log_p[i, token] for i, token in enumerate(completion)])

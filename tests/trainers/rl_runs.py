@@ -10,7 +10,7 @@ from gearshift.engine import Engine, EngineConfig
 from gearshift.environments.base import TextEnvironment
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.runner import ModelRunner
-from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic, load_critic
@@ -19,7 +19,9 @@ from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.trainers.sft import Rendered
 from gearshift.trainers.stage import Stage
 from gearshift.types import Trajectory
+from tests.device import device
 from tests.gyms import SayLetters
+from tests.zoo import tiny_model
 
 SMALL: dict[str, Any] = {
     "steps": 4,
@@ -28,7 +30,7 @@ SMALL: dict[str, Any] = {
     "update": {"optimizer": {"lr": 1e-2, "warmup": 0}},
     "value": {"optimizer": {"lr": 1e-2}},
 }
-TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
+TINY = ModelConfig(name="tiny", dtype="float32", device=str(device()))
 
 
 def small(**changes: Any) -> RLConfig:
