@@ -94,4 +94,12 @@ MUTATIONS = (
         'lost[what], why[what] = lost[what] + failed, ""',
         "tests/rollouts/test_evaluate.py -k made_every_episode_fail",
     ),
+    Mutation(
+        "memory is freed for the count while a view of it lives",
+        "runtime/peak_memory.py",
+        "        if any(result.alias_info for result in func._schema.returns):  # a view\n"
+        "            return func(*args, **kwargs)\n",
+        "        self.live = 0\n",
+        "tests/pipeline/test_activations.py",
+    ),
 )
