@@ -17,7 +17,7 @@ from pathlib import Path
 STEPS = {
     "env": "env", "sdpa": "sdpa", "triton": "decode_kernels", "graphs": "graphs",
     "parity": "parity", "batching": "batching", "decode": "decode", "train": "train",
-    "grpo": "grpo", "memory": "memory", "resume": "resume", "faults": "faults",
+    "grpo": "grpo", "memory": "memory", "resume": "resume", "wide": "wide", "faults": "faults",
 }  # fmt: skip
 """The steps in order of importance, and the file of each."""
 NEEDED = (
