@@ -13,7 +13,6 @@ import torch
 from benchmarks.gpu_check.harness import Part
 from benchmarks.gpu_check.models import engine_of, llama, model_of, prompts_of, quick_limits
 from benchmarks.gpu_check.probe import GIB, Probe
-from gearshift import train_sft
 from gearshift.models.from_pretrained import without_bars
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -83,6 +82,8 @@ def offloaded(probe: Probe) -> None:
 
 def crowded(probe: Probe) -> None:
     """A stage whose sizes are left open, on a quarter of the card: it may halve, and must end."""
+    from gearshift import train_sft
+
     quick_limits(probe)
     if probe.cuda:
         torch.cuda.set_per_process_memory_fraction(0.25)
