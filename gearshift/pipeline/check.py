@@ -24,8 +24,9 @@ _READ: dict[StageName, Callable[[Any], Any]] = {
     "rl": to_supervised,
 }
 """How each stage reads a row."""
-_UNCHECKED = (ENVIRONMENT, "judge:", GIVEN)
-"""What begins the names of rewards that are no function of a file or a module."""
+_UNCHECKED = (ENVIRONMENT, "judge:", "http://", "https://", GIVEN)
+"""How the names of rewards begin that are no function of a file or a module. An address may name a
+secret that only the machine of the run has."""
 
 
 def check_recipe(recipe: Recipe, stages: Iterable[StageName]) -> None:
