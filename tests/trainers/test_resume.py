@@ -57,8 +57,8 @@ def stop_after(run: RLTrainer, step: int) -> None:
     """Have SIGTERM arrive during this step."""
     log = run.stage.log
 
-    def log_and_signal(at: int, metrics: dict[str, float], tokens: int) -> None:
-        log(at, metrics, tokens)
+    def log_and_signal(at: int, metrics: dict[str, float], tokens: int, *of: Any) -> None:
+        log(at, metrics, tokens, *of)
         if at == step:
             signal.raise_signal(signal.SIGTERM)
 
@@ -119,8 +119,8 @@ def test_steps_after_the_checkpoint_are_done_again(tmp_path: Path) -> None:
     killed = trainer(config, tmp_path / "cut")
     log = killed.stage.log
 
-    def log_and_die(at: int, metrics: dict[str, float], tokens: int) -> None:
-        log(at, metrics, tokens)
+    def log_and_die(at: int, metrics: dict[str, float], tokens: int, *of: Any) -> None:
+        log(at, metrics, tokens, *of)
         if at == 4:
             raise MemoryError
 
