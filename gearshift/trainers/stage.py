@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import cached_property
 from operator import attrgetter
@@ -20,7 +20,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from pydantic import Field, ValidationError
 
-from gearshift.engine.stats import peak_flops
 from gearshift.errors import CheckpointError, GearshiftError
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime import checkpoint
@@ -40,6 +39,7 @@ from gearshift.runtime.terminal import counted, echo, one_line
 from gearshift.trainers.callbacks import Callbacks
 from gearshift.trainers.ema import MovingAverage
 from gearshift.trainers.needs import Inputs, MemoryNeeds
+from gearshift.trainers.speed import training_speed
 
 BEGUN = "begun.json"
 """The file in a stage's folder with digests of what the stage is made from."""
@@ -225,7 +225,7 @@ class Stage:
         record = {
             **metrics,
             **figures,
-            **_speed(figures.get("seconds/train", 0.0), runners),
+            **training_speed(figures.get("seconds/train", 0.0), runners),
             "step_time": time.perf_counter() - self._began,
             "num_tokens": float(tokens),
         }
@@ -339,19 +339,3 @@ class Stage:
         if not lines and state["total"] != self.total:
             lines = [f"the data made {counted(state['total'], 'step')} and make {self.total}"]
         return "; ".join(lines)
-
-
-def _speed(seconds: float, runners: Sequence[ModelRunner]) -> dict[str, float]:
-    """Tokens a second of the training, and on a GPU the share of its rate that the models' products
-    took (model FLOPs utilisation).
-    """
-    done = [(runner.model, *runner.work.take()) for runner in runners]
-    if not done or not seconds or not done[0][1]:
-        return {}
-    figures = {"speed/tokens_per_second": done[0][1] / seconds}
-    parts = [
-        operations / peak_flops(model.device, model.dtype)
-        for model, _, operations in done
-        if model.device.type == "cuda" and operations
-    ]
-    return {**figures, "speed/mfu": sum(parts) / seconds} if parts else figures

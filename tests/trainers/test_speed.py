@@ -7,7 +7,7 @@ import torch
 
 from gearshift.engine import stats
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers import stage
+from gearshift.trainers import speed
 from tests.trainers.rl_runs import small, trainer
 
 
@@ -19,15 +19,15 @@ def runner(tokens: int, operations: float, device: str = "cuda") -> SimpleNamesp
 def test_utilisation_is_the_work_of_all_models_over_the_gpus_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stage, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: 1e12)
     policy, critic = runner(100, 3e11), runner(70, 1e11)
-    assert stage._speed(2.0, [policy, critic]) == {  # type: ignore[list-item]
+    assert speed.training_speed(2.0, [policy, critic]) == {  # type: ignore[list-item]
         "speed/tokens_per_second": 50.0,
         "speed/mfu": pytest.approx(0.2),
     }
-    assert "speed/mfu" not in stage._speed(2.0, [runner(100, 3e11, "cpu")])  # type: ignore[list-item]
-    assert "speed/mfu" not in stage._speed(2.0, [runner(100, 0.0)])  # type: ignore[list-item]
-    assert stage._speed(2.0, [runner(0, 0.0)]) == {}  # type: ignore[list-item]
+    assert "speed/mfu" not in speed.training_speed(2.0, [runner(100, 3e11, "cpu")])  # type: ignore[list-item]
+    assert "speed/mfu" not in speed.training_speed(2.0, [runner(100, 0.0)])  # type: ignore[list-item]
+    assert speed.training_speed(2.0, [runner(0, 0.0)]) == {}  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
