@@ -110,8 +110,9 @@ class Activations:
 
     def _runner(self, layers: int, recompute: bool) -> ModelRunner:
         config, kind = _cut_to(self.config, layers), self.needs.head
-        with NoDraws(), torch.device(self.device):
-            model: PreTrainedModel = _CLASSES[kind].from_config(config, dtype=self.dtype)
+        with NoDraws():
+            with torch.device(self.device):
+                model: PreTrainedModel = _CLASSES[kind].from_config(config, dtype=self.dtype)
             if kind == "logprobs":
                 model.set_attn_implementation(ATTENTION)
                 if self.lora:
