@@ -88,14 +88,15 @@ The first name that fits counts."""
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second that the maker promises for this GPU in bf16; where that is not known,
-    those that `measure` finds.
+    those that `measure_if_it_fits` finds, and NaN if there is no memory for that.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(device)
         for name, tera in _TERAFLOPS.items():
             if re.search(rf"\b{name}\b", card) and "Laptop" not in card:
                 return tera * 1e12
-    return measure(device, dtype).flops_per_second
+    measured = measure_if_it_fits(device, dtype)
+    return measured.flops_per_second if measured else float("nan")
 
 
 @dataclass(frozen=True)

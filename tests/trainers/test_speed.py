@@ -42,7 +42,8 @@ def test_a_gpus_rate_is_its_makers_or_measured(
     card: str, tera: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    monkeypatch.setattr(stats, "measure", lambda device, dtype: stats.Roofline(1.0, 7e12))
+    rate = stats.Roofline(1.0, 7e12)
+    monkeypatch.setattr(stats, "measure_if_it_fits", lambda device, dtype: rate)
     device = torch.device("cuda")
     assert stats.peak_flops(device, torch.bfloat16) == tera * 1e12
     assert stats.peak_flops(device, torch.float32) == 7e12

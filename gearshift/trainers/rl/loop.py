@@ -21,7 +21,7 @@ from gearshift.algorithms.normalize import loss_weights
 from gearshift.batch import PackedBatch
 from gearshift.data import Mixture
 from gearshift.engine import Engine
-from gearshift.engine.stats import measure
+from gearshift.engine.stats import measure_if_it_fits
 from gearshift.models.heads import ValueHead
 from gearshift.models.runner import ModelRunner
 from gearshift.rollouts.collector import Collector
@@ -139,7 +139,8 @@ class RLTrainer:
 
     def train(self) -> None:
         """Sample prompts, collect, score, advantages, update; until the stage's last step."""
-        measure(self.engine.device, self.engine.model.dtype)  # it takes seconds, in no step's time
+        # It takes seconds, in no step's time.
+        measure_if_it_fits(self.engine.device, self.engine.model.dtype)
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
             sampled, metrics = self.sampler.rollout(step)
             trajectories, greedy = self.with_greedy(step, sampled)
