@@ -84,6 +84,7 @@ class Run:
             if left:
                 run.trained = trained_on(self.folder, recipe, begun=False)
             run.heldout("base", lambda: open_engine(recipe, None))
+            give_back_freed_memory()  # a GPU's cache, before the first stage plans its memory
         for name in STAGES:
             if name in named:
                 self._stage(name)

@@ -10,11 +10,13 @@ import torch
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that are free: of the device; or of the machine, of the control groups that this
-    process is in (containers, batch jobs), and of its own limits, whichever is least.
+    """Bytes that are free: of the device, with those that this process's allocator keeps of tensors
+    that are gone; or of the machine, of the control groups that this process is in (containers,
+    batch jobs), and of its own limits, whichever is least.
     """
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     return min(_of_machine(), of_control_groups(Path("/proc/self/cgroup")), _of_limits())
 
 
