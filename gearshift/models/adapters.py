@@ -122,8 +122,8 @@ def save_adapter(folder: Path, model: PreTrainedModel, base: str) -> None:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Any]:
-    """The state dict that the model would have with its adapters merged; the model stays as it
-    is.
+    """The state dict that the model would have with its adapters merged, in the host's memory; the
+    model stays as it is.
     """
     layers = dict(adapted_layers(model))
     state = {}
@@ -135,5 +135,5 @@ def merged_state(model: PreTrainedModel) -> dict[str, Any]:
         if layer is not None and key.endswith(".weight"):
             for active in layer.active_adapters:
                 value = (value.float() + layer.get_delta_weight(active).float()).to(value.dtype)
-        state[key.replace(".base_layer.", ".")] = value.detach().clone()
+        state[key.replace(".base_layer.", ".")] = value.detach().to("cpu", copy=True)
     return state

@@ -30,7 +30,7 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside this context the model holds the average, and afterwards its own weights again."""
-        own = [p.detach().clone() for p in self.model.parameters()]
+        own = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
         with shielded():  # a signal in the middle would leave a mixture of both
             self._write(self.average)
             try:
