@@ -155,7 +155,8 @@ class ModelRunner:
         for i, after in zip_longest(order, order[1:]):
             batch.append(i)
             if after is None or len(sequences[after]) * (len(batch) + 1) > micro_batch_tokens:
-                values = self.scores(pack_unscored([sequences[j] for j in batch])).tolist()
+                packed = pack_unscored([sequences[j] for j in batch]).to(self.model.device)
+                values = self.scores(packed).tolist()
                 for j, value in zip(batch, values, strict=True):
                     scores[j] = value
                 batch = []
