@@ -55,8 +55,13 @@ def short_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_that_does_not_end_is_ended(name: str, short_time: None) -> None:
+def test_a_template_that_does_not_end_is_ended(
+    name: str, short_time: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, what = ENDLESS[name]
+    if what != "seconds":
+        # A slow machine must not end by its clock what another bound ends.
+        monkeypatch.setattr(chat_template_renderer, "SECONDS", 120)
     tokenizer = bpe("<s>", "<|im_end|>", "<|endoftext|>", source)
     tokenizer.name_or_path = "some/model"
     with pytest.raises(EndlessTemplateError, match=rf"some/model .*{what}") as error:
