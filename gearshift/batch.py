@@ -5,13 +5,15 @@ explains the letters of shapes.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Piece = tuple[Sequence[int], Sequence[int]]
 """Token ids and their mask."""
 
@@ -201,11 +203,15 @@ class PackedBatch:
             parents=torch.where(old >= 0, moved_N[old.clamp(min=0)], -1),
         )
 
-    def split_groups(self, micro_batch_tokens: int) -> Iterator[PackedBatch]:
+    def split_groups(self, micro_batch_tokens: int, ranks: int = 1) -> Iterator[PackedBatch]:
         """The micro-batches of `split`, in which groups of more than `micro_batch_tokens` are cut,
-        too: into trees that fit, each with the prompt. The scored tokens keep their order.
+        too, and larger groups where there are fewer than `ranks`: into trees that fit, each with
+        the prompt. The scored tokens keep their order.
         """
-        return self._with_cut_groups(micro_batch_tokens).split(micro_batch_tokens)
+        most = micro_batch_tokens
+        if len(self.prompt_groups()) < ranks:
+            most = min(most, -(-len(self) // ranks))
+        return self._with_cut_groups(most).split(micro_batch_tokens, ranks)
 
     def _with_cut_groups(self, most: int) -> PackedBatch:
         starts, old = self.cu_seqlens.tolist(), self.parents.tolist()
@@ -240,9 +246,10 @@ class PackedBatch:
             parents=torch.tensor(parents),
         )
 
-    def split(self, micro_batch_tokens: int) -> Iterator[PackedBatch]:
+    def split(self, micro_batch_tokens: int, ranks: int = 1) -> Iterator[PackedBatch]:
         """Cut into micro-batches of whole trees, in order: as few as `micro_batch_tokens` allows,
-        and of about one size. A tree that is longer is a micro-batch alone.
+        but a multiple of `ranks` where there are so many trees, and of about one size. A tree that
+        is longer is a micro-batch alone.
         """
         trees = self.prompt_groups()
         if not trees:
@@ -260,10 +267,11 @@ class PackedBatch:
             return found
 
         # The smallest limit that needs no more of them.
-        low, high, fewest = 0, micro_batch_tokens, len(cuts(micro_batch_tokens))
+        low, high, count = 0, micro_batch_tokens, len(cuts(micro_batch_tokens)) + 1
+        most = -(-count // ranks) * ranks
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if len(cuts(middle)) == fewest else (middle, high)
+            low, high = (low, middle) if len(cuts(middle)) < most else (middle, high)
         starts = [0, *cuts(high), len(trees)]
         for first, end in pairwise(starts):
             yield self.slice(trees[first][0], trees[end - 1][1])
@@ -333,12 +341,30 @@ def _pack(rows: Iterable[tuple[Sequence[int], Sequence[int], int, int]]) -> Pack
     )
 
 
-def chunks_by_tokens(lengths: Sequence[int], micro_batch_tokens: int) -> Iterator[slice]:
+def chunks_by_tokens(
+    lengths: Sequence[int], micro_batch_tokens: int, ranks: int = 1
+) -> list[slice]:
     """Slices of consecutive sequences whose padded size (longest x count) stays within
-    `micro_batch_tokens`; each has one sequence at least.
+    `micro_batch_tokens`; each has one sequence at least. For several ranks there is a multiple of
+    their number, or nearly so.
     """
-    first = 0
-    for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or max(lengths[first : i + 1]) * (i + 1 - first) > micro_batch_tokens:
-            yield slice(first, i)
-            first = i
+
+    def chunks(most: int) -> list[slice]:
+        """Slices of at most so many sequences."""
+        found, first = [], 0
+        for i in range(1, len(lengths) + 1):
+            longer = max(lengths[first : i + 1]) * (i + 1 - first) > micro_batch_tokens
+            if i == len(lengths) or longer or i - first == most:
+                found.append(slice(first, i))
+                first = i
+        return found
+
+    return for_ranks(chunks, len(lengths), ranks)
+
+
+def for_ranks(cut: Callable[[int], list[T]], count: int, ranks: int) -> list[T]:
+    """The pieces that `cut` makes of `count` things, given how many a piece may have: as few as
+    possible for one rank, and about a multiple of `ranks` for several.
+    """
+    found = cut(count)
+    return cut(-(-count // (-(-len(found) // ranks) * ranks))) if len(found) % ranks else found

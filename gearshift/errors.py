@@ -41,6 +41,10 @@ class FolderInUseError(GearshiftError):
     """Another process, or another thread, writes into the run's folder."""
 
 
+class RankError(GearshiftError):
+    """Another process of the run failed, or did not come in time."""
+
+
 class NumericalError(GearshiftError):
     """A loss, a gradient or a reward is not finite."""
 

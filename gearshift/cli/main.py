@@ -14,7 +14,7 @@ from typing import Any
 
 from gearshift import __version__
 from gearshift.cli import run, talk, tools
-from gearshift.errors import NotBuiltError
+from gearshift.errors import ConfigError
 from gearshift.runtime.exit_errors import exit_on_signals, exit_with_error, remove_signal_handlers
 from gearshift.runtime.terminal import echo
 
@@ -40,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.Namespace()
     try:
         arguments = make_parser().parse_args(words or ["--help"])
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise NotBuiltError(
-                "Training on several processes is not built yet; start one process, "
-                "without torchrun."
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(arguments, "on_ranks"):
+            raise ConfigError(
+                f"gearshift {words[0]} runs in one process; start it without torchrun."
             )
         arguments.do(arguments)
         sys.stdout.flush()  # a full disk is an error here, and not the interpreter's

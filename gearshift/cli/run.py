@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def add_commands(commands: Any) -> None:
             action="store_true",
             help="record two steps of each stage in profile.json in its folder, a Chrome trace",
         )
-        command.set_defaults(do=run, command=name)
+        command.set_defaults(do=run, command=name, on_ranks=True)
     evaluation = commands.add_parser(
         "eval",
         help="measure policies on held-out rows",
@@ -110,6 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     keep_freed_memory()
     summary = Run(recipe).execute(stages)
+    if int(os.environ.get("RANK", "0")):
+        return
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
         _print_summary(Path(recipe.run.dir), summary)
 

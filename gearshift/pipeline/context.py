@@ -42,6 +42,7 @@ from gearshift.pipeline.provenance import (
 from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe, StageName, record_model
 from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
+from gearshift.runtime.distributed import world
 from gearshift.runtime.files import writing
 from gearshift.runtime.free_memory import free_bytes, total_bytes
 from gearshift.runtime.interrupt import doing
@@ -86,13 +87,16 @@ class Context:
         """The stage in its folder, `total` steps long. `start` names the model that it starts from;
         None is the recipe's.
         """
-        self.record_model()  # the commit of a model on the hub is known once it was loaded
+        # The commit of a model on the hub is known once it was loaded.
+        world().says(self.record_model, "the model's record")
         found = made_from(config, start, self.folder)
         self.made = {"made_from": found}
         if self.recipe.model.lora:
             self.made["base"] = made_of(start or self.recipe.model.name)
         functions, folder = functions_of(config, self.recipe), self.folder / name
-        check_sources(self.folder, folder, found | functions)
+        world().says(
+            lambda: check_sources(self.folder, folder, found | functions), "the stage's sources"
+        )
         origins = self.recipe, found, functions | self.given.digests()
         callbacks, profile = self.given.callbacks, self.recipe.run.profile
         self.stage = Stage(name, folder, total, self.seed, config, *origins, callbacks, profile)
@@ -172,6 +176,8 @@ class Context:
         adapter = self.recipe.model.lora if needs.head == "logprobs" else None
         activations = Activations(model.config, needs, model.dtype, model.device, adapter)
         tokens, recompute = micro_batch(needs, engine, activations, parts, free)
+        fitted = world().gather((tokens, recompute), "the size of micro-batches")
+        tokens, recompute = min(t for t, _ in fitted), any(r for _, r in fitted)
         taken = activations.bytes(tokens, recompute)
         parts["activations"] = passing(needs, shape, trained, taken)
         stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))
@@ -185,8 +191,9 @@ class Context:
     def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""
         to = self.folder / "validation"
-        if self.recipe.task and not (to / f"{name}.json").exists():
-            check_functions(self.folder, self.recipe)
+        path = to / f"{name}.json"
+        if self.recipe.task and not world().says(path.exists, "whether a policy was evaluated"):
+            world().says(lambda: check_functions(self.folder, self.recipe), "the functions")
             evaluate_policy(self.task, engine_of(), name, to, trained=self.trained)
 
     def save(
@@ -206,5 +213,10 @@ class Context:
         origin = str(source_of(start or base))
         if Path(origin).is_dir():
             origin = str(Path(origin).resolve())
-        with writing(folder), doing(f"while saving {folder.name}"):
-            save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
+
+        def write() -> None:
+            with writing(folder):
+                save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
+
+        with doing(f"while saving {folder.name}"):
+            world().says(write, "the saved model")

@@ -35,6 +35,7 @@ from gearshift.rewards.composite import CompositeReward
 from gearshift.rollouts.evaluate import Evaluation, Scorer, Split, evaluate, starts_of
 from gearshift.runtime.config import load
 from gearshift.runtime.digests import write_sealed
+from gearshift.runtime.distributed import world
 from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.progress import Progress
@@ -73,7 +74,7 @@ def evaluate_policy(
     left out.
     """
     path = to / f"{name}.json"
-    if path.exists():
+    if world().says(path.exists, "whether a policy was evaluated"):
         return read_record(path)
     began = time.perf_counter()
     rows, left = data.load(split), data.unseen(split, trained)
@@ -82,7 +83,7 @@ def evaluate_policy(
     skipped = 0 if rows is None or left is None else len(rows) - len(left)
     extra = {"split": split, "left_out": skipped, "seconds": seconds}
     record = {**result.summary(), **extra, "samples": result.samples}
-    write_sealed(path, record)
+    world().says(lambda: write_sealed(path, record), "a policy's record")
     echo(f"{split} {name}: {format_record(record)}")
     return record
 

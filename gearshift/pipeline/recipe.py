@@ -21,6 +21,7 @@ from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
+from gearshift.runtime.distributed import ScaleConfig
 from gearshift.runtime.files import UNFINISHED, write_text, writing
 from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
 from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
@@ -88,6 +89,8 @@ class Recipe(Config):
     `preference`, a recipe must not set keys of `rl`."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
+    scale: ScaleConfig = ScaleConfig()
+    """How the run uses several processes."""
     task: AnyTaskConfig | None = Field(default=None, discriminator="name")
     """The task: its environment and the data that it makes."""
     environment: EnvironmentConfig = EnvironmentConfig()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from gearshift.pipeline.stages import STAGE_FUNCTIONS
 from gearshift.pipeline.summary import Summary, summarise
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
 from gearshift.runtime.digests import file_digests, write_sealed
+from gearshift.runtime.distributed import joined, world
 from gearshift.runtime.folder_lock import lock_run_folder
 from gearshift.runtime.interrupt import Interrupt, doing
 from gearshift.runtime.terminal import echo, one_line, tolerate_lost_output
@@ -57,17 +58,46 @@ class Run:
         with (
             tolerate_lost_output(),
             Interrupt(),
-            lock_run_folder(self.folder),
+            joined(self.recipe.scale, self.folder),
+            self._locked(),
             _own_torch(self.recipe),
             given_functions(self.context.given.functions),
         ):
-            self.context.given.write(self.folder, has_begun(self.folder))
+            world().says(self._write_given, "the caller's data")
             return self._execute(tuple(stages))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The run's folder for this run alone; of several ranks the main one locks it."""
+        with ExitStack() as opened:
+            lock = lock_run_folder(self.folder)
+            world().says(lambda: opened.enter_context(lock), "the folder's lock")
+            yield
+
+    def _write_given(self) -> None:
+        self.context.given.write(self.folder, has_begun(self.folder))
 
     def _execute(self, wanted: Sequence[StageName]) -> Summary:
         run, recipe = self.context, self.recipe
-        record_recipe(self.folder, recipe)
         named = [name for name in wanted if getattr(recipe, name) is not None]
+        left = world().says(lambda: self._prepare(named), "the run's beginning")
+        if recipe.task:
+            with doing("while preparing the data"):
+                world().says(run.task.prepare, "the data")
+            if left:
+                run.trained = trained_on(self.folder, recipe, begun=False)
+            run.heldout("base", lambda: open_engine(recipe, None))
+            give_back_freed_memory()  # a GPU's cache, before the first stage plans its memory
+        for name in STAGES:
+            if name in named:
+                self._stage(name)
+        with doing("while writing the report"):
+            return world().says(lambda: summarise(self.folder, recipe), "the report")
+
+    def _prepare(self, named: Sequence[StageName]) -> bool:
+        """Record what the run is made of, and check its recipe; whether anything is left to do."""
+        run, recipe = self.context, self.recipe
+        record_recipe(self.folder, recipe)
         kept = [*(f"{n}/{DONE}" for n in named), *["validation/base.json"] * bool(recipe.task)]
         left = not all((self.folder / file).exists() for file in kept)
         records(self.folder / "validation")  # a broken record is an error before hours of work
@@ -78,23 +108,12 @@ class Run:
                 check_recipe(recipe, named)  # an error now, and not after a stage of hours
             if changed := record_sources(self.folder, recipe, named):
                 run.echo(f"{changed} since the run began; what comes is rewarded by it")
-        if recipe.task:
-            with doing("while preparing the data"):
-                run.task.prepare()
-            if left:
-                run.trained = trained_on(self.folder, recipe, begun=False)
-            run.heldout("base", lambda: open_engine(recipe, None))
-            give_back_freed_memory()  # a GPU's cache, before the first stage plans its memory
-        for name in STAGES:
-            if name in named:
-                self._stage(name)
-        with doing("while writing the report"):
-            return summarise(self.folder, recipe)
+        return left
 
     def _stage(self, name: StageName) -> None:
         """One stage, unless it was done before; `done.json` records that it is whole."""
         run, folder = self.context, self.folder / name
-        if (folder / DONE).exists():
+        if world().says((folder / DONE).exists, "whether a stage is done"):
             run.echo(f"{name}: done before, kept ({folder}){check_kept(folder)}")
             return
         began = time.perf_counter()
@@ -106,7 +125,7 @@ class Run:
                 if reason:  # free the step's tensors, so that there is memory to save with
                     traceback.clear_frames(error.__traceback__)
                 if run.stage:
-                    interrupt.rest = run.stage.keep()
+                    interrupt.rest = run.stage.keep(error)
                 if reason:
                     section = "rl.update" if name == "rl" else name
                     raise CapacityError(
@@ -117,9 +136,13 @@ class Run:
                 raise
             finally:
                 run.stage = None
-            files = {**run.made, "digests": file_digests(folder, written_by(folder))}
-            seconds = time.perf_counter() - began
-            write_sealed(folder / DONE, {**result, "seconds": seconds, **files})
+
+            def record() -> None:
+                files = {**run.made, "digests": file_digests(folder, written_by(folder))}
+                seconds = time.perf_counter() - began
+                write_sealed(folder / DONE, {**result, "seconds": seconds, **files})
+
+            world().says(record, "the end of a stage")
         give_back_freed_memory()
 
 

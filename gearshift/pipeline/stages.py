@@ -32,6 +32,7 @@ from gearshift.rewards.composite import CompositeReward
 from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.episode import EpisodeSpec
 from gearshift.runtime.digests import write_sealed
+from gearshift.runtime.distributed import world
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import counted
@@ -179,7 +180,8 @@ def rl(config: RLConfig, run: Context) -> Result:
     if trainer.average:
         with trainer.average.applied():
             run.save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
-    run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
+    if world().main:
+        run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
     if left_out := trainer.left_out.describe():
         run.echo(f"rl: {left_out}")
     how = f"reinforcement learning ({config.advantage.name})"
@@ -222,7 +224,8 @@ def usable_rows(
             f"rl.rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no place for a "
             f"prompt in {longest} tokens; lower it."
         )
-    unusable = collector.unusable_rows(count, longest - config.rollout.max_new_tokens)
+    most = longest - config.rollout.max_new_tokens
+    unusable = world().says(lambda: collector.unusable_rows(count, most), "the rows' lengths")
     if not unusable:
         return range(count)
     row, why = next(iter(unusable.items()))
@@ -307,7 +310,8 @@ def _add_perplexity(run: Context, start: str | None) -> None:
     for name, record in records(run.folder / "validation").items():
         episodes = [s for s in record["samples"] if not s["failed"]]
         record["perplexity"] = perplexity(engine, episodes)
-        write_sealed(run.folder / "validation" / f"{name}.json", record)
+        path = run.folder / "validation" / f"{name}.json"
+        world().says(partial(write_sealed, path, record), "a policy's record")
 
 
 def _step_times(steps: Sequence[dict[str, float]]) -> str:

@@ -38,6 +38,7 @@ from gearshift.rewards.functions import (
     weighted_sums,
 )
 from gearshift.rewards.http import HttpReward
+from gearshift.runtime.distributed import world
 from gearshift.runtime.urls import redact_urls
 from gearshift.runtime.worker_threads import WorkerThreads
 from gearshift.types import Trajectory
@@ -164,13 +165,13 @@ class CompositeReward:
         part by its name.
 
         The environment's rewards stay at their turns, times their weight; all other rewards are
-        added at the last token that the policy wrote.
+        added at the last token that the policy wrote. Each rank scores its own groups, and gets the
+        scores of all.
         """
         self.missing, self.last_failure = {}, ""
         if not trajectories:
             return [], {}
-        results = self._of_functions(trajectories)
-        results += self._of_models(trajectories) if self.models else []
+        results = self._shared(trajectories)
         for i, running in self._running.items():
             results[i] = running(results[i])
         results.insert(0, [None if t.rewarded == () else t.reward for t in trajectories])
@@ -199,6 +200,28 @@ class CompositeReward:
         """Continue from a saved state."""
         self._running = {int(i): RunningMeanStd(**kept) for i, kept in state["running"].items()}
         self._worked = set(state["worked"])
+
+    def _shared(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        """What functions and models say of all trajectories; each rank asks them about its own."""
+        if not (self.functions or self.models):
+            return []
+        if world().size == 1:
+            return self._scored(trajectories)
+        mine = [t for t in trajectories if world().plays(t.group_id)]
+        parts = world().each(
+            lambda: (self._scored(mine), self._worked, self.last_failure), "rewards"
+        )
+        self._worked = set().union(*(worked for _, worked, _ in parts))
+        self.last_failure = next((why for _, _, why in parts if why), "")
+        of_rank = [[iter(column) for column in columns] for columns, _, _ in parts]
+        found = ([next(c) for c in of_rank[t.group_id % world().size]] for t in trajectories)
+        return [list(column) for column in zip(*found, strict=True)]
+
+    def _scored(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+        if not trajectories:
+            return [[] for _ in (*self.functions, *self.models)]
+        results = self._of_functions(trajectories)
+        return results + (self._of_models(trajectories) if self.models else [])
 
     def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
         if not self.functions:

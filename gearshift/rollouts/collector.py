@@ -28,6 +28,7 @@ from gearshift.rollouts.episode import (
     messages_of,
     run_episode,
 )
+from gearshift.runtime.distributed import world
 from gearshift.runtime.event_loop import run_coroutine
 from gearshift.types import SamplingParams, Trajectory
 
@@ -74,7 +75,35 @@ class Collector:
     ) -> list[Trajectory]:
         """`params.n` episodes from each start, in order; one whose environment failed is left out
         and counted. `on_group` gets each group as it ends, while others still run.
+
+        Each rank runs the starts of its groups, and its `on_group` gets these; the episodes and
+        what was lost come back on all ranks.
         """
+        before = self.failures, self.overlong
+        own = [start for start in starts if world().plays(start.group_id)]
+        parts = world().each(
+            lambda: (
+                self._collect(own, params, on_group, rewarded),
+                (self.failures - before[0], self.overlong - before[1], self.last_failure),
+            ),
+            "episodes",
+        )
+        self.failures = before[0] + sum(lost for _, (lost, _, _) in parts)
+        self.overlong = before[1] + sum(overlong for _, (_, overlong, _) in parts)
+        why = [why for _, (lost, _, why) in parts if lost and why]
+        self.last_failure = why[0] if why else self.last_failure
+        order = {start.group_id: i for i, start in enumerate(starts)}
+        ended = [trajectory for trajectories, _ in parts for trajectory in trajectories]
+        return sorted(ended, key=lambda trajectory: order[trajectory.group_id])
+
+    def _collect(
+        self,
+        starts: Sequence[EpisodeSpec],
+        params: SamplingParams,
+        on_group: OnGroup,
+        rewarded: Rewarded,
+    ) -> list[Trajectory]:
+        """`collect` on this rank alone."""
         taken = [[self._pool.take() for _ in range(params.n)] for _ in starts]
         one = replace(params, n=1)
         ended = run_coroutine(

@@ -24,6 +24,7 @@ from uuid import uuid4
 import torch
 
 from gearshift.errors import ConfigError, StorageError
+from gearshift.runtime.distributed import world
 from gearshift.runtime.files import read_json, reading, sync, write_json, writing
 from gearshift.runtime.terminal import counted, echo, one_line
 from gearshift.runtime.urls import redact_urls
@@ -40,7 +41,9 @@ Extent = dict[str, Any]
 
 
 class MetricsLog:
-    """A JSONL file of records by step that a resumed run can continue."""
+    """A JSONL file of records by step that a resumed run can continue. Of several ranks the main
+    one writes it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,6 +63,8 @@ class MetricsLog:
         text = json.dumps(self.newest, ensure_ascii=False, allow_nan=False)
         # JSON writes what UTF-8 cannot hold, half a surrogate pair, as this escape too.
         line = f"{text}\n".encode("utf-8", errors="backslashreplace")
+        if not world().main:
+            return
         if step not in self._before:
             self._before[step] = self._extent()
             self._before.pop(step - _STEPS_KNOWN, None)
@@ -80,7 +85,7 @@ class MetricsLog:
         """How much of the file the steps before this one have written, after forcing it onto the
         disk.
         """
-        if self.path.exists():
+        if world().main and self.path.exists():
             with writing(self.path):
                 sync(self.path)
         return self._before.get(step) or self._extent()
@@ -91,6 +96,8 @@ class MetricsLog:
         Raises `StorageError` if that part of the file is not there or has changed.
         """
         self._size, self._hash, self._before = 0, hashlib.blake2b(), {}
+        if not world().main:
+            return
         wanted = extent or self._extent()
         with writing(self.path):
             exists = self.path.exists()
@@ -172,7 +179,7 @@ class Trackers:
         self, names: Sequence[TrackerName], folder: Path, run_name: str, config: Mapping[str, Any]
     ) -> None:
         """Raises `ConfigError`, with the pip command, where a tracker's library is missing."""
-        self._libraries = {name: _library(name) for name in names}
+        self._libraries = {name: _library(name) for name in names if world().main}
         self._folder, self._name, self._config = folder, run_name, config
         self._open: dict[TrackerName, _Tracker] = {}
         self.lost: dict[str, int] = {}
@@ -186,6 +193,8 @@ class Trackers:
         anew = "put it back as it was, or delete it, and the trackers begin new runs."
         known = read_json(path, anew) if path.exists() else {}
         self.lost = {}
+        if not world().main:
+            return
         for name, library in self._libraries.items():
             ids = known.setdefault(name, {})
             run = TrackedRun(self._folder, self._name, self._config, step, ids)

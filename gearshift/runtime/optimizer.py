@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.config import Config
+from gearshift.runtime.distributed import Part, world
 from gearshift.runtime.transfers import Staging, Transfers
 
 _BLOCK = 256
@@ -71,7 +72,9 @@ class OptimizerConfig(Config):
 
 
 class MasterAdamW:
-    """AdamW over a flat fp32 copy of the model's parameters."""
+    """AdamW over a flat fp32 copy of the model's parameters, of which each rank holds and updates
+    its part.
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
@@ -110,14 +113,22 @@ class MasterAdamW:
             flat.accumulate()
 
     def norm(self) -> float:
-        """The gradient's norm. Raises `NumericalError` if it is not finite."""
+        """The gradient's norm, that of the ranks' sum. Raises `NumericalError` if it is not
+        finite.
+        """
+        if world().size > 1:
+            for flat in self.flats:
+                flat.share()
         sums = [flat.sums for flat in self.flats if flat.sums is not None]
         grads = [*sums, *(p.grad for p in self.parameters if p.grad is not None)]
         norms = [
             torch.linalg.vector_norm(g, dtype=torch.float32).to(self.parameters[0].device)
             for g in grads
         ]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        if world().size > 1:
+            norm = float(world().sum(torch.stack(norms).square().sum()).sqrt())
+        else:
+            norm = float(torch.stack(norms).norm()) if norms else 0.0
         if not norm < float("inf"):
             raise NumericalError(
                 f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
@@ -182,13 +193,13 @@ class MasterAdamW:
             self.transfers.wait()
         state = self.optimizer.state_dict()
         moments = {
-            str(i): {k: _plain(x) if isinstance(x, Tensor) else x for k, x in kept.items()}
+            str(i): {k: self._saved(int(i), x) for k, x in kept.items()}
             for i, kept in state["state"].items()
         }
         return {
             "moments": moments,
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "masters": [flat.master.detach() for flat in self.flats],
+            "masters": [flat.saved(flat.master.detach()) for flat in self.flats],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,7 +207,7 @@ class MasterAdamW:
         self._bring_back()
         now = self.optimizer.state_dict()
         now["state"] = {
-            int(i): {k: _whole(x) if isinstance(x, dict) else x for k, x in kept.items()}
+            int(i): {k: self._loaded(int(i), x) for k, x in kept.items()}
             for i, kept in state["moments"].items()
         }
         self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * 2})
@@ -205,8 +216,28 @@ class MasterAdamW:
         self.optimizer.load_state_dict(now)
         with torch.no_grad():
             for flat, saved in zip(self.flats, state["masters"], strict=True):
-                flat.master.copy_(saved)
+                flat.master.copy_(flat.loaded(saved))
                 flat.scatter()
+
+    def _saved(self, i: int, x: Any) -> Any:
+        """A part of the state of flat `i` for a checkpoint."""
+        if not isinstance(x, Tensor):
+            return x
+        parts = _plain(x)
+        if len(parts) == 1:
+            return {
+                k: self.flats[i].saved(part) if part.ndim else part for k, part in parts.items()
+            }
+        if world().size > 1:  # blocks of its own, which no other number of ranks can take up
+            return {k: Part(part, None) if part.ndim else part for k, part in parts.items()}
+        return parts
+
+    def _loaded(self, i: int, x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x
+        if len(x) > 1:
+            return _whole(x)
+        return _whole({name: self.flats[i].loaded(p) if p.ndim else p for name, p in x.items()})
 
     def _bring_back(self) -> None:
         if self._away and self.transfers:
@@ -239,7 +270,9 @@ class MasterAdamW:
 
 
 class _Flat:
-    """Parameters end to end in one fp32 buffer."""
+    """Parameters end to end in one fp32 buffer, or this rank's part of it: `ceil(n / ranks)`
+    numbers, then zeros up to a whole block.
+    """
 
     def __init__(
         self, parameters: list[nn.Parameter], device: torch.device, staging: Staging | None
@@ -247,11 +280,18 @@ class _Flat:
         """`staging` is between a buffer on the host and parameters on a GPU."""
         self.parameters, self._device, self._staging = parameters, device, staging
         sizes = [p.numel() for p in parameters]
-        size = -(-sum(sizes) // _BLOCK) * _BLOCK
-        self._sizes = [*sizes, size - sum(sizes)]
-        self.master = torch.zeros(size, device=device)
-        for parameter, part in zip(parameters, self._parts(self.master), strict=False):
+        self._numel, ranks = sum(sizes), world().size
+        self._own = -(-self._numel // ranks)
+        width = -(-self._own // _BLOCK) * _BLOCK
+        size = self._own * ranks if ranks > 1 else width
+        self._sizes = [*sizes, size - self._numel]
+        whole = torch.zeros(size, device=device)
+        for parameter, part in zip(parameters, self._parts(whole), strict=False):
             part.copy_(parameter.detach().flatten())
+        self.master = whole
+        if ranks > 1:
+            self.master = torch.zeros(width, device=device)
+            self.master[: self._own] = whole[world().rank * self._own :][: self._own]
         self.master.requires_grad_()
         self.sums: Tensor | None = None
         """The sums of the gradients of the micro-batches so far, in fp32, for parameters of less
@@ -265,15 +305,25 @@ class _Flat:
         if all(p.dtype.itemsize >= 4 for p in self.parameters):
             return
         if self.sums is None:
-            self.sums = torch.zeros(self.master.shape, device=self._device)
+            self.sums = self._zeros()
         for grad, part in self._gradients(self.sums):
             part += grad
+
+    def share(self) -> None:
+        """Make `sums` this rank's part of the gradient, summed over the ranks."""
+        whole = self.sums
+        if whole is None:
+            whole = self._zeros()
+            for grad, part in self._gradients(whole):
+                part.copy_(grad)
+        self.sums = torch.zeros_like(self.master)
+        self.sums[: self._own] = world().reduce_scatter(whole)
 
     def gather(self, scale: float) -> Tensor:
         """The gradients in fp32 times `scale`, end to end; afterwards the parameters have none."""
         flat, self.sums = self.sums, None
         if flat is None:
-            flat = torch.zeros_like(self.master)
+            flat = self._zeros()
             for grad, part in self._gradients(flat):
                 part.copy_(grad)
         return flat.mul_(scale) if scale != 1.0 else flat
@@ -281,11 +331,37 @@ class _Flat:
     @torch.no_grad()
     def scatter(self) -> None:
         """Write the model's parameters in place."""
+        whole = self.master.detach()
+        if world().size > 1:
+            # In the parameters' own precision, if it is one: half the bytes.
+            kinds = {p.dtype for p in self.parameters}
+            kind = kinds.pop() if len(kinds) == 1 else torch.float32
+            whole = world().all_gather(whole[: self._own].to(kind))
         if self._staging:
-            self._staging.write(self.parameters, self._parts(self.master)[:-1])
+            self._staging.write(self.parameters, self._parts(whole)[:-1])
             return
-        for parameter, part in zip(self.parameters, self._parts(self.master), strict=False):
+        for parameter, part in zip(self.parameters, self._parts(whole), strict=False):
             parameter.copy_(part.view_as(parameter))
+
+    def saved(self, own: Tensor) -> Tensor | Part:
+        """What a checkpoint holds of a tensor like `master`: this rank's part, without the zeros
+        at its end. It does not depend on the number of ranks.
+        """
+        if world().size == 1:
+            return own[: self._numel]
+        count = max(0, min(self._own, self._numel - world().rank * self._own))
+        return Part(own[:count], self._numel)
+
+    def loaded(self, part: Tensor) -> Tensor:
+        """The inverse of `saved`, with zeros at the end: of the whole, or of this rank's part."""
+        own = torch.zeros(self.master.shape, dtype=part.dtype)
+        if len(part) == self._numel:
+            part = part[world().rank * self._own :][: self._own]
+        own[: len(part)] = part
+        return own
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(sum(self._sizes), device=self._device)
 
     def _gradients(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each gradient, flattened, with its part of `flat`. Each parameter then has none."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
@@ -236,23 +237,27 @@ class PreferenceLoss:
         """Log-probs of the rows' completions under the reference, kept in the rows."""
         runner = self.reference or self.engine.runner
 
-        def sums(micros: Sequence[Micro]) -> Iterator[float]:
+        def sums(micros: Sequence[Micro]) -> list[list[float]]:
             with self.engine.training(), torch.no_grad(), adapters_off(runner.model):
-                found = [_sums(micro, runner.logprobs(micro).logprobs)[0] for micro, _ in micros]
-            return iter(torch.cat(found).tolist())
+                return [
+                    _sums(micro, runner.logprobs(micro).logprobs)[0].tolist() for micro, _ in micros
+                ]
 
-        values = self.micro_batch.run(partial(self.micros, rows), sums)
+        values = chain.from_iterable(self.micro_batch.run(partial(self.micros, rows), sums))
         for row in rows:
             row.reference = [next(values) for _ in row.completions]
         if self.config.loss == "kto":
-            values = self.micro_batch.run(partial(self.micros, rows, other=True), sums)
+            found = self.micro_batch.run(partial(self.micros, rows, other=True), sums)
+            values = chain.from_iterable(found)
             for row in rows:
                 row.other_reference = next(values)
 
-    def micros(self, rows: Sequence[Judged], tokens: int, other: bool = False) -> Iterator[Micro]:
+    def micros(
+        self, rows: Sequence[Judged], tokens: int, ranks: int = 1, other: bool = False
+    ) -> Iterator[Micro]:
         """Micro-batches of so many tokens with their rows: one tree each."""
         first = 0
-        for micro in judged_batch(rows, other).to(self.engine.device).split(tokens):
+        for micro in judged_batch(rows, other).to(self.engine.device).split(tokens, ranks):
             end = first + len(micro.prompt_groups())
             yield micro, rows[first:end]
             first = end
@@ -261,16 +266,16 @@ class PreferenceLoss:
     def kl(self, rows: Sequence[Judged]) -> Tensor:
         """KTO's z0: the mean log-ratio of completions that answer other prompts, at least 0."""
 
-        def work(micros: Sequence[Micro]) -> Tensor:
-            total = torch.zeros((), device=self.engine.device)
+        def work(micros: Sequence[Micro]) -> list[Tensor]:
             with torch.no_grad():
-                for micro, some in micros:
-                    scores = self.engine.logprobs(micro)
-                    known = sum(row.other_reference for row in some)
-                    total += scores.logprobs.sum() - known
-            return total
+                return [
+                    self.engine.logprobs(micro).logprobs.sum()
+                    - sum(row.other_reference for row in some)
+                    for micro, some in micros
+                ]
 
-        total = self.micro_batch.run(partial(self.micros, rows, other=True), work)
+        found = self.micro_batch.run(partial(self.micros, rows, other=True), work)
+        total = torch.stack([part.to(self.engine.device) for part in found]).sum()
         return (total / len(rows)).clamp(min=0.0)
 
     def loss_of(
@@ -331,15 +336,15 @@ class PreferenceLoss:
         """The fraction of held-out pairs whose chosen side has the greater reward."""
         means = pairs[0].reference is None
 
-        def work(micros: Sequence[Micro]) -> list[float]:
-            found: list[float] = []
+        def work(micros: Sequence[Micro]) -> list[list[float]]:
+            found = []
             with self.engine.training(), torch.no_grad():
                 for micro, _ in micros:
                     sums, counts = _sums(micro, self.engine.logprobs(micro).logprobs)
-                    found += (sums / counts if means else sums).tolist()
+                    found.append((sums / counts if means else sums).tolist())
             return found
 
-        values = iter(self.micro_batch.run(partial(self.micros, pairs), work))
+        values = chain.from_iterable(self.micro_batch.run(partial(self.micros, pairs), work))
         wins = []
         for row in pairs:
             known = row.reference or [0.0, 0.0]

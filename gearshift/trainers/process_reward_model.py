@@ -117,10 +117,12 @@ def train_process_reward_model(
     model.eval()
 
 
-def micro_batches(rows: Sequence[Steps], micro_batch_tokens: int) -> list[Sequence[Steps]]:
+def micro_batches(
+    rows: Sequence[Steps], micro_batch_tokens: int, ranks: int = 1
+) -> list[Sequence[Steps]]:
     """The rows in micro-batches of at most so many padded tokens, one row at least."""
     lengths = [len(row.ids) for row in rows]
-    return [rows[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
+    return [rows[where] for where in chunks_by_tokens(lengths, micro_batch_tokens, ranks)]
 
 
 def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Tensor]:

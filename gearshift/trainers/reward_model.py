@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gearshift.algorithms.preference_losses import bradley_terry
-from gearshift.batch import PackedBatch, chunks_by_tokens, pack_groups
+from gearshift.batch import PackedBatch, chunks_by_tokens, for_ranks, pack_groups
 from gearshift.data import DataConfig, Mixture, PreferenceExample
 from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import EXACT, ModelRunner
@@ -95,25 +95,30 @@ def render_pairs(
 
 
 def micro_batches(
-    runner: ModelRunner, pairs: Sequence[Pair], micro_batch_tokens: int
+    runner: ModelRunner, pairs: Sequence[Pair], micro_batch_tokens: int, ranks: int = 1
 ) -> list[list[Pair]]:
     """The pairs in micro-batches of at most so many tokens, one pair at least; of padded tokens,
-    where the runner pads.
+    where the runner pads. For several ranks there is a multiple of their number, or nearly so.
     """
     ordered = sorted(pairs, key=lambda p: max(map(len, p.sides)))
     if not runner.shares_prompts:
         lengths = [2 * max(map(len, pair.sides)) for pair in ordered]
-        return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens)]
-    micros: list[list[Pair]] = []
-    held = 0
-    for pair in ordered:
-        size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
-        if not micros or held + size > micro_batch_tokens:
-            micros.append([])
-            held = 0
-        micros[-1].append(pair)
-        held += size
-    return micros
+        return [ordered[where] for where in chunks_by_tokens(lengths, micro_batch_tokens, ranks)]
+
+    def cut(most: int) -> list[list[Pair]]:
+        """Micro-batches of at most so many pairs."""
+        micros: list[list[Pair]] = []
+        held = 0
+        for pair in ordered:
+            size = len(pair.chosen) + len(pair.rejected) - _shared(pair)
+            if not micros or held + size > micro_batch_tokens or len(micros[-1]) == most:
+                micros.append([])
+                held = 0
+            micros[-1].append(pair)
+            held += size
+        return micros
+
+    return for_ranks(cut, len(ordered), ranks)
 
 
 def score_pairs(runner: ModelRunner, pairs: Sequence[Pair]) -> Tensor:

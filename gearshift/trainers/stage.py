@@ -27,6 +27,7 @@ from gearshift.runtime.allocator import HeapGuard
 from gearshift.runtime.config import Config, Neutral, differences, identity
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
+from gearshift.runtime.distributed import world
 from gearshift.runtime.files import writing
 from gearshift.runtime.interrupt import Interrupt, shielded
 from gearshift.runtime.metrics import Extent, MetricsLog, PhaseTimer, TrackerName, Trackers
@@ -127,7 +128,7 @@ class Stage:
         self._recipe, self._made_from, self._functions = recipe, made_from or {}, functions or {}
         self._tracked: dict[str, Stateful] = {}
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            world().says(lambda: folder.mkdir(parents=True, exist_ok=True), "the stage's folder")
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.rollouts = MetricsLog(folder / "rollouts.jsonl")
         keys = recipe.model_dump(mode="json") if recipe else {}
@@ -154,9 +155,7 @@ class Stage:
         Raises `InterruptedRunError` after SIGTERM or Ctrl-C, with the last finished step saved.
         """
         start, records = self._resume(on_resume)
-        for log in self._logs:
-            log.begin(records.get(log.path.name))
-        self._trackers.open(start)
+        world().each(lambda: self._open_records(start, records), "the stage's records")
         with (
             Interrupt() as interrupt,
             interrupt.between_steps(_STOPPING),
@@ -169,18 +168,19 @@ class Stage:
             path = self.folder / "profile.json"
             for step in profiled(steps, path) if self._profile else steps:
                 interrupt.where = f"in step {step + 1} of {self.total} ({self.name})"
-                torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}"))
+                torch.manual_seed(named_seed(self.seed, f"{self.name}/{step}{_own_stream()}"))
                 self._began = time.perf_counter()
                 yield step
                 heap.look()
                 self._mark = self._marked(step + 1)
-                self._callbacks.after_step(step, self.metrics, self.rollouts)
+                if world().main:
+                    self._callbacks.after_step(step, self.metrics, self.rollouts)
                 due = self.config.save_every and (step + 1) % self.config.save_every == 0
-                asked = interrupt.requested
+                asked = self._asked(interrupt)
                 if asked or (due and step + 1 < self.total):
                     with interrupt.shielded():
                         saved = self.save(step + 1)
-                    if self._callbacks.on_checkpoint and saved:
+                    if world().main and self._callbacks.on_checkpoint and saved:
                         self._callbacks.on_checkpoint(step + 1, saved)
                 if asked:
                     interrupt.stop(
@@ -190,14 +190,15 @@ class Stage:
             interrupt.where = f"after step {self.total} of {self.total} ({self.name})"
         interrupt.check()
 
-    def keep(self) -> str:
+    def keep(self, error: BaseException) -> str:
         """Save the steps that are finished, before an error or a signal ends the stage in the
         middle of another one or after the last; what it comes to, in words.
 
-        There is nothing to save once an update of the unfinished step has begun. A disk that
-        refuses, or memory that does not suffice, leaves the checkpoint before.
+        There is nothing to save once an update of the unfinished step has begun, or where the other
+        ranks do not end with this one. A disk that refuses, or memory that does not suffice, leaves
+        the checkpoint before.
         """
-        mark = self._mark
+        mark = self._mark if world().agrees(error) else None
         with suppress(GearshiftError, MemoryError, RuntimeError):
             if mark and mark.step and mark.updates == self._updates():
                 with shielded():
@@ -240,7 +241,8 @@ class Stage:
         later one; return its folder. `small`: states that stand in place of what the objects have
         now.
         """
-        if checkpoint.newest_step(self.folder / "checkpoints") >= step:
+        place = self.folder / "checkpoints"
+        if world().says(lambda: checkpoint.newest_step(place), "the newest checkpoint") >= step:
             return None
         states = {name: thing.state_dict() for name, thing in self._tracked.items()}
         tensors, skeleton = checkpoint.flatten({**states, **(small or {})})
@@ -253,8 +255,19 @@ class Stage:
             "records": {log.path.name: log.synced(step) for log in self._logs},
             "tracked": skeleton,
         }
-        place = self.folder / "checkpoints"
         return checkpoint.save(place, step, tensors, state, keep=self.config.keep)
+
+    def _open_records(self, start: int, records: Mapping[str, Extent]) -> None:
+        for log in self._logs:
+            log.begin(records.get(log.path.name))
+        self._trackers.open(start)
+
+    @staticmethod
+    def _asked(interrupt: Interrupt) -> bool:
+        """Whether a signal to any rank asks for the end; they all end after the same step."""
+        asked = max(world().gather(interrupt.signal, "the end of the step"))
+        interrupt.signal = interrupt.signal or asked
+        return asked != 0
 
     def _marked(self, step: int) -> _Mark:
         """Record that the present state is the one with which this step begins."""
@@ -275,9 +288,10 @@ class Stage:
 
     def _resume(self, on_resume: Callable[[], None]) -> tuple[int, dict[str, Extent]]:
         """The step to go on from, and how far the records were written then."""
-        newest = checkpoint.latest(self.folder / "checkpoints")
+        place = self.folder / "checkpoints"
+        newest = world().says(lambda: checkpoint.latest(place), "the newest checkpoint")
         if newest is None:
-            self._begin()
+            world().says(self._begin, "the stage's beginning")
             return 0, {}
         tensors, state = checkpoint.load(newest)
         if changed := self._changed(state):
@@ -339,3 +353,8 @@ class Stage:
         if not lines and state["total"] != self.total:
             lines = [f"the data made {counted(state['total'], 'step')} and make {self.total}"]
         return "; ".join(lines)
+
+
+def _own_stream() -> str:
+    """What the name of a rank's random numbers ends with: dropout differs between the ranks."""
+    return f"/{world().rank}" if world().rank else ""

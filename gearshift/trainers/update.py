@@ -17,7 +17,7 @@ Micro = TypeVar("Micro")
 
 
 def update(
-    cut: Callable[[int], Iterable[Micro]],
+    cut: Callable[[int, int], Iterable[Micro]],
     size: MicroBatchSize,
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     *optimizers: MasterAdamW,
@@ -27,13 +27,28 @@ def update(
 
     A micro-batch's loss is already weighted over the whole batch, so that the sum is the batch's
     loss and its gradient does not depend on the split: of several, gradients in bf16 are added up
-    in fp32. `cut` gives them for a number of tokens; where memory runs out before any optimizer
-    steps, the gradients are dropped and computed again by smaller micro-batches (`MicroBatchSize`).
+    in fp32. `cut` gives them for a number of tokens and of ranks; where memory runs out before any
+    optimizer steps, the gradients are dropped and computed again by smaller micro-batches
+    (`MicroBatchSize`). Each rank computes its own micro-batches; the metrics are those of all.
 
     Raises `NumericalError` if the loss or any gradient is not finite, before any optimizer steps;
     nothing is updated, and no gradient is left.
     """
-    totals, norms = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers))
+
+    def undo() -> None:
+        for optimizer in optimizers:
+            optimizer.drop_gradients()
+
+    found = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers), undo)
+    totals: dict[str, float] = defaultdict(float)
+    for metrics in found:
+        for name, value in metrics.items():
+            totals[name] += value
+    try:
+        norms = [optimizer.norm() for optimizer in optimizers]
+    except BaseException:
+        undo()
+        raise
     lr = optimizers[0].lr
     for optimizer, norm in zip(optimizers, norms, strict=True):
         optimizer.step(norm)
@@ -44,27 +59,26 @@ def _gradients(
     micros: Sequence[Micro],
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     optimizers: Sequence[MasterAdamW],
-) -> tuple[dict[str, float], list[float]]:
-    """The sums of losses and metrics, and the norm of each optimizer's gradient, which the
-    parameters hold then. If it raises, they hold none.
+) -> list[dict[str, float]]:
+    """The loss and metrics of each micro-batch; the parameters hold the gradient's sum then. If it
+    raises, they hold none.
     """
-    totals: dict[str, float] = defaultdict(float)
+    found = []
     try:
         for micro in micros:
             loss, metrics = loss_of(micro)
-            totals["loss"] += float(loss.detach())
-            for name, value in metrics.items():
-                totals[name] += float(value.detach())
-            if not math.isfinite(totals["loss"]):
+            values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
+            if not math.isfinite(values["loss"]):
                 raise NumericalError(
-                    f"The loss is {totals['loss']}; nothing was updated. Lower lr, "
+                    f"The loss is {values['loss']}; nothing was updated. Lower lr, "
                     "or look for a bad reward or row."
                 )
+            found.append(values)
             loss.backward()
             if len(micros) > 1:
                 for optimizer in optimizers:
                     optimizer.accumulate()
-        return totals, [optimizer.norm() for optimizer in optimizers]
+        return found
     except BaseException:
         for optimizer in optimizers:
             optimizer.drop_gradients()

@@ -170,8 +170,9 @@ class ExperienceMaker:
                 return [self.models.scores(micro, temperature) for micro in micros]
 
         parts = self.micro_batch.run(batch.split_groups, work)
-        joined = [torch.cat(column) for column in zip(*parts, strict=True) if column[0] is not None]
-        return TokenScores(*joined)
+        device = batch.input_ids.device
+        columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
+        return TokenScores(*(torch.cat([x.to(device) for x in column]) for column in columns))
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
@@ -186,7 +187,8 @@ class ExperienceMaker:
             with adapters_off(reference.model), torch.no_grad():
                 return [reference.logprobs(micro, temperature).logprobs for micro in micros]
 
-        return torch.cat(self.micro_batch.run(batch.split_groups, work))
+        parts = self.micro_batch.run(batch.split_groups, work)
+        return torch.cat([part.to(batch.input_ids.device) for part in parts])
 
 
 def shaped_rewards(trajectories: Sequence[Trajectory], config: RLConfig) -> Tensor:

@@ -239,10 +239,11 @@ class RLTrainer:
 
     @staticmethod
     def micro_batches(
-        mini: PackedBatch, supervised: PackedBatch | None, tokens: int
+        mini: PackedBatch, supervised: PackedBatch | None, tokens: int, ranks: int = 1
     ) -> list[PackedBatch]:
         """The micro-batches of an update: those of the rollout, then those of its examples."""
-        return [*mini.split_groups(tokens), *(supervised.split(tokens) if supervised else ())]
+        examples = supervised.split(tokens, ranks) if supervised else ()
+        return [*mini.split_groups(tokens, ranks), *examples]
 
     @property
     def only_advantages_count(self) -> bool:
