@@ -39,16 +39,16 @@ def update(
         for optimizer in optimizers:
             optimizer.drop_gradients()
 
-    found = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers), undo)
-    totals: dict[str, float] = defaultdict(float)
-    for metrics in found:
-        for name, value in metrics.items():
-            totals[name] += value
     try:
+        found = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers), undo)
         norms = [optimizer.norm() for optimizer in optimizers]
     except BaseException:
         undo()
         raise
+    totals: dict[str, float] = defaultdict(float)
+    for metrics in found:
+        for name, value in metrics.items():
+            totals[name] += value
     lr = optimizers[0].lr
     for optimizer, norm in zip(optimizers, norms, strict=True):
         optimizer.step(norm)
@@ -60,26 +60,19 @@ def _gradients(
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     optimizers: Sequence[MasterAdamW],
 ) -> list[dict[str, float]]:
-    """The loss and metrics of each micro-batch; the parameters hold the gradient's sum then. If it
-    raises, they hold none.
-    """
+    """Each micro-batch's loss and metrics; the parameters hold the sum of the gradients then."""
     found = []
-    try:
-        for micro in micros:
-            loss, metrics = loss_of(micro)
-            values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
-            if not math.isfinite(values["loss"]):
-                raise NumericalError(
-                    f"The loss is {values['loss']}; nothing was updated. Lower lr, "
-                    "or look for a bad reward or row."
-                )
-            found.append(values)
-            loss.backward()
-            if len(micros) > 1:
-                for optimizer in optimizers:
-                    optimizer.accumulate()
-        return found
-    except BaseException:
-        for optimizer in optimizers:
-            optimizer.drop_gradients()
-        raise
+    for micro in micros:
+        loss, metrics = loss_of(micro)
+        values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
+        if not math.isfinite(values["loss"]):
+            raise NumericalError(
+                f"The loss is {values['loss']}; nothing was updated. Lower lr, "
+                "or look for a bad reward or row."
+            )
+        found.append(values)
+        loss.backward()
+        if len(micros) > 1:
+            for optimizer in optimizers:
+                optimizer.accumulate()
+    return found

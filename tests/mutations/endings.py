@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "a signal in the last step is passed over",
         "trainers/stage.py",
-        "                asked = interrupt.requested",
-        "                asked = interrupt.requested and step + 1 < self.total",
+        "                asked = self._asked(interrupt)",
+        "                asked = self._asked(interrupt) and step + 1 < self.total",
         "tests/trainers/test_resume.py::test_a_signal_in_the_last_step_ends_the_stage",
     ),
     Mutation(

@@ -13,8 +13,8 @@ MUTATIONS = (
     Mutation(
         "a run does not take the lock",
         "pipeline/run.py",
-        "            lock_run_folder(self.folder),\n",
-        "",
+        "lambda: opened.enter_context(lock)",
+        "lambda: None",
         "tests/reliability/test_one_run_one_folder.py::test_a_run_in_a_folder_that_is_in_use_is_one_line",
     ),
     Mutation(
@@ -118,8 +118,8 @@ MUTATIONS = (
     Mutation(
         "a stage reads a file that changed since the run began",
         "pipeline/context.py",
-        "        check_sources(self.folder, folder, found | functions)\n",
-        "",
+        "lambda: check_sources(self.folder, folder, found | functions)",
+        "lambda: None",
         "tests/pipeline/test_provenance.py::test_a_file_that_changes_while_the_run_works_ends_it",
     ),
     Mutation(
@@ -132,8 +132,8 @@ MUTATIONS = (
     Mutation(
         "a policy is measured by a reward function that changed meanwhile",
         "pipeline/context.py",
-        "            check_functions(self.folder, self.recipe)\n",
-        "",
+        "lambda: check_functions(self.folder, self.recipe)",
+        "lambda: None",
         "tests/pipeline/test_provenance.py",
     ),
     Mutation(

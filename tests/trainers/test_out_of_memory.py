@@ -137,7 +137,7 @@ class Driven:
         plain, self.works, self.failed = MicroBatchSize.run, 0, (-1, 0)
         full = Full(at, error)
 
-        def cut_work(size: MicroBatchSize, cut: Any, work: Any) -> Any:
+        def cut_work(size: MicroBatchSize, cut: Any, work: Any, *undo: Any) -> Any:
             if smaller and self.works == smaller[0]:
                 size.tokens = smaller[1]
             before = size.tokens
@@ -146,7 +146,7 @@ class Driven:
                 with full:
                     return work(micros)
 
-            result = plain(size, cut, counted)
+            result = plain(size, cut, counted, *undo)
             if size.tokens != before:
                 self.failed = (self.works, size.tokens)
             self.works += 1
@@ -206,7 +206,9 @@ def test_gradients_and_random_numbers_begin_anew() -> None:
             plain()
 
         optimizer.accumulate = accumulate  # type: ignore[method-assign]
-        metrics = update(x_RD.split, size, lambda x: (net(x).float().sum(), {}), optimizer)
+        metrics = update(
+            lambda n, _: x_RD.split(n), size, lambda x: (net(x).float().sum(), {}), optimizer
+        )
         return [torch.tensor(metrics["grad_norm"]), *(p.detach().clone() for p in net.parameters())]
 
     size = MicroBatchSize(8)
@@ -225,14 +227,17 @@ def test_what_cannot_be_cut_is_an_error_that_names_the_key() -> None:
 
     size = MicroBatchSize(4096, "sft.micro_batch_tokens")
     with pytest.raises(CapacityError, match=r"sft\.micro_batch_tokens=1: memory ran out"):
-        update(lambda n: torch.ones(2).split(min(n, 2)), size, loss_of, optimizer)
+        update(lambda n, _: torch.ones(2).split(min(n, 2)), size, loss_of, optimizer)
     assert weight.grad is None and (weight == 1).all()
 
 
 def test_another_error_is_not_tried_again() -> None:
     size = MicroBatchSize(8)
     with pytest.raises(RuntimeError, match="shapes"):
-        size.run(torch.ones(8).split, lambda _: (_ for _ in ()).throw(RuntimeError("shapes")))
+        size.run(
+            lambda n, _: torch.ones(8).split(n),
+            lambda _: (_ for _ in ()).throw(RuntimeError("shapes")),
+        )
     assert size.tokens == 8
 
 

@@ -199,9 +199,9 @@ def test_what_ends_a_step_in_the_middle_loses_no_finished_one(
     straight.train()
     run = trainer(config, tmp_path / "cut")
     cut_at(run, 3, place)
-    with pytest.raises((CutError, NumericalError)):
+    with pytest.raises((CutError, NumericalError)) as error:
         run.train()
-    assert run.stage.keep() == f"the same command goes on after step {kept} of 5"
+    assert run.stage.keep(error.value) == f"the same command goes on after step {kept} of 5"
     resumed = trainer(config, tmp_path / "cut")
     resumed.train()
     assert fingerprint(resumed) == fingerprint(straight)
@@ -210,7 +210,7 @@ def test_what_ends_a_step_in_the_middle_loses_no_finished_one(
 def test_what_ends_a_stage_after_its_last_step_loses_none(tmp_path: Path) -> None:
     run = trainer(small(steps=2), tmp_path)
     run.train()
-    assert run.stage.keep() == "the same command goes on after step 2 of 2"
+    assert run.stage.keep(KeyboardInterrupt()) == "the same command goes on after step 2 of 2"
     resumed = trainer(small(steps=2), tmp_path)
     resumed.train()
     assert fingerprint(resumed) == fingerprint(run)

@@ -31,7 +31,9 @@ def gradient(micros: int, rows: int = 1024) -> tuple[Tensor, float]:
     def loss_of(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return ((net(x_RD[part])[:, 0].float() - y_R[part]) ** 2).sum() / rows, {}
 
-    norm = update(lambda _: torch.arange(rows).chunk(micros), SIZE, loss_of, optimizer)["grad_norm"]
+    norm = update(lambda *_: torch.arange(rows).chunk(micros), SIZE, loss_of, optimizer)[
+        "grad_norm"
+    ]
     assert all(p.grad is None for p in net.parameters())
     return torch.cat(found), norm
 
@@ -48,7 +50,7 @@ def test_micro_batches_add_up_to_the_bit_of_an_fp32_sum() -> None:
     weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight], OptimizerConfig(), total_steps=1)
     metrics = update(
-        lambda _: [3.0, 2.0**-8, -3.0], SIZE, lambda scale: ((weight * scale).sum(), {}), optimizer
+        lambda *_: [3.0, 2.0**-8, -3.0], SIZE, lambda scale: ((weight * scale).sum(), {}), optimizer
     )
     assert metrics["grad_norm"] == pytest.approx(4 * 2.0**-8)
     assert optimizer.flats[0].sums is None and weight.grad is None
@@ -69,12 +71,12 @@ def test_where_any_gradient_is_not_finite_no_optimizer_steps(broken: int, micros
 
     rates = [optimizer.lr for optimizer in optimizers]
     with pytest.raises(NumericalError, match="nothing was updated"):
-        update(lambda _: [True, False][:micros], SIZE, loss_of, *optimizers)
+        update(lambda *_: [True, False][:micros], SIZE, loss_of, *optimizers)
     for net, optimizer, rate in zip(nets, optimizers, rates, strict=True):
         assert (net == 0).all() and net.grad is None and optimizer.flats[0].sums is None
         assert not optimizer.optimizer.state and optimizer.lr == rate
     update(
-        lambda _: [False], SIZE, loss_of, *optimizers
+        lambda *_: [False], SIZE, loss_of, *optimizers
     )  # and the next one is as if nothing had been
     assert all((net == -1).all() for net in nets)
 
@@ -83,5 +85,5 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient_for_the_next_update() -> N
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight], OptimizerConfig(), total_steps=1)
     with pytest.raises(NumericalError, match="The loss is nan"):
-        update(lambda _: [1.0, float("nan")], SIZE, lambda s: ((weight * s).sum(), {}), optimizer)
+        update(lambda *_: [1.0, float("nan")], SIZE, lambda s: ((weight * s).sum(), {}), optimizer)
     assert weight.grad is None and optimizer.flats[0].sums is None
