@@ -128,8 +128,8 @@ MUTATIONS = (
     Mutation(
         "gradients of micro-batches are added up in bf16",
         "trainers/update.py",
-        "            if len(micros) > 1:\n",
-        "            if False:\n",
+        "        if len(micros) > 1:\n",
+        "        if False:\n",
         "tests/trainers/test_update.py -k bf16",
     ),
     Mutation(
