@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gearshift.errors import CapacityError
+from gearshift.errors import CapacityError, ConfigError
 from gearshift.models.load import load_config
 from gearshift.models.made import DONE, check_kept, written_by
 from gearshift.pipeline.check import check_recipe
@@ -28,6 +28,7 @@ from gearshift.pipeline.records import records
 from gearshift.pipeline.stages import STAGE_FUNCTIONS
 from gearshift.pipeline.summary import Summary, summarise
 from gearshift.runtime.allocator import give_back_freed_memory, short_of_memory
+from gearshift.runtime.config import differences, identity
 from gearshift.runtime.digests import file_digests, write_sealed
 from gearshift.runtime.distributed import joined, world
 from gearshift.runtime.folder_lock import lock_run_folder
@@ -59,12 +60,26 @@ class Run:
             tolerate_lost_output(),
             Interrupt(),
             joined(self.recipe.scale, self.folder),
+            self._agreed(),
             self._locked(),
             _own_torch(self.recipe),
             given_functions(self.context.given.functions),
         ):
             world().says(self._write_given, "the caller's data")
             return self._execute(tuple(stages))
+
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """Give all ranks the main one's date. Raises `ConfigError` if one of them was started with
+        another recipe or in another folder.
+        """
+        date = world().says(lambda: self.recipe.model.date, "the date")
+        model = self.recipe.model.model_copy(update={"date": date})
+        self.recipe = self.context.recipe = self.recipe.model_copy(update={"model": model})
+        own = {**identity(self.recipe), "folder": str(self.folder.resolve())}
+        recipes = world().gather(own, "the recipe")
+        world().says(lambda: _check_alike(recipes), "the comparison of recipes")
+        yield
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -144,6 +159,16 @@ class Run:
 
             world().says(record, "the end of a stage")
         give_back_freed_memory()
+
+
+def _check_alike(recipes: Sequence[Any]) -> None:
+    """Raises `ConfigError` unless all ranks have the recipe of the first one."""
+    for rank, other in enumerate(recipes):
+        if lines := differences(recipes[0], other):
+            raise ConfigError(
+                f"Rank {rank} was started with another recipe than rank 0 ({lines[0]}); start all "
+                "of them with one command, on a disk that all of them see."
+            )
 
 
 @contextmanager
