@@ -230,7 +230,8 @@ class CompositeReward:
         for group in groups:
             if group[0].group_id not in self._begun:
                 self.begin(group)
-        begun, self._begun = self._begun, {}
+        # What was begun for a later step stays.
+        begun = {g[0].group_id: self._begun.pop(g[0].group_id) for g in groups}
         said = [
             self._result(i, [(begun[group[0].group_id][i], len(group)) for group in groups])
             for i in range(len(self.functions))

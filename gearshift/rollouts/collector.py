@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gearshift.environments.base import TextEnvironment
 from gearshift.errors import DataError
+from gearshift.rollouts.ahead import SamplingThread
 from gearshift.rollouts.backend import GenerationBackend
 from gearshift.rollouts.environment_pool import EnvironmentPool, EpisodeError
 from gearshift.rollouts.episode import (
@@ -42,6 +44,15 @@ EPISODE_TIMEOUT = 300.0
 """The seconds that an environment has for an answer, unless a recipe sets another number."""
 
 
+@dataclass
+class _Lost:
+    """The episodes that a call of `Collector.collect` has lost on one rank."""
+
+    failures: int = 0
+    overlong: int = 0
+    why: str = ""
+
+
 class Collector:
     """Runs episodes of one environment, all those of a call at the same time."""
 
@@ -65,6 +76,10 @@ class Collector:
         self.overlong = 0
         """The failures whose prompt was too long."""
         self.last_failure = ""
+        self._lost = _Lost()
+        """What the call that runs now has lost."""
+        self._thread: SamplingThread | None = None
+        self._begun: dict[tuple[int, ...], Future[tuple[list[Trajectory], _Lost]]] = {}
 
     def collect(
         self,
@@ -77,43 +92,54 @@ class Collector:
         and counted. `on_group` gets each group as it ends, while others still run.
 
         Each rank runs the starts of its groups, and its `on_group` gets these; the episodes and
-        what was lost come back on all ranks.
+        what was lost come back on all ranks. Episodes that `begin` began with the same starts are
+        waited for.
         """
-        before = self.failures, self.overlong
-        own = [start for start in starts if world().plays(start.group_id)]
-        parts = world().each(
-            lambda: (
-                self._collect(own, params, on_group, rewarded),
-                (self.failures - before[0], self.overlong - before[1], self.last_failure),
-            ),
-            "episodes",
-        )
-        self.failures = before[0] + sum(lost for _, (lost, _, _) in parts)
-        self.overlong = before[1] + sum(overlong for _, (_, overlong, _) in parts)
-        why = [why for _, (lost, _, why) in parts if lost and why]
-        self.last_failure = why[0] if why else self.last_failure
+        if self._thread:
+            self.begin(starts, params, on_group, rewarded)
+        begun = self._begun.pop(_groups(starts), None)
+        play = partial(self._play, _own(starts), params, on_group, rewarded)
+        parts = world().each(begun.result if begun else lambda: run_coroutine(play()), "episodes")
+        for _, lost in parts:
+            self.failures += lost.failures
+            self.overlong += lost.overlong
+        self.last_failure = next((lost.why for _, lost in parts if lost.why), self.last_failure)
         order = {start.group_id: i for i, start in enumerate(starts)}
         ended = [trajectory for trajectories, _ in parts for trajectory in trajectories]
         return sorted(ended, key=lambda trajectory: order[trajectory.group_id])
 
-    def _collect(
+    def begin(
+        self,
+        starts: Sequence[EpisodeSpec],
+        params: SamplingParams,
+        on_group: OnGroup = lambda group: None,
+        rewarded: Rewarded = "needed",
+    ) -> None:
+        """Begin the episodes that `collect` is going to ask for with the same arguments, in a
+        thread, after those that were begun before. A backend in another process samples meanwhile;
+        the engine belongs to the thread that trains.
+        """
+        self._thread = self._thread or SamplingThread()
+        if _groups(starts) not in self._begun:
+            play = partial(self._play, _own(starts), params, on_group, rewarded)
+            self._begun[_groups(starts)] = self._thread.submit(play)
+
+    async def _play(
         self,
         starts: Sequence[EpisodeSpec],
         params: SamplingParams,
         on_group: OnGroup,
         rewarded: Rewarded,
-    ) -> list[Trajectory]:
-        """`collect` on this rank alone."""
+    ) -> tuple[list[Trajectory], _Lost]:
+        """The episodes of these starts, and what was lost of them, on this rank alone."""
         taken = [[self._pool.take() for _ in range(params.n)] for _ in starts]
-        one = replace(params, n=1)
-        ended = run_coroutine(
-            self._side_by_side(
-                partial(self._run_group, start, environments, one, on_group, rewarded)
-                for start, environments in zip(starts, taken, strict=True)
-            )
+        one, self._lost = replace(params, n=1), _Lost()
+        ended = await self._side_by_side(
+            partial(self._run_group, start, environments, one, on_group, rewarded)
+            for start, environments in zip(starts, taken, strict=True)
         )
         self._pool.give_back(environment for group in ended for environment, _ in group)
-        return [trajectory for group in ended for _, trajectory in group]
+        return [trajectory for group in ended for _, trajectory in group], self._lost
 
     def unusable_rows(self, rows: int, most: int) -> dict[int, str]:
         """The rows whose prompt has more than `most` tokens or none, or is refused by the chat
@@ -160,6 +186,8 @@ class Collector:
 
     def close(self) -> None:
         """Close the environments, and end the threads and processes in which they answered."""
+        if self._thread:
+            self._thread.close()
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -239,11 +267,19 @@ class Collector:
         try:
             return await run()
         except EpisodeError as failure:
-            self.overlong += isinstance(failure, PromptTooLongError)
+            self._lost.overlong += isinstance(failure, PromptTooLongError)
             self._lose(environment, str(failure))
             return None
 
     def _lose(self, environment: TextEnvironment, why: str) -> None:
-        self.failures += 1
-        self.last_failure = why
+        self._lost.failures += 1
+        self._lost.why = why
         self._pool.discard(environment)
+
+
+def _groups(starts: Sequence[EpisodeSpec]) -> tuple[int, ...]:
+    return tuple(start.group_id for start in starts)
+
+
+def _own(starts: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
+    return [start for start in starts if world().plays(start.group_id)]
