@@ -120,21 +120,31 @@ class Engine:
         """
         with self._shifted("training"), torch.enable_grad():
             was = self.model.training
-            self.model.train(dropout)
+            self.runner.train(dropout)
             try:
                 yield self
             finally:
-                self.model.train(was)
+                self.runner.train(was)
 
     def weights_changed(self) -> None:
         """Declare that the parameters were written: a new version begins, and the cache forgets the
-        old one. Raises `GearshiftError` while requests are on their way.
+        old one. Where a split copy is trained, its weights are written into the model first, and
+        all ranks call this. Raises `GearshiftError` while requests are on their way.
         """
         self._owner.check(self)
+        self._check_idle()
+        self.runner.weights_changed()
+        self._begin_version()
+
+    def _check_idle(self) -> None:
         if not self.loop.idle:
             raise GearshiftError(
                 "The weights changed while requests were running; let them end, or abort them."
             )
+
+    def _begin_version(self) -> None:
+        """The model's own parameters were written."""
+        self._check_idle()
         self.loop.reset_prefix_cache()
         self._watch.accept()
         self.weights_version += 1
@@ -191,7 +201,7 @@ class Engine:
         self._owner.check(self)
         if self.loop.idle:
             copy_weights(self.model, weights)
-        self.weights_changed()
+        self._begin_version()
         self.weights_version = version
 
     def check_owner(self) -> None:
@@ -205,7 +215,7 @@ class Engine:
     def check_weights(self) -> None:
         """Raises `GearshiftError` if the weights have changed while requests run."""
         if self._watch.written():
-            self.weights_changed()
+            self._begin_version()
 
     def prepare_generation(self) -> None:
         """Detect changes of the weights, and prepack them."""
@@ -304,7 +314,7 @@ class Engine:
         if self._watch.moved():
             self.loop.forget_captures()
         if restored or self._watch.written():
-            self.weights_changed()
+            self._begin_version()
 
     def _prepack(self) -> None:
         if self.runner.weights and self.config.prepack_weights:

@@ -34,9 +34,11 @@ from gearshift.models.fused import AliasedWeights
 from gearshift.models.hf_forward import has_active_dropout, has_dropout, hf_hidden
 from gearshift.models.layers import described_hidden
 from gearshift.models.logprobs import TokenScores, token_logprobs
+from gearshift.models.sharded import ShardedModel
 from gearshift.models.units import make_unit, run_in
 from gearshift.models.vocabulary import vocabulary_size
 from gearshift.models.work import TrainingWork
+from gearshift.runtime.distributed import world
 
 Form = Literal["described", "hugging_face"]
 Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
@@ -99,6 +101,9 @@ class ModelRunner:
         self.vocabulary = vocabulary_size(model)
         self.work = TrainingWork(model, self.plan)
         """What was trained: see there."""
+        self.learner = self
+        """The runner that computes what needs gradients: this one, or that of a split copy."""
+        self._sharded: ShardedModel | None = None
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
         if packs and checked:
@@ -115,11 +120,48 @@ class ModelRunner:
         """One line that says how the model of this role runs, and why."""
         return form_line(role, self.model, self.why)
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains: the model's parameters. Where models are split over the ranks,
+        it is this rank's rows of a copy's, which computes what needs gradients from now on; the
+        model then has the copy's weights as of the last `weights_changed`.
+
+        Raises `ModelError` for a model that cannot be split.
+        """
+        if world().sharded and self._sharded is None:
+            self._shard()
+        return list(self.learner.model.parameters())
+
+    def _shard(self) -> None:
+        layers = None if self.plan is None else [layer.unit for layer in self.plan.layers]
+        self._sharded = ShardedModel(self.model, layers)
+        self.learner = ModelRunner(
+            self._sharded.model,
+            value_head=self.value_head,
+            recompute=self.recompute,
+            undescribed=self.why,
+            fuse=False,
+            checked=False,
+        )
+        for name in ("work", "limit", "kernels"):
+            setattr(self.learner, name, getattr(self, name))
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
+        for runner in {self, self.learner}:
+            runner.model.train(mode)
+
+    def weights_changed(self) -> None:
+        """Write the weights of the split copy, if there is one, into the model. All ranks must call
+        it.
+        """
+        if self._sharded:
+            self._sharded.write_whole()
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, H] last hidden states of the packed tokens. Raises `DataError` for a token that the
         model does not have, `CapacityError` for a sequence that is too long for it.
         """
-        return run_in(self.model, self._hidden, batch)
+        return self._run("_hidden", batch)
 
     def logprobs(
         self, batch: PackedBatch, temperature: float = 1.0, value_head: nn.Module | None = None
@@ -128,11 +170,11 @@ class ModelRunner:
 
         Log-probs are under softmax(logits / temperature).
         """
-        return run_in(self.model, self._logprobs, batch, temperature, value_head)
+        return self._run("_logprobs", batch, temperature, value_head)
 
     def values(self, batch: PackedBatch) -> Tensor:
         """[M] float32: the value of the state before each scored token."""
-        return run_in(self.model, self._values, batch)
+        return self._run("_values", batch)
 
     def scores(self, batch: PackedBatch) -> Tensor:
         """[N] float32: a classifier's score of each sequence that no other one continues.
@@ -140,9 +182,11 @@ class ModelRunner:
         A described decoder computes what sequences have in common once. Any other model runs on
         padded rows.
         """
-        if not self.shares_prompts:
-            return padded_scores(self.model, whole_sequences(batch))
-        return run_in(self.model, self._scores, batch)
+        if self.shares_prompts:
+            return self._run("_scores", batch)
+        if reads_last_token(self.model):
+            return self._run("_padded_scores", batch)
+        return self._acting._padded_scores(batch)  # the model's own forward is its unit's
 
     @torch.no_grad()
     def score_all(
@@ -166,12 +210,27 @@ class ModelRunner:
         """[T] float32: a token classifier's one logit of each token; no sequence continues another
         one. The model runs on padded rows.
         """
-        return padded_logits(self.model, whole_sequences(batch))
+        model = self._acting.model
+        return padded_logits(model, whole_sequences(batch))
 
     @property
     def shares_prompts(self) -> bool:
         """Whether `scores` computes once what sequences have in common, without padding."""
         return self.weights is not None and not has_active_dropout(self.model)
+
+    @property
+    def _acting(self) -> ModelRunner:
+        return self.learner if torch.is_grad_enabled() else self
+
+    def _run(self, name: str, *args: Any) -> Any:
+        """The method of this name, by the runner that computes now, inside its model's unit."""
+        runner = self._acting
+        try:
+            return run_in(runner.model, getattr(runner, name), *args)
+        except BaseException:
+            if self._sharded:
+                self._sharded.reset()
+            raise
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         if len(batch) and (last := int(batch.input_ids.max())) >= self.vocabulary:
@@ -208,6 +267,9 @@ class ModelRunner:
         assert self.value_head is not None
         values: Tensor = self.value_head(self._hidden(batch)[batch.logit_indices])
         return values
+
+    def _padded_scores(self, batch: PackedBatch) -> Tensor:
+        return padded_scores(self.model, whole_sequences(batch))
 
     def _scores(self, batch: PackedBatch) -> Tensor:
         last_NH = self._hidden(batch)[batch.cu_seqlens[1:][leaves(batch)] - 1]

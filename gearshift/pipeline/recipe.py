@@ -32,6 +32,7 @@ from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
+from gearshift.trainers.stage import StageConfig
 
 StageName = Literal["sft", "preference", "reward", "process", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "preference", "reward", "process", "rl")
@@ -144,6 +145,24 @@ class Recipe(Config):
                 f"algorithm is {self.algorithm} and {name}.algorithm is {section.algorithm}; "
                 "name one of them."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizers_fit_the_strategy(self) -> Self:
+        for name in STAGES if self.scale.strategy == "fsdp" else ():
+            stage: StageConfig | None = getattr(self, name)
+            if stage is None:
+                continue
+            needs = stage.memory_needs()
+            key = stage.micro_batch_key.replace("micro_batch_tokens", "optimizer")
+            critic = [("value.optimizer", needs.critic)] if needs.critic else []
+            for at, optimizer in ((key, needs.optimizer), *critic):
+                if optimizer.moments != "float32" or optimizer.offload != "never":
+                    raise ValueError(
+                        f"{name}.{at} asks for moments={optimizer.moments} and "
+                        f"offload={optimizer.offload}, and scale.strategy=fsdp is built for "
+                        "float32 and never; set these, or take replicate."
+                    )
         return self
 
     @model_validator(mode="after")

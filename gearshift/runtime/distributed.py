@@ -38,9 +38,11 @@ T = TypeVar("T")
 class ScaleConfig(Config):
     """How a run uses several processes; torchrun or Ray starts them."""
 
-    strategy: Literal["replicate"] = "replicate"
-    """Where weights, gradients and the optimizer's state are: `replicate` gives each rank the whole
-    weights, and its part of master weights and moments.
+    strategy: Literal["replicate", "fsdp"] = "replicate"
+    """Where weights, gradients and the optimizer's state are. `replicate`: each rank has the whole
+    weights and gradients, and its part of the master weights and moments. `fsdp`: each rank has its
+    part of all of these (FSDP2), and beside them the whole weights to generate with. On several
+    nodes, each node has all parts. One process ignores the key.
     """
     timeout: Neutral[float] = Field(default=3600.0, gt=0)
     """How many seconds a rank waits for another one before the run ends."""
@@ -67,6 +69,8 @@ class World:
     timeout: float = 0.0
     note: RankNote | None = None
     """The file that says what this rank does, for those who ask who waits for whom."""
+    sharded: bool = False
+    """Whether the models that are trained are split over the ranks."""
     lost: bool = field(default=False, init=False)
     """Whether this rank can no longer meet the others."""
 
@@ -98,6 +102,9 @@ class World:
         try:
             own = what, _pickled(work()), None
         except (Exception, Stopped) as error:
+            if getattr(error, "ends_alone", False):
+                self.lost = True
+                raise
             raised, own = error, (what, b"", _portable(error, self.rank))
         parts = self._exchange(own)
         for rank, (_, _, fault) in enumerate(parts):
@@ -218,7 +225,8 @@ def joined(config: ScaleConfig, folder: Path) -> Iterator[World]:
     if ours:
         _meet(config.timeout)
     note = RankNote(folder, dist.get_rank())
-    _world = World(dist.get_rank(), dist.get_world_size(), config.timeout, note)
+    size, sharded = dist.get_world_size(), config.strategy == "fsdp"
+    _world = World(dist.get_rank(), size, config.timeout, note, sharded and size > 1)
     try:
         with note, quiet(not _world.main):
             yield _world

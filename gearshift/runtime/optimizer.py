@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from gearshift.errors import ConfigError, NumericalError
 from gearshift.runtime.config import Config
 from gearshift.runtime.distributed import Part, world
+from gearshift.runtime.sharded_parameter import ShardedParameter
 from gearshift.runtime.transfers import Staging, Transfers
 
 _BLOCK = 256
@@ -96,6 +98,12 @@ class MasterAdamW:
         decayed = _flats([p for p in self.parameters if p.ndim >= 2], self.device, staging)
         plain = _flats([p for p in self.parameters if p.ndim < 2], self.device, staging)
         self.flats = [*decayed, *plain]
+        self._turns: list[list[_Flat | ShardedParameter]] = [
+            [flat] for flat in self.flats if isinstance(flat, _Flat)
+        ]
+        """What an update writes at once: the gradients of what is split are there already."""
+        if split := [flat for flat in self.flats if isinstance(flat, ShardedParameter)]:
+            self._turns.append([*split])
         groups = [
             {"params": [flat.master for flat in decayed], "weight_decay": config.weight_decay},
             {"params": [flat.master for flat in plain], "weight_decay": 0.0},
@@ -126,7 +134,10 @@ class MasterAdamW:
             for g in grads
         ]
         if world().size > 1:
-            norm = float(world().sum(torch.stack(norms).square().sum()).sqrt())
+            # What several ranks hold alike counts once.
+            shares = torch.tensor([1.0 / flat.copies for flat in self.flats])
+            squares = torch.stack(norms).square() * shares.to(norms[0].device)
+            norm = float(world().sum(squares.sum()).sqrt())
         else:
             norm = float(torch.stack(norms).norm()) if norms else 0.0
         if not norm < float("inf"):
@@ -158,11 +169,13 @@ class MasterAdamW:
         self._bring_back()
         scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
         self.begun += 1
-        for flat in self.flats:
-            flat.master.grad = flat.gather(scale)
-            self.optimizer.step()  # it updates this buffer only: the others have no gradient
-            flat.master.grad = None
-            flat.scatter()
+        for flats in self._turns:
+            for flat in flats:
+                flat.master.grad = flat.gather(scale)
+            self.optimizer.step()  # it updates these only: the others have no gradient
+            for flat in flats:
+                flat.master.grad = None
+                flat.scatter()
         self.schedule.step()
         return norm
 
@@ -279,6 +292,7 @@ class _Flat:
     ) -> None:
         """`staging` is between a buffer on the host and parameters on a GPU."""
         self.parameters, self._device, self._staging = parameters, device, staging
+        self.copies = 1
         sizes = [p.numel() for p in parameters]
         self._numel, ranks = sum(sizes), world().size
         self._own = -(-self._numel // ranks)
@@ -380,17 +394,22 @@ class _Flat:
 
 def _flats(
     parameters: list[nn.Parameter], device: torch.device, staging: Staging | None
-) -> list[_Flat]:
-    """The parameters in order, in as few buffers as `_LARGEST` allows."""
+) -> list[_Flat | ShardedParameter]:
+    """The parameters in order, in as few buffers as `_LARGEST` allows; then those that are split
+    over the ranks.
+    """
     runs: list[list[nn.Parameter]] = []
     size = 0
+    split = [ShardedParameter(p) for p in parameters if isinstance(p, DTensor)]
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if not runs or size + parameter.numel() > _LARGEST:
             runs.append([])
             size = 0
         runs[-1].append(parameter)
         size += parameter.numel()
-    return [_Flat(run, device, staging) for run in runs]
+    return [*(_Flat(run, device, staging) for run in runs), *split]
 
 
 def _adamw(config: OptimizerConfig) -> Any:

@@ -190,7 +190,7 @@ def train_preference(
     `reference` is run at each step, and with adapters is the policy's own runner.
     """
     loss = PreferenceLoss(config, engine, reference, stage.micro_batch)
-    optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
+    optimizer = MasterAdamW(engine.runner.trained_parameters(), config.optimizer, stage.total)
     stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
     if reference is None:
         loss.precompute(rows.rows())

@@ -98,9 +98,9 @@ def train_process_reward_model(
 ) -> None:
     """Train the runner's token classifier in place."""
     model = runner.model
-    optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
+    optimizer = MasterAdamW(runner.trained_parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
-    model.train()
+    runner.train(True)
     for step in stage.steps():
         batch = sorted(config.batch(rows, step), key=lambda row: len(row.ids))
         total = sum(len(row.ends) for row in batch)
@@ -113,8 +113,9 @@ def train_process_reward_model(
         with stage.phase("train"):
             cut = partial(micro_batches, batch)
             metrics = update(cut, stage.micro_batch, loss_of, optimizer)
+        runner.weights_changed()
         stage.log(step, metrics, sum(len(row.ids) for row in batch), runner)
-    model.eval()
+    runner.train(False)
 
 
 def micro_batches(

@@ -149,8 +149,8 @@ def train_reward_model(
 ) -> None:
     """Train the runner's classifier in place."""
     model = runner.model
-    model.train()
-    optimizer = MasterAdamW(model.parameters(), config.optimizer, stage.total)
+    runner.train(True)
+    optimizer = MasterAdamW(runner.trained_parameters(), config.optimizer, stage.total)
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     for step in stage.steps():
@@ -168,9 +168,10 @@ def train_reward_model(
         with stage.phase("train"):
             cut = partial(micro_batches, runner, batch)
             metrics = update(cut, stage.micro_batch, loss_of, optimizer)
+        runner.weights_changed()
         tokens = sum(len(side) for pair in batch for side in pair.sides)
         stage.log(step, metrics, tokens, runner)
-    model.eval()
+    runner.train(False)
 
 
 def pair_accuracy(runner: ModelRunner, pairs: Sequence[Pair]) -> float:

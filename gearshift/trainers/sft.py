@@ -81,7 +81,7 @@ def supervised_loss(engine: Engine, batch: PackedBatch) -> tuple[Tensor, dict[st
 
 def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], stage: Stage) -> None:
     """Train the engine's model in place on rendered examples."""
-    optimizer = MasterAdamW(engine.model.parameters(), config.optimizer, stage.total)
+    optimizer = MasterAdamW(engine.runner.trained_parameters(), config.optimizer, stage.total)
     stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from gearshift.errors import NumericalError
+from gearshift.errors import CapacityError, NumericalError, RankError
+from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.distributed import world
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.runtime.terminal import one_line
 
 Micro = TypeVar("Micro")
 
@@ -40,7 +45,9 @@ def update(
             optimizer.drop_gradients()
 
     try:
-        found = size.run(cut, lambda micros: _gradients(micros, loss_of, optimizers), undo)
+        found = size.run(
+            partial(_even, cut), lambda micros: _gradients(micros, loss_of, optimizers), undo
+        )
         norms = [optimizer.norm() for optimizer in optimizers]
     except BaseException:
         undo()
@@ -55,24 +62,67 @@ def update(
     return {**totals, "grad_norm": norms[0], "learning_rate": lr}
 
 
+def _even(
+    cut: Callable[[int, int], Iterable[Micro]], tokens: int, ranks: int
+) -> list[tuple[Micro, float]]:
+    """Each micro-batch with the weight 1. Ranks that gather layers from each other must run equally
+    many: those that are missing repeat the first one with the weight 0.
+    """
+    micros = [(micro, 1.0) for micro in cut(tokens, ranks)]
+    missing = -len(micros) % ranks if world().sharded and micros else 0
+    return [*micros, *[(micros[0][0], 0.0)] * missing]
+
+
 def _gradients(
-    micros: Sequence[Micro],
+    micros: Sequence[tuple[Micro, float]],
     loss_of: Callable[[Micro], tuple[Tensor, dict[str, Tensor]]],
     optimizers: Sequence[MasterAdamW],
 ) -> list[dict[str, float]]:
     """Each micro-batch's loss and metrics; the parameters hold the sum of the gradients then."""
-    found = []
-    for micro in micros:
-        loss, metrics = loss_of(micro)
-        values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
-        if not math.isfinite(values["loss"]):
-            raise NumericalError(
-                f"The loss is {values['loss']}; nothing was updated. Lower lr, "
-                "or look for a bad reward or row."
-            )
-        found.append(values)
-        loss.backward()
-        if len(micros) > 1:
-            for optimizer in optimizers:
-                optimizer.accumulate()
+    found: list[dict[str, float]] = []
+    lost: list[float] = []
+    with _alone() if world().sharded else nullcontext():
+        for micro, weight in micros:
+            loss, metrics = loss_of(micro)
+            values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
+            if not math.isfinite(values["loss"]):
+                lost.append(values["loss"])
+                if not world().sharded:  # otherwise, others wait for this backward pass
+                    break
+            found.append(values if weight else {})
+            (loss * weight if weight != 1.0 else loss).backward()
+            if len(micros) > 1:
+                for optimizer in optimizers:
+                    optimizer.accumulate()
+    if lost:
+        raise NumericalError(
+            f"The loss is {lost[0]}; nothing was updated. Lower lr, "
+            "or look for a bad reward or row."
+        )
     return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """With what is raised inside, this rank ends without a meeting: the others wait for it in a
+    layer, and not where ranks meet.
+    """
+    try:
+        yield
+    except BaseException as error:
+        told: Any = error
+        if reason := one_line(short_of_memory(error), 200):
+            told = CapacityError(
+                f"Memory ran out in a micro-batch ({reason}), and scale.strategy=fsdp cannot do it "
+                "again; lower micro_batch_tokens."
+            )
+        elif isinstance(error, RuntimeError):
+            told = RankError(
+                f"Rank {world().rank} failed in a micro-batch, or another rank did not come to a "
+                f"layer ({one_line(str(error), 200)}); the same command goes on from the last "
+                "checkpoint."
+            )
+        told.ends_alone = True
+        if told is error:
+            raise
+        raise told from error

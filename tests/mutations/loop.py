@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "dropout on in scoring",
         "engine/hybrid.py",
-        "self.model.train(dropout)",
-        "self.model.train(True)",
+        "self.runner.train(dropout)",
+        "self.runner.train(True)",
         "tests/invariants/test_4_first_update.py",
     ),
     Mutation(

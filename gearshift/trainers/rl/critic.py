@@ -60,7 +60,8 @@ class TokenCritic:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of head and trunk, without the head that the model came with."""
-        return [*self.head.parameters(), *self.trunk.base_model.parameters()]
+        self.runner.trained_parameters()  # the head that the model came with is not read
+        return [*self.head.parameters(), *self.runner.learner.model.base_model.parameters()]
 
 
 class PromptCritic:
@@ -91,7 +92,7 @@ class PromptCritic:
         return torch.repeat_interleave(of_root[index], batch.completion_lengths.to(of_root.device))
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
+        return self.runner.trained_parameters()
 
 
 def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Critic:

@@ -107,7 +107,8 @@ class RLTrainer:
         updates = config.updates
         if config.value:  # the policy does not learn in the value net's warm-up
             updates -= min(config.value.warmup, config.steps) * config.updates_a_step
-        self.optimizers = [MasterAdamW(engine.model.parameters(), config.update.optimizer, updates)]
+        trained = engine.runner.trained_parameters()
+        self.optimizers = [MasterAdamW(trained, config.update.optimizer, updates)]
         stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
         stage.track(rewards=score, left_out=self.left_out)
         stage.track(micro_batch=stage.micro_batch)
@@ -214,8 +215,10 @@ class RLTrainer:
                     cut = partial(self.micro_batches, mini, self.supervised(nth))
                     history.append(update(cut, self.stage.micro_batch, loss_of, *learning))
                 if warming:
-                    self.engine.model.zero_grad()
+                    self.optimizers[0].drop_gradients()
                 self.engine.weights_changed()
+                if critic := self.models.critic:
+                    critic.runner.weights_changed()
                 if self.average:
                     self.average.update()
         return {name: fmean(h[name] for h in history) for name in (history[:1] or [{}])[0]}

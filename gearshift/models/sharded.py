@@ -1,0 +1,139 @@
+"""A second copy of a model, whose weights FSDP2 splits over the ranks: what is trained under
+`scale.strategy: fsdp`. The whole model, in the precision that it runs in, stays beside it: it
+generates, is scored without gradients, and is saved. This file must not import the runner.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers import PreTrainedModel
+
+from gearshift.errors import ModelError
+from gearshift.models.exact import named
+from gearshift.models.units import make_unit
+from gearshift.runtime.distributed import world
+
+
+class ShardedModel:
+    """The split copy of a whole model. Each decoder layer is a unit: FSDP2 gathers its weights
+    around it. The rest (embedding, last norm, head) is the root unit, because a tied head must not
+    be in two units.
+    """
+
+    def __init__(self, whole: PreTrainedModel, layers: list[nn.Module] | None) -> None:
+        """`layers` are the decoder layers; None finds Hugging Face's own.
+
+        Each rank makes a unit's weights in fp32 and keeps its rows of them, one unit after the
+        other. Raises `ModelError` for a model whose weights have several precisions.
+        """
+        kinds = {p.dtype for p in whole.parameters()}
+        if len(kinds) > 1:
+            listed = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise ModelError(
+                f"{named(whole)} has weights of several precisions ({listed}), which "
+                "scale.strategy=fsdp cannot split; take replicate, or model.dtype=float32."
+            )
+        self.whole = whole
+        names = {id(module): name for name, module in whole.named_modules()}
+        found = _decoder_layers(whole) if layers is None else layers
+        paths = [*(names[id(layer)] for layer in found), ""]
+        source: dict[int, nn.Parameter] = {}
+        """By the id of a parameter of the copy: the parameter of the whole model."""
+        empty: dict[int, Any] = {}
+        for p in whole.parameters():
+            meta = torch.empty_like(p, dtype=torch.float32, device="meta")
+            empty[id(p)] = nn.Parameter(meta, requires_grad=p.requires_grad)
+            source[id(empty[id(p)])] = p
+        self.model: PreTrainedModel = copy.deepcopy(whole, empty)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if kinds == {torch.float32} else kinds.pop(),
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        # No layer's output is written in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        mesh = _mesh(whole.device)
+        self._units: list[tuple[Any, dict[str, nn.Parameter]]] = []
+        """Each unit with the whole model's parameters by the names that they have in it."""
+        for path in paths:
+            unit: Any = self.model.get_submodule(path)
+            self._units.append((unit, _fill(unit, source)))
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            unit.set_gradient_divide_factor(1.0)  # a loss is already weighted over the whole batch
+            unit.set_force_sum_reduction_for_comms(True)
+            make_unit(unit)
+            register_fsdp_forward_method(unit, "run")
+
+    @torch.no_grad()
+    def write_whole(self) -> None:
+        """Write the present weights into the whole model, one unit after the other. Its parameters
+        stay where they are.
+        """
+        for unit, targets in self._units:
+            unit.unshard()
+            own = dict(unit.named_parameters())
+            for name, target in targets.items():
+                target.copy_(own[name])
+            unit.reshard()
+
+    def reset(self) -> None:
+        """Forget a forward or backward pass that an error has cut."""
+        root: Any = self.model
+        if hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+
+
+def _fill(unit: nn.Module, source: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Give the unit's parameters that have no memory yet that of their source in fp32; returns
+    their sources by name.
+    """
+    made: dict[int, nn.Parameter] = {}
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in unit.named_modules():
+        for name, p in module._parameters.items():
+            if p is None or not p.is_meta:
+                continue
+            if id(p) not in made:
+                weights = source[id(p)].detach().float().clone()
+                made[id(p)] = nn.Parameter(weights, requires_grad=p.requires_grad)
+                found[f"{prefix}.{name}" if prefix else name] = source[id(p)]
+            module._parameters[name] = made[id(p)]
+    return found
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that Hugging Face never splits, in the lists that they are in; without those that
+    share a weight with another part.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    found = [layer for each in lists for layer in each if type(layer).__name__ in kinds]
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            users[id(p)] = users.get(id(p), 0) + 1
+    return [layer for layer in found if all(users[id(p)] == 1 for p in layer.parameters())]
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    """All ranks in one row; on several nodes a row for each: weights are split inside a node, and
+    each node has them all (HSDP).
+    """
+    size = world().size
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if 1 < local < size and size % local == 0:
+        names = ("replicate", "shard")
+        return init_device_mesh(device.type, (size // local, local), mesh_dim_names=names)
+    return init_device_mesh(device.type, (size,))

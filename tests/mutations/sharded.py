@@ -1,0 +1,50 @@
+"""Quiet failures of models that are split over the ranks."""
+
+from tests.mutations import Mutation
+
+_TESTS = "tests/scale/test_fsdp.py -k two_ranks"
+
+MUTATIONS = (
+    Mutation(
+        "the ranks' gradients are averaged, not added up",
+        "models/sharded.py",
+        "unit.set_gradient_divide_factor(1.0)",
+        "unit.set_gradient_divide_factor(float(world().size))",
+        _TESTS,
+    ),
+    Mutation(
+        "each rank clips by the norm of its own rows",
+        "runtime/optimizer.py",
+        "norm = float(world().sum(squares.sum()).sqrt())",
+        "norm = float(squares.sum().sqrt())",
+        _TESTS,
+    ),
+    Mutation(
+        "rows that two nodes hold count twice in the norm",
+        "runtime/sharded_parameter.py",
+        "self.copies = mesh.size() // mesh.size(mesh.ndim - 1)",
+        "self.copies = 1",
+        "tests/scale/test_fsdp.py -k two_nodes",
+    ),
+    Mutation(
+        "a micro-batch that only makes the count even is learned from",
+        "trainers/update.py",
+        "[(micros[0][0], 0.0)] * missing",
+        "[(micros[0][0], 1.0)] * missing",
+        _TESTS,
+    ),
+    Mutation(
+        "the model generates with the weights of before the update",
+        "engine/hybrid.py",
+        "        self.runner.weights_changed()\n",
+        "",
+        _TESTS,
+    ),
+    Mutation(
+        "a forward pass that an error cut goes on in the next one",
+        "models/runner.py",
+        "self._sharded.reset()",
+        "pass",
+        _TESTS,
+    ),
+)

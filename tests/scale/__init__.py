@@ -1,0 +1,1 @@
+"""Runs on several processes: what they make, and how they end."""
