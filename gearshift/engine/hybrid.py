@@ -49,6 +49,7 @@ from gearshift.models.load import end_tokens
 from gearshift.models.logprobs import TokenScores
 from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
+from gearshift.runtime.sharded_parameter import own_rows
 from gearshift.runtime.terminal import counted
 from gearshift.types import Completion, SamplingParams
 
@@ -256,10 +257,14 @@ class Engine:
         return self.runner.logprobs(batch, temperature, value_head)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose. `aliased` is part of `weights`, not a copy."""
+        """Bytes by purpose. `aliased` is part of `weights`, not a copy. Of what is split over the
+        ranks this rank's part counts.
+        """
+        models = {self.model, self.runner.learner.model}
+        parameters = [p for model in models for p in model.parameters()]
         return {
-            "weights": sum(p.nbytes for p in self.model.parameters()),
-            "gradients": sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None),
+            "weights": sum(own_rows(p).nbytes for p in parameters),
+            "gradients": sum(own_rows(p.grad).nbytes for p in parameters if p.grad is not None),
             "aliased": self.runner.weights.bytes() if self.runner.weights else 0,
             "prepacked": self.runner.weights.prepacked_bytes() if self.runner.weights else 0,
             "cache": self.loop.cache_bytes,

@@ -19,6 +19,7 @@ from gearshift.errors import DataError, GearshiftError
 from gearshift.kernels.dispatch import kernels_of
 from gearshift.kernels.reference import Kernels
 from gearshift.kernels.specs import Head
+from gearshift.models.adapters import adapted_layers
 from gearshift.models.check import check
 from gearshift.models.classifier import (
     leaves,
@@ -123,11 +124,12 @@ class ModelRunner:
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: the model's parameters. Where models are split over the ranks,
         it is this rank's rows of a copy's, which computes what needs gradients from now on; the
-        model then has the copy's weights as of the last `weights_changed`.
+        model then has the copy's weights as of the last `weights_changed`. A model with adapters is
+        not split, because only they have gradients.
 
         Raises `ModelError` for a model that cannot be split.
         """
-        if world().sharded and self._sharded is None:
+        if world().sharded and self._sharded is None and not adapted_layers(self.model):
             self._shard()
         return list(self.learner.model.parameters())
 

@@ -76,11 +76,14 @@ class ShardedModel:
             make_unit(unit)
             register_fsdp_forward_method(unit, "run")
 
-    @torch.no_grad()
     def write_whole(self) -> None:
         """Write the present weights into the whole model, one unit after the other. Its parameters
         stay where they are.
         """
+        world().meet(self._write_whole, "the weights of layers")
+
+    @torch.no_grad()
+    def _write_whole(self) -> None:
         for unit, targets in self._units:
             unit.unshard()
             own = dict(unit.named_parameters())

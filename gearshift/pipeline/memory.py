@@ -16,6 +16,7 @@ from gearshift.engine import EngineConfig
 from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, position_bytes
 from gearshift.pipeline.activations import Activations
 from gearshift.runtime.allocator import resident_bytes
+from gearshift.runtime.distributed import world
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import MemoryNeeds
@@ -138,11 +139,12 @@ def _learning(
     summed in fp32.
     """
     moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
+    ranks, sharded = world().size, world().sharded
     on_host = optimizer.offload == "always" and device.type != "cpu"
     return {
         "weights": (_TRAINED_COPY if device.type == "cpu" else 1.0) * shape.weights,
-        "sums of gradients": 4.0 * trained if cut else 0.0,
-        "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments),
+        "sums of gradients": 4.0 * trained / ranks if sharded else 4.0 * trained if cut else 0.0,
+        "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments) / ranks,
         "the optimizer's step": float(min(_STEP, 4 * trained)),
     }
 

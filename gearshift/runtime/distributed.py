@@ -42,7 +42,8 @@ class ScaleConfig(Config):
     """Where weights, gradients and the optimizer's state are. `replicate`: each rank has the whole
     weights and gradients, and its part of the master weights and moments. `fsdp`: each rank has its
     part of all of these (FSDP2), and beside them the whole weights to generate with. On several
-    nodes, each node has all parts. One process ignores the key.
+    nodes, each node has all parts. A policy with `model.lora` is not split. One process ignores
+    the key.
     """
     timeout: Neutral[float] = Field(default=3600.0, gt=0)
     """How many seconds a rank waits for another one before the run ends."""
@@ -171,6 +172,10 @@ class World:
         if self.size > 1:
             self._together(lambda: dist.all_reduce(tensor), "a sum")
         return tensor
+
+    def meet(self, collective: Callable[[], Any], what: str) -> None:
+        """A collective of another library. Raises `RankError` if another rank does not come."""
+        self._together(collective, what)
 
     def _exchange(self, own: Any) -> list[Any]:
         parts: list[Any] = [None] * self.size

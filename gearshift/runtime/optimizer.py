@@ -218,6 +218,8 @@ class MasterAdamW:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state, and write the model's parameters from the master weights."""
         self._bring_back()
+        if world().size == 1 and any(master.ndim != 1 for master in state["masters"]):
+            state = self._joined(state)
         now = self.optimizer.state_dict()
         now["state"] = {
             int(i): {k: self._loaded(int(i), x) for k, x in kept.items()}
@@ -231,6 +233,25 @@ class MasterAdamW:
             for flat, saved in zip(self.flats, state["masters"], strict=True):
                 flat.master.copy_(flat.loaded(saved))
                 flat.scatter()
+
+    def _joined(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer whose parameters were split over ranks: there, each parameter
+        was a buffer of its own.
+        """
+        sizes = [sum(p.numel() for p in flat.parameters) for flat in self.flats]
+
+        def join(parts: list[Tensor]) -> list[Tensor]:
+            return list(torch.cat([part.flatten() for part in parts]).split(sizes))
+
+        each = [state["moments"][str(i)] for i in range(len(state["moments"]))]
+        moments: dict[str, dict[str, Any]] = {}
+        for name, first in each[0].items() if each else ():
+            parts = [first[""]] * len(sizes)  # a count of steps
+            if first[""].ndim:
+                parts = join([kept[name][""] for kept in each])
+            for i, part in enumerate(parts):
+                moments.setdefault(str(i), {})[name] = {"": part}
+        return {**state, "moments": moments, "masters": join(state["masters"])}
 
     def _saved(self, i: int, x: Any) -> Any:
         """A part of the state of flat `i` for a checkpoint."""

@@ -4,13 +4,9 @@ optimizer.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from gearshift.runtime.distributed import Part
 
 
 class ShardedParameter:
@@ -22,11 +18,10 @@ class ShardedParameter:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameters = [parameter]
-        self.master = _own(parameter).detach().view(-1).requires_grad_()
+        self.master = own_rows(parameter).detach().view(-1).requires_grad_()
         self.sums: Tensor | None = None
         """This rank's rows of the gradient, which FSDP has summed over the ranks."""
-        self._numel = parameter.numel()
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        mesh = self._split.device_mesh
         self.copies = mesh.size() // mesh.size(mesh.ndim - 1)
         """How many ranks hold these same rows."""
 
@@ -37,7 +32,7 @@ class ShardedParameter:
         """Take the gradient's rows from FSDP."""
         [parameter] = self.parameters
         grad, parameter.grad = parameter.grad, None
-        self.sums = torch.zeros_like(self.master) if grad is None else _own(grad).view(-1)
+        self.sums = torch.zeros_like(self.master) if grad is None else own_rows(grad).view(-1)
 
     def gather(self, scale: float) -> Tensor:
         """The gradient's rows times `scale`; afterwards there are none."""
@@ -48,26 +43,31 @@ class ShardedParameter:
     def scatter(self) -> None:
         """FSDP reads the master weight itself."""
 
-    def saved(self, own: Tensor) -> Part:
-        """What a checkpoint holds of a tensor like `master`."""
-        return Part(own, self._numel)
+    def saved(self, own: Tensor) -> DTensor:
+        """What a checkpoint holds of a tensor like `master`: rows of one like the parameter."""
+        p = self._split
+        rows = own.view(p.to_local().shape)
+        return DTensor.from_local(
+            rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+        )
 
-    def loaded(self, part: Tensor) -> Tensor:
-        """The inverse of `saved`: of the whole, or of this rank's part."""
-        if len(part) == len(self.master):
-            return part
+    def loaded(self, saved: Tensor) -> Tensor:
+        """The inverse of `saved`: of this rank's rows, or of all of them."""
+        rows = own_rows(saved)
+        if rows.numel() != self.master.numel():
+            mesh = self._split.device_mesh
+            of, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+            each = -(-len(rows) // ranks)  # as torch.chunk cuts them
+            rows = rows[of * each :][:each]
+        return rows.reshape(-1)
+
+    @property
+    def _split(self) -> DTensor:
         [parameter] = self.parameters
-        rows, width = self._first_row(), self._numel // max(1, parameter.shape[0])
-        return part[rows * width :][: len(self.master)]
-
-    def _first_row(self) -> int:
-        """The row of the whole parameter with which this rank's rows begin."""
-        [parameter] = self.parameters
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-        ranks = mesh.size(mesh.ndim - 1)
-        return int(mesh.get_local_rank(mesh.ndim - 1)) * -(-int(parameter.shape[0]) // ranks)
+        assert isinstance(parameter, DTensor)
+        return parameter
 
 
-def _own(x: Tensor) -> Tensor:
-    assert isinstance(x, DTensor)
-    return x.to_local()
+def own_rows(x: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is split over the ranks; any other tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -18,6 +18,8 @@ from gearshift.pipeline.memory import (
     shortage,
     with_total,
 )
+from gearshift.runtime import distributed
+from gearshift.runtime.distributed import World
 from gearshift.runtime.free_memory import free_bytes, of_control_groups
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.rl.config import RLConfig
@@ -96,6 +98,17 @@ def test_what_adapters_offload_and_8_bits_save() -> None:
             parts_of(config.memory_needs(), engine, LLAMA_1B, LLAMA_1B.parameters, GPU).values()
         )
         assert adapters < less < everything
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_share_masters_and_moments_and_where_they_are_split_the_gradients(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    monkeypatch.setattr(distributed, "_world", World(size=4, sharded=sharded))
+    needs = SFTConfig(micro_batch_tokens=8).memory_needs()
+    parts = parts_of(needs, EngineConfig(), LLAMA_1B, 8, GPU)
+    assert parts["fp32 masters and moments"] == 12 * 8 / 4
+    assert parts["sums of gradients"] == 4 * 8 / (4 if sharded else 1)
 
 
 def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() -> None:

@@ -7,6 +7,7 @@ The main rank prints `NAME: same` after each.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -21,12 +22,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3MoeConfig
 
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import Mixture
 from gearshift.engine import Engine
-from gearshift.errors import ModelError, NumericalError
+from gearshift.errors import DataError, ModelError, NumericalError
 from gearshift.models.attention import ATTENTION
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -102,7 +104,7 @@ def learn(runner: ModelRunner, steps: int = 2) -> tuple[list[dict[str, float]], 
     return found, grads
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -229,6 +231,19 @@ def broken_loss(folder: Path) -> None:
     update(batch.split, MicroBatchSize(20), partial(broken, last=False), optimizer)
 
 
+def one_rank_fails(folder: Path) -> None:
+    """The others wait for it in a layer; it must end, and not wait for them."""
+    runner = ModelRunner(tiny_model())
+    optimizer = MasterAdamW(runner.trained_parameters(), OPTIMIZER, 2)
+
+    def fails(micro: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        if world().rank == world().size - 1:
+            raise DataError("the row is broken")
+        return loss_of(runner, micro)
+
+    update(pack_groups(TREES).split, MicroBatchSize(20), fails, optimizer)
+
+
 def cut_forward(folder: Path) -> None:
     """After an error in a layer, the next update is as if nothing had been."""
     with alone():
@@ -249,6 +264,37 @@ def cut_forward(folder: Path) -> None:
             raise AssertionError("no error")
     found, _ = learn(runner)
     alike(found, wanted, 1e-6)
+
+
+def state(folder: Path) -> None:
+    """A saved state goes on: each rank's rows, the whole tensors, and those on one process."""
+
+    def one_step(runner: ModelRunner, optimizer: MasterAdamW) -> dict[str, float]:
+        cut = pack_groups(TREES).split
+        return update(cut, MicroBatchSize(20), partial(loss_of, runner), optimizer)
+
+    def fresh(saved: Any, weights: Any) -> tuple[ModelRunner, MasterAdamW]:
+        runner = ModelRunner(tiny_model())
+        optimizer = MasterAdamW(runner.trained_parameters(), OPTIMIZER, 4)
+        optimizer.load_state_dict(saved)
+        runner.weights_changed()
+        for p, q in zip(runner.model.parameters(), weights, strict=True):
+            near(p.data, q, 1e-6, "weights")
+        return runner, optimizer
+
+    runner = ModelRunner(tiny_model())
+    optimizer = MasterAdamW(runner.trained_parameters(), OPTIMIZER, 4)
+    for _ in range(2):
+        one_step(runner, optimizer)
+    runner.weights_changed()
+    weights = [p.detach().clone() for p in runner.model.parameters()]
+    rows = copy.deepcopy(optimizer.state_dict())
+    all_of_it = tree_map(whole, rows)
+    wanted = one_step(runner, optimizer)
+    for saved in (rows, all_of_it):
+        assert one_step(*fresh(saved, weights)) == wanted
+    with alone():
+        alike([one_step(*fresh(all_of_it, weights))], [wanted], 1e-6)
 
 
 def refused(folder: Path) -> None:
@@ -287,6 +333,7 @@ QUICK: dict[str, Callable[[Path], None]] = {
     "rl": partial(rl, advantage={"name": "grpo"}, kl={"beta": 0.05}, update={"minibatches": 2}),
     "a loss that is not finite": broken_loss,
     "a forward pass that was cut": cut_forward,
+    "a saved state": state,
     "several precisions": refused,
 }
 REST: dict[str, Callable[[Path], None]] = {
@@ -295,6 +342,7 @@ REST: dict[str, Callable[[Path], None]] = {
     "value head": partial(rl, **GAE, value={"optimizer": OPTIMIZER, "warmup": 1}),
     "critic": partial(rl, **GAE, value=CRITIC),
     "two nodes": nodes,
+    "one rank fails": one_rank_fails,
 }
 
 

@@ -41,7 +41,7 @@ def test_two_ranks_do_what_one_process_does(name: str, printed: str) -> None:
 
 @pytest.mark.slow
 def test_every_family_and_value_net(tmp_path: Path) -> None:
-    names = [name for name in REST if name != "two nodes"]
+    names = [name for name in REST if name not in ("two nodes", "one rank fails")]
     printed = same(tmp_path, 2, *names)
     assert printed.count(": same\n") == len(names), printed
 
@@ -51,6 +51,12 @@ def test_four_ranks_and_two_nodes(tmp_path: Path) -> None:
     names = ("two nodes", "llama", "untied", "sft", "rl", "critic")
     printed = same(tmp_path, 4, *names)
     assert printed.count(": same\n") == len(names), printed
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_a_micro_batch_ends_and_so_do_the_others(tmp_path: Path) -> None:
+    printed = same(tmp_path, 2, "one rank fails")
+    assert "DataError: the row is broken" in printed and "same" not in printed.splitlines()
 
 
 @pytest.mark.parametrize(
