@@ -1,6 +1,6 @@
 """The command line: words in, one line out when something is wrong, never a traceback.
 
-The commands are in `run.py`, `talk.py` and `tools.py`. No file here names a task.
+The commands are in `run.py`, `talk.py`, `tools.py` and `doctor.py`. No file here names a task.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from gearshift import __version__
-from gearshift.cli import run, talk, tools
+from gearshift.cli import doctor, run, talk, tools
 from gearshift.errors import ConfigError
-from gearshift.runtime.exit_errors import exit_on_signals, exit_with_error, remove_signal_handlers
+from gearshift.runtime.exit_errors import (
+    exit_on_signals,
+    exit_with_error,
+    in_several_processes,
+    rank_of_process,
+    remove_signal_handlers,
+)
 from gearshift.runtime.terminal import echo
 
 
@@ -34,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A GPU's memory then falls less into pieces. PyTorch reads this when it first takes some.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if in_several_processes():  # PyTorch warns at length where another rank has ended
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if argv is None:
         exit_on_signals()
     words = run.options_first(list(sys.argv[1:] if argv is None else argv))
     arguments = argparse.Namespace()
     try:
         arguments = make_parser().parse_args(words or ["--help"])
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(arguments, "on_ranks"):
+        if in_several_processes() and not hasattr(arguments, "on_ranks"):
             raise ConfigError(
                 f"gearshift {words[0]} runs in one process; start it without torchrun."
             )
@@ -49,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv is None:
             remove_signal_handlers()
     except (Exception, KeyboardInterrupt) as error:
+        if in_several_processes():
+            from gearshift.runtime.distributed import share_error
+
+            share_error(error)
         exit_with_error(error, getattr(arguments, "folder_of_run", None), alone=argv is None)
 
 
@@ -59,11 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gearshift {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, talk, tools):
+    for group in (run, talk, tools, doctor):
         group.add_commands(commands)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
-        echo(message, end="", file=file or sys.stderr)
+        if rank_of_process() == 0:
+            echo(message, end="", file=file or sys.stderr)

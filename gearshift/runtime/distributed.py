@@ -4,8 +4,10 @@ Control is replicated, and work is shared: every rank holds the same rollout and
 decisions from it. Only episodes, rewards and micro-batches are dealt out. So the ranks meet in few
 places, no branch can part them, and one rank is the case in which nothing is sent.
 
-What one rank raises is raised on all of them. Ranks trust each other, as they do in
-torch.distributed: objects go from one to another as pickles.
+What one rank raises is raised on all of them at their next meeting. So each meeting begins with an
+exchange of its name and of errors: a rank that has failed never stands in a collective that the
+others do not run. Ranks trust each other, as they do in torch.distributed: objects go from one to
+another as pickles.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import io
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,10 +29,11 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from gearshift.errors import GearshiftError, InterruptedRunError, RankError
+from gearshift.errors import GearshiftError, RankError
 from gearshift.runtime.config import Config, Neutral
-from gearshift.runtime.interrupt import Stopped, shielded
-from gearshift.runtime.ranks import RankNote, describe_ranks
+from gearshift.runtime.exit_errors import describe_error, in_several_processes
+from gearshift.runtime.interrupt import shielded
+from gearshift.runtime.ranks import RankNote, find_missing, read_ranks
 from gearshift.runtime.terminal import one_line, quiet
 
 T = TypeVar("T")
@@ -102,11 +106,11 @@ class World:
         raised: BaseException | None = None
         try:
             own = what, _pickled(work()), None
-        except (Exception, Stopped) as error:
+        except BaseException as error:
             if getattr(error, "ends_alone", False):
                 self.lost = True
                 raise
-            raised, own = error, (what, b"", _portable(error, self.rank))
+            raised, own = error, (what, b"", self._portable(error))
         parts = self._exchange(own)
         for rank, (_, _, fault) in enumerate(parts):
             if fault is not None:
@@ -116,7 +120,9 @@ class World:
         if len({name for name, _, _ in parts}) > 1:
             names = "; ".join(f"rank {rank}: {name}" for rank, (name, _, _) in enumerate(parts))
             self.lost = True
-            raise RankError(f"The ranks do not run the same program ({names}); this is a bug.")
+            bug: Any = RankError(f"The ranks do not run one program ({names}); this is a bug.")
+            bug.known_to_all = not self.main
+            raise bug
         return [pickle.loads(part) for _, part, _ in parts]
 
     def says(self, work: Callable[[], T], what: str) -> T:
@@ -135,79 +141,104 @@ class World:
 
     def agrees(self, error: BaseException) -> bool:
         """Whether all ranks end now, with this error or another one, so that they can still save
-        together. Call it once, before anything else is done about the error.
+        together. The others learn of the error at their next meeting.
         """
-        if self.size == 1 or getattr(error, "known_to_all", False):
-            return True
-        if self.lost or getattr(error, "ends_alone", False):
-            return False
+        if self.size > 1 and not self.lost and not getattr(error, "known_to_all", False):
 
-        def fail() -> None:
-            raise error
+            def fail() -> None:
+                raise error
 
-        try:
-            self.each(fail, "the end of the run")
-        except RankError:
-            return not self.lost
-        except BaseException:
-            return True
-        return False
+            try:
+                self.each(fail, "the end of the run")
+            except BaseException:
+                error.known_to_all = not self.lost  # type: ignore[attr-defined]
+        return self.size == 1 or not self.lost
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         """The sum over the ranks of this rank's part of `whole`, whose length is a multiple of
         their number.
         """
         own = torch.empty(len(whole) // self.size, dtype=whole.dtype, device=whole.device)
-        self._together(lambda: dist.reduce_scatter_tensor(own, whole), "gradients")
+        self.meet(lambda: _reduce_scatter(own, whole), "gradients")
         return own
 
     def all_gather(self, own: Tensor) -> Tensor:
         """Each rank's part, all of one length, end to end."""
         whole = torch.empty(len(own) * self.size, dtype=own.dtype, device=own.device)
-        self._together(lambda: dist.all_gather_into_tensor(whole, own), "weights")
+        self.meet(lambda: _all_gather(whole, own), "weights")
         return whole
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:
-            self._together(lambda: dist.all_reduce(tensor), "a sum")
+            self.meet(lambda: dist.all_reduce(tensor), "a sum")
         return tensor
 
     def meet(self, collective: Callable[[], Any], what: str) -> None:
-        """A collective of another library. Raises `RankError` if another rank does not come."""
-        self._together(collective, what)
+        """A collective on tensors, ours or another library's, which all ranks have come to. Raises
+        `RankError` if another rank does not come.
+        """
+        self.each(lambda: None, what)
+        self._send(collective, what)
 
     def _exchange(self, own: Any) -> list[Any]:
         parts: list[Any] = [None] * self.size
-        self._together(lambda: dist.all_gather_object(parts, own), own[0])
+        self._send(lambda: dist.all_gather_object(parts, own), own[0])
         return parts
 
-    def _together(self, collective: Callable[[], Any], what: str) -> None:
+    def _send(self, collective: Callable[[], Any], what: str) -> None:
         """A collective, which no signal cuts. Raises `RankError`, with who is missing, if another
         rank does not come.
         """
         if self.lost:
             raise RankError(f"Rank {self.rank} cannot meet the others for {what} any more.")
+        began = time.monotonic()
         if self.note:
             self.note.waits(what)
-        try:
-            with shielded():
+        with shielded():
+            try:
                 collective()
-        except RuntimeError as error:
-            self.lost = True
-            others = describe_ranks(self.note.folder, self.size) if self.note else ""
-            raise RankError(
-                f"Rank {self.rank} waited for {what}, and another rank did not come"
-                f"{f' ({others})' if others else ''}: {one_line(str(error), 200)}; the same "
-                "command goes on from the last checkpoint."
-            ) from error
-        finally:
-            if self.note:
-                self.note.works()
+            except RuntimeError as error:
+                self.lost = True
+                raise self._missing(what, time.monotonic() - began) from error
+        if self.note:
+            self.note.works()
+
+    def _missing(self, what: str, waited: float) -> RankError:
+        """The error of a rank that waited in vain."""
+        late = waited > 0.9 * self.timeout
+        missing = find_missing(self.note.folder, self.size, late) if self.note else {}
+        who = "; ".join(missing.values()) or f"another rank {'hangs' if late else 'has ended'}"
+        limit = " (scale.timeout)" if late else ""
+        error = RankError(
+            f"{who[0].upper()}{who[1:]}; the others waited {waited:.0f} s{limit} for it at {what}; "
+            "the same command goes on from what is saved."
+        )
+        # Of those that know it, the first speaks, unless the one that ended has spoken.
+        speaker = min({*range(self.size)} - {*missing}, default=0)
+        spoken = self.note and any(note["ended"] for note in read_ranks(self.note.folder))
+        error.known_to_all = bool(spoken) or self.rank != speaker  # type: ignore[attr-defined]
+        return error
+
+    def _portable(self, error: BaseException) -> bytes:
+        """The error as bytes; one that means nothing elsewhere becomes a `RankError` with the line
+        that this rank would print.
+        """
+        if isinstance(error, GearshiftError | MemoryError | KeyboardInterrupt):
+            with suppress(Exception):
+                sent = pickle.dumps(error)
+                pickle.loads(sent)
+                return sent
+        line, code = describe_error(error, self.note.folder.parent if self.note else None)
+        other: Any = RankError(f"Rank {self.rank}: {line}")
+        other.code = code
+        return pickle.dumps(other)
 
 
 _ALONE = World()
 _world = _ALONE
+_met = False
+"""Whether this process has met other ranks, or tried to."""
 
 
 def world() -> World:
@@ -216,29 +247,48 @@ def world() -> World:
 
 
 @contextmanager
-def joined(config: ScaleConfig, folder: Path) -> Iterator[World]:
+def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
     """Meet the other processes that torchrun has started (or Ray, whose process group is used), and
     part at the end. `folder`: the run's, in which each rank notes what it does.
 
     Ranks other than the first print nothing. Raises `RankError` where they do not come.
     """
-    global _world
-    if _world.size > 1 or not (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    global _world, _met
+    if _world.size > 1 or not (dist.is_initialized() or in_several_processes()):
         yield _world
         return
-    ours = not dist.is_initialized()
+    ours, _met = not dist.is_initialized(), True
     if ours:
         _meet(config.timeout)
-    note = RankNote(folder, dist.get_rank())
-    size, sharded = dist.get_world_size(), config.strategy == "fsdp"
-    _world = World(dist.get_rank(), size, config.timeout, note, sharded and size > 1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    note = RankNote(folder, rank, size) if folder else None
+    sharded = size > 1 and config.strategy == "fsdp"
+    _world = World(rank, size, config.timeout, note, sharded)
     try:
-        with note, quiet(not _world.main):
+        with note or nullcontext(), quiet(not _world.main), _ending_together(_world):
             yield _world
     finally:
-        _world = _ALONE
-        if ours:
+        lost, _world = _world.lost, _ALONE
+        if ours and not lost:
             dist.destroy_process_group()
+
+
+def share_error(error: BaseException) -> None:
+    """Let all ranks end with an error that came before they met, so that one line says it."""
+    if not _met and not isinstance(error, KeyboardInterrupt):
+        with suppress(BaseException), joined(ScaleConfig(timeout=60), None):
+            raise error
+
+
+@contextmanager
+def _ending_together(world: World) -> Iterator[None]:
+    """Inside, an error of one rank ends all of them, even one after their last meeting."""
+    try:
+        yield
+    except BaseException as error:
+        world.agrees(error)
+        raise
+    world.gather(None, "the end of the run")
 
 
 def _meet(timeout: float) -> None:
@@ -273,18 +323,6 @@ def _pickled(thing: Any) -> bytes:
     return file.getvalue()
 
 
-def _portable(error: BaseException, rank: int) -> bytes:
-    """The error as bytes; one that cannot be sent becomes a `RankError` of the same words."""
-    if isinstance(error, Stopped):
-        error = InterruptedRunError(
-            "Stopped by a signal to another rank; the same command goes on.", error.signal
-        )
-    try:
-        sent = pickle.dumps(error)
-        pickle.loads(sent)
-        if isinstance(error, GearshiftError | MemoryError | KeyboardInterrupt):
-            return sent
-    except Exception:
-        pass
-    text = one_line(str(error), 1000)
-    return pickle.dumps(RankError(f"Rank {rank} failed: {type(error).__name__}: {text}"))
+# Newer versions of torch warn of the older names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

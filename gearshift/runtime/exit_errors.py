@@ -5,6 +5,7 @@ the traceback of an unexpected error.
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -81,9 +82,11 @@ def exit_with_error(error: BaseException, folder: Path | None, alone: bool) -> N
         silence(sys.stdout)  # standard output may be the cause
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
-    line, code = _told(error, folder)
+    line, code = describe_error(error, folder)
     with suppress(OSError, ValueError):
-        echo(f"gearshift: {line}", file=sys.stderr)
+        if line := _of_rank(line, error, code):
+            echo(f"gearshift: {line}", file=sys.stderr)
+            _tell_torchrun(line)
     _said.set()
     if alone and short_of_memory(error):
         _leave(code, patience=0)  # libraries need memory for what they do at exit
@@ -95,12 +98,42 @@ def exit_with_error(error: BaseException, folder: Path | None, alone: bool) -> N
     sys.exit(code)
 
 
-def _told(error: BaseException, folder: Path | None) -> tuple[str, int]:
-    """The line to print and the exit code."""
+def _of_rank(line: str, error: BaseException, code: int) -> str:
+    """The line as this rank of a run prints it, or "" where the main rank prints it."""
+    known = getattr(error, "known_to_all", False) or code > 128
+    rank = rank_of_process()
+    return line if rank == 0 else "" if known else f"rank {rank}: {line}"
+
+
+def _tell_torchrun(line: str) -> None:
+    """Torchrun reports the line of this file as the cause of a process's end."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        record = {"message": line, "timestamp": int(time.time())}
+        Path(path).write_text(json.dumps(record), encoding="utf-8")
+
+
+def in_several_processes() -> bool:
+    """Whether torchrun, or a program like it, has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank_of_process() -> int:
+    """The number that torchrun has given to this process; 0 if it runs alone."""
+    return int(os.environ.get("RANK", "0")) if in_several_processes() else 0
+
+
+def describe_error(error: BaseException, folder: Path | None) -> tuple[str, int]:
+    """The line to print and the exit code. The traceback of an unexpected error is kept, once."""
+    if not hasattr(error, "described"):
+        error.described = _described(error, folder)  # type: ignore[attr-defined]
+    return error.described  # type: ignore[attr-defined]
+
+
+def _described(error: BaseException, folder: Path | None) -> tuple[str, int]:
     if isinstance(error, InterruptedRunError):
         return one_line(str(error), 2000), 128 + error.signal
     if isinstance(error, GearshiftError):
-        return one_line(redact_urls(str(error)), 2000), 1
+        return one_line(redact_urls(str(error)), 2000), getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):
         return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):

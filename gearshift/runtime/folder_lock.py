@@ -46,7 +46,7 @@ class LockHolder:
     def me() -> LockHolder:
         """This process, as the holder from now on."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        return LockHolder(socket.gethostname(), os.getpid(), since, _started(os.getpid()))
+        return LockHolder(socket.gethostname(), os.getpid(), since, process_start(os.getpid()))
 
     @staticmethod
     def read(text: bytes) -> LockHolder | None:
@@ -65,7 +65,7 @@ class LockHolder:
     def lives(self) -> bool:
         """Whether the process still exists, as far as this machine can see."""
         elsewhere = self.host != socket.gethostname()
-        return elsewhere or (self.started != "" and self.started == _started(self.pid))
+        return elsewhere or (self.started != "" and self.started == process_start(self.pid))
 
     def __str__(self) -> str:
         mine = (self.host, self.pid) == (socket.gethostname(), os.getpid())
@@ -86,6 +86,15 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             if not _take(path, me, stack):
                 _make(path.with_name(FALLBACK_LOCK_FILE), me, stack)
         yield
+
+
+def holder_of(folder: Path) -> LockHolder | None:
+    """The living process that holds the lock of a run's folder."""
+    for name in (LOCK_FILE, FALLBACK_LOCK_FILE):
+        holder = LockHolder.read(_bytes(folder / name))
+        if holder and holder.lives():
+            return holder
+    return None
 
 
 def _take(path: Path, me: LockHolder, stack: ExitStack) -> bool:
@@ -177,7 +186,7 @@ def _bytes(path: Path) -> bytes:
         return b""
 
 
-def _started(pid: int) -> str:
+def process_start(pid: int) -> str:
     """When a process started, unique across restarts of the machine; "" if there is no such
     process, or it has ended and its parent has not noticed yet.
     """

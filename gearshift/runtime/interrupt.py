@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from gearshift.errors import InterruptedRunError
+from gearshift.runtime.terminal import is_quiet
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -42,6 +43,8 @@ class Interrupt:
 
     signal: int = 0
     """The number of the first signal that came; 0 if none came."""
+    urgent: bool = False
+    """Whether a second signal came."""
     where: str = "at once"
     """What the run is doing now, in words that follow `Stopped`."""
     rest: str = "the same command goes on from there"
@@ -82,8 +85,11 @@ class Interrupt:
         _open = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.requested and _comes_of_a_signal(error):
-            raise InterruptedRunError(f"Stopped {self.where}; {self.rest}.", self.signal) from None
+        if stopped := _comes_of_a_signal(error):  # to this process, or to another rank of the run
+            number = self.signal or stopped.signal
+            told: Any = InterruptedRunError(f"Stopped {self.where}; {self.rest}.", number)
+            told.known_to_all = getattr(error, "known_to_all", False)
+            raise told from None
 
     @contextmanager
     def between_steps(self, says: str = "") -> Iterator[None]:
@@ -128,11 +134,14 @@ class Interrupt:
             return  # a terminal that closes sends two signals
         self.signal = self.signal or number
         if again:
+            self.urgent = True
             for each in self._before:
                 signal.signal(each, signal.SIG_DFL)
         if self._held or self._raised:
             return
         if self._patient and not again:
+            if is_quiet():
+                return
             with suppress(AttributeError, OSError, ValueError):  # `print` may be running just now
                 os.write(sys.__stderr__.fileno(), self._says.encode())  # type: ignore[union-attr]
             return
@@ -164,14 +173,16 @@ def shielded() -> Iterator[None]:
         return
     with _open.shielded():
         yield
+    if _open is not None and _open.urgent:  # not held for the checkpoint of a step
+        _open.check()
 
 
-def _comes_of_a_signal(error: BaseException | None) -> bool:
-    """Whether an error is `Stopped`, or was raised by other code while `Stopped` was handled."""
+def _comes_of_a_signal(error: BaseException | None) -> Stopped | None:
+    """The `Stopped` that an error is, or that was handled when it was raised; None without one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Stopped):
-            return True
+            return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
+    return None

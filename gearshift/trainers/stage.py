@@ -200,7 +200,7 @@ class Stage:
         """
         mark = self._mark if world().agrees(error) else None
         with suppress(GearshiftError, MemoryError, RuntimeError):
-            if mark and mark.step and mark.updates == self._updates():
+            if mark and self._unchanged(mark):
                 with shielded():
                     self.save(mark.step, mark.small)
             if newest := checkpoint.latest(self.folder / "checkpoints"):
@@ -278,6 +278,11 @@ class Stage:
             if not isinstance(thing, large)
         }
         return _Mark(step, self._updates(), small)
+
+    def _unchanged(self, mark: _Mark) -> bool:
+        """Whether there is something to save, and no rank has begun an update since the mark."""
+        whole = mark.step > 0 and mark.updates == self._updates()
+        return all(world().gather(whole, "whether finished steps can be saved"))
 
     def _updates(self) -> list[int]:
         return [t.begun for t in self._tracked.values() if isinstance(t, MasterAdamW)]

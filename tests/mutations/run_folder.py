@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "a process's number is believed",
         "runtime/folder_lock.py",
-        "self.started == _started(self.pid)",
-        '"" != _started(self.pid)',
+        "self.started == process_start(self.pid)",
+        '"" != process_start(self.pid)',
         "tests/runtime/test_folder_lock.py::test_without_locks_a_process_of_another_machine_is_believed",
     ),
     Mutation(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.cli import tools
+from gearshift.cli import doctor
 from gearshift.cli.main import main
 from gearshift.models.load import save_model
 from gearshift.models.tiny import tiny_tokenizer
@@ -83,8 +83,8 @@ def test_the_doctor_says_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    monkeypatch.setattr(tools, "_driver", lambda: "580.1")
-    text = "\n".join(tools._gpu(device))
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
+    text = "\n".join(doctor._gpu(device))
     for part in ("70.0 of 80.0 GiB", "capability   9.0", "driver 580.1", "cuDNN        91002"):
         assert part in text
 
