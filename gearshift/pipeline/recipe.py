@@ -149,7 +149,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _optimizers_fit_the_strategy(self) -> Self:
-        for name in STAGES if self.scale.strategy == "fsdp" else ():
+        strategy = self.scale.strategy
+        for name in STAGES if strategy != "replicate" else ():
             stage: StageConfig | None = getattr(self, name)
             if stage is None:
                 continue
@@ -160,7 +161,7 @@ class Recipe(Config):
                 if optimizer.moments != "float32" or optimizer.offload != "never":
                     raise ValueError(
                         f"{name}.{at} asks for moments={optimizer.moments} and "
-                        f"offload={optimizer.offload}, and scale.strategy=fsdp is built for "
+                        f"offload={optimizer.offload}, and scale.strategy={strategy} is built for "
                         "float32 and never; set these, or take replicate."
                     )
         return self

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gearshift.errors import GearshiftError, RankError
 from gearshift.runtime.config import Config, Neutral
+from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
 from gearshift.runtime.exit_errors import describe_error, in_several_processes
 from gearshift.runtime.interrupt import shielded
 from gearshift.runtime.ranks import RankNote, find_missing, read_ranks
@@ -42,15 +43,25 @@ T = TypeVar("T")
 class ScaleConfig(Config):
     """How a run uses several processes; torchrun or Ray starts them."""
 
-    strategy: Literal["replicate", "fsdp"] = "replicate"
+    strategy: Literal["replicate", "fsdp", "deepspeed"] = "replicate"
     """Where weights, gradients and the optimizer's state are. `replicate`: each rank has the whole
     weights and gradients, and its part of the master weights and moments. `fsdp`: each rank has its
     part of all of these (FSDP2), and beside them the whole weights to generate with. On several
-    nodes, each node has all parts. A policy with `model.lora` is not split. One process ignores
-    the key.
+    nodes, each node has all parts. A policy with `model.lora` is not split. `deepspeed`: the same
+    is where it is with `replicate`, but DeepSpeed's ZeRO keeps it, also in the host's memory. One
+    process ignores the key.
     """
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """DeepSpeed's settings, with `strategy: deepspeed`."""
     timeout: Neutral[float] = Field(default=3600.0, gt=0)
     """How many seconds a rank waits for another one before the run ends."""
+
+    @classmethod
+    def unused(cls, tree: dict[str, Any]) -> dict[tuple[str, ...], str]:
+        """DeepSpeed's settings under another strategy."""
+        if not tree.get("deepspeed") or tree.get("strategy") == "deepspeed":
+            return {}
+        return {("deepspeed",): "strategy is not deepspeed; set it, or leave these settings out."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,8 @@ class World:
     """The file that says what this rank does, for those who ask who waits for whom."""
     sharded: bool = False
     """Whether the models that are trained are split over the ranks."""
+    deepspeed: DeepSpeedConfig | None = None
+    """How DeepSpeed keeps optimizers; None where it does not."""
     lost: bool = field(default=False, init=False)
     """Whether this rank can no longer meet the others."""
 
@@ -257,13 +270,16 @@ def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
     if _world.size > 1 or not (dist.is_initialized() or in_several_processes()):
         yield _world
         return
+    deepspeed = config.deepspeed if config.strategy == "deepspeed" else None
+    if deepspeed:
+        require_deepspeed()
     ours, _met = not dist.is_initialized(), True
     if ours:
         _meet(config.timeout)
     rank, size = dist.get_rank(), dist.get_world_size()
     note = RankNote(folder, rank, size) if folder else None
     sharded = size > 1 and config.strategy == "fsdp"
-    _world = World(rank, size, config.timeout, note, sharded)
+    _world = World(rank, size, config.timeout, note, sharded, deepspeed if size > 1 else None)
     try:
         with note or nullcontext(), quiet(not _world.main), _ending_together(_world):
             yield _world

@@ -37,12 +37,12 @@ from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import Neutral
 from gearshift.runtime.micro_batch import MicroBatchSize
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
-from gearshift.trainers.update import update
+from gearshift.trainers.update import optimizer_for, update
 
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 _OF_LOSS = {
@@ -190,7 +190,9 @@ def train_preference(
     `reference` is run at each step, and with adapters is the policy's own runner.
     """
     loss = PreferenceLoss(config, engine, reference, stage.micro_batch)
-    optimizer = MasterAdamW(engine.runner.trained_parameters(), config.optimizer, stage.total)
+    optimizer = optimizer_for(
+        engine.runner.trained_parameters(), config.optimizer, stage.total, engine.runner
+    )
     stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
     if reference is None:
         loss.precompute(rows.rows())

@@ -23,11 +23,10 @@ from gearshift.data.reward_input import encode_plain, names_special_token, rende
 from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
-from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
-from gearshift.trainers.update import update
+from gearshift.trainers.update import optimizer_for, update
 
 
 class ProcessRewardConfig(SupervisedStageConfig):
@@ -98,7 +97,9 @@ def train_process_reward_model(
 ) -> None:
     """Train the runner's token classifier in place."""
     model = runner.model
-    optimizer = MasterAdamW(runner.trained_parameters(), config.optimizer, stage.total)
+    optimizer = optimizer_for(
+        runner.trained_parameters(), config.optimizer, stage.total, runner
+    )
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
     runner.train(True)
     for step in stage.steps():

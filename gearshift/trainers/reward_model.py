@@ -24,11 +24,10 @@ from gearshift.data import DataConfig, Mixture, PreferenceExample
 from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.runtime.config import PathText
-from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
-from gearshift.trainers.update import update
+from gearshift.trainers.update import optimizer_for, update
 
 
 class Pair(NamedTuple):
@@ -150,7 +149,9 @@ def train_reward_model(
     """Train the runner's classifier in place."""
     model = runner.model
     runner.train(True)
-    optimizer = MasterAdamW(runner.trained_parameters(), config.optimizer, stage.total)
+    optimizer = optimizer_for(
+        runner.trained_parameters(), config.optimizer, stage.total, runner
+    )
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     for step in stage.steps():

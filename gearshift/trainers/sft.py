@@ -25,10 +25,10 @@ from gearshift.data import (
 from gearshift.data.chat import Rendered as Rendered
 from gearshift.engine import Engine
 from gearshift.errors import DataError
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import SupervisedStageConfig, row_limits
-from gearshift.trainers.update import update
+from gearshift.trainers.update import optimizer_for, update
 
 
 class SFTConfig(SupervisedStageConfig):
@@ -81,7 +81,9 @@ def supervised_loss(engine: Engine, batch: PackedBatch) -> tuple[Tensor, dict[st
 
 def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], stage: Stage) -> None:
     """Train the engine's model in place on rendered examples."""
-    optimizer = MasterAdamW(engine.runner.trained_parameters(), config.optimizer, stage.total)
+    optimizer = optimizer_for(
+        engine.runner.trained_parameters(), config.optimizer, stage.total, engine.runner
+    )
     stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,6 @@
-"""One update: accumulate the gradients of micro-batches, clip, step. Shared by every trainer."""
+"""The optimizer, and one update: accumulate the gradients of micro-batches, clip, step. Shared by
+every trainer.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,36 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearshift.errors import CapacityError, NumericalError, RankError
+from gearshift.models.runner import ModelRunner
 from gearshift.runtime.allocator import short_of_memory
+from gearshift.runtime.deepspeed import DeepSpeedAdamW
 from gearshift.runtime.distributed import world
 from gearshift.runtime.micro_batch import MicroBatchSize
-from gearshift.runtime.optimizer import MasterAdamW
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.terminal import one_line
 
 Micro = TypeVar("Micro")
+
+
+def optimizer_for(
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    total_steps: int,
+    runner: ModelRunner | None = None,
+) -> MasterAdamW:
+    """The optimizer that `scale.strategy` asks for. `runner` runs the model that the parameters are
+    of. Raises `ModelError` for a model that DeepSpeed would lay in an order that it cannot use.
+    """
+    deepspeed = world().deepspeed
+    if deepspeed is None:
+        return MasterAdamW(parameters, config, total_steps)
+    optimizer = DeepSpeedAdamW(parameters, config, total_steps, deepspeed)
+    if runner and runner.weights:
+        runner.weights.restore()  # DeepSpeed has laid the weights in buffers of its own
+    return optimizer
 
 
 def update(

@@ -25,7 +25,6 @@ from gearshift.engine.stats import measure_if_it_fits
 from gearshift.models.heads import ValueHead
 from gearshift.models.runner import ModelRunner
 from gearshift.rollouts.collector import Collector
-from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.seeding import generator
 from gearshift.trainers.ema import MovingAverage
 from gearshift.trainers.left_out import LeftOut
@@ -38,7 +37,7 @@ from gearshift.trainers.rl.loss import rl_loss
 from gearshift.trainers.rl.methods import ValueNet
 from gearshift.trainers.sft import Rendered, supervised_batch
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.update import update
+from gearshift.trainers.update import optimizer_for, update
 from gearshift.types import Trajectory
 
 
@@ -108,7 +107,9 @@ class RLTrainer:
         if config.value:  # the policy does not learn in the value net's warm-up
             updates -= min(config.value.warmup, config.steps) * config.updates_a_step
         trained = engine.runner.trained_parameters()
-        self.optimizers = [MasterAdamW(trained, config.update.optimizer, updates)]
+        self.optimizers = [
+            optimizer_for(trained, config.update.optimizer, updates, engine.runner)
+        ]
         stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
         stage.track(rewards=score, left_out=self.left_out)
         stage.track(micro_batch=stage.micro_batch)
@@ -135,7 +136,10 @@ class RLTrainer:
             self.models.head = head
             self.stage.track(value_head=head)
             parameters = list(head.parameters())
-        self.optimizers.append(MasterAdamW(parameters, config.optimizer, self.config.updates))
+        runner = critic.runner if critic else None
+        self.optimizers.append(
+            optimizer_for(parameters, config.optimizer, self.config.updates, runner)
+        )
         self.stage.track(value_optimizer=self.optimizers[1])
 
     def train(self) -> None:
