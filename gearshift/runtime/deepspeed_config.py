@@ -19,7 +19,7 @@ from gearshift.runtime.terminal import one_line
 
 _OWN = {
     "bf16": "model.dtype",
-    "fp16": "model.dtype (DeepSpeed trains in bfloat16 or float32 here)",
+    "fp16": "model.dtype",
     "gradient_accumulation_steps": "micro_batch_tokens",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer.lr, optimizer.betas, optimizer.eps and optimizer.weight_decay",
@@ -67,7 +67,9 @@ class DeepSpeedConfig(Config):
     @classmethod
     def _is_built(cls, stage: Any) -> Any:
         if str(stage) == "3":
-            raise ValueError("ZeRO-3 is not supported here; take stage 2, or strategy=replicate.")
+            raise ValueError(
+                "ZeRO-3 is not supported; take stage 2, or strategy=fsdp, which splits the weights too."
+            )
         if str(stage) == "0":
             raise ValueError("ZeRO-0 splits nothing; take stage 1, or strategy=replicate.")
         return stage
@@ -111,7 +113,7 @@ class DeepSpeedConfig(Config):
         if name == "data_types":
             why = "DeepSpeed counts gradients twice with `grad_accum_dtype: fp32`"
         else:
-            why = f"{ours} decides this" if ours else "Gearshift does not support it"
+            why = f"{ours} {'decide' if ' and ' in ours else 'decides'} this" if ours else "Gearshift does not support it"
         raise ValueError(f"{self.config} sets `{name}`, and {why}; take it out of the file.")
 
 

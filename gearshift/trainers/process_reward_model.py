@@ -97,9 +97,7 @@ def train_process_reward_model(
 ) -> None:
     """Train the runner's token classifier in place."""
     model = runner.model
-    optimizer = optimizer_for(
-        runner.trained_parameters(), config.optimizer, stage.total, runner
-    )
+    optimizer = optimizer_for(runner.trained_parameters(), config.optimizer, stage.total, runner)
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
     runner.train(True)
     for step in stage.steps():

@@ -149,9 +149,7 @@ def train_reward_model(
     """Train the runner's classifier in place."""
     model = runner.model
     runner.train(True)
-    optimizer = optimizer_for(
-        runner.trained_parameters(), config.optimizer, stage.total, runner
-    )
+    optimizer = optimizer_for(runner.trained_parameters(), config.optimizer, stage.total, runner)
     stage.track(model=model, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     for step in stage.steps():

@@ -107,9 +107,7 @@ class RLTrainer:
         if config.value:  # the policy does not learn in the value net's warm-up
             updates -= min(config.value.warmup, config.steps) * config.updates_a_step
         trained = engine.runner.trained_parameters()
-        self.optimizers = [
-            optimizer_for(trained, config.update.optimizer, updates, engine.runner)
-        ]
+        self.optimizers = [optimizer_for(trained, config.update.optimizer, updates, engine.runner)]
         stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
         stage.track(rewards=score, left_out=self.left_out)
         stage.track(micro_batch=stage.micro_batch)

@@ -1,0 +1,178 @@
+"""Named checks of `scale.strategy: deepspeed`, each against what one process computes.
+
+    torchrun --standalone --nproc-per-node=2 -m tests.scale.zero FOLDER [NAME ...]
+
+The main rank prints `NAME: same` after each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift.batch import PackedBatch, pack_groups
+from gearshift.errors import CheckpointError, ModelError, NumericalError
+from gearshift.models.runner import ModelRunner
+from gearshift.models.tiny import tiny_model
+from gearshift.runtime.deepspeed import DeepSpeedAdamW
+from gearshift.runtime.deepspeed_config import DeepSpeedConfig
+from gearshift.runtime.distributed import Part, ScaleConfig, joined, world
+from gearshift.runtime.micro_batch import MicroBatchSize
+from gearshift.trainers.update import optimizer_for, update
+from tests.scale import sharded
+from tests.scale.sharded import CRITIC, GAE, OPTIMIZER, TREES, alike, alone, loss_of, near
+from tests.zoo import random_model
+
+
+def learner(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[ModelRunner, Any]:
+    runner = ModelRunner(random_model(family).to(dtype))
+    return runner, optimizer_for(runner.trained_parameters(), OPTIMIZER, 4, runner)
+
+
+def learn(runner: ModelRunner, optimizer: Any, steps: int = 3) -> list[dict[str, float]]:
+    """Updates of several micro-batches; on two ranks one of them has two."""
+    batch = pack_groups(TREES)
+    cut = partial(PackedBatch.split, batch, 12)
+    assert len(list(cut(1))) == 3
+    return [
+        update(lambda _, ranks: cut(1), MicroBatchSize(12), partial(loss_of, runner), optimizer)
+        for _ in range(steps)
+    ]
+
+
+def updates(folder: Path, family: str, dtype: str = "float32") -> None:
+    """Metrics and weights, which stay where DeepSpeed has laid them."""
+    kind = getattr(torch, dtype)
+    with alone():
+        one, optimizer = learner(family, kind)
+        wanted = learn(one, optimizer)
+    many, optimizer = learner(family, kind)
+    assert isinstance(optimizer, DeepSpeedAdamW)
+    places = [p.data_ptr() for p in many.model.parameters()]
+    found = learn(many, optimizer)
+    assert [p.data_ptr() for p in many.model.parameters()] == places
+    assert many.weights is None or many.weights.restore() == 0
+    exact = dtype == "float32"
+    alike(found, wanted, 1e-6 if exact else 2e-2)
+    for (name, p), q in zip(one.model.named_parameters(), many.model.parameters(), strict=True):
+        near(q.data, p.data, 2e-6 if exact else 2e-2, name)
+
+
+def broken(folder: Path) -> None:
+    """A loss or a gradient that is not finite on one rank is an error on both; nothing is updated,
+    and the next update is as if nothing had been.
+    """
+    with alone():
+        wanted = learn(*learner())
+    runner, optimizer = learner()
+    before = [p.clone() for p in runner.model.parameters()]
+
+    def loss_with(factor: Callable[[Tensor], Tensor], micro: PackedBatch) -> Any:
+        loss, metrics = loss_of(runner, micro)
+        return factor(loss) if world().rank else loss, metrics
+
+    batch = pack_groups(TREES)
+    for factor in (lambda x: x * torch.nan, lambda x: x + 0 * (x - x.detach()).sqrt()):
+        try:
+            update(batch.split, MicroBatchSize(20), partial(loss_with, factor), optimizer)
+        except NumericalError as error:
+            assert "nothing was updated" in str(error)
+        else:
+            raise AssertionError("no error")
+        for p, q in zip(before, runner.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+    alike(learn(runner, optimizer), wanted, 1e-6)
+
+
+def resumed(folder: Path) -> None:
+    """A saved state goes on with the same bits."""
+
+    def taken_up(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: taken_up(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [taken_up(v) for v in x]
+        return x.own.clone() if isinstance(x, Part) else x
+
+    runner, optimizer = learner()
+    learn(runner, optimizer, 2)
+    state = taken_up(optimizer.state_dict())
+    wanted = learn(runner, optimizer, 2)
+    again, other = learner()
+    other.load_state_dict(state)
+    found = learn(again, other, 2)
+    assert found == wanted
+    for p, q in zip(runner.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    try:
+        other.load_state_dict({**state, "ranks": 3})
+    except CheckpointError as error:
+        assert "is of 3 ranks, and this run has 2" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def refused(folder: Path) -> None:
+    """A model whose weights cannot be laid end to end in the order of its parameters."""
+    model = tiny_model()
+    attention: Any = model.model.layers[0].self_attn  # type: ignore[operator, union-attr, index]
+    attention.k_proj = attention._modules.pop("k_proj")  # now the last
+    runner = ModelRunner(model)
+    try:
+        optimizer_for(runner.trained_parameters(), OPTIMIZER, 1, runner)
+    except ModelError as error:
+        assert "in an order that the engine cannot use" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+Check = tuple[Callable[[Path], None], dict[str, Any]]
+ONE, TWO, CPU = {"stage": 1}, {"stage": 2}, {"stage": 2, "offload": "cpu"}
+GRPO = partial(
+    sharded.rl, advantage={"name": "grpo"}, kl={"beta": 0.05}, update={"minibatches": 2}
+)
+CHECKS: dict[str, Check] = {
+    "ZeRO-1": (partial(updates, family="llama"), ONE),
+    "ZeRO-2": (partial(updates, family="llama"), TWO),
+    "ZeRO-2 on the host": (partial(updates, family="llama"), CPU),
+    "ZeRO-1 on the host": (partial(updates, family="llama"), {"stage": 1, "offload": "cpu"}),
+    "ZeRO-1 in bf16": (partial(updates, family="llama", dtype="bfloat16"), ONE),
+    "ZeRO-2 in bf16": (partial(updates, family="llama", dtype="bfloat16"), TWO),
+    "biases": (partial(updates, family="qwen2"), TWO),
+    "gpt2": (partial(updates, family="gpt2"), TWO),
+    "sft": (sharded.sft, TWO),
+    "rl": (GRPO, TWO),
+    "critic": (partial(sharded.rl, **GAE, value=CRITIC), TWO),
+    "value head": (partial(sharded.rl, **GAE, value={"optimizer": OPTIMIZER, "warmup": 1}), CPU),
+    "what is not finite": (broken, TWO),
+    "what is not finite on the host": (broken, CPU),
+    "resumed": (resumed, TWO),
+    "resumed on the host": (resumed, CPU),
+    "another order": (refused, TWO),
+}
+
+
+def main(folder: Path, *names: str) -> None:
+    """Do the checks of these names; all if none is given."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with joined(ScaleConfig(strategy="deepspeed", timeout=280), folder):
+        for name in names or CHECKS:
+            check, settings = CHECKS[name]
+            world().deepspeed = DeepSpeedConfig.model_validate(settings)
+            check(folder / name.replace(" ", "_"))
+            world().gather(None, name)
+            if world().main:
+                os.write(1, f"{name}: same\n".encode())  # the ranks' own lines are not printed
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
