@@ -68,7 +68,7 @@ class DeepSpeedConfig(Config):
     def _is_built(cls, stage: Any) -> Any:
         if str(stage) == "3":
             raise ValueError(
-                "ZeRO-3 is not supported; take stage 2, or strategy=fsdp, which splits the weights too."
+                "ZeRO-3 is not supported; take stage 2, or strategy=fsdp, which splits weights too."
             )
         if str(stage) == "0":
             raise ValueError("ZeRO-0 splits nothing; take stage 1, or strategy=replicate.")
@@ -113,7 +113,11 @@ class DeepSpeedConfig(Config):
         if name == "data_types":
             why = "DeepSpeed counts gradients twice with `grad_accum_dtype: fp32`"
         else:
-            why = f"{ours} {'decide' if ' and ' in ours else 'decides'} this" if ours else "Gearshift does not support it"
+            why = (
+                f"{ours} {'decide' if ' and ' in ours else 'decides'} this"
+                if ours
+                else "Gearshift does not support it"
+            )
         raise ValueError(f"{self.config} sets `{name}`, and {why}; take it out of the file.")
 
 

@@ -136,9 +136,7 @@ def refused(folder: Path) -> None:
 
 Check = tuple[Callable[[Path], None], dict[str, Any]]
 ONE, TWO, CPU = {"stage": 1}, {"stage": 2}, {"stage": 2, "offload": "cpu"}
-GRPO = partial(
-    sharded.rl, advantage={"name": "grpo"}, kl={"beta": 0.05}, update={"minibatches": 2}
-)
+GRPO = partial(sharded.rl, advantage={"name": "grpo"}, kl={"beta": 0.05}, update={"minibatches": 2})
 CHECKS: dict[str, Check] = {
     "ZeRO-1": (partial(updates, family="llama"), ONE),
     "ZeRO-2": (partial(updates, family="llama"), TWO),
