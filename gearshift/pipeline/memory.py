@@ -140,7 +140,9 @@ def _learning(
     """
     moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
     ranks, sharded = world().size, world().sharded
-    on_host = optimizer.offload == "always" and device.type != "cpu"
+    zero = world().deepspeed
+    on_host = optimizer.offload == "always" or (zero is not None and zero.offload == "cpu")
+    on_host = on_host and device.type != "cpu"
     return {
         "weights": (_TRAINED_COPY if device.type == "cpu" else 1.0) * shape.weights,
         "sums of gradients": 4.0 * trained / ranks if sharded else 4.0 * trained if cut else 0.0,
