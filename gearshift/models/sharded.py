@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from transformers import PreTrainedModel
 
-from gearshift.errors import ModelError
+from gearshift.errors import ConfigError, ModelError
 from gearshift.models.exact import named
 from gearshift.models.units import make_unit
 from gearshift.runtime.distributed import world
@@ -36,8 +38,14 @@ class ShardedModel:
         """`layers` are the decoder layers; None finds Hugging Face's own.
 
         Each rank makes a unit's weights in fp32 and keeps its rows of them, one unit after the
-        other. Raises `ModelError` for a model whose weights have several precisions.
+        other. Raises `ModelError` for a model whose weights have several precisions, `ConfigError`
+        for an older torch.
         """
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ConfigError(
+                f"scale.strategy=fsdp needs torch 2.13, and this is {torch.__version__}; take a "
+                "newer one, or replicate."
+            )
         kinds = {p.dtype for p in whole.parameters()}
         if len(kinds) > 1:
             listed = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
@@ -73,6 +81,7 @@ class ShardedModel:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
             unit.set_gradient_divide_factor(1.0)  # a loss is already weighted over the whole batch
             unit.set_force_sum_reduction_for_comms(True)
+            unit.set_reduce_scatter_unused_params(True)  # an expert that a rank sends no token to
             make_unit(unit)
             register_fsdp_forward_method(unit, "run")
 
@@ -94,8 +103,7 @@ class ShardedModel:
     def reset(self) -> None:
         """Forget a forward or backward pass that an error has cut."""
         root: Any = self.model
-        if hasattr(root, "reset_iter_state"):  # torch 2.13
-            root.reset_iter_state()
+        root.reset_iter_state()
 
 
 def _fill(unit: nn.Module, source: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -123,10 +131,11 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     found = [layer for each in lists for layer in each if type(layer).__name__ in kinds]
-    users: dict[int, int] = {}
+    inside = {module for layer in found for module in layer.modules()}
+    users = Counter(id(p) for layer in found for p in layer.parameters())
     for module in model.modules():
-        for p in module.parameters(recurse=False):
-            users[id(p)] = users.get(id(p), 0) + 1
+        if module not in inside:
+            users.update(id(p) for p in module.parameters(recurse=False))
     return [layer for layer in found if all(users[id(p)] == 1 for p in layer.parameters())]
 
 
