@@ -2,8 +2,9 @@
 uses no pickle.
 
 A folder `step-000012` holds tensors.safetensors, state.json, and manifest.json with the digests of
-both. This file does not know what the state means: optimizers, schedules and generators hand it
-over as dicts.
+all files. Of several ranks each also writes its parts, as a file of torch.distributed.checkpoint in
+the format of safetensors; any number of ranks reads them. This file does not know what the state
+means: optimizers, schedules and generators hand it over as dicts.
 """
 
 from __future__ import annotations
@@ -17,52 +18,148 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gearshift.errors import CheckpointError
+from gearshift.errors import CheckpointError, RankError
 from gearshift.runtime import tagged_json
 from gearshift.runtime.digests import sealed, unsealed
+from gearshift.runtime.distributed import Part, world
 from gearshift.runtime.files import digest, sync
+from gearshift.runtime.terminal import counted, one_line
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | Part],
+    state: Mapping[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write `folder/step-NNNNNN`, delete all but the `keep` newest checkpoints up to this step, and
     return the new one's path.
 
     `state` is JSON with string keys (`flatten` makes it). Everything is on the disk before the
-    rename that makes it visible, so a crash leaves the earlier checkpoint. Only one process may
-    write to a folder. Raises `CheckpointError` if the disk refuses.
+    rename that makes it visible, so a crash leaves the earlier checkpoint. Only one run may write
+    to a folder; its ranks call this together, each writes its parts, and the main one the rest.
+    Raises `CheckpointError` if the disk refuses.
     """
     final = folder / f"step-{step:06d}"
-    partial, replaced = (final.with_name(f"{final.name}.tmp-{end}") for end in (os.getpid(), "old"))
+    parts = {name: x for name, x in tensors.items() if isinstance(x, Part)}
+    whole = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    if world().size == 1:
+        whole |= {name: part.own for name, part in parts.items()}
+    state = {**state, "parts": {name: _described(part) for name, part in parts.items()}}
+    with _refused(final):
+        partial = Path(world().says(lambda: _begin(folder, final), "a checkpoint's folder"))
+    found: list[dict[str, str]] = [{}]
+    if world().size > 1:
+        with _refused(final):
+            found = world().each(lambda: _write_parts(partial, parts), "the parts of a checkpoint")
+    digests = {name: known for files in found for name, known in files.items()}
+    with _refused(final):
+        world().says(lambda: _end(partial, final, whole, state, digests, keep), "a checkpoint")
+    return final
+
+
+def _described(part: Part) -> dict[str, Any]:
+    """What a reader must know of a tensor that is saved in parts."""
+    shape = [part.rows, *part.own.shape[1:]] if part.rows is not None else [*part.own.shape]
+    kind = str(part.own.dtype).removeprefix("torch.")
+    return {"shape": shape, "dtype": kind, "ranks": None if part.rows is not None else world().size}
+
+
+def _begin(folder: Path, final: Path) -> str:
+    """Make the folder that becomes the checkpoint."""
+    _drop(folder.glob("step-*.tmp-*"))
+    partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    partial.mkdir(parents=True)
+    return str(partial)
+
+
+def _write_parts(partial: Path, parts: Mapping[str, Part]) -> dict[str, str]:
+    """Write this rank's parts, together with the other ranks; the digests of its files."""
+    from torch.distributed.checkpoint import api, hf_storage, state_dict_saver
+
+    whole = {_key(name, part.rows): _sharded(part.own, part.rows) for name, part in parts.items()}
+    writer = hf_storage.HuggingFaceStorageWriter(str(partial), save_distributed=True)
     try:
-        _drop(folder.glob("step-*.tmp-*"))
-        partial.mkdir(parents=True)
-        save_file(_owned(tensors), partial / _TENSORS)
-        (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        digests = {name: digest(partial / name) for name in (_TENSORS, _STATE)}
-        (partial / _MANIFEST).write_text(json.dumps(sealed(digests)), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        if final.exists():  # it is damaged, or of a run that was resumed from an earlier step
-            final.rename(replaced)
-        partial.rename(final)
-        sync(folder)
-        # Later steps stay: they may belong to a longer run that was started again in its folder by
-        # mistake.
-        upto = [path for number, path in _steps(folder) if number <= step]
-        _drop([*upto[keep:], *folder.glob("step-*.tmp-*")])
-    except (OSError, SafetensorError) as error:
+        state_dict_saver.save(whole, storage_writer=writer)
+    except api.CheckpointException as error:
+        raise _first_failure(error) from None
+    own = sorted(partial.glob(f"shard-{world().rank + 1:05d}-*"))
+    for path in own:
+        sync(path)
+    return {path.name: digest(path) for path in own}
+
+
+def _key(name: str, rows: int | None) -> str:
+    """The name in the files of a part; a rank's own tensor has a name of its own."""
+    return name if rows is not None or world().size == 1 else f"{name}@{world().rank}"
+
+
+def _sharded(own: Tensor, rows: int | None) -> Tensor:
+    """The part as torch.distributed.checkpoint knows parts; one rank's part is the whole."""
+    own = own.detach().cpu().contiguous()
+    if rows is None or world().size == 1:
+        return own
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (world().size,))
+    shape = torch.Size((rows, *own.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _first_failure(error: Any) -> Exception:
+    """What one of the ranks met when all of them wrote or read."""
+    failures = [failure for failure, _ in error.failures.values()]
+    known = [f for f in failures if isinstance(f, OSError | SafetensorError)]
+    return known[0] if known else RuntimeError(one_line(str(failures[0])))
+
+
+def _end(
+    partial: Path,
+    final: Path,
+    whole: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    digests: dict[str, str],
+    keep: int,
+) -> None:
+    """Write what is not in parts, and give the folder its name."""
+    folder, replaced = final.parent, final.with_name(f"{final.name}.tmp-old")
+    save_file(_owned(whole), partial / _TENSORS)
+    (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    digests |= {name: digest(partial / name) for name in (_TENSORS, _STATE)}
+    (partial / _MANIFEST).write_text(json.dumps(sealed(digests)), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    if final.exists():  # it is damaged, or of a run that was resumed from an earlier step
+        final.rename(replaced)
+    partial.rename(final)
+    sync(folder)
+    # Later steps stay: they may belong to a longer run that was started again in its folder by
+    # mistake.
+    step = int(final.name.removeprefix("step-"))
+    upto = [path for number, path in _steps(folder) if number <= step]
+    _drop([*upto[keep:], *folder.glob("step-*.tmp-*")])
+
+
+@contextmanager
+def _refused(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RankError) as error:
+        if isinstance(error, RankError) and not getattr(error, "known_to_all", False):
+            raise
         raise CheckpointError(
             f"The checkpoint {final} cannot be written ({error}); make room, or use another folder."
         ) from error
-    return final
 
 
 def latest(folder: Path) -> Path | None:
@@ -91,33 +188,75 @@ def newest_step(folder: Path) -> int:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the state. Raises `CheckpointError` if a file has changed since
-    it was written.
+    """The tensors (on the CPU) and the state; of a tensor that was saved in parts, this rank's part
+    by the present number of ranks. Raises `CheckpointError` if a file has changed since it was
+    written.
     """
-    for name, known in _manifest(path).items():
+    files = sorted(_manifest(path).items())
+    world().each(lambda: _verify(path, world().mine(files)), "the digests of a checkpoint")
+    with _told(path):
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        described = state.pop("parts", {})
+        with safe_open(path / _TENSORS, "pt") as file:
+            names, one_rank = file.keys(), world().size == 1
+            wanted = [name for name in names if one_rank or name not in described]
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    left = {name: of for name, of in described.items() if name not in tensors}
+    if left:
+        tensors |= _read_parts(path, left)
+    return tensors, state
+
+
+def _verify(path: Path, files: Iterable[tuple[str, str]]) -> None:
+    for name, known in files:
         with _told(path):
             there = (path / name).is_file()
             if not there or digest(path / name) != known:
                 what = "its digest is wrong" if there else "it is gone"
                 raise _damaged(path, f"{name} is damaged ({what})")
-    with _told(path):
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        return load_file(path / _TENSORS), state
 
 
-def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
+def _read_parts(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """This rank's parts of these tensors, together with the other ranks."""
+    from torch.distributed.checkpoint import api, hf_storage, state_dict_loader
+
+    own: dict[str, Tensor] = {}
+    keys: dict[str, Tensor] = {}
+    for name, of in described.items():
+        if of["ranks"] not in (None, world().size):
+            raise CheckpointError(
+                f"{path} has 8-bit moments of {counted(of['ranks'], 'rank')}, which only as "
+                f"many can take up; start as many processes, or delete that folder."
+            )
+        (rows, *rest), kind = of["shape"], getattr(torch, of["dtype"])
+        if of["ranks"] is None:
+            mine = world().part_of(rows)
+            own[name] = torch.empty((mine.stop - mine.start, *rest), dtype=kind)
+            keys[name] = _sharded(own[name], rows)
+        else:
+            own[name] = torch.empty(of["shape"], dtype=kind)
+            keys[_key(name, None)] = own[name]
+    reader = hf_storage.HuggingFaceStorageReader(str(path))
+    try:
+        state_dict_loader.load(keys, storage_reader=reader, no_dist=world().size == 1)
+    except api.CheckpointException as error:
+        raise _damaged(path, one_line(str(_first_failure(error)))) from None
+    return own
+
+
+def flatten(state: Any) -> tuple[dict[str, Tensor | Part], Any]:
     """Take nested dicts, lists and tuples apart into tensors by path and a JSON skeleton.
 
     This is for the state of optimizers, schedules and generators: `unflatten` restores the same
     types, those of dict keys included. Raises TypeError, with the path, on anything that is not
     data.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Part] = {}
 
     def leaf(value: Any, path: str) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor | Part):
             kind, where = type(value).__name__, path.strip(".")
             raise TypeError(f"A checkpoint cannot hold the {kind} at `{where}`.")
         # The number distinguishes two paths that look alike: those of the key 1 and of the key "1".
@@ -156,7 +295,7 @@ def _manifest(path: Path) -> dict[str, str]:
         raise _damaged(path, f"{_MANIFEST} is gone ({error.strerror})") from None
     except (ValueError, RecursionError):
         digests = None
-    if digests is None or set(digests) != {_TENSORS, _STATE}:
+    if digests is None or not set(digests) >= {_TENSORS, _STATE}:
         raise _damaged(path, f"{_MANIFEST} is damaged")
     return digests
 

@@ -66,13 +66,13 @@ class ScaleConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rank's part of a tensor in a checkpoint."""
+    """A rank's part of a tensor in a checkpoint, cut along its first dimension."""
 
     own: Tensor
-    """What this rank holds: a run of elements, after those of the ranks before it."""
-    numel: int | None
-    """How many elements all ranks hold. None: the parts are no part of one tensor, and only as
-    many ranks can take them up.
+    """What this rank holds: `part_of(rows)` of the rows."""
+    rows: int | None
+    """How many rows all ranks hold. None: they hold tensors of their own, and only as many ranks
+    can take them up.
     """
 
 
@@ -104,6 +104,13 @@ class World:
     def plays(self, number: int) -> bool:
         """Whether the group of this number is this rank's."""
         return number % self.size == self.rank
+
+    def part_of(self, rows: int) -> slice:
+        """This rank's part of so many rows: `ceil(rows / size)`, after those of the ranks before;
+        the last ranks may have fewer, or none.
+        """
+        each = -(-rows // self.size)
+        return slice(min(rows, self.rank * each), min(rows, (self.rank + 1) * each))
 
     def gather(self, own: T, what: str) -> list[T]:
         """What each rank has, in their order. `what` names it in messages."""

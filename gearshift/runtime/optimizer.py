@@ -259,19 +259,18 @@ class MasterAdamW:
             return x
         parts = _plain(x)
         if len(parts) == 1:
-            return {
-                k: self.flats[i].saved(part) if part.ndim else part for k, part in parts.items()
-            }
-        if world().size > 1:  # blocks of its own, which no other number of ranks can take up
-            return {k: Part(part, None) if part.ndim else part for k, part in parts.items()}
-        return parts
+            of_flat = self.flats[i].saved
+            return {k: of_flat(part) if part.ndim else part for k, part in parts.items()}
+        # Blocks of 8-bit moments are this rank's own.
+        return {k: Part(part, None) if part.ndim else part for k, part in parts.items()}
 
     def _loaded(self, i: int, x: Any) -> Any:
         if not isinstance(x, dict):
             return x
-        if len(x) > 1:
-            return _whole(x)
-        return _whole({name: self.flats[i].loaded(p) if p.ndim else p for name, p in x.items()})
+        parts = {name: p.own if isinstance(p, Part) else p for name, p in x.items()}
+        if len(parts) == 1:
+            parts = {k: self.flats[i].loaded(p) if p.ndim else p for k, p in parts.items()}
+        return _whole(parts)
 
     def _bring_back(self) -> None:
         if self._away and self.transfers:
@@ -378,20 +377,17 @@ class _Flat:
         for parameter, part in zip(self.parameters, self._parts(whole), strict=False):
             parameter.copy_(part.view_as(parameter))
 
-    def saved(self, own: Tensor) -> Tensor | Part:
-        """What a checkpoint holds of a tensor like `master`: this rank's part, without the zeros
-        at its end. It does not depend on the number of ranks.
+    def saved(self, own: Tensor) -> Part:
+        """What a checkpoint holds of a tensor like `master`: without the zeros at its end, so that
+        it does not depend on the number of ranks.
         """
-        if world().size == 1:
-            return own[: self._numel]
-        count = max(0, min(self._own, self._numel - world().rank * self._own))
-        return Part(own[:count], self._numel)
+        mine = world().part_of(self._numel)
+        return Part(own[: mine.stop - mine.start], self._numel)
 
-    def loaded(self, part: Tensor) -> Tensor:
-        """The inverse of `saved`, with zeros at the end: of the whole, or of this rank's part."""
+    def loaded(self, part: Tensor | Part) -> Tensor:
+        """The inverse of `saved`, also of what a checkpoint gives for it."""
+        part = part.own if isinstance(part, Part) else part
         own = torch.zeros(self.master.shape, dtype=part.dtype)
-        if len(part) == self._numel:
-            part = part[world().rank * self._own :][: self._own]
         own[: len(part)] = part
         return own
 

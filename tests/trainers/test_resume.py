@@ -22,6 +22,7 @@ from gearshift.errors import (
 from gearshift.models.tiny import tiny_model
 from gearshift.runtime import checkpoint, metrics
 from gearshift.runtime.config import Config, Neutral
+from gearshift.runtime.distributed import Part
 from gearshift.runtime.metrics import MEASURED, read_metrics
 from gearshift.trainers.rl.loop import RLTrainer
 from gearshift.trainers.stage import Stage, StageConfig
@@ -37,9 +38,9 @@ def fingerprint(run: RLTrainer) -> dict[str, str]:
     weights = hashlib.blake2b()
     for name in sorted(tensors):
         weights.update(name.encode())
-        weights.update(
-            tensors[name].detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        value = tensors[name]
+        whole = value.own if isinstance(value, Part) else value.detach()
+        weights.update(whole.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     folder = run.stage.folder
     metrics = [
         {k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)}
