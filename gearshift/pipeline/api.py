@@ -290,7 +290,8 @@ def _run(
     if not stages:
         raise ConfigError(f"The recipe has no stage; give it one of {', '.join(STAGES)}.")
     began = time.perf_counter()
-    with quiet(not verbose), freed_memory_kept():
+    other = int(os.environ.get("RANK", "0")) > 0  # the main rank alone prints
+    with quiet(not verbose or other), freed_memory_kept():
         summary = Run(recipe, given=given).execute()
         result = _result(Path(recipe.run.dir), stages, summary)
         figures = [format_record(record) for record in [*result.heldout.values()][-1:]]

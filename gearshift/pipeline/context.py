@@ -89,7 +89,9 @@ class Context:
         """
         # The commit of a model on the hub is known once it was loaded.
         world().says(self.record_model, "the model's record")
-        found = made_from(config, start, self.folder)
+        found = world().says(
+            lambda: made_from(config, start, self.folder), "what a stage is made from"
+        )
         self.made = {"made_from": found}
         if self.recipe.model.lora:
             self.made["base"] = made_of(start or self.recipe.model.name)
@@ -115,7 +117,7 @@ class Context:
             if getattr(self.recipe, name) is None:
                 continue
             folder = self.folder / name
-            if not (folder / DONE).exists():
+            if not world().says((folder / DONE).exists, "whether a stage is done"):
                 raise ConfigError(
                     f"{before} starts from the {name} stage, which has not run in {self.folder}; "
                     f"run it first, or set {name}=null."

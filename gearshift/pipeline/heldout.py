@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gearshift.batch import pack
+from gearshift.batch import PackedBatch, pack
 from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import load_policy, load_tokenizer
@@ -240,9 +240,12 @@ def perplexity(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> float:
             "again."
         )
     batch = pack([(e["token_ids"], e["loss_mask"]) for e in episodes]).to(engine.device)
-    total = count = 0.0
-    for micro in batch.split(4096):
-        with engine.training():
-            logprobs_M = engine.logprobs(micro).logprobs
-        total, count = total - float(logprobs_M.sum()), count + len(logprobs_M)
-    return math.exp(total / max(count, 1))
+
+    def sums(micros: Sequence[PackedBatch]) -> list[tuple[float, int]]:
+        with engine.training(), torch.no_grad():
+            scored = [engine.logprobs(micro).logprobs for micro in micros]
+        return [(float(logprobs_M.sum()), len(logprobs_M)) for logprobs_M in scored]
+
+    parts = world().dealt(list(batch.split(4096, world().size)), sums)
+    total, count = (sum(column) for column in zip(*parts, strict=True)) if parts else (0.0, 0)
+    return math.exp(-total / max(count, 1))

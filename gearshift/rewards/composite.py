@@ -6,11 +6,10 @@ This file knows episodes; functions are called in threads while other episodes s
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +37,7 @@ from gearshift.rewards.functions import (
     weighted_sums,
 )
 from gearshift.rewards.http import HttpReward
+from gearshift.rewards.running import RunningMeanStd
 from gearshift.runtime.distributed import world
 from gearshift.runtime.urls import redact_urls
 from gearshift.runtime.worker_threads import WorkerThreads
@@ -54,25 +54,11 @@ _POLL_SECONDS = 0.05
 """How often a call that has not ended is checked."""
 
 
-@dataclass
-class RunningMeanStd:
-    """The mean and variance of all values so far (Welford 1962)."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def __call__(self, values: list[float | None]) -> list[float | None]:
-        """Add these values, then subtract the mean from each and divide by the standard deviation.
-        None and missing values stay as they are, and do not count.
-        """
-        for x in values:
-            if x is not None and is_usable(x):
-                self.count += 1
-                before, self.mean = self.mean, self.mean + (x - self.mean) / self.count
-                self.squares += (x - before) * (x - self.mean)
-        std = math.sqrt(self.squares / max(1, self.count)) or 1.0
-        return [x if x is None or not is_usable(x) else (x - self.mean) / std for x in values]
+Begun = dict[int, list[Future[list[list[float | None]]]]]
+"""The calls of each function for the groups that have ended, by the group's id."""
+Call = tuple[int, int, ConfigError | None, bool]
+"""What came of a call: the function's number, the group's id, what it raised, and whether it gave a
+reward that is not lost."""
 
 
 class CompositeReward:
@@ -108,7 +94,7 @@ class CompositeReward:
         """The functions that have scored a group in this run. If a function raises before that, the
         function is at fault; later, the group is.
         """
-        self._begun: dict[int, list[Future[list[list[float | None]]]]] = {}
+        self._begun: Begun = {}
         self._limits: list[float] = []
         """Seconds that a call of each function may take."""
         for s in sources:
@@ -202,57 +188,68 @@ class CompositeReward:
         self._worked = set(state["worked"])
 
     def _shared(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
-        """What functions and models say of all trajectories; each rank asks them about its own."""
+        """The rewards of functions and models for all trajectories; each rank asks them about its
+        own.
+        """
         if not (self.functions or self.models):
             return []
-        if world().size == 1:
-            return self._scored(trajectories)
         mine = [t for t in trajectories if world().plays(t.group_id)]
-        parts = world().each(
-            lambda: (self._scored(mine), self._worked, self.last_failure), "rewards"
-        )
-        self._worked = set().union(*(worked for _, worked, _ in parts))
+        parts = world().each(lambda: (*self._scored(mine), self.last_failure), "rewards")
+        self._judge(call for _, calls, _ in parts for call in calls)
         self.last_failure = next((why for _, _, why in parts if why), "")
         of_rank = [[iter(column) for column in columns] for columns, _, _ in parts]
         found = ([next(c) for c in of_rank[t.group_id % world().size]] for t in trajectories)
         return [list(column) for column in zip(*found, strict=True)]
 
-    def _scored(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
-        if not trajectories:
-            return [[] for _ in (*self.functions, *self.models)]
-        results = self._of_functions(trajectories)
-        return results + (self._of_models(trajectories) if self.models else [])
+    def _judge(self, calls: Iterable[Call]) -> None:
+        """Learn from the calls of all ranks which functions work. Raises the `ConfigError` of one
+        that has raised for each of the first `_MAX_FAILURES` groups.
+        """
+        for i, _, error, worked in sorted(calls, key=lambda call: call[:2]):
+            name = self.functions[i][0]
+            self._raised[i] = 0 if worked else self._raised[i] + (error is not None)
+            if worked:
+                self._worked.add(name)
+            if error and self._raised[i] >= _MAX_FAILURES and name not in self._worked:
+                raise error
 
-    def _of_functions(self, trajectories: Sequence[Trajectory]) -> list[list[float | None]]:
+    def _scored(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[list[float | None]], list[Call]]:
+        if not trajectories:
+            return [[] for _ in (*self.functions, *self.models)], []
+        results, calls = self._of_functions(trajectories)
+        return results + (self._of_models(trajectories) if self.models else []), calls
+
+    def _of_functions(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[list[float | None]], list[Call]]:
+        calls: list[Call] = []
         if not self.functions:
-            return []
+            return [], calls
         groups = [list(group) for _, group in groupby(trajectories, key=lambda t: t.group_id)]
         for group in groups:
             if group[0].group_id not in self._begun:
                 self.begin(group)
         # What was begun for a later step stays.
         begun = {g[0].group_id: self._begun.pop(g[0].group_id) for g in groups}
-        said = [
-            self._result(i, [(begun[group[0].group_id][i], len(group)) for group in groups])
-            for i in range(len(self.functions))
-        ]
+        results = [self._result(i, begun, groups, calls) for i in range(len(self.functions))]
         self._silent = [0] * len(self.functions)
-        return said
+        return results, calls
 
     def _result(
-        self, i: int, calls: Sequence[tuple[Future[list[list[float | None]]], int]]
+        self, i: int, begun: Begun, groups: Sequence[Sequence[Trajectory]], calls: list[Call]
     ) -> list[float | None]:
-        """The rewards of function `i` for groups of these sizes; those of a group are missing if
-        the function raised, or has not answered in time.
-
-        Raises the function's `ConfigError` if it raised for each of the first `_MAX_FAILURES`
-        groups.
+        """The rewards of function `i` for these groups; those of a group are missing if the
+        function raised, or has not answered in time. What came of each call is added to `calls`.
         """
         name, function, weight = self.functions[i]
-        said: list[float | None] = []
-        for call_, size in calls:
-            values: list[float | None] = [REWARD_MISSING] * size
-            why = ""
+        results: list[float | None] = []
+        for group in groups:
+            group_id = group[0].group_id
+            call_ = begun[group_id][i]
+            values: list[float | None] = [REWARD_MISSING] * len(group)
+            why, raised = "", None
             try:
                 if self._in_time(i, call_):
                     [values] = call_.result()
@@ -260,20 +257,15 @@ class CompositeReward:
                 else:
                     why = f"the reward function {name} took more than {self._limits[i]:g} s"
             except ConfigError as error:
-                why = str(error).rstrip(".")
-                self._raised[i] += 1
-                if self._raised[i] >= _MAX_FAILURES and name not in self._worked:
-                    raise
-            if not _all_lost(values):
-                self._worked.add(name)
-                self._raised[i] = 0
+                raised, why = error, str(error).rstrip(".")
+            calls.append((i, group_id, raised, not _all_lost(values)))
             if weight and not all(v is None or is_usable(v) for v in values):
                 known = self._silent[i] >= _MAX_TIMEOUTS and self.last_failure
                 self.last_failure = (
                     why or known or f"the reward function {name} gave no finite number"
                 )
-            said += values
-        return said
+            results += values
+        return results
 
     def _in_time(self, i: int, call_: Future[Any]) -> bool:
         """Wait for a call of function `i`; returns False if it was abandoned. A call in a process

@@ -13,14 +13,11 @@ another as pickles.
 from __future__ import annotations
 
 import io
-import os
 import pickle
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,8 +31,9 @@ from gearshift.runtime.config import Config, Neutral
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
 from gearshift.runtime.exit_errors import describe_error, in_several_processes
 from gearshift.runtime.interrupt import shielded
+from gearshift.runtime.meeting import meet
 from gearshift.runtime.ranks import RankNote, find_missing, read_ranks
-from gearshift.runtime.terminal import one_line, quiet
+from gearshift.runtime.terminal import quiet
 
 T = TypeVar("T")
 
@@ -282,7 +280,7 @@ def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
         require_deepspeed()
     ours, _met = not dist.is_initialized(), True
     if ours:
-        _meet(config.timeout)
+        meet(config.timeout)
     rank, size = dist.get_rank(), dist.get_world_size()
     note = RankNote(folder, rank, size) if folder else None
     sharded = size > 1 and config.strategy == "fsdp"
@@ -312,22 +310,6 @@ def _ending_together(world: World) -> Iterator[None]:
         world.agrees(error)
         raise
     world.gather(None, "the end of the run")
-
-
-def _meet(timeout: float) -> None:
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        # Objects and flags go by gloo in any case.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise RankError(
-            f"Rank {os.environ.get('RANK', '?')} on {socket.gethostname()} could not meet the "
-            f"others ({one_line(str(error), 200)}); start all of them with one torchrun command."
-        ) from error
 
 
 class _Pickler(pickle.Pickler):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from statistics import fmean
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from gearshift.data.reward_input import encode_plain, names_special_token, rende
 from gearshift.models.classifier import pack_unscored
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import PathText
+from gearshift.runtime.distributed import world
 from gearshift.trainers.needs import Inputs, MemoryNeeds
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
@@ -139,8 +142,10 @@ def step_logits(runner: ModelRunner, rows: Sequence[Steps]) -> tuple[Tensor, Ten
 @torch.no_grad()
 def step_accuracy(runner: ModelRunner, rows: Sequence[Steps], at_once: int = 8) -> float:
     """The fraction of steps that the model judges correctly."""
-    right = []
-    for first in range(0, len(rows), at_once):
-        logits_S, labels_S = step_logits(runner, rows[first : first + at_once])
-        right += ((logits_S > 0) == labels_S).tolist()
-    return sum(right) / len(right)
+
+    def judged(some: Sequence[Sequence[Steps]]) -> list[list[bool]]:
+        found = (step_logits(runner, part) for part in some)
+        return [((logits_S > 0) == labels_S).tolist() for logits_S, labels_S in found]
+
+    parts = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+    return fmean(chain.from_iterable(world().dealt(parts, judged)))

@@ -24,6 +24,7 @@ from gearshift.data import DataConfig, Mixture, PreferenceExample
 from gearshift.data.reward_input import render_reward_input
 from gearshift.models.runner import EXACT, ModelRunner
 from gearshift.runtime.config import PathText
+from gearshift.runtime.distributed import world
 from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
@@ -176,5 +177,9 @@ def train_reward_model(
 def pair_accuracy(runner: ModelRunner, pairs: Sequence[Pair]) -> float:
     """The fraction of pairs whose chosen side has the higher score, by Hugging Face's forward."""
     exact = ModelRunner(runner.model, undescribed=EXACT)
-    scores = exact.score_all([side for pair in pairs for side in pair.sides])
-    return fmean(c > r for c, r in zip(scores[0::2], scores[1::2], strict=True))
+
+    def wins(some: Sequence[Pair]) -> list[bool]:
+        scores = exact.score_all([side for pair in some for side in pair.sides])
+        return [c > r for c, r in zip(scores[0::2], scores[1::2], strict=True)]
+
+    return fmean(world().dealt(pairs, wins))

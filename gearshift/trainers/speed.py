@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 from gearshift.engine.stats import peak_flops
 from gearshift.models.runner import ModelRunner
+from gearshift.runtime.distributed import world
 
 
 def training_speed(seconds: float, runners: Sequence[ModelRunner]) -> dict[str, float]:
-    """Tokens a second of the training, and on a GPU the share of its rate that the models' products
-    took (model FLOPs utilisation).
+    """Tokens a second of the training on all ranks, and on GPUs the share of their rate that the
+    models' products took (model FLOPs utilisation).
     """
     done = [(runner.model, *runner.work.take()) for runner in runners]
-    if not done or not seconds or not done[0][1]:
-        return {}
-    figures = {"speed/tokens_per_second": done[0][1] / seconds}
-    parts = [
+    own = [
         operations / peak_flops(model.device, model.dtype)
         for model, _, operations in done
         if model.device.type == "cuda" and operations
     ]
-    return {**figures, "speed/mfu": sum(parts) / seconds} if parts else figures
+    work = world().gather((done[0][1] if done else 0, own), "the work of a step")
+    tokens = sum(tokens for tokens, _ in work)
+    if not tokens or not seconds:
+        return {}
+    figures = {"speed/tokens_per_second": tokens / seconds}
+    parts = [part for _, some in work for part in some]
+    return {**figures, "speed/mfu": sum(parts) / seconds / len(work)} if parts else figures

@@ -35,6 +35,7 @@ from tests.mutations import (
     rewards,
     rl,
     run_folder,
+    scale,
     sharded,
     verdicts,
     weights,
@@ -43,7 +44,7 @@ from tests.mutations import (
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
-    hostile, failing, verdicts, doors, determinism, api, gpu, sharded,
+    hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

@@ -41,8 +41,8 @@ MUTATIONS = (
     Mutation(
         "the first group at which a function raises ends the run",
         "rewards/composite.py",
-        "if self._raised[i] >= _MAX_FAILURES and name not in self._worked:",
-        "if name not in self._worked:",
+        "if error and self._raised[i] >= _MAX_FAILURES and name not in self._worked:",
+        "if error and name not in self._worked:",
         "tests/rewards/test_composite.py::test_a_function_that_raises_at_one_group_loses_that_group",
     ),
     Mutation(

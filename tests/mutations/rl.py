@@ -26,7 +26,7 @@ MUTATIONS = (
     ),
     Mutation(
         "normalisation is poisoned by a reward that is not finite",
-        "rewards/composite.py",
+        "rewards/running.py",
         "            if x is not None and is_usable(x):\n                self.count += 1",
         "            if x is not None:\n                self.count += 1",
         "tests/rewards/test_composite.py -k poisoned",

@@ -19,11 +19,12 @@ import pytest
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig
 from gearshift.rewards import build, http_client
-from gearshift.rewards.composite import CompositeReward, RunningMeanStd
+from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.functions import combine_rewards
 from gearshift.rewards.http import HttpReward
 from gearshift.rewards.models import Ensemble
+from gearshift.rewards.running import RunningMeanStd
 from gearshift.serve.score import score_server
 from gearshift.types import EpisodeInfo, Trajectory
 

@@ -12,6 +12,7 @@ from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rollouts.collector import Collector
+from gearshift.trainers.rl.collect import RewardModel
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.critic import Critic, load_critic
 from gearshift.trainers.rl.loop import RLTrainer
@@ -81,6 +82,7 @@ def trainer(
     examples: Mixture[Rendered] | None = None,
     reference: Any = None,
     critic: Critic | None = None,
+    score: RewardModel | None = None,
 ) -> RLTrainer:
     """A trainer of the tiny model, ready to `train()`."""
     engine = Engine(
@@ -93,7 +95,7 @@ def trainer(
         engine,
         Collector(environment, engine.tokenizer, engine.loop),
         rows=None,
-        score=OwnReward(),
+        score=score or OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=ModelRunner(reference) if reference is not None else None,
         critic=critic

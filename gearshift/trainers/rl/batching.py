@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from math import isnan, nan
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.rollouts.backend import GenerationBackend
+from gearshift.runtime.distributed import world
 from gearshift.types import Trajectory
 
 RewardParts = dict[str, list[float | None]]
@@ -138,8 +140,16 @@ def describe_rollout(trajectories: Sequence[Trajectory], parts: RewardParts) -> 
 
 
 def describe_generation(backend: GenerationBackend) -> dict[str, float]:
-    """How the generation gear spent its time in this step."""
-    return {f"engine/{name}": value for name, value in backend.stats().items()}
+    """How the generation gear spent its time in this step: counts and rates are those of all ranks
+    together, seconds and shares are a rank's on average.
+    """
+    ranks = world().gather(backend.stats(), "figures of the generation")
+    figures = {}
+    for name in ranks[0]:
+        known = [stats[name] for stats in ranks if not isnan(stats[name])] or [nan]
+        added = not name.endswith(("_seconds", "_fraction"))
+        figures[f"engine/{name}"] = sum(known) if added else fmean(known)
+    return figures
 
 
 def record(trajectory: Trajectory) -> dict[str, Any]:
