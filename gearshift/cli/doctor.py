@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gearshift import __version__
-from gearshift.errors import DataError
+from gearshift.errors import ConfigError, DataError, RankError
 from gearshift.runtime.terminal import counted, echo
 
 if TYPE_CHECKING:
@@ -29,6 +29,14 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--run", metavar="DIR", help="a run's folder: print what its ranks do, and who waits"
     )
+    command.add_argument(
+        "--links",
+        action="store_true",
+        dest="on_ranks",
+        default=argparse.SUPPRESS,
+        help="under torchrun: measure the links between the ranks, and compare their machines; the "
+        "exit code is 1 if something is wrong",
+    )
     command.set_defaults(do=doctor)
 
 
@@ -36,6 +44,9 @@ def doctor(arguments: argparse.Namespace) -> None:
     """Print what this machine has, and what is missing; or what the ranks of a run do."""
     if arguments.run:
         echo("\n".join(_ranks(Path(arguments.run).expanduser())))
+        return
+    if hasattr(arguments, "on_ranks"):
+        _links()
         return
     import importlib.metadata
     import platform
@@ -94,8 +105,29 @@ def _ranks(folder: Path) -> Iterator[str]:
         yield f"one process: {holder}; no other rank, so it waits for none"
         return
     for note in notes:
-        yield f"{describe_rank(note)}; {counted(note['meetings'], 'meeting')}"
+        yield f"{describe_rank(note)}; {note['meetings']:,} meetings"
     yield describe_waits(notes) if holder else f"no run goes on in {folder}"
+
+
+def _links() -> None:
+    """Print what the ranks have, and how fast the links between them are. Raises `RankError` with
+    all that is wrong.
+    """
+    from gearshift.runtime.distributed import ScaleConfig, joined
+    from gearshift.runtime.exit_errors import in_several_processes
+    from gearshift.runtime.links import preflight
+
+    if not in_several_processes():
+        raise ConfigError(
+            "gearshift doctor --links measures the links between ranks; start it as the run: "
+            "torchrun --standalone --nproc-per-node=2 -m gearshift doctor --links."
+        )
+    with joined(ScaleConfig(timeout=120), None) as world:
+        lines, faults = preflight(world, __version__)
+        echo("\n".join(lines))
+        if faults:
+            raise RankError(f"{faults}.")
+        echo(f"all is well: {counted(world.size, 'rank')}")
 
 
 def _gpu(device: torch.device) -> Iterator[str]:

@@ -199,6 +199,24 @@ class World:
         self.each(lambda: None, what)
         self._send(collective, what)
 
+    def round_trip(self, first: int, second: int, tensor: Tensor) -> float:
+        """The seconds that a tensor takes from one rank to another and back, on these ranks."""
+
+        def send() -> None:
+            if self.rank == first:
+                dist.send(tensor, second)
+                dist.recv(tensor, second)
+            elif self.rank == second:
+                dist.recv(tensor, first)
+                dist.send(tensor, first)
+            if tensor.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        self.gather(None, "a link")
+        began = time.perf_counter()
+        self._send(send, "a link")
+        return time.perf_counter() - began
+
     def _exchange(self, own: Any) -> list[Any]:
         parts: list[Any] = [None] * self.size
         self._send(lambda: dist.all_gather_object(parts, own), own[0])

@@ -77,6 +77,15 @@ def test_the_rank_that_did_not_come_is_named(
     assert words in line
 
 
+def test_links_and_machines_are_measured(ends: dict[str, Any]) -> None:
+    (lines, faults), other = ends["links"]["came_to"]
+    assert [lines, faults] == other
+    for rank in (0, 1):
+        assert lines[rank].startswith(f"rank {rank} on ") and "clock " in lines[rank]
+    assert lines[2].startswith("rank 0 - rank 1 (one machine, cpu): ") and len(lines) == 3
+    assert "has torch" not in faults and "clock" not in faults
+
+
 def test_ranks_that_meet_for_different_things_end(ends: dict[str, Any]) -> None:
     (_, line, _, known), other = ends["other_program"]["came_to"]
     assert "(rank 0: a sum; rank 1: rewards)" in line and not known

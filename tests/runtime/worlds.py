@@ -21,6 +21,7 @@ import torch
 from gearshift.errors import ConfigError, DataError, NumericalError
 from gearshift.runtime.distributed import ScaleConfig, World, joined, share_error
 from gearshift.runtime.interrupt import Stopped
+from gearshift.runtime.links import preflight
 
 Case = Callable[[World], object]
 
@@ -82,6 +83,10 @@ def fine(world: World) -> object:
     return [total, world.reduce_scatter(torch.arange(4.0)).tolist()]
 
 
+def links(world: World) -> object:
+    return preflight(world, "1.2")
+
+
 def in_time(world: World) -> None:
     world.gather(1, "the first")
 
@@ -90,7 +95,7 @@ CASES: dict[str, Case] = {
     each.__name__: each
     for each in (
         fine, alone_in_a_sum, after_the_last_meeting, both, unexpected, signalled, gone, main_gone,
-        hangs, other_program, in_time,
+        hangs, other_program, in_time, links,
     )
 }  # fmt: skip
 
