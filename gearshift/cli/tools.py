@@ -16,8 +16,9 @@ def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     recipes_command = commands.add_parser(
         "recipes",
-        help="list the recipes that ship with gearshift, or copy one",
-        description="List the recipes that ship with gearshift, or copy one.",
+        help="list the recipes that ship with gearshift, or copy one; `slurm` is a batch script",
+        description="List the recipes that ship with gearshift, or copy one. `slurm` is a batch "
+        "script that runs any recipe on several machines.",
     )
     recipes_command.add_argument(
         "name", nargs="?", help="the recipe to copy; without it, all are listed"
@@ -65,17 +66,21 @@ def recipes(arguments: argparse.Namespace) -> None:
     """List the shipped recipes, or copy one."""
     from gearshift.runtime.files import write_text
 
-    available = sorted(recipe_folder().glob("*.yaml"))
+    available = {
+        path.stem: path
+        for path in sorted(recipe_folder().iterdir())
+        if path.suffix in (".yaml", ".sh")
+    }
     if arguments.name is None:
-        for path in available:
-            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-            echo(f"{path.stem:32} {first}")
+        for name, path in available.items():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            first = next(line for line in lines if not line.startswith("#!"))
+            echo(f"{name:32} {first.removeprefix('#').strip()}")
         return
-    source = recipe_folder() / f"{Path(arguments.name).stem}.yaml"
-    if not source.exists():
+    source = available.get(Path(arguments.name).stem)
+    if source is None:
         raise ConfigError(
-            f"There is no recipe {arguments.name!r}; there are: "
-            f"{', '.join(p.stem for p in available)}."
+            f"There is no recipe {arguments.name!r}; there are: {', '.join(available)}."
         )
     target = Path(arguments.to).expanduser()
     target = target / source.name if target.is_dir() else target

@@ -136,4 +136,18 @@ MUTATIONS = (
         "late",
         "tests/runtime/test_ranks.py",
     ),
+    Mutation(
+        "a slow link is compared with links of another kind",
+        "runtime/links.py",
+        "if other.kind == link.kind]",
+        "]",
+        "tests/runtime/test_links.py",
+    ),
+    Mutation(
+        "a job that Slurm stops is not queued again",
+        "cli/tools.py",
+        'if path.suffix in (".yaml", ".sh")',
+        'if path.suffix in (".yaml",)',
+        "tests/pipeline/test_slurm.py",
+    ),
 )

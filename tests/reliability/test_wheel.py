@@ -41,6 +41,6 @@ def test_the_wheel_runs_without_the_checkout(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(site)
-    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    shipped = {path.stem for path in (ROOT / "recipes").iterdir()}
     assert shipped == {line.split()[0] for line in said("recipes").splitlines()}
     assert "# Plan:" in said("run", "voice_assistant", "model.name=tiny", "--dry-run")
