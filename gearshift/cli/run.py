@@ -27,6 +27,11 @@ STAGES = {
     "rl": "run one stage: reinforcement learning",
 }
 
+_WITH_VALUE = {
+    "--recipe", "--show", "--split", "--workers", "--gpus-per-worker", "--cpus-per-worker",
+    "--max-failures",
+}  # fmt: skip
+"""Options that a value follows."""
 _OVERRIDES = "a key of the recipe and its new value, such as rl.steps=100"
 
 
@@ -76,13 +81,13 @@ def add_commands(commands: Any) -> None:
 
 def options_first(words: list[str]) -> list[str]:
     """The words of these commands with options in front: argparse takes no overrides after one."""
-    if not words or (words[0] not in STAGES and words[0] != "eval"):
+    if not words or words[0] not in {*STAGES, "eval", "ray"}:
         return words
     command, *rest = words
     options: list[str] = []
     others: list[str] = []
     for i, word in enumerate(rest):
-        is_value = i > 0 and rest[i - 1] in ("--recipe", "--show", "--split")
+        is_value = i > 0 and rest[i - 1] in _WITH_VALUE
         (options if word.startswith("--") or is_value else others).append(word)
     return [command, *options, *others]
 
@@ -114,10 +119,11 @@ def run(arguments: argparse.Namespace) -> None:
     if rank_of_process():
         return
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
-        _print_summary(Path(recipe.run.dir), summary)
+        print_summary(Path(recipe.run.dir), summary)
 
 
-def _print_summary(folder: Path, summary: Summary) -> None:
+def print_summary(folder: Path, summary: Summary) -> None:
+    """Print the held-out table of a run, and what else its summary says."""
     from gearshift.pipeline.records import comparisons, records
 
     found = records(folder / "validation")

@@ -125,12 +125,12 @@ _FULL = OSError(28, "No space left on device", "run/rl/metrics.jsonl")
 _RUN = gearshift.pipeline.run.Run
 WAYS: dict[str, Way] = {
     "whole": Way(),
-    "data": Way(at(Collector, "_collect", raising(DataError("row 3 is odd; correct it.")), 3)),
+    "data": Way(at(Collector, "_play", raising(DataError("row 3 is odd; correct it.")), 3)),
     "numbers": Way(at(MasterAdamW, "step", raising(NumericalError("the loss is not finite.")))),
     "unexpected": Way(at(ExperienceMaker, "__call__", raising(KeyError("lost")))),
     "reward": Way(words=('rl.rewards=[{source: "reward.py:fails"}]',)),
-    "exit": Way(at(Collector, "_collect", die, 3)),
-    "exit_main": Way(at(Collector, "_collect", die, 3), rank=0),
+    "exit": Way(at(Collector, "_play", die, 3)),
+    "exit_main": Way(at(Collector, "_play", die, 3), rank=0),
     "exit_early": Way(at(_RUN, "_locked", die, 1)),
     "killed": Way(at(ExperienceMaker, "__call__", kill)),
     "memory": Way(at(ExperienceMaker, "__call__", raising(_OOM))),
@@ -159,7 +159,7 @@ WAYS: dict[str, Way] = {
         at(gearshift.pipeline.run.Run, "_prepare", mark(2), 1), rank=0, signals=((1, 15),)
     ),
     "load_term": Way(at(gearshift.pipeline.run, "open_engine", mark(2), 1), signals=((1, 15),)),
-    "evaluation_term": Way(at(Collector, "_collect", mark(2), 1), signals=((1, 15),)),
+    "evaluation_term": Way(at(Collector, "_play", mark(2), 1), signals=((1, 15),)),
 }
 
 
