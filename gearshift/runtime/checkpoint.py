@@ -225,7 +225,7 @@ def _read_parts(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[
     for name, of in described.items():
         if of["ranks"] not in (None, world().size):
             raise CheckpointError(
-                f"{path} has 8-bit moments of {counted(of['ranks'], 'rank')}, which only as "
+                f"{path} has an optimizer's state of {counted(of['ranks'], 'rank')}, which only as "
                 f"many can take up; start as many processes, or delete that folder."
             )
         (rows, *rest), kind = of["shape"], getattr(torch, of["dtype"])

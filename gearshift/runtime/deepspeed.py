@@ -20,6 +20,7 @@ from gearshift.errors import CheckpointError, NumericalError
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
 from gearshift.runtime.distributed import Part, world
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.terminal import counted
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -157,15 +158,15 @@ class DeepSpeedAdamW(MasterAdamW):
         """Load a saved state, and write the model's parameters from the master weights. Raises
         `CheckpointError` for the state of another number of ranks.
         """
-        if state["ranks"] != world().size:
+        if (ranks := state.get("ranks", 1)) != world().size:
             raise CheckpointError(
-                f"The checkpoint is of {state['ranks']} ranks, and this run has {world().size}; "
-                "start as many, as DeepSpeed's parts fit no other number."
+                f"The checkpoint's optimizer is that of {counted(ranks, 'rank')}, and DeepSpeed's "
+                "parts fit no other number; start as many processes, or choose another run.dir."
             )
         self._make_moments(state["updates"])
         with torch.no_grad():
             for own, saved in zip(self._state(), state["deepspeed"], strict=True):
-                own.copy_(saved)
+                own.copy_(saved.own if isinstance(saved, Part) else saved)
         for zero, schedule in zip(self.zeros, self._schedules, strict=True):
             schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * 2})
             for group, rate in zip(

@@ -14,18 +14,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from gearshift.batch import PackedBatch, pack_groups
+from gearshift.data import Mixture
+from gearshift.engine import Engine
 from gearshift.errors import CheckpointError, ModelError, NumericalError
 from gearshift.models.runner import ModelRunner
-from gearshift.models.tiny import tiny_model
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.deepspeed import DeepSpeedAdamW
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig
-from gearshift.runtime.distributed import Part, ScaleConfig, joined, world
+from gearshift.runtime.distributed import ScaleConfig, joined, world
 from gearshift.runtime.micro_batch import MicroBatchSize
+from gearshift.trainers.sft import SFTConfig, train_sft
+from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import optimizer_for, update
 from tests.scale import sharded
 from tests.scale.sharded import CRITIC, GAE, OPTIMIZER, TREES, alike, alone, loss_of, near
@@ -93,29 +98,39 @@ def broken(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """A saved state goes on with the same bits."""
+    """A run that goes on from its checkpoint ends with the same bits; another number of ranks
+    cannot take it up.
+    """
+    ids = [[1, 5 + i, 9, 7 + 2 * i, 11, 3 + i][: 3 + i % 4] for i in range(16)]
+    rows = [(row, [0, *[1] * (len(row) - 1)]) for row in ids]
+    settings = {"batch_size": 4, "micro_batch_tokens": 12, "optimizer": OPTIMIZER, "save_every": 2}
+    config = SFTConfig.model_validate(settings)
 
-    def taken_up(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: taken_up(v) for k, v in x.items()}
-        if isinstance(x, list):
-            return [taken_up(v) for v in x]
-        return x.own.clone() if isinstance(x, Part) else x
+    def train() -> Any:
+        engine = Engine(tiny_model(), tiny_tokenizer())
+        train_sft(config, engine, Mixture([rows], [1.0], 0), Stage("sft", folder, 4, 0, config))
+        return engine.model
 
-    runner, optimizer = learner()
-    learn(runner, optimizer, 2)
-    state = taken_up(optimizer.state_dict())
-    wanted = learn(runner, optimizer, 2)
-    again, other = learner()
-    other.load_state_dict(state)
-    found = learn(again, other, 2)
-    assert found == wanted
-    for p, q in zip(runner.model.parameters(), again.model.parameters(), strict=True):
+    wanted = train()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    done = DeepSpeedAdamW.step
+    with patch.object(DeepSpeedAdamW, "step", autospec=True, side_effect=done) as step:
+        again = train()
+    assert step.call_count == 2
+    for p, q in zip(wanted.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
+    with alone():
+        try:
+            train()
+        except CheckpointError as error:
+            assert "state of 2 ranks, which only as many can take up" in str(error)
+        else:
+            raise AssertionError("no error")
+        state = learner()[1].state_dict()
     try:
-        other.load_state_dict({**state, "ranks": 3})
+        learner()[1].load_state_dict(state)
     except CheckpointError as error:
-        assert "is of 3 ranks, and this run has 2" in str(error)
+        assert "is that of 1 rank, and DeepSpeed's parts fit no other" in str(error)
     else:
         raise AssertionError("no error")
 
