@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -47,7 +48,7 @@ class DeepSpeedAdamW(MasterAdamW):
             for kind in kinds
         ]
         for engine in engines:
-            weakref.finalize(self, engine.destroy)
+            weakref.finalize(self, _drop, engine)
         self.zeros: list[Any] = [engine.optimizer for engine in engines]
         """DeepSpeed's optimizers."""
         self._engines = engines
@@ -221,6 +222,12 @@ def _engine(
     for hook in engine.optimizer._grad_acc_hooks:
         hook.remove()
     return engine
+
+
+def _drop(engine: Any) -> None:
+    """Free what the parameters keep of an engine whose optimizer is gone."""
+    if dist.is_initialized():  # at the end of the program it is not
+        engine.destroy()
 
 
 def _settings(dtype: torch.dtype, config: DeepSpeedConfig) -> dict[str, Any]:
