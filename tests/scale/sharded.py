@@ -102,7 +102,7 @@ def learn(runner: ModelRunner, steps: int = 2) -> tuple[list[dict[str, float]], 
     batch = pack_groups(TREES)
     with patch.object(optimizer, "norm", noted):
         for _ in range(steps):
-            size = MicroBatchSize(20)
+            size = MicroBatchSize(8)  # three of them, which no number of ranks here divides
             found.append(update(batch.split, size, partial(loss_of, runner), optimizer))
             runner.weights_changed()
     return found, grads
