@@ -113,7 +113,7 @@ def _fit(arguments: argparse.Namespace, timeout: float, folder: Path) -> dict[st
         ),
     )
     try:
-        return (trainer.fit().metrics or {}).get("failed") or {}
+        return trainer.fit().return_value or {}
     except TrainingFailedError as error:
         raise RankError(_why(error, arguments.max_failures)) from error
     finally:
@@ -132,9 +132,10 @@ def _why(error: Any, allowed: int) -> str:
     )
 
 
-def _work(given: dict[str, Any]) -> None:
-    """One worker: the whole run, as one rank of it."""
-    import ray.train
+def _work(given: dict[str, Any]) -> dict[str, Any]:
+    """One worker: the whole run, as one rank of it. Returns an error that another try would meet
+    too.
+    """
     import torch
     from ray.train.torch import get_device
 
@@ -146,7 +147,7 @@ def _work(given: dict[str, Any]) -> None:
     os.chdir(given["folder"])
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
-    failed = folder = None
+    folder = None
     try:
         recipe = load(Recipe, Path(given["recipe"]), given["overrides"])
         folder = Path(recipe.run.dir)
@@ -155,5 +156,5 @@ def _work(given: dict[str, Any]) -> None:
         line, code = describe_error(error, folder)
         if code != 1 or isinstance(error, RankError):
             raise RuntimeError(line) from None
-        failed = {"line": line, "code": code}  # another try would come to the same
-    ray.train.report({"failed": failed})
+        return {"line": line, "code": code}
+    return {}

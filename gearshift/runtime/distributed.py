@@ -161,7 +161,12 @@ class World:
         """Whether all ranks end now, with this error or another one, so that they can still save
         together. The others learn of the error at their next meeting.
         """
-        if self.size > 1 and not self.lost and not getattr(error, "known_to_all", False):
+        known: Any = error
+        while known is not None and not getattr(known, "known_to_all", False):
+            known = known.__cause__  # a stage says it in other words
+        if known is not None:
+            error.known_to_all = True  # type: ignore[attr-defined]
+        elif self.size > 1 and not self.lost:
 
             def fail() -> None:
                 raise error

@@ -118,9 +118,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-_OOM = RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-)
+_OOM = RuntimeError("DefaultCPUAllocator: can't allocate memory")
 _FULL = OSError(28, "No space left on device", "run/rl/metrics.jsonl")
 _RUN = gearshift.pipeline.run.Run
 WAYS: dict[str, Way] = {

@@ -56,6 +56,11 @@ def test_an_unexpected_error_of_a_rank_keeps_its_traceback(ends: dict[str, Any])
     assert line.startswith("Rank 1: Unexpected error: KeyError: 'lost' (the traceback is in ")
 
 
+def test_an_error_in_other_words_is_still_known_to_all(ends: dict[str, Any]) -> None:
+    words = ["DataError", "a stage says it in other words.", 1, True]
+    assert ends["in_other_words"] == {"came_to": [words, words], "notes": []}
+
+
 def test_a_signal_to_one_rank_stops_all(ends: dict[str, Any]) -> None:
     assert [each[0] for each in ends["signalled"]["came_to"]] == ["Stopped", "Stopped"]
 

@@ -46,6 +46,13 @@ def unexpected(world: World) -> None:
     world.each(lambda: {}["lost"] if world.rank else None, "rewards")
 
 
+def in_other_words(world: World) -> None:
+    try:
+        unexpected(world)
+    except Exception as error:
+        raise DataError("a stage says it in other words.") from error
+
+
 def signalled(world: World) -> None:
     world.each(lambda: stop() if world.rank else None, "rewards")
 
@@ -94,8 +101,8 @@ def in_time(world: World) -> None:
 CASES: dict[str, Case] = {
     each.__name__: each
     for each in (
-        fine, alone_in_a_sum, after_the_last_meeting, both, unexpected, signalled, gone, main_gone,
-        hangs, other_program, in_time, links,
+        fine, alone_in_a_sum, after_the_last_meeting, both, unexpected, in_other_words, signalled,
+        gone, main_gone, hangs, other_program, in_time, links,
     )
 }  # fmt: skip
 
