@@ -9,7 +9,7 @@ MUTATIONS = (
         "trainers/sft.py",
         "    loss = -(weights_M * scores.logprobs).sum()\n",
         "    loss = -(weights_M * scores.logprobs).sum() / weights_M.sum()\n",
-        f"{EQUAL}[sft-2]",
+        f"{EQUAL}[sft-of-one-micro-batch-2]",
     ),
     Mutation(
         "the ranks' gradients are averaged",
