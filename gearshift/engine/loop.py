@@ -14,7 +14,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -97,6 +99,10 @@ class EngineLoop:
     async def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
         """See `Engine.update_weights`."""
         self._engine.update_weights(weights, version)
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """See `Engine.generating`."""
+        return self._engine.generating()
 
     def stats(self) -> dict[str, float]:
         """The figures of generation since the last call, by name."""

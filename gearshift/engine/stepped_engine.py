@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -39,6 +40,9 @@ class SteppedEngine(Protocol):
 
     def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
         """See `GenerationBackend`."""
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """Enter the generation gear."""
 
     def named_stats(self) -> dict[str, float]:
         """See `GenerationBackend.stats`."""

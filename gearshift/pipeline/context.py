@@ -5,7 +5,7 @@ models, begin, and save. It must not import a trainer of one stage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -171,6 +171,8 @@ class Context:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora, engine = self.recipe.model.lora is not None, self.recipe.engine
         needs = config.memory_needs()
+        if self.recipe.generation.backend != "engine":
+            needs = replace(needs, rollout=None)
         # The parts count what is loaded by now, too.
         free = free_bytes(model.device) + resident(model.device)
         total = total_bytes(model.device)

@@ -107,8 +107,8 @@ def measure(
         _rewards(data, engine) as score,
         doing(f"while evaluating {name} on {split}"),
         Progress(len(starts), f"{split} {name}") as progress,
-        engine.generating(),
         data.collector(engine, split) as collector,
+        collector.generating(),
     ):
         return evaluate(
             collector,

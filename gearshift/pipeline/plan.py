@@ -4,6 +4,8 @@ shapes, no weights; `memory.py` predicts the memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
@@ -50,6 +52,8 @@ def _stages(recipe: Recipe) -> list[str]:
     lines = []
     if recipe.task:
         lines.append(f"data: {recipe.task.name}; held-out evaluation of the base model")
+    if recipe.generation.backend != "engine":
+        lines.append(f"vLLM samples, at {', '.join(recipe.generation.servers)}")
     configs = ((name, getattr(recipe, name)) for name in STAGES)
     lines += [f"{name}: {config.describe()}" for name, config in configs if config]
     return lines or ["nothing: the recipe has no stage"]
@@ -67,6 +71,8 @@ def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[
         policy = name in POLICIES
         trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
         needs = config.memory_needs()
+        if recipe.generation.backend != "engine":
+            needs = replace(needs, rollout=None)
         free, adapters = free_bytes(device), lora is not None
         parts = parts_of(
             needs, recipe.engine, shape, trained, device, adapters, total_bytes(device)

@@ -18,6 +18,7 @@ from gearshift.models.load import ModelConfig
 from gearshift.pipeline.given import GIVEN
 from gearshift.pipeline.unused import unused_keys
 from gearshift.rewards.composite import ENVIRONMENT
+from gearshift.rollouts.vllm import GenerationConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
@@ -27,7 +28,7 @@ from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
 from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
 from gearshift.tasks.task import Task
 from gearshift.trainers.preference import PreferenceConfig
-from gearshift.trainers.presets import PREFERENCE, Algorithm, expand
+from gearshift.trainers.presets import PREFERENCE, Algorithm, expand, kind_of
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
 from gearshift.trainers.reward_model import RewardModelConfig
 from gearshift.trainers.rl.config import RLConfig
@@ -90,6 +91,8 @@ class Recipe(Config):
     `preference`, a recipe must not set keys of `rl`."""
     engine: EngineConfig = EngineConfig()
     """The hybrid engine."""
+    generation: GenerationConfig = GenerationConfig()
+    """What samples completions."""
     scale: ScaleConfig = ScaleConfig()
     """How the run uses several processes."""
     task: AnyTaskConfig | None = Field(default=None, discriminator="name")
@@ -113,8 +116,14 @@ class Recipe(Config):
 
     @classmethod
     def filled(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """The tree with its algorithm in the section that it is about."""
-        return expand(tree)
+        """The tree with its algorithm in the section that it is about, and with the correction
+        for a sampler that is not the engine.
+        """
+        tree = expand(tree)
+        rl, backend = tree.get("rl"), kind_of(tree.get("generation"), "backend")
+        if isinstance(rl, dict) and backend not in (None, "engine") and "importance" not in rl:
+            tree["rl"] = {**rl, "importance": {"mode": "token_truncate"}}
+        return tree
 
     @classmethod
     def unused(cls, tree: dict[str, Any]) -> dict[tuple[str, ...], str]:

@@ -1,5 +1,5 @@
 """A recipe's task with the files that it prepared: the rows of each split, and episodes over them.
-It must not import trainers.
+It must not import what trains.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gearshift.errors import ConfigError, DataError
 from gearshift.models.made import DONE
 from gearshift.pipeline.provenance import Trained, prepared, prompt_of
 from gearshift.pipeline.recipe import Recipe
+from gearshift.rollouts.backend import GenerationBackend
 from gearshift.rollouts.collector import EPISODE_TIMEOUT, WORKERS, Collector
 from gearshift.rollouts.evaluate import Split
 from gearshift.rollouts.intervals import merged
@@ -29,6 +30,7 @@ from gearshift.runtime.terminal import counted, echo
 from gearshift.runtime.user_functions import describe_error
 from gearshift.tasks.registry import get_task
 from gearshift.tasks.task import Task, TaskConfig
+from gearshift.trainers.push import PolicyOnServers
 
 EPISODES = 64
 """Held-out episodes where neither the task nor `eval.limit` gives their number."""
@@ -116,6 +118,12 @@ class TaskData:
             )
         return left
 
+    def backend(self, engine: Engine) -> GenerationBackend:
+        """What samples the policy of this engine: the engine itself, or vLLM servers."""
+        if self.recipe.generation.backend == "engine":
+            return engine.loop
+        return PolicyOnServers(self.recipe.generation, engine, self.folder.parent)
+
     def collector(self, engine: Engine, split: str) -> Collector:
         """Episodes over the split's rows."""
         rl, processes = self.recipe.rl, self.recipe.environment.processes
@@ -123,7 +131,7 @@ class TaskData:
         return Collector(
             EnvironmentProcesses(make) if processes else make,
             engine.tokenizer,
-            engine.loop,
+            self.backend(engine),
             workers=processes or WORKERS,
             timeout=rl.rollout.timeout if rl else EPISODE_TIMEOUT,
         )

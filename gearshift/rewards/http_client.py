@@ -116,7 +116,7 @@ def post(
             continue
         if status < 300 or status == _IN_PART:
             with suppress(*_UNREADABLE):
-                if (found := read(json.loads(content))) is not None:
+                if (found := read(json.loads(content or b"null"))) is not None:
                     return found
         # a repeated request would get the same answer
         if 300 <= status < 500 and status not in _BUSY:

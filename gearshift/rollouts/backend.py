@@ -5,8 +5,9 @@ program; this module imports none of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class GenerationBackend(Protocol):
         """Take the weights of a saved model's folder, or tensors by their parameters' names, and
         give what they sample this version. No request may run meanwhile.
         """
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The context in which requests run, with the newest weights. All ranks enter it."""
 
     def stats(self) -> dict[str, float]:
         """The figures of the work since the last call, by name."""

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -67,7 +68,7 @@ class Collector:
         """`workers` environments answer at a time, more where those only wait. One that takes more
         than `timeout` seconds loses its episode.
         """
-        self._backend, self._chat = backend, ChatTokens(tokenizer)
+        self.backend, self._chat = backend, ChatTokens(tokenizer)
         self._pool = EnvironmentPool(make, workers, timeout)
         self.failures = 0
         """Episodes lost to an environment that raised, hung, gave no reward that is finite or
@@ -80,6 +81,10 @@ class Collector:
         """What the call that runs now has lost."""
         self._thread: SamplingThread | None = None
         self._begun: dict[tuple[int, ...], Future[tuple[list[Trajectory], _Lost]]] = {}
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The context in which to call `collect`; see `GenerationBackend.generating`."""
+        return self.backend.generating()
 
     def collect(
         self,
@@ -231,7 +236,7 @@ class Collector:
         trajectories = await asyncio.gather(
             *(
                 self._attempt(
-                    partial(run_episode, episode, self._backend, params, self._pool),
+                    partial(run_episode, episode, self.backend, params, self._pool),
                     episode.environment,
                 )
                 for episode in episodes

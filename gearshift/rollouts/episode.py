@@ -253,6 +253,11 @@ def request_id(group: int, turn: int = 0, sample: int = 0) -> int:
     return (turn >> 8) << 56 | group << 24 | (turn & 255) << 16 | sample
 
 
+def group_of(request: int) -> int:
+    """The group of a request id."""
+    return request >> 24 & (1 << 32) - 1
+
+
 def messages_of(observation: Any, info: Mapping[str, Any]) -> list[Message]:
     """The environment's message. Raises `TypeError` if it is not text."""
     said = list(info.get("messages") or [{"role": "user", "content": observation}])

@@ -38,13 +38,14 @@ from tests.mutations import (
     scale,
     sharded,
     verdicts,
+    vllm,
     weights,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
-    hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded,
+    hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -34,6 +35,9 @@ class Elsewhere:
         return Completion(ids, [-1.0] * 4, [-1.0] * 4, "length", [0] * 4)
 
     async def update_weights(self, weights: Any, version: int) -> None: ...
+
+    def generating(self) -> nullcontext[None]:
+        return nullcontext()
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -4,6 +4,7 @@ when they are interrupted.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class Elsewhere:
         return Completion(ids, [-1.0, -2.0], [-1.0, -2.0], "stop", [4, 5])
 
     async def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None: ...
+
+    def generating(self) -> nullcontext[None]:
+        return nullcontext()
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -116,7 +116,7 @@ class RolloutSampler:
         self, starts: Sequence[EpisodeSpec], params: SamplingParams
     ) -> tuple[list[Trajectory], RewardParts]:
         """Episodes from these starts that have a reward, with the reward and every part of it."""
-        with self.stage.phase("generate"), self.engine.generating():
+        with self.stage.phase("generate"), self.collector.generating():
             for optimizer in self.optimizers:
                 optimizer.offload_state()
             before = self.collector.failures, self.collector.overlong

@@ -115,8 +115,11 @@ class ExperienceMaker:
         loss reads them, and with the reference's log-probs.
         """
         config = self.config
-        if config.value or config.kl_in_reward or config.updates_a_step > 1:
+        unknown = bool(batch.scored("sampler_logprobs").isnan().any())
+        if config.value or config.kl_in_reward or config.updates_a_step > 1 or unknown:
             old = self.old_scores(batch)
+            if unknown:  # the sampler knows only those of its truncated distribution
+                batch = batch.with_scored(sampler_logprobs=old.logprobs)
             batch = batch.with_scored(old_logprobs=old.logprobs)
             if old.values is not None:
                 batch = batch.with_scored(old_values=old.values)

@@ -23,7 +23,7 @@ def logprob_gap(
     """Mean and greatest |difference| in nats over completions sampled afresh from `starts`, and how
     many tokens these have; only that where no episode came to its end.
     """
-    with engine.generating():
+    with collector.generating():
         trajectories = collector.collect(starts, params, rewarded="any")
     if not trajectories:
         return {"tokens": 0.0}

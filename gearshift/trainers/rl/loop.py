@@ -156,7 +156,7 @@ class RLTrainer:
                 with self.stage.phase("train"):
                     metrics |= scored | self.update(batch, step)
             self.left_out.rollout(self.config.rollout.prompts, tokens)
-            metrics |= self.left_out.metrics() | describe_generation(self.engine.loop)
+            metrics |= self.left_out.metrics() | describe_generation(self.sampler.collector.backend)
             metrics |= self.adapt(metrics, len(sampled))
             self.stage.log(step, metrics, tokens, *self.models.trained)
             if self.left_out.hopeless:
