@@ -218,7 +218,9 @@ class MasterAdamW:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state, and write the model's parameters from the master weights."""
         self._bring_back()
-        if world().size == 1 and any(master.ndim != 1 for master in state["masters"]):
+        masters = [x.own if isinstance(x, Part) else x for x in state["masters"]]
+        state = {**state, "masters": masters}
+        if world().size == 1 and any(master.ndim != 1 for master in masters):
             state = self._joined(state)
         now = self.optimizer.state_dict()
         now["state"] = {

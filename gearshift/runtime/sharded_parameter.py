@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gearshift.runtime.distributed import Part, world
+
 
 class ShardedParameter:
     """This rank's rows of a parameter, in fp32 and end to end. FSDP's own memory is the master
@@ -43,17 +45,21 @@ class ShardedParameter:
     def scatter(self) -> None:
         """FSDP reads the master weight itself."""
 
-    def saved(self, own: Tensor) -> DTensor:
+    def saved(self, own: Tensor) -> Part:
         """What a checkpoint holds of a tensor like `master`: rows of one like the parameter."""
         p = self._split
         rows = own.view(p.to_local().shape)
-        return DTensor.from_local(
-            rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
-        )
+        if self.copies > 1:  # a node has all rows, and a checkpoint has them once
+            whole = DTensor.from_local(
+                rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+            ).full_tensor()
+            rows = whole[world().part_of(len(whole))]
+        return Part(rows, p.shape[0])
 
-    def loaded(self, saved: Tensor) -> Tensor:
-        """The inverse of `saved`: of this rank's rows, or of all of them."""
-        rows = own_rows(saved)
+    def loaded(self, rows: Tensor) -> Tensor:
+        """The inverse of `saved`: of a checkpoint's part, or of all rows."""
+        if self.copies > 1 and len(rows) < self._split.shape[0]:
+            rows = torch.cat(world().gather(rows, "the rows of a parameter"))
         if rows.numel() != self.master.numel():
             mesh = self._split.device_mesh
             of, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)

@@ -33,7 +33,7 @@ from gearshift.models.attention import ATTENTION
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime import distributed
-from gearshift.runtime.distributed import ScaleConfig, World, joined, world
+from gearshift.runtime.distributed import Part, ScaleConfig, World, joined, world
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.trainers.sft import SFTConfig, train_sft
@@ -109,6 +109,8 @@ def learn(runner: ModelRunner, steps: int = 2) -> tuple[list[dict[str, float]], 
 
 
 def whole(x: Any) -> Any:
+    if isinstance(x, Part):
+        return torch.cat(world().gather(x.own, "rows"))
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
