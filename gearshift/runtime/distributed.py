@@ -59,6 +59,9 @@ class ScaleConfig(Config):
         """DeepSpeed's settings under another strategy."""
         if not tree.get("deepspeed") or tree.get("strategy") == "deepspeed":
             return {}
+        with suppress(ValueError):  # the section itself says what is wrong with it
+            if DeepSpeedConfig.model_validate(tree["deepspeed"]) == DeepSpeedConfig():
+                return {}  # as a run's own recipe writes it
         return {("deepspeed",): "strategy is not deepspeed; set it, or leave these settings out."}
 
 
