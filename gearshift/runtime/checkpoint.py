@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gearshift.errors import CheckpointError, RankError
+from gearshift.errors import CheckpointError
 from gearshift.runtime import tagged_json
 from gearshift.runtime.digests import sealed, unsealed
 from gearshift.runtime.distributed import Part, world
@@ -54,15 +55,14 @@ def save(
     if world().size == 1:
         whole |= {name: part.own for name, part in parts.items()}
     state = {**state, "parts": {name: _described(part) for name, part in parts.items()}}
-    with _refused(final):
-        partial = Path(world().says(lambda: _begin(folder, final), "a checkpoint's folder"))
+    refused = _refused(final)
+    begin, write, end = refused(_begin), refused(_write_parts), refused(_end)
+    partial = Path(world().says(lambda: begin(folder, final), "a checkpoint's folder"))
     found: list[dict[str, str]] = [{}]
     if world().size > 1:
-        with _refused(final):
-            found = world().each(lambda: _write_parts(partial, parts), "the parts of a checkpoint")
+        found = world().each(lambda: write(partial, parts), "the parts of a checkpoint")
     digests = {name: known for files in found for name, known in files.items()}
-    with _refused(final):
-        world().says(lambda: _end(partial, final, whole, state, digests, keep), "a checkpoint")
+    world().says(lambda: end(partial, final, whole, state, digests, keep), "a checkpoint")
     return final
 
 
@@ -152,11 +152,10 @@ def _end(
 
 @contextmanager
 def _refused(final: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line, before the other ranks get it."""
     try:
         yield
-    except (OSError, SafetensorError, RankError) as error:
-        if isinstance(error, RankError) and not getattr(error, "known_to_all", False):
-            raise
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The checkpoint {final} cannot be written ({error}); make room, or use another folder."
         ) from error
@@ -193,6 +192,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     written.
     """
     files = sorted(_manifest(path).items())
+    world().each(lambda: _refuse_foreign(path, dict(files)), "the files of a checkpoint")
     world().each(lambda: _verify(path, world().mine(files)), "the digests of a checkpoint")
     with _told(path):
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -205,6 +205,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if left:
         tensors |= _read_parts(path, left)
     return tensors, state
+
+
+def _refuse_foreign(path: Path, known: Iterable[str]) -> None:
+    """Refuse files that a reader would take, though the manifest has no digest of them."""
+    if foreign := sorted({file.name for file in path.glob("*.safetensors")} - {*known}):
+        raise _damaged(path, f"{foreign[0]} is there, and it is of another checkpoint")
 
 
 def _verify(path: Path, files: Iterable[tuple[str, str]]) -> None:
@@ -238,7 +244,9 @@ def _read_parts(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[
             keys[_key(name, None)] = own[name]
     reader = hf_storage.HuggingFaceStorageReader(str(path))
     try:
-        state_dict_loader.load(keys, storage_reader=reader, no_dist=world().size == 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of one process, which is meant
+            state_dict_loader.load(keys, storage_reader=reader, no_dist=world().size == 1)
     except api.CheckpointException as error:
         raise _damaged(path, one_line(str(_first_failure(error)))) from None
     return own

@@ -244,9 +244,15 @@ class Stage:
         place = self.folder / "checkpoints"
         if world().says(lambda: checkpoint.newest_step(place), "the newest checkpoint") >= step:
             return None
+        made: list[tuple[Any, dict[str, Any]]] = []
+        world().each(lambda: made.append(self._state(step, small)), "the state of the step")
+        return checkpoint.save(place, step, *made[0], keep=self.config.keep)
+
+    def _state(self, step: int, small: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        """What a checkpoint of this step holds: the tensors of this rank, and the rest."""
         states = {name: thing.state_dict() for name, thing in self._tracked.items()}
         tensors, skeleton = checkpoint.flatten({**states, **(small or {})})
-        state = {
+        return tensors, {
             "step": step,
             "total": self.total,
             "recipe": identity(self._recipe),
@@ -255,7 +261,6 @@ class Stage:
             "records": {log.path.name: log.synced(step) for log in self._logs},
             "tracked": skeleton,
         }
-        return checkpoint.save(place, step, tensors, state, keep=self.config.keep)
 
     def _open_records(self, start: int, records: Mapping[str, Extent]) -> None:
         for log in self._logs:

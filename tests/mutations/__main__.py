@@ -31,6 +31,7 @@ from tests.mutations import (
     hostile,
     loop,
     models,
+    ranks_checkpoint,
     requests,
     rewards,
     rl,
@@ -46,6 +47,7 @@ ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
     hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
+    ranks_checkpoint,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0
