@@ -26,6 +26,7 @@ from gearshift.batch import PackedBatch
 from gearshift.engine import stats
 from gearshift.models.logprobs import token_logprobs
 from gearshift.pipeline.activations import Activations
+from gearshift.pipeline.machine import Machine
 from gearshift.pipeline.memory import Shape, parts_of, passing
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
@@ -273,9 +274,11 @@ def prediction(learner: Learner, batch: PackedBatch) -> float:
     model = engine.model
     needs = MemoryNeeds(learner.optimizer.config, tokens, tokens, tree)
     shape = Shape.of(model, model.dtype)
-    parts = parts_of(needs, engine.config, shape, shape.parameters, model.device)
+    machine = Machine(model.device)
+    parts = parts_of(needs, engine.config, shape, shape.parameters, machine)
     taken = Activations(model.config, needs, model.dtype, model.device).bytes(tokens, False)
-    return sum(parts.values()) + passing(needs, shape, shape.parameters, taken)
+    passes = passing(needs, shape, shape.parameters, taken)
+    return sum(parts.values()) + sum(passes.values())
 
 
 PARTS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from gearshift.runtime.exit_errors import rank_of_process
 from gearshift.runtime.terminal import echo, one_line, printable, tolerate_lost_output
 
 if TYPE_CHECKING:
+    from gearshift.pipeline.recipe import Recipe, StageName
     from gearshift.pipeline.records import Record
     from gearshift.pipeline.summary import Summary
     from gearshift.rollouts.evaluate import Comparison
@@ -29,7 +30,7 @@ STAGES = {
 
 _WITH_VALUE = {
     "--recipe", "--show", "--split", "--workers", "--gpus-per-worker", "--cpus-per-worker",
-    "--max-failures",
+    "--max-failures", "--on",
 }  # fmt: skip
 """Options that a value follows."""
 _OVERRIDES = "a key of the recipe and its new value, such as rl.steps=100"
@@ -47,6 +48,12 @@ def add_commands(commands: Any) -> None:
             "--dry-run",
             action="store_true",
             help="check files, print the whole recipe, the plan and the memory; train nothing",
+        )
+        command.add_argument(
+            "--on",
+            metavar="NODESxGPUSxGIB",
+            help="with --dry-run: plan the memory for another machine, such as 4x8x79: four nodes "
+            "with eight GPUs of 79 GiB each",
         )
         command.add_argument(
             "--profile",
@@ -108,18 +115,27 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"The recipe has no section `{command}`; add one to run that stage.")
     stages = ALL if command == "run" else (command,)
     if arguments.dry_run:
-        from gearshift.pipeline.check import check_recipe
-        from gearshift.pipeline.plan import plan
-
-        check_recipe(recipe, stages)
-        echo(plan(recipe))
+        _plan(recipe, stages, arguments.on)
         return
+    if arguments.on:
+        raise ConfigError("--on plans for another machine; add --dry-run.")
     keep_freed_memory()
     summary = Run(recipe).execute(stages)
     if rank_of_process():
         return
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed
         print_summary(Path(recipe.run.dir), summary)
+
+
+def _plan(recipe: Recipe, stages: Sequence[StageName], on: str | None) -> None:
+    """Check the recipe and print its plan, which all ranks make together."""
+    from gearshift.pipeline.check import check_recipe
+    from gearshift.pipeline.plan import plan
+    from gearshift.runtime.distributed import joined
+
+    with joined(recipe.scale, None):
+        check_recipe(recipe, stages)
+        echo(plan(recipe, on))
 
 
 def print_summary(folder: Path, summary: Summary) -> None:

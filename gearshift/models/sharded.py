@@ -6,7 +6,6 @@ generates, is scored without gradients, and is saved. This file must not import 
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -143,9 +142,8 @@ def _mesh(device: torch.device) -> DeviceMesh:
     """All ranks in one row; on several nodes a row for each: weights are split inside a node, and
     each node has them all (HSDP).
     """
-    size = world().size
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if 1 < local < size and size % local == 0:
+    size, split = world().size, world().split
+    if split < size:
         names = ("replicate", "shard")
-        return init_device_mesh(device.type, (size // local, local), mesh_dim_names=names)
+        return init_device_mesh(device.type, (size // split, split), mesh_dim_names=names)
     return init_device_mesh(device.type, (size,))

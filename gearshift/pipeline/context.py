@@ -23,15 +23,8 @@ from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.given import Given
 from gearshift.pipeline.heldout import evaluate_policy, open_engine
-from gearshift.pipeline.memory import (
-    Shape,
-    micro_batch,
-    parts_of,
-    passing,
-    resident,
-    shortage,
-    with_total,
-)
+from gearshift.pipeline.machine import Machine
+from gearshift.pipeline.memory import Shape, fit, shortage
 from gearshift.pipeline.provenance import (
     Trained,
     check_functions,
@@ -44,7 +37,6 @@ from gearshift.pipeline.task_data import TaskData
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.distributed import world
 from gearshift.runtime.files import writing
-from gearshift.runtime.free_memory import free_bytes, total_bytes
 from gearshift.runtime.interrupt import doing
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
@@ -169,28 +161,20 @@ class Context:
         """
         shape = Shape.of(model, model.dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lora, engine = self.recipe.model.lora is not None, self.recipe.engine
-        needs = config.memory_needs()
+        needs, machine = config.memory_needs(), Machine.here(model.device)
         if self.recipe.generation.backend != "engine":
             needs = replace(needs, rollout=None)
-        # The parts count what is loaded by now, too.
-        free = free_bytes(model.device) + resident(model.device)
-        total = total_bytes(model.device)
-        parts = parts_of(needs, engine, shape, trained, model.device, lora, total)
-        adapter = self.recipe.model.lora if needs.head == "logprobs" else None
-        activations = Activations(model.config, needs, model.dtype, model.device, adapter)
-        tokens, recompute = micro_batch(needs, engine, activations, parts, free)
-        fitted = world().gather((tokens, recompute), "the size of micro-batches")
-        tokens, recompute = min(t for t, _ in fitted), any(r for _, r in fitted)
-        taken = activations.bytes(tokens, recompute)
-        parts["activations"] = passing(needs, shape, trained, taken)
+        lora = self.recipe.model.lora if needs.head == "logprobs" else None
+        activations = Activations(model.config, needs, model.dtype, model.device, lora)
+        engine, adapters = self.recipe.engine, lora is not None
+        fitted = fit(needs, engine, shape, trained, machine, activations, adapters)
         stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))
         key = f"{stage}.{config.micro_batch_key}"
-        if short := shortage(with_total(parts)["total"], free, key):
+        if short := shortage(fitted.parts["total"], machine.free, key):
             self.echo(f"memory: {short}")
         if not needs.micro_batch_tokens:
-            config = config.with_micro_batch(tokens)
-        return config, recompute
+            config = config.with_micro_batch(fitted.tokens)
+        return config, fitted.recompute
 
     def heldout(self, name: str, engine_of: Callable[[], Engine]) -> None:
         """Evaluate a policy on the validation rows, once; its record is kept in the folder."""

@@ -2,12 +2,13 @@
 
 The prediction is a sum: weights, master weights, moments, gradients, cache, and a micro-batch's
 forward and backward pass as `activations.py` measures it. `docs/performance.md` compares it with
-measured peaks. This file knows no stage: `MemoryNeeds` says what a stage needs.
+measured peaks, `docs/scale.md` has the formulas for several ranks. This file knows no stage:
+`MemoryNeeds` says what a stage needs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -15,19 +16,18 @@ from transformers import PreTrainedModel
 from gearshift.engine import EngineConfig
 from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, position_bytes
 from gearshift.pipeline.activations import Activations
-from gearshift.runtime.allocator import resident_bytes
+from gearshift.pipeline.machine import GIB, Machine
 from gearshift.runtime.distributed import world
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import MemoryNeeds
 
-GIB = 2**30
 _PROGRAM = 0.47 * GIB
 """Bytes that Python and its libraries take in the host's memory."""
 _SLACK = 0.1
 """The part that allocators lose between their blocks."""
-_STEP = 4 << 25
-"""Bytes of the gradient of one of the optimizer's buffers in fp32."""
+_FLAT = 1 << 25
+"""How many numbers one of the optimizer's buffers has, unless one parameter has more."""
 _TRAINED_COPY = 1.6
 """Bytes that the weights of a trained model take on a CPU, over their own: the file that they were
 read from stays mapped, and the allocator keeps what loading freed. Measured."""
@@ -54,12 +54,20 @@ class Shape:
     vocabulary: int
     item: int
     """Bytes of a weight."""
+    tables: int = 0
+    """Parameters of the embedding and of a head that is not the embedding."""
+    widest: int = 0
+    """Parameters of the largest single weight."""
 
     @staticmethod
     def of(model: PreTrainedModel, dtype: torch.dtype) -> Shape:
         """The shape of a model, which may be on the meta device."""
         config = model.config.get_text_config()
         heads, key_heads, head_size = head_sizes(config)
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tables = {id(end.weight): end.weight.numel() for end in ends if end is not None}
+        if config.tie_word_embeddings:
+            tables = dict([*tables.items()][:1])
         return Shape(
             parameters=sum(p.numel() for p in model.parameters()),
             layers=config.num_hidden_layers,
@@ -70,12 +78,19 @@ class Shape:
             position_bytes=position_bytes(model, dtype.itemsize),
             vocabulary=config.vocab_size,
             item=dtype.itemsize,
+            tables=sum(tables.values()),
+            widest=max(p.numel() for p in model.parameters()),
         )
 
     @property
     def weights(self) -> int:
         """Bytes."""
         return self.parameters * self.item
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer."""
+        return (self.parameters - self.tables) // self.layers
 
     def cache(self, rows: int, length: int) -> float:
         """Bytes of the keys and values of this many rows."""
@@ -87,31 +102,41 @@ def parts_of(
     engine: EngineConfig,
     shape: Shape,
     trained: int,
-    device: torch.device,
+    machine: Machine,
     adapters: bool = False,
-    total: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes of a stage by purpose, without activations. `trained` parameters learn; the device has
-    `total` bytes (0: unknown).
+    """Bytes of a stage on one rank by purpose, without activations. `trained` parameters learn;
+    with `adapters` they are the adapters'.
     """
-    on_cpu = device.type == "cpu"
+    on_cpu = machine.device.type == "cpu"
     cut = _is_cut(needs)
-    parts = _learning(shape, needs.optimizer, trained, device, cut)
+    parts = _learning(shape, needs.optimizer, trained, machine, cut, adapters)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
-    if needs.rollout:
-        sequences, length = needs.rollout
-        rows = min(engine.max_num_seqs, sequences)
-        allowed = 0.0 if on_cpu else gpu_cache_bytes(engine, shape.weights, total)
-        parts.update(_cache(shape, engine, rows, length, max(0.0, allowed)))
-        parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
-        if on_cpu and engine.prepack_weights and shape.item == 2:
-            parts["prepacked weights"] = float(shape.weights)
+    if not engine.free_cache_while_training:
+        parts |= _generating(needs, engine, shape, machine)
     if needs.reference and not adapters:
-        parts["reference"] = _LOADED_COPY * shape.weights
+        parts["reference"] = (_LOADED_COPY if on_cpu else 1.0) * shape.weights
     if needs.critic:
-        critic = _learning(shape, needs.critic, shape.parameters, device, cut)
+        critic = _learning(shape, needs.critic, shape.parameters, machine, cut, False)
         parts["critic, its gradients and its optimizer"] = sum(critic.values())
+    return parts
+
+
+def _generating(
+    needs: MemoryNeeds, engine: EngineConfig, shape: Shape, machine: Machine
+) -> dict[str, float]:
+    """Bytes that only generation needs, by purpose."""
+    if not needs.rollout:
+        return {}
+    on_cpu = machine.device.type == "cpu"
+    sequences, length = needs.rollout
+    rows = min(engine.max_num_seqs, sequences)
+    allowed = 0.0 if on_cpu else gpu_cache_bytes(engine, shape.weights, machine.total)
+    parts = _cache(shape, engine, rows, length, max(0.0, allowed))
+    parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
+    if on_cpu and engine.prepack_weights and shape.item == 2:
+        parts["prepacked weights"] = float(shape.weights)
     return parts
 
 
@@ -133,32 +158,59 @@ def _cache(
 
 
 def _learning(
-    shape: Shape, optimizer: OptimizerConfig, trained: int, device: torch.device, cut: bool
+    shape: Shape,
+    optimizer: OptimizerConfig,
+    trained: int,
+    machine: Machine,
+    cut: bool,
+    adapters: bool,
 ) -> dict[str, float]:
     """Bytes of a model that learns. `cut`: an update has several micro-batches, whose gradients are
     summed in fp32.
+
+    While a step sums the gradients over the ranks, each buffer of them shrinks to this rank's part,
+    so these parts never add to the peak.
     """
-    moments = 2 * trained * (1 if optimizer.moments == "8bit" else 4)
-    ranks, sharded = world().size, world().sharded
-    zero = world().deepspeed
-    on_host = optimizer.offload == "always" or (zero is not None and zero.offload == "cpu")
-    on_host = on_host and device.type != "cpu"
-    return {
-        "weights": (_TRAINED_COPY if device.type == "cpu" else 1.0) * shape.weights,
-        "sums of gradients": 4.0 * trained / ranks if sharded else 4.0 * trained if cut else 0.0,
-        "fp32 masters and moments": 0.0 if on_host else float(4 * trained + moments) / ranks,
-        "the optimizer's step": float(min(_STEP, 4 * trained)),
+    on_cpu, split = machine.device.type == "cpu", 1 if adapters else machine.split
+    state = trained / machine.ranks if split == 1 else trained / split
+    on_host = (optimizer.offload == "always" or machine.state_on_host) and not on_cpu
+    parts = {
+        "weights": (_TRAINED_COPY if on_cpu else 1.0) * shape.weights,
+        "fp32 masters": 0.0 if on_host else 4 * state,
+        "moments": 0.0 if on_host else 2 * state * (1 if optimizer.moments == "8bit" else 4),
     }
+    if split > 1:
+        # The embedding and the head stay whole from the forward to the backward pass; of the
+        # layers there are two, with one's gradient in both precisions.
+        layer = (3 * shape.item + 4) * shape.layer
+        parts["weights gathered while training"] = 2.0 * shape.item * shape.tables + layer
+        return {**parts, "sums of gradients": 4 * state}
+    # One buffer's whole gradient, and what the ranks' sum of it takes.
+    buffer = 4.0 * min(max(_FLAT, shape.widest), trained)
+    parts["the optimizer's step"] = buffer * (1 + 2 / machine.ranks * (machine.ranks > 1))
+    return {**parts, "sums of gradients": 4.0 * trained if cut else 0.0}
 
 
-def passing(needs: MemoryNeeds, shape: Shape, trained: int, activations: float) -> float:
-    """Bytes of a micro-batch's pass beside the sums of gradients: its activations, or the gradients
-    that come as these go, in the weights' type; in fp32 gradients are summed where they are.
+def passing(
+    needs: MemoryNeeds, shape: Shape, trained: int, activations: float, split: bool = False
+) -> dict[str, float]:
+    """Bytes of a micro-batch's pass beside the sums of gradients, by purpose: gradients that come
+    in the weights' type as activations go, and what activations take beyond them. In fp32,
+    gradients are summed where they are. With `split` those of embedding and head come, in fp32.
     """
-    if _is_cut(needs) and shape.item == 4:
-        return activations
-    learned = trained + (shape.parameters if needs.critic else 0)
-    return max(activations, float(learned * shape.item))
+    if split:
+        gradients = 4.0 * shape.tables * (2 if needs.critic else 1)
+    elif _is_cut(needs) and shape.item == 4:
+        gradients = 0.0
+    else:
+        gradients = float(shape.item * (trained + (shape.parameters if needs.critic else 0)))
+    return {"gradients": gradients, "activations": max(0.0, activations - gradients)}
+
+
+def _of_one_rank(needs: MemoryNeeds, ranks: int) -> MemoryNeeds:
+    """The needs of one rank: its part of an update and of a rollout."""
+    rollout = needs.rollout and (-(-needs.rollout[0] // ranks), needs.rollout[1])
+    return replace(needs, update_tokens=-(-needs.update_tokens // ranks), rollout=rollout)
 
 
 def _is_cut(needs: MemoryNeeds) -> bool:
@@ -172,11 +224,47 @@ def with_total(parts: dict[str, float]) -> dict[str, float]:
     return {**parts, "total": sum(parts.values())}
 
 
-def resident(device: torch.device) -> float:
-    """Bytes that this process already holds on the device."""
-    if device.type == "cuda":
-        return float(torch.cuda.memory_allocated(device))
-    return resident_bytes()
+@dataclass(frozen=True)
+class Fitted:
+    """The sizes of a stage, and the memory that it takes with them."""
+
+    tokens: int
+    """Of a micro-batch."""
+    recompute: bool
+    """Whether layers are computed again in the backward pass."""
+    parts: dict[str, float]
+    """Bytes of one rank by purpose, with their sum."""
+
+
+def fit(
+    needs: MemoryNeeds,
+    engine: EngineConfig,
+    shape: Shape,
+    trained: int,
+    machine: Machine,
+    activations: Activations,
+    adapters: bool,
+) -> Fitted:
+    """What the configs leave open, chosen for the machine: the same on all ranks, for the one that
+    has the least memory.
+    """
+    needs = _of_one_rank(needs, machine.ranks)
+    parts = parts_of(needs, engine, shape, trained, machine, adapters)
+    chosen = micro_batch(needs, engine, activations, parts, machine.free)
+    fitted = world().gather(chosen, "the size of micro-batches")
+    tokens, again = min(t for t, _ in fitted), any(r for _, r in fitted)
+    split = machine.split > 1 and not adapters
+    found = passing(needs, shape, trained, activations.bytes(tokens, again), split)
+    what = f"activations of {tokens} tokens{', computed again' if again else ''}"
+    unknown = f" (not measured: {activations.unknown})" if activations.unknown else ""
+    parts["gradients"] = found["gradients"]
+    parts[what + unknown] = found["activations"]
+    if engine.free_cache_while_training:
+        passes = ("gradients", "sums of gradients", "the optimizer's step", what + unknown)
+        there = sum(parts.get(name, 0.0) for name in passes)
+        room = sum(_generating(needs, engine, shape, machine).values())
+        parts["cache, where it takes more than training"] = max(0.0, room - there)
+    return Fitted(tokens, again, with_total(parts))
 
 
 def micro_batch(

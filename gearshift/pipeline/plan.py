@@ -13,37 +13,37 @@ from gearshift.models.adapters import AdapterConfig
 from gearshift.models.load import resolve_device, resolve_dtype
 from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.forms import forms, shapes
-from gearshift.pipeline.memory import (
-    GIB,
-    Shape,
-    micro_batch,
-    parts_of,
-    passing,
-    shortage,
-    with_total,
-)
-from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe
+from gearshift.pipeline.machine import GIB, Machine
+from gearshift.pipeline.memory import Shape, fit, shortage
+from gearshift.pipeline.recipe import POLICIES, STAGES, Recipe, StageName
 from gearshift.runtime.config import dump
-from gearshift.runtime.free_memory import free_bytes, total_bytes
 
 
-def plan(recipe: Recipe) -> str:
-    """The resolved config, the stages in order, and the memory of the largest, as text."""
+def plan(recipe: Recipe, on: str | None = None) -> str:
+    """The resolved config, the stages in order, and the memory of each, as text. `on` names another
+    machine (`Machine.named`).
+    """
     model = shapes(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
     device = resolve_device(recipe.model.device)
-    dtype = resolve_dtype(recipe.model.dtype, device)
+    if on is None:
+        machine, dtype = Machine.here(device), resolve_dtype(recipe.model.dtype, device)
+    else:
+        machine = Machine.named(on, recipe.scale)
+        asked = recipe.model.dtype
+        dtype = torch.bfloat16 if asked == "auto" else resolve_dtype(asked, device)
+    ranks = f", {machine.ranks} ranks ({recipe.scale.strategy})" if machine.ranks > 1 else ""
     lines = [
         dump(recipe).rstrip(),
         "",
         f"# {recipe.model.name}: {parameters / 1e6:.0f} M parameters "
-        f"in {str(dtype).removeprefix('torch.')} on {device}",
+        f"in {str(dtype).removeprefix('torch.')} on {machine.device}{ranks}",
         "# Plan:",
         *(f"#   {line}" for line in _stages(recipe)),
         "# Models:",
         *(f"#   {line}" for line in forms(recipe, model)),
-        "# Memory at the peak:",
-        *(f"#   {line}" for line in _memory(recipe, model, dtype)),
+        f"# Memory at the peak{' of each rank' if ranks else ''}:",
+        *(f"#   {line}" for line in _lines(recipe, memory(recipe, model, dtype, machine), machine)),
     ]
     return "\n".join(lines)
 
@@ -59,44 +59,43 @@ def _stages(recipe: Recipe) -> list[str]:
     return lines or ["nothing: the recipe has no stage"]
 
 
-def _memory(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """The memory of each stage, and that of the largest stage by purpose."""
-    shape, device = Shape.of(model, dtype), resolve_device(recipe.model.device)
-    lora = recipe.model.lora
-    stages: dict[str, dict[str, float]] = {}
+def memory(
+    recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype, machine: Machine
+) -> dict[StageName, dict[str, float]]:
+    """Bytes of each stage on one rank, by purpose, with their sum. `model` has shapes only."""
+    shape, stages = Shape.of(model, dtype), {}
     for name in STAGES:
         config = getattr(recipe, name)
         if config is None:
             continue
-        policy = name in POLICIES
-        trained = _adapter_size(shape, lora) if lora and policy else shape.parameters
+        lora = recipe.model.lora if name in POLICIES else None
+        trained = adapter_size(shape, lora) if lora else shape.parameters
         needs = config.memory_needs()
         if recipe.generation.backend != "engine":
             needs = replace(needs, rollout=None)
-        free, adapters = free_bytes(device), lora is not None
-        parts = parts_of(
-            needs, recipe.engine, shape, trained, device, adapters, total_bytes(device)
-        )
-        activations = Activations(model.config, needs, dtype, device, lora if policy else None)
-        tokens, recompute = micro_batch(needs, recipe.engine, activations, parts, free)
-        size = passing(needs, shape, trained, activations.bytes(tokens, recompute))
-        what = f"activations of {tokens} tokens{', computed again' if recompute else ''}"
-        unknown = f" (not measured: {activations.unknown})" if activations.unknown else ""
-        parts[what + unknown] = size
-        stages[name] = with_total(parts)
-    if not stages:
-        return []
-    largest = max(stages, key=lambda name: stages[name]["total"])
-    lines = [f"{name}: {parts['total'] / GIB:.2f} GiB" for name, parts in stages.items()]
-    lines += [f"the peak of {largest} is the sum of:"]
-    lines += [f"{size / GIB:6.2f} GiB  {what}" for what, size in stages[largest].items()]
-    key = f"{largest}.{getattr(recipe, largest).micro_batch_key}"
-    if short := shortage(stages[largest]["total"], free_bytes(device), key):
-        lines.append(f"NOT ENOUGH MEMORY for {largest}: {short}")
+        # Activations of another machine's GPU are measured on the device that is here.
+        device = resolve_device(recipe.model.device)
+        activations = Activations(model.config, needs, dtype, device, lora)
+        fitted = fit(needs, recipe.engine, shape, trained, machine, activations, lora is not None)
+        stages[name] = fitted.parts
+    return stages
+
+
+def _lines(
+    recipe: Recipe, stages: dict[StageName, dict[str, float]], machine: Machine
+) -> list[str]:
+    lines = []
+    for name, parts in stages.items():
+        free = f"{machine.free / GIB:.2f} GiB are free"
+        lines.append(f"{name}: {parts['total'] / GIB:.2f} GiB, and {free}; it is the sum of:")
+        lines += [f"{size / GIB:8.2f} GiB  {what}" for what, size in parts.items() if size]
+        key = f"{name}.{getattr(recipe, name).micro_batch_key}"
+        if short := shortage(parts["total"], machine.free, key):
+            lines.append(f"NOT ENOUGH MEMORY for {name}: {short}")
     return lines
 
 
-def _adapter_size(shape: Shape, lora: AdapterConfig) -> int:
+def adapter_size(shape: Shape, lora: AdapterConfig) -> int:
     """Parameters of an adapter on every linear layer; fewer where `targets` names some."""
     widths = [
         (shape.hidden, shape.heads * shape.head_size), (shape.hidden, shape.hidden),

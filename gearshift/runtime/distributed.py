@@ -13,6 +13,7 @@ another as pickles.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +45,14 @@ class ScaleConfig(Config):
     strategy: Literal["replicate", "fsdp", "deepspeed"] = "replicate"
     """Where weights, gradients and the optimizer's state are. `replicate`: each rank has the whole
     weights and gradients, and its part of the master weights and moments. `fsdp`: each rank has its
-    part of all of these (FSDP2), and beside them the whole weights to generate with. On several
-    nodes, each node has all parts. A policy with `model.lora` is not split. `deepspeed`: the same
-    is where it is with `replicate`, but DeepSpeed's ZeRO keeps it, also in the host's memory. One
-    process ignores the key.
+    part of all of these (FSDP2), and beside them the whole weights to generate with. A policy with
+    `model.lora` is not split. `deepspeed`: the same is where it is with `replicate`, but
+    DeepSpeed's ZeRO keeps it, also in the host's memory. One process ignores the key.
+    """
+    split: int | None = Field(default=None, ge=2)
+    """Over how many ranks `fsdp` splits a model; each group of so many ranks has all parts. null
+    is the ranks of one node, which sends less between nodes. If the number of ranks is no multiple
+    of it, all ranks have one set of parts.
     """
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """DeepSpeed's settings, with `strategy: deepspeed`."""
@@ -56,13 +61,15 @@ class ScaleConfig(Config):
 
     @classmethod
     def unused(cls, tree: dict[str, Any]) -> dict[tuple[str, ...], str]:
-        """DeepSpeed's settings under another strategy."""
-        if not tree.get("deepspeed") or tree.get("strategy") == "deepspeed":
-            return {}
+        """The settings of another strategy."""
+        readers, own = {"split": "fsdp", "deepspeed": "deepspeed"}, tree.get("strategy")
+        given = [key for key, reader in readers.items() if tree.get(key) and own != reader]
         with suppress(ValueError):  # the section itself says what is wrong with it
-            if DeepSpeedConfig.model_validate(tree["deepspeed"]) == DeepSpeedConfig():
-                return {}  # as a run's own recipe writes it
-        return {("deepspeed",): "strategy is not deepspeed; set it, or leave these settings out."}
+            if DeepSpeedConfig.model_validate(tree.get("deepspeed") or {}) == DeepSpeedConfig():
+                given = [key for key in given if key != "deepspeed"]  # a run's own recipe has it
+        return {
+            (key,): f"strategy is not {readers[key]}; set it, or leave {key} out." for key in given
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,8 @@ class World:
     """The file that says what this rank does, for those who ask who waits for whom."""
     sharded: bool = False
     """Whether the models that are trained are split over the ranks."""
+    group: int | None = None
+    """Over how many ranks they are split (`scale.split`)."""
     deepspeed: DeepSpeedConfig | None = None
     """How DeepSpeed keeps optimizers; None where it does not."""
     lost: bool = field(default=False, init=False)
@@ -97,6 +106,25 @@ class World:
     def main(self) -> bool:
         """Whether this rank writes the run's files and prints its lines."""
         return self.rank == 0
+
+    @property
+    def local(self) -> int:
+        """How many ranks this rank's host has, which share its memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @property
+    def split(self) -> int:
+        """Over how many ranks a model that is trained is split; 1: each rank has it whole."""
+        return self.split_over(self.local)
+
+    def split_over(self, local: int) -> int:
+        """The same where each host has `local` ranks: models are split inside a host, unless
+        `group` says another number.
+        """
+        if not self.sharded:
+            return 1
+        asked = self.group or local
+        return asked if 1 < asked < self.size and self.size % asked == 0 else self.size
 
     def mine(self, things: Sequence[T]) -> Sequence[T]:
         """This rank's part of them: each `size`-th."""
@@ -310,7 +338,8 @@ def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
     rank, size = dist.get_rank(), dist.get_world_size()
     note = RankNote(folder, rank, size) if folder else None
     sharded = size > 1 and config.strategy == "fsdp"
-    _world = World(rank, size, config.timeout, note, sharded, deepspeed if size > 1 else None)
+    zero = deepspeed if size > 1 else None
+    _world = World(rank, size, config.timeout, note, sharded, config.split, zero)
     try:
         with note or nullcontext(), quiet(not _world.main), _ending_together(_world):
             yield _world

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import torch
 
+from gearshift.runtime.distributed import world
+
 
 def free_bytes(device: torch.device) -> float:
     """Bytes that are free: of the device, with those that this process's allocator keeps of tensors
     that are gone; or of the machine, of the control groups that this process is in (containers,
-    batch jobs), and of its own limits, whichever is least.
+    batch jobs), and of its own limits, whichever is least. Ranks on one host share its memory.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
-    return min(_of_machine(), of_control_groups(Path("/proc/self/cgroup")), _of_limits())
+    shared = min(_of_machine(), of_control_groups(Path("/proc/self/cgroup")))
+    return min(shared / world().local, _of_limits())
 
 
 def total_bytes(device: torch.device) -> float:

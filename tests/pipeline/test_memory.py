@@ -1,5 +1,6 @@
 """The memory that is predicted before a run adds up, and open keys are chosen to fit in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 
 from gearshift.cli.main import main
 from gearshift.engine import EngineConfig
+from gearshift.errors import ConfigError
 from gearshift.models.tiny import tiny_model
 from gearshift.pipeline.activations import Activations
+from gearshift.pipeline.machine import GIB, Machine
 from gearshift.pipeline.memory import (
-    GIB,
     Shape,
+    fit,
     micro_batch,
     parts_of,
     passing,
@@ -19,13 +22,13 @@ from gearshift.pipeline.memory import (
     with_total,
 )
 from gearshift.runtime import distributed
-from gearshift.runtime.distributed import World
+from gearshift.runtime.distributed import ScaleConfig, World
 from gearshift.runtime.free_memory import free_bytes, of_control_groups
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = Machine(torch.device("cpu")), Machine(torch.device("cuda"))
 LLAMA_1B = Shape(1_200_000_000, 16, 2048, 8192, 48, 64, 2 * 16 * 8 * 64 * 2, 128_256, 2)
 
 
@@ -100,15 +103,65 @@ def test_what_adapters_offload_and_8_bits_save() -> None:
         assert adapters < less < everything
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_ranks_share_masters_and_moments_and_where_they_are_split_the_gradients(
-    monkeypatch: pytest.MonkeyPatch, sharded: bool
-) -> None:
-    monkeypatch.setattr(distributed, "_world", World(size=4, sharded=sharded))
-    needs = SFTConfig(micro_batch_tokens=8).memory_needs()
-    parts = parts_of(needs, EngineConfig(), LLAMA_1B, 8, GPU)
-    assert parts["fp32 masters and moments"] == 12 * 8 / 4
-    assert parts["sums of gradients"] == 4 * 8 / (4 if sharded else 1)
+@pytest.mark.parametrize("split", [1, 4])
+def test_ranks_share_masters_and_moments_and_where_they_are_split_the_gradients(split: int) -> None:
+    needs, count = SFTConfig(micro_batch_tokens=8).memory_needs(), LLAMA_1B.parameters
+    machine = Machine(torch.device("cuda"), ranks=4, split=split)
+    parts = parts_of(needs, EngineConfig(), LLAMA_1B, count, machine)
+    assert parts["weights"] == 2 * count
+    assert parts["fp32 masters"] + parts["moments"] == 12 * count / 4
+    assert parts["sums of gradients"] == 4 * count / split
+    own = passing(needs, LLAMA_1B, count, 0.0, split > 1)["gradients"]
+    assert own == (0 if split > 1 else 2 * count), "LLAMA_1B names no tables"
+    with_adapters = parts_of(needs, EngineConfig(), LLAMA_1B, 8, machine, adapters=True)
+    assert with_adapters["fp32 masters"] == 4 * 8 / 4, "adapters are not split"
+
+
+def test_each_rank_has_its_part_of_a_step() -> None:
+    """An update that one micro-batch of each rank covers needs no sums in fp32."""
+    config = RLConfig(update={"micro_batch_tokens": 4 * (128 + 8 * 64)})
+    needs, count = config.memory_needs(), LLAMA_1B.parameters
+    assert needs.rollout == (64, 192)
+    for ranks, sums, rows in ((1, 4 * count, 64), (2, 0, 32), (4, 0, 16)):
+        machine = Machine(torch.device("cpu"), ranks=ranks)
+        found = fit(needs, EngineConfig(), LLAMA_1B, count, machine, Told(), False)
+        assert found.parts["sums of gradients"] == sums
+        assert f"KV cache of {rows} rows x 192 tokens" in found.parts
+
+
+def test_a_freed_cache_counts_only_beyond_what_training_takes() -> None:
+    needs, count = RLConfig().memory_needs(), LLAMA_1B.parameters
+    machine = Machine(torch.device("cuda"), 79 * GIB, 80 * GIB)
+    kept, freed = (
+        fit(needs, EngineConfig.model_validate(keys), LLAMA_1B, count, machine, Told(), False)
+        for keys in ({}, {"free_cache_while_training": True})
+    )
+    cache = kept.parts["KV cache (engine.gpu_memory_utilization)"]
+    assert freed.parts["total"] < kept.parts["total"]
+    over = freed.parts["cache, where it takes more than training"]
+    assert 0 < over < cache
+
+
+def test_another_machine_is_named() -> None:
+    whole, fsdp = ScaleConfig(), ScaleConfig(strategy="fsdp")
+    node = Machine.named("1x8x79", fsdp)
+    assert (node.ranks, node.split, node.total) == (8, 8, 79 * GIB)
+    assert Machine.named("8x8x139", fsdp).split == 8, "models are split inside a node"
+    for asked, split in ((64, 64), (16, 16), (7, 64)):
+        wider = ScaleConfig(strategy="fsdp", split=asked)
+        assert Machine.named("8x8x139", wider).split == split
+    assert Machine.named("8x8x139", whole).split == 1
+    assert Machine.named("1x1x24", fsdp).split == 1
+    for name in ("8", "8x8", "axbxc", "0x8x80", "1x8x-1", "1.5x1x80"):
+        with pytest.raises(ConfigError, match="nodes x GPUs"):
+            Machine.named(name, whole)
+
+
+def test_ranks_on_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_bytes(CPU.device)
+    monkeypatch.setattr(distributed, "_world", World(size=8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(CPU.device) == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() -> None:
@@ -116,14 +169,15 @@ def test_gradients_are_summed_in_fp32_where_there_are_several_micro_batches() ->
         config = SFTConfig(batch_size=4, max_length=1024, **changes)
         parts = parts_of(config.memory_needs(), EngineConfig(), LLAMA_1B, LLAMA_1B.parameters, GPU)
         own = passing(config.memory_needs(), LLAMA_1B, LLAMA_1B.parameters, 0.0)
-        return (parts["sums of gradients"] + own) / LLAMA_1B.parameters
+        return (parts["sums of gradients"] + own["gradients"]) / LLAMA_1B.parameters
 
     assert [gradients(micro_batch_tokens=n) for n in (4096, 4095, 0)] == [2, 6, 6]
     wide = Shape(*(6, 2, 8, 8, 3, 8, 128, 259), item=4)
     parts = parts_of(SFTConfig(micro_batch_tokens=8).memory_needs(), EngineConfig(), wide, 6, GPU)
     assert parts["sums of gradients"] == 4 * 6
-    assert passing(SFTConfig(micro_batch_tokens=8).memory_needs(), wide, 6, 0.0) == 0
-    assert passing(SFTConfig().memory_needs(), LLAMA_1B, 7, 1e9) == 1e9, "they come as these go"
+    assert passing(SFTConfig(micro_batch_tokens=8).memory_needs(), wide, 6, 0.0)["gradients"] == 0
+    both = passing(SFTConfig().memory_needs(), LLAMA_1B, 7, 1e9)
+    assert both == {"gradients": 14, "activations": 1e9 - 14}, "they come as these go"
 
 
 def test_a_recipe_that_leaves_it_open_runs(
@@ -175,7 +229,7 @@ def test_the_limits_of_the_process_count() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 36, before[1]))
     try:
-        assert free_bytes(CPU) < 1 << 36
+        assert free_bytes(CPU.device) < 1 << 36
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
@@ -190,7 +244,13 @@ def test_what_is_not_there_is_told_before(
     recipe = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH" not in capsys.readouterr().out
-    monkeypatch.setattr("gearshift.pipeline.plan.free_bytes", lambda device: 1e6)
+    main(["run", recipe, "--dry-run", "--on", "2x4x79", "rl.steps=1"])
+    out = capsys.readouterr().out
+    assert "on cuda, 8 ranks (replicate)" in out and "78.00 GiB are free" in out
+    with pytest.raises(SystemExit):
+        main(["run", recipe, "--on", "2x4x79"])
+    assert "add --dry-run" in capsys.readouterr().err
+    monkeypatch.setattr("gearshift.pipeline.machine.free_bytes", lambda device: -1e12)
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out
 
@@ -201,9 +261,9 @@ def test_the_cache_takes_what_the_engine_gives_it() -> None:
     assert needs.rollout is not None
     needed = LLAMA_1B.cache(*needs.rollout)
 
-    def cache(device: torch.device, total: float, **keys: float) -> float:
-        config = EngineConfig.model_validate(keys)
-        parts = parts_of(needs, config, LLAMA_1B, 1, device, total=total)
+    def cache(kind: Machine, total: float, **keys: float) -> float:
+        config, machine = EngineConfig.model_validate(keys), replace(kind, total=total)
+        parts = parts_of(needs, config, LLAMA_1B, 1, machine)
         return next(size for name, size in parts.items() if name.startswith("KV cache"))
 
     assert cache(CPU, 80 * GIB) == cache(GPU, 0) == needed < 8 * GIB
