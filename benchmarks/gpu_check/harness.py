@@ -71,7 +71,7 @@ class Check:
     """The time for everything."""
     header: dict[str, Any] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
-    """Of each step: `done`, or how it ended."""
+    """How each step ended, by the step's name; `done` where nothing went wrong."""
     lines: list[Line] = field(default_factory=list)
 
     def run(self, steps: Sequence[Step]) -> None:

@@ -25,7 +25,7 @@ from gearshift.kernels.specs import AttentionOptions
 from gearshift.models.attention import PackedLayout
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
-"""Of the layers that are timed."""
+"""The heads of queries, the heads of keys and the head size of the timed layers."""
 NEW_SHAPES = 6
 
 
@@ -67,7 +67,7 @@ def exact(probe: Probe) -> None:
 def differences(
     probe: Probe, sequences: PackedSequences, dtype: torch.dtype, D: int, options: AttentionOptions
 ) -> list[float]:
-    """Of the output and of the gradients, over the largest value of each."""
+    """The largest errors of the output and of the gradients, each divided by the largest value."""
     T = len(sequences.batch)
     ours = [probe.randn(T, n, D, dtype=dtype).requires_grad_() for n in (8, 2, 2)]
     theirs = [x.detach().double().requires_grad_() for x in ours]

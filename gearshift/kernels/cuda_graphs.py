@@ -125,7 +125,9 @@ def _waits(func: Any, args: Any, out: Any) -> bool:
     if kind in _WAITS or func is _aten.repeat_interleave.Tensor:
         return True
     if kind in (_aten.index, _aten.index_put, _aten.index_put_):
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        masks = (torch.bool, torch.uint8)
+        place = args[0].device  # an index on another device is copied first
+        return any(i is not None and (i.dtype in masks or i.device != place) for i in args[1])
     if func is _aten._to_copy.default:
         return bool(args[0].device != out.device)
     return func is _aten.copy_.default and bool(args[0].device != args[1].device)

@@ -23,7 +23,9 @@ from gearshift.kernels.cuda_graphs import CudaGraphs
 from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions, Prepare, Run
 
 _TOGETHER = 4
-"""Blocks that one turn of a kernel's loop reads."""
+"""Blocks that one turn of a kernel's loop reads at most."""
+_SHARED_BYTES = 96 * 1024
+"""Shared memory that a program takes at most, without its sums: sm_86 and sm_89 have 99 KB."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -73,11 +75,13 @@ def _shared_part(  # type: ignore[no-untyped-def]
     R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile and one key head over the blocks that all rows of the tile share."""
+    """Attention of M queries of one tile and one key head over the blocks that all rows of the tile
+    share.
+    """
     tile, k = tl.program_id(0), tl.program_id(1)
     blocks = tl.load(common + tile)
     if blocks > 0:
-        m = tl.arange(0, M)
+        m = tl.program_id(2) * M + tl.arange(0, M)
         d = tl.arange(0, DP)
         row = tile * TILE + m // R
         head = k * R + m % R
@@ -171,22 +175,43 @@ class TritonKernels(ChunkedKernels):
         sums = query.new_empty((B * Q, D), dtype=torch.float32)
         out = torch.empty((B, Q, D), dtype=query.dtype, device=query.device)
         numbers = (query.stride(0), options.scaling, softcap)
-        shape: dict[str, Any] = {
-            "R": R, "K": K, "D": D, "DP": max(16, triton.next_power_of_2(D)), "P": BLOCK,
-            "TILE": TILE, "N": _TOGETHER,
-        }  # fmt: skip
+        DP = max(16, triton.next_power_of_2(D))
+        shape: dict[str, Any] = {"R": R, "K": K, "D": D, "DP": DP, "P": BLOCK, "TILE": TILE}
         with torch.cuda.device_of(query), _named_errors(D):  # Triton takes the current device
             if not window:  # rows of a window see different blocks
-                _shared_part[len(common), K](
+                M, N = tile_size(TILE * R, DP, query.element_size())
+                _shared_part[len(common), K, triton.cdiv(TILE * R, M)](
                     query, store, metadata.block_tables, common, tops, totals, sums, B, W,
-                    *numbers, store.stride(0), **shape, M=max(16, triton.next_power_of_2(TILE * R)),
+                    *numbers, store.stride(0), **shape, M=M, N=N,
                 )  # fmt: skip
+            M, N = tile_size(R, DP, query.element_size(), whole=True)
             _own_part[B, K](
                 query, store, metadata.block_tables, metadata.positions, common, tops, totals, sums,
-                out, W, *numbers, window, store.stride(0), **shape,
-                M=max(16, triton.next_power_of_2(R)),
+                out, W, *numbers, window, store.stride(0), **shape, M=M, N=N,
             )  # fmt: skip
         return out
+
+
+def tile_size(queries: int, size: int, item: int, whole: bool = False) -> tuple[int, int]:
+    """(M, N): how many of these queries a program takes (all if `whole`) and how many blocks of
+    keys at once, so that its shared memory fits on every GPU. `size` is DP; `item` is the bytes of
+    a number.
+
+    Its shared memory is N P DP keys and as many values, M DP queries and M N P weights. Triton
+    keeps keys and values of 16 bits in one place.
+    """
+    M, N = max(16, triton.next_power_of_2(queries)), _TOGETHER
+    copies = 2 if item == 4 else 1
+
+    def bytes_of() -> int:
+        return (copies * N * BLOCK * size + M * size + M * N * BLOCK) * item
+
+    while bytes_of() > _SHARED_BYTES and (N > 1 or (M > 16 and not whole)):
+        if M > 16 and not whole:
+            M //= 2
+        else:
+            N //= 2
+    return M, N
 
 
 @contextmanager

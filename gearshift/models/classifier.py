@@ -95,7 +95,8 @@ def padded_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) ->
         return _padded(model, model, sequences).logits[:, 0].float()
     states_NLH = _padded(model, model.base_model, sequences).last_hidden_state
     last_N = torch.tensor([len(s) - 1 for s in sequences], device=states_NLH.device)
-    scores: Tensor = model.score(states_NLH[torch.arange(len(sequences)), last_N])[:, 0].float()
+    rows_N = torch.arange(len(sequences), device=states_NLH.device)
+    scores: Tensor = model.score(states_NLH[rows_N, last_N])[:, 0].float()
     return scores
 
 

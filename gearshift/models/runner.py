@@ -274,7 +274,8 @@ class ModelRunner:
         return padded_scores(self.model, whole_sequences(batch))
 
     def _scores(self, batch: PackedBatch) -> Tensor:
-        last_NH = self._hidden(batch)[batch.cu_seqlens[1:][leaves(batch)] - 1]
+        last_N = batch.cu_seqlens[1:][leaves(batch)] - 1
+        last_NH = self._hidden(batch)[last_N.to(batch.input_ids.device)]
         scores: Tensor = cast(Any, self.model).score(last_NH)[:, 0].float()
         return scores
 

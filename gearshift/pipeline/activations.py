@@ -48,6 +48,9 @@ class Activations:
     dtype: torch.dtype
     device: torch.device
     lora: AdapterConfig | None = None
+    policy: type[PreTrainedModel] | None = None
+    """The class of the policy, where `AutoModelForCausalLM` does not find it by the config: a model
+    of images keeps the config of its text part."""
     unknown: str = ""
     """Why they could not be measured."""
     _known: dict[tuple[int, bool], float] = field(default_factory=dict)
@@ -71,16 +74,17 @@ class Activations:
         prompt = min(tree.prompt, longest // 2)
         tree = Tree(prompt, tree.completions, min(tree.length, longest - prompt))
         batch = _batch(tree, tokens, self.needs.head != "token_logits").to(self.device)
-        (two, _), (three, whole) = (self._peaks(n, batch, recompute) for n in (2, 3))
+        two, three = (self._peaks(n, batch, recompute) for n in (2, 3))
         layers = self.config.get_text_config().num_hidden_layers
-        trunks = layers * (2 if self.needs.critic else 1)
-        deep = two + (trunks - 2) * max(0.0, three - two)
-        return max(deep, whole) * max(1.0, tokens / len(batch))
+        more = max(0, layers * (2 if self.needs.critic else 1) - 3)
+        deep = max(b + more * max(0.0, b - a) for a, b in zip(two, three, strict=True))
+        return deep * max(1.0, tokens / len(batch))
 
     def _peaks(self, layers: int, batch: PackedBatch, recompute: bool) -> tuple[float, float]:
         """The peak of one pass through a model of so many layers, without its layers' gradients: up
-        to the first layer's gradient, and with the embedding's, which takes as much in a deep model
-        and can be the peak of a shallow one only.
+        to the first layer's gradient, and with the embedding's. The embedding takes as much in a
+        deep model, so that it can be the peak of a shallow one only, unless it has a part for each
+        layer.
         """
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             runner = self._runner(layers, recompute)
@@ -112,7 +116,7 @@ class Activations:
         config, kind = _cut_to(self.config, layers), self.needs.head
         with NoDraws():
             with torch.device(self.device):
-                model: PreTrainedModel = _CLASSES[kind].from_config(config, dtype=self.dtype)
+                model = self._model(config)
             if kind == "logprobs":
                 model.set_attn_implementation(ATTENTION)
                 if self.lora:
@@ -124,15 +128,27 @@ class Activations:
         model.train(self.needs.dropout)
         return runner
 
+    def _model(self, config: PretrainedConfig) -> PreTrainedModel:
+        kind = self.needs.head
+        if kind == "logprobs" and self.policy and type(config) is self.policy.config_class:
+            return self.policy._from_config(config, dtype=self.dtype)
+        return _CLASSES[kind].from_config(config, dtype=self.dtype)
+
 
 def _cut_to(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The config of a model with so many layers, the first ones."""
+    """The config of a model with so many layers, the first ones. Each has keys and values of its
+    own, where a model's last layers take those of earlier ones: that needs more memory.
+    """
     cut = copy.deepcopy(config)
     text = cut.get_text_config()
     before = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == before:
             setattr(text, name, (value * layers)[:layers])
+    if getattr(text, "num_kv_shared_layers", 0):
+        text.num_kv_shared_layers = 0
+        if getattr(text, "use_double_wide_mlp", False):  # in those last layers alone
+            text.intermediate_size *= 2
     text.num_hidden_layers = layers
     cut.num_labels = 1
     return cut

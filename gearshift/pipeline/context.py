@@ -165,7 +165,7 @@ class Context:
         if self.recipe.generation.backend != "engine":
             needs = replace(needs, rollout=None)
         lora = self.recipe.model.lora if needs.head == "logprobs" else None
-        activations = Activations(model.config, needs, model.dtype, model.device, lora)
+        activations = Activations(model.config, needs, model.dtype, model.device, lora, type(model))
         engine, adapters = self.recipe.engine, lora is not None
         fitted = fit(needs, engine, shape, trained, machine, activations, adapters)
         stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))

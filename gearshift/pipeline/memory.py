@@ -34,7 +34,9 @@ read from stays mapped, and the allocator keeps what loading freed. Measured."""
 _LOADED_COPY = 1.3
 """The same for a model that is only run. Measured."""
 _LOGIT_BYTES = 6.0
-"""Bytes of a decode step for one logit: in the model's dtype, and in fp32 to sample from."""
+"""Bytes of a CPU's decode step for one logit: in the model's dtype, and in fp32 to sample from."""
+_SAMPLED_BYTES = 13.0
+"""Bytes that a GPU's decode step needs to sample from one logit, besides the logit. Measured."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _generating(
     rows = min(engine.max_num_seqs, sequences)
     allowed = 0.0 if on_cpu else gpu_cache_bytes(engine, shape.weights, machine.total)
     parts = _cache(shape, engine, rows, length, max(0.0, allowed))
-    parts["logits of a decode step"] = _LOGIT_BYTES * rows * shape.vocabulary
+    logit = _LOGIT_BYTES if on_cpu else _SAMPLED_BYTES + shape.item
+    parts["logits of a decode step"] = logit * rows * shape.vocabulary
     if on_cpu and engine.prepack_weights and shape.item == 2:
         parts["prepacked weights"] = float(shape.weights)
     return parts

@@ -75,7 +75,7 @@ def memory(
             needs = replace(needs, rollout=None)
         # Activations of another machine's GPU are measured on the device that is here.
         device = resolve_device(recipe.model.device)
-        activations = Activations(model.config, needs, dtype, device, lora)
+        activations = Activations(model.config, needs, dtype, device, lora, type(model))
         fitted = fit(needs, recipe.engine, shape, trained, machine, activations, lora is not None)
         stages[name] = fitted.parts
     return stages

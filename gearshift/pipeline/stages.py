@@ -37,12 +37,11 @@ from gearshift.runtime.interrupt import doing
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import counted
 from gearshift.tasks.registry import TASKS
+from gearshift.trainers.judged import Judged, render_judged
 from gearshift.trainers.preference import (
     NEEDS_REFERENCE,
-    Judged,
     PreferenceConfig,
     PreferenceLoss,
-    render_judged,
     train_preference,
 )
 from gearshift.trainers.process_reward_model import (

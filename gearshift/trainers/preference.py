@@ -11,7 +11,7 @@ Legend: N completions of the batch, P pairs, M their tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from statistics import fmean
@@ -20,28 +20,22 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gearshift.algorithms.normalize import row_sums
 from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
-from gearshift.batch import PackedBatch, pack_groups
-from gearshift.data import (
-    DataConfig,
-    Mixture,
-    PreferenceExample,
-    UnpairedExample,
-    render_completion,
-)
+from gearshift.batch import PackedBatch
+from gearshift.data import DataConfig, Mixture
 from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
 from gearshift.runtime.config import Neutral
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.trainers.judged import Judged, judged_batch
 from gearshift.trainers.needs import Inputs, MemoryNeeds, Tree
 from gearshift.trainers.presets import PreferenceAlgorithm, preference_filled
 from gearshift.trainers.stage import Stage
-from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig, row_limits
+from gearshift.trainers.supervised import HeldoutConfig, SupervisedStageConfig
 from gearshift.trainers.update import optimizer_for, update
 
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
@@ -122,57 +116,6 @@ class PreferenceConfig(SupervisedStageConfig):
         if self.loss == "kto" and self.batch_size == 1:
             raise ValueError("kto compares the rows of a batch; batch_size must be 2 or more.")
         return self
-
-
-@dataclass
-class Judged:
-    """A prompt and one or two completions; the better one first."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    good: list[bool]
-    reference: list[float] | None = None
-    """Log-prob of each completion under the reference, once it is known."""
-    other: list[int] = field(default_factory=list)
-    """Another row's completion, with which KTO estimates the KL."""
-    other_reference: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.prompt) + sum(map(len, self.completions))
-
-
-def render_judged(
-    examples: Sequence[PreferenceExample | UnpairedExample],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    context: int = 2**20,
-) -> list[Judged]:
-    """Token ids of each row; raises `DataError` for one that is too long."""
-    rows = []
-    for number, example in enumerate(examples, start=1):
-        if isinstance(example, PreferenceExample):
-            answers, good = [example.chosen, example.rejected], [True, False]
-        else:
-            answers, good = [example.completion], [example.good]
-        with row_limits(example, number, max_length, context) as check_length:
-            sides = [
-                render_completion(tokenizer, example.prompt, answer, example.options)
-                for answer in answers
-            ]
-            prompt = sides[0][0]
-            check_length(len(prompt) + max(len(ids) for _, ids in sides))
-        rows.append(Judged(prompt, [ids for _, ids in sides], good))
-    for row, after in zip(rows, [*rows[1:], *rows[:1]], strict=True):
-        row.other = after.completions[0][: min(max_length, context) - len(row.prompt)]
-    return rows
-
-
-def judged_batch(rows: Sequence[Judged], other: bool = False) -> PackedBatch:
-    """The rows' completions (or, for KTO's estimate, others'), each row's prompt stored once."""
-    return pack_groups([
-        (row.prompt, [(ids, [1] * len(ids)) for ids in ([row.other] if other else row.completions)])
-        for row in rows
-    ])  # fmt: skip
 
 
 Micro = tuple[PackedBatch, Sequence[Judged]]

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from gearshift.errors import CapacityError, NumericalError, RankError
@@ -106,7 +107,7 @@ def _gradients(
     with _alone() if world().sharded else nullcontext():
         for micro, weight in micros:
             loss, metrics = loss_of(micro)
-            values = {name: float(x.detach()) for name, x in {"loss": loss, **metrics}.items()}
+            values = _floats({"loss": loss, **metrics})
             if not math.isfinite(values["loss"]):
                 lost.append(values["loss"])
                 if not world().sharded:  # otherwise, others wait for this backward pass
@@ -148,3 +149,9 @@ def _alone() -> Iterator[None]:
         if told is error:
             raise
         raise told from error
+
+
+def _floats(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """These scalars on the host. The host waits for its device once."""
+    stacked = torch.stack([x.detach().double() for x in scalars.values()])
+    return dict(zip(scalars, stacked.tolist(), strict=True))

@@ -161,6 +161,7 @@ def test_a_graph_keeps_the_tensors_of_its_step(cuda: FakeCuda) -> None:
         lambda x: x.masked_fill_(x > 0, 1).bincount(),
         lambda x: torch.repeat_interleave(x),
         torch.unique,
+        lambda x: torch.empty(4, device="meta")[x],  # the index is copied to the other device
     ],
 )
 def test_a_step_that_waits_is_known_before_its_capture(

@@ -16,8 +16,8 @@ from gearshift.errors import KernelError
 from gearshift.kernels import triton_ops
 from gearshift.kernels.cuda_graphs import HostWaits
 from gearshift.kernels.reference import Kernels
-from gearshift.kernels.specs import BLOCK, AttentionMetadata, AttentionOptions
-from gearshift.kernels.triton_ops import TritonKernels
+from gearshift.kernels.specs import BLOCK, TILE, AttentionMetadata, AttentionOptions
+from gearshift.kernels.triton_ops import TritonKernels, tile_size
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.types import SamplingParams
 from tests.device import ON_CPU, device
@@ -61,6 +61,25 @@ def test_decode_attention(
     theirs = Kernels().attend(query, store, places, options).float()
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_the_largest_heads_fit_into_the_shared_memory_of_every_gpu() -> None:
+    """Sizes for which Triton was seen to take at most 99 KB: with more, a launch is an error."""
+    assert tile_size(TILE * 4, 128, 4) == (32, 4)
+    assert tile_size(TILE * 16, 128, 4) == (32, 4) and tile_size(TILE * 16, 128, 2) == (128, 4)
+    assert tile_size(TILE * 8, 256, 4) == (16, 2) and tile_size(TILE * 8, 256, 2) == (64, 4)
+    assert tile_size(16, 256, 4, whole=True) == (16, 2)
+    assert tile_size(24, 512, 4, whole=True) == (32, 1)
+
+
+@torch.no_grad()
+def test_a_tile_in_several_programs_is_the_tensor_function() -> None:
+    store, places = rows([49, 50, 97, 64, 120, 51, 80, 128, 49], 3, 1, 130, torch.float32)
+    query, options = torch.randn(9, 12, 130).to(device()), AttentionOptions(0.1)
+    assert tile_size(TILE * 12, 256, 4) == (16, 2)
+    ours = TritonKernels().attend(query, store, places, options)
+    theirs = Kernels().attend(query, store, places, options)
+    assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_common_blocks_are_those_that_all_rows_of_a_tile_see_whole() -> None:

@@ -15,6 +15,7 @@ from gearshift.pipeline.memory import micro_batch
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.peak_memory import Counted, peak_memory
 from gearshift.trainers.needs import MemoryNeeds, Tree
+from tests.models.families import random_model, small_config
 
 CPU = torch.device("cpu")
 ROWS, SHORT, LONG = Tree(0, 1, 64), Tree(16, 4, 32), Tree(128, 8, 32)
@@ -48,6 +49,20 @@ def test_two_small_models_tell_the_peak_of_a_deep_one(
     batch = _batch(tree, 512, True)
     whole = peak_bytes(lambda: runner.logprobs(batch).logprobs.sum().backward())
     assert told == pytest.approx(whole, rel=0.03)
+
+
+def test_an_embedding_with_a_part_for_each_layer_grows_with_the_layers() -> None:
+    more = {"num_hidden_layers": 10, "num_kv_shared_layers": 0, "layer_types": None,
+            "vocab_size_per_layer_input": 60_000}  # fmt: skip
+    model = random_model(small_config("gemma3n_text", **more))
+    told = Activations(model.config, needs(ROWS, 256), torch.float32, CPU).bytes(256, False)
+    model.set_attn_implementation("gearshift")
+    runner = ModelRunner(model)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = _batch(ROWS, 256, True)
+    whole = peak_bytes(lambda: runner.logprobs(batch).logprobs.sum().backward())
+    assert told == pytest.approx(whole, rel=0.1)
 
 
 def test_it_is_the_same_count_where_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ import torch
 from gearshift.cli.main import main
 from gearshift.engine import EngineConfig
 from gearshift.errors import ConfigError
+from gearshift.kernels.chunked import ChunkedKernels
 from gearshift.models.tiny import tiny_model
 from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.machine import GIB, Machine
 from gearshift.pipeline.memory import (
+    _SAMPLED_BYTES,
     Shape,
     fit,
     micro_batch,
@@ -25,6 +27,7 @@ from gearshift.runtime import distributed
 from gearshift.runtime.distributed import ScaleConfig, World
 from gearshift.runtime.free_memory import free_bytes, of_control_groups
 from gearshift.runtime.optimizer import OptimizerConfig
+from gearshift.runtime.peak_memory import peak_memory
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 
@@ -253,6 +256,16 @@ def test_what_is_not_there_is_told_before(
     monkeypatch.setattr("gearshift.pipeline.machine.free_bytes", lambda device: -1e12)
     main(["run", recipe, "--dry-run"])
     assert "NOT ENOUGH MEMORY for " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_by_tensor_functions_takes_what_is_counted(dtype: torch.dtype) -> None:
+    B, V = 16, 8000
+    logits, tokens = torch.randn(B, V).to(dtype), torch.zeros(B, dtype=torch.int64)
+    with peak_memory(CPU) as peak:
+        uniforms = torch.full((B,), 0.5, dtype=torch.float64)
+        ChunkedKernels().sample(logits, torch.ones(B), uniforms, tokens, torch.zeros(B))
+        assert 0.9 * _SAMPLED_BYTES < peak() / (B * V) < 1.05 * _SAMPLED_BYTES
 
 
 def test_the_cache_takes_what_the_engine_gives_it() -> None:

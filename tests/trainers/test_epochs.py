@@ -19,7 +19,8 @@ from gearshift.models.load import ModelConfig, load_classifier, load_policy
 from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.preference import Judged, PreferenceConfig, train_preference
+from gearshift.trainers.judged import Judged
+from gearshift.trainers.preference import PreferenceConfig, train_preference
 from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     Steps,

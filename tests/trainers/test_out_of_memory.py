@@ -21,7 +21,8 @@ from gearshift.models.tiny import tiny_tokenizer
 from gearshift.runtime.metrics import MEASURED, read_metrics
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.preference import Judged, PreferenceConfig, train_preference
+from gearshift.trainers.judged import Judged
+from gearshift.trainers.preference import PreferenceConfig, train_preference
 from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     Steps,

@@ -18,13 +18,8 @@ from gearshift.models.runner import OF_TOKENS, ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.config import load
 from gearshift.runtime.metrics import read_metrics
-from gearshift.trainers.preference import (
-    Judged,
-    PreferenceConfig,
-    PreferenceLoss,
-    render_judged,
-    train_preference,
-)
+from gearshift.trainers.judged import Judged, render_judged
+from gearshift.trainers.preference import PreferenceConfig, PreferenceLoss, train_preference
 from gearshift.trainers.process_reward_model import (
     ProcessRewardConfig,
     render_steps,

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.errors import NumericalError
+from gearshift.kernels.cuda_graphs import HostWaits
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.trainers.update import update
+from gearshift.trainers.update import _gradients, update
 
 SIZE = MicroBatchSize(1)
 
@@ -54,6 +55,22 @@ def test_micro_batches_add_up_to_the_bit_of_an_fp32_sum() -> None:
     )
     assert metrics["grad_norm"] == pytest.approx(4 * 2.0**-8)
     assert optimizer.flats[0].sums is None and weight.grad is None
+
+
+def test_the_metrics_of_a_micro_batch_are_read_in_one_go() -> None:
+    """Each number that is read alone makes the host wait for its GPU."""
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = MasterAdamW([weight], OptimizerConfig(), total_steps=1)
+
+    def loss_of(scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        third = torch.tensor(1 / 3)
+        return (weight * scale).sum(), {"a": third, "b": third.bfloat16(), "c": third.double()}
+
+    with HostWaits() as waits:
+        found = _gradients([(1.0, 1.0), (2.0, 1.0)], loss_of, [optimizer])
+    assert waits.found is None
+    values = {"a": float(torch.tensor(1 / 3)), "b": 0.333984375, "c": float(torch.tensor(1 / 3))}
+    assert found == [{"loss": 16.0, **values}, {"loss": 32.0, **values}]
 
 
 @pytest.mark.parametrize("broken", [0, 1])
