@@ -265,7 +265,7 @@ def test_sampling_by_tensor_functions_takes_what_is_counted(
     monkeypatch.setattr("gearshift.runtime.peak_memory._LARGE", 1 << 40)  # compute all of it
     B, V = 16, 8000
     logits, tokens = torch.randn(B, V).to(dtype), torch.zeros(B, dtype=torch.int64)
-    with peak_memory(CPU) as peak:
+    with peak_memory(CPU.device) as peak:
         uniforms = torch.full((B,), 0.5, dtype=torch.float64)
         ChunkedKernels().sample(logits, torch.ones(B), uniforms, tokens, torch.zeros(B))
         assert 0.9 * _SAMPLED_BYTES < peak() / (B * V) < 1.05 * _SAMPLED_BYTES
