@@ -37,14 +37,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
 
 
 class NoDraws(TorchDispatchMode):
-    """Inside, new weights are zeros, which takes less time than to draw them. Large ones in the
-    host's memory are not written: they hold anything, and take no memory before it is read.
-    """
+    """Inside, new weights are zeros, which takes less time than to draw them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _DRAWS:
-            return func(*args, **(kwargs or {}))
-        return args[0] if _on_host(args[0]) and _idle(args[0]) else args[0].zero_()
+        return args[0].zero_() if func in _DRAWS else func(*args, **(kwargs or {}))
 
 
 class Counted(TorchDispatchMode):
