@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from gearshift.algorithms.advantages import NEEDS_GREEDY
 from gearshift.engine import EngineConfig
 from gearshift.errors import ConfigError, StorageError
 from gearshift.models.load import ModelConfig
@@ -185,9 +186,40 @@ class Recipe(Config):
                 "task.reward is null, and rl.rewards counts the environment's reward; name a "
                 "reward, or take `environment` out of rl.rewards."
             )
+        if self.rl.rollout.ahead and (why := self._cannot_sample_ahead(self.rl)):
+            raise ValueError(f"rl.rollout.ahead=1 {why}, or set rl.rollout.ahead=0.")
         if self.rl.sft_mix and not self.rl.sft_mix.data.sources:
             raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")
         return self
+
+    def _cannot_sample_ahead(self, rl: RLConfig) -> str:
+        """Why a step's episodes cannot be sampled while the step before it trains."""
+        checks = (
+            (
+                self.generation.backend == "engine",
+                "needs another program that samples, because the engine has the weights that are "
+                "trained; set generation.backend=vllm",
+            ),
+            (
+                self.generation.sleep,
+                "needs servers that are awake while the model trains; set generation.sleep=false",
+            ),
+            (
+                rl.rollout.replace_zero_std > 0,
+                "samples before it is known which groups are replaced; set "
+                "rl.rollout.replace_zero_std=0",
+            ),
+            (
+                rl.advantage.name in NEEDS_GREEDY,
+                f"samples no greedy completions for {rl.advantage.name}; take another advantage",
+            ),
+            (
+                rl.rollout.top_p < 1,
+                "needs log-probs of the policy that sampled, which servers do not give with top_p; "
+                "set rl.rollout.top_p=1",
+            ),
+        )
+        return next((why for wrong, why in checks if wrong), "")
 
 
 def add_task(task: Task) -> None:

@@ -113,6 +113,10 @@ class Collector:
         ended = [trajectory for trajectories, _ in parts for trajectory in trajectories]
         return sorted(ended, key=lambda trajectory: order[trajectory.group_id])
 
+    def has_begun(self, starts: Sequence[EpisodeSpec]) -> bool:
+        """Whether `begin` began these episodes and `collect` has not asked for them yet."""
+        return _groups(starts) in self._begun
+
     def begin(
         self,
         starts: Sequence[EpisodeSpec],

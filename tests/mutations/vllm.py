@@ -13,6 +13,15 @@ MUTATIONS = (
         f"{_TESTS} -k dealt",
     ),
     Mutation(
+        "episodes are begun ahead before the weights are pushed",
+        "trainers/rl/collect.py",
+        """                with self.collector.generating():
+                    self.collector.begin""",
+        """                with nullcontext():
+                    self.collector.begin""",
+        f"{_TESTS} -k sampling_ahead",
+    ),
+    Mutation(
         "an answer that no push changed passes the probe",
         "trainers/push.py",
         "if moved > _CHANGED:",

@@ -208,6 +208,47 @@ def test_a_policy_learns_from_servers(tmp_path: Path) -> None:
     assert max(gaps) < 1e-5 and metrics[-1]["engine/push_seconds"] > 0
 
 
+def test_sampling_ahead_trains_on_weights_of_the_step_before(tmp_path: Path) -> None:
+    def run(folder: str, ahead: int) -> tuple[list[dict[str, Any]], list[Any]]:
+        rollout = {"prompts": 2, "group_size": 4, "ahead": ahead}
+        with serving(FakeVLLM()) as urls:
+            own = engine()
+            policy = on(urls, own, tmp_path)
+            metrics = learned(own, policy, tmp_path / folder, rollout=rollout, steps=4)
+        lines = (tmp_path / folder / "rollouts.jsonl").read_text().splitlines()
+        return metrics, [json.loads(line)["episodes"] for line in lines]
+
+    (_, plain), (metrics, ahead), (_, again) = run("plain", 0), run("ahead", 1), run("again", 1)
+    assert ahead == again, "weights are pushed between two steps' episodes only"
+    assert [m["sampling/updates_behind"] for m in metrics] == [0.0, 1.0, 1.0, 1.0]
+    # The first step's weights sample the second step too; later ones are those of other weights.
+    assert ahead[0] == plain[0] and ahead[2:] != plain[2:]
+    groups = [[e["group_id"] for e in episodes] for episodes in ahead]
+    assert groups == [[g, g, g, g, g + 1, g + 1, g + 1, g + 1] for g in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"generation": {}}, "set generation.backend=vllm"),
+        ({"generation.sleep": True}, "set generation.sleep=false"),
+        ({"replace_zero_std": 1}, "set rl.rollout.replace_zero_std=0"),
+        ({"algorithm": "remax"}, "no greedy completions for remax"),
+        ({"top_p": 0.9}, "set rl.rollout.top_p=1"),
+    ],
+)
+def test_what_cannot_be_sampled_ahead_is_refused(keys: dict[str, Any], words: str) -> None:
+    generation: dict[str, Any] = {"backend": "vllm", "servers": ["http://127.0.0.1:8000"]}
+    generation = keys.pop("generation", generation)
+    if keys.pop("generation.sleep", False):
+        generation["sleep"] = True
+    tree: dict[str, Any] = {"task": {"name": "voice_assistant"}, "generation": generation}
+    tree["algorithm"] = keys.pop("algorithm", "rloo")
+    Recipe.model_validate({**tree, "rl": {"rollout": keys}})
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate({**tree, "rl": {"rollout": {**keys, "ahead": 1}}})
+
+
 def test_the_key_goes_to_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEARSHIFT_VLLM_KEY", "abc")
     fake = FakeVLLM()

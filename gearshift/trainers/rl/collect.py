@@ -5,6 +5,7 @@ episodes are left out and counted. This file must not import the trainer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
@@ -81,7 +82,11 @@ class RolloutSampler:
         missing: dict[str, list[float]] = {}
         rounds, prompts = 1 + self.config.rollout.replace_zero_std, self.config.rollout.prompts
         for nth in range(rounds):
-            trajectories, parts = self.collect(self.starts(step, nth), self.config.sampling())
+            later = None
+            if self.config.rollout.ahead and step + 1 < self.stage.total:
+                later = self.starts(step + 1)
+            starts = self.starts(step, nth)
+            trajectories, parts = self.collect(starts, self.config.sampling(), later)
             everything += trajectories
             for name, values in parts.items():
                 all_parts.setdefault(name, []).extend(values)
@@ -99,6 +104,9 @@ class RolloutSampler:
         metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
         if rounds > 1:
             metrics["sampling/rollouts"] = nth + 1.0
+        if self.config.rollout.ahead and everything:
+            oldest = min(v for t in everything for v in t.weights_versions if v >= 0)
+            metrics["sampling/updates_behind"] = float(self.engine.weights_version - oldest)
         self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})
         return [t for group in chosen for t in group], metrics
 
@@ -113,15 +121,27 @@ class RolloutSampler:
         return several
 
     def collect(
-        self, starts: Sequence[EpisodeSpec], params: SamplingParams
+        self,
+        starts: Sequence[EpisodeSpec],
+        params: SamplingParams,
+        later: Sequence[EpisodeSpec] | None = None,
     ) -> tuple[list[Trajectory], RewardParts]:
-        """Episodes from these starts that have a reward, with the reward and every part of it."""
-        with self.stage.phase("generate"), self.collector.generating():
-            for optimizer in self.optimizers:
-                optimizer.offload_state()
+        """Episodes from these starts that have a reward, with the reward and every part of it. The
+        episodes of `later` begin now, on the newest weights, and the next call collects them.
+        """
+        rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
+        how = params, self.score.begin, rewarded
+        with self.stage.phase("generate"):
             before = self.collector.failures, self.collector.overlong
-            rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
-            trajectories = self.collector.collect(starts, params, self.score.begin, rewarded)
+            # Weights are pushed where no request runs: after what was begun has ended.
+            begun = self.collector.has_begun(starts)
+            with nullcontext() if begun else self.collector.generating():
+                for optimizer in self.optimizers:
+                    optimizer.offload_state()
+                trajectories = self.collector.collect(starts, *how)
+            if later:
+                with self.collector.generating():
+                    self.collector.begin(later, *how)
             failures = self.collector.failures - before[0]
             overlong = self.collector.overlong - before[1]
             why = self.collector.last_failure
