@@ -19,7 +19,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("worlds")
     done = subprocess.run(
         [sys.executable, "-m", "tests.runtime.worlds", folder],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a rank printed something of its own"

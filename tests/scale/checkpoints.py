@@ -209,7 +209,7 @@ def start(rank: int, size: int, port: int, check: Callable[[Path], None], folder
     place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
-        with joined(ScaleConfig(timeout=30), folder / "notes"):
+        with joined(ScaleConfig(timeout=300), folder / "notes"):
             check(folder)
     except BaseException:
         (folder / f"failed-{check.__name__}-{size}-{rank}").write_text(traceback.format_exc())

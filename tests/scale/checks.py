@@ -53,7 +53,7 @@ from tests.scale.supervised import (
 
 Train = Callable[[Path], Outcome]
 CALL: dict[str, Any] = {
-    "dtype": "float32", "device": "cpu", "verbose": False, "scale": {"timeout": 120},
+    "dtype": "float32", "device": "cpu", "verbose": False, "scale": {"timeout": 600},
     "batch_size": 3, "optimizer": OPTIMIZER,
 }  # fmt: skip
 WORDS = ("one", "two", "three", "four", "five")
@@ -119,7 +119,7 @@ def api_rl(folder: Path) -> Outcome:
         validation=[f"tell {i}" for i in range(5)], lora={"rank": 4}, eval={"perplexity": True},
         rollout={"prompts": 3, "group_size": 2, "max_new_tokens": 6},
         update={"minibatches": 2, "ema": 0.5, "optimizer": OPTIMIZER},
-        dtype="float32", device="cpu", verbose=False, scale={"timeout": 120},
+        dtype="float32", device="cpu", verbose=False, scale={"timeout": 600},
     ))  # fmt: skip
 
 

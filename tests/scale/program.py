@@ -61,7 +61,7 @@ def main(folder: Path, *names: str) -> None:
     checks = {name: run for name, run in CHECKS.items() if not names or name in names}
     calls = {name: run for name, run in CALLS.items() if not names or name in names}
     outcomes = {name: done(call, folder / name / "all") for name, call in calls.items()}
-    with joined(ScaleConfig(timeout=120), folder):
+    with joined(ScaleConfig(timeout=600), folder):
         for name, outcome in outcomes.items():
             on_all(lambda _, outcome=outcome: outcome, folder / name / "all")  # type: ignore[misc]
         for name, check in checks.items():

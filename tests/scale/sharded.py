@@ -364,7 +364,7 @@ def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     known = QUICK | {name: check for name, check in REST.items() if name not in QUICK}
-    with joined(ScaleConfig(strategy="fsdp", timeout=60), folder):
+    with joined(ScaleConfig(strategy="fsdp", timeout=300), folder):
         for name in names or QUICK:
             known[name](folder / name.replace(" ", "_"))
             world().gather(None, name)

@@ -19,7 +19,7 @@ def came_to(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     names = CHECKS if find_spec("torchao") else CHECKS[:5]
     done = subprocess.run(
         [sys.executable, "-m", "tests.scale.checkpoints", tmp_path_factory.mktemp("c"), *names],
-        cwd=ROOT, capture_output=True, text=True, timeout=250,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     # Users see no warning of torch's.
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-4000:]

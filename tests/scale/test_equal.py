@@ -46,7 +46,7 @@ def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
-            _, said = process.communicate(timeout=600)
+            _, said = process.communicate(timeout=1800)
         finally:
             process.terminate()  # torchrun then ends the ranks
             process.wait()

@@ -24,7 +24,7 @@ def same(folder: Path, ranks: int, *names: str) -> str:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={ranks}", "-m", "tests.scale.sharded", str(folder), *names,
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     return done.stdout + ("" if done.returncode == 0 else done.stderr[-6000:])
 

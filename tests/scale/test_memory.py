@@ -13,7 +13,7 @@ def test_two_ranks_hold_what_the_plan_says_and_plan_alike(tmp_path: Path) -> Non
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             "-m", "tests.scale.memory", str(tmp_path),
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     for name in ("replicate", "fsdp", "plan"):
         assert f"{name}: same\n" in done.stdout, done.stdout + done.stderr[-6000:]
