@@ -28,6 +28,8 @@ from gearshift.runtime.transfers import Staging, Transfers
 
 _BLOCK = 256
 """How many numbers share a scale in 8-bit moments; the flat buffers consist of whole blocks."""
+_SUMMED = 1 << 12
+"""How many numbers are summed in float32."""
 _LARGEST = 1 << 25
 """How many numbers one flat buffer has at most, unless a single parameter has more."""
 
@@ -129,17 +131,14 @@ class MasterAdamW:
                 flat.share()
         sums = [flat.sums for flat in self.flats if flat.sums is not None]
         grads = [*sums, *(p.grad for p in self.parameters if p.grad is not None)]
-        norms = [
-            torch.linalg.vector_norm(g, dtype=torch.float32).to(self.parameters[0].device)
-            for g in grads
-        ]
-        if world().size > 1:
-            # What several ranks hold alike counts once.
-            shares = torch.tensor([1.0 / flat.copies for flat in self.flats])
-            squares = torch.stack(norms).square() * shares.to(norms[0].device)
-            norm = float(world().sum(squares.sum()).sqrt())
-        else:
-            norm = float(torch.stack(norms).norm()) if norms else 0.0
+        norm = 0.0
+        if grads:
+            squares = torch.stack([_squares(g).to(self.parameters[0].device) for g in grads])
+            if world().size > 1:
+                # What several ranks hold alike counts once.
+                shares = torch.tensor([1.0 / flat.copies for flat in self.flats])
+                squares = world().sum((squares * shares.to(squares.device)).sum())
+            norm = float(squares.sum().sqrt())
         if not norm < float("inf"):
             raise NumericalError(
                 f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
@@ -441,6 +440,17 @@ def _adamw(config: OptimizerConfig) -> Any:
             "moments=8bit needs torchao; pip install 'gearshift[torchao]', or take float32."
         ) from None
     return lambda groups, **options: AdamW8bit(groups, block_size=_BLOCK, **options)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """The sum of the squares, in float64 over blocks of float32: one sum in float32 over millions
+    of numbers loses its fourth digit, and so depends on how they are cut.
+    """
+    flat = x.reshape(-1)
+    whole = len(flat) // _SUMMED * _SUMMED
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _SUMMED), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
+    return norms.double().square().sum() + rest.double().square()
 
 
 def _plain(x: Tensor) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "a rank clips by the norm of its own part",
         "runtime/optimizer.py",
-        "float(world().sum(squares.sum()).sqrt())",
-        "float(squares.sum().sqrt())",
+        "squares = world().sum((squares * shares.to(squares.device)).sum())",
+        "squares = squares * shares.to(squares.device)",
         f"{EQUAL}[sft-2]",
     ),
     Mutation(

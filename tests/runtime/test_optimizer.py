@@ -199,3 +199,12 @@ def test_state_goes_on_where_it_stopped(dtype: torch.dtype) -> None:
         step(again, again_optimizer)
     assert torch.equal(weight, again)
     assert optimizer.lr == again_optimizer.lr
+
+
+def test_the_norm_of_many_numbers_is_right_in_its_sixth_digit() -> None:
+    """One sum in float32 over them is off by a thousandth."""
+    parameter = nn.Parameter(torch.zeros(1 << 24))
+    gradient = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 1e-3 + 1e-3
+    optimizer = MasterAdamW([parameter], OptimizerConfig(), 1)
+    parameter.grad = gradient
+    assert optimizer.norm() == pytest.approx(float(gradient.double().norm()), rel=1e-6)
