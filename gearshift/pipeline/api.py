@@ -26,6 +26,7 @@ from gearshift.pipeline.summary import Summary
 from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.runtime.allocator import freed_memory_kept
 from gearshift.runtime.config import Config, read_mapping
+from gearshift.runtime.exit_errors import rank_of_process
 from gearshift.runtime.metrics import read_metrics
 from gearshift.runtime.terminal import counted, echo, quiet
 from gearshift.tasks.task import Task
@@ -290,8 +291,8 @@ def _run(
     if not stages:
         raise ConfigError(f"The recipe has no stage; give it one of {', '.join(STAGES)}.")
     began = time.perf_counter()
-    other = int(os.environ.get("RANK", "0")) > 0  # the main rank alone prints
-    with quiet(not verbose or other), freed_memory_kept():
+    # Of several ranks the main one alone prints.
+    with quiet(not verbose or rank_of_process() > 0), freed_memory_kept():
         summary = Run(recipe, given=given).execute()
         result = _result(Path(recipe.run.dir), stages, summary)
         figures = [format_record(record) for record in [*result.heldout.values()][-1:]]

@@ -45,8 +45,8 @@ class Machine:
 
     @staticmethod
     def named(name: str, scale: ScaleConfig) -> Machine:
-        """Of `nodes x GPUs of each x GiB of a GPU`, such as `4x8x79`. Raises `ConfigError` for
-        other text.
+        """The machine that a name such as `4x8x79` means: nodes x GPUs of each x GiB of a GPU.
+        Raises `ConfigError` for other text.
         """
         try:
             nodes, gpus, gib = (float(part) for part in name.lower().split("x"))

@@ -232,7 +232,7 @@ class Fitted:
     """The sizes of a stage, and the memory that it takes with them."""
 
     tokens: int
-    """Of a micro-batch."""
+    """How many tokens a micro-batch has."""
     recompute: bool
     """Whether layers are computed again in the backward pass."""
     parts: dict[str, float]

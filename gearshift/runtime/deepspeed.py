@@ -105,20 +105,8 @@ class DeepSpeedAdamW(MasterAdamW):
             if zero.cpu_offload:
                 zero.reset_cpu_buffers()
 
-    def step(self, norm: float | None = None) -> float:
-        """Clip, update, write the model's parameters in place, clear the gradients, and return the
-        norm before the clip (computed here, unless it is given).
-
-        Raises `NumericalError`, and writes nothing, if a gradient is not finite.
-        """
-        if norm is None:
-            try:
-                norm = self.norm()
-            except NumericalError:
-                self.drop_gradients()
-                raise
-        scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
-        self.begun += 1
+    def _write(self, scale: float) -> None:
+        """DeepSpeed's update by the gradients times `scale`."""
 
         def update() -> None:
             for zero in self.zeros:
@@ -131,10 +119,12 @@ class DeepSpeedAdamW(MasterAdamW):
         world().meet(update, "an update of DeepSpeed")
         for schedule in self._schedules:
             schedule.step()
-        return norm
 
     def offload_state(self) -> None:
         """Nothing: `scale.deepspeed.offload` says where the state is."""
+
+    def _bring_back(self) -> None:
+        """Nothing, for the same reason."""
 
     @property
     def lr(self) -> float:

@@ -168,6 +168,11 @@ class MasterAdamW:
         self._bring_back()
         scale = min(1.0, self.config.max_grad_norm / max(norm, 1e-30))
         self.begun += 1
+        self._write(scale)
+        return norm
+
+    def _write(self, scale: float) -> None:
+        """Update by the gradients times `scale`, and write the model's parameters."""
         for flats in self._turns:
             for flat in flats:
                 flat.master.grad = flat.gather(scale)
@@ -176,7 +181,6 @@ class MasterAdamW:
                 flat.master.grad = None
                 flat.scatter()
         self.schedule.step()
-        return norm
 
     def offload_state(self) -> None:
         """Begin to move the state to the host's memory while the policy generates, if the config
