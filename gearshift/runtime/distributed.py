@@ -160,7 +160,12 @@ class World:
                 self.lost = True
                 raise
             raised, own = error, (what, b"", self._portable(error))
-        parts = self._exchange(own)
+        try:
+            parts = self._exchange(own)
+        except RankError:
+            if raised is None:
+                raise
+            raise raised from None  # the others have gone, so this rank ends with its own error
         for rank, (_, _, fault) in enumerate(parts):
             if fault is not None:
                 told: Any = raised if raised and rank == self.rank else pickle.loads(fault)
