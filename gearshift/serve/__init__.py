@@ -1,1 +1,1 @@
-"""What talks to a person or a program: the terminal chat (and, later, a server)."""
+"""What talks to a person or a program: the terminal chat, and the HTTP server with its parts."""
