@@ -113,7 +113,8 @@ def serve(arguments: argparse.Namespace) -> None:
     from gearshift.models.load import ModelConfig
     from gearshift.rewards.http_client import bearer_key
     from gearshift.rewards.models import ModelReward
-    from gearshift.serve.score import score_server
+    from gearshift.serve.app import ServerSettings, make_app, run_app
+    from gearshift.serve.score import score_routes
 
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
@@ -123,12 +124,9 @@ def serve(arguments: argparse.Namespace) -> None:
             f"{folder} is a run's folder; name its reward model, {folder / 'reward'}."
         )
     reward = ModelReward(ModelConfig(), folder)
-    server = score_server(reward, arguments.host, arguments.port, bearer_key(None, "GEARSHIFT_KEY"))
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    echo(f"http://{host}:{server.server_address[1]}/score")
-    number = server.run()
-    echo("gearshift: stopped.", file=sys.stderr)
-    sys.exit(128 + number)
+    key = bearer_key(None, "GEARSHIFT_KEY")
+    settings = ServerSettings(host=arguments.host, port=arguments.port, key=key)
+    run_app(make_app(score_routes(reward), settings), "/score")
 
 
 def _open(

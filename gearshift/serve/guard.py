@@ -46,7 +46,7 @@ def check_access(scope: Scope, settings: ServerSettings) -> None:
     any Host, because a page that another site shows under a name of its own cannot know the key.
     """
     headers = Headers(scope=scope)
-    _check_form(headers)
+    _check_form(scope, headers)
     has_key = _has_key(headers, settings.key)
     if not (settings.key and has_key):
         _check_host(scope, headers, settings)
@@ -92,10 +92,13 @@ def cors_headers(scope: Scope, settings: ServerSettings) -> dict[str, str]:
     return found
 
 
-def _check_form(headers: Headers) -> None:
-    if len(headers.raw) > _MOST_HEADERS or sum(len(k) + len(v) for k, v in headers.raw) > _LARGEST:
-        words = f"there are more than {_MOST_HEADERS} headers, or {_LARGEST} bytes of them"
+def _check_form(scope: Scope, headers: Headers) -> None:
+    size = len(scope["path"]) + sum(len(name) + len(value) for name, value in headers.raw)
+    if len(headers.raw) > _MOST_HEADERS or size > _LARGEST:
+        words = f"there are more than {_MOST_HEADERS} headers, or {_LARGEST} bytes in the head"
         raise ApiError(431, "headers_too_large", words)
+    if scope.get("http_version") not in ("1.0", "1.1"):
+        raise ApiError(400, "invalid_value", "the version of HTTP must be 1.1")
     for name in _ONCE:
         if len(headers.getlist(name)) > 1:
             raise ApiError(400, "invalid_value", f"the header {name} is given twice")

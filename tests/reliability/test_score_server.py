@@ -19,21 +19,23 @@ import pytest
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_tokenizer
 from gearshift.rewards.http import HttpReward
-from tests.serve.test_score import BODY, request
+from tests.serve.raw import request
+from tests.serve.test_score import BODY
 
 pytestmark = pytest.mark.slow
 PROMPT = [{"role": "user", "content": "q"}]
 SLOW = """
 import sys, time
-from gearshift.serve.score import score_server
+from gearshift.serve.app import Server, ServerSettings, make_app
+from gearshift.serve.score import score_routes
 
 def slow(prompts, completions, **_):
     print("working", flush=True)
     time.sleep(2)
     return [1.0] * len(completions)
 
-server = score_server(slow, port=0)
-print(server.server_address[1], flush=True)
+server = Server(make_app(score_routes(slow), ServerSettings(port=0, drain=20.0)))
+print(server.port, flush=True)
 sys.exit(128 + server.run())
 """
 
@@ -154,9 +156,8 @@ def test_a_signal_lets_what_is_in_work_end(number: int) -> None:
 def test_a_model_that_does_not_end_is_left() -> None:
     script = SLOW.replace("    time.sleep(2)", "    import torch\n    " + "; ".join([
         "a = torch.ones(600, 600)",
-        "score.STOPPING = 1.0",
         "[torch.matmul(a, a) for _ in range(10**6)]",
-    ])).replace("import sys, time", "import sys\nfrom gearshift.serve import score")  # fmt: skip
+    ])).replace("import sys, time", "import sys").replace("20.0", "1.0")  # fmt: skip
     server = started([sys.executable, "-c", script])
     assert server.stdout
     with connect(int(server.stdout.readline())) as client:

@@ -25,8 +25,9 @@ from gearshift.rewards.functions import combine_rewards
 from gearshift.rewards.http import HttpReward
 from gearshift.rewards.models import Ensemble
 from gearshift.rewards.running import RunningMeanStd
-from gearshift.serve.score import score_server
+from gearshift.serve.score import score_routes
 from gearshift.types import EpisodeInfo, Trajectory
+from tests.serve import raw
 
 TINY = ModelConfig(name="tiny", dtype="float32", device="cpu")
 
@@ -333,12 +334,9 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     def reward(prompts: Any, completions: list[str]) -> list[float | None]:
         return [float(len(c)) if c else None for c in completions]
 
-    server = score_server(reward, port=0, key="secret")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GEARSHIFT_KEY", "secret")
-    yield f"http://127.0.0.1:{server.server_address[1]}/score"
-    server.shutdown()
-    server.server_close()
+    with raw.serving(score_routes(reward), key="secret") as server:
+        yield f"{server.url}/score"
 
 
 def test_a_served_reward_is_a_function_like_others(address: str) -> None:
@@ -435,8 +433,3 @@ def serving(say: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/score"
         server.shutdown()
-
-
-def test_nothing_listens_beyond_loopback_without_a_key() -> None:
-    with pytest.raises(ConfigError, match="GEARSHIFT_KEY"):
-        score_server(lambda **_: [], host="0.0.0.0", port=0)

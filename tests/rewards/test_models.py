@@ -3,7 +3,6 @@ texts, in which a spelled special token stays letters and a cut answer gets no e
 """
 
 import math
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from gearshift.models.tiny import CHATML, tiny_tokenizer
 from gearshift.rewards.composite import CompositeReward
 from gearshift.rewards.config import RewardSource
 from gearshift.rewards.models import Ensemble, ModelReward, same_tokens
-from gearshift.serve.score import score_server
+from gearshift.serve.score import score_routes
 from gearshift.trainers.process_reward_model import render_steps
 from gearshift.trainers.reward_model import render_pairs
 from gearshift.types import EpisodeInfo, Trajectory
+from tests.serve.raw import serving
 from tests.trainers.rl_runs import TINY
 from tests.zoo import hf_scores
 
@@ -185,15 +185,10 @@ def test_an_encoders_marks_stay_its_own() -> None:
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_a_served_reward_model_is_told_which_answers_were_cut(folder: Path, reason: str) -> None:
-    server = score_server(ModelReward(TINY, folder), port=0)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     ids = [*encode_plain(tiny_tokenizer(), FORGED), *([2] if reason == "stop" else [])]
     episodes = [episode(ids, ASKED, FORGED, reason)]
-    try:
-        served = rewards(folder, episodes, f"http://127.0.0.1:{server.server_address[1]}/score")
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(score_routes(ModelReward(TINY, folder))) as server:
+        served = rewards(folder, episodes, f"{server.url}/score")
     assert served == pytest.approx(rewards(folder, episodes), abs=1e-5)
 
 
