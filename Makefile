@@ -47,6 +47,7 @@ mutations: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
+	$(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES) --ranks 2
 
 # The site with the API reference, into .venv/site; a warning or a link that leads nowhere is an error.
 docs: $(VENV)/docs/.ready

@@ -70,6 +70,7 @@ class Interrupt:
             # None is a handler that was not set from Python; it could not be restored.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._request)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
 
     def __exit__(
@@ -85,6 +86,7 @@ class Interrupt:
         _open = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
         if stopped := _comes_of_a_signal(error):  # to this process, or to another rank of the run
             number = self.signal or stopped.signal
             told: Any = InterruptedRunError(f"Stopped {self.where}; {self.rest}.", number)
@@ -147,6 +149,15 @@ class Interrupt:
             return
         self._raised = True
         raise Stopped(self.signal)
+
+    def _lost(self, lost: Any) -> None:
+        """Python drops an exception in a finalizer, after this call. A signal that came in one ends
+        the run at the next `check`.
+        """
+        if isinstance(lost.exc_value, Stopped):
+            self._raised = False
+        else:
+            self._unraisable(lost)
 
 
 _open: Interrupt | None = None

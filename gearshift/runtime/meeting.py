@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,34 @@ def _store() -> tuple[Any, int, int]:
     return store, rank, size
 
 
+@cache
+def _start() -> str:
+    """A name that all ranks of this start have, and none of an earlier one: torchrun starts
+    processes again with the same store, which still has the addresses of those that ended.
+
+    Each rank asks with a word of its own, and rank 0 answers until all have its answer, because it
+    may first find words of ranks that have ended.
+    """
+    store, rank, size = _store()
+    if rank:
+        own = uuid4().hex
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answers/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    name, until = uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    missing = set(range(1, size))
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answers/{store.get(f'asks/{other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"{name}/{other}"])}
+        if missing and time.monotonic() > until:
+            raise RuntimeError(f"rank {min(missing)} did not come")
+        time.sleep(0.01)
+    return name
+
+
 def meet(timeout: float) -> None:
     """Make the process group of this run; `timeout` is in seconds. Raises `RankError`."""
     on_gpu = torch.cuda.is_available()
@@ -37,9 +67,8 @@ def meet(timeout: float) -> None:
     try:
         store, rank, size = _store()
         store.set_timeout(patience)
-        # A program may do several runs. Each meets under a name of its own, because the store still
-        # has the addresses of the meeting before.
-        own = dist.PrefixStore(f"meeting/{next(_meetings)}", store)  # type: ignore[attr-defined]
+        # A program may do several runs, and each meets under a name of its own too.
+        own = dist.PrefixStore(f"{_start()}/{next(_meetings)}", store)  # type: ignore[attr-defined]
         # Objects and flags go by gloo in any case.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)

@@ -1,7 +1,7 @@
 """Hurts a small run at random moments, and looks whether it still ends as the run that was left
 alone: to the bit, with one line for whatever stopped it.
 
-    python -m tests.chaos [--minutes 10] [--seed 0] [--only INJURY] [--keep]
+    python -m tests.chaos [--minutes 10] [--seed 0] [--only INJURY] [--keep] [--ranks 2]
 
 Each round is a run in a folder of its own, hurt two to four times and then let go on to its end.
 What is done when is a function of the seed; where the run stands by then is not. Prints a line for
@@ -20,7 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.chaos.injuries import INJURIES, Trial
-from tests.chaos.runs import BrokenError, fingerprint, lay_out, start
+from tests.chaos.rank_injuries import RANK_INJURIES
+from tests.chaos.runs import BrokenError, fingerprint, lay_out
 
 
 def main() -> None:
@@ -29,13 +30,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     parser.add_argument("--only", default="", help="injuries whose name has this in it")
     parser.add_argument("--keep", action="store_true", help="keep the folders of good rounds too")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the run, by torchrun")
     options = parser.parse_args()
-    names = [name for name in INJURIES if options.only in name]
+    injuries = INJURIES if options.ranks == 1 else RANK_INJURIES
+    names = [name for name in injuries if options.only in name]
     top = Path(tempfile.mkdtemp(prefix="gearshift-chaos-"))
 
     whole = lay_out(top / "uncut")
     began = time.monotonic()
-    uncut = start(whole)
+    uncut = Trial(whole, random.Random(seed := options.seed), 0.0, options.ranks).begin()
     uncut.wait()
     uncut.must_have_ended()
     seconds = time.monotonic() - began
@@ -45,14 +48,13 @@ def main() -> None:
     until = time.monotonic() + 60 * options.minutes
     done: Counter[str] = Counter()
     failed: list[int] = []
-    seed = options.seed
     while time.monotonic() < until:
         folder = top / f"round-{seed}"
         rng = random.Random(seed)
-        trial = Trial(lay_out(folder), rng, seconds)
+        trial = Trial(lay_out(folder), rng, seconds, options.ranks)
         try:
             for name in rng.choices(names, k=rng.randint(2, 4)):
-                message = INJURIES[name](trial)
+                message = injuries[name](trial)
                 done[name] += 1
                 print(f"  {name}: {message}", flush=True)
             trial.goes_on(wanted)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.runs import BrokenError, Command, fingerprint, start
+from tests.chaos.runs import BrokenError, Command, fingerprint, start, start_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -30,9 +30,12 @@ class Trial:
     folder: Path
     rng: random.Random
     seconds: float
+    ranks: int = 1
     mounted: bool = False
 
-    def begin(self, largest_file: int | None = None) -> Command:
+    def begin(self, largest_file: int | None = None, restarts: int = 0) -> Command:
+        if self.ranks > 1:
+            return start_ranks(self.folder, self.ranks, restarts)
         return start(self.folder, largest_file)
 
     def moment(self) -> None:

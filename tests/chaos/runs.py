@@ -25,6 +25,7 @@ from gearshift.cli.main import main as gearshift
 from gearshift.runtime.metrics import MEASURED
 
 HERE = Path(__file__).parent
+RUN = ["gearshift", "run", "recipe.yaml", "run.dir=run"]
 PATIENCE = 300.0
 """Seconds after which a command counts as hung."""
 
@@ -69,6 +70,7 @@ class Command:
     """Its exit code; minus the signal's number where one ended it."""
     pipe: subprocess.Popen[bytes] | None = None
     """What writes the output, where the command itself may not write so much into a file."""
+    ranks: int = 1
 
     def running(self) -> bool:
         if self.code is None:
@@ -105,7 +107,23 @@ class Command:
     def said(self) -> str:
         if self.pipe and self.code is not None:
             self.pipe.wait()
-        return self.output.read_text(encoding="utf-8", errors="replace")
+        if self.ranks == 1:
+            return self.output.read_text(encoding="utf-8", errors="replace")
+        # Each rank has files of its own. torchrun's words, with tracebacks, are in another one.
+        files = sorted(self.output.with_suffix(".ranks").rglob("*.log"))
+        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+
+    def processes(self) -> list[int]:
+        """The ranks' processes, in their order, as far as they have begun."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError, KeyError):
+                pairs = (x.partition("=") for x in path.read_text(errors="replace").split("\0"))
+                words = {name: value for name, _, value in pairs}
+                status = path.with_name("stat").read_text().rpartition(")")[2].split()
+                if int(status[1]) == self.pid:  # its parent
+                    found[int(words["RANK"])] = int(path.parent.name)
+        return [found[rank] for rank in sorted(found)]
 
     def message(self) -> str:
         """The one line that it ended with. Raises `BrokenError` for none, or for a traceback."""
@@ -120,11 +138,29 @@ class Command:
             raise BrokenError(f"exit {self.code}: {self.said()[-1500:]}")
 
 
+def start_ranks(folder: Path, ranks: int, restarts: int) -> Command:
+    """The command of a user under torchrun, which starts ranks that die again so often."""
+    output = _output(folder)
+    words = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    words += ["--redirects=3", f"--log-dir={output.with_suffix('.ranks')}"]
+    with output.open("wb") as file:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, "-m", *RUN],
+            cwd=folder, stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        )  # fmt: skip
+    return Command(folder, agent.pid, output, ranks=ranks)
+
+
+def _output(folder: Path) -> Path:
+    output = folder / f"output-{len(list(folder.glob('output-*[0-9]')))}"
+    output.touch()
+    return output
+
+
 def start(folder: Path, largest_file: int | None = None) -> Command:
     """The command of a user, in a fork; `largest_file` bounds the files that it may write."""
-    count = len(list(folder.glob("output-*")))
-    output = folder / f"output-{count}"
-    output.touch()
+    output = _output(folder)
     pipe = None
     if largest_file is not None:
         with output.open("wb") as file:
@@ -152,7 +188,7 @@ def start(folder: Path, largest_file: int | None = None) -> Command:
         sys.stdout, sys.stderr = (os.fdopen(old, "w", closefd=False) for old in (1, 2))
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-        gearshift(["run", "recipe.yaml", "run.dir=run"])
+        gearshift(RUN[1:])
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1

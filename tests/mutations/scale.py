@@ -62,6 +62,13 @@ MUTATIONS = (
         "tests/scale/test_equal.py::test_speeds_are_those_of_all_ranks",
     ),
     Mutation(
+        "ranks that are started again meet by the addresses of those that ended",
+        "runtime/meeting.py",
+        "name, until = uuid4().hex,",
+        'name, until = "start",',
+        "tests/runtime/test_meeting.py",
+    ),
+    Mutation(
         "a second run in one program meets by the addresses of the first",
         "runtime/meeting.py",
         '{next(_meetings)}"',

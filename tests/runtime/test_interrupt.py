@@ -85,6 +85,23 @@ def test_what_is_held_comes_to_its_end() -> None:
     assert done == ["inside"]
 
 
+def test_a_signal_in_a_finalizer_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Dies:
+        def __del__(self) -> None:
+            ask()
+
+    steps = []
+    with pytest.raises(InterruptedRunError), Interrupt():
+        dies = Dies()
+        del dies
+        steps.append("python dropped the exception")
+        with shielded():
+            steps.append("in a step")
+        steps.append("too late")
+    assert steps == ["python dropped the exception", "in a step"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_code_that_passes_over_errors_does_not_pass_over_it() -> None:
     with pytest.raises(InterruptedRunError), Interrupt():
         try:
