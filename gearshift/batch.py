@@ -62,6 +62,8 @@ class PackedBatch:
     """[T] float32: under the reference policy."""
     sampler_logprobs: Tensor | None = None
     """[T] float32: log-probs from the generation gear when it sampled."""
+    places: Tensor | None = None
+    """[T] int64: where each token was in the batch that this one is cut from."""
 
     def __len__(self) -> int:
         """T, the number of tokens to compute."""

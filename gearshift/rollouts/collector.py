@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -33,6 +33,7 @@ from gearshift.rollouts.episode import (
 )
 from gearshift.runtime.distributed import world
 from gearshift.runtime.event_loop import run_coroutine
+from gearshift.runtime.terminal import one_line
 from gearshift.types import SamplingParams, Trajectory
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ class _Lost:
     failures: int = 0
     overlong: int = 0
     why: str = ""
+    episodes: list[tuple[int, bool, str]] = field(default_factory=list)
+    """(group, whether the prompt was too long, the reason) of each."""
 
 
 class Collector:
@@ -77,6 +80,10 @@ class Collector:
         self.overlong = 0
         """The failures whose prompt was too long."""
         self.last_failure = ""
+        self.lost: list[tuple[int, bool, str]] = []
+        """(group, whether the prompt was too long, the reason) of each episode that the last call
+        of `collect` has lost.
+        """
         self._lost = _Lost()
         """What the call that runs now has lost."""
         self._thread: SamplingThread | None = None
@@ -109,6 +116,7 @@ class Collector:
             self.failures += lost.failures
             self.overlong += lost.overlong
         self.last_failure = next((lost.why for _, lost in parts if lost.why), self.last_failure)
+        self.lost = sorted(episode for _, lost in parts for episode in lost.episodes)
         order = {start.group_id: i for i, start in enumerate(starts)}
         ended = [trajectory for trajectories, _ in parts for trajectory in trajectories]
         return sorted(ended, key=lambda trajectory: order[trajectory.group_id])
@@ -231,6 +239,7 @@ class Collector:
                 self._attempt(
                     partial(begin_episode, environment, start, i, self._chat, rewarded, self._pool),
                     environment,
+                    start,
                 )
                 for i, environment in enumerate(environments)
             )
@@ -242,6 +251,7 @@ class Collector:
                 self._attempt(
                     partial(run_episode, episode, self.backend, params, self._pool),
                     episode.environment,
+                    start,
                 )
                 for episode in episodes
             )
@@ -264,25 +274,33 @@ class Collector:
                 name = type(episode.environment.unwrapped).__name__
                 self._lose(
                     episode.environment,
+                    episode.spec,
                     f"{name} started differently from the same seed; "
                     "its reset must be a function of seed and options",
                 )
         return [episode for episode in group if tuple(episode.token_ids) == prompt]
 
     async def _attempt(
-        self, run: Callable[[], Coroutine[Any, Any, T]], environment: TextEnvironment
+        self,
+        run: Callable[[], Coroutine[Any, Any, T]],
+        environment: TextEnvironment,
+        start: EpisodeSpec,
     ) -> T | None:
         """The result of `run`; None if the environment's episode fails, which is counted."""
         try:
             return await run()
         except EpisodeError as failure:
-            self._lost.overlong += isinstance(failure, PromptTooLongError)
-            self._lose(environment, str(failure))
+            overlong = isinstance(failure, PromptTooLongError)
+            self._lose(environment, start, str(failure), overlong)
             return None
 
-    def _lose(self, environment: TextEnvironment, why: str) -> None:
+    def _lose(
+        self, environment: TextEnvironment, start: EpisodeSpec, why: str, overlong: bool = False
+    ) -> None:
         self._lost.failures += 1
+        self._lost.overlong += overlong
         self._lost.why = why
+        self._lost.episodes.append((start.group_id, overlong, one_line(why, 200)))
         self._pool.discard(environment)
 
 

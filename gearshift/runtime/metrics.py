@@ -302,7 +302,7 @@ _OPEN: dict[TrackerName, Callable[[Any, TrackedRun], _Tracker]] = {
 }
 
 
-MEASURED = ("seconds/", "speed/", "memory/", "engine/", "step_time")
+MEASURED = ("seconds/", "speed/", "memory/", "engine/", "step_time", "phases")
 """How the names of metrics begin that measure the machine, and differ from one run to the next."""
 
 
@@ -313,6 +313,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._intervals: list[tuple[str, float, float]] = []
         self._peaks: dict[str, float] = {}
 
     @contextmanager
@@ -330,7 +331,9 @@ class PhaseTimer:
                 torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 self._peaks[phase] = max(peak, self._peaks.get(phase, 0.0))
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            end = time.perf_counter()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + end - start
+            self._intervals.append((phase, start, end))
 
     def pop(self) -> dict[str, float]:
         """The figures since the last call of `pop`: `seconds/PHASE`, and on a GPU
@@ -341,3 +344,10 @@ class PhaseTimer:
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             **{f"memory/peak_gib/{phase}": value for phase, value in peaks.items()},
         }
+
+    def intervals(self, since: float) -> list[tuple[str, float, float]]:
+        """(phase, its start, its end) of each context since the last call, in seconds after
+        `since`, which is a time of `time.perf_counter`.
+        """
+        found, self._intervals = self._intervals, []
+        return [(name, round(a - since, 4), round(b - since, 4)) for name, a, b in found]

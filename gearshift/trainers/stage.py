@@ -230,7 +230,7 @@ class Stage:
             "step_time": time.perf_counter() - self._began,
             "num_tokens": float(tokens),
         }
-        self.metrics.append(step, record)
+        self.metrics.append(step, {**record, "phases": self.timer.intervals(self._began)})
         self._trackers.log(step, record)
         if self._progress is not None:
             shown = {k: metrics[k] for k in ("loss", "reward", "kl", "accuracy") if k in metrics}

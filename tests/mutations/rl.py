@@ -174,4 +174,25 @@ MUTATIONS = (
         "False:",
         "tests/trainers/test_rl_config.py -k set_and_not_used",
     ),
+    Mutation(
+        "a token's recorded log-prob is that of another episode",
+        "trainers/rl/records.py",
+        "values_T[places] = logprobs",
+        "values_T[places.flip(0)] = logprobs",
+        "tests/trainers/test_records.py -k own_figures",
+    ),
+    Mutation(
+        "the episodes that broke an update are not on disk",
+        "trainers/rl/loop.py",
+        "        try:\n            yield record\n        finally:\n            self.stage",
+        "        yield record\n        if True:\n            self.stage",
+        "tests/trainers/test_records.py -k there_to_be_read",
+    ),
+    Mutation(
+        "a lost greedy episode counts as an episode of the rollout",
+        "trainers/rl/collect.py",
+        "self.collect(starts, params, RolloutRecord())",
+        "self.collect(starts, params, self.record)",
+        "tests/trainers/test_records.py -k greedy",
+    ),
 )

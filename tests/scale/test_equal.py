@@ -71,7 +71,10 @@ def test_ranks_change_nothing(read: Read, ranks: int, name: str) -> None:
     by_model = (
         name == "reward-model-as-the-reward"
     )  # it scores padded batches, so the last digits differ
-    assert distance(one.episodes, several.episodes) <= (1e-6 if by_model else 0.0)
+    exact = [_without_figures(outcome) for outcome in (one, several)]
+    assert distance(*exact) <= (1e-6 if by_model else 0.0)
+    # These are rounded to 1e-4, and a value between two of them falls to either.
+    assert distance(one.episodes, several.episodes) <= max(2e-4, NEAR.get(name, 0.0))
     for outcome in (one, several):  # more ranks begin with smaller micro-batches
         outcome.records.pop("tokens", None)
     assert distance(one.records, several.records) <= 1e-6
@@ -126,6 +129,15 @@ HAPPENS: dict[str, Callable[[Outcome], bool]] = {
 @pytest.mark.parametrize("name", HAPPENS)
 def test_a_check_has_what_it_is_about(read: Read, ranks: int, name: str) -> None:
     assert HAPPENS[name](read(ranks, name, "one"))
+
+
+def _without_figures(outcome: Outcome) -> list[Any]:
+    """The episodes without the figures that a model computes for each token."""
+    computed = ("logprobs", "trained_logprobs", "ref_logprobs", "advantages")
+    return [
+        [{k: v for k, v in e.items() if k not in computed} for e in step]
+        for step in outcome.episodes
+    ]
 
 
 def _tokens(outcome: Outcome) -> list[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import isnan, nan
 from statistics import fmean, pstdev
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,14 +149,3 @@ def describe_generation(backend: GenerationBackend) -> dict[str, float]:
         added = not name.endswith(("_seconds", "_fraction"))
         figures[f"engine/{name}"] = sum(known) if added else fmean(known)
     return figures
-
-
-def record(trajectory: Trajectory) -> dict[str, Any]:
-    """The record of an episode in `rollouts.jsonl`."""
-    return {
-        "group_id": trajectory.group_id,
-        "messages": trajectory.info.messages,
-        "token_ids": trajectory.token_ids[trajectory.prompt_length :],
-        "reward": trajectory.reward,
-        "finish_reason": trajectory.finish_reason,
-    }

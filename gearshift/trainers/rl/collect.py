@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -19,17 +19,17 @@ from gearshift.rollouts.collector import Collector
 from gearshift.rollouts.episode import EpisodeSpec, Rewarded
 from gearshift.runtime.optimizer import MasterAdamW
 from gearshift.runtime.seeding import generator, named_seed
-from gearshift.trainers.left_out import LeftOut
+from gearshift.trainers.left_out import LeftOut, Reason
 from gearshift.trainers.rl.batching import (
     RewardParts,
     by_group,
     describe_rollout,
     has_zero_std,
-    record,
     written_lengths,
 )
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.rl.experience import shaped_rewards
+from gearshift.trainers.rl.records import RolloutRecord
 from gearshift.trainers.stage import Stage
 from gearshift.types import SamplingParams, Trajectory
 
@@ -70,12 +70,18 @@ class RolloutSampler:
     optimizers: list[MasterAdamW]
     """Their state leaves the device while the policy generates, if the config says so."""
     left_out: LeftOut
+    record: RolloutRecord = field(default_factory=RolloutRecord)
+    """The record of the newest rollout."""
 
     def rollout(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
         """Episodes with their rewards, to learn from; and metrics of all that were sampled.
 
         Under `replace_zero_std` further rollouts replace groups whose rewards are all equal.
         """
+        updates = step * self.config.updates_a_step
+        self.record = RolloutRecord(
+            self.config.record_figures, updates - self.engine.weights_version
+        )
         kept: dict[int, list[Trajectory]] = {}
         everything: list[Trajectory] = []
         all_parts: RewardParts = {}
@@ -86,7 +92,7 @@ class RolloutSampler:
             if self.config.rollout.ahead and step + 1 < self.stage.total:
                 later = self.starts(step + 1)
             starts = self.starts(step, nth)
-            trajectories, parts = self.collect(starts, self.config.sampling(), later)
+            trajectories, parts = self.collect(starts, self.config.sampling(), self.record, later)
             everything += trajectories
             for name, values in parts.items():
                 all_parts.setdefault(name, []).extend(values)
@@ -98,8 +104,13 @@ class RolloutSampler:
             kept |= groups
             if len(kept) >= prompts:
                 break
+        self.record.add(everything, all_parts)
         enough = list(kept.values())[:prompts]
+        if enough:
+            self.record.keep(_flat(kept.values()), "zero_std")
+            self.record.keep(_flat(enough), "surplus")
         chosen = self.comparable(enough or by_group(everything).values())
+        self.record.keep(_flat(chosen), "alone")
         metrics = describe_rollout(everything, all_parts)
         metrics |= {f"rewards/{name}/missing": fmean(shares) for name, shares in missing.items()}
         if rounds > 1:
@@ -107,8 +118,7 @@ class RolloutSampler:
         if self.config.rollout.ahead and everything:
             oldest = min(v for t in everything for v in t.weights_versions if v >= 0)
             metrics["sampling/updates_behind"] = float(self.engine.weights_version - oldest)
-        self.stage.rollouts.append(step, {"episodes": [record(t) for t in everything]})
-        return [t for group in chosen for t in group], metrics
+        return _flat(chosen), metrics
 
     def comparable(self, groups: Iterable[list[Trajectory]]) -> list[list[Trajectory]]:
         """The groups without those that have only one episode left, if the advantage compares
@@ -124,10 +134,12 @@ class RolloutSampler:
         self,
         starts: Sequence[EpisodeSpec],
         params: SamplingParams,
+        record: RolloutRecord,
         later: Sequence[EpisodeSpec] | None = None,
     ) -> tuple[list[Trajectory], RewardParts]:
         """Episodes from these starts that have a reward, with the reward and every part of it. The
         episodes of `later` begin now, on the newest weights, and the next call collects them.
+        `record` gets the episodes that are left out.
         """
         rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
         how = params, self.score.begin, rewarded
@@ -147,15 +159,18 @@ class RolloutSampler:
             why = self.collector.last_failure
             self.left_out.add("environment", failures - overlong, why)
             self.left_out.add("overlong_prompt", overlong, why)
+            for group, too_long, reason in self.collector.lost:
+                what: Reason = "overlong_prompt" if too_long else "environment"
+                record.add_failed(group, what, reason)
         with self.stage.phase("reward"):
-            return self.rewarded(trajectories)
+            return self.rewarded(trajectories, record)
 
     def greedy(self, step: int, groups: set[int]) -> dict[int, float]:
         """The return of the greedy completion of these groups' prompts."""
         params = replace(self.config.sampling(), n=1, temperature=0.0)
         rounds = range(1 + self.config.rollout.replace_zero_std)
         starts = [s for n in rounds for s in self.starts(step, n) if s.group_id in groups]
-        trajectories, _ = self.collect(starts, params)
+        trajectories, _ = self.collect(starts, params, RolloutRecord())
         if not trajectories:
             return {}
         rewards_M = shaped_rewards(trajectories, self.config)
@@ -185,10 +200,20 @@ class RolloutSampler:
             for g in groups
         ]
 
-    def rewarded(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], RewardParts]:
+    def rewarded(
+        self, trajectories: list[Trajectory], record: RolloutRecord
+    ) -> tuple[list[Trajectory], RewardParts]:
         """The trajectories that have a reward, with the reward, and every part of it by name."""
         totals, parts = self.score(trajectories)
         kept = [i for i, total in enumerate(totals) if total is not None]
         self.left_out.add("no_reward", len(totals) - len(kept), self.score.last_failure)
+        for i, total in enumerate(totals):
+            if total is None:
+                record.add_unrewarded(trajectories[i], {name: parts[name][i] for name in parts})
         parts = {name: [values[i] for i in kept] for name, values in parts.items()}
         return [t for t in totals if t is not None], parts
+
+
+def _flat(groups: Iterable[Sequence[Trajectory]]) -> list[Trajectory]:
+    """The trajectories of the groups, in order."""
+    return [trajectory for group in groups for trajectory in group]

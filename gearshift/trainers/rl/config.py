@@ -204,6 +204,9 @@ class RLConfig(StageConfig):
     """Labelled examples that are added to each update; null adds none."""
     update: UpdateConfig = UpdateConfig()
     """How a rollout becomes optimizer steps."""
+    record_figures: Neutral[bool] = True
+    """Whether `rollouts.jsonl` has figures for each token: log-probabilities, advantages, versions
+    of the weights. They take about 30 bytes a token."""
 
     micro_batch_key: ClassVar[str] = "update.micro_batch_tokens"
 

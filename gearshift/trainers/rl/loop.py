@@ -10,7 +10,8 @@ dropout is off, so that the first ratio is exactly 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -35,6 +36,7 @@ from gearshift.trainers.rl.critic import Critic
 from gearshift.trainers.rl.experience import AdaptiveState, ExperienceMaker, Models
 from gearshift.trainers.rl.loss import rl_loss
 from gearshift.trainers.rl.methods import ValueNet
+from gearshift.trainers.rl.records import RolloutRecord
 from gearshift.trainers.sft import Rendered, supervised_batch
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import optimizer_for, update
@@ -146,15 +148,17 @@ class RLTrainer:
         measure_if_it_fits(self.engine.device, self.engine.model.dtype)
         for step in self.stage.steps(on_resume=self.engine.weights_changed):
             sampled, metrics = self.sampler.rollout(step)
-            trajectories, greedy = self.with_greedy(step, sampled)
             tokens = 0
-            if trajectories:
-                batch = self.packed(trajectories)
-                tokens = len(batch)
-                with self.stage.phase("score"):
-                    batch, scored = self.make_experience(batch, trajectories, greedy)
-                with self.stage.phase("train"):
-                    metrics |= scored | self.update(batch, step)
+            with self.recording(step) as record:
+                trajectories, greedy = self.with_greedy(step, sampled)
+                if trajectories:
+                    batch = self.packed(trajectories)
+                    tokens, written = len(batch), batch.loss_mask
+                    with self.stage.phase("score"):
+                        batch, scored = self.make_experience(batch, trajectories, greedy)
+                    with self.stage.phase("train"):
+                        metrics |= scored | self.update(record.with_places(batch), step)
+                    record.add_figures(trajectories, batch, written)
             self.left_out.rollout(self.config.rollout.prompts, tokens)
             metrics |= self.left_out.metrics() | describe_generation(self.sampler.collector.backend)
             metrics |= self.adapt(metrics, len(sampled))
@@ -168,6 +172,17 @@ class RLTrainer:
             self.stage.forget()
             raise self.left_out.error()
 
+    @contextmanager
+    def recording(self, step: int) -> Iterator[RolloutRecord]:
+        """The record of the step's rollout, which is written when this context ends, also after an
+        error: the episodes may be its cause.
+        """
+        record = self.sampler.record
+        try:
+            yield record
+        finally:
+            self.stage.rollouts.append(step, record.line())
+
     def with_greedy(
         self, step: int, trajectories: list[Trajectory]
     ) -> tuple[list[Trajectory], dict[int, float] | None]:
@@ -176,9 +191,11 @@ class RLTrainer:
         """
         if self.config.advantage.name not in NEEDS_GREEDY or not trajectories:
             return trajectories, None
+        record = self.sampler.record
         greedy = self.sampler.greedy(step, {t.group_id for t in trajectories})
         known = [t for t in trajectories if t.group_id in greedy]
         self.left_out.add("no_greedy", len(trajectories) - len(known))
+        record.keep(known, "no_greedy")
         return known, greedy
 
     def packed(self, trajectories: list[Trajectory]) -> PackedBatch:
@@ -213,6 +230,7 @@ class RLTrainer:
                         models=self.models,
                         beta=self.state.beta,
                         computed=computed,
+                        on_scores=self.sampler.record.add_scores,
                     )
                     cut = partial(self.micro_batches, mini, self.supervised(nth))
                     history.append(update(cut, self.stage.micro_batch, loss_of, *learning))

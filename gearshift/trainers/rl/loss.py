@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gearshift.algorithms.kl import KL_ESTIMATORS, with_ratio
@@ -17,15 +19,23 @@ from gearshift.trainers.rl.experience import Models
 from gearshift.trainers.sft import supervised_loss
 
 Metrics = dict[str, Tensor]
+OnScores = Callable[[PackedBatch, Tensor], None]
+"""A function that gets a micro-batch and its [M] log-probs."""
 
 
 def rl_loss(
-    batch: PackedBatch, config: RLConfig, models: Models, beta: float, computed: float
+    batch: PackedBatch,
+    config: RLConfig,
+    models: Models,
+    beta: float,
+    computed: float,
+    on_scores: OnScores = lambda batch, logprobs_M: None,
 ) -> tuple[Tensor, Metrics]:
     """Policy loss + beta * KL (where it is in the loss) + coefficient * value loss, of one
     micro-batch; or the weighted loss of one of labelled examples.
 
-    Metrics are means over what is computed, which has `computed` of the loss's weights.
+    Metrics are means over what is computed, which has `computed` of the loss's weights. `on_scores`
+    gets the policy's log-probs.
     """
     if batch.advantages is None:
         assert config.sft_mix is not None
@@ -36,6 +46,7 @@ def rl_loss(
     lengths_N = lengths_N[lengths_N > 0].to(weights_M.device)
     scores = models.scores(batch, config.rollout.temperature)
     logprobs_M = scores.logprobs
+    on_scores(batch, logprobs_M)
     old_M = logprobs_M.detach() if batch.old_logprobs is None else batch.scored("old_logprobs")
     policy = POLICY_LOSSES[config.loss.name](
         logprobs_M, old_M, batch.scored("advantages"), lengths_N, **config.loss.parameters()
