@@ -19,8 +19,9 @@ from gearshift.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = dict[str, Any]
-"""One chat message: `{"role": "user", "content": "..."}`, and other keys that chat templates read
-(`tool_calls`, `reasoning_content`, ...).
+"""One chat message: `{"role": "user", "content": "..."}`, and where they exist `name`,
+`tool_calls`, `tool_call_id` and `reasoning_content`. The content of a message that only calls tools
+may be None.
 """
 
 

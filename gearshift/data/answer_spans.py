@@ -65,7 +65,7 @@ def prompt_and_answer(
     probed = render_template(tokenizer, [*prompt, {"role": "assistant", "content": PROBE}], options)
     tail = probed.rpartition(PROBE)[2] if PROBE in probed else ""
     end = _end(tokenizer, whole, tail)
-    content = str(with_reasoning(tokenizer, message)["content"])
+    content = str(with_reasoning(tokenizer, message).get("content") or "")
     answer = None
     if whole.startswith(before):
         answer = whole[len(before) : end]
@@ -192,7 +192,7 @@ def answer_span(
     start, end = len(before), len(whole) - len(tail) + len(closing)
     if not closing or not whole.endswith(tail) or end < start:
         return None
-    thinks = messages[i].get(REASONING[0]) or "</think>" in messages[i]["content"]
+    thinks = messages[i].get(REASONING[0]) or "</think>" in (messages[i].get("content") or "")
     said = re.sub(f"{special_token_pattern(tokenizer)}$", "", answer)
     if thinks and no_spaces(said) != no_spaces(whole[start : end - len(closing)]):
         return None

@@ -254,7 +254,10 @@ def with_reasoning(tokenizer: PreTrainedTokenizerBase, message: Message) -> Mess
     if names:
         return {**rest, **dict.fromkeys(names, reasoning)}
     if "</think>" in template_source(tokenizer):
-        return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
+        return {
+            **rest,
+            "content": f"<think>\n{reasoning}\n</think>\n\n{message.get('content') or ''}",
+        }
     raise DataError(left_out_message(f"`{REASONING[0]}`"))
 
 
@@ -271,7 +274,11 @@ def _template_form(
 
 
 def _with_calls(message: Message) -> Message:
-    """The message with its calls in one common form."""
+    """The message with its calls in one common form, and with words: OpenAI's clients send null as
+    the content of a message that only calls tools, and templates expect a text.
+    """
+    if message.get("content") is None:
+        message = {**message, "content": ""}
     calls = message.get("tool_calls")
     return {**message, "tool_calls": read_calls(calls, "tool_calls")} if calls else message
 

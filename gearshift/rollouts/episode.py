@@ -261,9 +261,12 @@ def group_of(request: int) -> int:
 def messages_of(observation: Any, info: Mapping[str, Any]) -> list[Message]:
     """The environment's message. Raises `TypeError` if it is not text."""
     said = list(info.get("messages") or [{"role": "user", "content": observation}])
-    for message in said:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"its message is {message['content']!r:.60}, which is not text")
+    for i, message in enumerate(said):
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            said[i] = {**message, "content": ""}
+        elif not isinstance(content, str):
+            raise TypeError(f"its message is {content!r:.60}, which is not text")
     return said
 
 

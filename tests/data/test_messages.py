@@ -17,7 +17,7 @@ from gearshift.data import (
     to_supervised,
     to_unpaired,
 )
-from gearshift.data.chat import render_completion
+from gearshift.data.chat import render_completion, render_prompt, render_turn
 from gearshift.data.clean import CleanConfig
 from gearshift.errors import DataError
 from tests.data.shapes import SHAPES
@@ -128,6 +128,21 @@ def test_each_form_trains_what_it_says(form: str) -> None:
     assert sum(mask) == len(whole)
     for said in ("system", "tools"):
         assert (said not in row) or ("S." in shown if said == "system" else "Looks." in shown)
+
+
+def test_a_template_sees_all_that_a_message_has_also_without_words() -> None:
+    """A message of OpenAI's clients, which no row has been: null or nothing in place of words."""
+    tokenizer = SHAPES["thinking"]
+    row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]}
+    wanted = tokenizer.decode(render_prompt(tokenizer, to_prompt(row).prompt, {"tools": [TOOL]}))
+    assert all(part in wanted for part in ("Looks.", CALLED, "seen"))
+    for words in ({"content": None}, {}):
+        call = {"role": "assistant", "tool_calls": [TEXT_CALL], **words}
+        ids = render_prompt(tokenizer, [USER, call, RESULT], {"tools": [TOOL]})
+        assert tokenizer.decode(ids) == wanted
+        _, answer = render_completion(tokenizer, [USER], {**call, "reasoning_content": "hm"})
+        assert tokenizer.decode(answer) == "<think>\nhm\n</think>\n\n" + CALLED
+        assert render_turn(tokenizer, [RESULT], {"tools": [TOOL]})
 
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
