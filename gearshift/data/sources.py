@@ -22,6 +22,15 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
 from gearshift.data.formats import SourceRow
+from gearshift.data.labels import (
+    PREFIX,
+    Format,
+    Labels,
+    is_label_file,
+    label_rows,
+    read_events,
+    source_file,
+)
 from gearshift.data.messages import show
 from gearshift.data.rows import TEXT_COLUMNS, from_json, text_size
 from gearshift.errors import DataError
@@ -49,7 +58,8 @@ class SourceConfig(Config):
 
     path: PathText
     """A file (JSONL, JSON, CSV, each also with `.gz`, or Parquet), the name of a data set on the
-    Hugging Face hub, or `task:NAME`, a file that the task makes.
+    Hugging Face hub, `task:NAME`, a file that the task makes, or `labels:RUN`, the labels that
+    people gave in that run's folder. A folder `FILE.labels` has the labels of that file.
     """
     weight: float = Field(default=1.0, gt=0)
     """The source's share of the examples, relative to the weights of the other sources."""
@@ -73,11 +83,13 @@ class DataConfig(Config):
     """
 
 
-def load_rows(path: str, split: str = "train") -> list[SourceRow]:
-    """All rows of a file or a data set. Raises `DataError` with the file and the line."""
+def load_rows(path: str, split: str = "train", labels: Format | None = None) -> list[SourceRow]:
+    """All rows of a file or a data set. Labels of people give their rows in the format `labels`;
+    None gives those of every format. Raises `DataError` with the file and the line.
+    """
     if is_on_hub(path):
         return _from_hub(path, split)
-    file = Path(path).expanduser()
+    file = source_file(path)
     if not file.exists():
         raise DataError(f"{path} does not exist{_nearest(file)}")
     if file.is_dir():
@@ -87,7 +99,10 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
     if not file.is_file():  # a pipe or a device may have no end, and cannot be read twice
         raise DataError(f"{path} is not a regular file; write its content into one.")
     kind = _kind(file)
-    rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
+    if is_label_file(file):
+        rows = _labelled(file, labels)
+    else:
+        rows = _parquet(file) if kind == ".parquet" else _read(file, kind)
     if not rows:
         raise DataError(f"{path} has no rows; give a file with at least one.")
     return rows
@@ -95,9 +110,9 @@ def load_rows(path: str, split: str = "train") -> list[SourceRow]:
 
 def is_on_hub(path: str) -> bool:
     """Whether the path names a data set on the hub. Raises `DataError` for what can be no path."""
-    file = Path(path).expanduser()
+    file = source_file(path)
     try:
-        named = file.exists() or _kind(file) or path.startswith((".", "/", "~"))
+        named = file.exists() or _kind(file) or path.startswith((".", "/", "~", PREFIX))
     except (OSError, ValueError) as error:  # the path is too long, or no path at all
         raise DataError(f"{one_line(path, 100)} cannot be a file ({error.args[-1]}).") from None
     # Names on the hub may contain dots (`owner/set-v1.5`); a file's folder exists.
@@ -108,12 +123,19 @@ def source_digest(path: str, split: str = "train") -> str:
     """A digest that differs between two versions of a source: that of the file, or of the rows that
     the hub gave.
     """
-    file = Path(path).expanduser()
+    file = source_file(path)
     if file.is_file():
         return file_digest(file)
     if (path, split) not in _hub_digests:
         load_rows(path, split)
     return _hub_digests[path, split]
+
+
+def _labelled(file: Path, labels: Format | None) -> list[SourceRow]:
+    found = list(label_rows(Labels(read_events(file)[0]), labels))
+    if not found:
+        raise DataError(f"{file} has no labels that give such rows; label more, or use another.")
+    return [SourceRow(row, f"{file}, row {number}") for number, row in enumerate(found, start=1)]
 
 
 def _kind(file: Path) -> str:

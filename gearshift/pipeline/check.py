@@ -50,7 +50,7 @@ def _check_stage(recipe: Recipe, name: StageName) -> None:
     for data in (*inputs.learned, *inputs.heldout):
         for source in data.sources:
             if not source.path.startswith("task:"):
-                check_source(source, data.clean, _READ[name], answered=True)
+                check_source(source, data.clean, _READ[name], True, inputs.labels)
             elif recipe.task is None:
                 raise ConfigError(f"{name}: {source.path} is a task's file; set task.name.")
     for function in inputs.functions:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.data import DataConfig, clean, load_rows
+from gearshift.data.labels import source_file
 from gearshift.data.overlap import prompt_keys, row_prompts
 from gearshift.data.sources import SourceConfig, source_digest
 from gearshift.errors import DataError, StorageError
@@ -131,8 +132,8 @@ def _files_of_user(config: StageConfig, run: Path) -> Digests:
     found: Digests = {}
     inputs = config.inputs()
     for source in _sources(inputs):
-        if os.path.isfile(file := os.path.expanduser(source.path)):
-            found[source.path] = file_digest(Path(file))
+        if os.path.isfile(file := source_file(source.path)):
+            found[source.path] = file_digest(file)
     for model in inputs.models:
         if os.path.isdir(model) and not Path(model).resolve().is_relative_to(run.resolve()):
             found |= {f"{model}/{file}": known for file, known in made_of(model).items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gearshift.data import DataConfig, Mixture, clean, load_rows
+from gearshift.data.labels import Format
 from gearshift.errors import ConfigError, OverlongError
 from gearshift.pipeline.context import Context
 from gearshift.runtime.terminal import counted
@@ -16,15 +17,17 @@ Example = TypeVar("Example")
 Row = dict[str, Any]
 
 
-def load_sources(config: DataConfig, run: Context) -> list[list[Row]]:
-    """The cleaned rows of each source; `task:NAME` is a file that the task prepared."""
+def load_sources(config: DataConfig, run: Context, labels: Format) -> list[list[Row]]:
+    """The cleaned rows of each source; `task:NAME` is a file that the task prepared. Labels of
+    people give rows in the format `labels`.
+    """
     sources = []
     for source in config.sources:
         path = source.path
         if path.startswith("task:"):
             path = str(run.task.path(path.removeprefix("task:")))
         rows, report = clean(
-            load_rows(path, source.split)[: source.limit], config.clean, answered=True
+            load_rows(path, source.split, labels)[: source.limit], config.clean, answered=True
         )
         run.echo(f"data: {source.path}: {report}")
         sources.append(rows)
@@ -32,12 +35,15 @@ def load_sources(config: DataConfig, run: Context) -> list[list[Row]]:
 
 
 def render_sources(
-    config: DataConfig, run: Context, render: Callable[[list[Row]], list[Example]]
+    config: DataConfig,
+    run: Context,
+    render: Callable[[list[Row]], list[Example]],
+    labels: Format = "messages",
 ) -> list[list[Example]]:
     """What the rows of each source become, without those that are too long where the recipe leaves
-    them out.
+    them out. Labels of people give rows in the format `labels`.
     """
-    sources = load_sources(config, run)
+    sources = load_sources(config, run, labels)
     if config.overlong == "drop":
         for i, rows in enumerate(sources):
             sources[i] = [row for row in rows if _fits(row, render)]
@@ -48,10 +54,13 @@ def render_sources(
 
 
 def render_rows(
-    config: DataConfig, run: Context, render: Callable[[list[Row]], list[Example]]
+    config: DataConfig,
+    run: Context,
+    render: Callable[[list[Row]], list[Example]],
+    labels: Format = "messages",
 ) -> list[Example]:
     """The same of all sources, one after another."""
-    return [row for rows in render_sources(config, run, render) for row in rows]
+    return [row for rows in render_sources(config, run, render, labels) for row in rows]
 
 
 def mix(config: DataConfig, run: Context, sources: list[list[Example]]) -> Mixture[Example]:

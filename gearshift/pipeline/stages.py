@@ -86,13 +86,14 @@ def preference(config: PreferenceConfig, run: Context) -> Result:
     start = run.newest_policy(before="preference")
     config, engine = run.open_policy(config, start)
     max_length = config.max_length
+    labels = config.inputs().labels
 
     def render(rows: list[Row]) -> list[Judged]:
         examples = [to_unpaired(r) for r in rows]
         return render_judged(examples, engine.tokenizer, max_length, engine.max_length)
 
-    rows = mix(config.data, run, render_sources(config.data, run, render))
-    heldout = render_rows(config.heldout, run, render)
+    rows = mix(config.data, run, render_sources(config.data, run, render, labels))
+    heldout = render_rows(config.heldout, run, render, labels)
     reference = None
     if config.reference == "each_step" and config.loss in NEEDS_REFERENCE:
         reference = load_reference(run, engine, start)
@@ -112,13 +113,14 @@ def reward(config: RewardModelConfig, run: Context) -> Result:
     start = config.model or run.newest_policy(before="reward")
     config, runner, tokenizer = run.open_classifier(config, start)
     longest = config.max_length, context(runner.model)
+    labels = config.inputs().labels
 
     def render(rows: list[Row]) -> list[Pair]:
         examples = [to_preference(r) for r in rows]
         return render_pairs(examples, tokenizer, *longest)
 
-    pairs = mix(config.data, run, render_sources(config.data, run, render))
-    heldout = render_rows(config.heldout, run, render)
+    pairs = mix(config.data, run, render_sources(config.data, run, render, labels))
+    heldout = render_rows(config.heldout, run, render, labels)
     stage = run.begin_stage("reward", config.steps(len(pairs)), config, start)
     train_reward_model(config, runner, pairs, stage)
     run.save(stage.folder, runner.model, tokenizer, "reward modelling (Bradley-Terry)", start)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gearshift.data import DataConfig
+from gearshift.data.labels import Format
 from gearshift.runtime.optimizer import OptimizerConfig
 
 PROMPT_TOKENS = 128
@@ -63,3 +64,5 @@ class Inputs:
     """Functions of rewards, as `file.py:function` or `module:function`."""
     task: bool = False
     """Whether it reads the training rows of the recipe's task."""
+    labels: Format = "messages"
+    """The format in which it reads labels of people."""

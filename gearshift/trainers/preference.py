@@ -25,6 +25,7 @@ from gearshift.algorithms.normalize import row_sums
 from gearshift.algorithms.preference_losses import dpo, ipo, kto, orpo, simpo
 from gearshift.batch import PackedBatch
 from gearshift.data import DataConfig, Mixture
+from gearshift.data.labels import Format
 from gearshift.engine import Engine
 from gearshift.models.adapters import adapters_off
 from gearshift.models.runner import ModelRunner
@@ -94,7 +95,8 @@ class PreferenceConfig(SupervisedStageConfig):
         return f"{self.loss}, {super().describe()}"
 
     def inputs(self) -> Inputs:
-        return replace(super().inputs(), heldout=(self.heldout,))
+        labels: Format = "judged" if self.loss == "kto" else "preference"
+        return replace(super().inputs(), heldout=(self.heldout,), labels=labels)
 
     def memory_needs(self) -> MemoryNeeds:
         copied = self.reference == "each_step" and self.loss in NEEDS_REFERENCE

@@ -65,7 +65,8 @@ class RewardModelConfig(SupervisedStageConfig):
 
     def inputs(self) -> Inputs:
         models = (self.model,) if self.model else ()
-        return replace(super().inputs(), heldout=(self.heldout,), models=models)
+        heldout = (self.heldout,)
+        return replace(super().inputs(), heldout=heldout, models=models, labels="preference")
 
     def memory_needs(self) -> MemoryNeeds:
         half = -(-self.max_length // 2)

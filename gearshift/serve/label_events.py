@@ -1,0 +1,132 @@
+"""Reads a label that a page sends: what is wrong is refused by its field, what is unknown is not
+stored.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gearshift.data.labels import KINDS, Event, Item, Labels
+from gearshift.serve.api_error import ApiError
+from gearshift.serve.label_deal import order
+
+MAX_TEXT = 1 << 16
+_MAX_REASON, _MAX_TAGS, _MAX_TAG, _MAX_NAME = 4000, 20, 60, 60
+_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
+_CHOICES = {"pair": ("left", "right", "tie", "bad"), "thumb": ("up", "down")}
+
+
+def read_name(value: Any) -> str:
+    """The name of a person. Raises `ApiError`."""
+    name = " ".join(value.split()) if isinstance(value, str) else ""
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise _wrong("who", f"must be a name of 1 to {_MAX_NAME} characters")
+    return name
+
+
+def read_event(body: dict[str, Any], labels: Labels, criteria: tuple[str, ...]) -> Event:
+    """The event in the body of a request. Raises `ApiError`."""
+    name = body.get("id")
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        raise _wrong("id", "must be 8 to 64 letters, digits and hyphens")
+    who, kind = read_name(body.get("who")), body.get("kind")
+    if kind == "undo":
+        return _undo(name, who, body.get("undoes"), labels)
+    if kind not in KINDS:
+        raise _wrong("kind", f"must be one of {', '.join((*KINDS, 'undo'))}")
+    item = labels.items.get(str(body.get("item")))
+    if item is None:
+        raise ApiError(404, "not_found", "there is no such item here", "item")
+    _check_kind(kind, item)
+    event: Event = {"id": name, "who": who, "item": item.id, "kind": kind}
+    event["choice"] = _choice(body.get("choice"), kind, criteria)
+    event["reason"] = _reason(body.get("reason"))
+    event["edit"] = _edit(body.get("edit"), item)
+    if kind == "edit" and event["edit"] is None:
+        raise _wrong("edit", "must have the text of the edited answer")
+    event["seconds"] = _seconds(body.get("seconds"))
+    event["shown"] = _shown(body.get("shown"), item, who)
+    return event
+
+
+def shown(item: Item, who: str, seed: int) -> dict[str, int]:
+    """Which answer a person sees on which side, and the seed that decided it."""
+    if len(item.answers) == 1:
+        return {"left": 0, "order_seed": seed}
+    left = order(seed, item.id, who)
+    return {"left": left, "right": 1 - left, "order_seed": seed}
+
+
+def _undo(name: str, who: str, undoes: Any, labels: Labels) -> Event:
+    label = labels.events.get(undoes) if isinstance(undoes, str) else None
+    if label is None or label["kind"] not in KINDS or label["who"] != who:
+        raise ApiError(404, "not_found", "this person has given no such label", "undoes")
+    return {"id": name, "who": who, "item": label["item"], "kind": "undo", "undoes": undoes}
+
+
+def _check_kind(kind: str, item: Item) -> None:
+    answers = {"pair": 2, "thumb": 1, "rating": 1}.get(kind)
+    if answers not in (None, len(item.answers)):
+        raise _wrong("kind", f"is {kind}, and the item has {len(item.answers)} answers")
+
+
+def _choice(value: Any, kind: str, criteria: tuple[str, ...]) -> Any:
+    if kind in _CHOICES:
+        if value not in _CHOICES[kind]:
+            raise _wrong("choice", f"must be one of {', '.join(_CHOICES[kind])}")
+        return value
+    if kind != "rating":
+        return None
+    if not isinstance(value, dict) or set(value) != set(criteria):
+        raise _wrong("choice", f"must rate {', '.join(criteria)}")
+    if any(type(number) is not int or not 1 <= number <= 5 for number in value.values()):
+        raise _wrong("choice", "must be whole numbers from 1 to 5")
+    return value
+
+
+def _reason(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _wrong("reason", "must be an object with `text` and `tags`")
+    text, tags = value.get("text", ""), value.get("tags", [])
+    if not isinstance(text, str) or len(text) > _MAX_REASON:
+        raise _wrong("reason", f"must have a text of at most {_MAX_REASON} characters")
+    if not isinstance(tags, list) or len(tags) > _MAX_TAGS:
+        raise _wrong("reason", f"must have a list of at most {_MAX_TAGS} tags")
+    if any(not isinstance(tag, str) or len(tag) > _MAX_TAG for tag in tags):
+        raise _wrong("reason", f"must have tags of at most {_MAX_TAG} characters")
+    return {"text": text, "tags": tags} if text.strip() or tags else None
+
+
+def _edit(value: Any, item: Item) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    answer, text = (value.get("answer"), value.get("text")) if isinstance(value, dict) else (0, 0)
+    if type(answer) is not int or not 0 <= answer < len(item.answers):
+        raise _wrong("edit", "must name the number of an answer")
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
+        raise _wrong("edit", f"must have a text of 1 to {MAX_TEXT} characters")
+    original = item.answers[answer]
+    if text == (original if isinstance(original, str) else original.get("content")):
+        raise _wrong("edit", "is the answer as it was")
+    return {"answer": answer, "text": text}
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise _wrong("seconds", "must be a number, 0 or more")
+    return round(float(value), 1)
+
+
+def _shown(value: Any, item: Item, who: str) -> dict[str, int]:
+    """The sides as the person saw them: without them a label would be worth nothing."""
+    seed = value.get("order_seed") if isinstance(value, dict) else None
+    if type(seed) is not int or value != shown(item, who, seed):
+        raise _wrong("shown", "must be as the item came")
+    return shown(item, who, seed)
+
+
+def _wrong(field: str, must: str) -> ApiError:
+    return ApiError(400, "invalid_value", f"`{field}` {must}", field)
