@@ -13,32 +13,16 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gearshift.runtime.curves import CURVES, columns, matching
 from gearshift.runtime.files import write_text
 from gearshift.runtime.terminal import one_line, printable
 
-_CURVES = (
-    ("Reward", ("reward", "rewards/*/mean")),
-    ("Success", ("success",)),
-    ("KL to the reference", ("kl",)),
-    ("Entropy", ("entropy",)),
-    ("Tokens in a completion", ("completions/mean_length",)),
-    ("Completions cut short", ("completions/clipped_ratio",)),
-    ("Loss", ("loss",)),
-    ("Accuracy on pairs", ("accuracy",)),
-    ("Margin of pairs", ("margin",)),
-    ("Gradient norm", ("grad_norm",)),
-    ("Learning rate", ("learning_rate",)),
-    ("Trained tokens a second", ("speed/tokens_per_second",)),
-    ("Model FLOPs utilisation", ("speed/mfu",)),
-    ("Peak of the GPU's memory, GiB", ("memory/peak_gib/*",)),
-)
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#94a3b8")
 _POLICY = "POLICY"
 """Stands for the content security policy, which names a digest of the page's style."""
@@ -135,21 +119,17 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     """The curves that a stage's records have figures for, then its seconds by phase."""
     import matplotlib
 
-    names = list(dict.fromkeys(key for record in records for key in record))
+    figures = columns(records)
     steps = np.array([record["step"] for record in records], dtype=np.float64)
 
     def series(patterns: Sequence[str]) -> dict[str, _Floats]:
-        found = {
-            # A metric that was not finite was logged as null; float() makes it a gap again.
-            name: np.array([r.get(name) for r in records], dtype=np.float64)
-            for pattern in patterns
-            for name in names
-            if fnmatchcase(name, pattern)
+        # A metric that was not finite is None; numpy makes it a gap.
+        return {
+            name: np.array(figures[name], dtype=np.float64) for name in matching(figures, patterns)
         }
-        return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
     with matplotlib.rc_context(_STYLE):
-        for title, patterns in _CURVES:
+        for title, patterns in CURVES:
             if lines := series(patterns):
                 yield _curves(title, steps, lines)
         if phases := series(("seconds/*",)):
