@@ -138,6 +138,7 @@ class Engine:
         self._begin_version()
 
     def _check_idle(self) -> None:
+        self.loop.pause()
         if not self.loop.idle:
             raise GearshiftError(
                 "The weights changed while requests were running; let them end, or abort them."

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,16 @@ from gearshift.engine.stepped_engine import SteppedEngine
 from gearshift.errors import GearshiftError
 from gearshift.kernels.specs import BLOCK
 from gearshift.types import Completion, SamplingParams
+
+
+class Service(Protocol):
+    """Requests of other threads; see `engine/service.py`."""
+
+    def take(self) -> list[Group]:
+        """The requests that have arrived since the last call."""
+
+    def publish(self, running: int) -> None:
+        """Send on what was sampled; `running` of the requests have a row."""
 
 
 class EngineLoop:
@@ -47,6 +57,17 @@ class EngineLoop:
         """
         self._driver: asyncio.Task[None] | None = None
         self._stepping = False
+        self._service: Service | None = None
+        self._paused: list[Group] = []
+        """The service's requests that were running when the weights changed."""
+
+    def serve(self, service: Service | None) -> None:
+        """Run the requests of this service too, from the next step on; None: of no service. They
+        change nothing for other requests, and pause where the weights change.
+        """
+        if service and self._service:
+            raise GearshiftError("This engine has a service already; close that one first.")
+        self._service = service
 
     async def generate(
         self, token_ids: Iterable[int], params: SamplingParams, request_id: int, sample: int = 0
@@ -110,12 +131,28 @@ class EngineLoop:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
+        """Whether nothing waits and nothing runs, but for the service's requests."""
         self._abort_dropped()
-        return not self._arrivals and (self._scheduler is None or self._scheduler.idle)
+        scheduler = self._scheduler
+        return not self._arrivals and (
+            scheduler is None or scheduler.idle or all(s.served for s in scheduler.sequences)
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do, also for the service."""
+        runs = self._scheduler is not None and not self._scheduler.idle
+        return runs or bool(self._arrivals or self._paused or self._dropped)
+
+    def pause(self) -> None:
+        """Take the service's requests off the cache; the next step computes them again and goes on
+        with them.
+        """
+        if self._scheduler is not None:
+            self._paused += self._scheduler.withdraw_served()
 
     def step(self) -> None:
-        """Sample one token for every running request. Only callers in this module use it. An error
+        """Sample one token for every running request. Only the engine's own parts use it. An error
         or an interrupt in the middle ends every request; the next step starts with an empty
         scheduler.
         """
@@ -173,6 +210,7 @@ class EngineLoop:
 
     def release(self) -> None:
         """Free the cache. Raises `GearshiftError` while requests are on their way."""
+        self.pause()
         if not self.idle:
             raise GearshiftError("Requests are running; let them end, or abort them.")
         self._scheduler = self._decoder = None
@@ -194,6 +232,8 @@ class EngineLoop:
     def _admit(self) -> None:
         """Give the new requests to the scheduler."""
         self._abort_dropped()
+        if self._service:
+            self._arrivals += self._service_arrivals()
         if not self._arrivals:
             return
         if self._scheduler is None:
@@ -201,11 +241,21 @@ class EngineLoop:
         self._scheduler.add(self._arrivals)
         self._arrivals = []
 
+    def _service_arrivals(self) -> list[Group]:
+        assert self._service is not None
+        arrived = self._service.take()
+        paused, self._paused = self._paused, []
+        if arrived and self.idle:
+            self._engine.prepare_generation()
+        return paused + arrived
+
     def _compute(self) -> None:
         """Schedule, run, postprocess."""
         began = time.perf_counter()
         plan = self._scheduler.schedule() if self._scheduler else None
         if plan is None or self._scheduler is None or self._decoder is None:
+            if self._service:
+                return
             raise GearshiftError("No request is running; send one first.")
         sampled = self._decoder.run(plan)
         self._scheduler.postprocess(plan, sampled, self._engine.weights_version)
@@ -214,11 +264,12 @@ class EngineLoop:
     def _abort(self, sequence: Sequence) -> None:
         if self._scheduler is not None:
             self._scheduler.abort(sequence)
-        for group in self._arrivals:
+        for group in self._arrivals + self._paused:
             if sequence in group:
                 group.remove(sequence)
                 sequence.finish_reason = "abort"
         self._arrivals = [group for group in self._arrivals if group]
+        self._paused = [group for group in self._paused if group]
 
     def _abort_dropped(self) -> None:
         while self._dropped:
@@ -233,6 +284,7 @@ class EngineLoop:
         for sequence in waiting + (self._scheduler.sequences if self._scheduler else []):
             sequence.fail(ended)
         self._scheduler, self._decoder, self._arrivals = None, None, []
+        self._publish()
         self._fail_waiters(error if isinstance(error, Exception) else ended)
 
     async def _progress(self, sequence: Sequence, seen: int | None) -> None:
@@ -261,7 +313,13 @@ class EngineLoop:
             except Exception as error:  # the waiting callers get it
                 self._fail_waiters(error)
 
+    def _publish(self) -> None:
+        if self._service:
+            live = self._scheduler.live if self._scheduler else []
+            self._service.publish(sum(s.served for s in live))
+
     def _wake(self) -> None:
+        self._publish()
         for future, (sequence, seen) in list(self._waiters.items()):
             more = seen is not None and len(sequence.token_ids) > seen
             if (more or sequence.finish_reason is not None) and not future.done():

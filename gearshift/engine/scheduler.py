@@ -62,6 +62,16 @@ class Scheduler:
                 sequence.finish_reason = "abort"
         self.waiting = deque(group for group in self.waiting if group)
 
+    def withdraw_served(self) -> list[Group]:
+        """Remove the service's sequences, and give them with what they have; `add` takes them
+        again.
+        """
+        withdrawn = [sequence for sequence in self.sequences if sequence.served]
+        for sequence in [s for s in self.live if s.served]:
+            self._leave(sequence)
+        self.waiting = deque(group for group in self.waiting if not group[0].served)
+        return [[sequence] for sequence in withdrawn]
+
     @property
     def sequences(self) -> list[Sequence]:
         """All sequences that wait or run."""

@@ -38,6 +38,8 @@ class Sequence:
     """One random number for each of its tokens; they are drawn ahead."""
     blocks: list[int] = field(default_factory=list)
     """Its blocks of the cache while it runs."""
+    served: bool = False
+    """Whether a service's request; such a one may be paused, and go on with other weights."""
 
     @property
     def length(self) -> int:

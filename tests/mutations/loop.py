@@ -233,4 +233,25 @@ MUTATIONS = (
         "logprobs_M.detach() if True else",
         "tests/invariants/test_4_first_update.py",
     ),
+    Mutation(
+        "a request beside a run keeps keys of old weights",
+        "engine/hybrid.py",
+        "        self.loop.pause()\n",
+        "",
+        "tests/engine/test_service.py",
+    ),
+    Mutation(
+        "a client that left keeps its row",
+        "engine/service.py",
+        "                self._engine.loop.drop(guest.sequence)",
+        "                pass",
+        "tests/engine/test_service.py",
+    ),
+    Mutation(
+        "clients of a broken step wait for ever",
+        "engine/loop.py",
+        "        self._publish()\n        self._fail_waiters",
+        "        self._fail_waiters",
+        "tests/engine/test_service.py",
+    ),
 )
