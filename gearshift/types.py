@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gearshift.errors import ConfigError
 
@@ -53,12 +53,25 @@ class SamplingParams:
     """Positive logits of tokens that the prompt or the completion has are divided by it, negative
     ones multiplied (Keskar et al. 2019); 1 leaves them unchanged.
     """
+    frequency_penalty: float = 0.0
+    """It is subtracted from a token's logit once for each time that the completion has the token,
+    as OpenAI's API does. The prompt does not count. 0 leaves the logits unchanged.
+    """
+    presence_penalty: float = 0.0
+    """It is subtracted from the logit of each token that the completion has, however often, as
+    OpenAI's API does. The prompt does not count. 0 leaves the logits unchanged.
+    """
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit)."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that a completion never contains."""
     seed: int | None = None
     """Seed of these requests; None takes the engine's."""
+    top_logprobs: int | None = None
+    """How many of the most likely tokens a completion reports for each position, with their
+    log-probs (see `Completion.top_logprobs`); 0 reports the sampled token's own only. None reports
+    none of these, which is fastest.
+    """
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -69,7 +82,10 @@ class SamplingParams:
         given: dict[str, Any] = {
             **{name: _whole(name, getattr(self, name)) for name in _WHOLE},
             **{name: _finite(name, getattr(self, name)) for name in _FINITE},
-            "seed": None if self.seed is None else _whole("seed", self.seed),
+            **{
+                name: None if (value := getattr(self, name)) is None else _whole(name, value)
+                for name in ("seed", "top_logprobs")
+            },
             "stop": stop,
             "stop_token_ids": _tokens("stop_token_ids", self.stop_token_ids),
             "logit_bias": tuple(
@@ -92,6 +108,8 @@ class SamplingParams:
                 "be 0 (greedy) or in [1e-5, 1e5]",
             ),
             ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "lie in [0.001, 1000]"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 2, "lie in [-2, 2]"),
+            ("presence_penalty", abs(self.presence_penalty) <= 2, "lie in [-2, 2]"),
             ("logit_bias", most <= 1e9, "add at most 1e9 to a logit"),
             ("logit_bias", len(biased) == len(self.logit_bias), "name each token once"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
@@ -99,6 +117,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
+            ("top_logprobs", (self.top_logprobs or 0) >= 0, "be None or 0 or more"),
             ("stop", all(isinstance(s, str) and s for s in stop), "hold strings, none empty"),
             ("bad_words", all(self.bad_words), "hold no empty run"),
         ):
@@ -107,7 +126,14 @@ class SamplingParams:
 
 
 _WHOLE = ("n", "top_k", "max_new_tokens")
-_FINITE = ("temperature", "top_p", "min_p", "repetition_penalty")
+_FINITE = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 
 
 def _wrong(name: str, value: object, must: str) -> ConfigError:
@@ -144,6 +170,17 @@ def _tokens(name: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
+class TokenScore(NamedTuple):
+    """A token's log-prob under softmax(logits), and the most likely tokens at its place. All
+    figures come from one row of float32, so the most likely token's figure is exactly the greatest.
+    """
+
+    logprob: float
+    """In nats, at temperature 1, without truncation, penalties, bias and bad words."""
+    top: tuple[tuple[int, float], ...]
+    """(token, its log-prob): the most likely first, and of equally likely ones the smallest id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine wrote for one prompt."""
@@ -152,17 +189,26 @@ class Completion:
     """The sampled tokens, the end token included when `finish_reason` is `stop`."""
     logprobs: list[float]
     """log p(token) in nats under softmax(logits / temperature), without truncation (top-k, top-p,
-    min-p), penalty, bias and bad words. This is the policy that training scores and that importance
-    ratios use. Greedy: under softmax(logits).
+    min-p), penalties, bias and bad words. This is the policy that training scores and that
+    importance ratios use. Greedy: under softmax(logits).
     """
     drawn_logprobs: list[float]
-    """log p(token) under the distribution that the token was drawn from, with truncation, penalty,
-    bias and bad words. An importance ratio against the sampler itself needs it. It equals
-    `logprobs` if the request uses none of these.
+    """log p(token) under the distribution that the token was drawn from, with truncation,
+    penalties, bias and bad words. An importance ratio against the sampler itself needs it. It
+    equals `logprobs` if the request uses none of these.
     """
     finish_reason: FinishReason
     weights_versions: list[int]
     """The version of the weights that sampled each token; see `Engine.weights_changed`."""
+    raw_logprobs: list[float] = field(default_factory=list)
+    """log p(token) in nats under softmax(logits), whatever the request's temperature; see
+    `TokenScore`. Empty unless `SamplingParams.top_logprobs` asks for it.
+    """
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """For each token, the most likely tokens at its place with their log-probs under the same
+    distribution: `SamplingParams.top_logprobs` of them, or the whole vocabulary if that is smaller.
+    Empty unless asked for.
+    """
 
 
 @dataclass(frozen=True, slots=True)

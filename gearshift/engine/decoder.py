@@ -14,7 +14,7 @@ from gearshift.engine.cached_forward import CachedForward
 from gearshift.engine.captured_step import CapturedDecodeStep
 from gearshift.engine.config import EngineConfig
 from gearshift.engine.plan import Column, Decode, Plan, Prefill, Sampled
-from gearshift.engine.sampler import adjusts, sample
+from gearshift.engine.sampler import adjusts, sample, token_scores
 from gearshift.engine.sequence import Sequence
 from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.runtime.progress import Progress
@@ -114,9 +114,11 @@ class Decoder:
             newest[0], newest[1], self._block_tables(live), temperature, uniforms
         )
         if any(adjusts(s.params) for s in live):
-            return self._sample(live, logits, uniforms[0])
-        drawn = logprobs.tolist()
-        return Sampled([*zip(tokens.tolist(), drawn, drawn, strict=True)])
+            sampled = self._sample(live, logits, uniforms[0])
+        else:
+            drawn = logprobs.tolist()
+            sampled = Sampled([*zip(tokens.tolist(), drawn, drawn, strict=True)])
+        return self._score(live, logits, sampled)
 
     def _prefill(self, plan: Prefill) -> Sampled:
         logits = self._prompt_logits(plan)
@@ -125,7 +127,9 @@ class Decoder:
             self.forward.cache.copy(sources, targets)
         sizes = torch.tensor([len(group) for group in plan.groups])
         logits = logits.repeat_interleave(sizes.to(self._device), 0)
-        return self._sample(plan.sequences, logits, self._uniforms(plan.sequences, 1)[0])
+        live = plan.sequences
+        sampled = self._sample(live, logits, self._uniforms(live, 1)[0])
+        return self._score(live, logits, sampled)
 
     def _prompt_logits(self, plan: Prefill) -> Tensor:
         """[groups, V]: the logits after each group's prompt. A prompt that is too long for one
@@ -180,10 +184,28 @@ class Decoder:
 
     def _drawn(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Column:
         draw, params = self.kernels.sample, [s.params for s in sequences]
+        written = [(s.prompt, s.token_ids) for s in sequences]
         with self.kernels.batch_invariant() if any(map(adjusts, params)) else nullcontext():
-            columns = sample(draw, logits, uniforms, params, lambda row: sequences[row].tokens)
+            columns = sample(draw, logits, uniforms, params, written)
         tokens, logprobs, drawn_logprobs = (column.tolist() for column in columns)
         return tokens, logprobs, drawn_logprobs
+
+    def _score(self, sequences: list[Sequence], logits: Tensor, sampled: Sampled) -> Sampled:
+        """The same, with the scores that sequences ask for."""
+        asked = {
+            row: s.params.top_logprobs
+            for row, s in enumerate(sequences)
+            if s.params.top_logprobs is not None and row not in sampled.failed
+        }
+        if not asked:
+            return sampled
+        rows, [column] = list(asked), sampled.columns
+        tokens = torch.tensor([column[0][row] for row in rows]).to(self._device)
+        with self.kernels.batch_invariant():
+            scores = token_scores(logits[rows], tokens, max(asked.values()))
+        for row, score in zip(rows, scores, strict=True):
+            sampled.scores[row] = score._replace(top=score.top[: asked[row]])
+        return sampled
 
     def _uniforms(self, sequences: list[Sequence], steps: int) -> Tensor:
         """[steps, B] float64: each sequence's numbers for its next tokens."""

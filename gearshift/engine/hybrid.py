@@ -34,7 +34,7 @@ from gearshift.engine.config import EngineConfig
 from gearshift.engine.decoder import Decoder
 from gearshift.engine.loop import EngineLoop, Stream
 from gearshift.engine.owner import owner_of
-from gearshift.engine.probe import blocks_of, decode_given
+from gearshift.engine.probe import blocks_of, decode_given, score_given
 from gearshift.engine.scheduler import Group, Scheduler, blocks_for
 from gearshift.engine.sequence import SamplingLimits
 from gearshift.engine.stats import GenerationStats
@@ -51,7 +51,7 @@ from gearshift.models.runner import ModelRunner
 from gearshift.models.vocabulary import check_vocabulary
 from gearshift.runtime.sharded_parameter import own_rows
 from gearshift.runtime.terminal import counted
-from gearshift.types import Completion, SamplingParams
+from gearshift.types import Completion, SamplingParams, TokenScore
 
 Gear = Literal["training", "generation"]
 
@@ -187,6 +187,21 @@ class Engine:
         The request runs beside others: of other streams, and of `generate`.
         """
         return self.loop.stream(prompt, params, request_id)
+
+    def score(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
+        """The log-prob of each token after the first, given those before it, and the `top` most
+        likely tokens at its place: T - 1 scores for T tokens. Requests that run are not disturbed.
+
+        Raises `CapacityError` for a text that is empty or longer than `max_length`; `DataError` for
+        tokens that are not in the vocabulary.
+        """
+        self._require("generation", "score")
+        ids = self.limits.scored(token_ids, top)
+        if self.loop.idle:
+            self.prepare_generation()
+        forward = self._own_cache(self.runner, blocks_of([ids]))
+        most = self.config.max_num_batched_tokens
+        return score_given(forward, ids, top, self.vocabulary, most)
 
     def update_weights(self, weights: Path | Mapping[str, Tensor], version: int) -> None:
         """Copy weights into the model's parameters, from a saved model's folder or from tensors by
@@ -354,8 +369,12 @@ class Engine:
 
     def _probe(self, runner: ModelRunner, tokens: list[list[int]]) -> list[Tensor]:
         """See `models.check`. The check uses a separate cache, so that it leaves nothing behind."""
-        kernels, cache = kernels_of(self.model), KVCache(blocks_of(tokens))
-        return decode_given(CachedForward(runner, kernels, cache, self.max_length), tokens)
+        return decode_given(self._own_cache(runner, blocks_of(tokens)), tokens)
+
+    def _own_cache(self, runner: ModelRunner, blocks: int) -> CachedForward:
+        """A forward with a cache of its own."""
+        kernels = kernels_of(self.model)
+        return CachedForward(runner, kernels, KVCache(blocks), self.max_length)
 
     def _check_limit(self) -> None:
         limit = self.runner.limit

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gearshift.engine.sequence import Sequence
+from gearshift.types import TokenScore
 
 Column = tuple[list[int], list[float], list[float]]
 """For one step and each sequence: the token, its log-prob, and its log-prob in the distribution
@@ -55,3 +56,5 @@ class Sampled:
     """Errors by sequence index: why a sequence got no token. Its entry in the columns means
     nothing.
     """
+    scores: dict[int, TokenScore] = field(default_factory=dict)
+    """By sequence index, for those that ask: the scores of the tokens of the only column."""

@@ -1,5 +1,5 @@
-"""What the generation gear computes of given tokens, for the comparison with Hugging Face's forward
-(`models/check.py`).
+"""What the generation gear computes of given tokens: their log-probs, and the logits for the
+comparison with Hugging Face's forward (`models/check.py`). It knows no request.
 """
 
 from __future__ import annotations
@@ -8,13 +8,35 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.cached_forward import CachedForward
+from gearshift.engine.sampler import LOGITS_AT_ONCE, token_scores
 from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.models.check import NEW
+from gearshift.types import TokenScore
 
 
 def blocks_of(tokens: list[list[int]]) -> int:
     """Blocks that `decode_given` needs."""
     return len(tokens) * -(-max(map(len, tokens)) // BLOCK)
+
+
+def score_given(
+    forward: CachedForward, ids: list[int], top: int, vocabulary: int, most: int
+) -> list[TokenScore]:
+    """The score of each token after the first, with the `top` most likely ones. At most `most`
+    tokens are computed at a time, and fewer where the vocabulary is large, so that [T, V] logits
+    never exist. The cache has room for the tokens.
+    """
+    device = forward.model.device
+    tokens = torch.tensor(ids, device=device)
+    table = 1 + torch.arange(blocks_of([ids]), device=device)[None]
+    size, scores = max(1, min(most, LOGITS_AT_ONCE // vocabulary)), []
+    for first in range(0, len(ids) - 1, size):
+        positions = torch.arange(first, min(first + size, len(ids) - 1), device=device)
+        rows = torch.zeros_like(positions)
+        logits = forward(tokens[positions], AttentionMetadata(rows, positions, table))
+        with forward.kernels.batch_invariant():
+            scores += token_scores(logits, tokens[positions + 1], top)
+    return scores
 
 
 def decode_given(forward: CachedForward, tokens: list[list[int]]) -> list[Tensor]:

@@ -4,16 +4,21 @@ row's history.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gearshift.kernels.reference import inverse_cdf
-from gearshift.types import SamplingParams
+from gearshift.types import SamplingParams, TokenScore
 
 Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """`Kernels.sample`."""
+Written = tuple[list[int], list[int]]
+"""A row's prompt, and its completion so far."""
+LOGITS_AT_ONCE = 2**23
+"""How many logits are scored at a time, so that the memory has a bound."""
 
 
 def sample(
@@ -21,13 +26,13 @@ def sample(
     logits_BV: Tensor,
     uniforms_B: Tensor,
     params: Sequence[SamplingParams],
-    history: Callable[[int], Sequence[int]],
+    written: Sequence[Written],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token for each row, by inverse CDF; at temperature 0 take the most likely one.
 
     Args: `draw` does it for rows that ask for nothing but a temperature; logits [B, V] as the head
-    gave them; uniforms [B] float64 in (0, 1); each row's parameters; `history` gives a row's
-    tokens, prompt and completion, which penalty and bad words look at.
+    gave them; uniforms [B] float64 in (0, 1); each row's parameters, and what it has `written`,
+    which penalties and bad words depend on.
     Returns [B] tokens; [B] float32 log-probs under softmax(logits / temperature); and the same
     under the distribution that the token was drawn from. See `Completion` for which is which.
     """
@@ -45,7 +50,7 @@ def sample(
     scale_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
     adjusted_BV = policy_BV.clone()
     for i, row in enumerate(rows):
-        _adjust(adjusted_BV[i], params[row], history(row))
+        _adjust(adjusted_BV[i], params[row], *written[row])
     adjusted_BV /= scale_B1
     for p in {params[row] for row in rows}:
         own = [i for i, row in enumerate(rows) if params[row] == p]
@@ -88,19 +93,70 @@ def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
 def adjusts(p: SamplingParams) -> bool:
     """Whether more than the temperature shapes the distribution."""
     truncates = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-    return truncates or p.repetition_penalty != 1 or bool(p.logit_bias or p.bad_words)
+    penalizes = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+    return truncates or penalizes or bool(p.logit_bias or p.bad_words)
 
 
-def _adjust(logits_V: Tensor, p: SamplingParams, history: Sequence[int]) -> None:
-    """Penalty, bias and bad words, in place and in this order (Hugging Face's)."""
+def reads_logits(p: SamplingParams) -> bool:
+    """Whether each token needs the logits that it was drawn from, outside the decode step."""
+    return adjusts(p) or p.top_logprobs is not None
+
+
+def token_scores(logits_BV: Tensor, tokens_B: Tensor, top: int) -> list[TokenScore]:
+    """The score of one token of each row, with the `top` most likely tokens, or all if there are
+    fewer. log p = logit - log sum_v exp(logit_v), in float32.
+    """
+    B, V = logits_BV.shape
+    rows = max(1, LOGITS_AT_ONCE // V)
+    return [
+        score
+        for first in range(0, B, rows)
+        for score in _scores(logits_BV[first : first + rows].float(), tokens_B[first:], top)
+    ]
+
+
+def _scores(logits_BV: Tensor, tokens: Tensor, top: int) -> list[TokenScore]:
+    logprobs_BV = torch.log_softmax(logits_BV, -1)
+    ids_BK = _most_likely(logits_BV, min(top, logits_BV.shape[1]))
+    own_B1 = logprobs_BV.gather(1, tokens[: len(logits_BV), None])
+    figures_BK = logprobs_BV.gather(1, ids_BK)
+    rows = zip(own_B1[:, 0].tolist(), ids_BK.tolist(), figures_BK.tolist(), strict=True)
+    return [TokenScore(own, tuple(zip(ids, all_, strict=True))) for own, ids, all_ in rows]
+
+
+def _most_likely(logits_BV: Tensor, top: int) -> Tensor:
+    """[B, K]: the ids of the largest float32 logits in order; of equal ones the smallest id first,
+    which `topk` does not promise, and which `argmax` and so greedy sampling take.
+    """
+    if top == 0:
+        return torch.empty((len(logits_BV), 0), dtype=torch.int64, device=logits_BV.device)
+    last = logits_BV.shape[1] - 1
+    # The bits of positive floats are ordered as integers are, those of negative ones in reverse.
+    bits_BV = (logits_BV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    order_BV = (bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)).long() << 32
+    order_BV |= last - torch.arange(last + 1, device=logits_BV.device)
+    return last - (order_BV.topk(top, -1).values & 0xFFFFFFFF)
+
+
+def _adjust(logits_V: Tensor, p: SamplingParams, prompt: list[int], completion: list[int]) -> None:
+    """Penalties, bias and bad words, in place and in this order (Hugging Face's).
+
+    Frequency and presence: logit_v -= count_v * frequency_penalty + (count_v > 0) *
+    presence_penalty, where count_v counts token v in the completion (OpenAI's API reference).
+    """
+    history = prompt + completion
     if p.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(history)), device=logits_V.device)
         held = logits_V[seen]
         logits_V[seen] = torch.where(
             held > 0, held / p.repetition_penalty, held * p.repetition_penalty
         )
+    if completion and (p.frequency_penalty or p.presence_penalty):
+        counts = Counter(completion)
+        tokens, times = torch.tensor([*counts.items()], device=logits_V.device).T
+        logits_V[tokens] -= times * p.frequency_penalty + p.presence_penalty
     for token, bias in p.logit_bias:
         logits_V[token] += bias
     for *before, last in p.bad_words:
-        if not before or list(history[-len(before) :]) == before:
+        if not before or history[-len(before) :] == before:
             logits_V[last] = -torch.inf

@@ -13,7 +13,7 @@ from collections import deque
 from gearshift.engine.block_cache import KVCache
 from gearshift.engine.config import EngineConfig
 from gearshift.engine.plan import Decode, Plan, Prefill, Sampled
-from gearshift.engine.sampler import adjusts
+from gearshift.engine.sampler import reads_logits
 from gearshift.engine.sequence import HasStop, Sequence
 from gearshift.engine.stats import GenerationStats
 from gearshift.errors import NumericalError
@@ -106,11 +106,14 @@ class Scheduler:
             sequences[place].fail(error)
         for tokens, logprobs, drawn_logprobs in sampled.columns:
             rows = zip(sequences, tokens, logprobs, drawn_logprobs, strict=True)
-            for sequence, token, logprob, drawn_logprob in rows:
+            for place, (sequence, token, logprob, drawn_logprob) in enumerate(rows):
                 if sequence.finish_reason is not None:
                     continue
                 if _is_number(logprob) and _is_number(drawn_logprob):
-                    sequence.append(token, logprob, drawn_logprob, weights_version, self._has_stop)
+                    score = sampled.scores.get(place)
+                    sequence.append(
+                        token, logprob, drawn_logprob, score, weights_version, self._has_stop
+                    )
                 else:
                     sequence.fail(
                         NumericalError(
@@ -146,7 +149,7 @@ class Scheduler:
         """How many tokens can be drawn before the next check: `steps_per_sync`, if every sequence
         needs only a temperature and there are blocks for all these tokens. The blocks are taken.
         """
-        if self._steps_per_sync == 1 or any(adjusts(s.params) for s in self.live):
+        if self._steps_per_sync == 1 or any(reads_logits(s.params) for s in self.live):
             return 1
         left = [s.params.max_new_tokens - len(s.token_ids) for s in self.live]
         steps = min(self._steps_per_sync, max(left))

@@ -11,7 +11,7 @@ from operator import index
 from typing import Any
 
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
-from gearshift.types import Completion, FinishReason, SamplingParams
+from gearshift.types import Completion, FinishReason, SamplingParams, TokenScore
 
 HasStop = Callable[[list[int], tuple[str, ...]], bool]
 """Whether the text of these tokens contains one of the strings."""
@@ -31,6 +31,8 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
     weights_versions: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    """One for each token, if `params.top_logprobs` asks for them."""
     finish_reason: FinishReason | None = None
     error: GearshiftError | None = None
     """The error that ended it, if there was one. Other sequences continue."""
@@ -58,9 +60,17 @@ class Sequence:
         )
 
     def append(
-        self, token: int, logprob: float, drawn_logprob: float, version: int, has_stop: HasStop
+        self,
+        token: int,
+        logprob: float,
+        drawn_logprob: float,
+        score: TokenScore | None,
+        version: int,
+        has_stop: HasStop,
     ) -> None:
         """Add a token that weights of this version sampled, and find out whether it is the last."""
+        if score is not None:
+            self.scores.append(score)
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         self.drawn_logprobs.append(drawn_logprob)
@@ -99,6 +109,8 @@ class Sequence:
             self.drawn_logprobs,
             self.finish_reason or "abort",
             self.weights_versions,
+            [score.logprob for score in self.scores],
+            [score.top for score in self.scores],
         )
 
 
@@ -145,9 +157,23 @@ class SamplingLimits:
         one = self.sequence(token_ids, params, request_id, 0, name)
         return [one, *(one.with_sample(i) for i in range(1, params.n))]
 
+    def scored(self, token_ids: Iterable[int], top: int) -> list[int]:
+        """The token ids of a text to be scored. Raises `CapacityError` for one that is empty or too
+        long, `DataError` for tokens that are not in the vocabulary, and `ConfigError` for a `top`
+        that is no number of tokens.
+        """
+        ids = check_prompt("The text", token_ids, self.vocabulary)
+        SamplingParams(top_logprobs=top)
+        _check_some("The text", len(ids))
+        if len(ids) > self.max_length:
+            raise CapacityError(
+                f"The text has {len(ids)} tokens and passes the limit of {self.max_length}; "
+                "shorten it."
+            )
+        return ids
+
     def _check_room(self, name: str, length: int, new: int) -> None:
-        if length == 0:
-            raise CapacityError(f"{name} is empty; give at least one token.")
+        _check_some(name, length)
         limits = {
             "the limit": self.max_length,
             f"the cache, engine.{self.cache_key}": self.cache_tokens,
@@ -158,6 +184,11 @@ class SamplingLimits:
                     f"{name} has {length} tokens, and with max_new_tokens={new} passes {what} of "
                     f"{limit}; shorten the prompt or lower max_new_tokens."
                 )
+
+
+def _check_some(name: str, length: int) -> None:
+    if length == 0:
+        raise CapacityError(f"{name} is empty; give at least one token.")
 
 
 def check_prompt(name: str, prompt: Iterable[int], vocabulary: int) -> list[int]:

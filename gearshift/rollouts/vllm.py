@@ -172,6 +172,8 @@ class VLLM:
         """
         if params.bad_words:
             raise ConfigError("vLLM takes bad_words as texts, not as tokens; leave bad_words out.")
+        if params.top_logprobs is not None:
+            raise ConfigError("vLLM gives no top_logprobs here; leave top_logprobs out.")
         return {
             "prompt": list(token_ids),
             "max_tokens": params.max_new_tokens,
@@ -180,6 +182,8 @@ class VLLM:
             "top_k": params.top_k or -1,
             "min_p": params.min_p,
             "repetition_penalty": params.repetition_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "presence_penalty": params.presence_penalty,
             "logit_bias": {str(token): bias for token, bias in params.logit_bias} or None,
             "seed": seed % 2**63,
             "stop": list(params.stop),
@@ -298,5 +302,6 @@ def _completion(
         )
     plain = params.top_p == 1 and not params.top_k and not params.min_p
     plain = plain and params.repetition_penalty == 1 and not params.logit_bias
+    plain = plain and not params.frequency_penalty and not params.presence_penalty
     whole = drawn if plain or params.temperature == 0 else [math.nan] * len(drawn)
     return Completion(tokens, whole, drawn, reason, [version] * len(tokens))

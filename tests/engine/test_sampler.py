@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from gearshift.engine.sampler import sample as sample_rows
-from gearshift.engine.sampler import truncate
+from gearshift.engine.sampler import token_scores, truncate
 from gearshift.kernels.dispatch import kernels_for
 from gearshift.kernels.reference import Kernels, inverse_cdf
 from gearshift.types import SamplingParams
@@ -27,10 +27,11 @@ def sample(
     params: SamplingParams,
     history: tuple[int, ...] = (),
     kernels: Kernels = KERNELS[0],
+    completion: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row's parameters and history for all rows."""
-    rows = [params] * len(logits)
-    return sample_rows(kernels.sample, logits.contiguous(), uniforms, rows, lambda row: history)
+    """One row's parameters and tokens for all rows; the history is the prompt."""
+    rows, written = [params] * len(logits), [([*history], [*completion])] * len(logits)
+    return sample_rows(kernels.sample, logits.contiguous(), uniforms, rows, written)
 
 
 WEIGHT = st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0])
@@ -116,6 +117,69 @@ def test_the_repetition_penalty_is_hugging_faces() -> None:
     assert torch.allclose(logprobs, untouched, atol=1e-5)
 
 
+TOKENS = st.lists(st.integers(0, 11), max_size=30)
+PENALTY = st.floats(-2, 2)
+
+
+@given(TOKENS, TOKENS, PENALTY, PENALTY, st.sampled_from([0.0, 0.5, 1.0, 1.7]))
+@settings(max_examples=100, deadline=None)
+def test_frequency_and_presence_penalties_are_the_oracles(
+    prompt: list[int], completion: list[int], frequency: float, presence: float, temperature: float
+) -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(len(prompt)))
+    params = SamplingParams(
+        frequency_penalty=frequency, presence_penalty=presence, temperature=temperature
+    )
+    token, logprob, drawn = sample(
+        logits,
+        torch.tensor([0.4], dtype=torch.float64),
+        params,
+        tuple(prompt),
+        completion=tuple(completion),
+    )
+    theirs = oracle.penalized(logits[0].tolist(), completion, frequency, presence)
+    chosen, scale = int(token), temperature or 1.0
+    if temperature == 0:
+        assert theirs[chosen] == pytest.approx(max(theirs), abs=1e-5)
+    expected = oracle.log_softmax([x / scale for x in theirs])[chosen]
+    assert float(drawn) == pytest.approx(expected, abs=1e-4)
+    untouched = oracle.log_softmax([x / scale for x in logits[0].tolist()])[chosen]
+    assert float(logprob) == pytest.approx(untouched, abs=1e-4)
+
+
+@given(
+    st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.25, 3.0]), min_size=1, max_size=40),
+    st.integers(0, 50),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_most_likely_tokens_are_the_oracles_with_many_ties(
+    logits: list[float], top: int, dtype: torch.dtype
+) -> None:
+    V = len(logits)
+    rows = torch.tensor([logits, logits[::-1]], dtype=dtype)
+    chosen = [V - 1, 0]
+    scores = token_scores(rows, torch.tensor(chosen), top)
+    for row, own, score in zip(rows, chosen, scores, strict=True):
+        theirs = oracle.log_softmax(row.tolist())
+        first = oracle.most_likely(row.tolist(), top)
+        assert [token for token, _ in score.top] == first
+        assert [x for _, x in score.top] == pytest.approx([theirs[t] for t in first], abs=1e-5)
+        assert score.logprob == pytest.approx(theirs[own], abs=1e-5)
+        assert dict(score.top).get(own, score.logprob) == score.logprob
+        if score.top:
+            assert score.top[0][0] == int(row.float().argmax())
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_computed_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits, tokens = torch.randn(7, 90), torch.arange(7)
+    together = token_scores(logits, tokens, 5)
+    monkeypatch.setattr("gearshift.engine.sampler.LOGITS_AT_ONCE", 200)
+    assert token_scores(logits, tokens, 5) == together
+
+
 def test_bias_and_bad_words_shape_what_is_drawn() -> None:
     logits = torch.zeros(2000, 6)
     u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
@@ -134,7 +198,7 @@ def test_bias_and_bad_words_shape_what_is_drawn() -> None:
 def test_rows_are_sampled_by_their_own_parameters() -> None:
     logits, u = torch.randn(3, 40), torch.rand(3, dtype=torch.float64)
     own = [SamplingParams(top_k=2), SamplingParams(temperature=0.0), SamplingParams(top_p=0.4)]
-    together = sample_rows(KERNELS[0].sample, logits, u, own, lambda row: ())
+    together = sample_rows(KERNELS[0].sample, logits, u, own, [([], [])] * 3)
     for i, params in enumerate(own):
         alone = sample(logits[i : i + 1], u[i : i + 1], params)
         for ours, theirs in zip(together, alone, strict=True):

@@ -36,6 +36,9 @@ WRONG = [
     {"bad_words": ((-3,),)},
     *({name: bad} for name in ("temperature", "top_p", "min_p", "repetition_penalty")
       for bad in (math.nan, math.inf, -1, "1", None, True, 10**400, 1j)),
+    *({name: bad} for name in ("frequency_penalty", "presence_penalty")
+      for bad in (math.nan, -2.1, 2.1, "1", None, True)),
+    *({"top_logprobs": bad} for bad in (-1, 1.0, "1", True)),
     {"temperature": 1e-30}, {"temperature": 1e30}, {"repetition_penalty": 1e-30},
     {"repetition_penalty": 0}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 1},
     *({name: bad} for name in ("n", "top_k", "max_new_tokens")
@@ -192,7 +195,8 @@ EXTREMES: list[dict[str, Any]] = [
     {"logit_bias": {4: 1e9}}, {"logit_bias": {4: -1e9}}, {"temperature": 1e-5}, {"min_p": 1e-300},
     {"temperature": 1e5}, {"repetition_penalty": 1e3, "temperature": 1e-5}, {"top_p": 1e-300},
     {"repetition_penalty": 1e-3, "temperature": 1e-5, "logit_bias": {4: 1e9}},
-    {"top_p": 1e-300, "top_k": 2, "min_p": 0.5},
+    {"top_p": 1e-300, "top_k": 2, "min_p": 0.5}, {"top_logprobs": 10**9},
+    {"frequency_penalty": 2, "presence_penalty": 2, "temperature": 1e-5},
 ]  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Inverse CDF and truncation the slow way: Python floats, one row, one token at a time."""
+"""Inverse CDF, truncation, penalties and scores the slow way: Python floats, one row, one token at
+a time.
+"""
 
 import math
 
@@ -26,3 +28,25 @@ def kept(logits: list[float], top_k: int, top_p: float, min_p: float) -> set[int
         before += weight
     best = math.exp(logits[order[0]])
     return {i for i in nucleus if math.exp(logits[i]) >= min_p * best}
+
+
+def penalized(
+    logits: list[float], completion: list[int], frequency: float, presence: float
+) -> list[float]:
+    """OpenAI's formula: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    return [
+        mu - completion.count(j) * frequency - (completion.count(j) > 0) * presence
+        for j, mu in enumerate(logits)
+    ]
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    """log p of each token."""
+    most = max(logits)
+    norm = most + math.log(sum(math.exp(x - most) for x in logits))
+    return [x - norm for x in logits]
+
+
+def most_likely(logits: list[float], top: int) -> list[int]:
+    """The first tokens by logit; of equal ones the smallest id."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top]

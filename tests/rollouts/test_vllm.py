@@ -175,8 +175,9 @@ def test_log_probs_of_a_truncated_distribution_are_not_taken_for_the_policys(
     own = engine()
     with serving(FakeVLLM()) as urls:
         policy = on(urls, own, tmp_path)
-        episodes = played(policy, top_p=0.5)
-        assert pack_trajectories(episodes).scored("sampler_logprobs").isnan().all()
+        for shaped in ("top_p", "frequency_penalty", "presence_penalty"):
+            episodes = played(policy, **{shaped: 0.5})
+            assert pack_trajectories(episodes).scored("sampler_logprobs").isnan().all()
         keys: dict[str, Any] = {"rollout": {"top_p": 0.5}, "steps": 1}
         metrics = learned(own, policy, tmp_path / "rl", **keys)
     assert all(math.isfinite(x) for m in metrics for x in m.values() if isinstance(x, float))
