@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import get_scheduler
 from gearshift.errors import CheckpointError, NumericalError
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
 from gearshift.runtime.distributed import Part, world
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig, squares
 from gearshift.runtime.terminal import counted
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,15 +75,24 @@ class DeepSpeedAdamW(MasterAdamW):
         Raises `NumericalError` if it is not finite.
         """
         world().meet(self._reduce, "gradients")
-        squares = [float(zero.scaled_global_norm()) for zero in self.zeros]
-        # DeepSpeed averages over the ranks, and gives -1 for a norm that is not finite.
-        norm = world().size * sum(x * x for x in squares) ** 0.5
-        if min(squares, default=0.0) < 0 or not norm < float("inf"):
+        sums = [squares(part).to(self.parameters[0].device) for part in self._gradients()]
+        # DeepSpeed averages over the ranks.
+        norm = world().size * float(world().sum(torch.stack(sums).sum()).sqrt())
+        if not norm < float("inf"):
             raise NumericalError(
                 "The gradient's norm is not finite; nothing was updated. Lower lr, "
                 "or look for a bad reward or row."
             )
         return norm
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """This rank's part of the gradients that DeepSpeed has reduced."""
+        for zero in self.zeros:
+            if zero.cpu_offload:
+                zero._wait_for_offload_copies()  # they may be on their way to the host
+                yield from (x.grad for x in zero.single_partition_of_fp32_groups)
+            else:
+                yield from chain.from_iterable(zero.averaged_gradients.values())
 
     def _reduce(self) -> None:
         for parameter in self.parameters:  # all ranks must reduce the same ones
@@ -224,8 +234,9 @@ def _settings(dtype: torch.dtype, config: DeepSpeedConfig) -> dict[str, Any]:
     """DeepSpeed's own settings: the user's, and what Gearshift decides."""
     given = config.settings()
     zero = {"reduce_bucket_size": 1 << 26, **given.get("zero_optimization", {})}
-    zero |= {"stage": config.stage, "overlap_comm": False}
+    zero |= {"stage": config.stage, "overlap_comm": False, "compute_grad_norm": False}
     if config.offload == "cpu":
+        zero["compute_grad_norm"] = True  # DeepSpeed insists on it
         zero["offload_optimizer"] = {**zero.get("offload_optimizer", {}), "device": "cpu"}
     return {
         "steps_per_print": 1 << 30,

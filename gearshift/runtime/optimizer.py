@@ -133,12 +133,12 @@ class MasterAdamW:
         grads = [*sums, *(p.grad for p in self.parameters if p.grad is not None)]
         norm = 0.0
         if grads:
-            squares = torch.stack([_squares(g).to(self.parameters[0].device) for g in grads])
+            parts = torch.stack([squares(g).to(self.parameters[0].device) for g in grads])
             if world().size > 1:
                 # What several ranks hold alike counts once.
                 shares = torch.tensor([1.0 / flat.copies for flat in self.flats])
-                squares = world().sum((squares * shares.to(squares.device)).sum())
-            norm = float(squares.sum().sqrt())
+                parts = world().sum((parts * shares.to(parts.device)).sum())
+            norm = float(parts.sum().sqrt())
         if not norm < float("inf"):
             raise NumericalError(
                 f"The gradient's norm is {norm}; nothing was updated. Lower lr, "
@@ -446,7 +446,7 @@ def _adamw(config: OptimizerConfig) -> Any:
     return lambda groups, **options: AdamW8bit(groups, block_size=_BLOCK, **options)
 
 
-def _squares(x: Tensor) -> Tensor:
+def squares(x: Tensor) -> Tensor:
     """The sum of the squares, in float64 over blocks of float32: one sum in float32 over millions
     of numbers loses its fourth digit, and so depends on how they are cut.
     """

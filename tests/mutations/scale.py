@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "a rank clips by the norm of its own part",
         "runtime/optimizer.py",
-        "squares = world().sum((squares * shares.to(squares.device)).sum())",
-        "squares = squares * shares.to(squares.device)",
+        "parts = world().sum((parts * shares.to(parts.device)).sum())",
+        "parts = parts * shares.to(parts.device)",
         f"{EQUAL}[sft-2]",
     ),
     Mutation(

@@ -15,8 +15,8 @@ MUTATIONS = (
     Mutation(
         "each rank clips by the norm of its own rows",
         "runtime/optimizer.py",
-        "squares = world().sum((squares * shares.to(squares.device)).sum())",
-        "squares = squares * shares.to(squares.device)",
+        "parts = world().sum((parts * shares.to(parts.device)).sum())",
+        "parts = parts * shares.to(parts.device)",
         _TESTS,
     ),
     Mutation(
