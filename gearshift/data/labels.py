@@ -19,6 +19,7 @@ from gearshift.types import Message
 Event = dict[str, Any]
 """One line of the file: an item that is asked, a label, or an undo."""
 Format = Literal["preference", "judged", "messages"]
+FORMATS: tuple[Format, ...] = ("preference", "judged", "messages")
 Verdict = int | str
 """The number of the better answer, or a word: `tie`, `bad` (both are), `up`, `down`."""
 Decided = tuple[Verdict, float, list[str]]

@@ -80,6 +80,11 @@ class Dealer:
         held = sum(item.gold is None for item, _ in self._of(who))
         return held + sum(self._open_for(item, who) for item in self._candidates())
 
+    def held_by_others(self, who: str) -> int:
+        """How many items may come to this person if others leave them."""
+        unseen = (item for item in self._candidates() if not self._seen(item, who))
+        return sum(self._others(item, who) >= self.seats(item) for item in unseen)
+
     def waiting(self) -> int:
         """How many items nobody has got yet."""
         return sum(not self._others(item, "") for item in self._candidates())

@@ -25,13 +25,17 @@ def read_name(value: Any) -> str:
     return name
 
 
-def read_event(body: dict[str, Any], labels: Labels, criteria: tuple[str, ...]) -> Event:
-    """The event in the body of a request. Raises `ApiError`."""
+def read_event(
+    body: dict[str, Any], labels: Labels, criteria: tuple[str, ...], final: bool = False
+) -> Event:
+    """The event in the body of a request. A `final` label is the owner's, who sees the answers in
+    the item's own order. Raises `ApiError`.
+    """
     name = body.get("id")
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise _wrong("id", "must be 8 to 64 letters, digits and hyphens")
     who, kind = read_name(body.get("who")), body.get("kind")
-    if kind == "undo":
+    if kind == "undo" and not final:
         return _undo(name, who, body.get("undoes"), labels)
     if kind not in KINDS:
         raise _wrong("kind", f"must be one of {', '.join((*KINDS, 'undo'))}")
@@ -46,6 +50,8 @@ def read_event(body: dict[str, Any], labels: Labels, criteria: tuple[str, ...]) 
     if kind == "edit" and event["edit"] is None:
         raise _wrong("edit", "must have the text of the edited answer")
     event["seconds"] = _seconds(body.get("seconds"))
+    if final:
+        return {**event, "shown": {"left": 0, "right": 1}, "final": True}
     event["shown"] = _shown(body.get("shown"), item, who)
     return event
 

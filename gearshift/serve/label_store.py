@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from gearshift.data.labels import FILE, Event, Item, Labels, item_id, read_events
+from gearshift.data.labels import FILE, Event, Item, Labels, read_events
 from gearshift.errors import FolderInUseError
 from gearshift.runtime.files import sync, writing
 from gearshift.runtime.folder_lock import holder_of, lock_run_folder
@@ -103,15 +103,3 @@ class LabelStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def make_item(
-    prompt: list[dict[str, object]],
-    answers: list[str | dict[str, object]],
-    sources: list[dict[str, object]],
-    options: dict[str, object] | None = None,
-    gold: int | None = None,
-) -> Item:
-    """An item, named by its content."""
-    name = item_id(prompt, answers, options)
-    return Item(name, prompt, answers, options or {}, sources, gold)

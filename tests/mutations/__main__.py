@@ -29,6 +29,7 @@ from tests.mutations import (
     files,
     gpu,
     hostile,
+    labels,
     loop,
     models,
     ranks_checkpoint,
@@ -47,7 +48,7 @@ ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
     hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
-    ranks_checkpoint,
+    ranks_checkpoint, labels,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

@@ -11,7 +11,8 @@ from gearshift.data.labels import Labels, label_rows, read_events, rows_text
 from gearshift.pipeline.check import check_recipe
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.digests import file_digest
-from gearshift.serve.label_store import LabelStore, make_item
+from gearshift.serve.label_items import make_item
+from gearshift.serve.label_store import LabelStore
 
 ASKED = ["turn on the light", "close the blinds", "set the heat to 20", "play music"]
 
@@ -29,7 +30,8 @@ def labelled(folder: Path) -> Path:
             prompt = [{"role": "user", "content": text}]
             pair = make_item(prompt, [f"{i} yes", f"{i} no"], [{"model": "a"}, {"model": "b"}])
             store.add_item(pair)
-            give(i, pair.id, "pair", choice="tie" if i == 3 else "left")
+            better = "left" if pair.answers[1].endswith("no") else "right"
+            give(i, pair.id, "pair", choice="tie" if i == 3 else better)
             thumb = make_item(prompt, [f"{i} alone"], [{"model": "a"}])
             store.add_item(thumb)
             edit = {"answer": 0, "text": f"{i} done"}
