@@ -23,7 +23,7 @@ from gearshift.engine.hybrid import Engine, Gear
 from gearshift.engine.scheduler import Group
 from gearshift.engine.sequence import Sequence
 from gearshift.errors import GearshiftError
-from gearshift.types import Completion, FinishReason, SamplingParams
+from gearshift.types import Completion, FinishReason, SamplingParams, TokenScore
 
 T = TypeVar("T")
 
@@ -40,6 +40,10 @@ class SampledToken:
     weights_version: int
     finish_reason: FinishReason | None
     """Why the completion ends with this token; None before its last one."""
+    raw_logprob: float | None = None
+    """See `Completion.raw_logprobs`; None unless the request asks for it."""
+    top: tuple[tuple[int, float], ...] = ()
+    """See `Completion.top_logprobs`; empty unless the request asks for it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -155,6 +159,13 @@ class EngineService:
             self._drop(guest)
         guest.sequence.has_ended()
 
+    async def score(self, token_ids: Iterable[int], top: int = 0) -> list[TokenScore]:
+        """See `Engine.score`. Texts are scored one at a time, and other requests advance by a token
+        between two of them.
+        """
+        ids = self._engine.limits.scored(token_ids, top)
+        return await self.call(lambda engine: engine.score(ids, top))
+
     async def call(self, work: Callable[[Engine], T]) -> T:
         """What `work` gives, called with the engine in its thread, between two steps."""
         done: Future[object] = Future()
@@ -180,11 +191,11 @@ class EngineService:
     # What follows runs in the thread that steps the engine.
 
     def take(self) -> list[Group]:
-        """The requests that have arrived since the last call; before, the calls that wait for the
-        engine are made.
+        """The requests that have arrived since the last call; before, one of the calls that wait
+        for the engine is made.
         """
         with self._changed:
-            jobs, self._jobs = self._jobs, []
+            jobs, self._jobs = self._jobs[:1], self._jobs[1:]
             arrived, self._arrived = self._arrived, []
         for work, done in jobs:
             if done.set_running_or_notify_cancel():
@@ -290,6 +301,7 @@ def _tokens(sequence: Sequence, first: int) -> list[SampledToken]:
             sequence.drawn_logprobs[i],
             sequence.weights_versions[i],
             sequence.finish_reason if i == last else None,
+            *(sequence.scores[i] if sequence.scores else ()),
         )
         for i in range(first, last + 1)
     ]

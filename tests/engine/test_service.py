@@ -5,6 +5,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gearshift.engine import Engine, EngineConfig
 from gearshift.engine.service import EngineService, SampledToken
 from gearshift.errors import CapacityError, GearshiftError
 from gearshift.models.tiny import tiny_tokenizer
-from gearshift.types import Completion, SamplingParams
+from gearshift.types import Completion, SamplingParams, TokenScore
 from tests.zoo import random_model
 
 PARAMS = SamplingParams(max_new_tokens=12, logit_bias={2: -100.0})
@@ -77,6 +78,45 @@ def test_completions_and_streams_are_those_of_generate(service: EngineService) -
         assert [t.weights_version for t in tokens] == completion.weights_versions
         reasons = [t.finish_reason for t in tokens]
         assert reasons == [None] * (len(tokens) - 1) + [completion.finish_reason]
+
+
+def test_scores_of_sampled_and_of_given_tokens_are_the_engines(service: EngineService) -> None:
+    params = replace(PARAMS, top_logprobs=2, temperature=0.5)
+    texts = [[*PROMPT, i] for i in range(3)]
+
+    async def ask() -> tuple[list[SampledToken], Completion, list[list[TokenScore]]]:
+        stream, call = told(service, PROMPT, params, 0), service.generate(PROMPT, params, 0)
+        scores = asyncio.gather(*(service.score(ids, 2) for ids in texts))
+        return await asyncio.gather(stream, call, scores)
+
+    tokens, completion, scores = asyncio.run(ask())
+    [expected] = alone([(PROMPT, 0)], params)
+    assert completion == expected and len(expected.top_logprobs[0]) == 2
+    assert [t.raw_logprob for t in tokens] == expected.raw_logprobs
+    assert [t.top for t in tokens] == expected.top_logprobs
+    one = engine()
+    with one.generating():
+        assert scores == [one.score(ids, 2) for ids in texts]
+    assert [t.raw_logprob for t in asyncio.run(told(service, PROMPT, PARAMS, 0))] == [None] * 12
+    with pytest.raises(CapacityError, match="The text is empty"):
+        asyncio.run(service.score([]))
+
+
+def test_running_requests_advance_between_two_calls(service: EngineService) -> None:
+    async def ask() -> list[int]:
+        stream = service.stream(PROMPT, LONG, 0)
+        await anext(stream)
+        [request] = service._guests
+
+        def length(_: Engine) -> int:
+            return len(request.token_ids)
+
+        found = await asyncio.gather(*(service.call(length) for _ in range(5)))
+        await stream.aclose()
+        return found
+
+    found = asyncio.run(ask())
+    assert found == list(range(found[0], found[0] + 5))
 
 
 def test_requests_of_one_moment_share_their_prompt(service: EngineService) -> None:
