@@ -18,6 +18,7 @@ from gearshift.engine.cache_size import gpu_cache_bytes, head_sizes, largest, po
 from gearshift.pipeline.activations import Activations
 from gearshift.pipeline.machine import GIB, Machine
 from gearshift.runtime.distributed import world
+from gearshift.runtime.flat import LARGEST
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.terminal import counted
 from gearshift.trainers.needs import MemoryNeeds
@@ -26,8 +27,6 @@ _PROGRAM = 0.47 * GIB
 """Bytes that Python and its libraries take in the host's memory."""
 _SLACK = 0.1
 """The part that allocators lose between their blocks."""
-_FLAT = 1 << 25
-"""How many numbers one of the optimizer's buffers has, unless one parameter has more."""
 _TRAINED_COPY = 1.6
 """Bytes that the weights of a trained model take on a CPU, over their own: the file that they were
 read from stays mapped, and the allocator keeps what loading freed. Measured."""
@@ -189,7 +188,7 @@ def _learning(
         parts["weights gathered while training"] = 2.0 * shape.item * shape.tables + layer
         return {**parts, "sums of gradients": 4 * state}
     # One buffer's whole gradient, and what the ranks' sum of it takes.
-    buffer = 4.0 * min(max(_FLAT, shape.widest), trained)
+    buffer = 4.0 * min(max(LARGEST, shape.widest), trained)
     parts["the optimizer's step"] = buffer * (1 + 2 / machine.ranks * (machine.ranks > 1))
     return {**parts, "sums of gradients": 4.0 * trained if cut else 0.0}
 

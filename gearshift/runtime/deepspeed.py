@@ -21,7 +21,8 @@ from transformers import get_scheduler
 from gearshift.errors import CheckpointError, NumericalError
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
 from gearshift.runtime.distributed import Part, world
-from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig, squares
+from gearshift.runtime.flat import squares
+from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.terminal import counted
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

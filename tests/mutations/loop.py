@@ -181,7 +181,7 @@ MUTATIONS = (
         "runtime/optimizer.py",
         "flat.master.grad = flat.gather(scale)",
         "flat.master.grad = flat.gather(scale)\n"
-        "            flat.master.data = _Flat(flat.parameters, self.device, None).master.data",
+        "            flat.master.data = Flat(flat.parameters, self.device, None).master.data",
         "tests/runtime/test_optimizer.py",
     ),
     Mutation(

@@ -7,7 +7,7 @@ _TESTS = "tests/scale/test_checkpoints.py"
 MUTATIONS = (
     Mutation(
         "a rank saves its part from the wrong end",
-        "runtime/optimizer.py",
+        "runtime/flat.py",
         "return Part(own[: mine.stop - mine.start], self._numel)",
         "return Part(own[len(own) - (mine.stop - mine.start) :], self._numel)",
         _TESTS,

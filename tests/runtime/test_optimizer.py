@@ -32,7 +32,7 @@ def test_it_is_adamw_of_all_parameters(
     """Also in several buffers: matrices decay, vectors do not, one norm clips all, and a parameter
     without a gradient moves no less than a gradient of zero would move it.
     """
-    monkeypatch.setattr("gearshift.runtime.optimizer._LARGEST", largest)
+    monkeypatch.setattr("gearshift.runtime.flat.LARGEST", largest)
     torch.manual_seed(0)
     values = [torch.randn(shape) for shape in ((17, 9), (5,), (8, 30), (1,), (3, 3, 3), (300, 2))]
     ours, theirs = ([nn.Parameter(v.clone()) for v in values] for _ in range(2))

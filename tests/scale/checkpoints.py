@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import hf_storage, state_dict_saver  # noqa: F401
 
 from gearshift.errors import CheckpointError
-from gearshift.runtime import checkpoint, optimizer
+from gearshift.runtime import checkpoint
+from gearshift.runtime import flat as flats
 from gearshift.runtime.distributed import Part, ScaleConfig, joined, world
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
 from gearshift.runtime.terminal import counted
 
-optimizer._LARGEST = 1000  # several buffers
+flats.LARGEST = 1000  # several buffers
 CONFIG = OptimizerConfig(lr=1e-2, max_grad_norm=1e9)
 ROWS = torch.arange(15.0).reshape(5, 3)
 SHAPES = [(31, 33), (20, 40), (5,), (1,), (300,), (7, 3, 2)]
