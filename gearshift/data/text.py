@@ -89,7 +89,7 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
     sent = 0
     for token in tokens:
         ids.append(token)
-        text = _settled(tokenizer, ids)
+        text = settled_text(tokenizer, ids)
         if len(text) > sent:
             yield text[sent:]
             sent = len(text)
@@ -98,7 +98,7 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
         yield rest
 
 
-def _settled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def settled_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The part of the text that no later token can change."""
     end = len(ids)
     while end and _is_open(tokenizer, ids[end - 1]):

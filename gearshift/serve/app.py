@@ -10,7 +10,7 @@ keys or hosts itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from starlette.applications import Starlette
@@ -59,11 +59,16 @@ def make_app(
     return app
 
 
-def run_app(app: Starlette, path: str = "") -> NoReturn:
-    """Print the address, serve until a signal, and exit with the signal's code. Raises
-    `ConfigError` if nothing can listen there.
+def run_app(app: Starlette, path: str = "", load: Callable[[], None] | None = None) -> NoReturn:
+    """Print the address, serve until a signal, and exit with the signal's code. While `load` loads
+    the models, requests get status 503. Raises `ConfigError` if nothing can listen there.
     """
     server = Server(app)
+    if load:
+        server.state.loading = True
+        server.start()
+        load()
+        server.state.loading = False
     echo(f"{server.url}{path}")
     number = server.run()
     echo("gearshift: stopped.", file=sys.stderr)

@@ -82,7 +82,8 @@ class Server:
         number.
         """
         with Interrupt() as interrupt, interrupt.between_steps():
-            self.start()
+            if not self._thread.is_alive():
+                self.start()
             while not interrupt.requested and self._thread.is_alive():
                 self._thread.join(0.1)
             answered = self.stop()

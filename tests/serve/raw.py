@@ -9,12 +9,16 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from gearshift.serve.app import Server, ServerSettings, make_app
+from gearshift.serve.exchange import Observer
 
 
 @contextmanager
-def serving(routes: Sequence[BaseRoute], **settings: Any) -> Iterator[Server]:
+def serving(
+    routes: Sequence[BaseRoute], observe: Observer | None = None, **settings: Any
+) -> Iterator[Server]:
     """The server of these routes at a free port."""
-    server = Server(make_app(routes, ServerSettings(**{"port": 0, "drain": 5.0, **settings})))
+    given = ServerSettings(**{"port": 0, "drain": 5.0, **settings})
+    server = Server(make_app(routes, given, observe))
     server.start()
     try:
         yield server

@@ -1,0 +1,224 @@
+"""The command `serve`: a run's policy and its reward model over HTTP.
+
+`serve` the package knows no run and no task; this file finds them, loads the models, and hands over
+what the app needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gearshift.errors import ConfigError
+from gearshift.runtime.terminal import echo
+
+if TYPE_CHECKING:
+    from gearshift.pipeline.recipe import Recipe
+    from gearshift.serve.policies import Policies
+
+GIB = 2**30
+
+
+class Named(NamedTuple):
+    """A model to serve: its name for clients, its folder or its name in a hub, its run's recipe."""
+
+    name: str
+    source: str
+    recipe: Recipe | None
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parser of this command."""
+    command = commands.add_parser(
+        "serve",
+        help="serve a run's policy, or a reward model's scores, over HTTP",
+        description="Serve a run's newest policy by OpenAI's wire (/v1/chat/completions and "
+        "others), and its reward model's scores (/score), over HTTP.",
+    )
+    command.add_argument("run", help="a run's folder, a model's folder, or a Hugging Face name")
+    command.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="one more model to serve: a stage of the run such as sft, `base`, a folder, or a "
+        "Hugging Face name; may be given several times",
+    )
+    add_address(command)
+    command.add_argument("--seed", type=int, default=0, help="the seed of sampling; 0")
+    command.set_defaults(do=serve)
+
+
+def add_address(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a server listens, and whom it answers."""
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address; any but loopback needs a key in GEARSHIFT_KEY",
+    )
+    command.add_argument("--port", type=int, default=8000, help="the port; 8000")
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one more name under which clients may reach the server",
+    )
+    command.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a site whose pages may call the server, such as https://example.org",
+    )
+
+
+def settings_of(arguments: argparse.Namespace) -> Any:
+    """The `ServerSettings` of these arguments, with the key of GEARSHIFT_KEY. Raises `ConfigError`
+    if the libraries of the server are not installed.
+    """
+    try:
+        from gearshift.serve.settings import ServerSettings
+
+        __import__("gearshift.serve.app")
+        __import__("prometheus_client")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"A server needs {error.name}; run pip install 'gearshift[serve]'."
+        ) from error
+    from gearshift.rewards.http_client import bearer_key
+
+    for origin in arguments.allow_origin:
+        if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            raise ConfigError(f"--allow-origin {origin} is no origin; write https://example.org.")
+    return ServerSettings(
+        host=arguments.host,
+        port=arguments.port,
+        key=bearer_key(None, "GEARSHIFT_KEY"),
+        allow_host=tuple(arguments.allow_host),
+        allow_origin=tuple(arguments.allow_origin),
+    )
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Answer over HTTP until a signal."""
+    settings = settings_of(arguments)
+    from gearshift.serve.app import make_app, run_app
+    from gearshift.serve.metrics import Metrics
+    from gearshift.serve.openai import openai_routes
+    from gearshift.serve.policies import Policies
+
+    folder = Path(arguments.run).expanduser()
+    if (reward := _reward(folder)) is not None and reward == folder:
+        run_app(make_app(_score_routes(reward), settings), "/score")
+    metrics, policies = Metrics(), Policies()
+    routes = [*openai_routes(policies, metrics), *metrics.routes()]
+    routes += _score_routes(reward) if reward else []
+    named = models_of(arguments.run, arguments.against)
+    print_memory(named)
+    with ExitStack() as stack:
+
+        def load_all() -> None:
+            for each in named:
+                load(each, arguments.seed, policies, metrics, stack)
+
+        run_app(make_app(routes, settings, metrics.observe), "/v1", load_all)
+
+
+def models_of(run: str, against: list[str]) -> list[Named]:
+    """The models to serve; the first one is called `policy`. Raises `ConfigError`."""
+    from gearshift.pipeline.policy import find_policy
+
+    source, recipe = find_policy(run)
+    found = [Named("policy", source, recipe)]
+    for word in against:
+        stage = Path(run).expanduser() / word
+        if word == "base" and recipe:
+            one = Named("base", recipe.model.name, recipe)
+        elif recipe and (stage / "config.json").exists():
+            one = Named(word, str(stage), recipe)
+        else:
+            one = Named(Path(word).expanduser().resolve().name, *find_policy(word))
+        if one.name in {other.name for other in found}:
+            raise ConfigError(
+                f"Two models would be called {one.name}; rename the folder {one.source}."
+            )
+        found.append(one)
+    return found
+
+
+def print_memory(named: list[Named]) -> None:
+    """Print how much memory the weights take, before they do. Raises `ConfigError` if they cannot
+    fit.
+    """
+    from gearshift.models.load import ModelConfig, resolve_device
+    from gearshift.runtime.free_memory import free_bytes
+
+    config = named[0].recipe.model if named[0].recipe else ModelConfig()
+    free, total = free_bytes(resolve_device(config.device)), 0.0
+    for each in named:
+        size = sum(path.stat().st_size for path in _weights(each.source))
+        total += size
+        echo(f"{each.name}: {each.source}, {size / GIB:.2f} GiB of weights", file=sys.stderr)
+    if total > free:
+        raise ConfigError(
+            f"The weights take {total / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; "
+            "name fewer models with --against."
+        )
+    echo(f"memory: {total / GIB:.2f} of {free / GIB:.2f} GiB that are free", file=sys.stderr)
+
+
+def load(each: Named, seed: int, policies: Policies, metrics: Any, stack: ExitStack) -> None:
+    """Load a model, start its engine, and serve it; `stack` ends the engine."""
+    from gearshift.cli.talk import system_of
+    from gearshift.engine import Engine
+    from gearshift.engine.service import EngineService
+    from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
+    from gearshift.serve.policies import Policy
+    from gearshift.tasks.registry import get_task
+
+    config = each.recipe.model if each.recipe else ModelConfig()
+    model, tokenizer = load_policy(config, each.source), load_tokenizer(config, each.source)
+    task = get_task(each.recipe.task.name) if each.recipe and each.recipe.task else None
+    system = system_of(each.recipe, task)
+    engine = Engine(model, tokenizer, seed=seed)
+    service = stack.enter_context(EngineService(engine))
+    policy = Policy(each.name, service, tokenizer, system, engine.end_tokens, _digest(each.source))
+    policies.add(policy)
+    metrics.serve(policy)
+
+
+def _reward(folder: Path) -> Path | None:
+    """The reward model that the user names, or that the named run has."""
+    from gearshift.models.load import ModelConfig, holds_model, writes_text
+
+    for place in (folder, folder / "reward"):
+        if holds_model(place) and not writes_text(ModelConfig(), str(place)):
+            return place
+    return None
+
+
+def _score_routes(folder: Path) -> Any:
+    from gearshift.models.load import ModelConfig
+    from gearshift.rewards.models import ModelReward
+    from gearshift.serve.score import score_routes
+
+    return score_routes(ModelReward(ModelConfig(), folder))
+
+
+def _weights(source: str) -> list[Path]:
+    """The files of the weights; none for a name that is no folder."""
+    folder = Path(source).expanduser()
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def _digest(source: str) -> str:
+    """8 hexadecimal digits that differ for other weights."""
+    from gearshift.runtime.digests import file_digest
+
+    known = [file_digest(path) for path in _weights(source)] or [source]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]

@@ -1,0 +1,102 @@
+"""`gearshift serve` finds what the user names, says what it takes, and serves until a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gearshift.cli.serve import Named, models_of, print_memory, settings_of
+from gearshift.errors import ConfigError
+from gearshift.models.load import ModelConfig, load_classifier
+from gearshift.models.tiny import tiny_model, tiny_tokenizer
+
+
+@contextmanager
+def started(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GEARSHIFT_")}
+    command = [sys.executable, "-m", "gearshift", "serve", *words, "--port", "0"]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=plain)
+    assert server.stdout
+    try:
+        yield server, server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def asked(url: str, body: dict[str, object] | None = None) -> dict[str, object]:
+    data = json.dumps(body).encode() if body else None
+    sent = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(sent, timeout=60) as answer:
+        return dict(json.loads(answer.read()))
+
+
+def folder_of(place: Path, seed: int = 0) -> Path:
+    tiny_model(seed=seed).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.slow
+def test_two_policies_and_a_reward_model_are_served_until_a_signal(tmp_path: Path) -> None:
+    one, other = folder_of(tmp_path / "one"), folder_of(tmp_path / "other", seed=1)
+    load_classifier(ModelConfig(name="tiny")).save_pretrained(one / "reward")
+    tiny_tokenizer().save_pretrained(one / "reward")
+    with started(str(one), "--against", str(other)) as (server, url):
+        assert url.endswith("/v1")
+        models = asked(f"{url}/models")["data"]
+        assert isinstance(models, list) and [m["id"] for m in models] == ["policy", "other"]
+        body: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}], "seed": 1}
+        body |= {"max_tokens": 16}
+        answers = [
+            asked(f"{url}/chat/completions", {**body, "model": name})["choices"]
+            for name in ("policy", "other", "policy")
+        ]
+        assert answers[0] == answers[2] != answers[1]
+        sample = {"prompts": [[{"role": "user", "content": "q"}]], "completions": ["abc"]}
+        assert asked(url.removesuffix("/v1") + "/score", sample)["rewards"]
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=60)
+    assert server.returncode == 128 + signal.SIGTERM
+    assert "GiB of weights" in err and err.endswith("gearshift: stopped.\n")
+
+
+def test_names_of_what_is_served(tmp_path: Path) -> None:
+    one, other = folder_of(tmp_path / "one"), folder_of(tmp_path / "other")
+    found = models_of(str(one), [str(other), "tiny"])
+    assert [(each.name, each.source) for each in found] == [
+        ("policy", str(one)), ("other", str(other)), ("tiny", "tiny")]  # fmt: skip
+    with pytest.raises(ConfigError, match="Two models would be called other"):
+        models_of(str(one), [str(other), str(other)])
+
+
+def test_memory_is_said_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = folder_of(tmp_path / "one")
+    print_memory([Named("policy", str(one), None)])
+    assert f"policy: {one}, 0.00 GiB of weights" in capsys.readouterr().err
+    monkeypatch.setattr("gearshift.runtime.free_memory.free_bytes", lambda _: 10.0)
+    with pytest.raises(ConfigError, match="name fewer models with --against"):
+        print_memory([Named("policy", str(one), None)])
+
+
+def test_what_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Namespace(host="::1", port=1, allow_host=["a.b"], allow_origin=["https://a.b"])
+    monkeypatch.setenv("GEARSHIFT_KEY", "k")
+    settings = settings_of(given)
+    assert (settings.host, settings.port, settings.key) == ("::1", 1, "k")
+    assert settings.allow_origin == ("https://a.b",) and "'k'" not in repr(settings)
+    for origin in ("*", "a.b", "https://a.b/"):
+        given.allow_origin = [origin]
+        with pytest.raises(ConfigError, match="is no origin"):
+            settings_of(given)
