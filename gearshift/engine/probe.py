@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.cached_forward import CachedForward
-from gearshift.engine.sampler import LOGITS_AT_ONCE, token_scores
+from gearshift.engine.sampler import token_scores
 from gearshift.kernels.specs import BLOCK, AttentionMetadata
 from gearshift.models.check import NEW
 from gearshift.types import TokenScore
+
+_LOGITS_AT_ONCE = 2**25
+"""How many logits a forward of `score_given` makes at most: 128 MiB in float32."""
 
 
 def blocks_of(tokens: list[list[int]]) -> int:
@@ -29,7 +32,7 @@ def score_given(
     device = forward.model.device
     tokens = torch.tensor(ids, device=device)
     table = 1 + torch.arange(blocks_of([ids]), device=device)[None]
-    size, scores = max(1, min(most, LOGITS_AT_ONCE // vocabulary)), []
+    size, scores = max(1, min(most, _LOGITS_AT_ONCE // vocabulary)), []
     for first in range(0, len(ids) - 1, size):
         positions = torch.arange(first, min(first + size, len(ids) - 1), device=device)
         rows = torch.zeros_like(positions)

@@ -17,8 +17,8 @@ Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """`Kernels.sample`."""
 Written = tuple[list[int], list[int]]
 """A row's prompt, and its completion so far."""
-LOGITS_AT_ONCE = 2**23
-"""How many logits are scored at a time, so that the memory has a bound."""
+_LOGITS_AT_ONCE = 2**20
+"""How many logits `token_scores` reads at a time: what it makes of them stays in a CPU's caches."""
 
 
 def sample(
@@ -107,7 +107,7 @@ def token_scores(logits_BV: Tensor, tokens_B: Tensor, top: int) -> list[TokenSco
     fewer. log p = logit - log sum_v exp(logit_v), in float32.
     """
     B, V = logits_BV.shape
-    rows = max(1, LOGITS_AT_ONCE // V)
+    rows = max(1, _LOGITS_AT_ONCE // V)
     return [
         score
         for first in range(0, B, rows)
@@ -125,17 +125,20 @@ def _scores(logits_BV: Tensor, tokens: Tensor, top: int) -> list[TokenScore]:
 
 
 def _most_likely(logits_BV: Tensor, top: int) -> Tensor:
-    """[B, K]: the ids of the largest float32 logits in order; of equal ones the smallest id first,
-    which `topk` does not promise, and which `argmax` and so greedy sampling take.
+    """[B, K]: the ids of the largest logits in order; of equal ones the smallest id first, which
+    `topk` does not promise, and which `argmax` and so greedy sampling take.
     """
+    B, _ = logits_BV.shape
     if top == 0:
-        return torch.empty((len(logits_BV), 0), dtype=torch.int64, device=logits_BV.device)
-    last = logits_BV.shape[1] - 1
-    # The bits of positive floats are ordered as integers are, those of negative ones in reverse.
-    bits_BV = (logits_BV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    order_BV = (bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)).long() << 32
-    order_BV |= last - torch.arange(last + 1, device=logits_BV.device)
-    return last - (order_BV.topk(top, -1).values & 0xFFFFFFFF)
+        return torch.empty((B, 0), dtype=torch.int64, device=logits_BV.device)
+    smallest_B1 = logits_BV.topk(top, -1).values[:, -1:]
+    candidates_BV = ~(logits_BV < smallest_B1)  # also what is not a number: there are K or more
+    rows, ids = candidates_BV.nonzero(as_tuple=True)
+    order = logits_BV[rows, ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]  # by row, in it by logit, then by id
+    counts_B = candidates_BV.sum(-1)
+    firsts_B1 = (counts_B.cumsum(0) - counts_B)[:, None]
+    return ids[order][firsts_B1 + torch.arange(top, device=ids.device)]
 
 
 def _adjust(logits_V: Tensor, p: SamplingParams, prompt: list[int], completion: list[int]) -> None:

@@ -176,7 +176,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_computed_at_a_time(
 ) -> None:
     logits, tokens = torch.randn(7, 90), torch.arange(7)
     together = token_scores(logits, tokens, 5)
-    monkeypatch.setattr("gearshift.engine.sampler.LOGITS_AT_ONCE", 200)
+    monkeypatch.setattr("gearshift.engine.sampler._LOGITS_AT_ONCE", 200)
     assert token_scores(logits, tokens, 5) == together
 
 

@@ -56,6 +56,13 @@ def test_raw_log_probs_are_the_models_at_temperature_one(name: str, keys: dict[s
                 assert top[0] == (token, raw)
 
 
+def test_recorded_steps_give_the_logits_of_their_tokens() -> None:
+    params = SamplingParams(n=3, max_new_tokens=20, top_logprobs=1)
+    e = Engine(random_model("llama").bfloat16(), tiny_tokenizer(), EngineConfig(), seed=3)
+    for c in written(e, params):
+        assert c.raw_logprobs == pytest.approx(c.logprobs, abs=1e-5)
+
+
 @pytest.mark.parametrize("ahead", [1, 7])
 def test_what_asks_for_scores_changes_no_sample(ahead: int) -> None:
     """Of its own and of those beside it, and only it has them."""
@@ -116,7 +123,7 @@ def test_a_long_text_is_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = scored(engine(), ids, 2)
     assert scored(engine(max_num_batched_tokens=11), ids, 2) == whole
     e, widths = engine(), []
-    monkeypatch.setattr("gearshift.engine.probe.LOGITS_AT_ONCE", 259 * 20)
+    monkeypatch.setattr("gearshift.engine.probe._LOGITS_AT_ONCE", 259 * 20)
     scores = "gearshift.engine.probe.token_scores"
 
     def seen(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenScore]:
