@@ -23,7 +23,7 @@ from gearshift.pipeline.forms import shapes
 from gearshift.pipeline.machine import GIB, Machine
 from gearshift.pipeline.memory import Shape, fit
 from gearshift.pipeline.plan import adapter_size
-from gearshift.runtime.distributed import ScaleConfig
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.rl.config import RLConfig
 
 _QWEN3: dict[str, Any] = {

@@ -113,9 +113,10 @@ def _links() -> None:
     """Print what the ranks have, and how fast the links between them are. Raises `RankError` with
     all that is wrong.
     """
-    from gearshift.runtime.distributed import ScaleConfig, joined
+    from gearshift.runtime.distributed import joined
     from gearshift.runtime.exit_errors import in_several_processes
     from gearshift.runtime.links import preflight
+    from gearshift.runtime.scale_config import ScaleConfig
 
     if not in_several_processes():
         raise ConfigError(

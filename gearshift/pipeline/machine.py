@@ -11,8 +11,9 @@ import torch
 
 from gearshift.errors import ConfigError
 from gearshift.runtime.allocator import resident_bytes
-from gearshift.runtime.distributed import ScaleConfig, World, world
+from gearshift.runtime.distributed import World, world
 from gearshift.runtime.free_memory import free_bytes, total_bytes
+from gearshift.runtime.scale_config import ScaleConfig
 
 GIB = 2**30
 _LIBRARIES = 1.0 * GIB

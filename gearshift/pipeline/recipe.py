@@ -23,9 +23,9 @@ from gearshift.rollouts.vllm import GenerationConfig
 from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
-from gearshift.runtime.distributed import ScaleConfig
 from gearshift.runtime.files import UNFINISHED, write_text, writing
 from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
 from gearshift.tasks.task import Task
 from gearshift.trainers.preference import PreferenceConfig

@@ -24,10 +24,11 @@ from gearshift.pipeline.memory import (
     with_total,
 )
 from gearshift.runtime import distributed
-from gearshift.runtime.distributed import ScaleConfig, World
+from gearshift.runtime.distributed import World
 from gearshift.runtime.free_memory import free_bytes, of_control_groups
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.peak_memory import peak_memory
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.rl.config import RLConfig
 from gearshift.trainers.sft import SFTConfig
 

@@ -19,9 +19,10 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
 
 from gearshift.errors import ConfigError, DataError, NumericalError
-from gearshift.runtime.distributed import ScaleConfig, World, joined, share_error
+from gearshift.runtime.distributed import World, joined, share_error
 from gearshift.runtime.interrupt import Stopped
 from gearshift.runtime.links import preflight
+from gearshift.runtime.scale_config import ScaleConfig
 
 Case = Callable[[World], object]
 

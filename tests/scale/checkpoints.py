@@ -25,8 +25,9 @@ from torch.distributed.checkpoint import hf_storage, state_dict_saver  # noqa: F
 from gearshift.errors import CheckpointError
 from gearshift.runtime import checkpoint
 from gearshift.runtime import flat as flats
-from gearshift.runtime.distributed import Part, ScaleConfig, joined, world
+from gearshift.runtime.distributed import Part, joined, world
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.runtime.terminal import counted
 
 flats.LARGEST = 1000  # several buffers

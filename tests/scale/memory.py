@@ -25,9 +25,10 @@ from gearshift.pipeline.plan import plan
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime import distributed
 from gearshift.runtime.config import load
-from gearshift.runtime.distributed import ScaleConfig, joined, world
+from gearshift.runtime.distributed import joined, world
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.needs import MemoryNeeds, Tree
 from gearshift.trainers.update import update
 from tests.scale.sharded import TREES, loss_of

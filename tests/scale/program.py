@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from gearshift.runtime import distributed
-from gearshift.runtime.distributed import ScaleConfig, World, joined, world
+from gearshift.runtime.distributed import World, joined, world
+from gearshift.runtime.scale_config import ScaleConfig
 from tests.scale.checks import CALLS, CHECKS, Train
 from tests.scale.outcome import Outcome
 

@@ -33,9 +33,10 @@ from gearshift.models.attention import ATTENTION
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime import distributed
-from gearshift.runtime.distributed import Part, ScaleConfig, World, joined, world
+from gearshift.runtime.distributed import Part, World, joined, world
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.sft import SFTConfig, train_sft
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import update

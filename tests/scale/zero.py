@@ -27,8 +27,9 @@ from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime.deepspeed import DeepSpeedAdamW
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig
-from gearshift.runtime.distributed import ScaleConfig, joined, world
+from gearshift.runtime.distributed import joined, world
 from gearshift.runtime.micro_batch import MicroBatchSize
+from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.sft import SFTConfig, train_sft
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import optimizer_for, update
