@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ STAGES = {
 
 _WITH_VALUE = {
     "--recipe", "--show", "--split", "--workers", "--gpus-per-worker", "--cpus-per-worker",
-    "--max-failures", "--on",
+    "--max-failures", "--on", "--serve",
 }  # fmt: skip
 """Options that a value follows."""
 _OVERRIDES = "a key of the recipe and its new value, such as rl.steps=100"
@@ -60,7 +61,15 @@ def add_commands(commands: Any) -> None:
             action="store_true",
             help="record two steps of each stage in profile.json in its folder, a Chrome trace",
         )
-        command.set_defaults(do=run, command=name, on_ranks=True)
+        if name in ("run", "rl"):
+            command.add_argument(
+                "--serve",
+                type=int,
+                metavar="PORT",
+                help="serve the run's page and its policy beside the run, on loopback; requests "
+                "are answered while it samples, and wait while it trains",
+            )
+        command.set_defaults(do=run, command=name, on_ranks=True, serve=None)
     evaluation = commands.add_parser(
         "eval",
         help="measure policies on held-out rows",
@@ -120,7 +129,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.on:
         raise ConfigError("--on plans for another machine; add --dry-run.")
     keep_freed_memory()
-    summary = Run(recipe).execute(stages)
+    with ExitStack() as opened:
+        given = None
+        if arguments.serve is not None:
+            from gearshift.cli.serve import beside
+
+            given = opened.enter_context(beside(recipe, arguments.serve))
+        summary = Run(recipe, given=given).execute(stages)
     if rank_of_process():
         return
     with tolerate_lost_output():  # the run is done, whether or not its table can be printed

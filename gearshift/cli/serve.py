@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from contextlib import ExitStack
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +19,11 @@ from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import echo
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
+    from gearshift.pipeline.given import Given
     from gearshift.pipeline.recipe import Recipe
+    from gearshift.serve.metrics import Metrics
     from gearshift.serve.policies import Policies
 
 GIB = 2**30
@@ -109,16 +115,16 @@ def serve(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.metrics import Metrics
-    from gearshift.serve.openai import openai_routes
     from gearshift.serve.policies import Policies
 
     folder = Path(arguments.run).expanduser()
     if (reward := _reward(folder)) is not None and reward == folder:
         run_app(make_app(_score_routes(reward), settings), "/score")
     metrics, policies = Metrics(), Policies()
-    routes = [*openai_routes(policies, metrics), *metrics.routes()]
-    routes += _score_routes(reward) if reward else []
     named = models_of(arguments.run, arguments.against)
+    run = folder.resolve()
+    routes = _routes(policies, metrics, {run.name: run} if (run / "recipe.yaml").exists() else {})
+    routes += _score_routes(reward) if reward else []
     print_memory(named)
     with ExitStack() as stack:
 
@@ -127,6 +133,59 @@ def serve(arguments: argparse.Namespace) -> None:
                 load(each, arguments.seed, policies, metrics, stack)
 
         run_app(make_app(routes, settings, metrics.observe), "/v1", load_all)
+
+
+@contextmanager
+def beside(recipe: Recipe, port: int) -> Iterator[Given]:
+    """A server beside a run: its page, its figures, and its policy while it learns by
+    reinforcement. Gives what the run needs for that. Raises `ConfigError` on several ranks.
+    """
+    from gearshift.cli.talk import system_of
+    from gearshift.engine import Engine
+    from gearshift.engine.service import EngineService
+    from gearshift.pipeline.given import Given
+    from gearshift.runtime.exit_errors import in_several_processes
+    from gearshift.tasks.registry import get_task
+
+    if in_several_processes():
+        raise ConfigError("--serve works in one process; leave it out with torchrun.")
+    settings = settings_of(Namespace(host="127.0.0.1", port=port, allow_host=[], allow_origin=[]))
+    from gearshift.serve.app import Server, make_app
+    from gearshift.serve.metrics import Metrics
+    from gearshift.serve.policies import Policies, Policy
+
+    policies, metrics, folder = Policies(), Metrics(), Path(recipe.run.dir)
+    system = system_of(recipe, get_task(recipe.task.name) if recipe.task else None)
+
+    @contextmanager
+    def serving(engine: Engine) -> Iterator[None]:
+        with EngineService(engine, own_thread=False) as service:
+            policy = Policy("policy", service, engine.tokenizer, system, engine.end_tokens)
+            policies.add(policy)
+            metrics.serve(policy)
+            try:
+                yield
+            finally:
+                policies.remove("policy")
+
+    routes = _routes(policies, metrics, {folder.resolve().name: folder})
+    server = Server(make_app(routes, settings, metrics.observe))
+    server.start()
+    echo(f"the run's page and policy: {server.url}", file=sys.stderr)
+    try:
+        yield Given(serving=serving)
+    finally:
+        server.stop(drain=1.0)
+
+
+def _routes(policies: Policies, metrics: Metrics, runs: dict[str, Path]) -> list[BaseRoute]:
+    """The endpoints and the pages of a server of policies, and of these runs."""
+    from gearshift.serve.openai import openai_routes
+    from gearshift.serve.runs import run_routes
+    from gearshift.serve.served import page_and_model_routes
+
+    own = [*openai_routes(policies, metrics), *metrics.routes(), *run_routes(runs)]
+    return [*own, *page_and_model_routes(policies, bool(runs))]
 
 
 def models_of(run: str, against: list[str]) -> list[Named]:
@@ -172,7 +231,7 @@ def print_memory(named: list[Named]) -> None:
     echo(f"memory: {total / GIB:.2f} of {free / GIB:.2f} GiB that are free", file=sys.stderr)
 
 
-def load(each: Named, seed: int, policies: Policies, metrics: Any, stack: ExitStack) -> None:
+def load(each: Named, seed: int, policies: Policies, metrics: Metrics, stack: ExitStack) -> None:
     """Load a model, start its engine, and serve it; `stack` ends the engine."""
     from gearshift.cli.talk import system_of
     from gearshift.engine import Engine

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gearshift.data.messages import show
+from gearshift.engine import Engine
 from gearshift.errors import ConfigError, DataError
 from gearshift.runtime.digests import Digests
 from gearshift.runtime.files import reading, write_text
@@ -33,6 +35,9 @@ class Given:
     """Rewards and environments that no module holds, by their names in the recipe: `given:NAME`."""
     callbacks: Callbacks = field(default_factory=Callbacks)
     """The functions that are called between steps."""
+    serving: Callable[[Engine], AbstractContextManager[Any]] = nullcontext
+    """Opened around reinforcement learning, with the engine that samples: it may let other requests
+    sample beside the run's."""
 
     def write(self, run: Path, begun: bool) -> None:
         """Write the rows into the run's folder. Raises `ConfigError` if the run has begun with

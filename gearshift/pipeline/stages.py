@@ -176,6 +176,7 @@ def rl(config: RLConfig, run: Context) -> Result:
         if isinstance(config.value, CriticConfig):
             critic = load_value_model(config.value, run, engine, start)
         data = RLData(collector, rows, score, examples)
+        opened.enter_context(run.given.serving(engine))
         trainer = train_rl(config, engine, data, stage, reference, critic)
     folder = run.folder / "rl"
     if trainer.average:

@@ -105,12 +105,20 @@ class Policies:
         """Serve one more model."""
         self._by_name[policy.name] = policy
 
+    def remove(self, name: str) -> None:
+        """Serve a model no more."""
+        del self._by_name[name]
+
     def __iter__(self) -> Iterator[Policy]:
         return iter(list(self._by_name.values()))
 
     def get(self, name: str) -> Policy:
-        """Raises `ApiError` with status 404 for a name that is not served."""
-        if name == "default" and self._by_name:
+        """Raises `ApiError`: 404 for a name that is not served, 503 where nothing is served yet."""
+        if not self._by_name:
+            words = "no policy samples now; the run trains a stage that samples nothing"
+            again = {"Retry-After": "10", "x-should-retry": "true"}
+            raise ApiError(503, "not_ready", words, headers=again)
+        if name == "default":
             return next(iter(self._by_name.values()))
         if name not in self._by_name:
             served = ", ".join(self._by_name)

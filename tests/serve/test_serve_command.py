@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,10 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from gearshift.cli.main import main
 from gearshift.cli.serve import Named, models_of, print_memory, settings_of
 from gearshift.errors import ConfigError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
+
+TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 @contextmanager
@@ -100,3 +111,51 @@ def test_what_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         given.allow_origin = [origin]
         with pytest.raises(ConfigError, match="is no origin"):
             settings_of(given)
+
+
+def metrics_of(run: Path) -> list[dict[str, object]]:
+    lines = (run / "rl" / "metrics.jsonl").read_text().splitlines()
+    kept = ("reward", "loss", "step", "completion_tokens")
+    return [{k: v for k, v in json.loads(line).items() if k in kept} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_while_it_learns_and_learns_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = (
+        "def one(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]"
+    )
+    (tmp_path / "rewards.py").write_text(f"{one}\n")
+
+    def words(name: str) -> list[str]:
+        given = [TINY, f"run.dir={tmp_path / name}", "sft=null", "reward=null", "rl.steps=8"]
+        return [*given, "eval.limit=2", f"rl.rewards=[{{source: '{rewards}:one'}}]"]
+
+    main(["run", *words("alone")])
+    capsys.readouterr()
+    port = free_port()
+    answers: list[dict[str, object]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        body = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
+        while not done.is_set():
+            try:
+                url = f"http://127.0.0.1:{port}/v1/chat/completions"
+                answers.append(asked(url, {**body, "max_tokens": 8}))
+            except OSError:  # not yet, or no policy samples now
+                done.wait(0.05)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        main(["run", "--serve", str(port), *words("served")])
+    finally:
+        done.set()
+        asking.join(30)
+    assert "the run's page and policy: http://127.0.0.1:" in capsys.readouterr().err
+    assert answers and all(a["choices"] for a in answers)
+    assert metrics_of(tmp_path / "served") == metrics_of(tmp_path / "alone")
+    same = "rl/model.safetensors"
+    assert (tmp_path / "served" / same).read_bytes() == (tmp_path / "alone" / same).read_bytes()

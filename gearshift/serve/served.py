@@ -1,0 +1,27 @@
+"""What the pages of a server with policies ask first: its models, and which pages it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from gearshift.serve.pages import page_routes
+from gearshift.serve.policies import Policies
+
+_PAGES = {"chat": {"/": "chat"}, "runs": {"/runs": "run", "/runs/{run}": "run"}}
+
+
+def page_and_model_routes(policies: Policies, runs: bool) -> list[BaseRoute]:
+    """The chat page, with `runs` the run page too, and `/api/served`."""
+    names = ["chat", *(["runs"] if runs else [])]
+    pages: Mapping[str, str] = {name: next(iter(_PAGES[name])) for name in names}
+
+    async def served(_: Request) -> Response:
+        models = [{"name": policy.name, "system": policy.system} for policy in policies]
+        return JSONResponse({"pages": pages, "models": models, "labels": False})
+
+    paths = {path: page for name in names for path, page in _PAGES[name].items()}
+    return [Route("/api/served", served), *page_routes(paths)]
