@@ -124,7 +124,8 @@ class Activations:
             model.eval()
             undescribed = OF_TOKENS if kind == "token_logits" else None
             again = recompute and kind == "logprobs"
-            runner = ModelRunner(model, recompute=again, undescribed=undescribed)
+            # The check computes with the weights, which nothing has written.
+            runner = ModelRunner(model, recompute=again, undescribed=undescribed, checked=False)
         model.train(self.needs.dropout)
         return runner
 

@@ -37,9 +37,13 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
 
 
 class NoDraws(TorchDispatchMode):
-    """Inside, new weights are zeros, which takes less time than to draw them."""
+    """Inside, large new weights are not written, and hold anything. The host has no memory for what
+    nobody writes, so the model may be larger than the host. Small weights are zeros.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS | _FILLS and _idle(args[0]):
+            return args[0]
         return args[0].zero_() if func in _DRAWS else func(*args, **(kwargs or {}))
 
 

@@ -12,6 +12,7 @@ from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model
 from gearshift.pipeline.activations import Activations, _batch
 from gearshift.pipeline.memory import micro_batch
+from gearshift.runtime.allocator import resident_bytes
 from gearshift.runtime.optimizer import OptimizerConfig
 from gearshift.runtime.peak_memory import Counted, peak_memory
 from gearshift.trainers.needs import MemoryNeeds, Tree
@@ -120,3 +121,13 @@ def test_a_model_that_cannot_be_measured_ends_no_run(monkeypatch: pytest.MonkeyP
     assert plan.bytes(64, False) == 0 and "ZeroDivisionError" in plan.unknown
     left_open = MemoryNeeds(OptimizerConfig(), 0, 64, ROWS)
     assert micro_batch(left_open, EngineConfig(), plan, {}, 1e12) == (64, False)
+
+
+def test_weights_of_a_model_larger_than_this_host_take_no_memory() -> None:
+    """They are never written: neither drawn, nor read by the check of the model."""
+    config = tiny_model().config
+    config.vocab_size, config.hidden_size, config.tie_word_embeddings = 1_000_000, 512, False
+    before = resident_bytes()
+    runner = Activations(config, needs(ROWS, 64), torch.float32, CPU)._runner(2, False)
+    weights = sum(p.nbytes for p in runner.model.parameters())
+    assert resident_bytes() - before < 0.1 * weights and weights > 4e9
