@@ -123,10 +123,8 @@ def metrics_of(run: Path) -> list[dict[str, object]]:
 def test_a_run_is_asked_while_it_learns_and_learns_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = (
-        "def one(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]"
-    )
-    (tmp_path / "rewards.py").write_text(f"{one}\n")
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def one(prompts, completions, **_):\n    return [*map(len, completions)]\n")
 
     def words(name: str) -> list[str]:
         given = [TINY, f"run.dir={tmp_path / name}", "sft=null", "reward=null", "rl.steps=8"]
