@@ -5,11 +5,12 @@ no path of a request reaches the disk. No part of a page comes from another serv
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 WEB = Path(__file__).parent / "web"
@@ -52,6 +53,18 @@ def page_routes(
         text = frame.replace("PAGE", page).replace("</head>", _FURTHER.get(page, "") + "</head>")
         routes.append(Route(path, _File(text.encode(), "text/html").answer))
     return routes + [Route(path, _File(*file).answer) for path, file in files.items()]
+
+
+def served_route(about: Callable[[], Mapping[str, Any]]) -> BaseRoute:
+    """The route that tells a page what this server has. `about` gives `pages` (addresses by name:
+    `chat`, `labels`, `runs`), and for the chat page `models` (each with `name` and `system`) and
+    `labels` (whether it may send labels).
+    """
+
+    async def answer(_: Request) -> Response:
+        return JSONResponse(about(), headers={"Cache-Control": "no-store"})
+
+    return Route("/api/served", answer)
 
 
 def _read(folder: Path, at: str) -> dict[str, tuple[bytes, str]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
-from gearshift.serve.pages import page_routes
+from gearshift.serve.pages import page_routes, served_route
 from gearshift.serve.policies import Policies
 
 _PAGES = {"chat": {"/": "chat"}, "runs": {"/runs": "run", "/runs/{run}": "run"}}
@@ -19,9 +18,9 @@ def page_and_model_routes(policies: Policies, runs: bool) -> list[BaseRoute]:
     names = ["chat", *(["runs"] if runs else [])]
     pages: Mapping[str, str] = {name: next(iter(_PAGES[name])) for name in names}
 
-    async def served(_: Request) -> Response:
+    def about() -> dict[str, Any]:
         models = [{"name": policy.name, "system": policy.system} for policy in policies]
-        return JSONResponse({"pages": pages, "models": models, "labels": False})
+        return {"pages": pages, "models": models, "labels": False}
 
     paths = {path: page for name in names for path, page in _PAGES[name].items()}
-    return [Route("/api/served", served), *page_routes(paths)]
+    return [served_route(about), *page_routes(paths)]

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.metrics import Metrics
 from gearshift.serve.openai import openai_routes
-from gearshift.serve.pages import page_routes
+from gearshift.serve.pages import page_routes, served_route
 from gearshift.serve.policies import Policies, Policy
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 from tests.serve.fake import END, TOKENIZER, FakeService, Token
@@ -43,9 +43,6 @@ def browser() -> Iterator[Any]:
 def app(service: FakeService, labels: bool = False) -> Starlette:
     models = [{"name": "policy", "system": "Be brief."}, {"name": "other", "system": None}]
 
-    async def told(_: Request) -> Response:
-        return JSONResponse({"pages": {"chat": "/"}, "models": models, "labels": labels})
-
     async def exchange(request: Request) -> Response:
         LABELS.append(await request.json())
         return JSONResponse({})
@@ -56,7 +53,8 @@ def app(service: FakeService, labels: bool = False) -> Starlette:
     )
     metrics = Metrics()
     routes = openai_routes(policies, metrics)
-    own = [Route("/api/served", told), Route("/api/labels/exchange", exchange, methods=["POST"])]
+    about = {"pages": {"chat": "/"}, "models": models, "labels": labels}
+    own = [served_route(lambda: about), Route("/api/labels/exchange", exchange, methods=["POST"])]
     every = [*page_routes({"/": "chat"}), *routes, *own]
     return make_app(every, ServerSettings(port=0), metrics.observe)
 

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.pages import POLICY, WEB, page_routes
+from gearshift.serve.pages import POLICY, WEB, page_routes, served_route
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 
 SCRIPTS = sorted(WEB.rglob("*.js"))
@@ -34,13 +31,11 @@ def browser() -> Iterator[Any]:
 def app(key: str | None = None) -> Starlette:
     """A page `try` of this test beside the shared files."""
 
-    async def told(_: Request) -> Response:
-        return JSONResponse({"pages": {"chat": "/", "runs": "/runs"}, "text": HOSTILE})
-
+    about = {"pages": {"chat": "/", "runs": "/runs"}, "text": HOSTILE}
     routes = page_routes(
         {"/": "try/try", "/runs": "try/try"}, {"try": Path(__file__).parent / "web"}
     )
-    return make_app([*routes, Route("/api/served", told)], ServerSettings(port=0, key=key))
+    return make_app([*routes, served_route(lambda: about)], ServerSettings(port=0, key=key))
 
 
 def test_the_libraries_are_those_that_the_list_names() -> None:

@@ -10,7 +10,7 @@ const step = (logprob) => Math.min(4, Math.floor(-logprob / 0.8));
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toPrecision(3)} %`;
 
-const seen = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "→\t");
+const seen = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
 
 export function Tokens({ tokens }) {
   const [chosen, choose] = useState(-1);
@@ -28,7 +28,7 @@ export function Tokens({ tokens }) {
             onMouseEnter=${() => choose(i)}
             onFocus=${() => choose(i)}
             >${seen(one.token)}</button
-          >`,
+          >${one.token.includes("\n") && html`<br />`}`,
       )}
     </div>
     <div class="token-figures" aria-live="polite">

@@ -131,6 +131,7 @@ export async function render(Page) {
     served = await api("/api/served");
   } catch (error) {
     if (error.status === 401) return draw(html`<${AskKey} onDone=${() => render(Page)} />`, root);
+    if (error.status === 503) setTimeout(() => render(Page), 2000);
     served = { error: error.message };
   }
   if (served.error) return draw(html`<main id="content"><p role="alert">${served.error}</p></main>`, root);
