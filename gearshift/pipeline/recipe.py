@@ -186,8 +186,9 @@ class Recipe(Config):
                 "task.reward is null, and rl.rewards counts the environment's reward; name a "
                 "reward, or take `environment` out of rl.rewards."
             )
-        if self.rl.rollout.ahead and (why := self._cannot_sample_ahead(self.rl)):
-            raise ValueError(f"rl.rollout.ahead=1 {why}, or set rl.rollout.ahead=0.")
+        ahead = self.rl.rollout.ahead
+        if ahead and (why := self._cannot_sample_ahead(self.rl)):
+            raise ValueError(f"rl.rollout.ahead={ahead} {why}, or set rl.rollout.ahead=0.")
         if self.rl.sft_mix and not self.rl.sft_mix.data.sources:
             raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")
         return self

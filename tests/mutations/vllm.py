@@ -16,9 +16,16 @@ MUTATIONS = (
         "episodes are begun ahead before the weights are pushed",
         "trainers/rl/collect.py",
         """                with self.collector.generating():
-                    self.collector.begin""",
+                    for those""",
         """                with nullcontext():
-                    self.collector.begin""",
+                    for those""",
+        f"{_TESTS} -k sampling_ahead",
+    ),
+    Mutation(
+        "more steps are begun ahead while requests of earlier ones still run",
+        "trainers/rl/collect.py",
+        "if later and not self.collector.has_begun(later[0]):",
+        "if later:",
         f"{_TESTS} -k sampling_ahead",
     ),
     Mutation(

@@ -224,7 +224,11 @@ def test_sampling_ahead_trains_on_weights_of_the_step_before(tmp_path: Path) -> 
     assert [m["sampling/updates_behind"] for m in metrics] == [0.0, 1.0, 1.0, 1.0]
     # The first step's weights sample the second step too; later ones are those of other weights.
     assert ahead[0] == plain[0] and ahead[2:] != plain[2:]
-    groups = [[e["group_id"] for e in episodes] for episodes in ahead]
+    farther, two = run("two", 2)
+    # Weights are pushed when the last step that was begun has been sampled.
+    assert [m["sampling/updates_behind"] for m in farther] == [0.0, 1.0, 2.0, 1.0]
+    assert two[:2] == ahead[:2] and two[2] != ahead[2]
+    groups = [[e["group_id"] for e in episodes] for episodes in two]
     assert groups == [[g, g, g, g, g + 1, g + 1, g + 1, g + 1] for g in (0, 2, 4, 6)]
 
 

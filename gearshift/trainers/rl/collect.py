@@ -88,9 +88,8 @@ class RolloutSampler:
         missing: dict[str, list[float]] = {}
         rounds, prompts = 1 + self.config.rollout.replace_zero_std, self.config.rollout.prompts
         for nth in range(rounds):
-            later = None
-            if self.config.rollout.ahead and step + 1 < self.stage.total:
-                later = self.starts(step + 1)
+            last = min(step + self.config.rollout.ahead, self.stage.total - 1)
+            later = [self.starts(ahead) for ahead in range(step + 1, last + 1)]
             starts = self.starts(step, nth)
             trajectories, parts = self.collect(starts, self.config.sampling(), self.record, later)
             everything += trajectories
@@ -135,11 +134,12 @@ class RolloutSampler:
         starts: Sequence[EpisodeSpec],
         params: SamplingParams,
         record: RolloutRecord,
-        later: Sequence[EpisodeSpec] | None = None,
+        later: Sequence[Sequence[EpisodeSpec]] = (),
     ) -> tuple[list[Trajectory], RewardParts]:
-        """Episodes from these starts that have a reward, with the reward and every part of it. The
-        episodes of `later` begin now, on the newest weights, and the next call collects them.
-        `record` gets the episodes that are left out.
+        """Episodes from these starts that have a reward, with the reward and every part of it. If
+        none is left of those that were begun, the episodes of `later` begin now, one list after the
+        other on the newest weights, and the next calls collect them. `record` gets the episodes
+        that are left out.
         """
         rewarded: Rewarded = "finite" if self.score.environment_weight else "any"
         how = params, self.score.begin, rewarded
@@ -151,9 +151,10 @@ class RolloutSampler:
                 for optimizer in self.optimizers:
                     optimizer.offload_state()
                 trajectories = self.collector.collect(starts, *how)
-            if later:
+            if later and not self.collector.has_begun(later[0]):
                 with self.collector.generating():
-                    self.collector.begin(later, *how)
+                    for those in later:
+                        self.collector.begin(those, *how)
             failures = self.collector.failures - before[0]
             overlong = self.collector.overlong - before[1]
             why = self.collector.last_failure

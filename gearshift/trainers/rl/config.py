@@ -45,10 +45,11 @@ class RolloutConfig(Config):
     replace_zero_std: int = Field(default=0, ge=0)
     """How many further rollouts a step may make to replace groups whose rewards are all equal
     (DAPO's dynamic sampling)."""
-    ahead: int = Field(default=0, ge=0, le=1)
-    """How many steps the sampling is ahead of the training: with 1, a step's episodes are sampled
-    by vLLM servers while the step before it trains, on weights that lack that step's updates.
-    Every prompt is still sampled once, in the same order, also in a run that is resumed."""
+    ahead: int = Field(default=0, ge=0)
+    """How many steps the sampling is ahead of the training, at most: with 2, vLLM servers sample a
+    step's episodes while the two steps before it train, on weights that lack up to two steps'
+    updates. Every prompt is still sampled once, in the same order, also in a run that is resumed.
+    """
     # A run that went on under `error` had no such row, so `drop` changes nothing of it.
     overlong_prompts: Neutral[Literal["error", "drop"]] = "error"
     """What happens to rows whose prompt is too long for `max_new_tokens` more tokens, or which the
