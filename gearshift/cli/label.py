@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gearshift import __version__
+from gearshift.cli.serve import add_address, load, models_of, print_memory, settings_of
 from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import counted, echo
 
 if TYPE_CHECKING:
     from gearshift.data.formats import PromptExample
     from gearshift.data.labels import Item
-    from gearshift.serve.label_items import Answer, Source
     from gearshift.serve.label_sampling import Sampler
 
 OWNER_KEY = "GEARSHIFT_OWNER_KEY"
@@ -65,10 +66,7 @@ def add_commands(commands: Any) -> None:
         "--overlap", type=float, default=0.0, help="the share of items that two people label; 0"
     )
     command.add_argument("--gold", metavar="FILE", help="pairs whose better answer is known")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="any but loopback needs a key in GEARSHIFT_KEY"
-    )
-    command.add_argument("--port", type=int, default=8000, help="the port; 8000")
+    add_address(command)
     exports = command.add_argument_group("export")
     exports.add_argument("--export", metavar="FILE", help="write the labels as rows, and end")
     exports.add_argument(
@@ -116,17 +114,11 @@ def _export(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
-    try:
-        from gearshift.serve.app import ServerSettings, make_app, run_app
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"A server needs {error.name}; run pip install 'gearshift[serve]'."
-        ) from error
-    from gearshift.rewards.http_client import bearer_key
+    settings = settings_of(arguments)
+    from gearshift.serve.app import make_app, run_app
     from gearshift.serve.label_store import LabelStore
-    from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.serve.labels import LabelSettings, label_page, label_routes
 
-    work = _work(arguments, what)
     guidelines = arguments.guidelines and Path(arguments.guidelines).expanduser()
     if guidelines and not guidelines.is_file():
         raise ConfigError(f"There is no file {guidelines}; check --guidelines.")
@@ -139,13 +131,13 @@ def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
         overlap=arguments.overlap,
         owner_key=os.environ.get(OWNER_KEY, "").strip() or None,
     )
-    key = bearer_key(None, "GEARSHIFT_KEY")
-    settings = ServerSettings(host=arguments.host, port=arguments.port, key=key)
-    with LabelStore(folder, f"gearshift {__version__}") as store:
+    with ExitStack() as stack:
+        store = stack.enter_context(LabelStore(folder, f"gearshift {__version__}"))
+        work = _work(arguments, what, stack)
         new = sum(map(store.add_item, work.items))
         echo(f"labels: {counted(len(store.labels.items), 'item')}, {new} of them new; {store.file}")
         routes = label_routes(store, work.sampler, labelling, work.prompts)
-        run_app(make_app(routes, settings), "/labels")
+        run_app(make_app([*routes, *label_page()], settings), "/labels")
 
 
 class _Work(NamedTuple):
@@ -156,7 +148,7 @@ class _Work(NamedTuple):
     sampler: Sampler | None = None
 
 
-def _work(arguments: argparse.Namespace, what: Path) -> _Work:
+def _work(arguments: argparse.Namespace, what: Path, stack: ExitStack) -> _Work:
     """The items and prompts of a run or a file."""
     from gearshift.data import load_rows
     from gearshift.serve.label_items import has_answers, item_of_row, prompts_of, rollout_items
@@ -174,7 +166,7 @@ def _work(arguments: argparse.Namespace, what: Path) -> _Work:
         raise ConfigError(f"{what} has prompts without answers; name a policy with --against.")
     if len(policies) > 2:
         raise ConfigError(f"There are {len(policies)} policies; two can be compared at once.")
-    sampler, system = _sampler(arguments, policies)
+    sampler, system = _sampler(arguments, policies, stack)
     return _Work(items, prompts_of(rows, system), sampler)
 
 
@@ -189,18 +181,28 @@ def _rows_of_run(run: Path) -> list[Any]:
     return list(rows)
 
 
-def _sampler(arguments: argparse.Namespace, names: list[str]) -> tuple[Sampler, str | None]:
-    """What answers a prompt, and the system message of the first policy's task."""
-    from gearshift.cli.label_models import Policy
+def _sampler(
+    arguments: argparse.Namespace, names: list[str], stack: ExitStack
+) -> tuple[Sampler, str | None]:
+    """What answers a prompt, and the system message of the first policy's task. `stack` ends the
+    engines.
+    """
+    from gearshift.serve.label_sampling import policy_sampler
+    from gearshift.serve.metrics import Metrics
+    from gearshift.serve.policies import Policies
+    from gearshift.types import SamplingParams
 
-    policies = [Policy(name, arguments.seed) for name in names]
-    count = 1 if len(policies) == 2 else arguments.samples
-
-    async def sample(prompt: PromptExample) -> list[tuple[Answer, Source]]:
-        how = count, arguments.temperature, arguments.max_new_tokens
-        return [found for policy in policies for found in await policy.answer(prompt, *how)]
-
-    return sample, policies[0].system
+    count = 1 if len(names) == 2 else arguments.samples
+    params = SamplingParams(
+        temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens
+    )
+    policies, metrics, named = Policies(), Metrics(), models_of(names[0], names[1:])
+    print_memory(named)
+    for each in named:
+        load(each, arguments.seed, policies, metrics, stack)
+    # The last two parts name a run and its stage, and no folder of this machine.
+    served = [(policies.get(n.name), "/".join(Path(n.source).parts[-2:])) for n in named]
+    return policy_sampler(served, count, params), served[0][0].system
 
 
 def _words(text: str) -> tuple[str, ...]:

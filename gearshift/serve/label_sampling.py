@@ -1,5 +1,5 @@
 """Samples answers ahead of the people who compare them. A sampling that fails skips its prompt and
-is counted. It knows no engine: the caller hands over what samples.
+is counted. It loads no model.
 """
 
 from __future__ import annotations
@@ -7,16 +7,50 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 
 from gearshift.data.formats import PromptExample
-from gearshift.data.labels import Item
+from gearshift.data.labels import Item, item_id
+from gearshift.data.text import decode
 from gearshift.runtime.terminal import one_line
 from gearshift.serve.label_items import Answer, Source, make_item
+from gearshift.serve.policies import Policy
+from gearshift.types import SamplingParams
 
 Sampler = Callable[[PromptExample], Awaitable[Sequence[tuple[Answer, Source]]]]
 """Gives one or two answers to a prompt, each with where it comes from."""
 TIMEOUT = 300.0
 _AHEAD, _FAILURES = 8, 3
+
+
+def policy_sampler(
+    policies: Sequence[tuple[Policy, str]], count: int, p: SamplingParams
+) -> Sampler:
+    """A sampler that takes `count` answers of each policy. Each policy comes with the name that its
+    labels keep.
+    """
+
+    async def sample(prompt: PromptExample) -> list[tuple[Answer, Source]]:
+        # The same prompt gets the same answers, whenever it is asked.
+        request = int(item_id(prompt.prompt, [], prompt.options), 16) >> 1
+        asked = [(policy, name, i) for policy, name in policies for i in range(count)]
+        return list(await asyncio.gather(*(one(prompt, request, *each) for each in asked)))
+
+    async def one(
+        prompt: PromptExample, request: int, policy: Policy, name: str, i: int
+    ) -> tuple[Answer, Source]:
+        ids = policy.prompt(prompt.prompt, prompt.options)
+        params = replace(p, max_new_tokens=min(p.max_new_tokens, policy.service.max_length // 2))
+        completion = await policy.service.generate(ids, params, request, i)
+        text = decode(policy.tokenizer, completion.token_ids, skip_special_tokens=True)
+        if not text.strip():
+            raise ValueError("an answer has no words")
+        sampling = {"temperature": p.temperature, "max_new_tokens": params.max_new_tokens}
+        source = {"model": name, "weights_sha": policy.weights, "sampling": sampling}
+        version = completion.weights_versions[-1]
+        return text, {**source, "version": version, "request_id": request, "sample": i}
+
+    return sample
 
 
 class Feeder:
