@@ -52,6 +52,7 @@ BAD_WORDS = [
     (["keys", "no_such_key"], "no_such_key"),
     (["keys", "task.no_such_task"], "task.no_such_task"),
     (["serve", "runs/none"], "no folder runs/none"),
+    (["serve", "tiny", "--max-waiting", "0"], "--max-waiting"),
 ]
 
 

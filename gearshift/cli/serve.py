@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +56,23 @@ def add_commands(commands: Any) -> None:
         "Hugging Face name; may be given several times",
     )
     add_address(command)
+    command.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        help="how many requests may wait for the engine; a further one gets status 429; 256",
+    )
+    command.add_argument(
+        "--default-tokens",
+        type=int,
+        default=1024,
+        help="the most tokens of an answer to a request that names no limit; 1024",
+    )
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse requests with unknown fields, which are ignored otherwise",
+    )
     command.add_argument("--seed", type=int, default=0, help="the seed of sampling; 0")
     command.set_defaults(do=serve)
 
@@ -112,7 +130,10 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answer over HTTP until a signal."""
-    settings = settings_of(arguments)
+    given = {name: getattr(arguments, name) for name in ("max_waiting", "default_tokens", "strict")}
+    if min(arguments.max_waiting, arguments.default_tokens) < 1:
+        raise ConfigError("--max-waiting and --default-tokens must be 1 or more.")
+    settings = replace(settings_of(arguments), **given)
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.metrics import Metrics
     from gearshift.serve.policies import Policies

@@ -171,7 +171,7 @@ def make_ask(
         words = f"the prompt has {len(prompt)} tokens"
         words += f" and the answer may have {wanted}" if wanted else ""
         words += f"; this model's maximum context length is {longest} tokens"
-        raise ApiError(400, "context_length_exceeded", words, "messages")
+        raise ApiError(400, "context_length_exceeded", words, request.asked_in)
     if (worst := max(prompt)) >= len(policy.tokenizer):
         raise ApiError(400, "invalid_value", f"the token {worst} does not exist", "prompt")
     most = wanted or min(left, settings.default_tokens)

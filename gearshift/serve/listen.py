@@ -82,6 +82,7 @@ class Server:
         number.
         """
         with Interrupt() as interrupt, interrupt.between_steps():
+            interrupt.rest = "requests in work got no answer"
             if not self._thread.is_alive():
                 self.start()
             while not interrupt.requested and self._thread.is_alive():

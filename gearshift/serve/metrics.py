@@ -48,7 +48,7 @@ class Metrics:
         path = getattr(route, "path", "other")
         model = scope.get("state", {}).get("model", "")
         self._requests.labels(path, model, str(status)).inc()
-        if status == LEFT or status >= 500:
+        if status == LEFT or (model and status >= 500):
             self._aborts.labels("client" if status == LEFT else "error").inc()
         if model:
             self._whole.observe(seconds)

@@ -6,7 +6,7 @@ the field.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -76,6 +76,8 @@ class SamplingRequest(BaseModel):
     """The fields that chats and completions share."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+    asked_in: ClassVar[str]
+    """The field that holds what is to be answered."""
     model: str
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -143,6 +145,7 @@ class SamplingRequest(BaseModel):
 class ChatRequest(SamplingRequest):
     """The body of `POST /v1/chat/completions`."""
 
+    asked_in = "messages"
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1 << 14)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -169,6 +172,7 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """The body of `POST /v1/completions`."""
 
+    asked_in = "prompt"
     prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None

@@ -42,13 +42,14 @@ from tests.mutations import (
     verdicts,
     vllm,
     weights,
+    wire,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
     hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
-    ranks_checkpoint, labels,
+    ranks_checkpoint, labels, wire,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

@@ -266,9 +266,10 @@ def test_completions_of_texts_and_ids(client: OpenAI, service: FakeService) -> N
     assert said == {0: "Hello, wörld!", 1: "Hello, wörld!"}
     for body in ({"prompt": []}, {"prompt": [[]]}, {"prompt": [999]}, {"prompt": [-1]},
                  {"prompt": "a", "best_of": 2}, {"prompt": "a", "suffix": "b"},
-                 {"prompt": "a", "max_tokens": 0}):  # fmt: skip
-        with pytest.raises(openai.BadRequestError):
+                 {"prompt": "a", "max_tokens": 0}, {"prompt": "a" * 600}):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as caught:
             create(model="policy", **body)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
 
 
 def test_echo_gives_the_log_probs_of_the_prompt(client: OpenAI) -> None:
