@@ -17,6 +17,7 @@ from gearshift.errors import ModelError
 from gearshift.models.adapter_files import file_of
 from gearshift.models.attention import ATTENTION, NO_INTERFACE
 from gearshift.models.embedded import source_of
+from gearshift.models.read_in_parts import read_in_parts, why_whole
 from gearshift.models.saved_config import check_settings, is_folder
 from gearshift.models.saved_weights import (
     check_experts,
@@ -25,8 +26,11 @@ from gearshift.models.saved_weights import (
     check_size,
     saved_weights,
 )
+from gearshift.runtime.distributed import world
 from gearshift.runtime.hub import hub_is_reachable
-from gearshift.runtime.terminal import one_line
+from gearshift.runtime.terminal import echo, one_line
+
+_COMPLETE: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 
 
 def held(name: str, file: str) -> bool:
@@ -63,9 +67,13 @@ def model_of(
     dtype: torch.dtype,
     attention: str | None,
     fresh_head: bool = False,
+    device: torch.device | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A model whose every weight is the files', and which weights of its head are fresh."""
+    """A model whose every weight is the files', and which weights of its head are fresh. Where
+    models are split over the ranks, each rank reads its part of the files if it can; `device` is
+    where such a model is then.
+    """
     settings = config_of(name, trust_remote_code, **kwargs)
     folder, weights = files_of_model(name), None
     if folder and is_folder(source_of(name)):
@@ -74,6 +82,16 @@ def model_of(
         with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
             skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
         check_size(folder, weights, skeleton)
+        if world().sharded and device is not None:
+            whole = why_whole(skeleton, weights, dtype)
+            if not world().says(lambda: whole, "how a model is read"):
+                with loading(name):
+                    model, read = read_in_parts(
+                        auto, settings, folder, dtype, device, trust_remote_code, attention
+                    )
+                echo(f"{name}: this rank has read {read / 2**20:.1f} MiB of the weights")
+                return model, check_loaded(name, model, _COMPLETE, weights)
+            echo(f"{name}: each rank loads the whole model, because {whole}")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -146,7 +146,9 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
                 f"{name} contains a model that gives scores and writes no text; name a language "
                 "model."
             )
-        model, _ = model_of(AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION)
+        model, _ = model_of(
+            AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION, device=device
+        )
         if not is_tied(model):  # the saved head differs from the embedding
             untie(model)
     check_finite(name, model)

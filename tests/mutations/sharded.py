@@ -13,6 +13,20 @@ MUTATIONS = (
         _TESTS,
     ),
     Mutation(
+        "each rank reads all rows of the files",
+        "models/read_in_parts.py",
+        "read: int = own.nbytes",
+        "read: int = saved[...].nbytes",
+        f"{_TESTS} and parts",
+    ),
+    Mutation(
+        "a model that could be read in parts is loaded whole",
+        "models/from_pretrained.py",
+        "if world().sharded and device is not None:",
+        "if False:",
+        f"{_TESTS} and parts",
+    ),
+    Mutation(
         "each rank clips by the norm of its own rows",
         "runtime/optimizer.py",
         "parts = world().sum((parts * shares.to(parts.device)).sum())",

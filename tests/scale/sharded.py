@@ -20,16 +20,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3MoeConfig
 
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import Mixture
 from gearshift.engine import Engine
 from gearshift.errors import DataError, ModelError, NumericalError
+from gearshift.models import from_pretrained
 from gearshift.models.attention import ATTENTION
+from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.read_in_parts import _fill, read_in_parts
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.runtime import distributed
@@ -323,6 +328,45 @@ def refused(folder: Path) -> None:
         raise AssertionError("no error")
 
 
+def read(folder: Path) -> None:
+    """Each rank reads its rows of the files, and has the model that one process loads; also where a
+    tensor has fewer rows than there are ranks. A tied model is loaded whole.
+    """
+    config = {"dtype": "bfloat16", "device": "cpu"}
+    for family, whole in (("untied", False), ("llama", True)):
+        saved = folder / family
+        if world().main:
+            model_of(family).save_pretrained(saved, max_shard_size="20KB")
+            (saved / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+        world().gather(None, "a saved model")
+        load = partial(load_policy, ModelConfig(name=str(saved), **config))
+        with alone():
+            one = load()
+        with patch.object(from_pretrained, "read_in_parts", wraps=read_in_parts) as reads:
+            many = load()
+        assert reads.called != whole
+        ours, theirs = many.state_dict(), one.state_dict()
+        assert list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+        pairs = zip(many.buffers(), one.buffers(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+        assert many.generation_config.eos_token_id == [5, 7]  # type: ignore[union-attr]
+        assert many.config.to_diff_dict() == one.config.to_diff_dict()
+    saved = folder / "untied"
+    settings, cpu = AutoConfig.from_pretrained(saved), torch.device("cpu")
+    _, bytes_read = read_in_parts(
+        AutoModelForCausalLM, settings, saved, torch.float32, cpu, False, None
+    )
+    files = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    assert bytes_read < files / world().size, (bytes_read, files)
+    if world().main:
+        save_file({"row": torch.ones(1, 3), "one": torch.ones(())}, folder / "few.safetensors")
+    world().gather(None, "a saved row")
+    with safe_open(str(folder / "few.safetensors"), "pt") as file:
+        for name, target in (("row", torch.zeros(1, 3)), ("one", torch.zeros(()))):
+            _fill(target, file.get_slice(name))
+            assert bool((target == 1).all())
+
+
 def nodes(folder: Path) -> None:
     """Four ranks on two nodes: a node has all rows, and a rank half of them."""
     with patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
@@ -349,6 +393,7 @@ QUICK: dict[str, Callable[[Path], None]] = {
     "a forward pass that was cut": cut_forward,
     "a saved state": state,
     "several precisions": refused,
+    "files that are read in parts": read,
 }
 REST: dict[str, Callable[[Path], None]] = {
     **{family: partial(gradients, family=family) for family in (*CONFIGS, *OTHERS)},
