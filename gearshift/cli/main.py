@@ -1,7 +1,7 @@
 """The command line: words in, one line out when something is wrong, never a traceback.
 
-The commands are in `run.py`, `ray.py`, `talk.py`, `serve.py`, `label.py`, `tools.py` and
-`doctor.py`. No file here names a task.
+The commands are in `run.py`, `ray.py`, `talk.py`, `serve.py`, `label.py`, `watch.py`,
+`tools.py` and `doctor.py`. No file here names a task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gearshift import __version__
-from gearshift.cli import doctor, label, ray, run, serve, talk, tools
+from gearshift.cli import doctor, label, ray, run, serve, talk, tools, watch
 from gearshift.errors import ConfigError
 from gearshift.runtime.exit_errors import (
     exit_on_signals,
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gearshift {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, ray, talk, serve, label, tools, doctor):
+    for group in (run, ray, talk, serve, label, watch, tools, doctor):
         group.add_commands(commands)
     return parser
 

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from gearshift.runtime.curves import CURVES, columns, matching
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.events import EventStream
+from gearshift.serve.pages import page_routes
 from gearshift.serve.run_episodes import Filter, by_token, summary
 from gearshift.serve.run_files import (
     Record,
@@ -86,6 +87,16 @@ def run_routes(folders: Mapping[str, Path]) -> list[BaseRoute]:
         route("export", _export),
         route("heldout", lambda run, _, request: heldout(run, _whole(request, "from", 0))),
     ]
+
+
+def watch_routes(folders: Mapping[str, Path]) -> list[BaseRoute]:
+    """The run page of these runs by their names, alone on a server."""
+
+    async def served(_: Request) -> Response:
+        return _json({"pages": {"runs": "/runs"}})
+
+    paths = dict.fromkeys(("/", "/runs", "/runs/{run}"), "run")
+    return [*run_routes(folders), Route("/api/served", served), *page_routes(paths)]
 
 
 def _run(runs: Mapping[str, RunFolder], request: Request) -> RunFolder:
@@ -266,36 +277,38 @@ def _export(run: RunFolder, stage: str, request: Request) -> Response:
 
 
 async def _tail(path: Path, offset: int) -> AsyncGenerator[str, None]:
-    """Events for the lines that a file has after this offset, and for those that come; `reset`
-    where a resumed run has cut the file, so that all must be read again.
+    """Events for the lines that a file has after this offset, and for those that come:
+    `{"record": ...}`; the first event is `{}`. It is `{"reset": true}` where a resumed run has cut
+    the file, so that all must be read again.
     """
-    if not await to_thread.run_sync(follows_line, path, offset):
-        yield "event: reset\nid: 0\ndata: {}\n\n"
+    reset = 'id: 0\ndata: {"reset": true}\n\n'
+    if await to_thread.run_sync(follows_line, path, offset):
+        yield f"id: {offset}\ndata: {{}}\n\n"
+    else:
+        yield reset
         offset = 0
-    last = -1
+    newest, state = b"", None
     while True:
-        size = await to_thread.run_sync(_size, path)
-        if size < offset:
-            yield "event: reset\nid: 0\ndata: {}\n\n"
-            offset, last = 0, -1
-        elif size > offset:
-            lines = await to_thread.run_sync(lambda at: list(read_lines(path, at)), offset)
-            for offset, line in lines:
-                record = parse_record(line)
-                step = record.get("step") if record else None
-                if isinstance(step, int) and step <= last:
-                    yield "event: reset\nid: 0\ndata: {}\n\n"
-                last = step if isinstance(step, int) else last
-                data = json.dumps(record or {}, separators=(",", ":"))
-                yield f"event: step\nid: {offset}\ndata: {data}\n\n"
+        now = await to_thread.run_sync(_state, path)
+        if now != state:
+            state, start = now, offset - len(newest)
+            lines = await to_thread.run_sync(lambda at: list(read_lines(path, at)), start)
+            if (newest and (not lines or lines.pop(0)[1] != newest)) or now[0] < offset:
+                yield reset
+                offset, newest, lines, state = 0, b"", [], None
+            for offset, newest in lines:
+                record = {"record": parse_record(newest) or {}}
+                yield f"id: {offset}\ndata: {json.dumps(record, separators=(',', ':'))}\n\n"
         await anyio.sleep(_POLL)
 
 
-def _size(path: Path) -> int:
+def _state(path: Path) -> tuple[int, int]:
+    """The file's size, and when it was changed."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _whole(request: Request, name: str, default: int) -> int:

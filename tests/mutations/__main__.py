@@ -37,6 +37,7 @@ from tests.mutations import (
     rewards,
     rl,
     run_folder,
+    run_page,
     scale,
     sharded,
     verdicts,
@@ -49,7 +50,7 @@ ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
     hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
-    ranks_checkpoint, labels, wire,
+    ranks_checkpoint, labels, wire, run_page,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0

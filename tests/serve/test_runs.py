@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from gearshift.cli.main import main
 from gearshift.runtime.metrics import MetricsLog
 from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.run_episodes import Filter, by_token
@@ -22,6 +25,7 @@ from gearshift.serve.run_files import RolloutFile
 from gearshift.serve.runs import _tail, names_of, run_routes
 from tests.trainers.rl_runs import small, trainer
 
+RESET = 'data: {"reset": true}'
 HOSTILE = "</script><script>alert(1)</script> \u202e \ud800 \x1b[31m \x00"
 
 
@@ -252,11 +256,13 @@ def test_heldout_rows_that_changed_come_first(client: TestClient, run: Path) -> 
 def events(path: Path, offset: int, act: Any, count: int) -> list[str]:
     """The events that a tail gives, while `act` changes the file."""
 
+    acts = count - 1
+
     async def collect() -> list[str]:
         tail, found = _tail(path, offset), []
         try:
             for i in range(count):
-                if i == 1:
+                if i == acts:
                     await asyncio.to_thread(act)
                 found.append(await asyncio.wait_for(anext(tail), 10))
         finally:
@@ -277,14 +283,14 @@ def test_t60_a_line_comes_within_two_seconds_and_a_cut_file_begins_again(run: Pa
         with path.open("a") as file:
             file.write('{"step": 5, "reward": Infinity}\n{"step": 6')
 
-    found = events(path, last, write, 2)
+    found = events(path, last, write, 3)
     assert time.monotonic() - began[0] < 2
-    assert found[0].startswith(f"event: step\nid: {size}\n") and '"step":4' in found[0]
-    assert '"step":5,"reward":null' in found[1]
-    cut = events(path, last, lambda: os.truncate(path, 10), 3)
-    assert cut[2].startswith("event: reset")
-    assert events(path, 5, lambda: None, 1)[0].startswith("event: reset")
-    assert events(path, 1 << 40, lambda: None, 1)[0].startswith("event: reset")
+    assert found[0] == f"id: {last}\ndata: {{}}\n\n"
+    assert found[1].startswith(f"id: {size}\n") and '"step":4' in found[1]
+    assert '"step":5,"reward":null' in found[2]
+    assert RESET in events(path, last, lambda: os.truncate(path, 10), 4)[2:][-1]
+    assert RESET in events(path, 5, lambda: None, 1)[0]
+    assert RESET in events(path, 1 << 40, lambda: None, 1)[0]
 
 
 def test_the_index_follows_a_file_that_grows_or_is_cut(tmp_path: Path) -> None:
@@ -327,6 +333,19 @@ def test_names_of_runs_differ() -> None:
     assert list(names_of([Path("/a/x"), Path("/b/x"), Path("/a/x"), Path("/c/y")])) == [
         "x", "x-2", "y",
     ]  # fmt: skip
+
+
+def test_t61_the_page_needs_no_torch() -> None:
+    """It would take 200 MB and a second."""
+    program = "import sys, gearshift.serve.runs; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_watch_names_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["watch", "/nowhere/run"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.strip().endswith("no folder /nowhere/run; name a run's folder.")
 
 
 def test_t61_a_large_file_is_indexed_without_being_held(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""The run page in a browser: curves that grow, episodes token by token, hostile texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gearshift.serve.app import ServerSettings, make_app
+from gearshift.serve.runs import watch_routes
+from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
+
+pytestmark = needs_browser
+HOSTILE = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'></style>"
+    "\u202e right to left \ud800 \x1b[31m"
+)
+BIG = 8192 + 100
+
+
+def episode(count: int, words: str, **more: Any) -> dict[str, Any]:
+    draw = random.Random(count)
+    return {
+        "group_id": 0,
+        "messages": [
+            {"role": "user", "content": words},
+            {"role": "assistant", "content": words, "tool_calls": [{"function": {"name": words}}]},
+        ],
+        "prompt_ids": [1, 2],
+        "token_ids": [draw.randrange(250) for _ in range(count)],
+        "mask": [1] * (count - 1) + [0],
+        "reward": count / 10,
+        "rewards": {"environment": 1.0, words: 0.5},
+        "finish_reason": "stop",
+        "logprobs": [-0.5] * (count - 1),
+        "trained_logprobs": [-0.5] * (count - 2) + [-2.5],
+        "advantages": -0.5,
+        "versions": 3,
+        "gold": words,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("one", "two"):
+        stage = folder / name / "rl"
+        (folder / name / "validation").mkdir(parents=True)
+        stage.mkdir()
+        with (stage / "metrics.jsonl").open("w") as file:
+            for step in range(20):
+                phases = [["generate", 0.0, 1.0], ["train", 1.5, 2.0]]
+                record = {"step": step, "reward": step / 20, "step_time": 2.0, "phases": phases}
+                file.write(json.dumps({**record, "kl": None if step == 3 else 0.1}) + "\n")
+        lines = [
+            {"step": 0, "episodes": [episode(n, f"plain {n}") for n in (3, 9, 6)]},
+            {"step": 1, "episodes": [episode(5, HOSTILE), episode(4, "x" * (1 << 20))]},
+            {"step": 2, "episodes": [episode(BIG, "long")]},
+            {"step": 3, "episodes": [{"reward": 1, "messages": "x"}], "left_out": [{"why": "no"}]},
+        ]
+        (stage / "rollouts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (folder / name / "recipe.yaml").write_text(f"rl: {{lr: {len(name)}, name: {name}}}")
+        for policy, value in (("base", 0.0), ("rl", 1.0)):
+            sample = {"row": 0, "prompt": HOSTILE, "gold": HOSTILE, "completion": HOSTILE}
+            record = {"metric": "reward", "value": value, "interval": [0.1, None], "n": 1}
+            record["samples"] = [{**sample, "reward": value}]
+            (folder / name / "validation" / f"{policy}.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    routes = watch_routes({name: runs / name for name in ("one", "two")})
+    with served(make_app(routes, ServerSettings(port=0))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
+
+
+def test_t60_curves_of_two_runs_grow_without_a_reload(
+    browser: Any, address: str, runs: Path
+) -> None:
+    path = runs / "two" / "rl" / "metrics.jsonl"
+    before = path.read_bytes()
+    with open_page(browser, f"{address}/runs") as page:
+        reward = page.locator("figure", has_text="Reward")
+        reward.get_by_text("two: reward").wait_for()
+        assert page.locator("canvas").count() == 2
+        with path.open("a") as file:
+            file.write('{"step": 20, "reward": 77.5}\n')
+        reward.locator("output", has_text="77.5").wait_for(timeout=2000)
+        path.write_bytes(before)  # the run is resumed from an earlier step
+        with path.open("a") as file:
+            file.write('{"step": 20, "reward": 33.5}\n')
+        reward.locator("output", has_text="33.5").wait_for()
+        path.write_bytes(before)
+        page.get_by_role("button", name="Recipes").click()
+        page.get_by_text("rl.name").wait_for()
+        assert page.locator("tbody tr").count() == 1
+
+
+def test_a_table_is_sorted_filtered_and_searched(browser: Any, address: str) -> None:
+    with open_page(browser, f"{address}/runs/one?tab=rollouts&step=0") as page:
+        rows = page.locator("tbody tr")
+        rows.nth(2).wait_for()
+        rewards = page.locator("tbody td:nth-child(5)")
+        page.get_by_role("button", name="Worst first").click()
+        assert rewards.all_inner_texts() == ["0.3", "0.6", "0.9"]
+        page.get_by_role("button", name="reward", exact=True).click()
+        assert rewards.all_inner_texts() == ["0.9", "0.6", "0.3"]
+        page.get_by_label("Filter").fill("reward<0.5")
+        page.get_by_label("Filter").press("Enter")
+        page.get_by_text("1 episode", exact=True).wait_for()
+        page.get_by_label("Filter").fill('text~"plain 9"')
+        page.get_by_label("Search all steps").check()
+        page.get_by_text("plain 9").first.wait_for()
+        rows.first.get_by_role("checkbox").check()
+        link = page.get_by_role("link", name="Export 1 chosen as JSONL")
+        assert "pick=0.1" in (link.get_attribute("href") or "")
+
+
+def test_tokens_are_coloured_and_the_largest_gap_is_found(browser: Any, address: str) -> None:
+    with open_page(browser, f"{address}/runs/one?step=2&episode=0") as page:
+        tokens = page.locator(".token")
+        tokens.first.wait_for()
+        assert tokens.count() == 8192, "longer episodes come in windows"
+        assert page.locator(".token.given").count() == 2
+        page.get_by_role("button", name="Largest").click()
+        page.get_by_text(f"Tokens 8192 to {BIG + 1} of {BIG + 2}").wait_for()
+        figures = page.locator(".figures")
+        assert "sampler minus trainer\n2" in figures.inner_text()
+        assert "p4" in (page.locator(".token.chosen").get_attribute("class") or "")
+        page.locator(".tokens").press("ArrowRight")
+        page.get_by_text("given to the policy").wait_for()
+        page.get_by_label("Colour by").select_option("advantages")
+        page.locator(".token.n4").first.wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_t62_t26_hostile_texts_are_texts_on_every_tab(
+    browser: Any, address: str, scheme: Any
+) -> None:
+    places = (
+        "step=1&tab=rollouts",
+        "step=1&episode=0",
+        "tab=timeline",
+        "tab=heldout",
+        "tab=curves",
+    )
+    for place in places:
+        with open_page(browser, f"{address}/runs/one?{place}", color_scheme=scheme) as page:
+            page.locator("canvas, tbody tr, .token").first.wait_for()
+            if "step" in place or "heldout" in place:
+                page.get_by_text("<script>window.hacked").first.wait_for()
+            assert page.evaluate("window.hacked") is None
+            assert serious(page) == []
+
+
+def test_t63_an_episode_of_another_version_shows_what_it_has(browser: Any, address: str) -> None:
+    with open_page(browser, f"{address}/runs/one?step=3&episode=0") as page:
+        page.get_by_text("The record has no tokens.").wait_for()
+        page.get_by_role("button", name="Next").click()
+        page.get_by_text("Step 3, episode 1").wait_for()
+
+
+def test_the_page_fits_a_telephone(browser: Any, address: str) -> None:
+    size = {"width": 360, "height": 740}
+    for place in ("tab=curves", "step=1&tab=rollouts", "step=1&episode=0", "tab=timeline"):
+        with open_page(browser, f"{address}/runs/one?{place}", viewport=size) as page:
+            page.locator("canvas, tbody tr, .token").first.wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
