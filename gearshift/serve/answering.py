@@ -172,8 +172,10 @@ def make_ask(
         words += f" and the answer may have {wanted}" if wanted else ""
         words += f"; this model's maximum context length is {longest} tokens"
         raise ApiError(400, "context_length_exceeded", words, request.asked_in)
-    if (worst := max(prompt)) >= len(policy.tokenizer):
-        raise ApiError(400, "invalid_value", f"the token {worst} does not exist", "prompt")
+    named = {request.asked_in: prompt, "stop_token_ids": request.stop_token_ids or ()}
+    for name, tokens in {**named, "logit_bias": dict(request.bias())}.items():
+        if (worst := max(tokens, default=0)) >= len(policy.tokenizer):
+            raise ApiError(400, "invalid_value", f"the token {worst} does not exist", name)
     most = wanted or min(left, settings.default_tokens)
     params = request.params(most, top, policy.end_tokens)
     request_id = policy.next_id() if request.seed is None else 0

@@ -27,7 +27,7 @@ from gearshift.serve.token_text import TokenNames
 from gearshift.serve.wire import CompletionRequest, check_fields, parse
 from gearshift.types import Completion
 
-_MOST_PROMPTS = 128
+_MOST_PROMPTS, _MOST_ANSWERS = 128, 1024
 Row = tuple[int, float | None, Sequence[tuple[int, float]]]
 """(token, its log-prob, the most likely tokens in its place)."""
 
@@ -69,8 +69,10 @@ def _prompts(request: CompletionRequest, policy: Policy) -> list[tuple[list[int]
     given: Any = request.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
-    if not 1 <= len(given) <= _MOST_PROMPTS:
-        words = f"prompt must have 1 to {_MOST_PROMPTS} prompts"
+    if not 1 <= len(given) <= _MOST_PROMPTS or len(given) * (request.n or 1) > _MOST_ANSWERS:
+        words = (
+            f"prompt must have 1 to {_MOST_PROMPTS} prompts, with at most {_MOST_ANSWERS} answers"
+        )
         raise ApiError(400, "invalid_value", words, "prompt")
     found = []
     for prompt in given:

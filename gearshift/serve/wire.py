@@ -124,7 +124,7 @@ class SamplingRequest(BaseModel):
                 max_new_tokens=most,
                 stop=self.stops,
                 stop_token_ids=tuple(self.stop_token_ids or ()),
-                logit_bias=self._bias(),
+                logit_bias=self.bias(),
                 bad_words=tuple((token,) for token in sorted(ends)) if self.ignore_eos else (),
                 seed=None if self.seed is None else self.seed % 2**63,
                 top_logprobs=top,
@@ -132,7 +132,8 @@ class SamplingRequest(BaseModel):
         except ConfigError as error:
             raise ApiError(400, "invalid_value", one_line(str(error))) from error
 
-    def _bias(self) -> tuple[tuple[int, float], ...]:
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        """(token, what is added to its logit). Raises `ApiError` for other keys and values."""
         found = {}
         for token, value in (self.logit_bias or {}).items():
             if not (token.isdecimal() and len(token) < 10 and -100 <= value <= 100):

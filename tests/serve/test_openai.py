@@ -128,6 +128,8 @@ def test_t1_errors_are_the_librarys(client: OpenAI, service: FakeService) -> Non
          "invalid_value", "messages"),
         ({"logit_bias": {"a": 1}}, "invalid_value", "logit_bias"),
         ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"9999": 1}, "stream": True}, "invalid_value", "logit_bias"),
+        ({"extra_body": {"stop_token_ids": [9999]}}, "invalid_value", "stop_token_ids"),
         ({"top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"max_tokens": 500}, "context_length_exceeded", "messages"),
@@ -266,7 +268,8 @@ def test_completions_of_texts_and_ids(client: OpenAI, service: FakeService) -> N
     assert said == {0: "Hello, wörld!", 1: "Hello, wörld!"}
     for body in ({"prompt": []}, {"prompt": [[]]}, {"prompt": [999]}, {"prompt": [-1]},
                  {"prompt": "a", "best_of": 2}, {"prompt": "a", "suffix": "b"},
-                 {"prompt": "a", "max_tokens": 0}, {"prompt": "a" * 600}):  # fmt: skip
+                 {"prompt": "a", "max_tokens": 0}, {"prompt": ["a"] * 65, "n": 16},
+                 {"prompt": "a" * 600}):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as caught:
             create(model="policy", **body)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
