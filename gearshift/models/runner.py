@@ -39,6 +39,7 @@ from gearshift.models.sharded import ShardedModel
 from gearshift.models.units import make_unit, run_in
 from gearshift.models.vocabulary import vocabulary_size
 from gearshift.models.work import TrainingWork
+from gearshift.models.zero import ZeroModel
 from gearshift.runtime.distributed import world
 
 Form = Literal["described", "hugging_face"]
@@ -104,7 +105,7 @@ class ModelRunner:
         """What was trained: see there."""
         self.learner = self
         """The runner that computes what needs gradients: this one, or that of a split copy."""
-        self._sharded: ShardedModel | None = None
+        self._sharded: ShardedModel | ZeroModel | None = None
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
         if packs and checked:
@@ -135,7 +136,8 @@ class ModelRunner:
 
     def _shard(self) -> None:
         layers = None if self.plan is None else [layer.unit for layer in self.plan.layers]
-        self._sharded = ShardedModel(self.model, layers)
+        split = ShardedModel if world().deepspeed is None else ZeroModel
+        self._sharded = split(self.model, layers)
         self.learner = ModelRunner(
             self._sharded.model,
             value_head=self.value_head,
@@ -146,6 +148,11 @@ class ModelRunner:
         )
         for name in ("work", "limit", "kernels"):
             setattr(self.learner, name, getattr(self, name))
+
+    @property
+    def zero_root(self) -> nn.Module | None:
+        """What DeepSpeed's ZeRO-3 splits of the model; None where it splits nothing."""
+        return self._sharded.root if isinstance(self._sharded, ZeroModel) else None
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -188,7 +195,7 @@ class ModelRunner:
             return self._run("_scores", batch)
         if reads_last_token(self.model):
             return self._run("_padded_scores", batch)
-        return self._acting._padded_scores(batch)  # the model's own forward is its unit's
+        return self._run_forward("_padded_scores", batch)
 
     @torch.no_grad()
     def score_all(
@@ -212,8 +219,7 @@ class ModelRunner:
         """[T] float32: a token classifier's one logit of each token; no sequence continues another
         one. The model runs on padded rows.
         """
-        model = self._acting.model
-        return padded_logits(model, whole_sequences(batch))
+        return self._run_forward("_token_logits", batch)
 
     @property
     def shares_prompts(self) -> bool:
@@ -233,6 +239,10 @@ class ModelRunner:
             if self._sharded:
                 self._sharded.reset()
             raise
+
+    def _run_forward(self, name: str, batch: PackedBatch) -> Any:
+        """The same where the work calls the model's own forward, around which FSDP gathers."""
+        return self._run(name, batch) if self.zero_root else getattr(self._acting, name)(batch)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         if len(batch) and (last := int(batch.input_ids.max())) >= self.vocabulary:
@@ -272,6 +282,9 @@ class ModelRunner:
 
     def _padded_scores(self, batch: PackedBatch) -> Tensor:
         return padded_scores(self.model, whole_sequences(batch))
+
+    def _token_logits(self, batch: PackedBatch) -> Tensor:
+        return padded_logits(self.model, whole_sequences(batch))
 
     def _scores(self, batch: PackedBatch) -> Tensor:
         last_N = batch.cu_seqlens[1:][leaves(batch)] - 1

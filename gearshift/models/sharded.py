@@ -45,17 +45,9 @@ class ShardedModel:
                 f"scale.strategy=fsdp needs torch 2.13, and this is {torch.__version__}; take a "
                 "newer one, or replicate."
             )
-        kinds = {p.dtype for p in whole.parameters()}
-        if len(kinds) > 1:
-            listed = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-            raise ModelError(
-                f"{named(whole)} has weights of several precisions ({listed}), which "
-                "scale.strategy=fsdp cannot split; take replicate, or model.dtype=float32."
-            )
+        paths = unit_paths(whole, layers, "strategy=fsdp")
         self.whole = whole
-        names = {id(module): name for name, module in whole.named_modules()}
-        found = _decoder_layers(whole) if layers is None else layers
-        paths = [*(names[id(layer)] for layer in found), ""]
+        kind = next(whole.parameters()).dtype
         source: dict[int, nn.Parameter] = {}
         """By the id of a parameter of the copy: the parameter of the whole model."""
         empty: dict[int, Any] = {}
@@ -65,7 +57,7 @@ class ShardedModel:
             source[id(empty[id(p)])] = p
         self.model: PreTrainedModel = copy.deepcopy(whole, empty)
         policy = MixedPrecisionPolicy(
-            param_dtype=None if kinds == {torch.float32} else kinds.pop(),
+            param_dtype=None if kind == torch.float32 else kind,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
@@ -103,6 +95,23 @@ class ShardedModel:
         """Forget a forward or backward pass that an error has cut."""
         root: Any = self.model
         root.reset_iter_state()
+
+
+def unit_paths(whole: PreTrainedModel, layers: list[nn.Module] | None, chosen: str) -> list[str]:
+    """The names of the modules around which weights are gathered: the decoder layers, then the
+    model. `chosen` is the key that splits it. Raises `ModelError` for weights of several
+    precisions.
+    """
+    kinds = {p.dtype for p in whole.parameters()}
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ModelError(
+            f"{named(whole)} has weights of several precisions ({listed}), which "
+            f"scale.{chosen} cannot split; take replicate, or model.dtype=float32."
+        )
+    names = {id(module): name for name, module in whole.named_modules()}
+    found = _decoder_layers(whole) if layers is None else layers
+    return [*(names[id(layer)] for layer in found), ""]
 
 
 def _fill(unit: nn.Module, source: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -59,9 +59,11 @@ class Machine:
                 f"--on {name} names no machine; give nodes x GPUs of each x GiB of a GPU, such as "
                 "4x8x79."
             )
-        fsdp = scale.strategy == "fsdp" and ranks > 1
-        split = World(0, ranks, sharded=fsdp, group=scale.split).split_over(int(gpus))
-        on_host = scale.strategy == "deepspeed" and scale.deepspeed.offload == "cpu"
+        zero = scale.deepspeed if scale.strategy == "deepspeed" else None
+        sharded = ranks > 1 and (scale.strategy == "fsdp" or (zero is not None and zero.stage == 3))
+        world = World(0, ranks, sharded=sharded, group=scale.split, deepspeed=zero)
+        split = world.split_over(int(gpus))
+        on_host = zero is not None and zero.offload == "cpu"
         total = gib * GIB
         return Machine(torch.device("cuda"), total - _LIBRARIES, total, ranks, split, on_host)
 

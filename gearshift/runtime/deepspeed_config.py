@@ -50,9 +50,11 @@ _MERGED_ZERO = {
 class DeepSpeedConfig(Config):
     """How DeepSpeed keeps the optimizer's state, with `strategy: deepspeed`."""
 
-    stage: Literal[1, 2] = 2
-    """DeepSpeed's ZeRO stage, 1 or 2. In both, each rank keeps its part of the master weights and
-    Adam's moments; the gradients are whole on each rank until the update, which reduces them once.
+    stage: Literal[1, 2, 3] = 2
+    """DeepSpeed's ZeRO stage. In all of them, each rank keeps its part of the master weights and
+    Adam's moments. With 1 and 2, the gradients are whole on each rank until the update, which
+    reduces them once. With 3, each rank keeps its part of the trained weights and of the gradients,
+    and beside them the whole weights to generate with; a policy with `model.lora` is not split.
     """
     offload: Literal["none", "cpu"] = "none"
     """Whether master weights and moments are in the GPU's memory, or in the host's (`cpu`), where
@@ -66,10 +68,6 @@ class DeepSpeedConfig(Config):
     @field_validator("stage", mode="before")
     @classmethod
     def _is_built(cls, stage: Any) -> Any:
-        if str(stage) == "3":
-            raise ValueError(
-                "ZeRO-3 is not supported; take stage 2, or strategy=fsdp, which splits weights too."
-            )
         if str(stage) == "0":
             raise ValueError("ZeRO-0 splits nothing; take stage 1, or strategy=replicate.")
         return stage

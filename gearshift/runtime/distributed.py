@@ -84,11 +84,13 @@ class World:
         return self.split_over(self.local)
 
     def split_over(self, local: int) -> int:
-        """The same where each host has `local` ranks: models are split inside a host, unless
-        `group` says another number.
+        """The same where each host has `local` ranks: FSDP2 splits models inside a host, unless
+        `group` says another number; DeepSpeed splits them over all ranks.
         """
         if not self.sharded:
             return 1
+        if self.deepspeed:
+            return self.size
         asked = self.group or local
         return asked if 1 < asked < self.size and self.size % asked == 0 else self.size
 
@@ -308,8 +310,8 @@ def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
         meet(config.timeout)
     rank, size = dist.get_rank(), dist.get_world_size()
     note = RankNote(folder, rank, size) if folder else None
-    sharded = size > 1 and config.strategy == "fsdp"
     zero = deepspeed if size > 1 else None
+    sharded = size > 1 and (config.strategy == "fsdp" or (zero is not None and zero.stage == 3))
     _world = World(rank, size, config.timeout, note, sharded, config.split, zero)
     try:
         with note or nullcontext(), quiet(not _world.main), _ending_together(_world):

@@ -18,8 +18,9 @@ class ScaleConfig(Config):
     """Where weights, gradients and the optimizer's state are. `replicate`: each rank has the whole
     weights and gradients, and its part of the master weights and moments. `fsdp`: each rank has its
     part of all of these (FSDP2), and beside them the whole weights to generate with. A policy with
-    `model.lora` is not split. `deepspeed`: the same is where it is with `replicate`, but
-    DeepSpeed's ZeRO keeps it, also in the host's memory. One process ignores the key.
+    `model.lora` is not split. `deepspeed`: DeepSpeed's ZeRO keeps it, with stages 1 and 2
+    where `replicate` has it and with stage 3 where `fsdp` has it, also in the host's memory.
+    One process ignores the key.
     """
     split: int | None = Field(default=None, ge=2)
     """Over how many ranks `fsdp` splits a model; each group of so many ranks has all parts. null

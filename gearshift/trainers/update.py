@@ -38,8 +38,9 @@ def optimizer_for(
     deepspeed = world().deepspeed
     if deepspeed is None:
         return MasterAdamW(parameters, config, total_steps)
-    optimizer = DeepSpeedAdamW(parameters, config, total_steps, deepspeed)
-    if runner and runner.weights:
+    root = runner.zero_root if runner else None
+    optimizer = DeepSpeedAdamW(parameters, config, total_steps, deepspeed, root)
+    if runner and runner.weights and root is None:
         runner.weights.restore()  # DeepSpeed has laid the weights in buffers of its own
     return optimizer
 
@@ -136,8 +137,8 @@ def _alone() -> Iterator[None]:
         told: Any = error
         if reason := one_line(short_of_memory(error), 200):
             told = CapacityError(
-                f"Memory ran out in a micro-batch ({reason}), and scale.strategy=fsdp cannot do it "
-                "again; lower micro_batch_tokens."
+                f"Memory ran out in a micro-batch ({reason}), which cannot be done again where "
+                "weights are split (scale.strategy); lower micro_batch_tokens."
             )
         elif isinstance(error, RuntimeError):
             told = RankError(

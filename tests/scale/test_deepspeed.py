@@ -15,8 +15,8 @@ import torch
 from gearshift.errors import ConfigError
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.config import load
-from gearshift.runtime.deepspeed import _settings
 from gearshift.runtime.deepspeed_config import DeepSpeedConfig, require_deepspeed
+from gearshift.runtime.deepspeed_engines import engine_settings
 from tests.scale.test_fsdp import ROOT, SMOKE
 from tests.scale.zero import CHECKS
 
@@ -52,7 +52,6 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["scale.deepspeed.stage=3", CHOSEN], "take stage 2, or strategy=fsdp"),
         (["scale.deepspeed.stage=0", CHOSEN], "take stage 1, or strategy=replicate"),
         (["scale.deepspeed.stage=1"], "strategy is not deepspeed"),
         (["rl.update.optimizer.offload=always", CHOSEN], "scale.strategy=deepspeed"),
@@ -97,7 +96,7 @@ def test_a_file_is_merged_in(tmp_path: Path) -> None:
     given = {"stage": 1, "reduce_bucket_size": 1000, "offload_optimizer": offload}
     path.write_text(json.dumps({"communication_data_type": "fp32", "zero_optimization": given}))
     config = DeepSpeedConfig.model_validate({"stage": 1, "offload": "cpu", "config": str(path)})
-    settings = _settings(torch.bfloat16, config)
+    settings = engine_settings(torch.bfloat16, config, 1)
     assert settings["communication_data_type"] == "fp32"
     assert settings["bf16"] == {"enabled": True}
     assert given.items() <= settings["zero_optimization"].items()
