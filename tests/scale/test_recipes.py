@@ -13,7 +13,8 @@ from gearshift.pipeline.recipe import Recipe
 from gearshift.pipeline.shipped import find_recipe
 from gearshift.runtime.config import load
 
-FIT = {"one_gpu_8b_lora": "1x1x44", "node_8b": "1x8x79", "nodes_32b_fsdp": "8x8x139"}
+FIT = {"one_gpu_8b_lora": "1x1x44", "node_8b": "1x8x79", "nodes_32b_fsdp": "8x8x139",
+       "node_30b_a3b_vllm": "1x4x79"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIT)
