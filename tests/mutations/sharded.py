@@ -17,14 +17,14 @@ MUTATIONS = (
         "models/read_in_parts.py",
         "read: int = own.nbytes",
         "read: int = saved[...].nbytes",
-        f"{_TESTS} and parts",
+        "tests/scale/test_fsdp.py -k parts",
     ),
     Mutation(
         "a model that could be read in parts is loaded whole",
         "models/from_pretrained.py",
         "if world().sharded and device is not None:",
         "if False:",
-        f"{_TESTS} and parts",
+        "tests/scale/test_fsdp.py -k parts",
     ),
     Mutation(
         "each rank clips by the norm of its own rows",
