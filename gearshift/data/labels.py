@@ -89,6 +89,10 @@ class Labels:
         last = {who: [e for e in events if not e.get("final")] for who, events in given.items()}
         return {who: events[-1] for who, events in last.items() if events}
 
+    def has_any(self, item: str) -> bool:
+        """Whether anybody has labelled the item, now or before an undo."""
+        return item in self._given
+
     def final(self, item: str, by: Collection[str] = ()) -> Event | None:
         """The label that decides where people disagreed; None where there is none."""
         given = self._given.get(item, {})

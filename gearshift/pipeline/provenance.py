@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.data import DataConfig, clean, load_rows
-from gearshift.data.labels import source_file
+from gearshift.data.labels import Format, source_file
 from gearshift.data.overlap import prompt_keys, row_prompts
 from gearshift.data.sources import SourceConfig, source_digest
 from gearshift.errors import DataError, StorageError
@@ -194,7 +194,7 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
             continue
         inputs: Inputs = config.inputs()
         for data in inputs.learned:
-            found += _source_rows(data, run, run / name, begun)
+            found += _source_rows(data, inputs.labels, run, run / name, begun)
         if inputs.task and recipe.task and (path := prepared(run / "data", "train")).exists():
             rows, column = load_rows(str(path)), get_task(recipe.task.name).cluster
             found += rows
@@ -207,7 +207,9 @@ def trained_on(run: Path, recipe: Recipe, begun: bool = True) -> Trained:
     return Trained(run, prompts, frozenset(clusters))
 
 
-def _source_rows(data: DataConfig, run: Path, stage: Path, begun: bool) -> list[dict[str, Any]]:
+def _source_rows(
+    data: DataConfig, labels: Format, run: Path, stage: Path, begun: bool
+) -> list[dict[str, Any]]:
     """The cleaned rows of a stage's sources. Raises `StorageError` if one changed since."""
     found, known = [], recorded_made_from(stage)
     for source in data.sources:
@@ -222,7 +224,7 @@ def _source_rows(data: DataConfig, run: Path, stage: Path, begun: bool) -> list[
                     f"{path} is not what {stage} was made from; put it back as it was, or "
                     "choose another run.dir."
                 )
-            rows = load_rows(path, source.split)[: source.limit]
+            rows = load_rows(path, source.split, labels)[: source.limit]
         except DataError as error:
             if not begun:
                 raise

@@ -114,6 +114,8 @@ class Dealer:
         ]
 
     def _open_for(self, item: Item, who: str) -> bool:
+        if item.id not in self._held and not self._labels.has_any(item.id):
+            return True
         return not self._seen(item, who) and self._others(item, who) < self.seats(item)
 
     def _seen(self, item: Item, who: str) -> bool:

@@ -46,7 +46,7 @@ def progress(labels: Labels, who: str) -> dict[str, Any]:
     """What a person may know about the own work; nothing here is about others, or about what is
     right.
     """
-    given = [e for item in labels.items for w, e in labels.of(item).items() if w == who]
+    given = [e for e in labels.live() if e["who"] == who]
     done = [e for e in given if e["kind"] != "skip"]
     last = max(given, key=lambda e: e["t"], default=None)
     return {
@@ -58,7 +58,7 @@ def progress(labels: Labels, who: str) -> dict[str, Any]:
 
 
 def _person(labels: Labels, who: str) -> dict[str, Any]:
-    mine = [e for item in labels.items for w, e in labels.of(item).items() if w == who]
+    mine = [e for e in labels.live() if e["who"] == who]
     known = [(e, labels.items[e["item"]].gold) for e in mine if e["kind"] == "pair"]
     right = [choice_of(e) == gold for e, gold in known if gold is not None]
     found = progress(labels, who)
@@ -76,7 +76,7 @@ def _person(labels: Labels, who: str) -> dict[str, Any]:
 
 
 def _people(labels: Labels) -> set[str]:
-    return {who for item in labels.items for who in labels.of(item)}
+    return {e["who"] for e in labels.live()}
 
 
 def _votes(labels: Labels, item: str) -> dict[str, Verdict]:

@@ -117,13 +117,13 @@ class _Desk:
 
         def deal() -> dict[str, Any]:
             items = [self._shown(item, who) for item in self._dealer.deal(who, tab, count)]
-            held = self._dealer.held_by_others(who)
-            return {"items": items, "left": self._dealer.left(who), "held": held}
+            held = not items and self._dealer.held_by_others(who)
+            state = "more" if items else "held" if held else "done"
+            return {"items": items, "left": self._dealer.left(who), "state": state}
 
         found = await self._locked(deal)
         self._feeder.wake(lambda: self._locked(self._dealer.waiting))
-        found["state"] = "more" if self._feeder.more else "held" if found["held"] else "done"
-        return _json(found)
+        return _json({**found, "state": "more"} if self._feeder.more else found)
 
     async def event(self, request: Request) -> Response:
         """Store a label or an undo. The answer comes once it is on the disk."""

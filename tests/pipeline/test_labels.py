@@ -9,6 +9,7 @@ from gearshift.cli.main import main
 from gearshift.data.formats import to_preference, to_supervised, to_unpaired
 from gearshift.data.labels import Labels, label_rows, read_events, rows_text
 from gearshift.pipeline.check import check_recipe
+from gearshift.pipeline.provenance import trained_on
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.digests import file_digest
 from gearshift.serve.label_items import make_item
@@ -79,3 +80,17 @@ def test_a_dry_run_reads_labels_as_the_stage_does(
     data = {"sources": [{"path": f"labels:{tmp_path}"}]}
     tree = {"run": {"dir": "x"}, "model": {"name": "tiny"}, stage: {"data": data, **section}}
     check_recipe(Recipe.model_validate(tree), [stage])
+
+
+def test_a_run_knows_which_prompts_of_the_labels_it_trains_on(tmp_path: Path) -> None:
+    labelled(tmp_path)
+    data = {"sources": [{"path": f"labels:{tmp_path}", "limit": 2}]}
+    tree = {"run": {"dir": "x"}, "model": {"name": "tiny"}, "preference": {"data": data}}
+    trained = trained_on(tmp_path, Recipe.model_validate(tree), begun=False)
+    assert [prompt[-1]["content"] for prompt in trained.prompts] == ASKED[:1] * 2
+    tree["preference"] = {"data": data, "loss": "kto"}
+    trained = trained_on(tmp_path, Recipe.model_validate(tree), begun=False)
+    assert [prompt[-1]["content"] for prompt in trained.prompts] == ASKED[:1] * 2
+    tree = {**tree, "preference": None, "sft": {"data": data}}
+    trained = trained_on(tmp_path, Recipe.model_validate(tree), begun=False)
+    assert [prompt[-1]["content"] for prompt in trained.prompts] == ASKED[:2]
