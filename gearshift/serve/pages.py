@@ -30,11 +30,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_FURTHER = {
-    "run": '<link rel="stylesheet" href="/web/vendor/uplot.css">\n'
-    '<script src="/web/vendor/uplot.js"></script>\n'
-}
-"""What a page loads beside its own style and script."""
 
 
 def page_routes(
@@ -50,7 +45,7 @@ def page_routes(
     frame = (WEB / "page.html").read_text(encoding="utf-8")
     routes: list[BaseRoute] = []
     for path, page in pages.items():
-        text = frame.replace("PAGE", page).replace("</head>", _FURTHER.get(page, "") + "</head>")
+        text = frame.replace("PAGE", page)
         routes.append(Route(path, _File(text.encode(), "text/html").answer))
     return routes + [Route(path, _File(*file).answer) for path, file in files.items()]
 

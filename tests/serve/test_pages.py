@@ -48,7 +48,7 @@ def test_the_libraries_are_those_that_the_list_names() -> None:
         assert hashlib.sha256((WEB / "vendor" / name).read_bytes()).hexdigest() == digest
 
 
-CLASSIC = ("theme.js", "uplot.js")
+CLASSIC = ("theme.js",)
 """Scripts that are no modules."""
 
 

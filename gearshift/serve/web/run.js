@@ -3,7 +3,7 @@ import { api, html, render, Shell, useEffect, useRef, useState } from "./common.
 import { Curves } from "./run_curves.js";
 import { Rollouts } from "./run_rollouts.js";
 import { Heldout, Recipes, Timeline } from "./run_tables.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 function readAddress() {
   const name = location.pathname.match(/^\/runs\/([^/]+)/);

@@ -1,7 +1,7 @@
 // One chart on a canvas: lines with gaps, a logarithmic axis, zoom by dragging, and a cursor that
 // all charts of the page share.
 import { html, useEffect, useRef } from "./common.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 export const COLOURS = ["#3b82f6", "#d97706", "#0d9488", "#dc2626", "#9333ea", "#64748b", "#db2777"];
 const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]];

@@ -1,7 +1,7 @@
 // The curves of one or several runs: the first ones pinned, all others by group; live while a run writes.
 import { api, html, sse, useEffect, useState } from "./common.js";
 import { COLOURS, Chart, view } from "./run_chart.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 const said = words.curves;
 

@@ -2,7 +2,7 @@
 import { api, html, useEffect, useState } from "./common.js";
 import { figure } from "./run_chart.js";
 import { Tokens } from "./run_tokens.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 const said = words.rollouts;
 const DRAWN = 400;

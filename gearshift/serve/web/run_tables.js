@@ -1,7 +1,7 @@
 // The time of each step by phase, the held-out figures row by row, and the differences of recipes.
 import { api, html, useEffect, useState } from "./common.js";
 import { COLOURS, figure } from "./run_chart.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 function useAnswer(path) {
   const [state, setState] = useState({});

@@ -1,7 +1,7 @@
 // The tokens of an episode, coloured by a figure. Elements are made by hand: thousands of tokens change at once.
 import { html, useEffect, useRef, useState } from "./common.js";
 import { figure } from "./run_chart.js";
-import { words } from "./run_words.js";
+import { words } from "./run_en.js";
 
 const said = words.episode;
 const WINDOW = 8192;
