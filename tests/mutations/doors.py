@@ -48,8 +48,9 @@ MUTATIONS = (
     Mutation(
         "a client that does not read holds its answer in memory for ever",
         "serve/listen.py",
-        "        self._unread = self.loop",
-        "        self.loop.call_later(99, int); self.loop",
+        "        self._unread = self.loop.call_later("
+        "self.settings.patience, self.transport.abort)\n",
+        "",
         "tests/serve/test_app.py::test_t14_a_client_that_does_not_read_is_dropped",
     ),
     Mutation(
