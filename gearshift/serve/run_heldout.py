@@ -65,11 +65,17 @@ def recipe_differences(runs: Mapping[str, RunFolder]) -> Record:
     flat = {name: dict(_leaves(run.recipe())) for name, run in runs.items()}
     keys = dict.fromkeys(key for leaves in flat.values() for key in leaves)
     rows = [
-        {"key": key, "values": [leaves.get(key) for leaves in flat.values()]}
+        {"key": key, "values": [_shown(leaves.get(key)) for leaves in flat.values()]}
         for key in keys
         if key != "run.dir" and len({leaves.get(key) for leaves in flat.values()}) > 1
     ]
     return {"runs": list(flat), "keys": rows}
+
+
+def _shown(value: str | None) -> str | None:
+    """The value; of an absolute path only its end, because a page tells nothing of the machine."""
+    parts = (value or "").strip('"').split("/")
+    return value if parts[0] or len(parts) < 2 else f'"…/{parts[-1]}"'
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -126,8 +126,7 @@ def _about(name: str, run: RunFolder) -> Record:
         }
         for stage in run.stages()
     ]
-    facts = {k: v for k, v in run.json("summary.json").items() if k in ("task", "model", "seed")}
-    return {"name": name, "stages": stages, "facts": facts}
+    return {"name": name, "stages": stages}
 
 
 def _metrics(run: RunFolder, stage: str, request: Request) -> Record:

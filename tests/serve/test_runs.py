@@ -94,6 +94,17 @@ def test_runs_and_their_stages_are_listed(client: TestClient) -> None:
     assert differences["keys"] == [{"key": "rl.kl.beta", "values": ["0.1", "0"]}]
 
 
+def test_t25_no_answer_has_a_path_of_the_machine(client: TestClient, run: Path) -> None:
+    for name in ("new", "old"):
+        text = f"run: {{dir: {run}/{name}}}\nmodel: {{name: {run}/{name}/base-{name}}}"
+        (run / name / "recipe.yaml").write_text(text)
+    found = client.get("/api/runs-differences")
+    assert found.json()["keys"][0]["values"] == ['"…/base-new"', '"…/base-old"']
+    paths = ("runs", "runs/new/metrics", "runs/new/rollouts", "runs/no/metrics", "runs/new/heldout")
+    for answer in (found, *(client.get(f"/api/{path}") for path in paths)):
+        assert str(run) not in answer.text
+
+
 def test_metrics_are_columns_with_gaps(client: TestClient, run: Path) -> None:
     with (run / "new" / "rl" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "reward": NaN, "kl": 0.5}\n[1]\nno json\n{"step": 6, "rew')
