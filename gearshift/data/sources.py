@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from pydantic import Field
 
 from gearshift.data.clean import CleanConfig
 from gearshift.data.formats import SourceRow
+from gearshift.data.hub_rows import digest_of_hub, rows_of_hub
 from gearshift.data.labels import (
     PREFIX,
     Format,
@@ -36,7 +36,6 @@ from gearshift.data.rows import TEXT_COLUMNS, from_json, text_size
 from gearshift.errors import DataError
 from gearshift.runtime.config import Config, Neutral, PathText
 from gearshift.runtime.digests import file_digest
-from gearshift.runtime.hub import hub_is_reachable
 from gearshift.runtime.terminal import one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
@@ -49,8 +48,6 @@ _TOO_LARGE = (
     f"becomes more than {_UNPACKED} times as large when it is read; if that is right, write it as "
     "JSONL that is not compressed."
 )
-_hub_digests: dict[tuple[str, str], str] = {}
-"""Digests of the data sets that the hub gave, by name and split."""
 
 
 class SourceConfig(Config):
@@ -88,7 +85,7 @@ def load_rows(path: str, split: str = "train", labels: Format | None = None) -> 
     None gives those of every format. Raises `DataError` with the file and the line.
     """
     if is_on_hub(path):
-        return _from_hub(path, split)
+        return rows_of_hub(path, split)
     file = source_file(path)
     if not file.exists():
         raise DataError(f"{path} does not exist{_nearest(file)}")
@@ -126,9 +123,7 @@ def source_digest(path: str, split: str = "train") -> str:
     file = source_file(path)
     if file.is_file():
         return file_digest(file)
-    if (path, split) not in _hub_digests:
-        load_rows(path, split)
-    return _hub_digests[path, split]
+    return digest_of_hub(path, split)
 
 
 def _labelled(file: Path, labels: Format | None) -> list[SourceRow]:
@@ -298,30 +293,6 @@ def _parquet(file: Path) -> list[SourceRow]:
         reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"{file} is not Parquet ({reason}); write it again.") from None
     return rows
-
-
-def _from_hub(name: str, split: str) -> list[SourceRow]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{name} is no file here, and a data set of the hub needs pip install "
-            "'gearshift[data]'."
-        ) from None
-    datasets.config.HF_HUB_OFFLINE = not hub_is_reachable()  # else the library asks for a minute
-    try:
-        rows = [*datasets.load_dataset(name, split=split)]
-        whole = hashlib.blake2b()
-        for row in rows:
-            whole.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
-        _hub_digests[name, split] = whole.hexdigest()
-        return [SourceRow(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
-    except Exception as error:  # the library raises many kinds of errors
-        reason = one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
-        raise DataError(
-            f"{name} is neither a file nor a data set that could be loaded ({reason}); "
-            "check the name."
-        ) from None
 
 
 def _text(file: Path) -> str:
