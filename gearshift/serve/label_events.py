@@ -8,8 +8,12 @@ import re
 from typing import Any
 
 from gearshift.data.labels import KINDS, Event, Item, Labels
+from gearshift.data.messages import read_messages
+from gearshift.errors import DataError
+from gearshift.runtime.terminal import one_line
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.label_deal import order
+from gearshift.serve.label_items import make_item
 
 MAX_TEXT = 1 << 16
 _MAX_REASON, _MAX_TAGS, _MAX_TAG, _MAX_NAME = 4000, 20, 60, 60
@@ -31,10 +35,7 @@ def read_event(
     """The event in the body of a request. A `final` label is the owner's, who sees the answers in
     the item's own order. Raises `ApiError`.
     """
-    name = body.get("id")
-    if not isinstance(name, str) or not _ID.fullmatch(name):
-        raise _wrong("id", "must be 8 to 64 letters, digits and hyphens")
-    who, kind = read_name(body.get("who")), body.get("kind")
+    name, who, kind = _read_id(body), read_name(body.get("who")), body.get("kind")
     if kind == "undo" and not final:
         return _undo(name, who, body.get("undoes"), labels)
     if kind not in KINDS:
@@ -54,6 +55,57 @@ def read_event(
         return {**event, "shown": {"left": 0, "right": 1}, "final": True}
     event["shown"] = _shown(body.get("shown"), item, who)
     return event
+
+
+def read_exchange(body: dict[str, Any]) -> tuple[Item, int]:
+    """The item of two answers that a chat has shown side by side, and the number that the item
+    gives to the left one. Raises `ApiError`.
+    """
+    try:
+        prompt = read_messages(body.get("prompt"), "prompt")
+    except DataError as error:
+        raise ApiError(400, "invalid_value", one_line(str(error)), "prompt") from error
+    answers, sources = body.get("answers"), body.get("sources")
+    if not (isinstance(answers, list) and len(answers) == 2 and all(map(_is_text, answers))):
+        raise _wrong("answers", f"must be two texts of 1 to {MAX_TEXT} characters")
+    if answers[0] == answers[1]:
+        raise _wrong("answers", "are the same text, so that neither is better")
+    if not (isinstance(sources, list) and len(sources) == 2 and all(map(_is_source, sources))):
+        raise _wrong("sources", "must say for each answer where it comes from")
+    item = make_item(prompt, answers, sources)
+    return item, item.answers.index(answers[0])
+
+
+def read_choice(body: dict[str, Any], item: Item) -> Event:
+    """The label of such an item, without the sides. Raises `ApiError`."""
+    event: Event = {"id": _read_id(body), "who": read_name(body.get("who")), "item": item.id}
+    event |= {"kind": "pair", "choice": _choice(body.get("choice"), "pair", ())}
+    return {**event, "reason": None, "edit": None, "seconds": 0.0}
+
+
+def _read_id(body: dict[str, Any]) -> str:
+    name = body.get("id")
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        raise _wrong("id", "must be 8 to 64 letters, digits and hyphens")
+    return name
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= MAX_TEXT
+
+
+def _is_source(value: Any) -> bool:
+    """Whether it is a small object of names and numbers, perhaps with one such object in it."""
+    plain = (str, int, float, type(None))
+
+    def small(inner: Any, deep: bool) -> bool:
+        if isinstance(inner, dict) and deep:
+            return len(inner) <= 20 and all(small(one, False) for one in inner.values())
+        return isinstance(inner, plain) and len(str(inner)) <= 200
+
+    return (
+        isinstance(value, dict) and len(value) <= 20 and all(small(v, True) for v in value.values())
+    )
 
 
 def shown(item: Item, who: str, seed: int) -> dict[str, int]:

@@ -26,7 +26,13 @@ from gearshift.serve.api_error import ApiError
 from gearshift.serve.body import json_object
 from gearshift.serve.guard import same_key
 from gearshift.serve.label_deal import Dealer
-from gearshift.serve.label_events import read_event, read_name, shown
+from gearshift.serve.label_events import (
+    read_choice,
+    read_event,
+    read_exchange,
+    read_name,
+    shown,
+)
 from gearshift.serve.label_report import progress, report
 from gearshift.serve.label_sampling import Feeder, Sampler
 from gearshift.serve.label_store import LabelStore
@@ -70,6 +76,7 @@ def label_routes(
     handlers: list[tuple[str, str, Any]] = [
         ("POST", "next", desk.next),
         ("POST", "events", desk.event),
+        ("POST", "exchange", desk.exchange),
         ("POST", "leave", desk.leave),
         ("POST", "final", desk.final),
         ("GET", "setup", desk.setup),
@@ -145,6 +152,20 @@ class _Desk:
             return {"id": event["id"], "stored": stored, "item": again}
 
         return _json(await self._locked(store))
+
+    async def exchange(self, request: Request) -> Response:
+        """Store two answers of a chat, and which of them the person finds better."""
+        body = await json_object(request)
+        item, left = read_exchange(body)
+
+        def store() -> bool:
+            self._store.add_item(item)
+            sides = {"left": left, "right": 1 - left, "order_seed": None}
+            event = {**read_choice(body, item), "shown": sides}
+            self._dealer.answered(event["who"], item.id)
+            return self._store.add(event)
+
+        return _json({"id": body["id"], "stored": await self._locked(store)})
 
     async def leave(self, request: Request) -> Response:
         """Free the items of a person who goes."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
+from gearshift.data.labels import label_rows
 from gearshift.serve.app import ServerSettings, make_app
+from gearshift.serve.label_store import LabelStore
+from gearshift.serve.labels import LabelSettings, label_routes
 from gearshift.serve.metrics import Metrics
 from gearshift.serve.openai import openai_routes
 from gearshift.serve.pages import page_routes, served_route
@@ -22,7 +22,6 @@ from tests.serve.browser import needs_browser, open_browser, open_page, serious,
 from tests.serve.fake import END, TOKENIZER, FakeService, Token
 
 pytestmark = needs_browser
-LABELS: list[dict[str, Any]] = []
 
 
 class Slow(FakeService):
@@ -40,12 +39,8 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-def app(service: FakeService, labels: bool = False) -> Starlette:
+def app(service: FakeService, labels: LabelStore | None = None) -> Starlette:
     models = [{"name": "policy", "system": "Be brief."}, {"name": "other", "system": None}]
-
-    async def exchange(request: Request) -> Response:
-        LABELS.append(await request.json())
-        return JSONResponse({})
 
     policies = Policies(
         Policy(name, service, TOKENIZER, end_tokens=frozenset([END]))  # type: ignore[arg-type]
@@ -53,15 +48,16 @@ def app(service: FakeService, labels: bool = False) -> Starlette:
     )
     metrics = Metrics()
     routes = openai_routes(policies, metrics)
-    about = {"pages": {"chat": "/"}, "models": models, "labels": labels}
-    own = [served_route(lambda: about), Route("/api/labels/exchange", exchange, methods=["POST"])]
+    about = {"pages": {"chat": "/"}, "models": models, "labels": labels is not None}
+    own = [served_route(lambda: about)]
+    own += label_routes(labels, None, LabelSettings()) if labels else []
     every = [*page_routes({"/": "chat"}), *routes, *own]
     return make_app(every, ServerSettings(port=0), metrics.observe)
 
 
 @contextmanager
 def opened(browser: Any, service: FakeService, path: str = "/", **context: Any) -> Iterator[Any]:
-    labels = context.pop("labels", False)
+    labels = context.pop("labels", None)
     with served(app(service, labels)) as url, open_page(browser, url + path, **context) as page:
         yield page
 
@@ -146,26 +142,38 @@ def test_stop_ends_the_request(browser: Any) -> None:
         assert "one two" in answers(page)[0] and len(answers(page)[0]) < len(service.words)
 
 
-def test_two_models_answer_one_message_and_the_better_is_a_label(browser: Any) -> None:
-    service = FakeService()
-    LABELS.clear()
-    with opened(browser, service, labels=True) as page:
+def test_two_models_answer_one_message_and_the_better_is_a_label(
+    browser: Any, tmp_path: Path
+) -> None:
+    class Varied(FakeService):
+        async def stream(self, *arguments: Any) -> AsyncGenerator[Token, None]:
+            self.words = f"Answer number {len(self.asked)}."
+            async for token in super().stream(*arguments):
+                yield token
+
+    service = Varied()
+    with (
+        LabelStore(tmp_path, "a test") as store,
+        opened(browser, service, labels=store) as page,
+    ):
         page.get_by_role("button", name="Side by side").click()
         page.get_by_label("Hide the names").check()
         assert page.locator(".pane select").count() == 0
         page.get_by_label("One history for both").check()
         say(page, "hi")
-        assert len(answers(page)) == 2
+        one, other = answers(page)
         page.get_by_label("Your name").fill("Ada")
         page.get_by_role("button", name="B is better").click()
         page.get_by_text("Label saved").wait_for()
-        [label] = LABELS
-        assert (label["choice"], label["who"]) == ("right", "Ada")
-        assert label["models"] == ["policy", "other"] and label["answers"] == [service.words] * 2
-        expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-        assert label["prompt"] == expected
         say(page, "more")
         assert len(service.asked) == 4
+        [row] = label_rows(store.labels, "preference")
+        assert (row["chosen"], row["rejected"]) == (other, one)
+        expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+        assert row["prompt"] == expected
+        # The conversation of both goes on with the better answer.
+        text = TOKENIZER.decode(service.asked[-1][0])
+        assert other in text and one not in text
 
 
 def test_a_conversation_is_kept_in_this_browser_and_leaves_as_json(browser: Any) -> None:

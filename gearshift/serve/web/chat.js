@@ -217,7 +217,8 @@ function Judge({ conversation, onChosen }) {
   const size = Object.keys(conversation.nodes).length;
   const [saved, setSaved] = useState({ size: 0, text: "" });
   const [who, setWho] = useState(localStorage.getItem("who") || "");
-  if (leaves.some((leaf) => leaf?.role !== "assistant" || !leaf.content)) return null;
+  const answered = leaves.every((leaf) => leaf?.role === "assistant" && leaf.content.trim());
+  if (!saved.text && (!answered || leaves[0].content === leaves[1].content)) return null;
   const choose = async (choice, winner) => {
     localStorage.setItem("who", who);
     const label = {
@@ -225,8 +226,11 @@ function Judge({ conversation, onChosen }) {
       who,
       prompt: promptOf(conversation, leaves[0]),
       answers: leaves.map((leaf) => leaf.content),
-      models: leaves.map((leaf) => leaf.model),
-      settings: conversation.panes.map((pane) => pane.settings),
+      sources: leaves.map((leaf, at) => ({
+        model: leaf.model,
+        version: leaf.stats?.[2] || null,
+        sampling: conversation.panes[at].settings,
+      })),
       choice,
     };
     try {
@@ -240,7 +244,7 @@ function Judge({ conversation, onChosen }) {
   const button = (label, choice, winner) =>
     html`<button type="button" disabled=${!who.trim()} onClick=${() => choose(choice, winner)}>${label}</button>`;
   return html`<div class="judge row" role="group">
-    ${saved.size !== size &&
+    ${saved.size !== size && answered && leaves[0].content !== leaves[1].content &&
     html`<label>${words.who} <input value=${who} onInput=${(e) => setWho(e.target.value)} /></label>
       ${button(words.better("A"), "left", 0)} ${button(words.tie, "tie", null)}
       ${button(words.better("B"), "right", 1)}`}
