@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gearshift import __version__
 from gearshift.cli.serve import add_address, load, models_of, print_memory, settings_of
-from gearshift.errors import ConfigError
+from gearshift.errors import ConfigError, FolderInUseError
 from gearshift.runtime.terminal import counted, echo
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
+    from gearshift.cli.serve import Named
     from gearshift.data.formats import PromptExample
     from gearshift.data.labels import Item
     from gearshift.serve.label_sampling import Sampler
+    from gearshift.serve.policies import Policies
 
 OWNER_KEY = "GEARSHIFT_OWNER_KEY"
 _FORMATS = ("preference", "judged", "messages")
@@ -140,6 +145,43 @@ def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
         run_app(make_app([*routes, *label_page()], settings), "/labels")
 
 
+def labels_beside(
+    run: Path, policies: Policies, named: list[Named], stack: ExitStack
+) -> list[BaseRoute]:
+    """The routes of the labels of a run whose policies are served: the first two are compared, or
+    two answers of one. None while another process labels this run. `stack` ends the store.
+    """
+    from gearshift.serve.label_items import prompts_of
+    from gearshift.serve.label_sampling import policy_sampler
+    from gearshift.serve.label_store import LabelStore
+    from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.types import SamplingParams
+
+    try:
+        store = stack.enter_context(LabelStore(run / "labels", f"gearshift {__version__}"))
+    except FolderInUseError as error:
+        echo(f"no labels here: {error}", file=sys.stderr)
+        return []
+
+    def prompts() -> Iterator[PromptExample]:
+        with suppress(ConfigError):  # a task without rows: people are asked what the chat sends
+            yield from prompts_of(_rows_of_run(run), policies.get("default").system)
+
+    async def sample(prompt: PromptExample) -> Any:
+        served = [(policies.get(n.name), kept_name(n.source)) for n in named[:2]]
+        params = SamplingParams(max_new_tokens=256)
+        return await policy_sampler(served, 3 - len(served), params)(prompt)
+
+    owner_key = os.environ.get(OWNER_KEY, "").strip() or None
+    settings = LabelSettings(title=run.name, owner_key=owner_key)
+    return label_routes(store, sample, settings, prompts())
+
+
+def kept_name(source: str) -> str:
+    """The name that labels keep of a model: its run and stage, and no folder of this machine."""
+    return "/".join(Path(source).parts[-2:])
+
+
 class _Work(NamedTuple):
     """What people are asked: items that exist, and prompts with what answers them."""
 
@@ -200,8 +242,7 @@ def _sampler(
     print_memory(named)
     for each in named:
         load(each, arguments.seed, policies, metrics, stack)
-    # The last two parts name a run and its stage, and no folder of this machine.
-    served = [(policies.get(n.name), "/".join(Path(n.source).parts[-2:])) for n in named]
+    served = [(policies.get(n.name), kept_name(n.source)) for n in named]
     return policy_sampler(served, count, params), served[0][0].system
 
 

@@ -134,6 +134,7 @@ def serve(arguments: argparse.Namespace) -> None:
     if min(arguments.max_waiting, arguments.default_tokens) < 1:
         raise ConfigError("--max-waiting and --default-tokens must be 1 or more.")
     settings = replace(settings_of(arguments), **given)
+    from gearshift.cli.label import labels_beside
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.metrics import Metrics
     from gearshift.serve.policies import Policies
@@ -143,17 +144,19 @@ def serve(arguments: argparse.Namespace) -> None:
         run_app(make_app(_score_routes(reward), settings), "/score")
     metrics, policies = Metrics(), Policies()
     named = models_of(arguments.run, arguments.against)
-    run = folder.resolve()
-    routes = _routes(policies, metrics, {run.name: run} if (run / "recipe.yaml").exists() else {})
-    routes += _score_routes(reward) if reward else []
+    run = folder.resolve() if (folder / "recipe.yaml").exists() else None
     print_memory(named)
     with ExitStack() as stack:
+        labels = labels_beside(run, policies, named, stack) if run else []
+        runs = {run.name: run} if run else {}
+        routes = [*labels, *_routes(policies, metrics, runs, bool(labels))]
+        routes += _score_routes(reward) if reward else []
 
         def load_all() -> None:
             for each in named:
                 load(each, arguments.seed, policies, metrics, stack)
 
-        run_app(make_app(routes, settings, metrics.observe), "/v1", load_all)
+        run_app(make_app(routes, settings, metrics.observe), "/", load_all)
 
 
 @contextmanager
@@ -199,14 +202,16 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
         server.stop(drain=1.0)
 
 
-def _routes(policies: Policies, metrics: Metrics, runs: dict[str, Path]) -> list[BaseRoute]:
+def _routes(
+    policies: Policies, metrics: Metrics, runs: dict[str, Path], labels: bool = False
+) -> list[BaseRoute]:
     """The endpoints and the pages of a server of policies, and of these runs."""
     from gearshift.serve.openai import openai_routes
     from gearshift.serve.runs import run_routes
     from gearshift.serve.served import page_and_model_routes
 
     own = [*openai_routes(policies, metrics), *metrics.routes(), *run_routes(runs)]
-    return [*own, *page_and_model_routes(policies, bool(runs))]
+    return [*own, *page_and_model_routes(policies, bool(runs), labels)]
 
 
 def models_of(run: str, against: list[str]) -> list[Named]:

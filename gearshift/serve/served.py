@@ -10,17 +10,21 @@ from starlette.routing import BaseRoute
 from gearshift.serve.pages import page_routes, served_route
 from gearshift.serve.policies import Policies
 
-_PAGES = {"chat": {"/": "chat"}, "runs": {"/runs": "run", "/runs/{run}": "run"}}
+_PAGES = {
+    "chat": {"/": "chat"},
+    "labels": {"/labels": "label"},
+    "runs": {"/runs": "run", "/runs/{run}": "run"},
+}
 
 
-def page_and_model_routes(policies: Policies, runs: bool) -> list[BaseRoute]:
-    """The chat page, with `runs` the run page too, and `/api/served`."""
-    names = ["chat", *(["runs"] if runs else [])]
+def page_and_model_routes(policies: Policies, runs: bool, labels: bool = False) -> list[BaseRoute]:
+    """The chat page, with `labels` and `runs` these pages too, and `/api/served`."""
+    names = ["chat", *(["labels"] if labels else []), *(["runs"] if runs else [])]
     pages: Mapping[str, str] = {name: next(iter(_PAGES[name])) for name in names}
 
     def about() -> dict[str, Any]:
         models = [{"name": policy.name, "system": policy.system} for policy in policies]
-        return {"pages": pages, "models": models, "labels": False}
+        return {"pages": pages, "models": models, "labels": labels}
 
     paths = {path: page for name in names for path, page in _PAGES[name].items()}
     return [served_route(about), *page_routes(paths)]

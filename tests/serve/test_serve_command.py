@@ -63,18 +63,18 @@ def test_two_policies_and_a_reward_model_are_served_until_a_signal(tmp_path: Pat
     load_classifier(ModelConfig(name="tiny")).save_pretrained(one / "reward")
     tiny_tokenizer().save_pretrained(one / "reward")
     with started(str(one), "--against", str(other)) as (server, url):
-        assert url.endswith("/v1")
-        models = asked(f"{url}/models")["data"]
+        assert url.endswith("/")
+        models = asked(f"{url}v1/models")["data"]
         assert isinstance(models, list) and [m["id"] for m in models] == ["policy", "other"]
         body: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}], "seed": 1}
         body |= {"max_tokens": 16}
         answers = [
-            asked(f"{url}/chat/completions", {**body, "model": name})["choices"]
+            asked(f"{url}v1/chat/completions", {**body, "model": name})["choices"]
             for name in ("policy", "other", "policy")
         ]
         assert answers[0] == answers[2] != answers[1]
         sample = {"prompts": [[{"role": "user", "content": "q"}]], "completions": ["abc"]}
-        assert asked(url.removesuffix("/v1") + "/score", sample)["rewards"]
+        assert asked(f"{url}score", sample)["rewards"]
         server.send_signal(signal.SIGTERM)
         _, err = server.communicate(timeout=60)
     assert server.returncode == 128 + signal.SIGTERM
