@@ -331,9 +331,8 @@ class PhaseTimer:
                 torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 self._peaks[phase] = max(peak, self._peaks.get(phase, 0.0))
-            end = time.perf_counter()
+            self._intervals.append((phase, start, end := time.perf_counter()))
             self._seconds[phase] = self._seconds.get(phase, 0.0) + end - start
-            self._intervals.append((phase, start, end))
 
     def pop(self) -> dict[str, float]:
         """The figures since the last call of `pop`: `seconds/PHASE`, and on a GPU
@@ -346,8 +345,6 @@ class PhaseTimer:
         }
 
     def intervals(self, since: float) -> list[tuple[str, float, float]]:
-        """(phase, its start, its end) of each context since the last call, in seconds after
-        `since`, which is a time of `time.perf_counter`.
-        """
+        """(phase, start, end) of each context since the last call, in seconds after `since`."""
         found, self._intervals = self._intervals, []
         return [(name, round(a - since, 4), round(b - since, 4)) for name, a, b in found]
