@@ -66,8 +66,8 @@ def model_of(
     trust_remote_code: bool,
     dtype: torch.dtype,
     attention: str | None,
+    device: torch.device,
     fresh_head: bool = False,
-    device: torch.device | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """A model whose every weight is the files', and which weights of its head are fresh. Where
@@ -82,16 +82,10 @@ def model_of(
         with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
             skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
         check_size(folder, weights, skeleton)
-        if world().sharded and device is not None:
-            whole = why_whole(skeleton, weights, dtype)
-            if not world().says(lambda: whole, "how a model is read"):
-                with loading(name):
-                    model, read = read_in_parts(
-                        auto, settings, folder, dtype, device, trust_remote_code, attention
-                    )
-                echo(f"{name}: this rank has read {read / 2**20:.1f} MiB of the weights")
-                return model, check_loaded(name, model, _COMPLETE, weights)
-            echo(f"{name}: each rank loads the whole model, because {whole}")
+    if world().sharded:
+        model = _in_parts(auto, name, settings, dtype, device, trust_remote_code, attention)
+        if model is not None:
+            return model, set()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -107,6 +101,40 @@ def model_of(
     if weights is None:  # the hub's files are here now
         weights = saved_weights(files_of_model(name) or Path(name))
     return model, check_loaded(name, model, report, weights, fresh_head)
+
+
+def _in_parts(
+    auto: Any,
+    name: str,
+    settings: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    attention: str | None,
+) -> PreTrainedModel | None:
+    """The model, of whose files each rank has read its part; None, and a line that says why, where
+    each rank must load them whole.
+    """
+    folder = files_of_model(name) or Path(name)
+    try:
+        weights = saved_weights(folder)
+    except ModelError:
+        weights, whole = {}, "its files are not on this host yet"
+    else:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), loading(name):
+            skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
+        whole = why_whole(skeleton, weights, dtype)
+    whole = next(filter(None, world().gather(whole, "how a model is read")), "")
+    if whole:
+        echo(f"{name}: each rank loads the whole model, because {whole}")
+        return None
+    with loading(name):
+        model, read = read_in_parts(
+            auto, settings, folder, dtype, device, trust_remote_code, attention
+        )
+    echo(f"{name}: this rank has read {read / 2**20:.1f} MiB of the weights")
+    check_loaded(name, model, _COMPLETE, weights)
+    return model
 
 
 def from_pretrained(auto: Any, name: str, trust_remote_code: bool, **kwargs: Any) -> Any:

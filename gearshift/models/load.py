@@ -147,7 +147,7 @@ def load_policy(config: ModelConfig, name: str | None = None) -> PreTrainedModel
                 "model."
             )
         model, _ = model_of(
-            AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION, device=device
+            AutoModelForCausalLM, name, config.trust_remote_code, dtype, ATTENTION, device
         )
         if not is_tied(model):  # the saved head differs from the embedding
             untie(model)
@@ -207,7 +207,7 @@ def _classifier(
                 f"{two} is needed; name another model."
             )
         model, untrained = model_of(
-            auto, name, config.trust_remote_code, dtype, None, fresh_head, num_labels=1
+            auto, name, config.trust_remote_code, dtype, None, device, fresh_head, num_labels=1
         )
     return model.to(device).eval(), untrained
 

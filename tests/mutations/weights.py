@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "a reward model gets a fresh head",
         "models/load.py",
-        "dtype, None, fresh_head, num_labels=1",
-        "dtype, None, True, num_labels=1",
+        "dtype, None, device, fresh_head, num_labels=1",
+        "dtype, None, device, True, num_labels=1",
         "tests/models/test_saved.py::test_what_a_reward_model_is_not",
     ),
     Mutation(

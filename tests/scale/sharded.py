@@ -25,7 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PhiConfig,
+    Qwen3MoeConfig,
+)
 
 from gearshift.batch import PackedBatch, pack_groups
 from gearshift.data import Mixture
@@ -33,7 +40,7 @@ from gearshift.engine import Engine
 from gearshift.errors import DataError, ModelError, NumericalError
 from gearshift.models import from_pretrained
 from gearshift.models.attention import ATTENTION
-from gearshift.models.load import ModelConfig, load_policy
+from gearshift.models.load import ModelConfig, load_classifier, load_policy
 from gearshift.models.read_in_parts import _fill, read_in_parts
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -352,6 +359,16 @@ def read(folder: Path) -> None:
         assert many.generation_config.eos_token_id == [5, 7]  # type: ignore[union-attr]
         assert many.config.to_diff_dict() == one.config.to_diff_dict()
     saved = folder / "untied"
+    classifier = LlamaForSequenceClassification(LlamaConfig(**_GROUPED, num_labels=1))
+    if world().main:
+        classifier.save_pretrained(folder / "scores")
+    world().gather(None, "a saved classifier")
+    scores = partial(load_classifier, ModelConfig(name=str(folder / "scores"), **config))
+    with alone():
+        theirs = scores().state_dict()
+    with patch.object(from_pretrained, "read_in_parts", wraps=read_in_parts) as reads:
+        ours = scores().state_dict()
+    assert reads.called and all(torch.equal(ours[n], theirs[n]) for n in theirs)
     settings, cpu = AutoConfig.from_pretrained(saved), torch.device("cpu")
     _, bytes_read = read_in_parts(
         AutoModelForCausalLM, settings, saved, torch.float32, cpu, False, None
