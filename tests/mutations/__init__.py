@@ -13,3 +13,5 @@ class Mutation(NamedTuple):
     old: str
     new: str
     tests: str
+    needs: str = ""
+    """The module without which it is not run."""

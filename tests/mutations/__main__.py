@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.mutations import (
@@ -44,13 +45,14 @@ from tests.mutations import (
     vllm,
     weights,
     wire,
+    zero,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = (
     loop, models, requests, rewards, rl, chat, files, figures, run_folder, endings, weights,
     hostile, failing, verdicts, doors, determinism, api, gpu, scale, sharded, vllm,
-    ranks_checkpoint, labels, wire, run_page,
+    ranks_checkpoint, labels, wire, run_page, zero,
 )  # fmt: skip
 MUTATIONS = [mutation for subject in SUBJECTS for mutation in subject.MUTATIONS]
 PATIENCE = 900.0
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="mutations whose name has this in it")
     options = parser.parse_args(argv)
-    chosen = [m for m in MUTATIONS if options.only in m.name]
+    named = [m for m in MUTATIONS if options.only in m.name]
+    chosen = [m for m in named if not m.needs or find_spec(m.needs)]
     caught = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)

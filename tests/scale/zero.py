@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.trainers.sft import SFTConfig, train_sft
 from gearshift.trainers.stage import Stage
 from gearshift.trainers.update import optimizer_for, update
-from tests.scale import sharded
+from tests.scale import sharded, supervised
 from tests.scale.sharded import CRITIC, GAE, OPTIMIZER, TREES, alike, alone, loss_of, near
 
 
@@ -146,6 +147,16 @@ def resumed(folder: Path) -> None:
         raise AssertionError("no error")
 
 
+def process(folder: Path) -> None:
+    """The reward model of steps, a token classifier that runs by its own forward pass."""
+    folder.mkdir(parents=True, exist_ok=True)
+    many = supervised.process(folder)
+    with alone(), tempfile.TemporaryDirectory() as place:
+        one = supervised.process(Path(place))
+    for name, weights in one.weights.items():
+        near(many.weights[name], weights, 2e-6, name)
+
+
 def refused(folder: Path) -> None:
     """A model whose weights cannot be laid end to end in the order of its parameters."""
     model = tiny_model()
@@ -182,6 +193,8 @@ CHECKS: dict[str, Check] = {
     "resumed": (resumed, TWO),
     "resumed on the host": (resumed, CPU),
     "another order": (refused, TWO),
+    "process": (process, TWO),
+    "ZeRO-3 process": (process, THREE),
     "ZeRO-3": (partial(updates, family="llama"), THREE),
     "ZeRO-3 on the host": (partial(updates, family="llama"), THREE_CPU),
     "ZeRO-3 in bf16": (partial(updates, family="llama", dtype="bfloat16", tolerance=2e-2), THREE),
