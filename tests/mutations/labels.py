@@ -87,4 +87,11 @@ MUTATIONS = (
         "ranks = np.cumsum(totals, 1)",
         "tests/serve/test_agreement.py",
     ),
+    Mutation(
+        "the chat page compares answers to different conversations",
+        "serve/web/chat.js",
+        "const alike = JSON.stringify(prompts[0]) === JSON.stringify(prompts[1]);",
+        "const alike = true;",
+        "tests/serve/test_chat_page.py::test_answers_to_different_conversations_are_not_compared",
+    ),
 )

@@ -130,6 +130,16 @@ def test_settings_reach_the_engine_and_empty_ones_do_not(browser: Any) -> None:
         assert "cut at the limit" in page.locator(".message.assistant header").inner_text()
 
 
+def test_a_copied_request_asks_for_the_last_answer(browser: Any) -> None:
+    with opened(browser, FakeService(), permissions=["clipboard-read", "clipboard-write"]) as page:
+        say(page, "hi")
+        page.get_by_text("Copy", exact=True).first.click()
+        page.get_by_role("button", name="Copy as JSON").click()
+        page.get_by_text("Copied").wait_for()
+        body = json.loads(page.evaluate("navigator.clipboard.readText()"))
+        assert body["messages"][-1] == {"role": "user", "content": "hi"}
+
+
 def test_stop_ends_the_request(browser: Any) -> None:
     service = Slow()
     service.words = "one two three four five six seven eight nine ten " * 5
@@ -142,15 +152,18 @@ def test_stop_ends_the_request(browser: Any) -> None:
         assert "one two" in answers(page)[0] and len(answers(page)[0]) < len(service.words)
 
 
+class Varied(FakeService):
+    """Says something else each time."""
+
+    async def stream(self, *arguments: Any) -> AsyncGenerator[Token, None]:
+        self.words = f"Answer number {len(self.asked)}."
+        async for token in super().stream(*arguments):
+            yield token
+
+
 def test_two_models_answer_one_message_and_the_better_is_a_label(
     browser: Any, tmp_path: Path
 ) -> None:
-    class Varied(FakeService):
-        async def stream(self, *arguments: Any) -> AsyncGenerator[Token, None]:
-            self.words = f"Answer number {len(self.asked)}."
-            async for token in super().stream(*arguments):
-                yield token
-
     service = Varied()
     with (
         LabelStore(tmp_path, "a test") as store,
@@ -174,6 +187,29 @@ def test_two_models_answer_one_message_and_the_better_is_a_label(
         # The conversation of both goes on with the better answer.
         text = TOKENIZER.decode(service.asked[-1][0])
         assert other in text and one not in text
+
+
+def test_answers_to_different_conversations_are_not_compared(browser: Any, tmp_path: Path) -> None:
+    with (
+        LabelStore(tmp_path, "a test") as store,
+        opened(browser, Varied(), labels=store) as page,
+    ):
+        page.get_by_role("button", name="Side by side").click()
+        say(page, "hi")
+        page.get_by_role("button", name="A is better").wait_for()
+        say(page, "more")
+        assert len(answers(page)) == 4
+        assert not page.get_by_role("button", name="A is better").count()
+
+
+def test_hidden_names_are_drawn_by_chance(browser: Any) -> None:
+    with opened(browser, FakeService()) as page:
+        page.evaluate("Math.random = () => 0.1")
+        page.get_by_role("button", name="Side by side").click()
+        page.get_by_label("Hide the names").check()
+        page.get_by_label("Hide the names").uncheck()
+        shown = [one.input_value() for one in page.locator(".pane select").all()]
+        assert shown == ["other", "policy"]
 
 
 def test_a_conversation_is_kept_in_this_browser_and_leaves_as_json(browser: Any) -> None:

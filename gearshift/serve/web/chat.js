@@ -91,6 +91,11 @@ function Chat({ served }) {
     const other = models.find((one) => one.name !== panes[0].model) || models[0];
     change({ panes: [...panes, { ...panes[0], model: other.name }] });
   };
+  // Chance decides which model is A, so that a person who hides the names does not know it.
+  const hide = (blind) => {
+    const { panes } = now.current;
+    change({ blind, panes: blind && Math.random() < 0.5 ? panes.toReversed() : panes });
+  };
 
   if (!models.length) {
     return html`<${Shell} title=${words.title} page="chat" served=${served}><p>${words.noModel}</p><//>`;
@@ -98,7 +103,7 @@ function Chat({ served }) {
   return html`<${Shell} title=${words.title} page="chat" served=${served}>
     <h1 class="hidden">${words.title}</h1>
     <div class="chat">
-      <${Side} conversation=${conversation} chats=${chats} change=${change} compare=${compare} busy=${busy}
+      <${Side} conversation=${conversation} chats=${chats} change=${change} compare=${compare} hide=${hide} busy=${busy}
         onNew=${() => set(begin())} onOpen=${set}
         onRemove=${(id) => store.remove(id).then(refresh)} />
       <div class=${`panes count-${conversation.panes.length}`}>
@@ -137,7 +142,9 @@ function Pane({ at, pane, conversation, models, running, onPane, onAgain, onEdit
   const path = pathTo(nodes, pane.leaf);
   const side = panes.length > 1 ? words.sides[at] : "";
   const name = panes.length > 1 && blind ? side : pane.model;
-  const body = () => bodyOf(pane.model, conversation.system, path, pane.settings);
+  // The request of the last answer: with the answer itself the model would continue it.
+  const until = path.at(-1)?.role === "assistant" ? path.slice(0, -1) : path;
+  const body = () => bodyOf(pane.model, conversation.system, until, pane.settings);
   const end = useRef(null);
   useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [path.at(-1)?.content]);
   return html`<section class="pane" aria-label=${side || pane.model}>
@@ -180,7 +187,7 @@ function Settings({ settings, onChange }) {
   </details>`;
 }
 
-function Side({ conversation, chats, change, compare, busy, onNew, onOpen, onRemove }) {
+function Side({ conversation, chats, change, compare, hide, busy, onNew, onOpen, onRemove }) {
   const two = conversation.panes.length > 1;
   const text = () => JSON.stringify(conversation, null, 2);
   const link = `data:application/json;charset=utf-8,${encodeURIComponent(text())}`;
@@ -191,7 +198,7 @@ function Side({ conversation, chats, change, compare, busy, onNew, onOpen, onRem
         ${two ? words.single : words.compare}
       </button>
       ${two &&
-      html`<label><input type="checkbox" checked=${conversation.blind} onChange=${(e) => change({ blind: e.target.checked })} /> ${words.blind}</label>
+      html`<label><input type="checkbox" checked=${conversation.blind} disabled=${busy} onChange=${(e) => hide(e.target.checked)} /> ${words.blind}</label>
         <label><input type="checkbox" checked=${conversation.shared} onChange=${(e) => change({ shared: e.target.checked })} /> ${words.shared}</label>`}
       <a href=${link} download=${`chat-${conversation.id}.json`}>${words.export}</a>
     </div>
@@ -218,13 +225,17 @@ function Judge({ conversation, onChosen }) {
   const [saved, setSaved] = useState({ size: 0, text: "" });
   const [who, setWho] = useState(localStorage.getItem("who") || "");
   const answered = leaves.every((leaf) => leaf?.role === "assistant" && leaf.content.trim());
-  if (!saved.text && (!answered || leaves[0].content === leaves[1].content)) return null;
+  // Answers to different conversations cannot be compared, nor can equal ones.
+  const prompts = answered ? leaves.map((leaf) => promptOf(conversation, leaf)) : [];
+  const alike = JSON.stringify(prompts[0]) === JSON.stringify(prompts[1]);
+  const open = answered && alike && leaves[0].content !== leaves[1].content;
+  if (!saved.text && !open) return null;
   const choose = async (choice, winner) => {
     localStorage.setItem("who", who);
     const label = {
       id: newId(),
       who,
-      prompt: promptOf(conversation, leaves[0]),
+      prompt: prompts[0],
       answers: leaves.map((leaf) => leaf.content),
       sources: leaves.map((leaf, at) => ({
         model: leaf.model,
@@ -244,7 +255,7 @@ function Judge({ conversation, onChosen }) {
   const button = (label, choice, winner) =>
     html`<button type="button" disabled=${!who.trim()} onClick=${() => choose(choice, winner)}>${label}</button>`;
   return html`<div class="judge row" role="group">
-    ${saved.size !== size && answered && leaves[0].content !== leaves[1].content &&
+    ${saved.size !== size && open &&
     html`<label>${words.who} <input value=${who} onInput=${(e) => setWho(e.target.value)} /></label>
       ${button(words.better("A"), "left", 0)} ${button(words.tie, "tie", null)}
       ${button(words.better("B"), "right", 1)}`}
