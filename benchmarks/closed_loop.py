@@ -98,7 +98,7 @@ def label(run: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     try:
         assert server.stdout
         url = next(line.strip() for line in server.stdout if line.startswith("http"))
-        person(url, options.pairs, random.Random(seed))
+        person(url, options.pairs, random.Random(seed), guesses=options.small)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
@@ -108,8 +108,10 @@ def label(run: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return {"labels": {c: choices.count(c) for c in sorted(set(choices))}, "pairs": pairs}
 
 
-def person(url: str, pairs: int, rng: random.Random) -> None:
-    """Sign in, and answer this many items by the keys."""
+def person(url: str, pairs: int, rng: random.Random, guesses: bool) -> None:
+    """Sign in, and answer this many items by the keys. `guesses`: not by the parser, because an
+    untrained model writes no command that it could read.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -120,16 +122,16 @@ def person(url: str, pairs: int, rng: random.Random) -> None:
         page.goto(url)
         page.get_by_label("Your name").fill("a script")
         page.locator("#begin").click()
-        seen = ""
+        asked, seen = page.locator("#asked"), None
         for _ in range(pairs):
-            page.wait_for_function(
-                "seen => (document.querySelector('#asked')?.dataset.item || seen) !== seen",
-                arg=seen,
-            )
-            seen = page.locator("#asked").get_attribute("data-item") or ""
-            page.keyboard.press(KEYS[choice(page, rng)])
+            while (item := asked.get_attribute("data-item")) == seen:
+                page.wait_for_timeout(10)
+            seen = item
+            found = rng.choice(("left", "right")) if guesses else choice(page, rng)
+            page.keyboard.press(KEYS[found])
             page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('#unsent').textContent === ''")
+        while page.locator("#unsent").inner_text():
+            page.wait_for_timeout(10)
         browser.close()
 
 
