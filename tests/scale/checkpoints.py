@@ -190,7 +190,7 @@ def eight_bit(folder: Path) -> None:
         for p, q in zip(found.parameters, wanted.parameters, strict=True):
             assert torch.equal(p, q)
     else:
-        refused(folder / "e" / "step-000003", f"8-bit moments of {counted(ranks, 'rank')}")
+        refused(folder / "e" / "step-000003", f"an optimizer's state of {counted(ranks, 'rank')}")
 
 
 CHECKS: dict[str, list[tuple[int, Callable[[Path], None]]]] = {

@@ -21,8 +21,9 @@ def came_to(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         [sys.executable, "-m", "tests.scale.checkpoints", tmp_path_factory.mktemp("c"), *names],
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
-    # Users see no warning of torch's.
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-4000:]
+    # Users see no warning of torch's, but one of torchao's tensors.
+    lines = [line for line in done.stderr.splitlines() if "OptimState8bit" not in line]
+    assert done.returncode == 0 and "Warning" not in "".join(lines), done.stderr[-4000:]
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found
 
