@@ -92,13 +92,14 @@ class RolloutRecord:
                 group = [e for e in self.episodes if e["group_id"] == t.group_id]
                 waiting[t.group_id] = iter(group)
         own = [next(waiting[t.group_id]) for t in trajectories]
+        written_T = written_T.cpu()
         for name, (source, decimals) in _FIELDS.items():
             values_T = getattr(batch, source)
             if values_T is None and name == "trained_logprobs":
                 values_T = self._trained(len(batch))
             if values_T is None:
                 continue
-            rounded_M = values_T[written_T].double().cpu().round(decimals=decimals)
+            rounded_M = values_T.cpu()[written_T].double().round(decimals=decimals)
             for episode, values in zip(own, rounded_M.split(lengths), strict=True):
                 if not values.isnan().any():  # nothing computed them
                     figures = values.tolist()
