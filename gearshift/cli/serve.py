@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gearshift.pipeline.recipe import Recipe
     from gearshift.serve.metrics import Metrics
     from gearshift.serve.policies import Policies
+    from gearshift.serve.task_panel import Panel
 
 GIB = 2**30
 
@@ -74,6 +75,11 @@ def add_commands(commands: Any) -> None:
         help="refuse requests with unknown fields, which are ignored otherwise",
     )
     command.add_argument("--seed", type=int, default=0, help="the seed of sampling; 0")
+    command.add_argument(
+        "--recogniser",
+        help="module:function or file.py:function that gives the text of a WAV file, for the "
+        "recordings of the chat page",
+    )
     command.set_defaults(do=serve)
 
 
@@ -145,11 +151,12 @@ def serve(arguments: argparse.Namespace) -> None:
     metrics, policies = Metrics(), Policies()
     named = models_of(arguments.run, arguments.against)
     run = folder.resolve() if (folder / "recipe.yaml").exists() else None
+    panel = panel_of(named[0].recipe, arguments.recogniser)
     print_memory(named)
     with ExitStack() as stack:
         labels = labels_beside(run, policies, named, stack) if run else []
         runs = {run.name: run} if run else {}
-        routes = [*labels, *_routes(policies, metrics, runs, bool(labels))]
+        routes = [*labels, *_routes(policies, metrics, runs, panel, bool(labels))]
         routes += _score_routes(reward) if reward else []
 
         def load_all() -> None:
@@ -192,7 +199,7 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
             finally:
                 policies.remove("policy")
 
-    routes = _routes(policies, metrics, {folder.resolve().name: folder})
+    routes = _routes(policies, metrics, {folder.resolve().name: folder}, panel_of(recipe))
     server = Server(make_app(routes, settings, metrics.observe))
     server.start()
     echo(f"the run's page and policy: {server.url}", file=sys.stderr)
@@ -203,7 +210,11 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
 
 
 def _routes(
-    policies: Policies, metrics: Metrics, runs: dict[str, Path], labels: bool = False
+    policies: Policies,
+    metrics: Metrics,
+    runs: dict[str, Path],
+    panel: Panel | None,
+    labels: bool = False,
 ) -> list[BaseRoute]:
     """The endpoints and the pages of a server of policies, and of these runs."""
     from gearshift.serve.openai import openai_routes
@@ -211,7 +222,30 @@ def _routes(
     from gearshift.serve.served import page_and_model_routes
 
     own = [*openai_routes(policies, metrics), *metrics.routes(), *run_routes(runs)]
-    return [*own, *page_and_model_routes(policies, bool(runs), labels)]
+    return [*own, *page_and_model_routes(policies, bool(runs), labels, panel)]
+
+
+def panel_of(recipe: Recipe | None, recogniser: str | None = None) -> Panel | None:
+    """What the chat page shows beside a conversation with a model of this recipe's task."""
+    from gearshift.serve.speech import hear
+    from gearshift.serve.task_panel import Panel
+    from gearshift.tasks.registry import get_task
+
+    task = get_task(recipe.task.name) if recipe and recipe.task else None
+    if recipe is None or task is None or task.panel is None:
+        return None
+    panel, config, run, phrases = task.panel, recipe.task, Path(recipe.run.dir), task.phrases
+
+    def words(path: str) -> str:
+        return hear(path, recogniser, phrases(run) if phrases and not recogniser else ())
+
+    return Panel(
+        panel.folder,
+        lambda messages: panel.state(config, run, messages),
+        words,
+        panel.single,
+        recogniser,
+    )
 
 
 def models_of(run: str, against: list[str]) -> list[Named]:

@@ -9,6 +9,7 @@ from starlette.routing import BaseRoute
 
 from gearshift.serve.pages import page_routes, served_route
 from gearshift.serve.policies import Policies
+from gearshift.serve.task_panel import Panel, panel_routes
 
 _PAGES = {
     "chat": {"/": "chat"},
@@ -17,14 +18,21 @@ _PAGES = {
 }
 
 
-def page_and_model_routes(policies: Policies, runs: bool, labels: bool = False) -> list[BaseRoute]:
-    """The chat page, with `labels` and `runs` these pages too, and `/api/served`."""
+def page_and_model_routes(
+    policies: Policies, runs: bool, labels: bool = False, panel: Panel | None = None
+) -> list[BaseRoute]:
+    """The chat page, with `labels` and `runs` these pages too, the panel of a task, and
+    `/api/served`.
+    """
     names = ["chat", *(["labels"] if labels else []), *(["runs"] if runs else [])]
     pages: Mapping[str, str] = {name: next(iter(_PAGES[name])) for name in names}
 
     def about() -> dict[str, Any]:
         models = [{"name": policy.name, "system": policy.system} for policy in policies]
-        return {"pages": pages, "models": models, "labels": labels}
+        task = panel.about() if panel else None
+        return {"pages": pages, "models": models, "labels": labels, "task": task}
 
     paths = {path: page for name in names for path, page in _PAGES[name].items()}
-    return [served_route(about), *page_routes(paths)]
+    further = {"task": panel.folder} if panel else {}
+    own = panel_routes(panel) if panel else []
+    return [served_route(about), *own, *page_routes(paths, further)]

@@ -10,6 +10,7 @@ import tempfile
 import wave
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ _HISS = 60.0
 _WEIGHT = 9.0
 """The weight of the expected sentences relative to the sounds."""
 
+NO_VOICE = "Speaking needs espeak-ng, which is not there; apt-get install espeak-ng."
+NO_EARS = "Hearing needs pocketsphinx; pip install 'gearshift[speech]', or name a recogniser."
+
+
+def missing(recogniser: str | None = None) -> dict[str, str]:
+    """What `hear` and `speak` need and do not find, one sentence for each that cannot work."""
+    deaf = recogniser is None and find_spec("pocketsphinx") is None
+    mute = shutil.which("espeak-ng") is None
+    return {**({"hear": NO_EARS} if deaf else {}), **({"speak": NO_VOICE} if mute else {})}
+
 
 def speak(
     text: str, path: str | Path, language: str = "en", speed: int = 150, voice: str | None = None
@@ -38,12 +49,12 @@ def speak(
     """
     program = shutil.which("espeak-ng")
     if program is None:
-        raise ConfigError(
-            "Speaking needs espeak-ng, which is not there; apt-get install espeak-ng."
-        )
+        raise ConfigError(NO_VOICE)
     name = voice or {"en": "en-us"}.get(language, language)
     command = [program, "-v", name, "-s", str(speed), "-w", str(path), "--stdin"]
-    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+    done = subprocess.run(
+        command, input=text.encode(errors="replace"), capture_output=True, check=False
+    )
     if done.returncode or not Path(path).is_file():
         reason = one_line(done.stderr.decode(errors="replace")) or "it gives no reason"
         raise ConfigError(f"espeak-ng does not write {path} in the voice {name}: {reason}.")
@@ -109,9 +120,7 @@ def _decoder(phrases: tuple[str, ...]) -> Any:
         from pocketsphinx import Decoder, get_model_path
         from pocketsphinx.lm import ArpaBoLM
     except ImportError as error:
-        raise ConfigError(
-            "Hearing needs pocketsphinx; pip install 'gearshift[speech]', or name a recogniser."
-        ) from error
+        raise ConfigError(NO_EARS) from error
     known = {
         "hmm": get_model_path("en-us/en-us"),
         "samprate": RATE,

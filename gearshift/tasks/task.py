@@ -12,6 +12,7 @@ from typing import Any
 
 from gearshift.environments.base import TextEnvironment
 from gearshift.runtime.config import Config
+from gearshift.types import Message
 
 
 class TaskConfig(Config):
@@ -19,6 +20,21 @@ class TaskConfig(Config):
 
     name: str
     """Which task this is: a `Literal` of the task's name, which is its default too."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPanel:
+    """What the chat page shows beside a conversation with a model of this task."""
+
+    folder: Path
+    """A folder with `panel.js`, an ES module that exports the preact component `Panel`. The browser
+    loads it and the other .js, .css and .svg files of the folder from `/web/task/`."""
+    state: Callable[[Any, Path, Sequence[Message]], Mapping[str, Any]]
+    """(config, run's folder, conversation) -> the JSON that `Panel` draws. It is computed anew from
+    the whole conversation, so that each branch of it has its own state. The messages are untrusted.
+    It raises `GearshiftError` for what it cannot show."""
+    single: bool = False
+    """Whether the model gets each message alone, as in its training, without the earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +79,5 @@ class Task:
     check: Callable[[Any], object] | None = None
     """(config) -> raises `GearshiftError` for what the config names and is not there, such as a
     file. `--dry-run` calls it, so it must be quick and write nothing."""
+    panel: TaskPanel | None = None
+    """What the chat page of `gearshift serve` shows beside a conversation; None shows nothing."""

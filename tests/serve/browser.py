@@ -25,10 +25,10 @@ needs_browser = pytest.mark.skipif(
 
 
 @contextmanager
-def open_browser() -> Iterator["Browser"]:
-    """Chromium without a window."""
+def open_browser(*switches: str) -> Iterator["Browser"]:
+    """Chromium without a window, with further switches of its command line."""
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *switches])
         yield browser
         browser.close()
 

@@ -16,7 +16,7 @@ from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.pages import POLICY, WEB, page_routes, served_route
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 
-SCRIPTS = sorted(WEB.rglob("*.js"))
+SCRIPTS = sorted([*WEB.rglob("*.js"), *WEB.parents[1].glob("tasks/*/web/*.js")])
 HOSTILE = (
     "<script>fetch('/stolen')</script> **bold** \u202egnorw \x1b[31m </style>\n\n- one\n- `two`"
 )
@@ -48,12 +48,12 @@ def test_the_libraries_are_those_that_the_list_names() -> None:
         assert hashlib.sha256((WEB / "vendor" / name).read_bytes()).hexdigest() == digest
 
 
-CLASSIC = ("theme.js",)
+CLASSIC = ("theme.js", "recorder.js")
 """Scripts that are no modules."""
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: "/".join(path.parts[-3:]))
 def test_each_script_is_javascript(script: Path) -> None:
     kind = "commonjs" if script.name in CLASSIC else "module"
     command = ["node", f"--input-type={kind}", "--check"]
@@ -61,7 +61,7 @@ def test_each_script_is_javascript(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS if "vendor" not in s.parts], ids=lambda p: p.name
+    "script", [s for s in SCRIPTS if "vendor" not in s.parts], ids=lambda p: "/".join(p.parts[-3:])
 )
 def test_no_script_makes_markup_of_text(script: Path) -> None:
     words = "innerHTML|outerHTML|insertAdjacentHTML|document.write|dangerouslySet|eval\\("

@@ -12,14 +12,17 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gearshift.cli.main import main
-from gearshift.cli.serve import Named, models_of, print_memory, settings_of
-from gearshift.errors import ConfigError
+from gearshift.cli.serve import Named, models_of, panel_of, print_memory, settings_of
+from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.serve.task_panel import Panel
+from gearshift.tasks.voice.task import VoiceConfig
 
 TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
 
@@ -111,6 +114,24 @@ def test_what_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         given.allow_origin = [origin]
         with pytest.raises(ConfigError, match="is no origin"):
             settings_of(given)
+
+
+def test_the_panel_is_that_of_the_runs_task(tmp_path: Path) -> None:
+    def panel(task: object, recogniser: str | None = None) -> Panel | None:
+        recipe = SimpleNamespace(task=task, run=SimpleNamespace(dir=str(tmp_path)))
+        return panel_of(recipe, recogniser)  # type: ignore[arg-type]
+
+    mine = tmp_path / "mine.py"
+    mine.write_text("def hear(path): return path[-5:]\n")
+    wav = tmp_path / "a.wav"
+    wav.touch()
+    voice = panel(VoiceConfig(), f"{mine}:hear")
+    assert voice and voice.single and (voice.folder / "panel.js").is_file()
+    assert voice.hear(str(wav)) == "a.wav" and voice.state([])["rooms"]
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        panel(VoiceConfig()).hear(str(wav))  # type: ignore[union-attr]
+    assert panel(None) is None and panel(SimpleNamespace(name="gym")) is None
+    assert panel_of(None) is None
 
 
 def metrics_of(run: Path) -> list[dict[str, object]]:

@@ -10,6 +10,7 @@ import {
 } from "./chat_tree.js";
 import { chat as words } from "./chat_en.js";
 import { Message } from "./chat_message.js";
+import { TaskPanel } from "./chat_task.js";
 
 const store = browserStore("chats");
 const asked = new URLSearchParams(location.search);
@@ -38,10 +39,13 @@ function Chat({ served }) {
   useEffect(() => void refresh(), []);
   const keep = () => store.put(now.current).then(refresh, () => {});
   const busy = Object.keys(running).length > 0;
+  // A model of a task may know single messages only.
+  const given = (path) =>
+    served.task?.single ? path.filter((one) => one.role === "user").slice(-1) : path;
 
   async function run(at, parent) {
     const pane = now.current.panes[at];
-    const body = bodyOf(pane.model, now.current.system, pathTo(now.current.nodes, parent), pane.settings);
+    const body = bodyOf(pane.model, now.current.system, given(pathTo(now.current.nodes, parent)), pane.settings);
     const [next, id] = addNode(now.current, parent, { role: "assistant", content: "", model: pane.model, state: "waits" });
     set(changePane(next, at, { leaf: id }));
     const abort = new AbortController();
@@ -63,21 +67,25 @@ function Chat({ served }) {
     keep();
   }
 
-  function ask(at, parent, content) {
-    const [next, id] = addNode(now.current, parent, { role: "user", content });
+  function ask(at, parent, content, role) {
+    const [next, id] = addNode(now.current, parent, { role, content });
     set(changePane(next, at, { leaf: id }));
     return run(at, id);
   }
 
-  function send() {
-    if (!draft.trim() || busy) return;
-    setDraft("");
+  function send(content, role = "user") {
+    if (!content.trim() || busy) return;
     const { panes, shared } = now.current;
     if (panes.length > 1 && shared) {
-      const [next, id] = addNode(now.current, panes[0].leaf, { role: "user", content: draft });
+      const [next, id] = addNode(now.current, panes[0].leaf, { role, content });
       set(next);
       panes.forEach((_, at) => run(at, id));
-    } else panes.forEach((pane, at) => ask(at, pane.leaf, draft));
+    } else panes.forEach((pane, at) => ask(at, pane.leaf, content, role));
+  }
+
+  function sendDraft() {
+    send(draft);
+    if (!busy) setDraft("");
   }
 
   const stop = () => Object.values(running).forEach((abort) => abort.abort());
@@ -110,7 +118,7 @@ function Chat({ served }) {
         ${conversation.panes.map(
           (pane, at) => html`<${Pane} key=${at} at=${at} pane=${pane} conversation=${conversation} models=${models}
             running=${running} onPane=${(fields) => set(changePane(now.current, at, fields))}
-            onAgain=${(node) => run(at, node.parent)} onEdit=${(node, text) => ask(at, node.parent, text)} />`,
+            onAgain=${(node) => run(at, node.parent)} onEdit=${(node, text) => ask(at, node.parent, text, node.role)} given=${given} />`,
         )}
       </div>
       ${conversation.panes.length > 1 && served.labels && !busy &&
@@ -120,11 +128,13 @@ function Chat({ served }) {
           set({ ...now.current, panes: now.current.panes.map((pane) => ({ ...pane, leaf })) });
         }
       }} />`}
-      <form class="compose" onSubmit=${(event) => { event.preventDefault(); send(); }}>
+      ${served.task && html`<${TaskPanel} task=${served.task} busy=${busy} send=${send}
+        messages=${pathTo(conversation.nodes, conversation.panes[0].leaf).map(({ role, content }) => ({ role, content }))} />`}
+      <form class="compose" onSubmit=${(event) => { event.preventDefault(); sendDraft(); }}>
         <label class="hidden" for="draft">${words.message}</label>
         <textarea id="draft" rows="3" value=${draft} placeholder=${words.hint} onInput=${(e) => setDraft(e.target.value)}
           onKeyDown=${(event) => {
-            if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+            if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); sendDraft(); }
           }}></textarea>
         ${busy
           ? html`<button type="button" class="primary" onClick=${stop}>${words.stop}</button>`
@@ -137,14 +147,14 @@ function Chat({ served }) {
 
 const pick = ({ content, reasoning, tokens }) => ({ content, reasoning, tokens });
 
-function Pane({ at, pane, conversation, models, running, onPane, onAgain, onEdit }) {
+function Pane({ at, pane, conversation, models, running, onPane, onAgain, onEdit, given }) {
   const { nodes, panes, blind } = conversation;
   const path = pathTo(nodes, pane.leaf);
   const side = panes.length > 1 ? words.sides[at] : "";
   const name = panes.length > 1 && blind ? side : pane.model;
   // The request of the last answer: with the answer itself the model would continue it.
   const until = path.at(-1)?.role === "assistant" ? path.slice(0, -1) : path;
-  const body = () => bodyOf(pane.model, conversation.system, until, pane.settings);
+  const body = () => bodyOf(pane.model, conversation.system, given(until), pane.settings);
   const end = useRef(null);
   useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [path.at(-1)?.content]);
   return html`<section class="pane" aria-label=${side || pane.model}>

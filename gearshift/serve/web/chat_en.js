@@ -1,7 +1,8 @@
 // The words of the chat page in English.
 export const chat = {
   title: "Chat",
-  you: "You",
+  writers: { user: "You", tool: "Tool" },
+  task: "The task",
   system: "System message",
   message: "Message",
   send: "Send",
@@ -56,4 +57,12 @@ export const chat = {
   most: "Most likely here",
   scale: "From certain (plain) to unlikely (underlined and dark)",
   noModel: "No model is served here.",
+};
+
+export const speech = {
+  states: { "": "Record", begins: "Record", records: "End the recording", hears: "Listening…" },
+  speak: "Speak",
+  nothing: "No words were found; record it again.",
+  refused: "The browser refuses the microphone.",
+  insecure: "A browser records only for pages from this machine, or over https.",
 };

@@ -7,10 +7,11 @@ import { Tokens } from "./chat_tokens.js";
 export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, onAgain, busy }) {
   const [editing, setEditing] = useState(false);
   const [tokens, setTokens] = useState(false);
-  const own = node.role === "user";
-  return html`<article class=${`message ${node.role}`} aria-label=${own ? words.you : name}>
+  const own = node.role !== "assistant";
+  const writer = own ? words.writers[node.role] : name;
+  return html`<article class=${`message ${node.role}`} aria-label=${writer}>
     <header>
-      <strong>${own ? words.you : name}</strong>
+      <strong>${writer}</strong>
       ${node.state && html`<span class="quiet">${words[node.state] || words.ended[node.state]}</span>`}
     </header>
     ${node.reasoning &&

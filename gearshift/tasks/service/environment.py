@@ -84,7 +84,7 @@ class CustomerServiceEnvironment(TextEnvironment):
         if not self._running:
             raise gymnasium.error.ResetNeeded("Call reset before step: no episode is running.")
         self._turn += 1
-        answer, reward = self._tool(action) if _is_call(action) else self._customer(action)
+        answer, reward = self._tool(action) if is_call(action) else self._customer(action)
         success = reward >= TOLD
         over = answer is None
         cut = not over and self._turn >= TURNS
@@ -150,5 +150,6 @@ class CustomerServiceEnvironment(TextEnvironment):
         return TOLD if self.case.outcome in CHANGES else ACT + TOLD
 
 
-def _is_call(text: str) -> bool:
+def is_call(text: str) -> bool:
+    """Whether an agent's message is for a tool, and not for the customer."""
     return text.lstrip().startswith("{") or '"tool"' in text

@@ -24,6 +24,7 @@ from gearshift.tasks.service.customers import (
     expert_turns,
     with_phrasing,
 )
+from gearshift.tasks.service.desk import PANEL
 from gearshift.tasks.service.environment import CustomerServiceEnvironment
 from gearshift.tasks.service.words import Words, split_words
 from gearshift.tasks.task import Task, TaskConfig
@@ -104,4 +105,5 @@ TASK = Task(
     make,
     SYSTEM,
     cluster="phrasing",
+    panel=PANEL,
 )

@@ -29,6 +29,7 @@ from gearshift.tasks.voice.commands import (
     wrong_commands,
 )
 from gearshift.tasks.voice.grammar import Grammar, Template, grammar, read
+from gearshift.tasks.voice.house import PANEL
 from gearshift.tasks.voice.noise import hear
 from gearshift.tasks.voice.phrases import phrases
 from gearshift.tasks.voice.requests import (
@@ -281,4 +282,5 @@ TASK = Task(
     cluster="template",
     spoken_answer=spoken_answer,
     phrases=phrases,
+    panel=PANEL,
 )
