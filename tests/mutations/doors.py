@@ -131,4 +131,25 @@ MUTATIONS = (
         "printable(page)",
         "tests/pipeline/test_report.py",
     ),
+    Mutation(
+        "a model of single requests gets the earlier ones too",
+        "serve/web/chat.js",
+        "served.task?.single ?",
+        "false ?",
+        "tests/serve/test_task_panel.py -k home",
+    ),
+    Mutation(
+        "a recording of another rate is not brought to 16 kHz",
+        "serve/web/speech.js",
+        "const step = rate / RATE;",
+        "const step = 1;",
+        "tests/serve/test_task_panel.py -k wav",
+    ),
+    Mutation(
+        "the home does what a wrong command says",
+        "tasks/voice/house.py",
+        "        self._check(intent, slots)\n",
+        "",
+        "tests/tasks/test_voice_house.py",
+    ),
 )

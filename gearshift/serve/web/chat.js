@@ -122,7 +122,7 @@ function Chat({ served }) {
         )}
       </div>
       ${conversation.panes.length > 1 && served.labels && !busy &&
-      html`<${Judge} conversation=${conversation} onChosen=${(winner) => {
+      html`<${Judge} conversation=${conversation} given=${given} onChosen=${(winner) => {
         if (conversation.shared && winner !== null) {
           const { leaf } = now.current.panes[winner];
           set({ ...now.current, panes: now.current.panes.map((pane) => ({ ...pane, leaf })) });
@@ -229,14 +229,14 @@ function Side({ conversation, chats, change, compare, hide, busy, onNew, onOpen,
 }
 
 // Which of two answers is better: a label, as the labelling page makes them.
-function Judge({ conversation, onChosen }) {
+function Judge({ conversation, given, onChosen }) {
   const leaves = conversation.panes.map((pane) => conversation.nodes[pane.leaf]);
   const size = Object.keys(conversation.nodes).length;
   const [saved, setSaved] = useState({ size: 0, text: "" });
   const [who, setWho] = useState(localStorage.getItem("who") || "");
   const answered = leaves.every((leaf) => leaf?.role === "assistant" && leaf.content.trim());
   // Answers to different conversations cannot be compared, nor can equal ones.
-  const prompts = answered ? leaves.map((leaf) => promptOf(conversation, leaf)) : [];
+  const prompts = answered ? leaves.map((leaf) => promptOf(conversation, leaf, given)) : [];
   const alike = JSON.stringify(prompts[0]) === JSON.stringify(prompts[1]);
   const open = answered && alike && leaves[0].content !== leaves[1].content;
   if (!saved.text && !open) return null;
@@ -273,8 +273,9 @@ function Judge({ conversation, onChosen }) {
   </div>`;
 }
 
-function promptOf(conversation, leaf) {
-  const path = pathTo(conversation.nodes, leaf.parent).map(({ role, content }) => ({ role, content }));
+// What the model was given before this answer.
+function promptOf(conversation, leaf, given) {
+  const path = given(pathTo(conversation.nodes, leaf.parent)).map(({ role, content }) => ({ role, content }));
   return conversation.system ? [{ role: "system", content: conversation.system }, ...path] : path;
 }
 

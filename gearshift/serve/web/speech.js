@@ -77,10 +77,12 @@ export function RecordButton({ onText, disabled, missing }) {
   const [state, setState] = useState("");
   const [fault, setFault] = useState("");
   const end = useRef(null);
+  const timer = useRef(0);
   useEffect(() => () => void end.current?.(), []);
   const finish = async () => {
     const stop = end.current;
     end.current = null;
+    clearTimeout(timer.current);
     if (!stop) return;
     setState("hears");
     try {
@@ -97,7 +99,7 @@ export function RecordButton({ onText, disabled, missing }) {
     setState("begins");
     try {
       end.current = await record();
-      setTimeout(finish, MOST_SECONDS * 1000);
+      timer.current = setTimeout(finish, MOST_SECONDS * 1000);
       setState("records");
     } catch (error) {
       setFault(error.name === "NotAllowedError" ? words.refused : error.message);
