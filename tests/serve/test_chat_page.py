@@ -91,6 +91,7 @@ def test_an_answer_again_and_an_edit_are_branches(browser: Any) -> None:
         service.words = "Something else."
         page.get_by_role("button", name="Again").click()
         page.get_by_text("2 of 2").wait_for()
+        page.get_by_role("button", name="Send", exact=True).wait_for()
         assert answers(page) == ["Something else."]
         page.get_by_role("button", name="Earlier branch").click()
         assert answers(page) == ["Hello, wörld!"]
