@@ -151,10 +151,12 @@ def labels_beside(
     """The routes of the labels of a run whose policies are served: the first two are compared, or
     two answers of one. None while another process labels this run. `stack` ends the store.
     """
+    from gearshift.cli.talk import system_of
     from gearshift.serve.label_items import prompts_of
     from gearshift.serve.label_sampling import policy_sampler
     from gearshift.serve.label_store import LabelStore
     from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.tasks.registry import get_task
     from gearshift.types import SamplingParams
 
     try:
@@ -163,9 +165,12 @@ def labels_beside(
         echo(f"no labels here: {error}", file=sys.stderr)
         return []
 
+    recipe = named[0].recipe  # the policies themselves are loaded later
+    task = get_task(recipe.task.name) if recipe and recipe.task else None
+
     def prompts() -> Iterator[PromptExample]:
         with suppress(ConfigError):  # a task without rows: people are asked what the chat sends
-            yield from prompts_of(_rows_of_run(run), policies.get("default").system)
+            yield from prompts_of(_rows_of_run(run), system_of(recipe, task))
 
     async def sample(prompt: PromptExample) -> Any:
         served = [(policies.get(n.name), kept_name(n.source)) for n in named[:2]]

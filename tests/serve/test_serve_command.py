@@ -10,17 +10,19 @@ import threading
 import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from gearshift.cli.label import labels_beside
 from gearshift.cli.main import main
 from gearshift.cli.serve import Named, models_of, panel_of, print_memory, settings_of
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.serve.policies import Policies
 from gearshift.serve.task_panel import Panel
 from gearshift.tasks.voice.task import VoiceConfig
 
@@ -178,3 +180,11 @@ def test_a_run_is_asked_while_it_learns_and_learns_the_same(
     assert metrics_of(tmp_path / "served") == metrics_of(tmp_path / "alone")
     same = "rl/model.safetensors"
     assert (tmp_path / "served" / same).read_bytes() == (tmp_path / "alone" / same).read_bytes()
+
+
+def test_labels_of_a_run_open_before_its_policies_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gearshift.cli.label._rows_of_run", lambda run: [{"prompt": "hi"}])
+    with ExitStack() as stack:
+        assert labels_beside(tmp_path, Policies(), [Named("policy", "x", None)], stack)
