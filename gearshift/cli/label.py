@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gearshift import __version__
 from gearshift.cli.serve import add_address, load, models_of, print_memory, settings_of
+from gearshift.cli.talk import system_of
 from gearshift.errors import ConfigError, FolderInUseError
 from gearshift.runtime.terminal import counted, echo
 
@@ -151,12 +152,10 @@ def labels_beside(
     """The routes of the labels of a run whose policies are served: the first two are compared, or
     two answers of one. None while another process labels this run. `stack` ends the store.
     """
-    from gearshift.cli.talk import system_of
     from gearshift.serve.label_items import prompts_of
     from gearshift.serve.label_sampling import policy_sampler
     from gearshift.serve.label_store import LabelStore
     from gearshift.serve.labels import LabelSettings, label_routes
-    from gearshift.tasks.registry import get_task
     from gearshift.types import SamplingParams
 
     try:
@@ -165,12 +164,9 @@ def labels_beside(
         echo(f"no labels here: {error}", file=sys.stderr)
         return []
 
-    recipe = named[0].recipe  # the policies themselves are loaded later
-    task = get_task(recipe.task.name) if recipe and recipe.task else None
-
-    def prompts() -> Iterator[PromptExample]:
-        with suppress(ConfigError):  # a task without rows: people are asked what the chat sends
-            yield from prompts_of(_rows_of_run(run), system_of(recipe, task))
+    prompts: Iterable[PromptExample] = ()
+    with suppress(ConfigError):  # a task without rows: people are asked what the chat sends
+        prompts = prompts_of(_rows_of_run(run), system_of(named[0].recipe))
 
     async def sample(prompt: PromptExample) -> Any:
         served = [(policies.get(n.name), kept_name(n.source)) for n in named[:2]]
@@ -179,7 +175,7 @@ def labels_beside(
 
     owner_key = os.environ.get(OWNER_KEY, "").strip() or None
     settings = LabelSettings(title=run.name, owner_key=owner_key)
-    return label_routes(store, sample, settings, prompts())
+    return label_routes(store, sample, settings, prompts)
 
 
 def kept_name(source: str) -> str:

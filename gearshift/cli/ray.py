@@ -59,7 +59,7 @@ def run_on_ray(arguments: argparse.Namespace) -> None:
     failed = _fit(arguments, recipe.scale.timeout, folder)
     if failed:
         error: Any = GearshiftError(failed["line"])
-        error.code = failed["code"]
+        error.exit_code = failed["code"]
         raise error
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     with tolerate_lost_output():

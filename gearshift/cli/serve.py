@@ -176,7 +176,6 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
     from gearshift.engine.service import EngineService
     from gearshift.pipeline.given import Given
     from gearshift.runtime.exit_errors import in_several_processes
-    from gearshift.tasks.registry import get_task
 
     if in_several_processes():
         raise ConfigError("--serve works in one process; leave it out with torchrun.")
@@ -186,7 +185,7 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
     from gearshift.serve.policies import Policies, Policy
 
     policies, metrics, folder = Policies(), Metrics(), Path(recipe.run.dir)
-    system = system_of(recipe, get_task(recipe.task.name) if recipe.task else None)
+    system = system_of(recipe)
 
     @contextmanager
     def serving(engine: Engine) -> Iterator[None]:
@@ -298,12 +297,10 @@ def load(each: Named, seed: int, policies: Policies, metrics: Metrics, stack: Ex
     from gearshift.engine.service import EngineService
     from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
     from gearshift.serve.policies import Policy
-    from gearshift.tasks.registry import get_task
 
     config = each.recipe.model if each.recipe else ModelConfig()
     model, tokenizer = load_policy(config, each.source), load_tokenizer(config, each.source)
-    task = get_task(each.recipe.task.name) if each.recipe and each.recipe.task else None
-    system = system_of(each.recipe, task)
+    system = system_of(each.recipe)
     engine = Engine(model, tokenizer, seed=seed)
     service = stack.enter_context(EngineService(engine))
     policy = Policy(each.name, service, tokenizer, system, engine.end_tokens, _digest(each.source))

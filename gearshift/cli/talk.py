@@ -111,16 +111,20 @@ def _open(
     config = recipe.model if recipe else ModelConfig()
     model, tokenizer = load_policy(config, name), load_tokenizer(config, name)
     task = get_task(recipe.task.name) if recipe and recipe.task else None
-    system = system_of(recipe, task)
+    system = system_of(recipe)
     if arguments.system is not None:
         system = _text(arguments.system)
     run = Path(recipe.run.dir) if recipe else None
     return Engine(model, tokenizer, seed=arguments.seed), system, task, run
 
 
-def system_of(recipe: Recipe | None, task: Task | None) -> str | None:
+def system_of(recipe: Recipe | None) -> str | None:
     """The system message that the run trained its model with."""
-    return task.system or getattr(recipe.task, "system", None) if recipe and task else None
+    from gearshift.tasks.registry import get_task
+
+    if recipe is None or recipe.task is None:
+        return None
+    return get_task(recipe.task.name).system or getattr(recipe.task, "system", None)
 
 
 def _prompt(arguments: argparse.Namespace, task: Task | None, run: Path | None) -> str:

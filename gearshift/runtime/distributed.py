@@ -276,7 +276,7 @@ class World:
                 return sent
         line, code = describe_error(error, self.note.folder.parent if self.note else None)
         other: Any = RankError(f"Rank {self.rank}: {line}")
-        other.code = code
+        other.exit_code = code
         return pickle.dumps(other)
 
 

@@ -133,7 +133,7 @@ def _described(error: BaseException, folder: Path | None) -> tuple[str, int]:
     if isinstance(error, InterruptedRunError):
         return one_line(str(error), 2000), 128 + error.signal
     if isinstance(error, GearshiftError):
-        return one_line(redact_urls(str(error)), 2000), getattr(error, "code", 1)
+        return one_line(redact_urls(str(error)), 2000), getattr(error, "exit_code", 1)
     if isinstance(error, KeyboardInterrupt):
         return "stopped.", 128 + getattr(error, "signal", signal.SIGINT)
     if reason := short_of_memory(error):

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,8 @@ def started(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def asked(url: str, body: dict[str, object] | None = None) -> dict[str, object]:
     data = json.dumps(body).encode() if body else None
-    sent = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "X-Gearshift": "1"}
+    sent = urllib.request.Request(url, data, headers)
     with urllib.request.urlopen(sent, timeout=60) as answer:
         return dict(json.loads(answer.read()))
 
@@ -188,3 +190,29 @@ def test_labels_of_a_run_open_before_its_policies_are_loaded(
     monkeypatch.setattr("gearshift.cli.label._rows_of_run", lambda run: [{"prompt": "hi"}])
     with ExitStack() as stack:
         assert labels_beside(tmp_path, Policies(), [Named("policy", "x", None)], stack)
+
+
+@pytest.mark.slow
+def test_a_run_is_served_with_its_pages_and_its_labels(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["run", TINY, f"run.dir={run}", "reward=null", "rl=null", "eval.limit=2"])
+    with started(str(run), "--against", "base") as (_, url):
+        until = time.monotonic() + 60
+        while True:
+            with suppress(OSError):
+                served = asked(f"{url}api/served")
+                break
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert served["pages"] == {"chat": "/", "labels": "/labels", "runs": "/runs"}
+        found = asked(f"{url}api/labels/next", {"who": "Ada", "tab": "t", "count": 1})
+        while not found["items"]:
+            time.sleep(0.1)
+            found = asked(f"{url}api/labels/next", {"who": "Ada", "tab": "t", "count": 1})
+        items = found["items"]
+        assert isinstance(items, list) and len(items[0]["answers"]) == 2
+        # The run's system message is there, and the policy and its base answered.
+        assert items[0]["prompt"][0]["role"] == "system"
+    lines = (run / "labels" / "events.jsonl").read_text().splitlines()
+    models = {source["model"] for source in json.loads(lines[0])["source"]}
+    assert models == {"run/sft", "tiny"}
