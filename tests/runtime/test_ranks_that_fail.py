@@ -125,7 +125,7 @@ def test_one_rank_prints_the_line(
 
 def test_the_exit_code_of_another_rank_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     error: Any = RankError("Rank 1: Unexpected error: KeyError.")
-    error.code = 70
+    error.exit_code = 70
     with pytest.raises(SystemExit) as exit:
         exit_errors.exit_with_error(error, None, alone=False)
     assert exit.value.code == 70

@@ -121,7 +121,7 @@ def run(case: Case, folder: Path) -> object:
         share_error(raised)
         error = raised
     known = getattr(error, "known_to_all", False)
-    return [type(error).__name__, str(error), getattr(error, "code", 1), known]
+    return [type(error).__name__, str(error), getattr(error, "exit_code", 1), known]
 
 
 def main() -> None:
