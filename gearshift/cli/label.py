@@ -123,7 +123,8 @@ def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
     settings = settings_of(arguments)
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.label_store import LabelStore
-    from gearshift.serve.labels import LabelSettings, label_page, label_routes
+    from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.serve.pages import page_routes
 
     guidelines = arguments.guidelines and Path(arguments.guidelines).expanduser()
     if guidelines and not guidelines.is_file():
@@ -143,7 +144,7 @@ def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
         new = sum(map(store.add_item, work.items))
         echo(f"labels: {counted(len(store.labels.items), 'item')}, {new} of them new; {store.file}")
         routes = label_routes(store, work.sampler, labelling, work.prompts)
-        run_app(make_app([*routes, *label_page()], settings), "/labels")
+        run_app(make_app([*routes, *page_routes(["labels"])], settings), "/labels")
 
 
 def labels_beside(

@@ -218,10 +218,10 @@ def _routes(
     """The endpoints and the pages of a server of policies, and of these runs."""
     from gearshift.serve.openai import openai_routes
     from gearshift.serve.runs import run_routes
-    from gearshift.serve.served import page_and_model_routes
+    from gearshift.serve.served import policy_page_routes
 
     own = [*openai_routes(policies, metrics), *metrics.routes(), *run_routes(runs)]
-    return [*own, *page_and_model_routes(policies, bool(runs), labels, panel)]
+    return [*own, *policy_page_routes(policies, bool(runs), labels, panel)]
 
 
 def panel_of(recipe: Recipe | None, recogniser: str | None = None) -> Panel | None:

@@ -27,10 +27,12 @@ def watch(arguments: argparse.Namespace) -> None:
     """Serve the page until a signal."""
     settings = settings_of(arguments)
     from gearshift.serve.app import make_app, run_app
-    from gearshift.serve.runs import names_of, watch_routes
+    from gearshift.serve.pages import page_routes
+    from gearshift.serve.runs import names_of, run_routes
 
     folders = [Path(name).expanduser() for name in arguments.runs]
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"There is no folder {folder}; name a run's folder.")
-    run_app(make_app(watch_routes(names_of(folders)), settings), "/runs")
+    routes = [*run_routes(names_of(folders)), *page_routes(["runs"])]
+    run_app(make_app(routes, settings), "/runs")

@@ -1,6 +1,6 @@
 """The HTTP app: every part's routes inside one guard, one form of errors, one way to start and end.
 
-    app = make_app([*openai_routes(policies), *page_routes()], ServerSettings(port=8000))
+    app = make_app([*openai_routes(policies), *page_routes(["chat"])], ServerSettings(port=8000))
     run_app(app)
 
 A part offers a list of starlette routes, and raises `ApiError` for what it refuses. No part checks

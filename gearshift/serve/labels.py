@@ -36,7 +36,6 @@ from gearshift.serve.label_events import (
 from gearshift.serve.label_report import progress, report
 from gearshift.serve.label_sampling import Feeder, Sampler
 from gearshift.serve.label_store import LabelStore
-from gearshift.serve.pages import page_routes
 
 T = TypeVar("T")
 _MOST = 50
@@ -85,15 +84,6 @@ def label_routes(
         ("GET", "export", desk.export),
     ]
     return [Route(f"/api/labels/{name}", do, methods=[method]) for method, name, do in handlers]
-
-
-def label_page() -> list[BaseRoute]:
-    """The routes of a server that has the labelling page alone."""
-
-    async def served(_: Request) -> Response:
-        return _json({"pages": {"labels": "/labels"}})
-
-    return [*page_routes({"/labels": "label"}), Route("/api/served", served)]
 
 
 class _Desk:

@@ -5,7 +5,7 @@ no path of a request reaches the disk. No part of a page comes from another serv
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,40 @@ HEADERS = {
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
+_PAGES = {
+    "chat": ("chat", ["/"]),
+    "labels": ("label", ["/labels"]),
+    "runs": ("run", ["/runs", "/runs/{run}"]),
+}
+"""Each page's script and style, and its addresses."""
+
+
 def page_routes(
-    pages: Mapping[str, str], further: Mapping[str, Path] | None = None
+    names: Sequence[str],
+    about: Callable[[], Mapping[str, Any]] = dict,
+    further: Mapping[str, Path] | None = None,
 ) -> list[BaseRoute]:
-    """The routes of pages by their paths, such as `{"/": "chat", "/runs/{run}": "run"}`, and of the
-    files under `/web/`. `further`: folders with files of a task's own page, by their names under
-    `/web/`.
+    """The routes of these pages (`chat`, `labels`, `runs`), of their files under `/web/`, and of
+    `/api/served`, which tells a page what this server has: the addresses of `pages`, and what
+    `about` gives. `/` shows the first page. `further`: folders with files of a task's own page, by
+    their names under `/web/`.
     """
     files = _read(WEB, "/web/")
     for name, folder in (further or {}).items():
         files |= _read(folder, f"/web/{name}/")
     frame = (WEB / "page.html").read_text(encoding="utf-8")
-    routes: list[BaseRoute] = []
-    for path, page in pages.items():
-        text = frame.replace("PAGE", page)
-        routes.append(Route(path, _File(text.encode(), "text/html").answer))
-    return routes + [Route(path, _File(*file).answer) for path, file in files.items()]
+    pages = {name: _PAGES[name] for name in names}
+    for script, paths in [(pages[names[0]][0], ["/"]), *pages.values()]:
+        content = frame.replace("PAGE", script).encode()
+        files |= dict.fromkeys(paths, (content, "text/html"))
+    addresses = {name: paths[0] for name, (_, paths) in pages.items()}
 
+    async def served(_: Request) -> Response:
+        found = {"pages": addresses, **about()}
+        return JSONResponse(found, headers={"Cache-Control": "no-store"})
 
-def served_route(about: Callable[[], Mapping[str, Any]]) -> BaseRoute:
-    """The route that tells a page what this server has. `about` gives `pages` (addresses by name:
-    `chat`, `labels`, `runs`), and for the chat page `models` (each with `name` and `system`) and
-    `labels` (whether it may send labels).
-    """
-
-    async def answer(_: Request) -> Response:
-        return JSONResponse(about(), headers={"Cache-Control": "no-store"})
-
-    return Route("/api/served", answer)
+    own = [Route(path, _File(*file).answer) for path, file in files.items()]
+    return [Route("/api/served", served), *own]
 
 
 def _read(folder: Path, at: str) -> dict[str, tuple[bytes, str]]:

@@ -20,7 +20,6 @@ from starlette.routing import BaseRoute, Route
 from gearshift.runtime.curves import CURVES, columns, matching
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.events import EventStream
-from gearshift.serve.pages import page_routes
 from gearshift.serve.run_episodes import Filter, by_token, summary
 from gearshift.serve.run_files import (
     Record,
@@ -87,16 +86,6 @@ def run_routes(folders: Mapping[str, Path]) -> list[BaseRoute]:
         route("export", _export),
         route("heldout", lambda run, _, request: heldout(run, _whole(request, "from", 0))),
     ]
-
-
-def watch_routes(folders: Mapping[str, Path]) -> list[BaseRoute]:
-    """The run page of these runs by their names, alone on a server."""
-
-    async def served(_: Request) -> Response:
-        return _json({"pages": {"runs": "/runs"}})
-
-    paths = dict.fromkeys(("/", "/runs", "/runs/{run}"), "run")
-    return [*run_routes(folders), Route("/api/served", served), *page_routes(paths)]
 
 
 def _run(runs: Mapping[str, RunFolder], request: Request) -> RunFolder:

@@ -16,7 +16,7 @@ from gearshift.serve.label_store import LabelStore
 from gearshift.serve.labels import LabelSettings, label_routes
 from gearshift.serve.metrics import Metrics
 from gearshift.serve.openai import openai_routes
-from gearshift.serve.pages import page_routes, served_route
+from gearshift.serve.pages import page_routes
 from gearshift.serve.policies import Policies, Policy
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 from tests.serve.fake import END, TOKENIZER, FakeService, Token
@@ -48,11 +48,10 @@ def app(service: FakeService, labels: LabelStore | None = None) -> Starlette:
     )
     metrics = Metrics()
     routes = openai_routes(policies, metrics)
-    about = {"pages": {"chat": "/"}, "models": models, "labels": labels is not None}
-    own = [served_route(lambda: about)]
-    own += label_routes(labels, None, LabelSettings()) if labels else []
-    every = [*page_routes({"/": "chat"}), *routes, *own]
-    return make_app(every, ServerSettings(port=0), metrics.observe)
+    about = {"models": models, "labels": labels is not None}
+    routes += page_routes(["chat"], lambda: about)
+    routes += label_routes(labels, None, LabelSettings()) if labels else []
+    return make_app(routes, ServerSettings(port=0), metrics.observe)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from gearshift.data.labels import Labels, read_events
 from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.label_items import item_of_row, make_item
 from gearshift.serve.label_store import LabelStore
-from gearshift.serve.labels import LabelSettings, label_page, label_routes
+from gearshift.serve.labels import LabelSettings, label_routes
+from gearshift.serve.pages import page_routes
 from tests.serve.browser import CHROMIUM, needs_browser, open_browser, open_page, serious, served
 
 pytestmark = needs_browser
@@ -38,7 +39,7 @@ def serving(folder: Path, pairs: int, one: int = 0, **how: Any) -> Iterator[tupl
         for i in range(one):
             store.add_item(item_of_row({"prompt": f"single {i}", "completion": f"alone {i}"}))
         routes = label_routes(store, None, LabelSettings(title="rows.jsonl", **how))
-        with served(make_app([*routes, *label_page()], ServerSettings(port=0))) as url:
+        with served(make_app([*routes, *page_routes(["labels"])], ServerSettings(port=0))) as url:
             yield url, store
 
 

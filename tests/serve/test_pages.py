@@ -12,8 +12,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from gearshift.serve import pages
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.pages import POLICY, WEB, page_routes, served_route
+from gearshift.serve.pages import POLICY, WEB, page_routes
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 
 SCRIPTS = sorted([*WEB.rglob("*.js"), *WEB.parents[1].glob("tasks/*/web/*.js")])
@@ -31,11 +32,10 @@ def browser() -> Iterator[Any]:
 def app(key: str | None = None) -> Starlette:
     """A page `try` of this test beside the shared files."""
 
-    about = {"pages": {"chat": "/", "runs": "/runs"}, "text": HOSTILE}
-    routes = page_routes(
-        {"/": "try/try", "/runs": "try/try"}, {"try": Path(__file__).parent / "web"}
-    )
-    return make_app([*routes, served_route(lambda: about)], ServerSettings(port=0, key=key))
+    pages._PAGES["try"] = "try/try", ["/try"]
+    about = {"pages": {"chat": "/"}, "text": HOSTILE}
+    routes = page_routes(["try"], lambda: about, {"try": Path(__file__).parent / "web"})
+    return make_app(routes, ServerSettings(port=0, key=key))
 
 
 def test_the_libraries_are_those_that_the_list_names() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.runs import watch_routes
+from gearshift.serve.pages import page_routes
+from gearshift.serve.runs import run_routes
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 
 pytestmark = needs_browser
@@ -75,7 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Iterator[str]:
-    routes = watch_routes({name: runs / name for name in ("one", "two")})
+    routes = run_routes({name: runs / name for name in ("one", "two")})
+    routes += page_routes(["runs"])
     with served(make_app(routes, ServerSettings(port=0))) as url:
         yield url
 

@@ -19,7 +19,7 @@ from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.metrics import Metrics
 from gearshift.serve.openai import openai_routes
 from gearshift.serve.policies import Policies, Policy
-from gearshift.serve.served import page_and_model_routes
+from gearshift.serve.served import policy_page_routes
 from gearshift.serve.speech import speak
 from gearshift.serve.task_panel import LONGEST_WAV, Panel
 from gearshift.tasks.service.task import TASK as SERVICE
@@ -43,7 +43,7 @@ def app(panel: Panel, service: FakeService | None = None, key: str | None = None
     policies, metrics = Policies(), Metrics()
     if service:
         policies.add(Policy("policy", service, TOKENIZER, "Be brief.", frozenset([END])))  # type: ignore[arg-type]
-    routes = page_and_model_routes(policies, False, panel=panel)
+    routes = policy_page_routes(policies, False, panel=panel)
     return make_app([*openai_routes(policies, metrics), *routes], ServerSettings(port=0, key=key))
 
 
