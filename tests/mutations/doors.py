@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "a model is asked without the system message that its recipe trained it with",
         "cli/talk.py",
-        'task.system or getattr(recipe.task, "system", None)',
-        "task.system",
+        'get_task(recipe.task.name).system or getattr(recipe.task, "system", None)',
+        "get_task(recipe.task.name).system",
         "tests/serve/test_chat.py::test_a_run_is_asked_with_the_system_message_of_its_recipe",
     ),
     Mutation(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_t54_a_session_by_keys_alone(browser: Any, tmp_path: Path) -> None:
         page.keyboard.type("too 1 long")
         page.keyboard.press("Escape")
         page.keyboard.press("2")
-        assert page.locator("#right").get_attribute("aria-pressed") == "true"
+        page.locator("#right[aria-pressed=true]").wait_for()
         press_and_wait(page, "Enter")
         page.keyboard.press("e")
         page.locator("#edit").wait_for()
@@ -114,9 +115,11 @@ def test_t54_a_session_by_keys_alone(browser: Any, tmp_path: Path) -> None:
         assert given[7]["kind"] == "edit" and given[7]["edit"]["text"].endswith(" 1s?")
         label, item = given[0], store.labels.items[first]
         assert item.answers[label["shown"]["left"]] == shown, "what was seen on the left"
-        for _ in range(9):
+        for undone in range(1, 10):
             page.keyboard.press("u")
-            page.wait_for_timeout(60)
+            until = time.monotonic() + 20
+            while len(store.labels.undone) < undone and time.monotonic() < until:
+                page.wait_for_timeout(10)
         page.wait_for_function(
             "first => document.querySelector('#asked')?.dataset.item === first", arg=first
         )
