@@ -107,7 +107,9 @@ def _bind(settings: ServerSettings) -> socket.socket:
         raise ConfigError(
             f"Other machines can reach {host}; set GEARSHIFT_KEY, or serve on 127.0.0.1."
         )
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small pieces at once (TCP_NODELAY) only where the socket names its protocol.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
