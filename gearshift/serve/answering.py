@@ -43,7 +43,8 @@ class Ask:
 
     def text(self) -> TextStream:
         """The text of one of its answers, to be made of tokens."""
-        return TextStream(self.policy.tokenizer, self.params.stop)
+        policy = self.policy
+        return TextStream(policy.tokenizer, self.params.stop, policy.names.changes_text)
 
     async def completions(self) -> list[Completion]:
         """All its answers."""
@@ -174,7 +175,7 @@ def make_ask(
         raise ApiError(400, "context_length_exceeded", words, request.asked_in)
     named = {request.asked_in: prompt, "stop_token_ids": request.stop_token_ids or ()}
     for name, tokens in {**named, "logit_bias": dict(request.bias())}.items():
-        if (worst := max(tokens, default=0)) >= len(policy.tokenizer):
+        if (worst := max(tokens, default=0)) >= policy.names.count:
             raise ApiError(400, "invalid_value", f"the token {worst} does not exist", name)
     most = wanted or min(left, settings.default_tokens)
     params = request.params(most, top, policy.end_tokens)

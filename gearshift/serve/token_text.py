@@ -22,6 +22,11 @@ class TokenNames:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._of_bytes = "ByteLevel" in repr(getattr(backend, "decoder", None))
         self._special = set(tokenizer.all_special_ids)
+        vocabulary = tokenizer.get_vocab()  # slow, so it is asked once for all answers
+        self.count = len(vocabulary)
+        """The number of tokens."""
+        self.changes_text = bool(tokenizer.clean_up_tokenization_spaces) or "<0x00>" in vocabulary
+        """Whether a later token can change the text before it."""
         self.bytes = lru_cache(1 << 16)(self._bytes)
         self.text = lru_cache(1 << 16)(self._text)
 
@@ -45,17 +50,17 @@ class TokenNames:
 class TextStream:
     """The text of an answer in pieces, while its tokens arrive. It ends before a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], whole: bool
+    ) -> None:
+        """`whole`: see `TokenNames.changes_text`."""
+        self._tokenizer, self._stops, self._whole = tokenizer, stops, whole
         self._ids: list[int] = []
         self._start = self._read = 0
         self._before = ""
         self._held = ""
         self.stopped = False
         """Whether a stop string has appeared."""
-        # Only in texts of such tokenizers can a later token change what lies before it.
-        vocabulary = tokenizer.get_vocab()
-        self._whole = bool(tokenizer.clean_up_tokenization_spaces) or "<0x00>" in vocabulary
         self._sent = 0
 
     def add(self, token: int) -> str:

@@ -80,7 +80,7 @@ MUTATIONS = (
     Mutation(
         "a token that does not exist reaches the engine",
         "serve/answering.py",
-        "if (worst := max(tokens, default=0)) >= len(policy.tokenizer):",
+        "if (worst := max(tokens, default=0)) >= policy.names.count:",
         "if False:",
         f"{OPENAI}::test_completions_of_texts_and_ids",
     ),

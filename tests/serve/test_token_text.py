@@ -7,10 +7,12 @@ from gearshift.data.text import decode
 from gearshift.serve.token_text import TextStream, TokenNames
 from tests.serve.fake import TOKENIZER
 
+WHOLE = TokenNames(TOKENIZER).changes_text
+
 
 @given(st.lists(st.integers(0, 258), max_size=60))
 def test_pieces_add_up(ids: list[int]) -> None:
-    stream = TextStream(TOKENIZER, ())
+    stream = TextStream(TOKENIZER, (), WHOLE)
     pieces = [stream.add(token) for token in ids]
     whole = decode(TOKENIZER, ids, skip_special_tokens=True)
     assert "".join([*pieces, stream.end()]) == whole
@@ -18,7 +20,7 @@ def test_pieces_add_up(ids: list[int]) -> None:
 
 @given(st.text(alphabet="abcö", max_size=30), st.lists(st.text("abcö", min_size=1), max_size=3))
 def test_a_text_ends_before_a_stop_string(text: str, stops: list[str]) -> None:
-    stream = TextStream(TOKENIZER, tuple(stops))
+    stream = TextStream(TOKENIZER, tuple(stops), WHOLE)
     said, wanted = "", text
     for end in range(len(text) + 1):  # the string that is complete first ends the text
         if places := [at for stop in stops if (at := text[:end].find(stop)) >= 0]:
@@ -31,7 +33,7 @@ def test_a_text_ends_before_a_stop_string(text: str, stops: list[str]) -> None:
 
 
 def test_no_half_character_is_sent() -> None:
-    stream = TextStream(TOKENIZER, ())
+    stream = TextStream(TOKENIZER, (), WHOLE)
     assert [stream.add(t) for t in TOKENIZER.encode("a語b")] == ["a", "", "", "語", "b"]
 
 
