@@ -26,7 +26,7 @@ def same(folder: Path, ranks: int, *names: str) -> str:
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
-    return done.stdout + ("" if done.returncode == 0 else done.stderr[-6000:])
+    return done.stdout + ("" if done.returncode == 0 else done.stderr[-20000:])
 
 
 @pytest.fixture(scope="module")
