@@ -65,7 +65,7 @@ def test_recorded_steps_give_the_logits_of_their_tokens() -> None:
 
 @pytest.mark.parametrize("ahead", [1, 7])
 def test_what_asks_for_scores_changes_no_sample(ahead: int) -> None:
-    """Of its own and of those beside it, and only it has them."""
+    """Its own samples and those beside it stay the same, and only it has the figures."""
     small = {"max_num_seqs": 4, "kv_cache_tokens": 96, "decode_steps_per_sync": ahead}
     plain = [SamplingParams(n=2, max_new_tokens=n) for n in (20, 9, 14, 17)]
     asks = [SamplingParams(n=2, max_new_tokens=20, top_logprobs=0), *plain[1:]]
