@@ -11,7 +11,8 @@ from contextlib import suppress
 from tests.chaos.injuries import Trial, damaged, source_changed
 from tests.chaos.runs import BrokenError, Command
 
-STOPPED = "gearshift: Stopped"
+STOPPED = "gearshift: stopped"
+"""In small letters: what a process says before and after the run has begun."""
 
 
 def rank_killed(trial: Trial) -> str:
@@ -88,7 +89,7 @@ def _stopped(command: Command) -> str:
     lines = [line for line in command.said().splitlines() if line.startswith("gearshift: ")]
     if "Traceback" in command.said() or len(lines) > 1:
         raise BrokenError(f"exit {command.code} with {len(lines)} lines: {command.said()[-1500:]}")
-    if lines and not lines[0].startswith(STOPPED):
+    if lines and not lines[0].lower().startswith(STOPPED):
         raise BrokenError(f"exit {command.code}: {lines[0]}")
     return lines[0] if lines else "ended at once"  # before `run` has begun
 
