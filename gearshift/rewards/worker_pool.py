@@ -7,10 +7,14 @@ died. This file must not import environments or models.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
 from threading import Lock
 from typing import Any
 
@@ -23,6 +27,7 @@ from gearshift.rewards.functions import (
     Rewards,
     call_rewards,
 )
+from gearshift.runtime.interrupt import SIGNALS
 from gearshift.runtime.user_functions import GIVEN, load_function
 from gearshift.runtime.worker_threads import end_with_parent, exit_in_forks
 from gearshift.types import Message
@@ -83,8 +88,10 @@ class ProcessReward:
         _end(self._pool)
 
     def _new_pool(self) -> ProcessPool:
+        with _blocked_signals():  # the process that keeps the pool's locks lives as long as the run
+            resource_tracker.ensure_running()
         pool = ProcessPool(
-            self.parallel, initializer=_load, initargs=(self.spec,), context=get_context("spawn")
+            self.parallel, initializer=_load, initargs=(self.spec,), context=_Workers()
         )
         weakref.finalize(self, _end, pool)  # this also ends a worker that starts while the run ends
         return pool
@@ -93,6 +100,40 @@ class ProcessReward:
 def _end(pool: ProcessPool) -> None:
     pool.stop()
     pool.join()
+
+
+class _Worker(SpawnProcess):
+    """A worker that signals to the run's process group (Ctrl-C, torchrun's SIGTERM) do not reach:
+    the run finishes its step first, and needs the rewards for it.
+    """
+
+    def start(self) -> None:
+        """Start it with signals blocked, until `run` has left the process group."""
+        with _blocked_signals():
+            super().start()
+
+    def run(self) -> None:
+        """Work."""
+        os.setsid()
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that came before `setsid`
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        super().run()
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Processes that are started inside are born with signals blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
 
 
 def _load(spec: str) -> None:

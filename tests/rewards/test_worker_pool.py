@@ -182,3 +182,37 @@ def test_a_function_without_a_module_has_no_process() -> None:
         pytest.raises(ConfigError, match=r"`given:mine` has no module .* name it module:name"),
     ):
         ProcessReward("given:mine", 1, 1.0)
+
+
+SIGNALLED = """
+import os, signal, threading, time
+from gearshift.rewards.worker_pool import ProcessReward
+
+def disturb():
+    for number in numbers * 4:
+        os.killpg(0, number)
+        time.sleep(0.4)
+
+if __name__ == "__main__":
+    os.setpgrp()
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # the run finishes its step first
+    reward = ProcessReward({spec!r}, processes=1, timeout=60.0)
+    thread = threading.Thread(target=disturb)
+    thread.start()  # while the worker starts
+    early = reward([[]], ["abc"], gold=[0.5])
+    os.killpg(0, signal.SIGTERM)  # while it waits for its next call
+    print(early, reward([[]], ["a"], gold=[0.5]), reward.last_failure)
+    thread.join()
+    reward.close()
+"""
+
+
+def test_signals_to_the_process_group_reach_the_run_alone(file: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SIGNALLED.replace("{spec!r}", repr(f"{file}:f")))
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "[3.5] [1.5] \n" and not done.stderr, done.stderr
