@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv is None:
             remove_signal_handlers()
     except (Exception, KeyboardInterrupt) as error:
-        if in_several_processes():
+        # A signal may have cut the import of PyTorch, which cannot be imported again then.
+        if in_several_processes() and isinstance(error, Exception):
             from gearshift.runtime.distributed import share_error
 
             share_error(error)

@@ -322,9 +322,9 @@ def joined(config: ScaleConfig, folder: Path | None) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def share_error(error: BaseException) -> None:
+def share_error(error: Exception) -> None:
     """Let all ranks end with an error that came before they met, so that one line says it."""
-    if not _met and not isinstance(error, KeyboardInterrupt):
+    if not _met:
         with suppress(BaseException), joined(ScaleConfig(timeout=60), None):
             raise error
 
