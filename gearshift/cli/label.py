@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gearshift.cli.serve import Named
     from gearshift.data.formats import PromptExample
     from gearshift.data.labels import Item
-    from gearshift.serve.label_sampling import Sampler
+    from gearshift.serve.labelling.sampling import Sampler
     from gearshift.serve.policies import Policies
 
 OWNER_KEY = "GEARSHIFT_OWNER_KEY"
@@ -122,8 +122,8 @@ def _export(arguments: argparse.Namespace, folder: Path) -> None:
 def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
     settings = settings_of(arguments)
     from gearshift.serve.app import make_app, run_app
-    from gearshift.serve.label_store import LabelStore
-    from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.serve.labelling.routes import LabelSettings, label_routes
+    from gearshift.serve.labelling.store import LabelStore
     from gearshift.serve.pages import page_routes
 
     guidelines = arguments.guidelines and Path(arguments.guidelines).expanduser()
@@ -153,10 +153,10 @@ def labels_beside(
     """The routes of the labels of a run whose policies are served: the first two are compared, or
     two answers of one. None while another process labels this run. `stack` ends the store.
     """
-    from gearshift.serve.label_items import prompts_of
-    from gearshift.serve.label_sampling import policy_sampler
-    from gearshift.serve.label_store import LabelStore
-    from gearshift.serve.labels import LabelSettings, label_routes
+    from gearshift.serve.labelling.items import prompts_of
+    from gearshift.serve.labelling.routes import LabelSettings, label_routes
+    from gearshift.serve.labelling.sampling import policy_sampler
+    from gearshift.serve.labelling.store import LabelStore
     from gearshift.types import SamplingParams
 
     try:
@@ -195,7 +195,7 @@ class _Work(NamedTuple):
 def _work(arguments: argparse.Namespace, what: Path, stack: ExitStack) -> _Work:
     """The items and prompts of a run or a file."""
     from gearshift.data import load_rows
-    from gearshift.serve.label_items import has_answers, item_of_row, prompts_of, rollout_items
+    from gearshift.serve.labelling.items import has_answers, item_of_row, prompts_of, rollout_items
 
     known = load_rows(str(arguments.gold)) if arguments.gold else []
     items = [item_of_row(row, known=True) for row in known]
@@ -231,7 +231,7 @@ def _sampler(
     """What answers a prompt, and the system message of the first policy's task. `stack` ends the
     engines.
     """
-    from gearshift.serve.label_sampling import policy_sampler
+    from gearshift.serve.labelling.sampling import policy_sampler
     from gearshift.serve.metrics import Metrics
     from gearshift.serve.policies import Policies
     from gearshift.types import SamplingParams

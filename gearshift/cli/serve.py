@@ -217,7 +217,7 @@ def _routes(
 ) -> list[BaseRoute]:
     """The endpoints and the pages of a server of policies, and of these runs."""
     from gearshift.serve.openai import openai_routes
-    from gearshift.serve.runs import run_routes
+    from gearshift.serve.runs.routes import run_routes
     from gearshift.serve.served import policy_page_routes
 
     own = [*openai_routes(policies, metrics), *metrics.routes(), *run_routes(runs)]

@@ -28,7 +28,7 @@ def watch(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.pages import page_routes
-    from gearshift.serve.runs import names_of, run_routes
+    from gearshift.serve.runs.routes import names_of, run_routes
 
     folders = [Path(name).expanduser() for name in arguments.runs]
     for folder in folders:

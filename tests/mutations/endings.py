@@ -111,8 +111,8 @@ MUTATIONS = (
     Mutation(
         "an error before the ranks have met leaves the others waiting",
         "runtime/distributed.py",
-        "if not _met and not",
-        "if _met and not",
+        "if not _met:",
+        "if _met:",
         "tests/runtime/test_ranks_that_fail.py",
     ),
     Mutation(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gearshift.cli.main import main
-from gearshift.serve.label_items import make_item
-from gearshift.serve.label_store import LabelStore
+from gearshift.serve.labelling.items import make_item
+from gearshift.serve.labelling.store import LabelStore
 
 
 def labelled(rows: Path) -> None:

@@ -12,8 +12,8 @@ from gearshift.pipeline.check import check_recipe
 from gearshift.pipeline.provenance import trained_on
 from gearshift.pipeline.recipe import Recipe
 from gearshift.runtime.digests import file_digest
-from gearshift.serve.label_items import make_item
-from gearshift.serve.label_store import LabelStore
+from gearshift.serve.labelling.items import make_item
+from gearshift.serve.labelling.store import LabelStore
 
 ASKED = ["turn on the light", "close the blinds", "set the heat to 20", "play music"]
 

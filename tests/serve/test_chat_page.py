@@ -12,8 +12,8 @@ from starlette.applications import Starlette
 
 from gearshift.data.labels import label_rows
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.label_store import LabelStore
-from gearshift.serve.labels import LabelSettings, label_routes
+from gearshift.serve.labelling.routes import LabelSettings, label_routes
+from gearshift.serve.labelling.store import LabelStore
 from gearshift.serve.metrics import Metrics
 from gearshift.serve.openai import openai_routes
 from gearshift.serve.pages import page_routes

@@ -12,8 +12,8 @@ from gearshift.data.messages import read_messages
 from gearshift.errors import DataError
 from gearshift.runtime.terminal import one_line
 from gearshift.serve.api_error import ApiError
-from gearshift.serve.label_deal import order
-from gearshift.serve.label_items import make_item
+from gearshift.serve.labelling.deal import order
+from gearshift.serve.labelling.items import make_item
 
 MAX_TEXT = 1 << 16
 _MAX_REASON, _MAX_TAGS, _MAX_TAG, _MAX_NAME = 4000, 20, 60, 60

@@ -12,8 +12,8 @@ import pytest
 
 from gearshift.data.labels import Labels, read_events
 from gearshift.errors import DataError, FolderInUseError, StorageError
-from gearshift.serve.label_items import make_item
-from gearshift.serve.label_store import LabelStore
+from gearshift.serve.labelling.items import make_item
+from gearshift.serve.labelling.store import LabelStore
 
 PROMPT = [{"role": "user", "content": "ask"}]
 

@@ -20,9 +20,9 @@ from starlette.testclient import TestClient
 from gearshift.cli.main import main
 from gearshift.runtime.metrics import MetricsLog
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.run_episodes import Filter, by_token
-from gearshift.serve.run_files import RolloutFile
-from gearshift.serve.runs import _tail, names_of, run_routes
+from gearshift.serve.runs.episodes import Filter, by_token
+from gearshift.serve.runs.files import RolloutFile
+from gearshift.serve.runs.routes import _tail, names_of, run_routes
 from tests.trainers.rl_runs import small, trainer
 
 RESET = 'data: {"reset": true}'
@@ -348,7 +348,7 @@ def test_names_of_runs_differ() -> None:
 
 def test_t61_the_page_needs_no_torch() -> None:
     """It would take 200 MB and a second."""
-    program = "import sys, gearshift.serve.runs; sys.exit('torch' in sys.modules)"
+    program = "import sys, gearshift.serve.runs.routes; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

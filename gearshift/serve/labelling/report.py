@@ -11,7 +11,7 @@ from typing import Any
 
 from gearshift.data.labels import Event, Item, Labels, Verdict, choice_of
 from gearshift.rollouts.intervals import wilson
-from gearshift.serve.agreement import (
+from gearshift.serve.labelling.agreement import (
     Value,
     alpha_interval,
     cohen_kappa,

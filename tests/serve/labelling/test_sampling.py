@@ -10,7 +10,7 @@ from gearshift.data.formats import PromptExample
 from gearshift.engine import Engine
 from gearshift.engine.service import EngineService
 from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
-from gearshift.serve.label_sampling import Feeder, policy_sampler
+from gearshift.serve.labelling.sampling import Feeder, policy_sampler
 from gearshift.serve.policies import Policy
 from gearshift.types import SamplingParams
 

@@ -25,17 +25,17 @@ from gearshift.rewards.http_client import is_loopback
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.body import json_object
 from gearshift.serve.guard import same_key
-from gearshift.serve.label_deal import Dealer
-from gearshift.serve.label_events import (
+from gearshift.serve.labelling.deal import Dealer
+from gearshift.serve.labelling.events import (
     read_choice,
     read_event,
     read_exchange,
     read_name,
     shown,
 )
-from gearshift.serve.label_report import progress, report
-from gearshift.serve.label_sampling import Feeder, Sampler
-from gearshift.serve.label_store import LabelStore
+from gearshift.serve.labelling.report import progress, report
+from gearshift.serve.labelling.sampling import Feeder, Sampler
+from gearshift.serve.labelling.store import LabelStore
 
 T = TypeVar("T")
 _MOST = 50

@@ -13,7 +13,7 @@ from typing import Any
 
 from gearshift.runtime.terminal import one_line
 from gearshift.serve.api_error import ApiError
-from gearshift.serve.run_files import Record
+from gearshift.serve.runs.files import Record
 
 FIGURES = ("logprobs", "trained_logprobs", "ref_logprobs", "advantages", "versions")
 """The figures of a record that belong to the tokens that the policy wrote."""

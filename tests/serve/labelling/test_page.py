@@ -12,9 +12,9 @@ import pytest
 
 from gearshift.data.labels import Labels, read_events
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.label_items import item_of_row, make_item
-from gearshift.serve.label_store import LabelStore
-from gearshift.serve.labels import LabelSettings, label_routes
+from gearshift.serve.labelling.items import item_of_row, make_item
+from gearshift.serve.labelling.routes import LabelSettings, label_routes
+from gearshift.serve.labelling.store import LabelStore
 from gearshift.serve.pages import page_routes
 from tests.serve.browser import CHROMIUM, needs_browser, open_browser, open_page, serious, served
 

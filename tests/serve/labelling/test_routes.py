@@ -13,9 +13,9 @@ from starlette.testclient import TestClient
 
 from gearshift.data.formats import PromptExample
 from gearshift.serve.app import ServerSettings, make_app
-from gearshift.serve.label_items import item_of_row, make_item, rollout_items
-from gearshift.serve.label_store import LabelStore
-from gearshift.serve.labels import LabelSettings, label_routes
+from gearshift.serve.labelling.items import item_of_row, make_item, rollout_items
+from gearshift.serve.labelling.routes import LabelSettings, label_routes
+from gearshift.serve.labelling.store import LabelStore
 
 PAGE = {"X-Gearshift": "1"}
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e\ud800"
@@ -105,7 +105,7 @@ def test_answers_are_sampled_ahead_and_come_blind(tmp_path: Path) -> None:
 def test_a_sampling_that_fails_skips_the_item_and_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gearshift.serve.label_sampling.Feeder.__init__.__defaults__", (0.05,))
+    monkeypatch.setattr("gearshift.serve.labelling.sampling.Feeder.__init__.__defaults__", (0.05,))
     with serving(tmp_path, prompts(6)) as page:
         items = wait_for(page, "ann", 3)
         assert len(items) == 3

@@ -12,7 +12,7 @@ import pytest
 
 from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.pages import page_routes
-from gearshift.serve.runs import run_routes
+from gearshift.serve.runs.routes import run_routes
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
 
 pytestmark = needs_browser

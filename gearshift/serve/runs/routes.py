@@ -20,8 +20,8 @@ from starlette.routing import BaseRoute, Route
 from gearshift.runtime.curves import CURVES, columns, matching
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.events import EventStream
-from gearshift.serve.run_episodes import Filter, by_token, summary
-from gearshift.serve.run_files import (
+from gearshift.serve.runs.episodes import Filter, by_token, summary
+from gearshift.serve.runs.files import (
     Record,
     RolloutFile,
     RunFolder,
@@ -30,8 +30,8 @@ from gearshift.serve.run_files import (
     parse_record,
     read_lines,
 )
-from gearshift.serve.run_heldout import heldout, recipe_differences
-from gearshift.serve.run_tokens import Pieces
+from gearshift.serve.runs.heldout import heldout, recipe_differences
+from gearshift.serve.runs.tokens import Pieces
 
 _POLL = 0.5
 """Seconds between two looks at a file that grows."""

@@ -13,7 +13,7 @@ from gearshift.data.formats import PromptExample
 from gearshift.data.labels import Item, item_id
 from gearshift.data.text import decode
 from gearshift.runtime.terminal import one_line
-from gearshift.serve.label_items import Answer, Source, make_item
+from gearshift.serve.labelling.items import Answer, Source, make_item
 from gearshift.serve.policies import Policy
 from gearshift.types import SamplingParams
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from gearshift.data.labels import Item, Labels
-from gearshift.serve.label_deal import LEASE, Dealer, order
+from gearshift.serve.labelling.deal import LEASE, Dealer, order
 
 
 class Desk:

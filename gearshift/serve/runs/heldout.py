@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gearshift.serve.run_files import Record, RunFolder
+from gearshift.serve.runs.files import Record, RunFolder
 
 _FIGURES = ("metric", "value", "interval", "n", "episodes", "failures", "left_out")
 _ROWS = 100

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gearshift.serve.run_files import RunFolder
+from gearshift.serve.runs.files import RunFolder
 
 
 class Pieces:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gearshift.serve.agreement import (
+from gearshift.serve.labelling.agreement import (
     alpha_interval,
     cohen_kappa,
     krippendorff_alpha,

@@ -1,0 +1,1 @@
+"""The labelling page: what is asked of whom, the file of labels, and the routes."""
