@@ -100,7 +100,11 @@ class Command:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
+        ranks = self.processes() if self.ranks > 1 else []
         self.signal(signal.SIGKILL)
+        for process in ranks:  # they would outlive torchrun by a moment
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         while self.running():
             time.sleep(0.01)
 
