@@ -1,6 +1,6 @@
 // The curves of one or several runs: the first ones pinned, all others by group; live while a run writes.
 import { api, html, sse, useEffect, useState } from "./common.js";
-import { COLOURS, Chart, view } from "./run_chart.js";
+import { COLOURS, Chart, zoom } from "./run_chart.js";
 import { words } from "./run_en.js";
 
 const said = words.curves;
@@ -73,7 +73,7 @@ function linesOf(found, runs, patterns) {
     Object.keys(columns).filter((name) => name !== "step" && under(patterns, name)).forEach((name, i) => {
       const many = runs.length > 1;
       lines.push({
-        name: many ? `${run}: ${name}` : name, steps: columns.step, values: columns[name],
+        name: many ? `${run}: ${name}` : name, steps: columns.step ?? columns[name].map((_, n) => n), values: columns[name],
         colour: COLOURS[(many ? nth : i) % COLOURS.length], dash: many ? i : 0,
       });
     });
@@ -96,7 +96,7 @@ export function Curves({ runs, stage, pinned, checkpoints }) {
   return html`<div class="tools">
       <label>${said.smoothing} <input type="range" min="0" max="0.98" step="0.02" value=${smoothing} onInput=${(e) => setSmoothing(Number(e.target.value))} /></label>
       <label><input type="checkbox" checked=${log} onChange=${(e) => setLog(e.target.checked)} /> ${said.log}</label>
-      <button onClick=${() => view.set({ range: null })}>${said.reset}</button>
+      <button onClick=${() => zoom(null)}>${said.reset}</button>
       <span class="note" role="status">${live ? words.live : words.waiting}</span>
     </div>
     <p class="note">${said.hint}</p>

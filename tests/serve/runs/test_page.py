@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,39 @@ def test_t60_curves_of_two_runs_grow_without_a_reload(
         page.get_by_role("button", name="Recipes").click()
         page.get_by_text("rl.name").wait_for()
         assert page.locator("tbody tr").count() == 1
+
+
+def test_charts_share_a_cursor_and_a_zoom_by_mouse_and_by_keys(browser: Any, address: str) -> None:
+    with open_page(browser, f"{address}/runs/one?tab=curves") as page:
+        charts = page.locator("figure")
+        reward, kl = (charts.filter(has_text=name) for name in ("Reward", "KL to the reference"))
+        plot = reward.get_by_role("img")
+        assert plot.get_attribute("aria-label") == "Reward: reward 0.95"
+        plot.press("ArrowLeft")
+        assert [chart.locator("output").inner_text() for chart in (reward, kl)] == ["0.9", "0.1"]
+        assert kl.locator("figcaption").inner_text() == "KL to the reference step 18"
+        for _ in range(15):
+            plot.press("ArrowLeft")
+        assert [chart.locator("output").inner_text() for chart in (reward, kl)] == ["0.15", ""]
+        plot.press("+")
+        for _ in range(15):
+            kl.get_by_role("img").press("ArrowRight")
+        assert reward.locator("figcaption").inner_text() == "Reward step 7", "the zoom ends there"
+        kl.get_by_role("img").press("-")
+        box = plot.bounding_box() or {}
+        at = [box["x"] + box["width"] * share for share in (0.4, 0.6, 0.9)]
+        page.mouse.move(at[0], box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(at[1], box["y"] + 50, steps=3)
+        page.mouse.up()
+        page.mouse.move(at[2], box["y"] + 50)
+        kl.get_by_text(re.compile("step (9|10)$")).wait_for()
+        page.mouse.dblclick(at[2], box["y"] + 50)
+        page.mouse.move(at[2] + 1, box["y"] + 50)
+        kl.get_by_text("step 17").wait_for()
+        page.mouse.move(1, 1)
+        reward.locator("output", has_text="0.95").wait_for()  # no cursor: the newest figure
+        page.get_by_label("Logarithmic axis").check()
 
 
 def test_a_table_is_sorted_filtered_and_searched(browser: Any, address: str) -> None:
