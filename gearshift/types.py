@@ -209,6 +209,10 @@ class Completion:
     distribution: `SamplingParams.top_logprobs` of them, or the whole vocabulary if that is smaller.
     Empty unless asked for.
     """
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens whose keys were in the cache when the request was admitted, so that they were
+    not computed for it. This depends on earlier requests; what is sampled does not.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,7 @@ class Scheduler:
                 self.cache.release(cached)
                 break
             group = self._take_group(first, cached, max(0, free))
+            _count_cached(group, len(cached) * BLOCK)
             if len(first) % BLOCK:
                 source = group[0].blocks[-1]
                 plan.copies.extend((source, follower.blocks[-1]) for follower in group[1:])
@@ -239,6 +240,15 @@ def blocks_for(groups: list[Group], max_num_seqs: int, others: int = 0) -> int:
     """
     longest = max(len(s.prompt) + s.params.max_new_tokens for group in groups for s in group)
     return min(others + sum(map(len, groups)), max_num_seqs) * -(-longest // BLOCK)
+
+
+def _count_cached(group: Group, tokens: int) -> None:
+    """Record how many prompt tokens each sequence found in the cache. Those after the first find
+    the whole prompt. One that was admitted before keeps its figure.
+    """
+    for place, sequence in enumerate(group):
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = len(sequence.prompt) if place else tokens
 
 
 def _is_number(x: float) -> bool:

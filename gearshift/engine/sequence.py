@@ -40,6 +40,8 @@ class Sequence:
     """One random number for each of its tokens; they are drawn ahead."""
     blocks: list[int] = field(default_factory=list)
     """Its blocks of the cache while it runs."""
+    cached_tokens: int | None = None
+    """Prompt tokens that were in the cache when it was admitted first; None before that."""
     served: bool = False
     """Whether a service's request; such a one may be paused, and go on with other weights."""
 
@@ -111,6 +113,7 @@ class Sequence:
             self.weights_versions,
             [score.logprob for score in self.scores],
             [score.top for score in self.scores],
+            self.cached_tokens or 0,
         )
 
 

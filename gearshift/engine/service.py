@@ -44,6 +44,8 @@ class SampledToken:
     """See `Completion.raw_logprobs`; None unless the request asks for it."""
     top: tuple[tuple[int, float], ...] = ()
     """See `Completion.top_logprobs`; empty unless the request asks for it."""
+    cached_tokens: int = 0
+    """See `Completion.cached_tokens`; the same with each token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -293,18 +295,21 @@ class EngineService:
 
 def _tokens(sequence: Sequence, first: int) -> list[SampledToken]:
     """The tokens from this place on."""
-    last = len(sequence.token_ids) - 1
-    return [
-        SampledToken(
-            sequence.token_ids[i],
-            sequence.logprobs[i],
-            sequence.drawn_logprobs[i],
-            sequence.weights_versions[i],
-            sequence.finish_reason if i == last else None,
-            *(sequence.scores[i] if sequence.scores else ()),
-        )
-        for i in range(first, last + 1)
-    ]
+    return [_token(sequence, i) for i in range(first, len(sequence.token_ids))]
+
+
+def _token(sequence: Sequence, i: int) -> SampledToken:
+    raw_logprob, top = sequence.scores[i] if sequence.scores else (None, ())
+    return SampledToken(
+        sequence.token_ids[i],
+        sequence.logprobs[i],
+        sequence.drawn_logprobs[i],
+        sequence.weights_versions[i],
+        sequence.finish_reason if i == len(sequence.token_ids) - 1 else None,
+        raw_logprob,
+        top,
+        sequence.cached_tokens or 0,
+    )
 
 
 def _deliver(deliveries: list[tuple[_Guest, list[SampledToken], bool]]) -> None:

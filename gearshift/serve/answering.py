@@ -40,6 +40,8 @@ class Ask:
     n: int
     request_id: int
     metrics: Metrics
+    cached: int = 0
+    """Prompt tokens that no answer had to compute, known once there are tokens."""
 
     def text(self) -> TextStream:
         """The text of one of its answers, to be made of tokens."""
@@ -54,6 +56,7 @@ class Ask:
             service.generate(self.prompt, self.params, self.request_id, i) for i in range(self.n)
         )
         self.metrics.tokens("generated", sum(len(c.token_ids) for c in found))
+        self._count_cached(min(c.cached_tokens for c in found))
         if any(c.finish_reason == "abort" for c in found):
             raise _aborted()
         return found
@@ -66,6 +69,8 @@ class Ask:
         async with aclosing(self._merged() if self.n > 1 else self._sample(0)) as samples:
             async for index, sampled in samples:
                 if sampled is not None:
+                    if first:  # by the answer for which the prompt was computed
+                        self._count_cached(sampled.cached_tokens)
                     now = time.monotonic()
                     self.metrics.token_seconds(now - (began if first else last), first)
                     first, last = False, now
@@ -102,11 +107,18 @@ class Ask:
             pumps.cancel()
             await asyncio.wait({pumps})
 
-    def usage(self, generated: int) -> dict[str, Any]:
-        """The numbers of tokens."""
-        prompt = len(self.prompt)
-        found = {"prompt_tokens": prompt, "completion_tokens": generated}
-        return {**found, "total_tokens": prompt + generated}
+    def _count_cached(self, tokens: int) -> None:
+        self.cached = tokens
+        self.metrics.tokens("cached", tokens)
+
+
+def usage(asks: Iterable[Ask], generated: int) -> dict[str, Any]:
+    """The numbers of tokens of these prompts and of their answers."""
+    asks = list(asks)
+    prompt, cached = sum(len(ask.prompt) for ask in asks), sum(ask.cached for ask in asks)
+    found = {"prompt_tokens": prompt, "completion_tokens": generated}
+    details = {"prompt_tokens_details": {"cached_tokens": cached}}
+    return {**found, "total_tokens": prompt + generated, **details}
 
 
 @dataclass

@@ -16,7 +16,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gearshift.data.text import decode, replace_surrogates
-from gearshift.serve.answering import LOWEST, Ask, Record, gather, make_ask, record_of
+from gearshift.serve.answering import (
+    LOWEST,
+    Ask,
+    Record,
+    gather,
+    make_ask,
+    record_of,
+    usage,
+)
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.body import json_object
 from gearshift.serve.events import EventStream
@@ -53,9 +61,9 @@ def completions_route(policies: Policies, metrics: Metrics) -> Route:
             return EventStream(_events(asks, request, head, [text for _, text in prompts]))
         found = await gather(_answers(ask, request, text) for ask, (_, text) in _zip(asks, prompts))
         choices = [choice for choices, _ in found for choice in choices]
-        usage = _usage(asks, sum(generated for _, generated in found))
+        numbers = usage(asks, sum(generated for _, generated in found))
         numbered = [{**choice, "index": i} for i, choice in enumerate(choices)]
-        return JSONResponse({**head, "choices": numbered, "usage": usage})
+        return JSONResponse({**head, "choices": numbered, "usage": numbers})
 
     return Route("/v1/completions", completions, methods=["POST"])
 
@@ -190,7 +198,7 @@ async def _events(
         generated += sum(len(record.token_ids) for record in records)
         ask.metrics.tokens("generated", sum(len(record.token_ids) for record in records))
     if counted:
-        yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(asks, generated)})}\n\n"
+        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage(asks, generated)})}\n\n"
     yield "data: [DONE]\n\n"
 
 
@@ -204,9 +212,3 @@ def _event(
 ) -> str:
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish, **more}
     return f"data: {json.dumps({**head, 'choices': [choice]}, ensure_ascii=False)}\n\n"
-
-
-def _usage(asks: list[Ask], generated: int) -> dict[str, Any]:
-    prompt = sum(len(ask.prompt) for ask in asks)
-    found = {"prompt_tokens": prompt, "completion_tokens": generated}
-    return {**found, "total_tokens": prompt + generated}

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from gearshift.serve.answering import Ask, Record, logprob_entry, make_ask, record_of
+from gearshift.serve.answering import Ask, Record, logprob_entry, make_ask, record_of, usage
 from gearshift.serve.body import json_object
 from gearshift.serve.completions import completions_route
 from gearshift.serve.events import EventStream
@@ -86,7 +86,7 @@ async def _chat(http: Request, policies: Policies, metrics: Metrics) -> Response
             "object": "chat.completion",
             "system_fingerprint": policy.fingerprint(),
             "choices": [_choice(ask, request, i, c) for i, c in enumerate(completions)],
-            "usage": ask.usage(sum(len(c.token_ids) for c in completions)),
+            "usage": usage([ask], sum(len(c.token_ids) for c in completions)),
         }
     )
 
@@ -146,7 +146,7 @@ class _Stream:
         generated = sum(len(record.token_ids) for record in self.records)
         self.ask.metrics.tokens("generated", generated)
         if self.usage:
-            yield _data({**self.head, "choices": [], "usage": self.ask.usage(generated)})
+            yield _data({**self.head, "choices": [], "usage": usage([self.ask], generated)})
         yield "data: [DONE]\n\n"
 
     def _end(self, index: int) -> str:

@@ -72,6 +72,28 @@ def test_a_long_prompt_is_computed_in_pieces(kernels: Kernels | None) -> None:
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_a_completion_says_how_much_of_its_prompt_was_in_the_cache() -> None:
+    prompt = list(range(10, 50))  # two blocks and a half
+    params = SamplingParams(n=3, max_new_tokens=4)
+    e = engine()
+    with e.generating():
+        [first], [again] = e.generate([prompt], params), e.generate([prompt], params)
+        [other] = e.generate([prompt[1:]], params)
+    assert [c.cached_tokens for c in first] == [0, 40, 40]
+    assert [c.cached_tokens for c in again] == [32, 40, 40]
+    assert [c.cached_tokens for c in other] == [0, 39, 39]
+    assert first == again  # the cache changes nothing that is sampled
+
+
+def test_a_sequence_that_is_put_back_keeps_what_it_found_in_the_cache() -> None:
+    e = engine(kv_cache_tokens=7 * 16)
+    with e.generating():
+        groups = e.generate(PROMPTS, SamplingParams(n=6, max_new_tokens=40))
+    assert e.take_stats().preemptions > 0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert all(c.cached_tokens <= len(prompt) for c in group)
+
+
 def test_a_common_beginning_is_computed_once() -> None:
     system = list(range(10, 58))  # three blocks
     prompts = [[*system, 100 + i, 3] for i in range(5)]

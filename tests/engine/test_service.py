@@ -80,6 +80,12 @@ def test_completions_and_streams_are_those_of_generate(service: EngineService) -
         assert reasons == [None] * (len(tokens) - 1) + [completion.finish_reason]
 
 
+def test_a_stream_says_how_much_of_its_prompt_was_in_the_cache(service: EngineService) -> None:
+    first = asyncio.run(service.generate(PROMPT, PARAMS, 0))
+    again = asyncio.run(told(service, PROMPT, PARAMS, 1))
+    assert first.cached_tokens == 0 and {t.cached_tokens for t in again} == {32}
+
+
 def test_scores_of_sampled_and_of_given_tokens_are_the_engines(service: EngineService) -> None:
     params = replace(PARAMS, top_logprobs=2, temperature=0.5)
     texts = [[*PROMPT, i] for i in range(3)]

@@ -137,6 +137,20 @@ MUTATIONS = (
         "tests/engine/test_scores.py",
     ),
     Mutation(
+        "each answer to one prompt counts what the first one computed as cached",
+        "engine/scheduler.py",
+        "sequence.cached_tokens = len(sequence.prompt) if place else tokens",
+        "sequence.cached_tokens = len(sequence.prompt)",
+        "tests/engine/test_scheduler.py",
+    ),
+    Mutation(
+        "a completion that was put back counts its own tokens as cached",
+        "engine/scheduler.py",
+        "if sequence.cached_tokens is None:",
+        "if True:",
+        "tests/engine/test_scheduler.py",
+    ),
+    Mutation(
         "penalties count the prompt",
         "engine/sampler.py",
         "counts = Counter(completion)",

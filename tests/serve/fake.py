@@ -25,6 +25,7 @@ class Token:
     top: tuple[tuple[int, float], ...]
     weights_version: int
     finish_reason: str | None
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -43,6 +44,7 @@ class FakeService:
         self.weights_version, self.max_length, self.gear = 3, 512, "generation"
         self.left = 0
         self.fails_at: int | None = None
+        self.cached = 0
 
     def tokens(self, params: SamplingParams) -> list[Token]:
         ids = [*TOKENIZER.encode(self.words), END]
@@ -54,7 +56,8 @@ class FakeService:
             top = tuple((7 + j, -1.0 - j) for j in range(params.top_logprobs or 0))
             raw = None if params.top_logprobs is None else -0.5
             reason = "stop" if stopped else "length" if last else None
-            found.append(Token(token, -0.25, -0.125, raw, top, self.weights_version, reason))
+            version = self.weights_version
+            found.append(Token(token, -0.25, -0.125, raw, top, version, reason, self.cached))
             if reason:
                 break
         return found
@@ -68,6 +71,7 @@ class FakeService:
         return Completion(
             [t.token for t in tokens], [-0.25] * len(tokens), [-0.125] * len(tokens), reason,
             [self.weights_version] * len(tokens), raw, [t.top for t in tokens] if raw else [],
+            tokens[0].cached_tokens,
         )  # fmt: skip
 
     async def stream(

@@ -42,6 +42,11 @@ def post(server: Server, path: str, **body: Any) -> tuple[int, bytes, Any]:
     return status, head, answer
 
 
+def metrics_of(server: Server) -> str:
+    get = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    return send(server, get)[2].decode()
+
+
 def chat(server: Server, **body: Any) -> tuple[int, bytes, Any]:
     return post(server, "/v1/chat/completions", **{"messages": ASK, **body})
 
@@ -74,6 +79,24 @@ def test_t1_a_stream_by_openais_library(client: OpenAI) -> None:
     assert not chunks[-1].choices and chunks[-1].usage and chunks[-1].usage.total_tokens
     with client.chat.completions.stream(model="policy", messages=ASK) as stream:
         assert stream.get_final_completion().choices[0].message.content == "Hello, wörld!"
+
+
+def test_usage_and_metrics_have_the_tokens_that_the_cache_held(
+    client: OpenAI, server: Server, service: FakeService
+) -> None:
+    service.cached = 5
+    chats, texts = client.chat.completions, client.completions
+    stream: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    prompts = ["one", "two"]
+    found = [
+        chats.create(model="policy", messages=ASK, n=2).usage,
+        list(chats.create(model="policy", messages=ASK, n=2, **stream))[-1].usage,
+        texts.create(model="policy", prompt=prompts).usage,
+        list(texts.create(model="policy", prompt=prompts, **stream))[-1].usage,
+    ]
+    assert found[0] == found[1] and found[2] == found[3]
+    assert [u.prompt_tokens_details.cached_tokens for u in found] == [5, 5, 10, 10]
+    assert 'gearshift_tokens_total{kind="cached"} 30.0' in metrics_of(server)
 
 
 def test_t1_the_asynchronous_library(server: Server) -> None:
@@ -348,8 +371,7 @@ def test_metrics_count_what_was_answered(server: Server) -> None:
     chat(server)
     chat(server, stream=True)
     chat(server, temperature=9)
-    get = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    text = send(server, get)[2].decode()
+    text = metrics_of(server)
     path = 'path="/v1/chat/completions"'
     assert f'gearshift_requests_total{{model="policy",{path},status="200"}} 2.0' in text
     assert f'gearshift_requests_total{{model="",{path},status="400"}} 1.0' in text
