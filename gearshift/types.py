@@ -44,6 +44,9 @@ class SamplingParams:
     """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
     max_new_tokens: int = 128
     """The most tokens of a completion. One that reaches it ends with finish reason `length`."""
+    min_new_tokens: int = 0
+    """The least tokens of a completion. Before it has them, end tokens and `stop_token_ids` are not
+    drawn, and `stop` strings in its text do not end it."""
     stop: tuple[str, ...] = ()
     """Strings, or one string, that end a completion (kept in it); the model's end tokens always
     do."""
@@ -116,6 +119,11 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "be 0 (all) or more"),
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "lie in [0, max_new_tokens]",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
             ("top_logprobs", (self.top_logprobs or 0) >= 0, "be None or 0 or more"),
             ("stop", all(isinstance(s, str) and s for s in stop), "hold strings, none empty"),
@@ -125,7 +133,7 @@ class SamplingParams:
                 raise _wrong(name, getattr(self, name), must)
 
 
-_WHOLE = ("n", "top_k", "max_new_tokens")
+_WHOLE = ("n", "top_k", "max_new_tokens", "min_new_tokens")
 _FINITE = (
     "temperature",
     "top_p",
@@ -194,8 +202,8 @@ class Completion:
     """
     drawn_logprobs: list[float]
     """log p(token) under the distribution that the token was drawn from, with truncation,
-    penalties, bias and bad words. An importance ratio against the sampler itself needs it. It
-    equals `logprobs` if the request uses none of these.
+    penalties, bias, bad words, and without end tokens before `min_new_tokens`. An importance ratio
+    against the sampler itself needs it. It equals `logprobs` if the request uses none of these.
     """
     finish_reason: FinishReason
     weights_versions: list[int]

@@ -44,8 +44,11 @@ def decode(
         return str(tokenizer.decode([token for token in ids if token in known], **options))
 
 
-def has_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str]) -> bool:
-    """Whether the text of these tokens contains one of the strings.
+def has_stop(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str], first: int = 0
+) -> bool:
+    """Whether the text of these tokens contains one of the strings, after the text of the `first`
+    tokens.
 
     The caller asks after each token and ends at the first yes, so a string that is found now ends
     in the last token. Only the end of the text is decoded to look for it, and the whole text to
@@ -54,7 +57,7 @@ def has_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequ
     text = _end_of_text(tokenizer, ids, max(map(len, stops)))
     if not any(stop in text for stop in stops):
         return False
-    text = decode(tokenizer, ids)
+    text = decode(tokenizer, ids)[len(decode(tokenizer, ids[:first])) :]
     return any(stop in text for stop in stops)
 
 

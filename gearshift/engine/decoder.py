@@ -183,7 +183,7 @@ class Decoder:
         return Sampled([(tokens, logprobs, drawn_logprobs)], failed)
 
     def _drawn(self, sequences: list[Sequence], logits: Tensor, uniforms: Tensor) -> Column:
-        draw, params = self.kernels.sample, [s.params for s in sequences]
+        draw, params = self.kernels.sample, [s.params_now for s in sequences]
         written = [(s.prompt, s.token_ids) for s in sequences]
         with self.kernels.batch_invariant() if any(map(adjusts, params)) else nullcontext():
             columns = sample(draw, logits, uniforms, params, written)

@@ -94,7 +94,7 @@ def adjusts(p: SamplingParams) -> bool:
     """Whether more than the temperature shapes the distribution."""
     truncates = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     penalizes = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
-    return truncates or penalizes or bool(p.logit_bias or p.bad_words)
+    return truncates or penalizes or bool(p.logit_bias or p.bad_words or p.min_new_tokens)
 
 
 def reads_logits(p: SamplingParams) -> bool:

@@ -5,7 +5,7 @@ before it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from operator import index
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from gearshift.errors import CapacityError, ConfigError, DataError, GearshiftError
 from gearshift.types import Completion, FinishReason, SamplingParams, TokenScore
 
-HasStop = Callable[[list[int], tuple[str, ...]], bool]
-"""Whether the text of these tokens contains one of the strings."""
+HasStop = Callable[[list[int], tuple[str, ...], int], bool]
+"""Whether the text of these tokens, after that of the first so many, contains one of the strings.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,8 @@ class Sequence:
     sample_index: int
     seed: int
     end_tokens: frozenset[int]
+    early_params: SamplingParams
+    """The parameters of its first `min_new_tokens` tokens, which forbid the end tokens."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
@@ -51,6 +54,12 @@ class Sequence:
         return len(self.prompt) + len(self.token_ids)
 
     @property
+    def params_now(self) -> SamplingParams:
+        """The parameters of its next token."""
+        early = len(self.token_ids) < self.params.min_new_tokens
+        return self.early_params if early else self.params
+
+    @property
     def tokens(self) -> list[int]:
         """Prompt and completion so far."""
         return self.prompt + self.token_ids
@@ -58,7 +67,13 @@ class Sequence:
     def with_sample(self, sample_index: int) -> Sequence:
         """Another completion of this request, without tokens."""
         return Sequence(
-            self.prompt, self.params, self.request_id, sample_index, self.seed, self.end_tokens
+            self.prompt,
+            self.params,
+            self.request_id,
+            sample_index,
+            self.seed,
+            self.end_tokens,
+            self.early_params,
         )
 
     def append(
@@ -79,7 +94,8 @@ class Sequence:
         self.weights_versions.append(version)
         try:
             ends = token in self.end_tokens or (
-                bool(self.params.stop) and has_stop(self.token_ids, self.params.stop)
+                bool(self.params.stop)
+                and has_stop(self.token_ids, self.params.stop, self.params.min_new_tokens)
             )
         except Exception as error:  # the tokenizer has a method for it
             self.fail(error)
@@ -147,11 +163,12 @@ class SamplingLimits:
         """
         prompt = check_prompt(name, token_ids, self.vocabulary)
         request_id = check_id(request_id)
-        check_params(params, self.vocabulary)
+        ends = self.end_tokens | frozenset(params.stop_token_ids)
+        check_params(params, ends, self.vocabulary)
         self._check_room(name, len(prompt), params.max_new_tokens)
         seed = self.seed if params.seed is None else params.seed
-        ends = self.end_tokens | frozenset(params.stop_token_ids)
-        return Sequence(prompt, params, request_id, sample_index, seed, ends)
+        early = self._without_ends(params, ends) if params.min_new_tokens else params
+        return Sequence(prompt, params, request_id, sample_index, seed, ends, early)
 
     def group(
         self, token_ids: Iterable[int], params: SamplingParams, request_id: int, name: str
@@ -174,6 +191,11 @@ class SamplingLimits:
                 "shorten it."
             )
         return ids
+
+    def _without_ends(self, params: SamplingParams, ends: frozenset[int]) -> SamplingParams:
+        """The parameters, and no end token may be drawn."""
+        barred = [(token,) for token in sorted(ends) if token < self.vocabulary]
+        return replace(params, bad_words=(*params.bad_words, *barred))
 
     def _check_room(self, name: str, length: int, new: int) -> None:
         _check_some(name, length)
@@ -212,8 +234,10 @@ def check_prompt(name: str, prompt: Iterable[int], vocabulary: int) -> list[int]
     return list(map(index, ids))
 
 
-def check_params(params: SamplingParams, vocabulary: int) -> None:
-    """Raises `ConfigError` where the parameters name tokens that the vocabulary lacks."""
+def check_params(params: SamplingParams, ends: frozenset[int], vocabulary: int) -> None:
+    """Raises `ConfigError` where the parameters name tokens that the vocabulary lacks, or leave
+    none to be sampled.
+    """
     named = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": tuple(token for token, _ in params.logit_bias),
@@ -225,8 +249,14 @@ def check_params(params: SamplingParams, vocabulary: int) -> None:
                 raise ConfigError(
                     f"sampling {name} names token {token}; the vocabulary ends at {vocabulary - 1}."
                 )
-    if len({run[-1] for run in params.bad_words}) == vocabulary:
+    barred = {run[-1] for run in params.bad_words}
+    if len(barred) == vocabulary:
         raise ConfigError("sampling bad_words ends with every token; leave one to be sampled.")
+    if params.min_new_tokens and barred | ends >= set(range(vocabulary)):
+        raise ConfigError(
+            "sampling min_new_tokens forbids the end tokens, which are all that bad_words leaves; "
+            "leave another one to be sampled."
+        )
 
 
 def check_id(request_id: Any) -> int:

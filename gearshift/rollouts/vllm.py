@@ -185,6 +185,7 @@ class VLLM:
             "frequency_penalty": params.frequency_penalty,
             "presence_penalty": params.presence_penalty,
             "logit_bias": {str(token): bias for token, bias in params.logit_bias} or None,
+            "min_tokens": params.min_new_tokens,
             "seed": seed % 2**63,
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
@@ -303,5 +304,6 @@ def _completion(
     plain = params.top_p == 1 and not params.top_k and not params.min_p
     plain = plain and params.repetition_penalty == 1 and not params.logit_bias
     plain = plain and not params.frequency_penalty and not params.presence_penalty
+    plain = plain and not params.min_new_tokens
     whole = drawn if plain or params.temperature == 0 else [math.nan] * len(drawn)
     return Completion(tokens, whole, drawn, reason, [version] * len(tokens))

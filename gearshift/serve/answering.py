@@ -45,8 +45,9 @@ class Ask:
 
     def text(self) -> TextStream:
         """The text of one of its answers, to be made of tokens."""
-        policy = self.policy
-        return TextStream(policy.tokenizer, self.params.stop, policy.names.changes_text)
+        policy, p = self.policy, self.params
+        whole = policy.names.changes_text
+        return TextStream(policy.tokenizer, p.stop, whole, p.min_new_tokens)
 
     async def completions(self) -> list[Completion]:
         """All its answers."""
@@ -190,6 +191,9 @@ def make_ask(
         if (worst := max(tokens, default=0)) >= policy.names.count:
             raise ApiError(400, "invalid_value", f"the token {worst} does not exist", name)
     most = wanted or min(left, settings.default_tokens)
+    if (request.min_tokens or 0) > most:
+        words = f"min_tokens is {request.min_tokens}, and the answer may have at most {most} tokens"
+        raise ApiError(400, "invalid_value", words, "min_tokens")
     params = request.params(most, top, policy.end_tokens)
     request_id = policy.next_id() if request.seed is None else 0
     http.scope["state"]["model"] = policy.name

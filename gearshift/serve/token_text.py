@@ -51,9 +51,16 @@ class TextStream:
     """The text of an answer in pieces, while its tokens arrive. It ends before a stop string."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], whole: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: tuple[str, ...],
+        whole: bool,
+        first: int = 0,
     ) -> None:
-        """`whole`: see `TokenNames.changes_text`."""
+        """`whole`: see `TokenNames.changes_text`. In the text of the `first` tokens, stop strings
+        do not count.
+        """
+        self._first = first
         self._tokenizer, self._stops, self._whole = tokenizer, stops, whole
         self._ids: list[int] = []
         self._start = self._read = 0
@@ -100,7 +107,7 @@ class TextStream:
     def _cut(self, piece: str) -> str:
         """The text without what is, or may become, a stop string."""
         text = self._held + piece
-        if not self._stops:
+        if not self._stops or len(self._ids) <= self._first:
             return text
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:

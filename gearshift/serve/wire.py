@@ -44,7 +44,6 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "suffix": ("",),
-    "min_tokens": (0,),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -92,6 +91,7 @@ class SamplingRequest(BaseModel):
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
     logit_bias: Annotated[dict[str, Number], Field(max_length=1024)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -122,6 +122,7 @@ class SamplingRequest(BaseModel):
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
                 max_new_tokens=most,
+                min_new_tokens=self.min_tokens or 0,
                 stop=self.stops,
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 logit_bias=self.bias(),

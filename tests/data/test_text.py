@@ -100,10 +100,10 @@ def test_pieces_join_to_the_answer(kind: str, data: st.DataObject) -> None:
 
 
 def ends_at(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str], first: int = 0
 ) -> int | None:
     counts = range(1, len(ids) + 1)
-    return next((n for n in counts if has_stop(tokenizer, ids[:n], stops)), None)
+    return next((n for n in counts if has_stop(tokenizer, ids[:n], stops, first)), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,6 +122,8 @@ def test_a_completion_ends_at_its_first_stop_string(kind: str, data: st.DataObje
     stops = [stop for stop in (part, data.draw(st.text(" '.a家é\ufffd", max_size=3))) if stop]
     if stops:
         assert ends_at(tokenizer, ids, stops) == first_stop(tokenizer, ids, stops)
+        first = data.draw(st.integers(1, 50))
+        assert ends_at(tokenizer, ids, stops, first) == first_stop(tokenizer, ids, stops, first)
 
 
 @pytest.mark.parametrize("name", ["bytes", "byte fallback", "byte fallback, cleaned"])

@@ -1,6 +1,7 @@
 """A request is checked before it runs beside others; what goes wrong in one ends that one."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -41,7 +42,8 @@ WRONG = [
     *({"top_logprobs": bad} for bad in (-1, 1.0, "1", True)),
     {"temperature": 1e-30}, {"temperature": 1e30}, {"repetition_penalty": 1e-30},
     {"repetition_penalty": 0}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 1},
-    *({name: bad} for name in ("n", "top_k", "max_new_tokens")
+    {"min_new_tokens": 129}, {"min_new_tokens": 2, "max_new_tokens": 1},
+    *({name: bad} for name in ("n", "top_k", "max_new_tokens", "min_new_tokens")
       for bad in (1.5, 2.0, "8", True, None, -1, math.nan)),
     {"n": 0}, {"n": 10**9}, {"max_new_tokens": 0},
     {"seed": -1}, {"seed": 2**63}, {"seed": 1.0}, {"seed": "1"}, {"seed": True},
@@ -87,6 +89,34 @@ def test_a_stop_that_is_one_string_is_no_set_of_letters(engine: Engine) -> None:
     letters = text[4] + "\x00"  # its first letter is written, it is not
     assert len(text) > 20 and written(stop=letters) == alone
     assert engine.tokenizer.decode(written(stop=text[5:8])).endswith(text[5:8])
+
+
+def test_no_completion_ends_before_its_least_tokens(engine: Engine) -> None:
+    """By an end token, by a further one, and by a string that its text had before."""
+    end, letter = engine.tokenizer.eos_token_id, engine.tokenizer.encode("a")[0]
+    asked: list[dict[str, Any]] = [
+        {"logit_bias": {end: 50.0}},
+        {"logit_bias": {end: 50.0}, "temperature": 0.0, "n": 1},
+        {"logit_bias": {letter: 50.0}, "stop_token_ids": (letter,)},
+        {"logit_bias": {letter: 50.0}, "stop": ("aa",)},
+    ]
+    for keys in asked:
+        params = SamplingParams(**{"n": 3, "max_new_tokens": 20, **keys})
+        with engine.generating():
+            [soon] = engine.generate([PROMPT], params)
+            [late] = engine.generate([PROMPT], replace(params, min_new_tokens=6))
+            streams = [engine.stream(PROMPT, replace(params, min_new_tokens=6)) for _ in range(2)]
+            tokens = [list(stream) for stream in streams]
+        assert all(len(c.token_ids) <= 2 for c in soon)
+        least = 8 if "stop" in keys else 7
+        assert all(len(c.token_ids) == least and c.finish_reason == "stop" for c in late)
+        assert tokens == [late[0].token_ids] * 2
+        # What trains is the policy's own log-prob; what was drawn had no end token.
+        for c in late if "stop" not in keys else []:
+            assert all(d > p for d, p in zip(c.drawn_logprobs[:6], c.logprobs[:6], strict=True))
+    with engine.generating(), pytest.raises(ConfigError, match="min_new_tokens forbids the end"):
+        every = tuple(range(259))
+        engine.generate([PROMPT], SamplingParams(min_new_tokens=1, stop_token_ids=every))
 
 
 @pytest.mark.parametrize(

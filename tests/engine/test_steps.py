@@ -80,11 +80,12 @@ def test_steps_drawn_ahead_are_the_same_steps(kv_cache_tokens: int | None) -> No
         SamplingParams(n=3, max_new_tokens=4, stop=("e",)),
         SamplingParams(n=1, max_new_tokens=30, temperature=0.0),
         SamplingParams(n=2, max_new_tokens=17, top_k=5),
+        SamplingParams(n=2, max_new_tokens=17, min_new_tokens=9, logit_bias={2: 3.0}),
     ]
     groups = []
     for e in (one, ahead):
         with e.generating():
-            groups.append(zoo.written(e.generate(PROMPTS, params)))
+            groups.append(zoo.written(e.generate([*PROMPTS, [9, 8]], params)))
     assert_same(*groups)
     steps = [e.take_stats().decode_tokens for e in (one, ahead)]
     assert kv_cache_tokens is not None or steps[0] == steps[1]

@@ -71,6 +71,7 @@ class FakeVLLM:
         taken = ("temperature", "top_p", "min_p", "seed", "repetition_penalty")
         params = SamplingParams(
             max_new_tokens=body["max_tokens"],
+            min_new_tokens=body["min_tokens"],
             top_k=max(0, body["top_k"]),
             stop_token_ids=tuple(body["stop_token_ids"]),
             **{name: body[name] for name in taken},

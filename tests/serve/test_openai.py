@@ -163,7 +163,8 @@ def test_t1_errors_are_the_librarys(client: OpenAI, service: FakeService) -> Non
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"extra_body": {"functions": [{}]}}, "unsupported_parameter", "functions"),
         ({"modalities": ["audio"]}, "unsupported_parameter", "modalities"),
-        ({"extra_body": {"min_tokens": 3}}, "unsupported_parameter", "min_tokens"),
+        ({"extra_body": {"min_tokens": 3}, "max_tokens": 2}, "invalid_value", "min_tokens"),
+        ({"extra_body": {"min_tokens": 500}}, "invalid_value", "min_tokens"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as caught:
             create(**{"model": "policy", "messages": ASK, **body})
@@ -207,12 +208,13 @@ def test_the_fields_reach_the_engine(server: Server, service: FakeService) -> No
         "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5,
         "presence_penalty": 1, "frequency_penalty": -1, "max_tokens": 9,
         "max_completion_tokens": 8, "stop_token_ids": [5], "logit_bias": {"65": -100},
-        "ignore_eos": True,
+        "ignore_eos": True, "min_tokens": 3,
     }  # fmt: skip
     assert chat(server, **sent)[0] == 200
     _, params, _, _ = service.asked[0]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0, 0.5, 7, 0.1)
     assert (params.repetition_penalty, params.presence_penalty) == (1.5, 1)
+    assert (params.min_new_tokens, params.max_new_tokens) == (3, 8)
     assert (params.frequency_penalty, params.max_new_tokens) == (-1, 8)
     assert params.stop_token_ids == (5,) and params.logit_bias == ((65, -100.0),)
     assert params.bad_words == ((END,),)

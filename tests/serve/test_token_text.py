@@ -18,12 +18,17 @@ def test_pieces_add_up(ids: list[int]) -> None:
     assert "".join([*pieces, stream.end()]) == whole
 
 
-@given(st.text(alphabet="abcö", max_size=30), st.lists(st.text("abcö", min_size=1), max_size=3))
-def test_a_text_ends_before_a_stop_string(text: str, stops: list[str]) -> None:
-    stream = TextStream(TOKENIZER, tuple(stops), WHOLE)
+@given(
+    st.text(alphabet="abcö", max_size=30),
+    st.lists(st.text("abcö", min_size=1), max_size=3),
+    st.integers(0, 9),
+)
+def test_a_text_ends_before_a_stop_string(text: str, stops: list[str], first: int) -> None:
+    first = min(first, len(text))
+    stream = TextStream(TOKENIZER, tuple(stops), WHOLE, len(TOKENIZER.encode(text[:first])))
     said, wanted = "", text
-    for end in range(len(text) + 1):  # the string that is complete first ends the text
-        if places := [at for stop in stops if (at := text[:end].find(stop)) >= 0]:
+    for end in range(first, len(text) + 1):  # the string that is complete first ends the text
+        if places := [at for stop in stops if (at := text[:end].find(stop, first)) >= 0]:
             wanted = text[: min(places)]
             break
     for token in TOKENIZER.encode(text):
