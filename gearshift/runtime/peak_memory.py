@@ -7,12 +7,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 _aten = torch.ops.aten
 _DRAWS = {_aten.normal_.default, _aten.uniform_.default}
@@ -92,23 +93,48 @@ def _idle(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.numel() >= _LARGE
 
 
+class _Form(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: str) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+def _form(x: Any) -> Any:
+    """A tensor's form; of anything else its type too, because 1, 1.0 and True are equal."""
+    return _Form(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
+
+
 def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:
     """Memory for what an operation gives, by shapes alone; None where it has to be computed."""
-
-    def meta(x: Tensor) -> Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-    def room(x: Tensor) -> Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
-
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    leaves, tree = tree_flatten((args, kwargs))
+    given = [x for x in leaves if isinstance(x, Tensor)]
     if not given or not all(map(_on_host, given)):
         return None
+    forms = tuple(map(_form, leaves))
     try:
-        shapes = func(*tree_map_only(Tensor, meta, args), **tree_map_only(Tensor, meta, kwargs))
-    except (NotImplementedError, RuntimeError, TypeError):  # what it gives depends on the values
+        made = _made(func, tree, forms)
+    except TypeError:  # an argument that cannot be a key
+        made = _made.__wrapped__(func, tree, forms)
+    if made is None or max((form.shape.numel() for form in made[0]), default=0) < _LARGE:
         return None
-    made = tree_leaves(shapes)
+    return tree_unflatten([form.empty("cpu") for form in made[0]], made[1])
+
+
+@lru_cache(maxsize=1 << 14)  # layers, and the steps of a loop, repeat the same operations
+def _made(func: Any, tree: TreeSpec, forms: tuple[Any, ...]) -> tuple[list[_Form], TreeSpec] | None:
+    """The forms of the tensors that an operation gives; None where they depend on the values, or
+    where anything but tensors of floats is given.
+    """
+    args, kwargs = tree_unflatten(
+        [form.empty("meta") if isinstance(form, _Form) else form[1] for form in forms], tree
+    )
+    try:
+        made, tree = tree_flatten(func(*args, **kwargs))
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in made):
         return None
-    return tree_map_only(Tensor, room, shapes) if any(map(_idle, made)) else None
+    return [_form(x) for x in made], tree
