@@ -90,8 +90,15 @@ MUTATIONS = (
     Mutation(
         "the chat page compares answers to different conversations",
         "serve/web/chat.js",
-        "const alike = JSON.stringify(prompts[0]) === JSON.stringify(prompts[1]);",
-        "const alike = true;",
+        "if (JSON.stringify(prompt) !== JSON.stringify(other) || ",
+        "if (",
         "tests/serve/test_chat_page.py::test_answers_to_different_conversations_are_not_compared",
+    ),
+    Mutation(
+        "the run page compares answers to different conversations",
+        "serve/web/run_group.js",
+        "const good = alike(...prompts) && ",
+        "const good = ",
+        "tests/serve/runs/test_page.py -k side_by_side",
     ),
 )

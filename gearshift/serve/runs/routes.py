@@ -31,6 +31,7 @@ from gearshift.serve.runs.files import (
     read_lines,
 )
 from gearshift.serve.runs.heldout import heldout, recipe_differences
+from gearshift.serve.runs.marks import marks
 from gearshift.serve.runs.tokens import Pieces
 
 _POLL = 0.5
@@ -83,6 +84,7 @@ def run_routes(folders: Mapping[str, Path]) -> list[BaseRoute]:
         route("steps", _steps),
         route("rollouts", _rollouts),
         route("episode", partial(_episode, pieces)),
+        route("group", _group),
         route("export", _export),
         route("heldout", lambda run, _, request: heldout(run, _whole(request, "from", 0))),
     ]
@@ -110,7 +112,6 @@ def _about(name: str, run: RunFolder) -> Record:
         {
             "name": stage,
             "rollouts": run.rollouts(stage) is not None,
-            "checkpoints": run.checkpoints(stage),
             "done": (run.path / stage / "done.json").is_file(),
         }
         for stage in run.stages()
@@ -120,7 +121,7 @@ def _about(name: str, run: RunFolder) -> Record:
 
 def _metrics(run: RunFolder, stage: str, request: Request) -> Record:
     """The columns of the metrics; `keys` names those that are asked for, by default the first
-    curves. `offset` is where the live events go on.
+    curves. `offset` is where the live events go on. `marks` are steps at which something happened.
     """
     path = run.file(stage, "metrics.jsonl")
     if path is None:
@@ -134,6 +135,7 @@ def _metrics(run: RunFolder, stage: str, request: Request) -> Record:
         "offset": lines[-1][0] if lines else 0,
         "names": list(figures),
         "columns": {k: [_short(x) for x in figures[k]] for k in kept if k in figures},
+        "marks": marks(figures, run.checkpoints(stage)),
     }
 
 
@@ -240,6 +242,19 @@ def _episode(pieces: Pieces, run: RunFolder, stage: str, request: Request) -> Re
 
 
 _LISTS = ("prompt_ids", "token_ids")
+
+
+def _group(run: RunFolder, stage: str, request: Request) -> Record:
+    """The episodes of a group of a step, with their conversations."""
+    step, group = _whole(request, "step", 0), request.query_params.get("group", "")
+    found = [
+        {**summary(episode, place, step), "messages": episode.get("messages")}
+        for place, episode in enumerate(_rollout_file(run, stage).step(step))
+        if str(episode.get("group_id")) == group
+    ]
+    if not found:
+        raise _missing("group")
+    return {"step": step, "group": group, "episodes": found}
 
 
 def _export(run: RunFolder, stage: str, request: Request) -> Response:

@@ -1,16 +1,14 @@
 // The chat page: one conversation at a time, with one model or with two side by side.
 
-import {
-  api, browserStore, CopyButton, html, render, Shell, useEffect, useRef, useState,
-} from "./common.js";
+import { browserStore, CopyButton, html, render, Shell, useEffect, useRef, useState } from "./common.js";
 import { answer, asText, bodyOf } from "./chat_request.js";
 import {
-  addNode, branches, changeNode, changePane, newConversation, newestBelow, newId, newPane, pathTo,
-  titleOf,
+  addNode, branches, changeNode, changePane, newConversation, newestBelow, newPane, pathTo, titleOf,
 } from "./chat_tree.js";
 import { chat as words } from "./chat_en.js";
 import { Message } from "./chat_message.js";
 import { TaskPanel } from "./chat_task.js";
+import { Judge } from "./judge.js";
 
 const store = browserStore("chats");
 const asked = new URLSearchParams(location.search);
@@ -122,7 +120,7 @@ function Chat({ served }) {
         )}
       </div>
       ${conversation.panes.length > 1 && served.labels && !busy &&
-      html`<${Judge} conversation=${conversation} given=${given} onChosen=${(winner) => {
+      html`<${Judge} pair=${pairOf(conversation, given)} of=${Object.keys(conversation.nodes).length} onChosen=${(winner) => {
         if (conversation.shared && winner !== null) {
           const { leaf } = now.current.panes[winner];
           set({ ...now.current, panes: now.current.panes.map((pane) => ({ ...pane, leaf })) });
@@ -228,55 +226,23 @@ function Side({ conversation, chats, change, compare, hide, busy, onNew, onOpen,
   </div>`;
 }
 
-// Which of two answers is better: a label, as the labelling page makes them.
-function Judge({ conversation, given, onChosen }) {
-  const leaves = conversation.panes.map((pane) => conversation.nodes[pane.leaf]);
-  const size = Object.keys(conversation.nodes).length;
-  const [saved, setSaved] = useState({ size: 0, text: "" });
-  const [who, setWho] = useState(localStorage.getItem("who") || "");
-  const answered = leaves.every((leaf) => leaf?.role === "assistant" && leaf.content.trim());
-  // Answers to different conversations cannot be compared, nor can equal ones.
-  const prompts = answered ? leaves.map((leaf) => promptOf(conversation, leaf, given)) : [];
-  const alike = JSON.stringify(prompts[0]) === JSON.stringify(prompts[1]);
-  const open = answered && alike && leaves[0].content !== leaves[1].content;
-  if (!saved.text && !open) return null;
-  const choose = async (choice, winner) => {
-    localStorage.setItem("who", who);
-    const label = {
-      id: newId(),
-      who,
-      prompt: prompts[0],
-      answers: leaves.map((leaf) => leaf.content),
-      sources: leaves.map((leaf, at) => ({
-        model: leaf.model,
-        version: leaf.stats?.[2] || null,
-        sampling: conversation.panes[at].settings,
-      })),
-      choice,
-    };
-    try {
-      await api("/api/labels/exchange", { body: label });
-      setSaved({ size, text: words.labelled });
-      onChosen(winner);
-    } catch (error) {
-      setSaved({ size: 0, text: error.message });
-    }
-  };
-  const button = (label, choice, winner) =>
-    html`<button type="button" disabled=${!who.trim()} onClick=${() => choose(choice, winner)}>${label}</button>`;
-  return html`<div class="judge row" role="group">
-    ${saved.size !== size && open &&
-    html`<label>${words.who} <input value=${who} onInput=${(e) => setWho(e.target.value)} /></label>
-      ${button(words.better("A"), "left", 0)} ${button(words.tie, "tie", null)}
-      ${button(words.better("B"), "right", 1)}`}
-    <span role="status">${saved.size === size || !saved.size ? saved.text : ""}</span>
-  </div>`;
+// The last answers of two panes as a pair. Answers to different conversations cannot be compared, nor
+// can equal ones.
+function pairOf({ panes, nodes, system }, given) {
+  const leaves = panes.map((pane) => nodes[pane.leaf]);
+  if (!leaves.every((leaf) => leaf?.role === "assistant" && leaf.content.trim())) return null;
+  const [prompt, other] = leaves.map((leaf) => promptOf(nodes, system, leaf, given));
+  if (JSON.stringify(prompt) !== JSON.stringify(other) || leaves[0].content === leaves[1].content) return null;
+  const sources = leaves.map((leaf, at) => ({
+    model: leaf.model, version: leaf.stats?.[2] || null, sampling: panes[at].settings,
+  }));
+  return { prompt, answers: leaves.map((leaf) => leaf.content), sources };
 }
 
 // What the model was given before this answer.
-function promptOf(conversation, leaf, given) {
-  const path = given(pathTo(conversation.nodes, leaf.parent)).map(({ role, content }) => ({ role, content }));
-  return conversation.system ? [{ role: "system", content: conversation.system }, ...path] : path;
+function promptOf(nodes, system, leaf, given) {
+  const path = given(pathTo(nodes, leaf.parent)).map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...path] : path;
 }
 
 render(Chat);

@@ -17,3 +17,11 @@ export const common = {
   copy: "Copy",
   copied: "Copied",
 };
+
+// Which of two answers is better, on the chat page and on the run page.
+export const judge = {
+  better: (side) => `${side} is better`,
+  tie: "As good as each other",
+  labelled: "Label saved",
+  who: "Your name",
+};

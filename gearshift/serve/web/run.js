@@ -40,13 +40,13 @@ function Page({ served }) {
   const tabs = ["curves", ...(stage.rollouts ? ["rollouts"] : []), "timeline", "heldout", ...(runs.length > 1 ? ["recipes"] : [])];
   return frame(shown.name, html`<div class="runpage"><h1>${shown.name}</h1>
     <div class="tools">
-      <label>${words.run} <select value=${shown.name} onChange=${(e) => go({ run: e.target.value, step: undefined, episode: undefined })}>${runs.map((run) => html`<option value=${run.name}>${run.name}</option>`)}</select></label>
-      <label>${words.stage} <select value=${stage.name} onChange=${(e) => go({ stage: e.target.value, step: undefined, episode: undefined })}>${shown.stages.map((s) => html`<option value=${s.name}>${s.name}</option>`)}</select></label>
+      <label>${words.run} <select value=${shown.name} onChange=${(e) => go({ run: e.target.value, step: undefined, episode: undefined, group: undefined })}>${runs.map((run) => html`<option value=${run.name}>${run.name}</option>`)}</select></label>
+      <label>${words.stage} <select value=${stage.name} onChange=${(e) => go({ stage: e.target.value, step: undefined, episode: undefined, group: undefined })}>${shown.stages.map((s) => html`<option value=${s.name}>${s.name}</option>`)}</select></label>
       ${runs.length > 1 && html`<fieldset><legend>${words.compare}</legend>${runs.filter((run) => run.name !== shown.name).map((run) => html`<label><input type="checkbox" checked=${chosen.includes(run.name)} onChange=${(e) => setOverlaid(e.target.checked ? [...chosen, run.name] : chosen.filter((n) => n !== run.name))} /> ${run.name}</label>`)}</fieldset>`}
     </div>
-    <nav class="tabs" aria-label=${words.title}>${tabs.map((name) => html`<button aria-current=${name === tab ? "page" : undefined} onClick=${() => go({ tab: name, episode: undefined })}>${words.tabs[name]}</button>`)}</nav>
-    ${tab === "curves" && html`<${Curves} runs=${drawn} stage=${stage.name} pinned=${state.value.curves} checkpoints=${stage.checkpoints} />`}
-    ${tab === "rollouts" && html`<${Rollouts} key=${`${shown.name}/${stage.name}`} run=${shown.name} stage=${stage.name} query=${place} go=${go} />`}
+    <nav class="tabs" aria-label=${words.title}>${tabs.map((name) => html`<button aria-current=${name === tab ? "page" : undefined} onClick=${() => go({ tab: name, episode: undefined, group: undefined })}>${words.tabs[name]}</button>`)}</nav>
+    ${tab === "curves" && html`<${Curves} runs=${drawn} stage=${stage.name} pinned=${state.value.curves} />`}
+    ${tab === "rollouts" && html`<${Rollouts} key=${`${shown.name}/${stage.name}`} run=${shown.name} stage=${stage.name} query=${place} go=${go} labels=${served.labels} />`}
     ${tab === "timeline" && html`<${Timeline} run=${shown.name} stage=${stage.name} go=${go} />`}
     ${tab === "heldout" && html`<${Heldout} run=${shown.name} />`}
     ${tab === "recipes" && html`<${Recipes} runs=${drawn} />`}

@@ -22,7 +22,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 new MutationObserver(redraw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
 
 export function figure(x) {
-  if (x === null || x === undefined || Number.isNaN(x)) return "";
+  if (typeof x !== "number" || Number.isNaN(x)) return "";
   const size = Math.abs(x);
   if (size !== 0 && (size < 1e-3 || size >= 1e5)) return x.toExponential(2);
   return String(Number(x.toPrecision(5)));
@@ -98,19 +98,27 @@ function plot(place, lines, log, hooks) {
   }, null, place);
 }
 
-/** Marks under the axis at these steps; and a word where no line has a figure. */
-function mark(chart, markers) {
-  const { ctx, bbox } = chart, size = 4 * uPlot.pxRatio, base = bbox.top + bbox.height;
+const SIGNS = ["\u25b2", "\u25cf", "\u25a0", "\u25c6"];
+
+/** The sign of the kind of marks that has this number. */
+export const signOf = (i) => SIGNS[i % SIGNS.length];
+
+/** The signs of marks under the axis; and a word where no line has a figure. */
+function mark(chart, marks) {
+  const { ctx, bbox } = chart, base = bbox.top + bbox.height;
   ctx.save();
   ctx.fillStyle = ink(chart);
-  ctx.textAlign = "left";
-  for (const step of markers) {
-    const x = chart.valToPos(step, "x", true);
-    if (x < bbox.left || x > bbox.left + bbox.width) continue;
-    ctx.beginPath(); ctx.moveTo(x, base); ctx.lineTo(x - size, base + size); ctx.lineTo(x + size, base + size); ctx.fill();
-  }
+  ctx.textAlign = "center";
+  ctx.textBaseline = "middle";
+  ctx.font = `${8 * uPlot.pxRatio}px sans-serif`;
+  Object.values(marks).forEach((steps, i) => {
+    for (const step of steps) {
+      const x = chart.valToPos(step, "x", true);
+      if (x >= bbox.left && x <= bbox.left + bbox.width) ctx.fillText(signOf(i), x, base);
+    }
+  });
   ctx.font = `${11 * uPlot.pxRatio}px sans-serif`;
-  if (chart.scales.y.min === null) ctx.fillText(words.curves.nothing, bbox.left + size, bbox.top + bbox.height / 2);
+  if (chart.scales.y.min === null) ctx.fillText(words.curves.nothing, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
   ctx.restore();
 }
 
@@ -128,21 +136,23 @@ function press(event, chart) {
 }
 
 /** lines: [{name, steps, values, colour, dash}]; the legend shows the values under the cursor. */
-export function Chart({ title, lines, markers = [], log = false, smoothing = 0 }) {
+export function Chart({ title, lines, marks = {}, log = false, smoothing = 0 }) {
   const place = useRef(null), legend = useRef(null), head = useRef(null), chart = useRef(null), now = useRef({});
   const shown = smoothing
     ? [...lines.map((l) => ({ ...l, values: smooth(l.values, smoothing) })), ...lines.map((l) => ({ ...l, faint: true }))]
     : lines;
-  now.current = { lines: shown.slice(0, lines.length), markers };
+  now.current = { lines: shown.slice(0, lines.length), marks };
   const tell = (made) => {
     const { idx, idxs } = made.cursor;
-    head.current.textContent = idx === null ? "" : `${words.curves.step} ${figure(made.data[0][idx])}`;
+    const step = idx === null ? null : made.data[0][idx];
+    const marked = Object.keys(now.current.marks).filter((name) => now.current.marks[name].includes(step));
+    head.current.textContent = step === null ? "" : [`${words.curves.step} ${step}`, ...marked.map(words.curves.kind)].join(", ");
     legend.current.querySelectorAll("output").forEach((output, i) => {
       output.textContent = figure(idx === null ? now.current.lines[i].values.at(-1) : made.data[i + 1][idxs[i + 1]]);
     });
   };
   useLayoutEffect(() => {
-    const made = plot(place.current, shown, log, { setCursor: [tell], draw: [(drawn) => mark(drawn, now.current.markers)] });
+    const made = plot(place.current, shown, log, { setCursor: [tell], draw: [(drawn) => mark(drawn, now.current.marks)] });
     const watch = new ResizeObserver(([{ contentRect }]) => contentRect.width && made.setSize(contentRect));
     watch.observe(place.current);
     chart.current = made;

@@ -1,6 +1,6 @@
 // The curves of one or several runs: the first ones pinned, all others by group; live while a run writes.
-import { api, html, sse, useEffect, useState } from "./common.js";
-import { COLOURS, Chart, zoom } from "./run_chart.js";
+import { api, html, sse, useEffect, useRef, useState } from "./common.js";
+import { COLOURS, Chart, signOf, zoom } from "./run_chart.js";
 import { words } from "./run_en.js";
 
 const said = words.curves;
@@ -16,7 +16,7 @@ function under(patterns, name) {
 export function useMetrics(runs, stage, keys) {
   const [found, setFound] = useState({});
   const [live, setLive] = useState(true);
-  const wanted = runs.join("\n");
+  const wanted = runs.join("\n"), shown = useRef("");
   useEffect(() => {
     let ended = false;
     const ends = [];
@@ -46,7 +46,8 @@ export function useMetrics(runs, stage, keys) {
       }, () => setLive(false));
       ends.push(end);
     };
-    setFound({});
+    if (shown.current !== `${stage}/${wanted}`) setFound({}); // more keys leave the curves in sight
+    shown.current = `${stage}/${wanted}`;
     runs.forEach(load);
     return () => { ended = true; ends.forEach((end) => end()); };
   }, [wanted, stage, keys.join("\n")]);
@@ -81,7 +82,7 @@ function linesOf(found, runs, patterns) {
   return lines;
 }
 
-export function Curves({ runs, stage, pinned, checkpoints }) {
+export function Curves({ runs, stage, pinned }) {
   const [smoothing, setSmoothing] = useState(0);
   const [log, setLog] = useState(false);
   const [open, setOpen] = useState([]);
@@ -89,9 +90,10 @@ export function Curves({ runs, stage, pinned, checkpoints }) {
   const [found, live] = useMetrics(runs, stage, [...patterns, ...open]);
   const names = [...new Set(runs.flatMap((run) => found[run]?.names ?? []))].filter((n) => n !== "step" && !under(patterns, n));
   const groups = Object.groupBy ? Object.groupBy(names, (n) => n.split("/")[0]) : {};
+  const marks = found[runs[0]]?.marks ?? {};
   const chart = (title, under) => {
     const lines = linesOf(found, runs, under);
-    return lines.length ? html`<${Chart} key=${title} title=${title} lines=${lines} markers=${checkpoints} log=${log} smoothing=${smoothing} />` : null;
+    return lines.length ? html`<${Chart} key=${title} title=${title} lines=${lines} marks=${marks} log=${log} smoothing=${smoothing} />` : null;
   };
   return html`<div class="tools">
       <label>${said.smoothing} <input type="range" min="0" max="0.98" step="0.02" value=${smoothing} onInput=${(e) => setSmoothing(Number(e.target.value))} /></label>
@@ -100,6 +102,8 @@ export function Curves({ runs, stage, pinned, checkpoints }) {
       <span class="note" role="status">${live ? words.live : words.waiting}</span>
     </div>
     <p class="note">${said.hint}</p>
+    ${Object.keys(marks).length > 0 && html`<ul class="marks note">${Object.entries(marks).map(([name, steps], i) =>
+      html`<li key=${name}><span aria-hidden="true">${signOf(i)}</span> ${said.mark(name, steps.length)}</li>`)}</ul>`}
     ${runs.filter((run) => found[run]?.error).map((run) => html`<p role="alert">${run}: ${found[run].error}</p>`)}
     <div class="charts">${pinned.map(([title, under]) => chart(title, under))}</div>
     <h2>${said.more}</h2>

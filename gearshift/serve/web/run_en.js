@@ -17,7 +17,8 @@ export const words = {
     more: "All other metrics",
     step: "step",
     nothing: "no figures",
-    checkpoint: "checkpoint",
+    kind: (name) => ({ checkpoint: "checkpoint", lost: "episodes left out" })[name] ?? `phase ${name}`,
+    mark: (name, count) => `${words.curves.kind(name)} (${count})`,
   },
   rollouts: {
     step: "Step",
@@ -32,6 +33,7 @@ export const words = {
     groups: "By group",
     pick: "Choose",
     export: (n) => (n ? `Export ${n} chosen as JSONL` : "Export these as JSONL"),
+    group: (step, group) => `Group ${group} of step ${step}`,
     more: (n) => `${n} more rows are not drawn; narrow the filter.`,
     columns: {
       step: "step", episode: "no.", group_id: "group", reward: "reward", parts: "parts", spread: "group spread",
@@ -69,6 +71,14 @@ export const words = {
     no: "no figure",
     scale: (most) => `from -${most} to ${most}; underlined: negative dotted, positive solid`,
     missing: "The record has no tokens.",
+  },
+  group: {
+    beside: "Side by side",
+    count: (n) => `${n} completions of one prompt`,
+    prompt: "Prompt",
+    label: "Which is better? Choose two of the completions as A and B.",
+    nothing: "A and B must be two different texts that answer the same conversation.",
+    sides: ["A", "B"],
   },
   timeline: {
     hint: "Each row is a step; the bar's whole length is the longest step's time.",

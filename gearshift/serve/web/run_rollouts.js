@@ -1,6 +1,7 @@
 // The episodes of a step or of a whole run in a table: filter, sort, groups, export; and one episode alone.
 import { api, html, useEffect, useState } from "./common.js";
 import { figure } from "./run_chart.js";
+import { Conversation, Facts, Group } from "./run_group.js";
 import { Tokens } from "./run_tokens.js";
 import { words } from "./run_en.js";
 
@@ -51,7 +52,7 @@ function useRows(run, stage, step, filter, all) {
   return state;
 }
 
-export function Rollouts({ run, stage, query, go }) {
+export function Rollouts({ run, stage, query, go, labels }) {
   const [steps, setSteps] = useState(null);
   const [text, setText] = useState(query.filter ?? "");
   const [filter, setFilter] = useState(query.filter ?? "");
@@ -65,6 +66,8 @@ export function Rollouts({ run, stage, query, go }) {
   const { rows, share, error } = useRows(run, stage, step, filter, all);
   if (query.episode !== undefined && step !== null)
     return html`<${Episode} run=${run} stage=${stage} step=${step} place=${Number(query.episode)} go=${go} />`;
+  if (query.group !== undefined && step !== null)
+    return html`<${Group} run=${run} stage=${stage} step=${step} group=${query.group} go=${go} labels=${labels} />`;
   if (steps?.length === 0) return html`<p>${words.none}</p>`;
   const sorted = order.by === "random"
     ? [...rows].sort((a, b) => Math.sin(a.step * 91 + a.episode * 7919) - Math.sin(b.step * 91 + b.episode * 7919))
@@ -109,7 +112,9 @@ function Table({ rows, order, setOrder, picked, pick, go }) {
       <td><input type="checkbox" aria-label=${`${said.pick} ${words.episode.title(row.step, row.episode)}`} checked=${picked.includes(`${row.step}.${row.episode}`)} onChange=${(e) => pick(row, e.target.checked)} /></td>
       ${names.map((n) => html`<td class="number">${n === "episode"
         ? html`<a href=${`?step=${row.step}&episode=${row.episode}`} aria-label=${words.episode.title(row.step, row.episode)} onClick=${(e) => { e.preventDefault(); go({ step: row.step, episode: row.episode }); }}>${row.episode}</a>`
-        : cell(row, n)}</td>`)}
+        : n === "group_id" && row.group_id !== null && row.group_id !== undefined
+          ? html`<a href=${`?${new URLSearchParams({ step: row.step, group: row.group_id })}`} aria-label=${said.group(row.step, row.group_id)} onClick=${(e) => { e.preventDefault(); go({ step: row.step, group: row.group_id }); }}>${cell(row, n)}</a>`
+          : cell(row, n)}</td>`)}
       ${parts.map((p) => html`<td class="number">${figure(row.rewards?.[p])}</td>`)}
       ${["prompt", "answer", "gold"].filter(known).map((n) => html`<td class="text">${cell(row, n)}</td>`)}
     </tr>`)}</tbody></table></div>`;
@@ -129,18 +134,13 @@ function Episode({ run, stage, step, place, go }) {
   </div>`;
   if (error) return html`${tools}<p role="alert">${error}</p>`;
   if (!episode || episode.step !== step || episode.episode !== place) return html`${tools}<p>${words.loading}</p>`;
-  const { messages, rewards, ...record } = episode.record;
-  const facts = [
-    ["reward", figure(episode.reward)], ...Object.entries(rewards ?? {}).map(([name, x]) => [name.slice(0, NAME), figure(x)]),
-    ...["length", "finish_reason", "advantage", "version", "group_id", "left_out", "gold"].map((n) => [said.columns[n], typeof episode[n] === "number" ? figure(episode[n]) : episode[n]]),
-  ].filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const { messages, rewards: _, ...record } = episode.record;
+  const beside = () => go({ episode: undefined, group: episode.group_id });
   return html`${tools}<h2>${words.episode.title(step, place)}</h2>
-    <dl class="facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${String(value)}</dd></div>`)}</dl>
+    <${Facts} episode=${episode} names=${["length", "finish_reason", "advantage", "version", "group_id", "left_out", "gold"]} />
     <h3>${words.episode.messages}</h3>
-    ${(Array.isArray(messages) ? messages : []).map((m) => html`<article class="message"><h4>${String(m?.role ?? "")}</h4>
-      ${m?.reasoning_content && html`<pre class="text note">${String(m.reasoning_content)}</pre>`}
-      <pre class="text">${typeof m?.content === "string" ? m.content : JSON.stringify(m?.content ?? null)}</pre>
-      ${m?.tool_calls && html`<pre class="text">${JSON.stringify(m.tool_calls, null, 2)}</pre>`}</article>`)}
+    ${episode.group_id !== null && html`<div class="tools"><button onClick=${beside}>${words.group.beside}</button></div>`}
+    <${Conversation} messages=${Array.isArray(messages) ? messages : []} />
     <h3>${words.episode.tokens}</h3>
     <${Tokens} key=${`${step}.${place}`} episode=${episode} />
     <details><summary>${words.episode.record}</summary><pre class="text">${JSON.stringify(record, null, 2)}</pre></details>`;

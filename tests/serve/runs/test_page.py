@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from gearshift.data.labels import label_rows
 from gearshift.serve.app import ServerSettings, make_app
+from gearshift.serve.labelling.routes import LabelSettings, label_routes
+from gearshift.serve.labelling.store import LabelStore
 from gearshift.serve.pages import page_routes
 from gearshift.serve.runs.routes import run_routes
 from tests.serve.browser import needs_browser, open_browser, open_page, serious, served
@@ -47,23 +50,35 @@ def episode(count: int, words: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def answered(i: int) -> dict[str, Any]:
+    """Three have one group and one prompt; two have one group and different prompts."""
+    question = "the question" if i < 3 else f"question {i}"
+    said = [{"role": "user", "content": question}]
+    said.append({"role": "assistant", "content": f"answer {i}"})
+    return episode(3, "", group_id=7 if i < 3 else 8, messages=said)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name in ("one", "two"):
         stage = folder / name / "rl"
         (folder / name / "validation").mkdir(parents=True)
-        stage.mkdir()
+        (stage / "checkpoints" / "step-000009").mkdir(parents=True)
         with (stage / "metrics.jsonl").open("w") as file:
             for step in range(20):
                 phases = [["generate", 0.0, 1.0], ["train", 1.5, 2.0]]
                 record = {"step": step, "reward": step / 20, "step_time": 2.0, "phases": phases}
+                if step == 6:
+                    record["seconds/save"] = 1.0
+                record["left_out/alone"] = float(step >= 9)
                 file.write(json.dumps({**record, "kl": None if step == 3 else 0.1}) + "\n")
         lines = [
             {"step": 0, "episodes": [episode(n, f"plain {n}") for n in (3, 9, 6)]},
             {"step": 1, "episodes": [episode(5, HOSTILE), episode(4, "x" * (1 << 20))]},
             {"step": 2, "episodes": [episode(BIG, "long")]},
             {"step": 3, "episodes": [{"reward": 1, "messages": "x"}], "left_out": [{"why": "no"}]},
+            {"step": 4, "episodes": [answered(i) for i in range(5)]},
         ]
         (stage / "rollouts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         (folder / name / "recipe.yaml").write_text(f"rl: {{lr: {len(name)}, name: {name}}}")
@@ -123,6 +138,15 @@ def test_charts_share_a_cursor_and_a_zoom_by_mouse_and_by_keys(browser: Any, add
         for _ in range(15):
             plot.press("ArrowLeft")
         assert [chart.locator("output").inner_text() for chart in (reward, kl)] == ["0.15", ""]
+        for _ in range(6):
+            plot.press("ArrowRight")
+        marked = "KL to the reference step 9, checkpoint, episodes left out"
+        assert kl.locator("figcaption").inner_text() == marked
+        assert page.locator(".marks li").all_inner_texts() == [
+            "▲ checkpoint (1)", "● episodes left out (1)", "■ phase save (1)",
+        ]  # fmt: skip
+        for _ in range(6):
+            plot.press("ArrowLeft")
         plot.press("+")
         for _ in range(15):
             kl.get_by_role("img").press("ArrowRight")
@@ -142,6 +166,33 @@ def test_charts_share_a_cursor_and_a_zoom_by_mouse_and_by_keys(browser: Any, add
         page.mouse.move(1, 1)
         reward.locator("output", has_text="0.95").wait_for()  # no cursor: the newest figure
         page.get_by_label("Logarithmic axis").check()
+
+
+def test_t61_a_long_run_opens_with_its_first_curves_alone(browser: Any, tmp_path: Path) -> None:
+    stage = tmp_path / "rl"
+    stage.mkdir()
+    others = {f"other/{i}": 0.123 for i in range(50)}
+    with (stage / "metrics.jsonl").open("w") as file:
+        for step in range(2000):
+            file.write(json.dumps({"step": step, "reward": 0.5, "kl": 0.1, **others}) + "\n")
+    (stage / "rollouts.jsonl").write_text('{"step": 0, "episodes": []}\n' * 2000)
+    found: dict[str, int] = {}
+    routes = run_routes({"long": tmp_path}) + page_routes(["runs"])
+    with served(make_app(routes, ServerSettings(port=0))) as url, open_page(browser, url) as page:
+
+        def answered(answer: Any) -> None:
+            name = answer.url.partition("/api/")[2].partition("?")[0]
+            found[name] = int(answer.headers.get("content-length", 0))
+
+        page.on("response", answered)
+        page.reload()
+        page.locator("canvas").nth(1).wait_for()
+        page.get_by_text("All other metrics").wait_for()
+        read = {"served", "runs", "runs/long/metrics", "runs/long/live"}
+        assert {name for name in found if name} <= read, "no episode is read"
+        assert found["runs/long/metrics"] < 2000 * 3 * 5 + 2000, "the other 50 metrics stay there"
+        page.get_by_text("other (50)").click()
+        page.locator("canvas").nth(51).wait_for()
 
 
 def test_a_table_is_sorted_filtered_and_searched(browser: Any, address: str) -> None:
@@ -179,6 +230,48 @@ def test_tokens_are_coloured_and_the_largest_gap_is_found(browser: Any, address:
         page.get_by_text("given to the policy").wait_for()
         page.get_by_label("Colour by").select_option("advantages")
         page.locator(".token.n4").first.wait_for()
+
+
+def test_completions_of_a_prompt_lie_side_by_side_and_a_choice_becomes_a_label(
+    browser: Any, runs: Path, tmp_path: Path
+) -> None:
+    with LabelStore(tmp_path, "a test") as store:
+        routes = run_routes({"one": runs / "one"}) + label_routes(store, None, LabelSettings())
+        routes += page_routes(["runs"], lambda: {"labels": True})
+        with (
+            served(make_app(routes, ServerSettings(port=0))) as url,
+            open_page(browser, f"{url}/runs/one?step=4&tab=rollouts") as page,
+        ):
+            page.get_by_role("link", name="Group 7 of step 4").first.click()
+            columns = page.locator(".group section")
+            columns.nth(2).wait_for()
+            assert page.get_by_text("the question", exact=True).count() == 1
+            assert ["answer" in text for text in columns.all_inner_texts()] == [True] * 3
+            assert serious(page) == []
+            columns.nth(1).get_by_label("A").check()
+            page.get_by_text("must be two different texts").wait_for()
+            columns.nth(2).get_by_label("B").check()
+            page.get_by_label("Your name").fill("Ada")
+            page.get_by_role("button", name="A is better").click()
+            page.get_by_text("Label saved").wait_for()
+            columns.nth(0).get_by_label("A").check()
+            page.get_by_role("button", name="A is better").wait_for()
+            columns.nth(0).get_by_role("link").click()
+            page.get_by_role("button", name="Side by side").click()
+            columns.nth(2).wait_for()
+            page.goto(f"{url}/runs/one?step=4&group=8")
+            page.get_by_text("must be two different texts").wait_for()
+            assert page.get_by_role("button", name="A is better").count() == 0
+        [row] = label_rows(store.labels, "preference")
+        assert (row["chosen"], row["rejected"]) == ("answer 1", "answer 2")
+        assert row["prompt"] == [{"role": "user", "content": "the question"}]
+
+
+def test_without_a_labelling_nothing_is_sent_to_labels(browser: Any, address: str) -> None:
+    with open_page(browser, f"{address}/runs/one?step=4&group=7") as page:
+        page.locator(".group section").nth(2).wait_for()
+        assert page.get_by_label("A", exact=True).count() == 0
+        assert page.get_by_role("button", name="A is better").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -18,10 +18,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from gearshift.cli.main import main
+from gearshift.runtime.curves import Columns
 from gearshift.runtime.metrics import MetricsLog
 from gearshift.serve.app import ServerSettings, make_app
 from gearshift.serve.runs.episodes import Filter, by_token
 from gearshift.serve.runs.files import RolloutFile
+from gearshift.serve.runs.marks import marks
 from gearshift.serve.runs.routes import _tail, names_of, run_routes
 from tests.trainers.rl_runs import small, trainer
 
@@ -371,3 +373,24 @@ def test_t61_a_large_file_is_indexed_without_being_held(tmp_path: Path) -> None:
     assert Filter.of('text~"answer 1"').may_match(index.raw(index.lines()[50]))
     assert not Filter.of("text~nowhere").may_match(index.raw(index.lines()[50]))
     assert by_token({}) == {"ids": [], "mask": []}
+
+
+def test_a_group_has_its_episodes_alone(client: TestClient) -> None:
+    found = client.get("/api/runs/new/group?step=1&group=3").json()["episodes"]
+    assert [(e["episode"], e["messages"][1]["content"]) for e in found] == [
+        (2, "answer 6"),
+        (3, "answer 7"),
+    ]
+    assert client.get("/api/runs/new/group?step=1&group=99").status_code == 404
+
+
+def test_marks_are_where_episodes_were_lost_and_where_a_rare_phase_ran() -> None:
+    figures: Columns = {
+        "step": [0.0, 1.0, 2.0, 3.0, 4.0],
+        "left_out/alone": [0.0, 2.0, 2.0, None, 3.0],
+        "environment/failures": [1.0] * 5,
+        "seconds/train": [1.0] * 5,
+        "seconds/save": [None, None, 1.0, None, None],
+    }
+    assert marks(figures, [2]) == {"checkpoint": [2], "lost": [0, 1, 4], "save": [2]}
+    assert marks({}, []) == {}
