@@ -14,8 +14,8 @@ from gearshift.errors import KernelError
 from gearshift.kernels import build
 
 SOURCE = """
-#include "common.h"
 extern "C" int answer() { return 42; }
+extern "C" const char* signatures() { return ""; }
 """
 TWICE = """
 #include "common.h"

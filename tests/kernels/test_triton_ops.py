@@ -110,14 +110,14 @@ def test_a_whole_step_waits_for_nothing(family: str) -> None:
     written = []
     for kernels in (TritonKernels(), Kernels()):
         config = EngineConfig(
-            max_num_seqs=4, decode_steps_per_sync=4 if isinstance(kernels, TritonKernels) else 1
+            max_num_seqs=4, decode_steps_per_sync=2 if isinstance(kernels, TritonKernels) else 1
         )
         engine = Engine(random_model(family), tiny_tokenizer(), config, seed=3)
         engine.runner.kernels = kernels
         if isinstance(kernels, TritonKernels):
             kernels.capture = record  # type: ignore[method-assign]
         with engine.generating():
-            groups = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=6))
+            groups = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=5))
         written.append([[c.token_ids for c in group] for group in groups])
     assert written[0] == written[1]
 
