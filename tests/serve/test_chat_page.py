@@ -111,7 +111,9 @@ def test_tokens_have_their_log_probs(browser: Any) -> None:
         first = page.locator("button.token").first
         first.hover()
         assert "log-prob" in page.locator(".token-figures").inner_text()
-        assert page.locator(".token-figures tr").count() >= 1
+        assert page.locator(".token-figures tbody tr").count() == 5
+        heads = page.locator(".token-figures").get_by_role("columnheader").all_inner_texts()
+        assert heads == ["token", "probability"]
         seen = "".join(page.locator("button.token").all_inner_texts())
         assert seen.startswith("Hello, w\\xc3\\xb6rld!"), "half a character is its bytes"
 
@@ -200,6 +202,117 @@ def test_answers_to_different_conversations_are_not_compared(browser: Any, tmp_p
         say(page, "more")
         assert len(answers(page)) == 4
         assert not page.get_by_role("button", name="A is better").count()
+
+
+def test_a_pane_counts_its_own_branches_alone(browser: Any) -> None:
+    service = Varied()
+    with opened(browser, service) as page:
+        page.get_by_role("button", name="Side by side").click()
+        say(page, "hi")
+        assert page.locator(".branches").count() == 0, "each pane has one message and one answer"
+        one, other = page.locator(".pane").all()
+        one.get_by_role("button", name="Again").click()
+        one.get_by_text("2 of 2").wait_for()
+        page.get_by_role("button", name="Send", exact=True).wait_for()
+        assert other.locator(".branches").count() == 0
+        page.get_by_label("One history for both").check()
+        say(page, "more")
+        assert one.locator(".branches").count() == 1
+        newest = one.locator(".message.assistant .text").last
+        answered = newest.inner_text()
+        one.get_by_role("button", name="Earlier branch").click()
+        one.get_by_role("button", name="Later branch").click()
+        assert newest.inner_text() == answered, "not the answer of the other pane"
+        page.get_by_role("button", name="One model").click()
+        assert page.locator(".branches").count() > 1, "alone it shows all branches"
+
+
+def test_an_answer_that_was_on_its_way_is_over_after_a_reload(browser: Any) -> None:
+    service = Slow("one two three " * 20)
+    with opened(browser, service) as page:
+        page.get_by_label("Message", exact=True).fill("hi")
+        page.keyboard.press("Enter")
+        page.get_by_text("is writing").wait_for()
+        page.get_by_text("System message").click()
+        page.get_by_label("System message").fill("Be kind.")  # a change is kept at once
+        page.get_by_text("Chats (1)").wait_for()
+        page.reload()
+        page.get_by_text("Chats (1)").click()
+        page.get_by_role("button", name="hi", exact=True).click()
+        page.locator(".message.assistant").get_by_text("stopped").wait_for()
+        assert page.get_by_text("is writing").count() == 0
+
+
+def focused(page: Any) -> str:
+    """What has the focus: its label or its text."""
+    script = """(() => {
+        const at = document.activeElement;
+        return at.ariaLabel || at.labels?.[0]?.innerText || at.innerText || at.tagName;
+    })()"""
+    return str(page.evaluate(script)).splitlines()[0].strip()
+
+
+def tab_to(page: Any, name: str, key: str = "Tab") -> None:
+    for _ in range(40):
+        page.keyboard.press(key)
+        if focused(page) == name:
+            return
+    raise AssertionError(f"the keyboard does not reach {name}")
+
+
+def test_a_conversation_by_keys_alone(browser: Any) -> None:
+    service = Varied()
+    with opened(browser, service) as page:
+        page.get_by_label("Message", exact=True).wait_for()
+        order = []
+        while "Message" not in order:
+            page.keyboard.press("Tab")
+            order.append(focused(page))
+        assert order == [
+            "Skip to the content", "Chat", "Colours", "New chat", "Side by side",
+            "Export as JSON", "System message", "Model", "Settings", "Copy", "Message",
+        ]  # fmt: skip
+        page.keyboard.type("hi")
+        page.keyboard.press("Enter")
+        page.get_by_text("Answer number 0.").wait_for()
+        assert focused(page) == "Message"
+        tab_to(page, "Again", "Shift+Tab")
+        page.keyboard.press("Enter")
+        page.get_by_text("Answer number 1.").wait_for()
+        assert focused(page) == "Message", "the button went away with its answer"
+        tab_to(page, "Earlier branch", "Shift+Tab")
+        page.keyboard.press("Enter")
+        page.get_by_text("Answer number 0.").wait_for()
+        assert focused(page) == "Later branch", "there is no earlier one"
+        page.keyboard.press("Space")
+        page.get_by_text("Answer number 1.").wait_for()
+        assert focused(page) == "Earlier branch"
+        tab_to(page, "Edit", "Shift+Tab")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Cancel").wait_for()
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Cancel").wait_for(state="detached")
+        assert focused(page) == "Edit"
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Cancel").wait_for()
+        page.keyboard.type(" again")
+        tab_to(page, "Send this instead")
+        page.keyboard.press("Enter")
+        page.get_by_text("Answer number 2.").wait_for()
+        assert "hi again" in TOKENIZER.decode(service.asked[-1][0])
+        assert focused(page) == "Message"
+
+
+def test_an_answer_is_stopped_by_keys_alone(browser: Any) -> None:
+    with opened(browser, Slow("one two three " * 20)) as page:
+        tab_to(page, "Message")
+        page.keyboard.type("hi")
+        page.keyboard.press("Enter")
+        page.get_by_text("is writing").wait_for()
+        tab_to(page, "Stop")
+        page.keyboard.press("Enter")
+        page.get_by_text("stopped").wait_for()
+        assert focused(page) == "Message"
 
 
 def test_hidden_names_are_drawn_by_chance(browser: Any) -> None:

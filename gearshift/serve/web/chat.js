@@ -1,9 +1,12 @@
 // The chat page: one conversation at a time, with one model or with two side by side.
 
-import { browserStore, CopyButton, html, render, Shell, useEffect, useRef, useState } from "./common.js";
+import {
+  browserStore, CopyButton, html, render, Shell, useEffect, useLayoutEffect, useRef, useState,
+} from "./common.js";
 import { answer, asText, bodyOf } from "./chat_request.js";
 import {
-  addNode, branches, changeNode, changePane, newConversation, newestBelow, newPane, pathTo, titleOf,
+  addNode, branches, changeNode, changePane, mayShow, newConversation, newestBelow, newId, newPane,
+  opened, pathTo, titleOf,
 } from "./chat_tree.js";
 import { chat as words } from "./chat_en.js";
 import { Message } from "./chat_message.js";
@@ -25,6 +28,7 @@ function Chat({ served }) {
   const [running, setRunning] = useState({});
   const [said, say] = useState("");
   const now = useRef(conversation);
+  const writing = useRef(null);
   // Streams change the conversation while others are on their way, so they read the newest one.
   const set = (next) => {
     now.current = next;
@@ -41,10 +45,15 @@ function Chat({ served }) {
   const given = (path) =>
     served.task?.single ? path.filter((one) => one.role === "user").slice(-1) : path;
 
+  // The pane of a message that the other pane does not share.
+  const ownerOf = (at) => (now.current.panes.length > 1 ? now.current.panes[at].id : undefined);
+
   async function run(at, parent) {
     const pane = now.current.panes[at];
     const body = bodyOf(pane.model, now.current.system, given(pathTo(now.current.nodes, parent)), pane.settings);
-    const [next, id] = addNode(now.current, parent, { role: "assistant", content: "", model: pane.model, state: "waits" });
+    const [next, id] = addNode(now.current, parent, {
+      role: "assistant", content: "", model: pane.model, pane: ownerOf(at), state: "waits",
+    });
     set(changePane(next, at, { leaf: id }));
     const abort = new AbortController();
     setRunning((all) => ({ ...all, [id]: abort }));
@@ -66,7 +75,7 @@ function Chat({ served }) {
   }
 
   function ask(at, parent, content, role) {
-    const [next, id] = addNode(now.current, parent, { role, content });
+    const [next, id] = addNode(now.current, parent, { role, content, pane: ownerOf(at) });
     set(changePane(next, at, { leaf: id }));
     return run(at, id);
   }
@@ -86,7 +95,12 @@ function Chat({ served }) {
     if (!busy) setDraft("");
   }
 
-  const stop = () => Object.values(running).forEach((abort) => abort.abort());
+  // What was pressed goes away when an answer begins or ends; the focus goes to where one writes.
+  const toWriting = () => writing.current.focus();
+  const stop = () => {
+    Object.values(running).forEach((abort) => abort.abort());
+    toWriting();
+  };
   const change = (fields) => {
     set({ ...now.current, ...fields, changed: Date.now() });
     if (Object.keys(now.current.nodes).length) keep();
@@ -95,7 +109,7 @@ function Chat({ served }) {
     const { panes } = now.current;
     if (panes.length > 1) return change({ panes: panes.slice(0, 1) });
     const other = models.find((one) => one.name !== panes[0].model) || models[0];
-    change({ panes: [...panes, { ...panes[0], model: other.name }] });
+    change({ panes: [...panes, { ...panes[0], id: newId(), model: other.name }] });
   };
   // Chance decides which model is A, so that a person who hides the names does not know it.
   const hide = (blind) => {
@@ -110,13 +124,14 @@ function Chat({ served }) {
     <h1 class="hidden">${words.title}</h1>
     <div class="chat">
       <${Side} conversation=${conversation} chats=${chats} change=${change} compare=${compare} hide=${hide} busy=${busy}
-        onNew=${() => set(begin())} onOpen=${set}
+        onNew=${() => set(begin())} onOpen=${(one) => set(opened(one))}
         onRemove=${(id) => store.remove(id).then(refresh)} />
       <div class=${`panes count-${conversation.panes.length}`}>
         ${conversation.panes.map(
           (pane, at) => html`<${Pane} key=${at} at=${at} pane=${pane} conversation=${conversation} models=${models}
             running=${running} onPane=${(fields) => set(changePane(now.current, at, fields))}
-            onAgain=${(node) => run(at, node.parent)} onEdit=${(node, text) => ask(at, node.parent, text, node.role)} given=${given} />`,
+            onAgain=${(node) => { toWriting(); run(at, node.parent); }}
+            onEdit=${(node, text) => { toWriting(); ask(at, node.parent, text, node.role); }} given=${given} />`,
         )}
       </div>
       ${conversation.panes.length > 1 && served.labels && !busy &&
@@ -130,7 +145,7 @@ function Chat({ served }) {
         messages=${pathTo(conversation.nodes, conversation.panes[0].leaf).map(({ role, content }) => ({ role, content }))} />`}
       <form class="compose" onSubmit=${(event) => { event.preventDefault(); sendDraft(); }}>
         <label class="hidden" for="draft">${words.message}</label>
-        <textarea id="draft" rows="3" value=${draft} placeholder=${words.hint} onInput=${(e) => setDraft(e.target.value)}
+        <textarea id="draft" ref=${writing} rows="3" value=${draft} placeholder=${words.hint} onInput=${(e) => setDraft(e.target.value)}
           onKeyDown=${(event) => {
             if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); sendDraft(); }
           }}></textarea>
@@ -153,9 +168,19 @@ function Pane({ at, pane, conversation, models, running, onPane, onAgain, onEdit
   // The request of the last answer: with the answer itself the model would continue it.
   const until = path.at(-1)?.role === "assistant" ? path.slice(0, -1) : path;
   const body = () => bodyOf(pane.model, conversation.system, given(until), pane.settings);
-  const end = useRef(null);
+  const end = useRef(null), all = useRef(null), moved = useRef(null);
+  const may = mayShow(conversation, pane);
+  // The arrow that was pressed went away with its message: the focus goes to the one that is there now.
+  useLayoutEffect(() => {
+    if (!moved.current) return;
+    const { place, by } = moved.current;
+    const [earlier, later] = all.current.querySelectorAll(".message")[place].querySelectorAll(".branches button");
+    const [same, other] = by < 0 ? [earlier, later] : [later, earlier];
+    (same.disabled ? other : same).focus();
+    moved.current = null;
+  }, [pane.leaf]);
   useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [path.at(-1)?.content]);
-  return html`<section class="pane" aria-label=${side || pane.model}>
+  return html`<section class="pane" ref=${all} aria-label=${side || pane.model}>
     <header class="pane-head">
       ${side && html`<strong>${side}</strong>`}
       ${!(panes.length > 1 && blind) &&
@@ -169,12 +194,15 @@ function Pane({ at, pane, conversation, models, running, onPane, onAgain, onEdit
       </details>
     </header>
     ${!path.length && html`<p class="quiet">${words.empty}</p>`}
-    ${path.map((node) => {
-      const beside = branches(nodes, node.id);
+    ${path.map((node, i) => {
+      const beside = branches(nodes, node.id, may);
       const place = beside.findIndex((one) => one.id === node.id);
       return html`<${Message} key=${node.id} node=${node} name=${name} busy=${node.id in running}
         branchCount=${beside.length} branchAt=${place}
-        onBranch=${(by) => onPane({ leaf: newestBelow(nodes, beside[place + by].id) })}
+        onBranch=${(by) => {
+          moved.current = { place: i, by };
+          onPane({ leaf: newestBelow(nodes, beside[place + by].id, may) });
+        }}
         onAgain=${() => onAgain(node)} onEdit=${(text) => onEdit(node, text)} />`;
     })}
     <div ref=${end}></div>

@@ -48,6 +48,7 @@ export const chat = {
   waits: "waits for the engine",
   writes: "is writing",
   done: "The answer is complete.",
+  token: "token",
   logprob: "log-prob",
   probability: "probability",
   most: "Most likely here",

@@ -1,12 +1,13 @@
 // One message of a conversation, with what can be done to it.
 
-import { CopyButton, html, TextBlock, useState } from "./common.js";
+import { CopyButton, html, TextBlock, useEffect, useRef, useState } from "./common.js";
 import { chat as words } from "./chat_en.js";
 import { Tokens } from "./chat_tokens.js";
 
 export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, onAgain, busy }) {
   const [editing, setEditing] = useState(false);
   const [tokens, setTokens] = useState(false);
+  const edit = useRef(null);
   const own = node.role !== "assistant";
   const writer = own ? words.writers[node.role] : name;
   return html`<article class=${`message ${node.role}`} aria-label=${writer}>
@@ -20,7 +21,7 @@ export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, o
       <${TextBlock} text=${node.reasoning} />
     </details>`}
     ${editing
-      ? html`<${Editor} text=${node.content} onCancel=${() => setEditing(false)} onSave=${(text) => {
+      ? html`<${Editor} text=${node.content} onCancel=${() => { setEditing(false); edit.current.focus(); }} onSave=${(text) => {
           setEditing(false);
           onEdit(text);
         }} />`
@@ -36,7 +37,7 @@ export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, o
         ${words.branch(branchAt + 1, branchCount)}
         <button type="button" aria-label=${words.later} disabled=${branchAt === branchCount - 1} onClick=${() => onBranch(1)}>›</button>
       </span>`}
-      ${!busy && own && html`<button type="button" onClick=${() => setEditing(true)}>${words.edit}</button>`}
+      ${!busy && own && html`<button type="button" ref=${edit} onClick=${() => setEditing(true)}>${words.edit}</button>`}
       ${!busy && !own && html`<button type="button" title=${words.againHelp} onClick=${onAgain}>${words.again}</button>`}
       ${!busy && node.tokens?.length > 0 &&
       html`<button type="button" aria-pressed=${tokens} onClick=${() => setTokens(!tokens)}>
@@ -49,13 +50,15 @@ export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, o
 
 function Editor({ text, onSave, onCancel }) {
   const [value, setValue] = useState(text);
+  const place = useRef(null);
+  useEffect(() => place.current.focus(), []);
   return html`<form
     onSubmit=${(event) => {
       event.preventDefault();
       if (value.trim()) onSave(value);
     }}
   >
-    <textarea rows="4" aria-label=${words.edit} value=${value} onInput=${(e) => setValue(e.target.value)}></textarea>
+    <textarea rows="4" ref=${place} onKeyDown=${(e) => e.key === "Escape" && onCancel()} aria-label=${words.edit} value=${value} onInput=${(e) => setValue(e.target.value)}></textarea>
     <button class="primary">${words.save}</button>
     <button type="button" onClick=${onCancel}>${words.cancel}</button>
   </form>`;

@@ -43,13 +43,16 @@ export function Tokens({ tokens }) {
           <caption>
             ${words.most}
           </caption>
-          ${(token.top_logprobs || []).map(
+          <thead>
+            <tr><th scope="col">${words.token}</th><th scope="col" class="number">${words.probability}</th></tr>
+          </thead>
+          <tbody>${(token.top_logprobs || []).map(
             (other) =>
               html`<tr>
                 <td><code>${seen(other.token)}</code></td>
                 <td class="number">${percent(other.logprob)}</td>
               </tr>`,
-          )}
+          )}</tbody>
         </table>`}
     </div>
   </div>`;

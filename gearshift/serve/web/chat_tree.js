@@ -16,7 +16,19 @@ export const newConversation = (system, panes) => ({
 });
 
 // A pane shows the path to its leaf; `settings` are texts by field.
-export const newPane = (model, settings = {}) => ({ model, settings, leaf: null });
+export const newPane = (model, settings = {}) => ({ id: newId(), model, settings, leaf: null });
+
+// The conversation as a browser kept it: an answer that was on its way then comes no more.
+export function opened(conversation) {
+  const nodes = Object.entries(conversation.nodes).map(([id, node]) =>
+    [id, ["waits", "writes"].includes(node.state) ? { ...node, state: "stopped" } : node]);
+  return { ...conversation, nodes: Object.fromEntries(nodes) };
+}
+
+// Which messages a pane may show: all while it is alone; beside another pane, its own and those from
+// before or of both.
+export const mayShow = ({ panes }, pane) => (node) =>
+  panes.length === 1 || !node.pane || node.pane === pane.id;
 
 // The messages from the first one to this one.
 export function pathTo(nodes, leaf) {
@@ -37,15 +49,16 @@ export function changeNode(conversation, id, change) {
 }
 
 // The branches at this message: itself and those beside it, in the order in which they came.
-export const branches = (nodes, id) =>
+// `may` says which messages the pane may show.
+export const branches = (nodes, id, may) =>
   Object.values(nodes).filter(
-    (node) => node.parent === nodes[id].parent && node.role === nodes[id].role,
+    (node) => node.parent === nodes[id].parent && node.role === nodes[id].role && (node.id === id || may(node)),
   );
 
 // The newest message below this one.
-export function newestBelow(nodes, id) {
-  const children = Object.values(nodes).filter((node) => node.parent === id);
-  return children.length ? newestBelow(nodes, children[children.length - 1].id) : id;
+export function newestBelow(nodes, id, may) {
+  const child = Object.values(nodes).findLast((node) => node.parent === id && may(node));
+  return child ? newestBelow(nodes, child.id, may) : id;
 }
 
 export function changePane(conversation, at, change) {
