@@ -346,7 +346,9 @@ def test_a_source_that_changed_before_the_first_checkpoint_is_told(tmp_path: Pat
         next(stage("1:b").steps())
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "which", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, which: signal.Signals) -> None:
     command = [
         sys.executable, "-m", "gearshift", "run", "tests/smoke/tiny.yaml",
