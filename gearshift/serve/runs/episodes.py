@@ -80,6 +80,12 @@ def summary(episode: Record, place: int, step: int) -> Record:
     }
 
 
+def brief(row: Record) -> Record:
+    """The row as a table shows it: of a long right answer only the start."""
+    gold = row["gold"]
+    return {**row, "gold": gold[:_SNIPPET] if isinstance(gold, str) else gold}
+
+
 @dataclass(frozen=True)
 class Filter:
     """The terms of a filter; an episode must satisfy all of them."""

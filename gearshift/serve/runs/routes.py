@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route
 from gearshift.runtime.curves import CURVES, columns, matching
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.events import EventStream
-from gearshift.serve.runs.episodes import Filter, by_token, summary
+from gearshift.serve.runs.episodes import Filter, brief, by_token, summary
 from gearshift.serve.runs.files import (
     Record,
     RolloutFile,
@@ -204,7 +204,7 @@ def _rollouts(run: RunFolder, stage: str, request: Request) -> Record:
     for at in range(first, last):
         if len(rows) >= _MOST_ROWS or (at > first and time.monotonic() > ends):
             break
-        rows += [row for _, row in _found(file, lines[at], wanted)]
+        rows += [brief(row) for _, row in _found(file, lines[at], wanted)]
     else:
         at = last
     more = at < last

@@ -42,6 +42,9 @@ export function Timeline({ run, stage, go }) {
       </svg><span class="number">${figure(ends(s))} s</span></li>`)}</ol>`;
 }
 
+/** A table that scrolls in itself where the page is narrow. */
+const wide = (name, table) => html`<div class="wide-table" tabindex="0" role="group" aria-label=${name}>${table}</div>`;
+
 const interval = (found) => (Array.isArray(found) ? `[${found.map((x) => (x === null ? "?" : figure(x))).join(", ")}]` : "");
 
 export function Heldout({ run }) {
@@ -51,10 +54,10 @@ export function Heldout({ run }) {
   if (!state.value) return waiting(state);
   const { policies, compared, rows, better, worse, count } = state.value;
   if (!Object.keys(policies).length) return html`<p>${said.none}</p>`;
-  return html`<table><thead><tr>${["policy", "metric", "value", "interval", "n", "failures"].map((n) => html`<th scope="col">${said[n]}</th>`)}</tr></thead>
-      <tbody>${Object.entries(policies).map(([name, p]) => html`<tr><th scope="row">${name}</th><td>${p.metric}</td><td class="number">${figure(p.value)}</td><td class="number">${interval(p.interval)}</td><td class="number">${p.n}</td><td class="number">${p.failures}</td></tr>`)}</tbody></table>
-    ${compared.length > 0 && html`<table><thead><tr>${["compared", "difference", "interval", "p", "better", "worse"].map((n) => html`<th scope="col">${said[n]}</th>`)}<th></th></tr></thead>
-      <tbody>${compared.map((c) => html`<tr><th scope="row">${c.before} → ${c.after}</th><td class="number">${figure(c.difference)}</td><td class="number">${interval(c.interval)}</td><td class="number">${figure(c.p)}</td><td class="number">${c.better}</td><td class="number">${c.worse}</td><td>${c.told_apart ? said.apart : said.chance}</td></tr>`)}</tbody></table>`}
+  return html`${wide(words.tabs.heldout, html`<table><thead><tr>${["policy", "metric", "value", "interval", "n", "failures"].map((n) => html`<th scope="col">${said[n]}</th>`)}</tr></thead>
+      <tbody>${Object.entries(policies).map(([name, p]) => html`<tr><th scope="row">${name}</th><td>${p.metric}</td><td class="number">${figure(p.value)}</td><td class="number">${interval(p.interval)}</td><td class="number">${p.n}</td><td class="number">${p.failures}</td></tr>`)}</tbody></table>`)}
+    ${compared.length > 0 && wide(said.compared, html`<table><thead><tr>${["compared", "difference", "interval", "p", "better", "worse"].map((n) => html`<th scope="col">${said[n]}</th>`)}<th></th></tr></thead>
+      <tbody>${compared.map((c) => html`<tr><th scope="row">${c.before} → ${c.after}</th><td class="number">${figure(c.difference)}</td><td class="number">${interval(c.interval)}</td><td class="number">${figure(c.p)}</td><td class="number">${c.better}</td><td class="number">${c.worse}</td><td>${c.told_apart ? said.apart : said.chance}</td></tr>`)}</tbody></table>`)}
     <h2>${said.rows(better, worse)}</h2>
     ${rows.map((row) => html`<article class="message" key=${row.row}><h3>${row.row}${row.change !== null ? `: ${said.change} ${row.change > 0 ? "+" : ""}${figure(row.change)}` : ""}</h3>
       <pre class="text">${String(row.prompt ?? "")}</pre>${row.gold && html`<p>${said.gold}: <bdi>${String(row.gold)}</bdi></p>`}
@@ -70,6 +73,6 @@ export function Recipes({ runs }) {
   if (runs.length < 2) return html`<p>${said.one}</p>`;
   if (!state.value) return waiting(state);
   if (!state.value.keys.length) return html`<p>${said.none}</p>`;
-  return html`<div class="wide-table"><table><thead><tr><th scope="col">${said.key}</th>${state.value.runs.map((run) => html`<th scope="col">${run}</th>`)}</tr></thead>
-    <tbody>${state.value.keys.map((row) => html`<tr><th scope="row">${row.key}</th>${row.values.map((value) => html`<td class="text">${value ?? ""}</td>`)}</tr>`)}</tbody></table></div>`;
+  return wide(words.tabs.recipes, html`<table><thead><tr><th scope="col">${said.key}</th>${state.value.runs.map((run) => html`<th scope="col">${run}</th>`)}</tr></thead>
+    <tbody>${state.value.keys.map((row) => html`<tr><th scope="row">${row.key}</th>${row.values.map((value) => html`<td class="text">${value ?? ""}</td>`)}</tr>`)}</tbody></table>`);
 }

@@ -54,21 +54,19 @@ def asked(page: Any) -> str:
     return str(page.locator("#asked").get_attribute("data-item"))
 
 
-def press_and_wait(page: Any, key: str) -> None:
-    """Press a key that submits; wait for another item, or for the end."""
-    was = asked(page)
+def press_and_wait(page: Any, key: str, was: str = "") -> str:
+    """Press a key that submits; wait for another item than `was`, or for the end; give the item."""
+    was = was or asked(page)
     page.keyboard.press(key)
-    wait_for_item(page, was)
-
-
-def wait_for_item(page: Any, was: str) -> None:
-    page.wait_for_function(
+    found = page.wait_for_function(
         """was => {
             const [item, state] = ["#asked", "#state"].map((id) => document.querySelector(id));
-            return item ? item.dataset.item !== was : state?.ariaBusy === "false";
+            if (item) return item.dataset.item !== was && item.dataset.item;
+            return state?.ariaBusy === "false" && "end";
         }""",
         arg=was,
-    )
+    ).json_value()
+    return "" if found == "end" else str(found)
 
 
 def all_sent(page: Any) -> None:
@@ -143,16 +141,16 @@ def test_t51_five_people_in_two_browsers(browser: Any, tmp_path: Path, items: in
         for i, who in enumerate(people):
             pages[who] = opened.enter_context(open_page((browser, other)[i % 2], f"{url}/labels"))
             begin(pages[who], who)
-        working = list(people)
-        while working:
-            who = draw.choice(working)
+        item = {who: asked(page) for who, page in pages.items()}
+        while item:
+            who = draw.choice(list(item))
             page = pages[who]
-            if page.locator("#asked").count():
-                seen[who].append(asked(page))
-                press_and_wait(page, draw.choice("1234"))
+            if item[who]:
+                seen[who].append(item[who])
+                item[who] = press_and_wait(page, draw.choice("1234"), item[who])
             else:
                 all_sent(page)
-                working.remove(who)
+                del item[who]
                 page.locator("#leave").click()
         done = sum(map(len, seen.values()))
     labels = Labels(read_events(store.file)[0])

@@ -375,6 +375,19 @@ def test_t61_a_large_file_is_indexed_without_being_held(tmp_path: Path) -> None:
     assert by_token({}) == {"ids": [], "mask": []}
 
 
+def test_a_long_right_answer_is_whole_for_a_filter_and_cut_in_the_table(tmp_path: Path) -> None:
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "metrics.jsonl").write_text('{"step": 0}\n')
+    line = {"step": 0, "episodes": [episode(1, gold="x" * 5000 + " end")]}
+    (tmp_path / "rl" / "rollouts.jsonl").write_text(json.dumps(line) + "\n")
+    routes = run_routes({"one": tmp_path})
+    with TestClient(make_app(routes, ServerSettings()), base_url="http://127.0.0.1:8000") as client:
+        found = client.get('/api/runs/one/rollouts?filter=gold~"end"').json()["rows"]
+        assert [row["gold"] for row in found] == ["x" * 160]
+        whole = client.get("/api/runs/one/episode?step=0&episode=0").json()
+        assert whole["gold"].endswith(" end")
+
+
 def test_a_group_has_its_episodes_alone(client: TestClient) -> None:
     found = client.get("/api/runs/new/group?step=1&group=3").json()["episodes"]
     assert [(e["episode"], e["messages"][1]["content"]) for e in found] == [
