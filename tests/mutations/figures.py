@@ -102,4 +102,11 @@ MUTATIONS = (
         "        self.live = 0\n",
         "tests/pipeline/test_activations.py",
     ),
+    Mutation(
+        "the memory of an operation is that of another one with equal arguments",
+        "runtime/peak_memory.py",
+        "isinstance(x, Tensor) else (type(x), x)",
+        "isinstance(x, Tensor) else (None, x)",
+        "tests/pipeline/test_activations.py::test_equal_arguments_of_other_types_are_other_operations",
+    ),
 )

@@ -92,6 +92,15 @@ def test_memory_counts_until_the_last_view_of_it_is_gone() -> None:
     assert int(other.sum()) == 50
 
 
+def test_equal_arguments_of_other_types_are_other_operations() -> None:
+    """What an operation gives is asked once for each form of its arguments; 1.0 and 1 are equal."""
+    whole = torch.ones(1 << 16, dtype=torch.int64)
+    with Counted() as counted:
+        made = whole * 1.0, whole * 1
+        assert [x.dtype for x in made] == [torch.float32, torch.int64]
+        assert counted.live == (4 + 8) << 16
+
+
 def test_padded_classifiers_and_long_rows_are_measured() -> None:
     """A row that is longer than the micro-batch is not cut, and one that the model cannot read is
     as long as it can.
