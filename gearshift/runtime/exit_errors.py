@@ -36,6 +36,8 @@ _ADVICE = {
     errno.EDQUOT: "; free some space",
     errno.EFBIG: "; raise the limit of a file's size (ulimit -f)",
 }
+_KEPT = "gearshift: line and exit code"
+"""Where an error keeps them."""
 _PATIENCE = 1.0
 """Seconds that threads and processes have to end after a signal."""
 _said = threading.Event()
@@ -124,9 +126,11 @@ def rank_of_process() -> int:
 
 def describe_error(error: BaseException, folder: Path | None) -> tuple[str, int]:
     """The line to print and the exit code. The traceback of an unexpected error is kept, once."""
-    if not hasattr(error, "described"):
-        error.described = _described(error, folder)  # type: ignore[attr-defined]
-    return error.described  # type: ignore[attr-defined]
+    # Not as an attribute: an error may have one of that name, or be frozen.
+    if _KEPT not in error.__dict__:
+        error.__dict__[_KEPT] = _described(error, folder)
+    found: tuple[str, int] = error.__dict__[_KEPT]
+    return found
 
 
 def _described(error: BaseException, folder: Path | None) -> tuple[str, int]:

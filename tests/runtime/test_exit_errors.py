@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 
 from gearshift.cli import main as cli
 from gearshift.errors import DataError, InterruptedRunError, ModelError
+from gearshift.runtime import exit_errors
 from gearshift.runtime.allocator import short_of_memory
 from gearshift.runtime.terminal import tolerate_lost_output
+from gearshift.serve.api_error import ApiError
 
 ENDS = {
     "the user's": (DataError("rows.jsonl, line 3\nis broken"), 1, "rows.jsonl, line 3 is broken"),
@@ -149,6 +152,27 @@ def test_a_program_leaves_with_one_line(how: str, code: int, said: str) -> None:
     )
     assert done.returncode == code and done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    code: str = "model_not_found"
+    described: str = "mine"
+    errno: str = "none"
+
+
+@pytest.mark.parametrize("error", [FrozenError(), ApiError(404, "not_found", "there is no model")])
+def test_what_an_error_calls_a_code_is_no_exit_code(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            exit_errors.exit_with_error(error, None, alone=False)
+        assert left.value.code == (1 if isinstance(error, ApiError) else 70)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("gearshift: ")
 
 
 @pytest.mark.parametrize(
