@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gearshift.cli.paths import resolve_folder
+from gearshift.cli.serve import add_recogniser, beside
 from gearshift.errors import ConfigError
 from gearshift.pipeline.shipped import find_recipe
 from gearshift.runtime.exit_errors import rank_of_process
@@ -31,7 +32,7 @@ STAGES = {
 
 _WITH_VALUE = {
     "--recipe", "--show", "--split", "--workers", "--gpus-per-worker", "--cpus-per-worker",
-    "--max-failures", "--on", "--serve",
+    "--max-failures", "--on", "--serve", "--recogniser",
 }  # fmt: skip
 """Options that a value follows."""
 _OVERRIDES = "a key of the recipe and its new value, such as rl.steps=100"
@@ -69,7 +70,8 @@ def add_commands(commands: Any) -> None:
                 help="serve the run's page and its policy beside the run, on loopback; requests "
                 "are answered while it samples, and wait while it trains",
             )
-        command.set_defaults(do=run, command=name, on_ranks=True, serve=None)
+            add_recogniser(command)
+        command.set_defaults(do=run, command=name, on_ranks=True, serve=None, recogniser=None)
     evaluation = commands.add_parser(
         "eval",
         help="measure policies on held-out rows",
@@ -128,13 +130,13 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.on:
         raise ConfigError("--on plans for another machine; add --dry-run.")
+    if arguments.recogniser and arguments.serve is None:
+        raise ConfigError("--recogniser is for the page beside a run; add --serve PORT.")
     keep_freed_memory()
     with ExitStack() as opened:
         given = None
         if arguments.serve is not None:
-            from gearshift.cli.serve import beside
-
-            given = opened.enter_context(beside(recipe, arguments.serve))
+            given = opened.enter_context(beside(recipe, arguments.serve, arguments.recogniser))
         summary = Run(recipe, given=given).execute(stages)
     if rank_of_process():
         return

@@ -75,12 +75,17 @@ def add_commands(commands: Any) -> None:
         help="refuse requests with unknown fields, which are ignored otherwise",
     )
     command.add_argument("--seed", type=int, default=0, help="the seed of sampling; 0")
+    add_recogniser(command)
+    command.set_defaults(do=serve)
+
+
+def add_recogniser(command: argparse.ArgumentParser) -> None:
+    """Add the argument that says what turns a recording into words."""
     command.add_argument(
         "--recogniser",
         help="module:function or file.py:function that gives the text of a WAV file, for the "
         "recordings of the chat page",
     )
-    command.set_defaults(do=serve)
 
 
 def add_address(command: argparse.ArgumentParser) -> None:
@@ -167,9 +172,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def beside(recipe: Recipe, port: int) -> Iterator[Given]:
+def beside(recipe: Recipe, port: int, recogniser: str | None = None) -> Iterator[Given]:
     """A server beside a run: its page, its figures, and its policy while it learns by
-    reinforcement. Gives what the run needs for that. Raises `ConfigError` on several ranks.
+    reinforcement. Gives what the run needs for that. `recogniser`: see `panel_of`. Raises
+    `ConfigError` on several ranks.
     """
     from gearshift.cli.talk import system_of
     from gearshift.engine import Engine
@@ -198,7 +204,8 @@ def beside(recipe: Recipe, port: int) -> Iterator[Given]:
             finally:
                 policies.remove("policy")
 
-    routes = _routes(policies, metrics, {folder.resolve().name: folder}, panel_of(recipe))
+    panel = panel_of(recipe, recogniser)
+    routes = _routes(policies, metrics, {folder.resolve().name: folder}, panel)
     server = Server(make_app(routes, settings, metrics.observe))
     server.start()
     echo(f"the run's page and policy: {server.url}", file=sys.stderr)
@@ -225,7 +232,9 @@ def _routes(
 
 
 def panel_of(recipe: Recipe | None, recogniser: str | None = None) -> Panel | None:
-    """What the chat page shows beside a conversation with a model of this recipe's task."""
+    """What the chat page shows beside a conversation with a model of this recipe's task.
+    `recogniser` names the function that gives the text of a recording; None takes pocketsphinx.
+    """
     from gearshift.serve.speech import hear
     from gearshift.serve.task_panel import Panel
     from gearshift.tasks.registry import get_task

@@ -150,6 +150,7 @@ class EngineLoop:
         """
         if self._scheduler is not None:
             self._paused += self._scheduler.withdraw_served()
+            self._publish()
 
     def step(self) -> None:
         """Sample one token for every running request. Only the engine's own parts use it. An error

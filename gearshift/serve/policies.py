@@ -33,8 +33,9 @@ class Policy:
     """The system message of a conversation that has none."""
     end_tokens: frozenset[int] = frozenset()
     """The tokens that end the model's answers."""
-    weights: str = "00000000"
-    """The first 8 hexadecimal digits of the weights' digest."""
+    weights: str = ""
+    """The first 8 hexadecimal digits of the weights' digest; empty for weights that a run trains,
+    which have a version only."""
     names: TokenNames = field(init=False)
     """The texts and the bytes of single tokens."""
 
@@ -47,8 +48,8 @@ class Policy:
         return next(self._ids)
 
     def fingerprint(self) -> str:
-        """The version of the weights, and which weights they were at first."""
-        return f"v{self.service.weights_version}-{self.weights}"
+        """The version of the weights, and which weights they are if nothing trains them."""
+        return f"v{self.service.weights_version}{f'-{self.weights}' if self.weights else ''}"
 
     def prompt(
         self,

@@ -298,6 +298,18 @@ def test_a_request_goes_on_with_the_new_weights_and_its_tokens_say_so() -> None:
     assert scored == pytest.approx([done.logprobs[i] for i in at], abs=1e-4)
 
 
+def test_requests_that_wait_while_a_run_trains_have_no_row() -> None:
+    e = engine()
+    beside = Beside(e)
+    while not beside.service.running:
+        with e.generating():
+            e.generate([PROMPT], SamplingParams(max_new_tokens=2))
+    with e.training():
+        e.weights_changed()
+        assert (beside.service.running, beside.service.waiting) == (0, 1)
+    beside.close()
+
+
 def test_an_engine_has_one_service(service: EngineService) -> None:
     with pytest.raises(GearshiftError, match="has a service already"):
         EngineService(service._engine)
