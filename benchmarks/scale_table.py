@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The public configs, as far as memory depends on them."""
 MACHINES = ("1x1x44", "1x1x79", "1x8x79", "1x8x139", "8x8x79", "8x8x139")
+STRATEGIES = (
+    "replicate", "fsdp", "fsdp, scale.split=64", "fsdp, vLLM samples",
+    "fsdp, scale.split=64, vLLM samples", "replicate, model.lora",
+)  # fmt: skip
 ENGINE = EngineConfig(max_num_seqs=64, max_length=3072, free_cache_while_training=True)
 STAGE = RLConfig(
     algorithm="dapo",
@@ -68,14 +73,15 @@ def write_config(name: str, folder: Path) -> Path:
 def sizes(folder: Path, described: bool) -> dict[str, list[float]]:
     """GiB of one rank at the peak on each of `MACHINES`, by strategy."""
     model, dtype, lora = shapes(ModelConfig(name=str(folder))), torch.bfloat16, AdapterConfig()
-    shape, needs = Shape.of(model, dtype), STAGE.memory_needs()
+    shape, whole = Shape.of(model, dtype), STAGE.memory_needs()
     engine = ENGINE.model_copy(update={"recompute": described})
     found = {}
-    for name in ("replicate", "fsdp", "fsdp, scale.split=64", "replicate, model.lora"):
+    for name in STRATEGIES:
+        needs = replace(whole, rollout=None, keep_whole=False) if "vLLM" in name else whole
         adapters = lora if "lora" in name else None
         trained = adapter_size(shape, lora) if adapters else shape.parameters
         activations = Activations(model.config, needs, dtype, torch.device("cpu"), adapters)
-        split = 64 if "split" in name else None
+        split = 64 if "split=64" in name else None
         scale = ScaleConfig.model_validate({"strategy": name.split(",")[0], "split": split})
         found[name] = [
             fit(

@@ -65,9 +65,12 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig | None = None,
         seed: int = 0,
+        generates: bool = True,
     ) -> None:
-        """Fuse the weights of a described architecture, check the head and the vocabulary; raises
-        `ModelError`, and `ConfigError` for a seed of more than 64 bits.
+        """Fuse the weights of a described architecture, check the head and the vocabulary. If
+        `generates` is false, as where servers sample, no whole copy stays beside a model that is
+        split over the ranks. Raises `ModelError`, and `ConfigError` for a seed of more than 64
+        bits.
         """
         if not -(2**63) <= seed < 2**63:
             raise ConfigError(f"The seed {seed} has more than 64 bits; take a smaller one.")
@@ -85,7 +88,8 @@ class Engine:
         self.gear: Gear | None = None
         self._stats = GenerationStats()
         require_whole(model)
-        self.runner = ModelRunner(model, recompute=bool(self.config.recompute), decode=self._probe)
+        again = bool(self.config.recompute)
+        self.runner = ModelRunner(model, recompute=again, decode=self._probe, keep_whole=generates)
         self._check_limit()
         self._watch = WeightsWatch(model)
         self._placement = self._watch.placement
@@ -98,7 +102,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.model.parameters()).device
+        return self.runner.kept.device
 
     @property
     def max_length(self) -> int:
@@ -276,7 +280,7 @@ class Engine:
         """Bytes by purpose. `aliased` is part of `weights`, not a copy. Of what is split over the
         ranks this rank's part counts.
         """
-        models = {self.model, self.runner.learner.model}
+        models = {self.runner.kept, self.runner.learner.model}
         parameters = [p for model in models for p in model.parameters()]
         return {
             "weights": sum(own_rows(p).nbytes for p in parameters),
@@ -299,7 +303,8 @@ class Engine:
     def _shifted(self, gear: Gear) -> Iterator[None]:
         self._owner.take(self)
         try:
-            with torch.cuda.device_of(next(self.model.parameters())):  # streams are this device's
+            own = own_rows(next(self.runner.kept.parameters()))
+            with torch.cuda.device_of(own):  # streams are this device's
                 yield from self._in_gear(gear)
         finally:
             self._owner.leave()
@@ -317,6 +322,11 @@ class Engine:
             self.gear = before
 
     def _shift(self, gear: Gear) -> None:
+        if gear == "generation" and not self.runner.is_whole:
+            raise GearshiftError(
+                "The model is split over the ranks and each has only a part, so servers sample "
+                "(generation.backend); make the engine with generates=True to sample here."
+            )
         require_attention(self.model)
         self._follow()
         if gear == "training" and self.config.free_cache_while_training:
@@ -326,6 +336,9 @@ class Engine:
 
     def _follow(self) -> None:
         """Detect changes of the weights."""
+        if not self.runner.is_whole:
+            self._watch.moved()  # it knows the whole weights no more, so that their memory is free
+            return
         require_whole(self.model)
         if self._watch.placement != self._placement:
             self._give_back()

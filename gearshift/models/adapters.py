@@ -99,11 +99,10 @@ def switched(layer: Any) -> tuple[object, ...]:
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head is the embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return (
-        isinstance(head, nn.Linear)
-        and embedding is not None
-        and head.weight.data_ptr() == embedding.weight.data_ptr()
-    )
+    if not isinstance(head, nn.Linear) or embedding is None:
+        return False
+    own, other = head.weight, embedding.weight
+    return own is other or (not own.is_meta and own.data_ptr() == other.data_ptr())
 
 
 def untie(model: PreTrainedModel) -> None:

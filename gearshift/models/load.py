@@ -5,12 +5,13 @@ them. Weights are read from safetensors only, never from a pickle.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -306,10 +307,12 @@ def save_model(
     card: str,
     lora: AdapterConfig | None = None,
     base: str = "",
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the files that `from_pretrained` reads: safetensors, config, generation config,
     tokenizer, chat template, and the model's card. `lora.save` decides how a model with adapters is
-    saved; `base` names the model that they were trained on.
+    saved; `base` names the model that they were trained on. `weights`, if they are given, stand in
+    place of the model's state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Aliased parameters are slices of one buffer; the file has each as a separate tensor.
@@ -320,7 +323,8 @@ def save_model(
         with without_bars():
             save_adapter(folder if alone else folder / "adapter", model, base)
     if not (adapted and alone):
-        state = {k: v for k, v in merged_state(model).items() if k not in tied}
+        own = merged_state(model) if weights is None else weights
+        state = {k: v for k, v in own.items() if k not in tied}
         model._hf_peft_config_loaded = False  # otherwise only the adapter is written
         with without_bars():
             model.save_pretrained(folder, state_dict=state)

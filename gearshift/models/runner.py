@@ -7,6 +7,7 @@ through Hugging Face's modules (`hf_forward.py`). This file does not know which 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any, Literal, cast
 
@@ -41,6 +42,7 @@ from gearshift.models.vocabulary import vocabulary_size
 from gearshift.models.work import TrainingWork
 from gearshift.models.zero import ZeroModel
 from gearshift.runtime.distributed import world
+from gearshift.runtime.ends_alone import ends_alone
 
 Form = Literal["described", "hugging_face"]
 Decode = Callable[["ModelRunner", list[list[int]]], list[Tensor]]
@@ -69,6 +71,7 @@ class ModelRunner:
         fuse: bool = True,
         decode: Decode | None = None,
         checked: bool = True,
+        keep_whole: bool = True,
     ) -> None:
         """Fuse the weights of a described architecture, and compare what is computed with Hugging
         Face's own forward; raises `ModelError` where they differ.
@@ -82,7 +85,10 @@ class ModelRunner:
             fuse: see `FusedLinear`.
             decode: compare what a generating engine computes, too.
             checked: False makes no comparison, for the one caller that shows the differences.
+            keep_whole: whether the whole model stays in memory beside a copy that is split over the
+                ranks. If not, the split copy computes everything.
         """
+        self.keep_whole = keep_whole
         self.model, self.value_head, self.recompute = model, value_head, recompute
         self.plan: Plan | None = None
         self.why = undescribed
@@ -96,7 +102,9 @@ class ModelRunner:
         self.weights: AliasedWeights | None = None
         if self.plan is not None:
             assert linear is not None
-            self.weights = AliasedWeights(self.plan, linear, fuse)
+            self.weights = AliasedWeights(
+                self.plan, linear, fuse and (keep_whole or not self._splits)
+            )
             for layer in self.plan.layers:
                 make_unit(layer.unit)
         self.kernels: Kernels = kernels_of(model)
@@ -104,7 +112,9 @@ class ModelRunner:
         self.work = TrainingWork(model, self.plan)
         """What was trained: see there."""
         self.learner = self
-        """The runner that computes what needs gradients: this one, or that of a split copy."""
+        """The runner that computes what needs gradients: this one, or that of a split copy. Where
+        no whole model is kept, it computes everything.
+        """
         self._sharded: ShardedModel | ZeroModel | None = None
         self.limit: Limit | None = None
         packs = self.head is not None or value_head is not None or self.weights is not None
@@ -130,14 +140,26 @@ class ModelRunner:
 
         Raises `ModelError` for a model that cannot be split.
         """
-        if world().sharded and self._sharded is None and not adapted_layers(self.model):
-            self._shard()
+        self.split()
         return list(self.learner.model.parameters())
+
+    def split(self) -> None:
+        """Split the model over the ranks, where `scale.strategy` splits models. Raises `ModelError`
+        for a model that cannot be split.
+        """
+        if self._splits and self._sharded is None:
+            self._shard()
+
+    @property
+    def _splits(self) -> bool:
+        return world().sharded and not adapted_layers(self.model)
 
     def _shard(self) -> None:
         layers = None if self.plan is None else [layer.unit for layer in self.plan.layers]
-        split = ShardedModel if world().deepspeed is None else ZeroModel
-        self._sharded = split(self.model, layers)
+        if world().deepspeed is None:
+            self._sharded = ShardedModel(self.model, layers, self.keep_whole)
+        else:
+            self._sharded, self.keep_whole = ZeroModel(self.model, layers), True
         self.learner = ModelRunner(
             self._sharded.model,
             value_head=self.value_head,
@@ -160,11 +182,35 @@ class ModelRunner:
             runner.model.train(mode)
 
     def weights_changed(self) -> None:
-        """Write the weights of the split copy, if there is one, into the model. All ranks must call
-        it.
+        """Write the weights of the split copy, if there is one, into the whole model, if it is
+        kept. All ranks must call it.
         """
-        if self._sharded:
+        if self._sharded and self.keep_whole:
             self._sharded.write_whole()
+
+    @property
+    def kept(self) -> PreTrainedModel:
+        """The model that has the weights in memory: the whole one, or the split copy."""
+        return self.model if self.is_whole else self.learner.model
+
+    @property
+    def stateful(self) -> PreTrainedModel | ShardedModel:
+        """What gives the weights to a checkpoint, and takes them from one."""
+        return self.model if self.is_whole else cast(ShardedModel, self._sharded)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `model` has its weights: each rank has all of them."""
+        return self.keep_whole or self._sharded is None
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """The model's state by name, on the main rank's host, where no whole model is kept; else
+        None. All ranks must call it.
+        """
+        if self.is_whole:
+            return None
+        assert isinstance(self._sharded, ShardedModel)
+        return self._sharded.whole_state()
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, H] last hidden states of the packed tokens. Raises `DataError` for a token that the
@@ -208,7 +254,7 @@ class ModelRunner:
         for i, after in zip_longest(order, order[1:]):
             batch.append(i)
             if after is None or len(sequences[after]) * (len(batch) + 1) > micro_batch_tokens:
-                packed = pack_unscored([sequences[j] for j in batch]).to(self.model.device)
+                packed = pack_unscored([sequences[j] for j in batch]).to(self.kept.device)
                 values = self.scores(packed).tolist()
                 for j, value in zip(batch, values, strict=True):
                     scores[j] = value
@@ -228,13 +274,14 @@ class ModelRunner:
 
     @property
     def _acting(self) -> ModelRunner:
-        return self.learner if torch.is_grad_enabled() else self
+        return self.learner if torch.is_grad_enabled() or not self.is_whole else self
 
     def _run(self, name: str, *args: Any) -> Any:
         """The method of this name, by the runner that computes now, inside its model's unit."""
         runner = self._acting
         try:
-            return run_in(runner.model, getattr(runner, name), *args)
+            with nullcontext() if self.is_whole else ends_alone():
+                return run_in(runner.model, getattr(runner, name), *args)
         except BaseException:
             if self._sharded:
                 self._sharded.reset()

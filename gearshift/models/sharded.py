@@ -1,6 +1,7 @@
 """A second copy of a model, whose weights FSDP2 splits over the ranks: what is trained under
 `scale.strategy: fsdp`. The whole model, in the precision that it runs in, stays beside it: it
-generates, is scored without gradients, and is saved. This file must not import the runner.
+generates, is scored without gradients, and is saved. Where other processes generate, it gives its
+weights away. This file must not import the runner.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -24,7 +26,8 @@ from transformers import PreTrainedModel
 from gearshift.errors import ConfigError, ModelError
 from gearshift.models.exact import named
 from gearshift.models.units import make_unit
-from gearshift.runtime.distributed import world
+from gearshift.runtime.distributed import Part, world
+from gearshift.runtime.sharded_parameter import loaded_rows, own_rows, saved_rows
 
 
 class ShardedModel:
@@ -33,8 +36,11 @@ class ShardedModel:
     be in two units.
     """
 
-    def __init__(self, whole: PreTrainedModel, layers: list[nn.Module] | None) -> None:
-        """`layers` are the decoder layers; None finds Hugging Face's own.
+    def __init__(
+        self, whole: PreTrainedModel, layers: list[nn.Module] | None, keep_whole: bool = True
+    ) -> None:
+        """`layers` are the decoder layers; None finds Hugging Face's own. If `keep_whole` is false,
+        the whole model's parameters have no memory afterwards (device "meta").
 
         Each rank makes a unit's weights in fp32 and keeps its rows of them, one unit after the
         other. Raises `ModelError` for a model whose weights have several precisions, `ConfigError`
@@ -46,15 +52,15 @@ class ShardedModel:
                 "newer one, or replicate."
             )
         paths = unit_paths(whole, layers, "strategy=fsdp")
-        self.whole = whole
+        self.whole, self.device = whole, whole.device
         kind = next(whole.parameters()).dtype
-        source: dict[int, nn.Parameter] = {}
-        """By the id of a parameter of the copy: the parameter of the whole model."""
+        source: dict[int, str] = {}
+        """By the id of a parameter of the copy: the name of the whole model's parameter."""
         empty: dict[int, Any] = {}
-        for p in whole.parameters():
+        for name, p in whole.named_parameters():
             meta = torch.empty_like(p, dtype=torch.float32, device="meta")
             empty[id(p)] = nn.Parameter(meta, requires_grad=p.requires_grad)
-            source[id(empty[id(p)])] = p
+            source[id(empty[id(p)])] = name
         self.model: PreTrainedModel = copy.deepcopy(whole, empty)
         policy = MixedPrecisionPolicy(
             param_dtype=None if kind == torch.float32 else kind,
@@ -63,12 +69,15 @@ class ShardedModel:
         )
         # No layer's output is written in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        mesh = _mesh(whole.device)
-        self._units: list[tuple[Any, dict[str, nn.Parameter]]] = []
-        """Each unit with the whole model's parameters by the names that they have in it."""
+        mesh = _mesh(self.device)
+        self._units: list[tuple[Any, dict[str, str]]] = []
+        """Each unit, with the names of its parameters in it and in the whole model."""
         for path in paths:
             unit: Any = self.model.get_submodule(path)
-            self._units.append((unit, _fill(unit, source)))
+            names = _fill(unit, whole, source)
+            self._units.append((unit, names))
+            if not keep_whole:
+                _empty(whole, names.values())
             fully_shard(unit, mesh=mesh, mp_policy=policy)
             unit.set_gradient_divide_factor(1.0)  # a loss is already weighted over the whole batch
             unit.set_force_sum_reduction_for_comms(True)
@@ -78,18 +87,60 @@ class ShardedModel:
 
     def write_whole(self) -> None:
         """Write the present weights into the whole model, one unit after the other. Its parameters
-        stay where they are.
+        stay where they are. All ranks call it.
         """
-        world().meet(self._write_whole, "the weights of layers")
 
-    @torch.no_grad()
-    def _write_whole(self) -> None:
-        for unit, targets in self._units:
+        @torch.no_grad()
+        def write() -> None:
+            for name, weights in self._gathered():
+                self.whole.get_parameter(name).copy_(weights)
+
+        world().meet(write, "the weights of layers")
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The present state of the whole model, on the host of the main rank; empty on the others.
+        All ranks call it. The name of a tied head is not in it.
+        """
+        state: dict[str, Tensor] = {}
+
+        @torch.no_grad()
+        def keep() -> None:
+            if world().main:
+                own = self.whole.state_dict().items()
+                state.update({name: x.cpu() for name, x in own if not x.is_meta})
+            for name, weights in self._gathered():
+                if world().main:
+                    like = self.whole.get_parameter(name).dtype
+                    state[name] = weights.to("cpu", like, copy=True)
+
+        world().meet(keep, "the weights of layers")
+        return state
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and whole weights, which stay until the next one is asked for.
+        Gradients must be off.
+        """
+        for unit, names in self._units:
             unit.unshard()
             own = dict(unit.named_parameters())
-            for name, target in targets.items():
-                target.copy_(own[name])
+            for name, in_whole in names.items():
+                yield in_whole, own[name]
             unit.reshard()
+
+    def state_dict(self) -> dict[str, Tensor | Part]:
+        """This rank's rows of the weights, in the whole model's precision, for a checkpoint."""
+        kind = self.whole.dtype
+
+        def own(x: Tensor) -> Tensor:  # a tied head is a copy: files cannot share memory
+            return own_rows(x).to(kind if x.is_floating_point() else x.dtype, copy=True)
+
+        return {name: saved_rows(x, own(x)) for name, x in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a checkpoint, of this model or of a whole one."""
+        for name, x in self.model.state_dict().items():
+            own_rows(x).copy_(loaded_rows(x, state[name]))
 
     def reset(self) -> None:
         """Forget a forward or backward pass that an error has cut."""
@@ -114,22 +165,32 @@ def unit_paths(whole: PreTrainedModel, layers: list[nn.Module] | None, chosen: s
     return [*(names[id(layer)] for layer in found), ""]
 
 
-def _fill(unit: nn.Module, source: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:
+def _fill(unit: nn.Module, whole: PreTrainedModel, source: dict[int, str]) -> dict[str, str]:
     """Give the unit's parameters that have no memory yet that of their source in fp32; returns
-    their sources by name.
+    their sources' names by their own.
     """
     made: dict[int, nn.Parameter] = {}
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, str] = {}
     for prefix, module in unit.named_modules():
         for name, p in module._parameters.items():
             if p is None or not p.is_meta:
                 continue
             if id(p) not in made:
-                weights = source[id(p)].detach().float().clone()
+                weights = whole.get_parameter(source[id(p)]).detach().to(torch.float32, copy=True)
                 made[id(p)] = nn.Parameter(weights, requires_grad=p.requires_grad)
                 found[f"{prefix}.{name}" if prefix else name] = source[id(p)]
             module._parameters[name] = made[id(p)]
     return found
+
+
+def _empty(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Take the memory of these parameters away; their shapes and precision stay."""
+    own = [model.get_parameter(name) for name in names]
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in own}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in empty:
+                module._parameters[name] = empty[id(p)]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

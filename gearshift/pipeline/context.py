@@ -5,7 +5,7 @@ models, begin, and save. It must not import a trainer of one stage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,7 +127,7 @@ class Context:
                 torch.manual_seed(named_seed(self.seed, "adapter"))
                 add_adapter(model, self.recipe.model.lora)
         config, recompute = self._fit(config, model)
-        engine = open_engine(self.recipe, start, model, recompute)
+        engine = open_engine(self.recipe, start, model, recompute, trained=True)
         self.show_form("policy", engine.runner)
         return config, engine
 
@@ -161,14 +161,12 @@ class Context:
         """
         shape = Shape.of(model, model.dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        needs, machine = config.memory_needs(), Machine.here(model.device)
-        if self.recipe.generation.backend != "engine":
-            needs = replace(needs, rollout=None)
+        stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))
+        needs, machine = self.recipe.memory_needs(stage), Machine.here(model.device)
         lora = self.recipe.model.lora if needs.head == "logprobs" else None
         activations = Activations(model.config, needs, model.dtype, model.device, lora, type(model))
         engine, adapters = self.recipe.engine, lora is not None
         fitted = fit(needs, engine, shape, trained, machine, activations, adapters)
-        stage = next(n for n in STAGES if isinstance(getattr(self.recipe, n), type(config)))
         key = f"{stage}.{config.micro_batch_key}"
         if short := shortage(fitted.parts["total"], machine.free, key):
             self.echo(f"memory: {short}")
@@ -187,12 +185,12 @@ class Context:
     def save(
         self,
         folder: Path,
-        model: PreTrainedModel,
+        runner: ModelRunner,
         tokenizer: PreTrainedTokenizerBase,
         how: str,
         start: str | None,
     ) -> None:
-        """Write a model with its card, which says `how` it was made."""
+        """Write a runner's model with its card, which says `how` it was made."""
         base = self.recipe.model.name
         card = (
             f"# {self.folder.name}/{folder.name}\n\n`{base}` after {how} with Gearshift.\n\n"
@@ -204,7 +202,9 @@ class Context:
 
         def write() -> None:
             with writing(folder):
-                save_model(folder, model, tokenizer, card, self.recipe.model.lora, origin)
+                lora = self.recipe.model.lora
+                save_model(folder, runner.model, tokenizer, card, lora, origin, weights)
 
         with doing(f"while saving {folder.name}"):
+            weights = runner.whole_state()
             world().says(write, "the saved model")

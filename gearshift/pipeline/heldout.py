@@ -47,9 +47,11 @@ def open_engine(
     name: str | None,
     model: PreTrainedModel | None = None,
     recompute: bool | None = None,
+    trained: bool = False,
 ) -> Engine:
     """The engine of a recipe around a policy: a folder, a name, or (None) the recipe's model.
-    `recompute`, if it is given, stands in place of the recipe's.
+    `recompute`, if it is given, stands in place of the recipe's. One that is `trained` and sampled
+    by servers keeps no whole copy beside what is split over the ranks.
     """
     config = recipe.engine
     if recompute is not None:
@@ -59,6 +61,7 @@ def open_engine(
         load_tokenizer(recipe.model, name),
         config,
         seed=recipe.run.seed,
+        generates=not trained or recipe.generation.backend == "engine",
     )
 
 

@@ -111,15 +111,18 @@ def parts_of(
     """
     on_cpu = machine.device.type == "cpu"
     cut = _is_cut(needs)
-    parts = _learning(shape, needs.optimizer, trained, machine, cut, adapters)
+    whole = needs.keep_whole
+    parts = _learning(shape, needs.optimizer, trained, machine, cut, adapters, whole)
     if on_cpu:
         parts["Python and its libraries"] = _PROGRAM
     if not engine.free_cache_while_training:
         parts |= _generating(needs, engine, shape, machine)
     if needs.reference and not adapters:
         parts["reference"] = (_LOADED_COPY if on_cpu else 1.0) * shape.weights
+        if machine.split > 1 and not whole:
+            parts["reference"] = 4 * shape.parameters / machine.split
     if needs.critic:
-        critic = _learning(shape, needs.critic, shape.parameters, machine, cut, False)
+        critic = _learning(shape, needs.critic, shape.parameters, machine, cut, False, whole)
         parts["critic, its gradients and its optimizer"] = sum(critic.values())
     return parts
 
@@ -166,9 +169,10 @@ def _learning(
     machine: Machine,
     cut: bool,
     adapters: bool,
+    whole: bool,
 ) -> dict[str, float]:
     """Bytes of a model that learns. `cut`: an update has several micro-batches, whose gradients are
-    summed in fp32.
+    summed in fp32. `whole`: it stays beside its copy that is split.
 
     While a step sums the gradients over the ranks, each buffer of them shrinks to this rank's part,
     so these parts never add to the peak.
@@ -186,6 +190,8 @@ def _learning(
         # layers there are two, with one's gradient in both precisions.
         layer = (3 * shape.item + 4) * shape.layer
         parts["weights gathered while training"] = 2.0 * shape.item * shape.tables + layer
+        if not whole:
+            del parts["weights"]
         return {**parts, "sums of gradients": 4 * state}
     # One buffer's whole gradient, and what the ranks' sum of it takes.
     buffer = 4.0 * min(max(LARGEST, shape.widest), trained)
@@ -261,6 +267,12 @@ def fit(
     unknown = f" (not measured: {activations.unknown})" if activations.unknown else ""
     parts["gradients"] = found["gradients"]
     parts[what + unknown] = found["activations"]
+    if machine.split > 1 and not adapters and not needs.keep_whole:
+        # Each unit of the whole model goes as its rows come; the moments come later.
+        room = shape.weights + 4.0 * max(shape.layer, shape.tables)
+        parts["the whole model while it is split, where it takes more"] = max(
+            0.0, room - sum(parts.values())
+        )
     if engine.free_cache_while_training:
         passes = ("gradients", "sums of gradients", "the optimizer's step", what + unknown)
         there = sum(parts.get(name, 0.0) for name in passes)

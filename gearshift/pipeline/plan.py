@@ -4,8 +4,6 @@ shapes, no weights; `memory.py` predicts the memory.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers import PreTrainedModel
 
@@ -70,9 +68,7 @@ def memory(
             continue
         lora = recipe.model.lora if name in POLICIES else None
         trained = adapter_size(shape, lora) if lora else shape.parameters
-        needs = config.memory_needs()
-        if recipe.generation.backend != "engine":
-            needs = replace(needs, rollout=None)
+        needs = recipe.memory_needs(name)
         # Activations of another machine's GPU are measured on the device that is here.
         device = resolve_device(recipe.model.device)
         activations = Activations(model.config, needs, dtype, device, lora, type(model))

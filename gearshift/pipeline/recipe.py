@@ -5,6 +5,7 @@ record of it in the run's folder. This file must not import what runs a recipe.
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -20,7 +21,16 @@ from gearshift.pipeline.given import GIVEN
 from gearshift.pipeline.unused import unused_keys
 from gearshift.rewards.composite import ENVIRONMENT
 from gearshift.rollouts.vllm import GenerationConfig
-from gearshift.runtime.config import Config, Neutral, PathText, differences, dump, identity, load
+from gearshift.runtime.config import (
+    Config,
+    Neutral,
+    PathText,
+    differences,
+    dump,
+    from_identity,
+    identity,
+    load,
+)
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.files import UNFINISHED, write_text, writing
@@ -28,6 +38,7 @@ from gearshift.runtime.folder_lock import FALLBACK_LOCK_FILE, LOCK_FILE
 from gearshift.runtime.scale_config import ScaleConfig
 from gearshift.tasks.registry import TASKS, AnyTaskConfig, check_task, register
 from gearshift.tasks.task import Task
+from gearshift.trainers.needs import MemoryNeeds
 from gearshift.trainers.preference import PreferenceConfig
 from gearshift.trainers.presets import PREFERENCE, Algorithm, expand, kind_of
 from gearshift.trainers.process_reward_model import ProcessRewardConfig
@@ -193,6 +204,16 @@ class Recipe(Config):
             raise ValueError("rl.sft_mix.data.sources is empty; name one, or leave sft_mix out.")
         return self
 
+    def memory_needs(self, stage: StageName) -> MemoryNeeds:
+        """What the memory of a stage depends on. A policy that servers sample is kept whole by no
+        rank, where FSDP2 splits it.
+        """
+        needs: MemoryNeeds = getattr(self, stage).memory_needs()
+        if self.generation.backend == "engine":
+            return needs
+        split = self.scale.strategy == "fsdp" and stage in POLICIES
+        return replace(needs, rollout=None, keep_whole=not split)
+
     def _cannot_sample_ahead(self, rl: RLConfig) -> str:
         """Why a step's episodes cannot be sampled while the step before it trains."""
         checks = (
@@ -284,7 +305,7 @@ def recorded_recipe(folder: Path) -> Recipe | None:
         return load(Recipe, path) if path.exists() else None
     known = read_sealed(record, f"delete it, and {path} counts.")
     try:
-        return Recipe.model_validate(known.get("recipe"))
+        return from_identity(Recipe, known.get("recipe"))
     except ValidationError:
         raise ConfigError(
             f"{record} holds a recipe that this version does not know; go on with the version that "

@@ -76,7 +76,7 @@ def sft(config: SFTConfig, run: Context) -> Result:
     examples = mix(config.data, run, render_sources(config.data, run, render))
     stage = run.begin_stage("sft", config.steps(len(examples)), config)
     train_sft(config, engine, examples, stage)
-    run.save(stage.folder, engine.model, engine.tokenizer, "supervised fine-tuning", None)
+    run.save(stage.folder, engine.runner, engine.tokenizer, "supervised fine-tuning", None)
     run.heldout("sft", lambda: engine)
     return {"examples": len(examples), "steps": stage.total}
 
@@ -102,7 +102,7 @@ def preference(config: PreferenceConfig, run: Context) -> Result:
     stage = run.begin_stage("preference", config.steps(len(rows)), config, start)
     train_preference(config, engine, rows, stage, reference)
     how = f"preference learning ({config.loss})"
-    run.save(stage.folder, engine.model, engine.tokenizer, how, start)
+    run.save(stage.folder, engine.runner, engine.tokenizer, how, start)
     run.heldout("preference", lambda: engine)
     accuracy = loss.accuracy(heldout) if heldout else None
     return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
@@ -123,7 +123,7 @@ def reward(config: RewardModelConfig, run: Context) -> Result:
     heldout = render_rows(config.heldout, run, render, labels)
     stage = run.begin_stage("reward", config.steps(len(pairs)), config, start)
     train_reward_model(config, runner, pairs, stage)
-    run.save(stage.folder, runner.model, tokenizer, "reward modelling (Bradley-Terry)", start)
+    run.save(stage.folder, runner, tokenizer, "reward modelling (Bradley-Terry)", start)
     accuracy = pair_accuracy(runner, heldout) if heldout else None
     return {
         "pairs": len(pairs),
@@ -147,7 +147,7 @@ def process(config: ProcessRewardConfig, run: Context) -> Result:
     heldout = render_rows(config.heldout, run, render)
     stage = run.begin_stage("process", config.steps(len(rows)), config, start)
     train_process_reward_model(config, runner, rows, stage)
-    run.save(stage.folder, runner.model, tokenizer, "process reward modelling", start)
+    run.save(stage.folder, runner, tokenizer, "process reward modelling", start)
     accuracy = step_accuracy(runner, heldout) if heldout else None
     return {"rows": len(rows), "accuracy": accuracy, "steps": stage.total}
 
@@ -181,13 +181,13 @@ def rl(config: RLConfig, run: Context) -> Result:
     folder = run.folder / "rl"
     if trainer.average:
         with trainer.average.applied():
-            run.save(folder / "ema", engine.model, engine.tokenizer, "averaging", start)
+            run.save(folder / "ema", engine.runner, engine.tokenizer, "averaging", start)
     if world().main:
         run.echo(_step_times(read_metrics(folder / "metrics.jsonl")))
     if left_out := trainer.left_out.describe():
         run.echo(f"rl: {left_out}")
     how = f"reinforcement learning ({config.advantage.name})"
-    run.save(folder, engine.model, engine.tokenizer, how, start)
+    run.save(folder, engine.runner, engine.tokenizer, how, start)
     run.heldout("rl", lambda: engine)
     with doing("while measuring what rl has made"):
         gap = _measure_gap(config, run, engine)
@@ -256,7 +256,9 @@ def load_value_model(
             f"{key}: {folder} holds a language model, which has no trained score head; "
             "train the reward stage, or leave init_from out to start from the policy."
         )
-    critic = load_critic(model, folder or start, partial(decode, engine.tokenizer))
+    critic = load_critic(
+        model, folder or start, partial(decode, engine.tokenizer), engine.runner.keep_whole
+    )
     run.show_form("critic", critic.runner)
     if folder and isinstance(critic, TokenCritic):
         _check_reads(f"{key}: {folder}", critic.trunk, run, folder, engine)
@@ -272,11 +274,20 @@ def load_reference(
     if named:
         teacher = load_policy(run.recipe.model, named).requires_grad_(False)
         _check_reads(f"rl.kl.reference: {named}", teacher, run, named, engine)
-        return run.show_form("reference", ModelRunner(teacher))
+        return _unchanged(run, teacher)
     if run.recipe.model.lora:
         return run.show_form("reference", engine.runner)
-    reference = load_policy(run.recipe.model, start).requires_grad_(False)
-    return run.show_form("reference", ModelRunner(reference))
+    return _unchanged(run, load_policy(run.recipe.model, start).requires_grad_(False))
+
+
+def _unchanged(run: Context, model: PreTrainedModel) -> ModelRunner:
+    """The runner of a reference model. It is split over the ranks where the policy is only split,
+    too.
+    """
+    runner = ModelRunner(model, keep_whole=run.recipe.generation.backend == "engine")
+    if not runner.keep_whole:
+        runner.split()
+    return run.show_form("reference", runner)
 
 
 def _check_reads(
@@ -317,7 +328,9 @@ def _add_perplexity(run: Context, start: str | None) -> None:
 
 
 def _step_times(steps: Sequence[dict[str, float]]) -> str:
-    """How long the parts of a step of reinforcement learning took, by medians."""
+    """How long the parts of a step of reinforcement learning took, by medians. Where servers
+    sample, the engine's figures are missing.
+    """
 
     def middle(name: str) -> float:
         known = [step[name] for step in steps if step.get(name) is not None]
@@ -325,12 +338,13 @@ def _step_times(steps: Sequence[dict[str, float]]) -> str:
 
     parts = {name: middle(f"engine/{name}_seconds") for name in ("shift", "prefill", "decode")}
     parts |= {name: middle(f"seconds/{name}") for name in ("reward", "score", "train")}
-    listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds >= 0)
+    text = f"rl: {middle('step_time'):.2f} s a step ({listed})"
+    if not isnan(rate := middle("engine/decode_tokens_per_second")):
+        text += (
+            f"; decoding {rate:,.0f} tokens/s, {middle('engine/roofline_fraction'):.0%} of what "
+            "this machine's measured speed allows"
+        )
     mfu = middle("speed/mfu")
     used = "" if isnan(mfu) else f" ({mfu:.0%} of the GPU's promised rate)"
-    return (
-        f"rl: {middle('step_time'):.2f} s a step ({listed}); decoding "
-        f"{middle('engine/decode_tokens_per_second'):,.0f} tokens/s, "
-        f"{middle('engine/roofline_fraction'):.0%} of what this machine's measured speed allows; "
-        f"training {middle('speed/tokens_per_second'):,.0f} tokens/s{used}"
-    )
+    return f"{text}; training {middle('speed/tokens_per_second'):,.0f} tokens/s{used}"

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from gearshift.errors import CapacityError, ConfigError, ServerError
 from gearshift.rewards.http_client import NoAnswerError, bearer_key, http_host, post
 from gearshift.rollouts.episode import group_of
-from gearshift.runtime.config import Config, Neutral
+from gearshift.runtime.config import RECORDED, Config, Neutral
 from gearshift.runtime.seeding import named_seed
 from gearshift.runtime.terminal import echo
 from gearshift.runtime.urls import Endpoint, check_no_secret, redact_urls
@@ -73,8 +73,8 @@ class GenerationConfig(Config):
         return servers
 
     @model_validator(mode="after")
-    def _has_servers(self) -> Self:
-        if self.backend == "vllm" and not self.servers:
+    def _has_servers(self, info: ValidationInfo) -> Self:
+        if self.backend == "vllm" and not self.servers and info.context != RECORDED:
             raise ValueError(
                 "backend=vllm needs servers; set generation.servers=[http://HOST:PORT]."
             )

@@ -25,6 +25,8 @@ from gearshift.runtime.yaml_text import MAX_DEPTH, coerce, parse_override, read_
 
 C = TypeVar("C", bound="Config")
 T = TypeVar("T")
+RECORDED = {"recorded": True}
+"""The validation context of a config that a run has recorded, without its neutral keys."""
 _NEUTRAL = "cannot change what comes of a run"
 Neutral = Annotated[T, _NEUTRAL]
 """The type of a key whose value may change while a run is resumed."""
@@ -126,6 +128,13 @@ def identity(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [identity(item) for item in config]
     return to_jsonable_python(config)
+
+
+def from_identity(kind: type[C], tree: Any) -> C:
+    """The config of an `identity`; the keys that it lacks have their defaults, which their class
+    may refuse elsewhere. Raises `ValidationError` if another version wrote it.
+    """
+    return kind.model_validate(tree, context=RECORDED)
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:

@@ -98,6 +98,21 @@ class World:
         """This rank's part of them: each `size`-th."""
         return things[self.rank :: self.size] if self.size > 1 else things
 
+    def share(self, things: Sequence[T]) -> Sequence[T]:
+        """This rank's part of them, as `mine`. Where models are split, each rank has equally many,
+        because the ranks gather layers from each other: the first thing fills up what is missing.
+        """
+        own = self.mine(things)
+        missing = -(-len(things) // self.size) - len(own) if self.sharded else 0
+        return [*own, *[things[0]] * missing] if missing else own
+
+    def merged(self, parts: Sequence[Sequence[T]], count: int) -> list[T]:
+        """A result for each of `count` things, in order, of what each rank has for its share."""
+        results: list[Any] = [None] * count
+        for rank, part in enumerate(parts):
+            results[rank :: self.size] = part[: len(range(rank, count, self.size))]
+        return results
+
     def plays(self, number: int) -> bool:
         """Whether the group of this number is this rank's."""
         return number % self.size == self.rank
@@ -155,11 +170,8 @@ class World:
 
     def dealt(self, things: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[T]]) -> list[T]:
         """A result for each of the things, in order; each rank computes those of its part."""
-        parts = self.each(lambda: list(work(self.mine(things))), "parts of a computation")
-        results: list[Any] = [None] * len(things)
-        for rank, part in enumerate(parts):
-            results[rank :: self.size] = part
-        return results
+        parts = self.each(lambda: list(work(self.share(things))), "parts of a computation")
+        return self.merged(parts, len(things))
 
     def agrees(self, error: BaseException) -> bool:
         """Whether all ranks end now, with this error or another one, so that they can still save

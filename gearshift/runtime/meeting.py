@@ -21,24 +21,27 @@ from gearshift.errors import RankError
 from gearshift.runtime.terminal import one_line
 
 _meetings = count()
+_known: list[tuple[Any, int, int]] = []
+
+
+def _store(patience: timedelta) -> tuple[Any, int, int]:
+    """The store by which the processes meet, this rank, and the number of ranks. A process has one
+    for all its runs. `patience`: how long to look for it, where the agent may have ended.
+    """
+    if not _known:
+        _known.append(next(iter(rendezvous("env://", timeout=patience))))
+    return _known[0]
 
 
 @cache
-def _store() -> tuple[Any, int, int]:
-    """The store by which the processes meet, this rank, and the number of ranks."""
-    store, rank, size = next(iter(rendezvous("env://")))
-    return store, rank, size
-
-
-@cache
-def _start() -> str:
+def _start(patience: timedelta) -> str:
     """A name that all ranks of this start have, and none of an earlier one: torchrun starts
     processes again with the same store, which still has the addresses of those that ended.
 
     Each rank asks with a word of its own, and rank 0 answers until all have its answer, because it
     may first find words of ranks that have ended.
     """
-    store, rank, size = _store()
+    store, rank, size = _store(patience)
     if rank:
         own = uuid4().hex
         store.set(f"asks/{rank}", own)
@@ -65,10 +68,10 @@ def meet(timeout: float) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     patience = timedelta(seconds=timeout)
     try:
-        store, rank, size = _store()
+        store, rank, size = _store(patience)
         store.set_timeout(patience)
         # A program may do several runs, and each meets under a name of its own too.
-        own = dist.PrefixStore(f"{_start()}/{next(_meetings)}", store)  # type: ignore[attr-defined]
+        own = dist.PrefixStore(f"{_start(patience)}/{next(_meetings)}", store)  # type: ignore[attr-defined]
         # Objects and flags go by gloo in any case.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)

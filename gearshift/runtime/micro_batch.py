@@ -5,7 +5,7 @@ no batch: those who run micro-batches cut their work by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -45,14 +45,11 @@ class MicroBatchSize:
         """
         while True:
             micros, state = list(cut(self.tokens, world().size)), _random_state()
-            own = world().mine(micros)
+            own = world().share(micros)
             parts = world().each(lambda own=own: _attempt(work, own), "micro-batches")  # type: ignore[misc]
             reason = next((reason for _, reason in parts if reason), "")
             if not reason:
-                results: list[Any] = [None] * len(micros)
-                for rank, (part, _) in enumerate(parts):
-                    results[rank :: world().size] = part
-                return results
+                return world().merged([part for part, _ in parts], len(micros))
             undo()
             del parts
             self._halve(cut, len(micros), reason)

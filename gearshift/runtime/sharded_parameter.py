@@ -47,25 +47,11 @@ class ShardedParameter:
 
     def saved(self, own: Tensor) -> Part:
         """What a checkpoint holds of a tensor like `master`: rows of one like the parameter."""
-        p = self._split
-        rows = own.view(p.to_local().shape)
-        if self.copies > 1:  # a node has all rows, and a checkpoint has them once
-            whole = DTensor.from_local(
-                rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
-            ).full_tensor()
-            rows = whole[world().part_of(len(whole))]
-        return Part(rows, p.shape[0])
+        return _part(self._split, own)
 
     def loaded(self, rows: Tensor) -> Tensor:
         """The inverse of `saved`: of a checkpoint's part, or of all rows."""
-        if self.copies > 1 and len(rows) < self._split.shape[0]:
-            rows = torch.cat(world().gather(rows, "the rows of a parameter"))
-        if rows.numel() != self.master.numel():
-            mesh = self._split.device_mesh
-            of, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-            each = -(-len(rows) // ranks)  # as torch.chunk cuts them
-            rows = rows[of * each :][:each]
-        return rows.reshape(-1)
+        return loaded_rows(self._split, rows).reshape(-1)
 
     @property
     def _split(self) -> DTensor:
@@ -77,3 +63,33 @@ class ShardedParameter:
 def own_rows(x: Tensor) -> Tensor:
     """This rank's rows of a tensor that is split over the ranks; any other tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def saved_rows(like: Tensor, own: Tensor) -> Tensor | Part:
+    """What a checkpoint holds of a tensor of which this rank has the rows that it has of `like`."""
+    return _part(like, own) if isinstance(like, DTensor) else own
+
+
+def loaded_rows(like: Tensor, rows: Tensor) -> Tensor:
+    """The inverse of `saved_rows`: of a checkpoint's part, or of all rows."""
+    if not isinstance(like, DTensor):
+        return rows
+    mesh = like.device_mesh
+    of, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    if mesh.size() > ranks and len(rows) < like.shape[0]:
+        rows = torch.cat(world().gather(rows, "the rows of a parameter"))
+    if rows.numel() != like.to_local().numel():
+        each = -(-len(rows) // ranks)  # as torch.chunk cuts them
+        rows = rows[of * each :][:each]
+    return rows
+
+
+def _part(like: DTensor, own: Tensor) -> Part:
+    rows, mesh = own.view(like.to_local().shape), like.device_mesh
+    if mesh.size() > mesh.size(mesh.ndim - 1):  # a node has all rows, and a checkpoint once
+        whole = DTensor.from_local(
+            rows.to(like.to_local().device), mesh, like.placements,
+            shape=like.shape, stride=like.stride(),
+        ).full_tensor()  # fmt: skip
+        rows = whole[world().part_of(len(whole))]
+    return Part(rows, like.shape[0])

@@ -12,25 +12,28 @@ import torch
 from torch import nn
 
 from gearshift.runtime.interrupt import shielded
+from gearshift.runtime.sharded_parameter import loaded_rows, own_rows, saved_rows
 
 
 class MovingAverage:
-    """a <- decay * a + (1 - decay) * weights after each update, in fp32 on the CPU."""
+    """a <- decay * a + (1 - decay) * weights after each update, in fp32 on the CPU. The model may
+    be split over the ranks; each averages its rows then.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
-        self.average = [p.detach().float().cpu().clone() for p in model.parameters()]
+        self.average = [own_rows(p).detach().float().cpu().clone() for p in model.parameters()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the present weights to the average."""
         for average, p in zip(self.average, self.model.parameters(), strict=True):
-            average.lerp_(p.detach().float().cpu(), 1.0 - self.decay)
+            average.lerp_(own_rows(p).detach().float().cpu(), 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside this context the model holds the average, and afterwards its own weights again."""
-        own = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
+        own = [own_rows(p).detach().to("cpu", copy=True) for p in self.model.parameters()]
         with shielded():  # a signal in the middle would leave a mixture of both
             self._write(self.average)
             try:
@@ -41,11 +44,13 @@ class MovingAverage:
     @torch.no_grad()
     def _write(self, weights: list[torch.Tensor]) -> None:
         for p, w in zip(self.model.parameters(), weights, strict=True):
-            p.copy_(w)
+            own_rows(p).copy_(w)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average}
+        each = zip(self.model.parameters(), self.average, strict=True)
+        return {"average": [saved_rows(p, average) for p, average in each]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(saved)
+        each = zip(self.model.parameters(), self.average, state["average"], strict=True)
+        for p, average, saved in each:
+            average.copy_(loaded_rows(p, saved))

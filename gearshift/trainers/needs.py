@@ -47,7 +47,9 @@ class MemoryNeeds:
     critic: OptimizerConfig | None = None
     """The optimizer of a separate critic."""
     rollout: tuple[int, int] | None = None
-    """(sequences, tokens of each) that are sampled for one update."""
+    """(sequences, tokens of each) that this program samples for one update."""
+    keep_whole: bool = True
+    """Whether the whole model stays beside a copy that is split over the ranks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ def train_preference(
     optimizer = optimizer_for(
         engine.runner.trained_parameters(), config.optimizer, stage.total, engine.runner
     )
-    stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
+    stage.track(model=engine.runner.stateful, optimizer=optimizer, micro_batch=stage.micro_batch)
     if reference is None:
         loss.precompute(rows.rows())
     for step in stage.steps(on_resume=engine.weights_changed):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,10 +82,11 @@ class PolicyOnServers(VLLM):
     def _push_until_right(self) -> None:
         """Push, probe, and push once more where the probe finds other weights."""
         version, servers = self._engine.weights_version, self.servers
+        weights = self._engine.runner.whole_state()
         wrong: dict[str, str] = {}
         for _ in range(2):
             lost, answers = world().says(
-                partial(self._push_and_ask, servers, version), "the push of weights"
+                partial(self._push_and_ask, servers, version, weights), "the push of weights"
             )
             for server in self.servers:
                 server.lost = lost[server.name]
@@ -100,13 +101,14 @@ class PolicyOnServers(VLLM):
         self._pushed = self.version = version
 
     def _push_and_ask(
-        self, servers: Sequence[VLLMServer], version: int
+        self, servers: Sequence[VLLMServer], version: int, weights: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, str], Answers]:
         """Push to these servers -> why each server is lost, and what the others answer."""
         shutil.rmtree(self._folder, ignore_errors=True)
         try:
             with writing(self._folder):
-                save_model(self._folder, self._engine.model, self._engine.tokenizer, "")
+                model, tokenizer = self._engine.model, self._engine.tokenizer
+                save_model(self._folder, model, tokenizer, "", weights=weights)
             self.push(self._folder, version, servers)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -84,7 +84,7 @@ def train_sft(config: SFTConfig, engine: Engine, examples: Mixture[Rendered], st
     optimizer = optimizer_for(
         engine.runner.trained_parameters(), config.optimizer, stage.total, engine.runner
     )
-    stage.track(model=engine.model, optimizer=optimizer, micro_batch=stage.micro_batch)
+    stage.track(model=engine.runner.stateful, optimizer=optimizer, micro_batch=stage.micro_batch)
 
     def loss_of(batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return supervised_loss(engine, batch)

@@ -13,13 +13,13 @@ def training_speed(seconds: float, runners: Sequence[ModelRunner]) -> dict[str, 
     """Tokens a second of the training on all ranks, and on GPUs the share of their rate that the
     models' products took (model FLOPs utilisation).
     """
-    done = [(runner.model, *runner.work.take()) for runner in runners]
+    done = [(runner.kept.device, runner.model.dtype, *runner.work.take()) for runner in runners]
     own = [
-        operations / peak_flops(model.device, model.dtype)
-        for model, _, operations in done
-        if model.device.type == "cuda" and operations
+        operations / peak_flops(device, dtype)
+        for device, dtype, _, operations in done
+        if device.type == "cuda" and operations
     ]
-    work = world().gather((done[0][1] if done else 0, own), "the work of a step")
+    work = world().gather((done[0][2] if done else 0, own), "the work of a step")
     tokens = sum(tokens for tokens, _ in work)
     if not tokens or not seconds:
         return {}

@@ -22,9 +22,10 @@ from pydantic import Field, ValidationError
 
 from gearshift.errors import CheckpointError, GearshiftError
 from gearshift.models.runner import ModelRunner
+from gearshift.models.sharded import ShardedModel
 from gearshift.runtime import checkpoint
 from gearshift.runtime.allocator import HeapGuard
-from gearshift.runtime.config import Config, Neutral, differences, identity
+from gearshift.runtime.config import Config, Neutral, differences, from_identity, identity
 from gearshift.runtime.digests import Digests, read_sealed, write_sealed
 from gearshift.runtime.digests import first_change as changed_files
 from gearshift.runtime.distributed import world
@@ -276,7 +277,7 @@ class Stage:
 
     def _marked(self, step: int) -> _Mark:
         """Record that the present state is the one with which this step begins."""
-        large = torch.nn.Module | MasterAdamW | MovingAverage
+        large = torch.nn.Module | ShardedModel | MasterAdamW | MovingAverage
         small = {
             name: copy.deepcopy(thing.state_dict())
             for name, thing in self._tracked.items()
@@ -358,7 +359,7 @@ class Stage:
         before = state["recipe"]
         if self._recipe is not None and before is not None:
             with suppress(ValidationError):  # keys that did not exist then have their defaults
-                before = identity(type(self._recipe).model_validate(before))
+                before = identity(from_identity(type(self._recipe), before))
         lines = differences(before, identity(self._recipe))
         if not lines and state["total"] != self.total:
             lines = [f"the data made {counted(state['total'], 'step')} and make {self.total}"]

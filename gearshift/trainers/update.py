@@ -6,22 +6,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gearshift.errors import CapacityError, NumericalError, RankError
+from gearshift.errors import NumericalError
 from gearshift.models.runner import ModelRunner
-from gearshift.runtime.allocator import short_of_memory
 from gearshift.runtime.deepspeed import DeepSpeedAdamW
 from gearshift.runtime.distributed import world
+from gearshift.runtime.ends_alone import ends_alone
 from gearshift.runtime.micro_batch import MicroBatchSize
 from gearshift.runtime.optimizer import MasterAdamW, OptimizerConfig
-from gearshift.runtime.terminal import one_line
 
 Micro = TypeVar("Micro")
 
@@ -105,7 +104,7 @@ def _gradients(
     """Each micro-batch's loss and metrics; the parameters hold the sum of the gradients then."""
     found: list[dict[str, float]] = []
     lost: list[float] = []
-    with _alone() if world().sharded else nullcontext():
+    with ends_alone() if world().sharded else nullcontext():
         for micro, weight in micros:
             loss, metrics = loss_of(micro)
             values = _floats({"loss": loss, **metrics})
@@ -124,32 +123,6 @@ def _gradients(
             "or look for a bad reward or row."
         )
     return found
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """With what is raised inside, this rank ends without a meeting: the others wait for it in a
-    layer, and not where ranks meet.
-    """
-    try:
-        yield
-    except BaseException as error:
-        told: Any = error
-        if reason := one_line(short_of_memory(error), 200):
-            told = CapacityError(
-                f"Memory ran out in a micro-batch ({reason}), which cannot be done again where "
-                "weights are split (scale.strategy); lower micro_batch_tokens."
-            )
-        elif isinstance(error, RuntimeError):
-            told = RankError(
-                f"Rank {world().rank} failed in a micro-batch, or another rank did not come to a "
-                f"layer ({one_line(str(error), 200)}); the same command goes on from the last "
-                "checkpoint."
-            )
-        told.ends_alone = True
-        if told is error:
-            raise
-        raise told from error
 
 
 def _floats(scalars: dict[str, Tensor]) -> dict[str, float]:

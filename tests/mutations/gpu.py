@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "a second GPU's streams are made on the first",
         "engine/hybrid.py",
-        "with torch.cuda.device_of(next(self.model.parameters())):",
+        "with torch.cuda.device_of(own):",
         "with torch.no_grad():",
         "tests/engine/test_current_device.py",
     ),

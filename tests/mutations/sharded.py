@@ -4,7 +4,30 @@ from tests.mutations import Mutation
 
 _TESTS = "tests/scale/test_fsdp.py -k two_ranks"
 
+_ONLY = "tests/scale/test_fsdp.py -k without_the_whole"
+
 MUTATIONS = (
+    Mutation(
+        "a rank with fewer micro-batches does not come to the layers of the others",
+        "runtime/distributed.py",
+        "- len(own) if self.sharded else 0",
+        "- len(own) if self.sharded and False else 0",
+        _ONLY,
+    ),
+    Mutation(
+        "the whole model stays in memory though servers sample",
+        "engine/hybrid.py",
+        "self._watch.moved()  # it knows the whole weights no more",
+        "pass  # it knows the whole weights no more",
+        _ONLY,
+    ),
+    Mutation(
+        "each rank averages its rows with those of another place",
+        "runtime/sharded_parameter.py",
+        "rows = rows[of * each :][:each]",
+        "rows = rows[:each]",
+        "tests/scale/test_fsdp.py -k saved_state",
+    ),
     Mutation(
         "the ranks' gradients are averaged, not added up",
         "models/sharded.py",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from gearshift.errors import RankError
 from gearshift.runtime import meeting
 
 
@@ -17,7 +18,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=10))
 
-    def seen() -> tuple[Any, int, int]:
+    def seen(patience: timedelta) -> tuple[Any, int, int]:
         return store, int(threading.current_thread().name.rpartition("_")[2]), 3
 
     monkeypatch.setattr(meeting, "_store", seen)
@@ -30,7 +31,7 @@ def names_of_a_start() -> set[str]:
 
     def name() -> str:
         together.wait()
-        return meeting._start.__wrapped__()
+        return meeting._start.__wrapped__(timedelta(seconds=10))
 
     with ThreadPoolExecutor(3) as pool:
         return {call.result() for call in [pool.submit(name) for _ in range(3)]}
@@ -50,4 +51,21 @@ def test_ranks_that_ended_while_they_asked_are_not_waited_for(store: Any) -> Non
 def test_a_rank_that_does_not_come_is_named(store: Any) -> None:
     store.set_timeout(timedelta(seconds=0.2))
     with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="rank 1 did not come"):
-        pool.submit(meeting._start.__wrapped__).result()
+        pool.submit(meeting._start.__wrapped__, timedelta(seconds=0.2)).result()
+
+
+def test_a_store_that_is_gone_is_looked_for_no_longer_than_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where torchrun was killed while its ranks began."""
+    asked: list[float] = []
+
+    def gone(url: str, timeout: timedelta) -> Any:
+        asked.append(timeout.total_seconds())
+        raise RuntimeError("the store is gone")
+
+    monkeypatch.setattr(meeting, "rendezvous", gone)
+    monkeypatch.setattr(meeting, "_known", [])
+    with pytest.raises(RankError, match="the store is gone"):
+        meeting.meet(7.0)
+    assert asked == [7.0]

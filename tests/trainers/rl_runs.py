@@ -1,6 +1,6 @@
 """A tiny RL run, as the tests of the loop make it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from gearshift.environments.base import TextEnvironment
 from gearshift.models.load import ModelConfig, load_policy
 from gearshift.models.runner import ModelRunner
 from gearshift.models.tiny import tiny_tokenizer
+from gearshift.rollouts.backend import GenerationBackend
 from gearshift.rollouts.collector import Collector
 from gearshift.trainers.rl.collect import RewardModel
 from gearshift.trainers.rl.config import RLConfig
@@ -83,22 +84,31 @@ def trainer(
     reference: Any = None,
     critic: Critic | None = None,
     score: RewardModel | None = None,
+    sampled_by: Callable[[Engine], GenerationBackend] | None = None,
 ) -> RLTrainer:
-    """A trainer of the tiny model, ready to `train()`."""
+    """A trainer of the tiny model, ready to `train()`. Its engine samples, or what `sampled_by`
+    makes of it.
+    """
     engine = Engine(
-        model or tiny_model(), tiny_tokenizer(), EngineConfig(max_num_seqs=8), seed=seed
+        model or tiny_model(),
+        tiny_tokenizer(),
+        EngineConfig(max_num_seqs=8),
+        seed=seed,
+        generates=sampled_by is None,
     )
     if config.kl.beta > 0 and reference is None:
         reference = load_policy(TINY)
+    learnt = isinstance(config.value, CriticConfig)
+    if learnt and critic is None:
+        critic = load_critic(TINY, None, str, sampled_by is None)
     return RLTrainer(
         config,
         engine,
-        Collector(environment, engine.tokenizer, engine.loop),
+        Collector(environment, engine.tokenizer, sampled_by(engine) if sampled_by else engine.loop),
         rows=None,
         score=score or OwnReward(),
         stage=Stage("rl", folder, config.steps, seed, config),
         reference=ModelRunner(reference) if reference is not None else None,
-        critic=critic
-        or (load_critic(TINY, None, str) if isinstance(config.value, CriticConfig) else None),
+        critic=critic,
         examples=examples,
     )

@@ -26,6 +26,7 @@ from gearshift.models.load import (
     writes_text,
 )
 from gearshift.models.runner import ModelRunner
+from gearshift.models.sharded import ShardedModel
 
 Decode = Callable[[list[int]], str]
 
@@ -37,7 +38,7 @@ class Critic(Protocol):
     """Runs its model."""
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module | ShardedModel]:
         """The part of the critic that a checkpoint saves."""
 
     def __call__(self, batch: PackedBatch) -> Tensor:
@@ -50,10 +51,14 @@ class Critic(Protocol):
 class TokenCritic:
     """A decoder with a value head: V of the state before each token."""
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
-        self.modules: dict[str, nn.Module] = {"critic": trunk, "value_head": head}
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead, keep_whole: bool = True) -> None:
+        """For `keep_whole` see `ModelRunner`."""
         self.trunk, self.head = trunk, head
-        self.runner = ModelRunner(trunk, value_head=head)
+        self.runner = ModelRunner(trunk, value_head=head, keep_whole=keep_whole)
+
+    @property
+    def modules(self) -> dict[str, nn.Module | ShardedModel]:
+        return {"critic": self.runner.stateful, "value_head": self.head}
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         return self.runner.values(batch)
@@ -73,12 +78,20 @@ class PromptCritic:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decode: Decode
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Decode,
+        keep_whole: bool = True,
     ) -> None:
-        self.modules: dict[str, nn.Module] = {"critic": model}
+        """`decode`: the policy's tokens to text. For `keep_whole` see `ModelRunner`."""
         self.model, self._tokenizer, self._decode = model, tokenizer, decode
         use_own_pad(model, tokenizer)
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, keep_whole=keep_whole)
+
+    @property
+    def modules(self) -> dict[str, nn.Module | ShardedModel]:
+        return {"critic": self.runner.stateful}
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         parents, starts = batch.parents.tolist(), batch.cu_seqlens.tolist()
@@ -95,19 +108,23 @@ class PromptCritic:
         return self.runner.trained_parameters()
 
 
-def load_critic(config: ModelConfig, folder: str | None, decode: Decode) -> Critic:
+def load_critic(
+    config: ModelConfig, folder: str | None, decode: Decode, keep_whole: bool = True
+) -> Critic:
     """Load a critic: from a policy's folder with a head of zeros, from a reward model's folder with
     its score head, or, if that is an encoder, a critic of the prompt. `decode`: the policy's tokens
-    to text.
+    to text. For `keep_whole` see `ModelRunner`.
     """
     if folder is None or writes_text(config, folder):
         trunk = load_policy(config, folder)
-        return TokenCritic(trunk, ValueHead(head_of(trunk).linear.in_features).to(trunk.device))
+        head = ValueHead(head_of(trunk).linear.in_features).to(trunk.device)
+        return TokenCritic(trunk, head, keep_whole)
     model = load_classifier(config, folder)
     if not reads_last_token(model):
-        return PromptCritic(model, load_tokenizer(config, folder, of_policy=False), decode)
+        tokenizer = load_tokenizer(config, folder, of_policy=False)
+        return PromptCritic(model, tokenizer, decode, keep_whole)
     head = ValueHead(model.score.in_features).to(model.device)
     with torch.no_grad():
         head.linear.weight.copy_(model.score.weight)
     model.set_attn_implementation(ATTENTION)
-    return TokenCritic(model, head)
+    return TokenCritic(model, head, keep_whole)

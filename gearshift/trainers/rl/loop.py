@@ -110,13 +110,13 @@ class RLTrainer:
             updates -= min(config.value.warmup, config.steps) * config.updates_a_step
         trained = engine.runner.trained_parameters()
         self.optimizers = [optimizer_for(trained, config.update.optimizer, updates, engine.runner)]
-        stage.track(model=engine.model, optimizer=self.optimizers[0], adaptive=self.state)
+        stage.track(model=engine.runner.stateful, optimizer=self.optimizers[0], adaptive=self.state)
         stage.track(rewards=score, left_out=self.left_out)
         stage.track(micro_batch=stage.micro_batch)
         if config.value:
             self._add_value_net(config.value, critic)
         ema = config.update.ema
-        self.average = MovingAverage(engine.model, ema) if ema else None
+        self.average = MovingAverage(engine.runner.kept, ema) if ema else None
         if self.average:
             stage.track(average=self.average)
         self.sampler = RolloutSampler(
@@ -129,8 +129,8 @@ class RLTrainer:
             if critic is None:
                 raise ValueError("value.kind=critic needs a critic.")
             self.models.critic = critic
-            self.stage.track(**critic.modules)
             parameters = critic.parameters()
+            self.stage.track(**critic.modules)
         else:
             head = ValueHead(self.engine.head.linear.in_features).to(self.engine.device)
             self.models.head = head
