@@ -288,7 +288,7 @@ def print_memory(named: list[Named]) -> None:
     config = named[0].recipe.model if named[0].recipe else ModelConfig()
     free, total = free_bytes(resolve_device(config.device)), 0.0
     for each in named:
-        size = sum(path.stat().st_size for path in _weights(each.source))
+        size = sum(path.stat().st_size for path in _loaded(each.source))
         total += size
         echo(f"{each.name}: {each.source}, {size / GIB:.2f} GiB of weights", file=sys.stderr)
     if total > free:
@@ -333,6 +333,19 @@ def _score_routes(folder: Path) -> Any:
     from gearshift.serve.score import score_routes
 
     return score_routes(ModelReward(ModelConfig(), folder))
+
+
+def _loaded(source: str) -> list[Path]:
+    """The files of the weights that a policy takes in memory. An adapter is added to its base
+    model's weights when it is loaded, so each adapter takes as much as its base.
+    """
+    from gearshift.models.adapter_files import adapter_folder, base_of
+    from gearshift.models.embedded import source_of
+
+    folder = Path(source_of(source)).expanduser()
+    while folder.is_dir() and (adapter := adapter_folder(folder)):
+        folder = Path(source_of(base_of(adapter)))
+    return _weights(str(folder))
 
 
 def _weights(source: str) -> list[Path]:

@@ -4,6 +4,13 @@ from tests.mutations import Mutation
 
 MUTATIONS = (
     Mutation(
+        "an adapter's memory is said to be its file's",
+        "cli/serve.py",
+        "path.stat().st_size for path in _loaded(each.source)",
+        "path.stat().st_size for path in _weights(each.source)",
+        "tests/serve/test_serve_command.py::test_an_adapter_takes_the_memory_of_its_base",
+    ),
+    Mutation(
         "the server's key goes to every address",  # in place of the entry of this name
         "rewards/http.py",
         "if key is None and is_loopback(host):",

@@ -19,7 +19,7 @@ import pytest
 
 from gearshift.cli.label import labels_beside
 from gearshift.cli.main import main
-from gearshift.cli.serve import Named, models_of, panel_of, print_memory, settings_of
+from gearshift.cli.serve import Named, _loaded, models_of, panel_of, print_memory, settings_of
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
@@ -106,6 +106,23 @@ def test_memory_is_said_before_it_is_taken(
     monkeypatch.setattr("gearshift.runtime.free_memory.free_bytes", lambda _: 10.0)
     with pytest.raises(ConfigError, match="name fewer models with --against"):
         print_memory([Named("policy", str(one), None)])
+
+
+def test_an_adapter_takes_the_memory_of_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = folder_of(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"0" * 100)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert _loaded("tiny") == [] and [path.suffix for path in _loaded("embedded")]
+    assert _loaded(str(adapter)) == _loaded(str(base)) == [base / "model.safetensors"]
+    monkeypatch.setattr("gearshift.cli.serve.GIB", 1)
+    print_memory([Named("policy", str(adapter), None), Named("base", str(base), None)])
+    lines = capsys.readouterr().err.splitlines()
+    one, other = (line for line in lines if "GiB of weights" in line)
+    assert one.split(", ")[-1] == other.split(", ")[-1]
 
 
 def test_what_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
