@@ -176,9 +176,9 @@ def test_t12_clients_that_leave_give_everything_back() -> None:
         asyncio.run(all_of(server.url))
         assert idle(service)
         said(server)
-        cache = engine.loop._scheduler and engine.loop._scheduler.cache
-        assert cache is None or idle(service)
-        assert engine.loop._scheduler is None or engine.loop._scheduler.idle
+        scheduler = engine.loop._scheduler
+        assert scheduler and scheduler.idle and not service._guests
+        assert scheduler.cache.available == scheduler.cache.blocks
 
 
 def test_t13_too_many_get_429() -> None:
