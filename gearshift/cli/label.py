@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gearshift import __version__
-from gearshift.cli.serve import add_address, load, models_of, print_memory, settings_of
+from gearshift.cli.serve import add_address, settings_of
+from gearshift.cli.served_models import load_all, models_of, print_memory
 from gearshift.cli.talk import system_of
 from gearshift.errors import ConfigError, FolderInUseError
 from gearshift.runtime.terminal import counted, echo
@@ -23,7 +24,7 @@ from gearshift.runtime.terminal import counted, echo
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
-    from gearshift.cli.serve import Named
+    from gearshift.cli.served_models import Named
     from gearshift.data.formats import PromptExample
     from gearshift.data.labels import Item
     from gearshift.serve.labelling.sampling import Sampler
@@ -242,8 +243,7 @@ def _sampler(
     )
     policies, metrics, named = Policies(), Metrics(), models_of(names[0], names[1:])
     print_memory(named)
-    for each in named:
-        load(each, arguments.seed, policies, metrics, stack)
+    load_all(named, arguments.seed, policies, metrics, stack)
     served = [(policies.get(n.name), kept_name(n.source)) for n in named]
     return policy_sampler(served, count, params), served[0][0].system
 

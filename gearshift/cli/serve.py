@@ -7,15 +7,15 @@ what the app needs.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from gearshift.cli.served_models import load_all, models_of, print_memory
 from gearshift.errors import ConfigError
 from gearshift.runtime.terminal import echo
 
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from gearshift.serve.task_panel import Panel
 
 GIB = 2**30
-
-
-class Named(NamedTuple):
-    """A model to serve: its name for clients, its folder or its name in a hub, its run's recipe."""
-
-    name: str
-    source: str
-    recipe: Recipe | None
 
 
 def add_commands(commands: Any) -> None:
@@ -164,11 +156,10 @@ def serve(arguments: argparse.Namespace) -> None:
         routes = [*labels, *_routes(policies, metrics, runs, panel, bool(labels))]
         routes += _score_routes(reward) if reward else []
 
-        def load_all() -> None:
-            for each in named:
-                load(each, arguments.seed, policies, metrics, stack)
+        def load() -> None:
+            load_all(named, arguments.seed, policies, metrics, stack)
 
-        run_app(make_app(routes, settings, metrics.observe), "/", load_all)
+        run_app(make_app(routes, settings, metrics.observe), "/", load)
 
 
 @contextmanager
@@ -256,67 +247,6 @@ def panel_of(recipe: Recipe | None, recogniser: str | None = None) -> Panel | No
     )
 
 
-def models_of(run: str, against: list[str]) -> list[Named]:
-    """The models to serve; the first one is called `policy`. Raises `ConfigError`."""
-    from gearshift.pipeline.policy import find_policy
-
-    source, recipe = find_policy(run)
-    found = [Named("policy", source, recipe)]
-    for word in against:
-        stage = Path(run).expanduser() / word
-        if word == "base" and recipe:
-            one = Named("base", recipe.model.name, recipe)
-        elif recipe and (stage / "config.json").exists():
-            one = Named(word, str(stage), recipe)
-        else:
-            one = Named(Path(word).expanduser().resolve().name, *find_policy(word))
-        if one.name in {other.name for other in found}:
-            raise ConfigError(
-                f"Two models would be called {one.name}; rename the folder {one.source}."
-            )
-        found.append(one)
-    return found
-
-
-def print_memory(named: list[Named]) -> None:
-    """Print how much memory the weights take, before they do. Raises `ConfigError` if they cannot
-    fit.
-    """
-    from gearshift.models.load import ModelConfig, resolve_device
-    from gearshift.runtime.free_memory import free_bytes
-
-    config = named[0].recipe.model if named[0].recipe else ModelConfig()
-    free, total = free_bytes(resolve_device(config.device)), 0.0
-    for each in named:
-        size = sum(path.stat().st_size for path in _loaded(each.source))
-        total += size
-        echo(f"{each.name}: {each.source}, {size / GIB:.2f} GiB of weights", file=sys.stderr)
-    if total > free:
-        raise ConfigError(
-            f"The weights take {total / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; "
-            "name fewer models with --against."
-        )
-    echo(f"memory: {total / GIB:.2f} of {free / GIB:.2f} GiB that are free", file=sys.stderr)
-
-
-def load(each: Named, seed: int, policies: Policies, metrics: Metrics, stack: ExitStack) -> None:
-    """Load a model, start its engine, and serve it; `stack` ends the engine."""
-    from gearshift.cli.talk import system_of
-    from gearshift.engine import Engine
-    from gearshift.engine.service import EngineService
-    from gearshift.models.load import ModelConfig, load_policy, load_tokenizer
-    from gearshift.serve.policies import Policy
-
-    config = each.recipe.model if each.recipe else ModelConfig()
-    model, tokenizer = load_policy(config, each.source), load_tokenizer(config, each.source)
-    system = system_of(each.recipe)
-    engine = Engine(model, tokenizer, seed=seed)
-    service = stack.enter_context(EngineService(engine))
-    policy = Policy(each.name, service, tokenizer, system, engine.end_tokens, _digest(each.source))
-    policies.add(policy)
-    metrics.serve(policy)
-
-
 def _reward(folder: Path) -> Path | None:
     """The reward model that the user names, or that the named run has."""
     from gearshift.models.load import ModelConfig, holds_model, writes_text
@@ -333,30 +263,3 @@ def _score_routes(folder: Path) -> Any:
     from gearshift.serve.score import score_routes
 
     return score_routes(ModelReward(ModelConfig(), folder))
-
-
-def _loaded(source: str) -> list[Path]:
-    """The files of the weights that a policy takes in memory. An adapter is added to its base
-    model's weights when it is loaded, so each adapter takes as much as its base.
-    """
-    from gearshift.models.adapter_files import adapter_folder, base_of
-    from gearshift.models.embedded import source_of
-
-    folder = Path(source_of(source)).expanduser()
-    while folder.is_dir() and (adapter := adapter_folder(folder)):
-        folder = Path(source_of(base_of(adapter)))
-    return _weights(str(folder))
-
-
-def _weights(source: str) -> list[Path]:
-    """The files of the weights; none for a name that is no folder."""
-    folder = Path(source).expanduser()
-    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-
-
-def _digest(source: str) -> str:
-    """8 hexadecimal digits that differ for other weights."""
-    from gearshift.runtime.digests import file_digest
-
-    known = [file_digest(path) for path in _weights(source)] or [source]
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]

@@ -32,8 +32,9 @@ for pattern in patterns:
 """
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter of this folder in its weights, as if it had never been apart.
+def merge_adapter(model: PreTrainedModel, folder: Path, merge: bool = True) -> PreTrainedModel:
+    """The model with the adapter of this folder in its weights, as if it had never been apart; or
+    beside them, which stay as they are (`merge=False`).
 
     Raises `ModelError` for an adapter that is no change of weights, or does not fit the model.
     """
@@ -62,6 +63,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             left = _left(found.missing_keys, found.unexpected_keys, model, own)
             if left:
                 raise ValueError(f"it leaves {listed(left)}")
+            if not merge:
+                return model.eval()
             for layer in adapted.modules():
                 if isinstance(layer, BaseTunerLayer):
                     _merge_layer(layer, shared)

@@ -5,9 +5,9 @@ from tests.mutations import Mutation
 MUTATIONS = (
     Mutation(
         "an adapter's memory is said to be its file's",
-        "cli/serve.py",
-        "path.stat().st_size for path in _loaded(each.source)",
-        "path.stat().st_size for path in _weights(each.source)",
+        "cli/served_models.py",
+        "[] if place.source in there else _loaded(place.source)",
+        "[] if place.source in there else _weights(place.source)",
         "tests/serve/test_serve_command.py::test_an_adapter_takes_the_memory_of_its_base",
     ),
     Mutation(

@@ -1,7 +1,9 @@
 """`gearshift serve` finds what the user names, says what it takes, and serves until a signal."""
 
+import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,18 +16,23 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gearshift.cli.label import labels_beside
 from gearshift.cli.main import main
-from gearshift.cli.serve import Named, _loaded, models_of, panel_of, print_memory, settings_of
+from gearshift.cli.serve import panel_of, settings_of
+from gearshift.cli.served_models import Named, _loaded, load_all, models_of, print_memory
 from gearshift.errors import ConfigError, DataError
 from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
+from gearshift.serve.metrics import Metrics
 from gearshift.serve.policies import Policies
 from gearshift.serve.task_panel import Panel
 from gearshift.tasks.voice.task import VoiceConfig
+from gearshift.types import SamplingParams
+from tests.models.test_shared_base import saved_adapter, saved_base
 
 TINY = str(Path(__file__).parents[1] / "smoke" / "tiny.yaml")
 
@@ -111,18 +118,43 @@ def test_memory_is_said_before_it_is_taken(
 def test_an_adapter_takes_the_memory_of_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapter = folder_of(tmp_path / "base"), tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"0" * 100)
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    """Alone; beside its base, or another adapter of it, only its own."""
+    base = saved_base(tmp_path / "base")
+    adapters = [saved_adapter(tmp_path / f"{seed}", base, seed) for seed in (1, 2)]
+    [weights] = base.glob("*.safetensors")
     assert _loaded("tiny") == [] and [path.suffix for path in _loaded("embedded")]
-    assert _loaded(str(adapter)) == _loaded(str(base)) == [base / "model.safetensors"]
-    monkeypatch.setattr("gearshift.cli.serve.GIB", 1)
-    print_memory([Named("policy", str(adapter), None), Named("base", str(base), None)])
-    lines = capsys.readouterr().err.splitlines()
-    one, other = (line for line in lines if "GiB of weights" in line)
-    assert one.split(", ")[-1] == other.split(", ")[-1]
+    assert _loaded(str(adapters[0])) == _loaded(str(base)) == [weights]
+    monkeypatch.setattr("gearshift.cli.served_models.GIB", 1)
+
+    def sizes(*sources: Path) -> list[float]:
+        print_memory([Named(str(i), str(source), None) for i, source in enumerate(sources)])
+        lines = capsys.readouterr().err.splitlines()
+        return [float(re.search(r", ([\d.]+) GiB of", x)[1]) for x in lines if "of weights" in x]  # type: ignore[index]
+
+    whole, own = (float(p.stat().st_size) for p in (weights, *adapters[0].glob("*.safetensors")))
+    assert sizes(adapters[0]) == [whole]
+    assert sizes(*adapters) == [whole + own, own] and sizes(base, *adapters) == [whole, own, own]
+
+
+def test_adapters_and_their_base_are_served_from_one_copy_of_its_weights(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    places = [base, *(saved_adapter(tmp_path / f"{seed}", base, seed) for seed in (1, 2)), base]
+    config = Namespace(model=ModelConfig(dtype="float32", device="cpu"), task=None)
+    named = [Named(str(i), str(place), config) for i, place in enumerate(places)]  # type: ignore[arg-type]
+    policies = Policies()
+    with ExitStack() as stack:
+        load_all(named, 0, policies, Metrics(), stack)
+        models = [policies.get(each.name).service._engine.model for each in named]
+        ends = {model.get_input_embeddings().weight.data_ptr() for model in models}
+        assert len({*map(id, models)}) == 4 and len(ends) == 1
+
+        async def answers() -> list[Any]:
+            params = SamplingParams(max_new_tokens=8, temperature=0.0)
+            asked = (policies.get(each.name).service.generate([5, 6], params, 0) for each in named)
+            return [done.token_ids for done in await asyncio.gather(*asked)]
+
+        plain, one, two, again = asyncio.run(answers())
+    assert plain == again and len({*map(tuple, (plain, one, two))}) == 3
 
 
 def test_what_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
