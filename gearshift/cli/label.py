@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +74,12 @@ def add_commands(commands: Any) -> None:
         "--overlap", type=float, default=0.0, help="the share of items that two people label; 0"
     )
     command.add_argument("--gold", metavar="FILE", help="pairs whose better answer is known")
+    command.add_argument(
+        "--people",
+        default="",
+        metavar="NAMES",
+        help="print a link with a key of its own for each: Ann,Ben; needs GEARSHIFT_KEY",
+    )
     add_address(command)
     exports = command.add_argument_group("export")
     exports.add_argument("--export", metavar="FILE", help="write the labels as rows, and end")
@@ -121,7 +128,9 @@ def _export(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _serve(arguments: argparse.Namespace, what: Path, folder: Path) -> None:
-    settings = settings_of(arguments)
+    settings = replace(settings_of(arguments), people=_words(arguments.people))
+    if settings.people and not settings.key:
+        raise ConfigError("--people needs the server's own key; set GEARSHIFT_KEY.")
     from gearshift.serve.app import make_app, run_app
     from gearshift.serve.labelling.routes import LabelSettings, label_routes
     from gearshift.serve.labelling.store import LabelStore

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,7 +26,7 @@ from gearshift.runtime.terminal import echo
 from gearshift.serve.api_error import ApiError
 from gearshift.serve.body import json_object
 from gearshift.serve.exchange import ExchangeMiddleware, Observer
-from gearshift.serve.guard import EXCHANGE, page_cookie, same_key
+from gearshift.serve.guard import EXCHANGE, key_given, page_cookie, person_key
 from gearshift.serve.listen import Server
 from gearshift.serve.settings import ServerSettings, ServerState
 
@@ -60,8 +61,9 @@ def make_app(
 
 
 def run_app(app: Starlette, path: str = "", load: Callable[[], None] | None = None) -> NoReturn:
-    """Print the address, serve until a signal, and exit with the signal's code. While `load` loads
-    the models, requests get status 503. Raises `ConfigError` if nothing can listen there.
+    """Print the address, and that of each person who labels; serve until a signal, and exit with
+    the signal's code. While `load` loads the models, requests get status 503. Raises `ConfigError`
+    if nothing can listen there.
     """
     server = Server(app)
     if load:
@@ -70,6 +72,9 @@ def run_app(app: Starlette, path: str = "", load: Callable[[], None] | None = No
         load()
         server.state.loading = False
     echo(f"{server.url}{path}")
+    for name in server.settings.people:
+        key = person_key(str(server.settings.key), name)
+        echo(f"{name}: {server.url}{path}?who={quote(name)}#key={key}")
     number = server.run()
     echo("gearshift: stopped.", file=sys.stderr)
     sys.exit(128 + number)
@@ -92,10 +97,12 @@ async def _exchange_key(request: Request) -> Response:
     """Give a cookie to a page that knows the key."""
     settings: ServerSettings = request.app.state.settings
     given = (await json_object(request)).get("key")
-    if settings.key and not (isinstance(given, str) and same_key(given, settings.key)):
+    if not settings.key:
+        return Response(status_code=204)
+    key = key_given(given, settings) if isinstance(given, str) else None
+    if key is None:
         raise ApiError(401, "invalid_api_key", "the key is wrong")
-    headers = {"Set-Cookie": page_cookie(request.scope, settings.key)} if settings.key else None
-    return Response(status_code=204, headers=headers)
+    return Response(status_code=204, headers={"Set-Cookie": page_cookie(request.scope, key)})
 
 
 async def _reraise(_: Request, error: Exception) -> Response:

@@ -26,6 +26,8 @@ OPEN = re.compile(r"/|/health|/favicon\.ico|/web/.*|/labels|/runs(/[^/]*)?")
 """
 EXCHANGE = "/api/key"
 """The path where a page gives the key once, in the body of a POST, and gets a cookie for it."""
+_LABELLING = re.compile(r"/api/served|/api/labels/(next|events|exchange|leave|setup|progress)")
+"""The paths that a person's own key opens."""
 READS = ("GET", "HEAD", "OPTIONS")
 _ONCE = (
     "host",
@@ -48,14 +50,17 @@ def check_access(scope: Scope, settings: ServerSettings) -> None:
     headers = Headers(scope=scope)
     _check_form(scope, headers)
     has_key = _has_key(headers, settings.key)
+    path, person = scope["path"], None
+    if not has_key and _LABELLING.fullmatch(path):
+        person = _person(scope, headers, settings)
+        scope["person"] = person
     if not (settings.key and has_key):
         _check_host(scope, headers, settings)
     _check_origin(scope, headers, settings)
     if scope["method"] == "OPTIONS" and headers.get("origin") in settings.allow_origin:
         return
-    path = scope["path"]
-    by_cookie = not has_key and _has_cookie(scope, headers, settings.key)
-    if not (has_key or by_cookie or path == EXCHANGE or OPEN.fullmatch(path)):
+    by_cookie = not has_key and not person and _has_cookie(scope, headers, settings.key)
+    if not (has_key or by_cookie or person or path == EXCHANGE or OPEN.fullmatch(path)):
         words = "the key is wrong or missing; send it as `Authorization: Bearer KEY`"
         raise ApiError(401, "invalid_api_key", words, headers={"WWW-Authenticate": "Bearer"})
     if scope["method"] not in READS and (by_cookie or path.startswith("/api/")):
@@ -67,6 +72,17 @@ def page_cookie(scope: Scope, key: str) -> str:
     and the key cannot be computed from it.
     """
     return f"{_cookie_name(scope)}={_cookie_value(key)}; Path=/; HttpOnly; SameSite=Strict"
+
+
+def person_key(key: str, name: str) -> str:
+    """The key of a person who labels; the server's key cannot be computed from it."""
+    return hmac.new(key.encode(), f"a person: {name}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def key_given(given: str, settings: ServerSettings) -> str | None:
+    """The key that a page gives, if it is the server's or a person's; else None."""
+    keys = [settings.key, *_person_keys(settings).values()]
+    return next((key for key in keys if key and same_key(given, key)), None)
 
 
 def same_key(given: str, key: str) -> bool:
@@ -121,6 +137,18 @@ def _has_key(headers: Headers, key: str | None) -> bool:
     given = [token.strip()] if scheme.lower() == "bearer" else []
     given += [headers["x-api-key"]] if "x-api-key" in headers else []
     return any([same_key(each, key) for each in given])
+
+
+def _person_keys(settings: ServerSettings) -> dict[str, str]:
+    return {name: person_key(str(settings.key), name) for name in settings.people}
+
+
+def _person(scope: Scope, headers: Headers, settings: ServerSettings) -> str | None:
+    """The person whose key, or whose cookie, comes with this request."""
+    for name, key in _person_keys(settings).items():
+        if _has_key(headers, key) or _has_cookie(scope, headers, key):
+            return name
+    return None
 
 
 def _check_host(scope: Scope, headers: Headers, settings: ServerSettings) -> None:

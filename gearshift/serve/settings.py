@@ -15,6 +15,9 @@ class ServerSettings:
     """The port; 0 takes a free one."""
     key: str | None = field(default=None, repr=False)
     """The key that clients send; None asks for none."""
+    people: tuple[str, ...] = ()
+    """People who label, each by a key of their own (`guard.person_key`), which opens the labelling
+    page alone."""
     allow_host: tuple[str, ...] = ()
     """Further names that a request's Host header may have."""
     allow_origin: tuple[str, ...] = ()

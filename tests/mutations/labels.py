@@ -4,6 +4,13 @@ from tests.mutations import Mutation
 
 MUTATIONS = (
     Mutation(
+        "a person's own key labels in any name",
+        "serve/labelling/routes.py",
+        "if person and name != person:",
+        "if False:",
+        "tests/serve/labelling/test_routes.py -k persons_own_key",
+    ),
+    Mutation(
         "a label is acknowledged before it is on the disk",
         "serve/labelling/store.py",
         "                    os.fsync(self._handle)\n            except",

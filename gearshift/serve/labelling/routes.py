@@ -107,7 +107,7 @@ class _Desk:
     async def next(self, request: Request) -> Response:
         """Items for a person's browser tab."""
         body = await json_object(request)
-        who, tab = read_name(body.get("who")), str(body.get("tab", ""))[:64]
+        who, tab = _name(request, body.get("who")), str(body.get("tab", ""))[:64]
         count = body.get("count", 1)
         if type(count) is not int or not 1 <= count <= _MOST:
             raise ApiError(400, "invalid_value", f"`count` must be 1 to {_MOST}", "count")
@@ -125,6 +125,7 @@ class _Desk:
     async def event(self, request: Request) -> Response:
         """Store a label or an undo. The answer comes once it is on the disk."""
         body = await json_object(request)
+        _name(request, body.get("who"))
         tab = str(body.get("tab", ""))[:64]
 
         def store() -> dict[str, Any]:
@@ -146,6 +147,7 @@ class _Desk:
     async def exchange(self, request: Request) -> Response:
         """Store two answers of a chat, and which of them the person finds better."""
         body = await json_object(request)
+        _name(request, body.get("who"))
         item, left = read_exchange(body)
 
         def store() -> bool:
@@ -159,7 +161,7 @@ class _Desk:
 
     async def leave(self, request: Request) -> Response:
         """Free the items of a person who goes."""
-        who = read_name((await json_object(request)).get("who"))
+        who = _name(request, (await json_object(request)).get("who"))
         await self._locked(partial(self._dealer.leave, who))
         return Response(status_code=204)
 
@@ -182,7 +184,7 @@ class _Desk:
 
     async def progress(self, request: Request) -> Response:
         """A person's own progress."""
-        who = read_name(request.query_params.get("who"))
+        who = _name(request, request.query_params.get("who"))
 
         def found() -> dict[str, Any]:
             return {**progress(self._labels, who), "left": self._dealer.left(who)}
@@ -246,6 +248,14 @@ class _Desk:
 def _json(value: dict[str, Any]) -> Response:
     """The value as JSON in ASCII: texts may have half a surrogate pair, which UTF-8 cannot hold."""
     return Response(json.dumps(value), media_type="application/json")
+
+
+def _name(request: Request, given: Any) -> str:
+    """The name of the person who labels. Who comes with a key of their own has the key's name."""
+    name, person = read_name(given), request.scope.get("person")
+    if person and name != person:
+        raise ApiError(403, "forbidden_person", "this key belongs to another name", "who")
+    return name
 
 
 def _share(text: str) -> float:

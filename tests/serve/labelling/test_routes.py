@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from gearshift.data.formats import PromptExample
 from gearshift.serve.app import ServerSettings, make_app
+from gearshift.serve.guard import person_key
 from gearshift.serve.labelling.items import item_of_row, make_item, rollout_items
 from gearshift.serve.labelling.routes import LabelSettings, label_routes
 from gearshift.serve.labelling.store import LabelStore
@@ -294,3 +295,36 @@ def test_a_run_s_episodes_become_pairs() -> None:
     [item] = rollout_items([{"step": 4, "episodes": episodes}], "runs/x")
     assert item.prompt == [asked] and set(map(str, item.answers)) == {"a", "b"}
     assert item.sources[0] == {"model": "runs/x", "step": 4}
+
+
+def test_t21_a_persons_own_key_labels_in_that_name_and_opens_nothing_else(tmp_path: Path) -> None:
+    keyed = ServerSettings(key="the server's", people=("Ann", "Ben"))
+    ann = person_key("the server's", "Ann")
+    with serving(tmp_path, [], None, keyed, pairs=2) as page:
+        client, own = page.client, {"Authorization": f"Bearer {ann}", **PAGE}
+
+        def status(path: str, who: str, headers: dict[str, str]) -> int:
+            body = {"who": who, "tab": "t", "count": 1}
+            return client.post(path, json=body, headers=headers).status_code
+
+        assert status("/api/labels/next", "Ann", PAGE) == 401
+        assert status("/api/labels/next", "Ann", own) == 200
+        refused = client.post("/api/labels/next", json={"who": "Ben"}, headers=own)
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "forbidden_person"
+        for path in ("events", "exchange", "leave"):
+            assert status(f"/api/labels/{path}", "Ben", own) == 403
+        assert client.get("/api/labels/progress?who=Ben", headers=own).status_code == 403
+        assert client.get("/api/labels/progress?who=Ann", headers=own).status_code == 200
+        for path in ("/api/labels/owner", "/api/labels/export?format=preference", "/metrics"):
+            assert client.get(path, headers=own).status_code == 401
+        assert status("/api/labels/final", "Ann", own) == 401
+        # The page gives the key once, and the cookie is good for the same and no more.
+        given = client.post("/api/key", json={"key": ann}, headers=PAGE)
+        assert given.status_code == 204 and "HttpOnly" in given.headers["set-cookie"]
+        assert status("/api/labels/next", "Ann", PAGE) == 200
+        assert status("/api/labels/next", "Ben", PAGE) == 403
+        assert client.get("/api/labels/owner").status_code == 401
+        wrong = client.post("/api/key", json={"key": person_key("x", "Ann")}, headers=PAGE)
+        assert wrong.status_code == 401
+        both = {"Authorization": "Bearer the server's", **PAGE}
+        assert status("/api/labels/next", "Ben", both) == 200
