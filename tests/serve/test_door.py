@@ -159,7 +159,8 @@ def test_t10_many_streams_all_end() -> None:
         assert idle(service)
 
 
-def test_t12_clients_that_leave_give_everything_back() -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_t12_clients_that_leave_give_everything_back(count: int) -> None:
     async def one(http: httpx.AsyncClient, url: str, draw: random.Random) -> None:
         body = {"model": "policy", "messages": ASK, "max_tokens": 60, "ignore_eos": True}
         body["stream"] = draw.random() < 0.5
@@ -170,7 +171,7 @@ def test_t12_clients_that_leave_give_everything_back() -> None:
     async def all_of(url: str) -> None:
         draw = random.Random(0)
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=32)) as http:
-            await asyncio.gather(*(one(http, url, draw) for _ in range(60)))
+            await asyncio.gather(*(one(http, url, draw) for _ in range(count)))
 
     with door(rows=8) as (server, engine, service):
         asyncio.run(all_of(server.url))
