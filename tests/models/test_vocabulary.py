@@ -27,6 +27,7 @@ from gearshift.models.load import ModelConfig, load_classifier
 from gearshift.models.tiny import tiny_model, tiny_tokenizer
 from gearshift.models.vocabulary import check_vocabulary, vocabulary_size
 from gearshift.pipeline.stages import load_reference, load_value_model
+from gearshift.rollouts.vllm import GenerationConfig
 from gearshift.trainers.rl.methods import CriticConfig
 from gearshift.types import SamplingParams
 
@@ -143,7 +144,7 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
 @pytest.mark.parametrize("key", ["value.init_from", "kl.reference"])
 def test_who_is_shown_the_policys_tokens_must_know_them(tmp_path: Path, key: str) -> None:
     engine = Engine(tiny_model(), tiny_tokenizer())
-    recipe = SimpleNamespace(model=ModelConfig())
+    recipe = SimpleNamespace(model=ModelConfig(), generation=GenerationConfig())
     run: Any = SimpleNamespace(
         recipe=recipe, folder=tmp_path, show_form=lambda role, runner: runner
     )

@@ -195,7 +195,11 @@ def test_t13_too_many_get_429() -> None:
                 codes.append(error.status_code)
 
         threads = [threading.Thread(target=ask) for _ in range(12)]
-        for thread in threads:
+        threads[0].start()
+        until = time.monotonic() + 30
+        while not service.running and time.monotonic() < until:  # so that two more can wait
+            time.sleep(0.001)
+        for thread in threads[1:]:
             thread.start()
         for thread in threads:
             thread.join()

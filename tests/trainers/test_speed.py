@@ -13,7 +13,9 @@ from tests.trainers.rl_runs import small, trainer
 
 def runner(tokens: int, operations: float, device: str = "cuda") -> SimpleNamespace:
     model = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
-    return SimpleNamespace(model=model, work=SimpleNamespace(take=lambda: (tokens, operations)))
+    return SimpleNamespace(
+        model=model, kept=model, work=SimpleNamespace(take=lambda: (tokens, operations))
+    )
 
 
 def test_utilisation_is_the_work_of_all_models_over_the_gpus_rate(

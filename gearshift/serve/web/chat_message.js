@@ -1,6 +1,6 @@
 // One message of a conversation, with what can be done to it.
 
-import { CopyButton, html, TextBlock, useEffect, useRef, useState } from "./common.js";
+import { CopyButton, html, TextBlock, useLayoutEffect, useRef, useState } from "./common.js";
 import { chat as words } from "./chat_en.js";
 import { Tokens } from "./chat_tokens.js";
 
@@ -51,7 +51,7 @@ export function Message({ node, name, branchCount, branchAt, onBranch, onEdit, o
 function Editor({ text, onSave, onCancel }) {
   const [value, setValue] = useState(text);
   const place = useRef(null);
-  useEffect(() => place.current.focus(), []);
+  useLayoutEffect(() => place.current.focus(), []);  // before the next key comes
   return html`<form
     onSubmit=${(event) => {
       event.preventDefault();
