@@ -102,9 +102,8 @@ class ModelRunner:
         self.weights: AliasedWeights | None = None
         if self.plan is not None:
             assert linear is not None
-            self.weights = AliasedWeights(
-                self.plan, linear, fuse and (keep_whole or not self._splits)
-            )
+            fuse = fuse and (keep_whole or not self._splits)
+            self.weights = AliasedWeights(self.plan, linear, fuse)
             for layer in self.plan.layers:
                 make_unit(layer.unit)
         self.kernels: Kernels = kernels_of(model)
