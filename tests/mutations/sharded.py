@@ -26,7 +26,7 @@ MUTATIONS = (
         "runtime/sharded_parameter.py",
         "rows = rows[of * each :][:each]",
         "rows = rows[:each]",
-        "tests/scale/test_fsdp.py -k saved_state",
+        "tests/scale/test_fsdp.py -k saved",
     ),
     Mutation(
         "the ranks' gradients are averaged, not added up",
