@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from gearshift.serve.policies import Policies
     from gearshift.serve.task_panel import Panel
 
-GIB = 2**30
-
 
 def add_commands(commands: Any) -> None:
     """Add the parser of this command."""
